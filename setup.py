@@ -1,0 +1,285 @@
+"""Builds ``flash_llm._C``: host core, torch bindings and, where there is nvcc, the CUDA kernels.
+
+Environment:
+    FLASH_LLM_BUILD_CUDA: ``auto`` (default: with CUDA when nvcc and a CUDA build of torch agree on
+        the major version), ``1`` (with CUDA or fail) or ``0`` (CPU only). A GPU is never asked for.
+    FLASH_LLM_CUDA_ARCHS: architectures to compile for, ``8.0+PTX;9.0a`` by default. PTX for 8.0 is
+        what lets GPUs newer than both run at all.
+    MAX_JOBS: compilers that run at once, the number of CPUs by default.
+
+``python setup.py check_spills`` reads the built extension and fails if a hot kernel spills.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Command, find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+TORCH_PIN = "2.11.0"
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    raise SystemExit(
+        f"flash_llm: building needs torch in this environment, and importing it failed: {error}\n"
+        "Without --no-build-isolation pip builds in an environment where torch never is. Run:\n"
+        f"    {sys.executable} -m pip install torch=={TORCH_PIN} numpy setuptools wheel ninja\n"
+        f'    {sys.executable} -m pip install --no-build-isolation -e "."'
+    ) from error
+
+CORE_SOURCES = [
+    "csrc/core/packed_header.cpp",
+    "csrc/core/tiled_csl.cpp",
+    "csrc/core/prune.cpp",
+    "csrc/core/spmm_plan.cpp",
+    "csrc/core/spmm_reference.cpp",
+    "csrc/core/spmm_tiles.cpp",
+]
+CUDA_SOURCES = [
+    "csrc/cuda/tiled_csl_pack.cu",
+    "csrc/cuda/prune.cu",
+    "csrc/cuda/spmm_lscd.cu",
+]
+TORCH_SOURCES = ["csrc/torch/ops.cpp", "csrc/torch/introspect.cpp"]
+
+DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"
+MIN_CUDA_ARCH = (8, 0)
+# What torch's CUDA headers include; a toolkit with nvcc alone lacks them.
+CUDA_HEADERS = ["cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h"]
+# Kernels where a spilled register costs memory traffic in the main loop. Matched in mangled names.
+HOT_KERNEL = re.compile(r"lscd", re.IGNORECASE)
+
+
+def say(text):
+    """Prints one line of the build's own; pip shows it with -v."""
+    print(f"flash_llm: {text}", file=sys.stderr)
+
+
+def find_nvcc():
+    """Returns (CUDA home, nvcc version such as "13.0"), or (None, None)."""
+    home = cpp_extension.CUDA_HOME or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    if home:  # torch compiles with this one, so no other would help
+        candidates = [f"{home}/bin/nvcc"]
+    for nvcc in candidates:
+        if nvcc and Path(nvcc).exists():
+            said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+            if match := re.search(r"release (\d+\.\d+)", said):
+                return Path(nvcc).parent.parent, match.group(1)
+    return None, None
+
+
+def why_not_cuda(mode, home, nvcc_version):
+    """Returns the sentence that says why there will be no CUDA part, "" when there will be one."""
+    torch_cuda = torch.version.cuda
+    if mode == "0":
+        return "built with FLASH_LLM_BUILD_CUDA=0"
+    if nvcc_version is None:
+        wanted = f"CUDA {torch_cuda.split('.')[0]}.x" if torch_cuda else "a CUDA toolkit"
+        return f"nvcc was not found on PATH, in CUDA_HOME or in /usr/local/cuda; need {wanted}"
+    found = f"nvcc {nvcc_version} was found, but"
+    if torch_cuda is None:
+        return f"{found} torch {torch.__version__} is a build without CUDA"
+    if nvcc_version.split(".")[0] != torch_cuda.split(".")[0]:
+        return f"{found} torch {torch.__version__} was built with CUDA {torch_cuda}"
+    missing = [name for name in CUDA_HEADERS if not (home / "include" / name).exists()]
+    if missing:
+        return f"{found} {home}/include lacks {' '.join(missing)}"
+    return ""
+
+
+def cuda_archs():
+    """Returns the checked architecture list in the spelling of TORCH_CUDA_ARCH_LIST."""
+    archs = os.environ.get("FLASH_LLM_CUDA_ARCHS", DEFAULT_CUDA_ARCHS).strip().strip(";")
+    for arch in archs.split(";"):
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", arch)
+        if not match or (int(match[1]), int(match[2])) < MIN_CUDA_ARCH:
+            raise SystemExit(
+                "flash_llm: FLASH_LLM_CUDA_ARCHS must be a list such as "
+                f'"{DEFAULT_CUDA_ARCHS}" with nothing older than 8.0, got {archs!r}'
+            )
+    return archs
+
+
+def string_macro(name, text):
+    """Returns a -D flag for a C string, cut to characters that ninja and the shell leave alone."""
+    plain = re.sub(r"[^A-Za-z0-9 .,:;=+_/()*-]", "'", text)
+    return f'-D{name}="{plain}"'
+
+
+def make_extension():
+    """Decides what is built and returns the extension, printing the decision once."""
+    mode = os.environ.get("FLASH_LLM_BUILD_CUDA", "auto")
+    if mode not in ("auto", "0", "1"):
+        raise SystemExit(
+            f'flash_llm: FLASH_LLM_BUILD_CUDA must be "auto", "0" or "1", got {mode!r}'
+        )
+    home, nvcc_version = find_nvcc()
+    reason = why_not_cuda(mode, home, nvcc_version)
+    if mode == "1" and reason:
+        raise SystemExit(
+            f"flash_llm: FLASH_LLM_BUILD_CUDA=1, but {reason}.\n"
+            f"Needed: nvcc and headers of the CUDA major version of torch {torch.__version__}, "
+            f"which is CUDA {torch.version.cuda}, with CUDA_HOME pointing at that toolkit. Then:\n"
+            f"    FLASH_LLM_BUILD_CUDA=1 {sys.executable} -m pip install --no-build-isolation -e ."
+        )
+    with_cuda = not reason
+
+    # -fopenmp: at::parallel_for is header code and runs serially without it. torch brings the same
+    # libgomp.so.1, so both share one thread pool. -g0 overrides Python's own -g, which is slow.
+    cxx = ["-O3", "-std=c++17", "-fopenmp", "-g0", "-Wall", "-Wextra"]
+    nvcc = ["-O3", "-std=c++17", "-lineinfo", "--ptxas-options=-v"]
+    link = ["-fopenmp"]
+    sources = CORE_SOURCES + TORCH_SOURCES
+    if with_cuda:
+        archs = cuda_archs()
+        os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+        sources = CORE_SOURCES + CUDA_SOURCES + TORCH_SOURCES
+        cxx += [
+            "-DFLASH_LLM_WITH_CUDA",
+            string_macro("FLASH_LLM_CUDA_ARCHS", archs),
+            string_macro("FLASH_LLM_NVCC_VERSION", nvcc_version),
+        ]
+        say(f"building with CUDA {nvcc_version} for {archs}")
+    else:
+        cxx.append(string_macro("FLASH_LLM_NO_CUDA_REASON", reason))
+        say(f"building for the CPU only: {reason}")
+
+    make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    extension = make(
+        "flash_llm._C",
+        sources,
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=link,
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")),
+    )
+    # Torch's headers do not pass -Wextra; as system headers they need not.
+    system_flags = [flag for path in extension.include_dirs for flag in ("-isystem", path)]
+    extension.include_dirs = [str(ROOT / "csrc")]
+    cxx += system_flags
+    nvcc += system_flags
+    return extension, with_cuda
+
+
+def find_cuobjdump():
+    """Returns the path of cuobjdump, of the toolkit or of triton; None if neither has it."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    home, _ = find_nvcc()
+    candidates = [home / "bin" / "cuobjdump"] if home else []
+    candidates += [
+        Path(entry) / "triton/backends/nvidia/bin/cuobjdump" for entry in sys.path if entry
+    ]
+    return next((str(path) for path in candidates if path.exists()), None)
+
+
+def kernel_resources(library, cuobjdump):
+    """Returns rows (arch, kernel name, registers, stack bytes, shared bytes) of a built library."""
+    said = subprocess.run(
+        [cuobjdump, "--dump-resource-usage", library], capture_output=True, text=True, check=True
+    ).stdout
+    rows, arch, name = [], "?", None
+    for line in said.splitlines():
+        if match := re.search(r"arch = (\S+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\S+?):", line):
+            name = match[1]
+        elif name and (match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line)):
+            rows.append((arch, name, *map(int, match.groups())))
+            name = None
+    names = demangled([row[1] for row in rows])
+    return [(row[0], name, *row[2:]) for row, name in zip(rows, names, strict=True)]
+
+
+def demangled(names):
+    """Returns the kernels' names as C++ spells them, where binutils is there to say so."""
+    if not (cxxfilt := shutil.which("c++filt")):
+        return names
+    said = subprocess.run([cxxfilt], input="\n".join(names), capture_output=True, text=True).stdout
+    short = re.sub(r"^void |flash_llm::|\(anonymous namespace\)::", "", said, flags=re.MULTILINE)
+    return [re.sub(r"\([^()<>]*\)$", "", name) for name in short.splitlines()]
+
+
+def find_spills(library, cuobjdump):
+    """Prints the hot kernels' resources; returns a line for each that keeps anything on a stack."""
+    hot = [row for row in kernel_resources(library, cuobjdump) if HOT_KERNEL.search(row[1])]
+    if not hot:
+        return [f"no kernel matching {HOT_KERNEL.pattern!r} was found in {library}"]
+    say("arch      registers  stack  shared  kernel")
+    for arch, name, registers, stack, shared in hot:
+        say(f"{arch:9s} {registers:9d} {stack:6d} {shared:7d}  {name}")
+    return [f"{name} ({arch}) spills {stack} bytes" for arch, name, _, stack, _ in hot if stack]
+
+
+EXTENSION, WITH_CUDA = make_extension()
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's build_ext, with objects kept between builds and the spill check after the link."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        # setuptools skips by time stamps alone and would miss a change of FLASH_LLM_BUILD_CUDA;
+        # ninja, which this always asks, compares command lines too.
+        self.force = True
+        # pip builds an editable install in a throw-away folder. This one makes the second build,
+        # such as that of README's second command, take seconds.
+        kind = "cuda" if WITH_CUDA else "cpu"
+        tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-{kind}"
+        self.build_temp = str(ROOT / "build" / tag)
+
+    def build_extensions(self):
+        super().build_extensions()
+        # A warning only: another nvcc than CI's may spill a register and still be right.
+        if WITH_CUDA and (cuobjdump := find_cuobjdump()):
+            for spill in find_spills(self.get_ext_fullpath(EXTENSION.name), cuobjdump):
+                say(f"WARNING: {spill}")
+
+
+class CheckSpills(Command):
+    """``setup.py check_spills``: the spill check on the extension built in place."""
+
+    description = "fail if a hot kernel of the built extension spills registers"
+    user_options = []
+
+    def initialize_options(self):
+        """Takes no options."""
+
+    def finalize_options(self):
+        """Takes no options."""
+
+    def run(self):
+        """Runs the check; a CPU-only build, which has no kernels, fails it."""
+        cuobjdump = find_cuobjdump()
+        if cuobjdump is None:
+            raise SystemExit("flash_llm: cuobjdump is neither in the CUDA toolkit nor in triton")
+        build = self.get_finalized_command("build_ext")
+        build.inplace = True
+        if spills := find_spills(build.get_ext_fullpath(EXTENSION.name), cuobjdump):
+            raise SystemExit("flash_llm: spill check failed:\n    " + "\n    ".join(spills))
+        say("spill check: no hot kernel spills")
+
+
+# ninja may live in the virtual environment's bin/, which is not on PATH when that is not activated.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
+
+setup(
+    packages=find_packages(include=["flash_llm", "flash_llm.*"]),
+    package_data={"flash_llm": ["py.typed"]},
+    ext_modules=[EXTENSION],
+    cmdclass={"build_ext": BuildExtension, "check_spills": CheckSpills},
+    # The extension runs with this torch and no other: the C++ interface has no stable ABI.
+    install_requires=[
+        f"torch=={torch.__version__.split('+')[0]}",
+        "numpy",
+        "safetensors>=0.4.3",
+        "tqdm",
+    ],
+)
