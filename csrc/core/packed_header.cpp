@@ -1,0 +1,79 @@
+#include "core/packed_header.h"
+
+#include <cstddef>
+
+namespace flash_llm {
+
+std::array<int64_t, kPackedHeaderInts> PackedHeader::to_ints() const {
+  return {magic, version,      static_cast<int64_t>(format), static_cast<int64_t>(value_type), m, k,
+          nnz,   payload_words};
+}
+
+Status PackedHeader::from_ints(const int64_t* ints, int64_t count, PackedHeader* out) {
+  if (count != kPackedHeaderInts) {
+    return Status::invalid_value("header must hold " + std::to_string(kPackedHeaderInts) +
+                                 " integers, got " + std::to_string(count));
+  }
+  if (ints[0] != kPackedMagic) {
+    return Status::invalid_value("header must begin with the magic number " +
+                                 std::to_string(kPackedMagic) + ", got " + std::to_string(ints[0]));
+  }
+  if (ints[1] != kPackedVersion) {
+    return Status::unsupported("header has format version " + std::to_string(ints[1]) +
+                               ", this build reads version " + std::to_string(kPackedVersion));
+  }
+  if (ints[2] != static_cast<int64_t>(Format::kTiledCsl)) {
+    return Status::unsupported("header names format " + std::to_string(ints[2]) +
+                               ", this build knows 1 (tiled_csl)");
+  }
+  if (ints[3] != static_cast<int64_t>(ValueType::kFloat16) &&
+      ints[3] != static_cast<int64_t>(ValueType::kBfloat16)) {
+    return Status::invalid_type("header names value type " + std::to_string(ints[3]) +
+                                ", expected 1 (float16) or 2 (bfloat16)");
+  }
+  static constexpr const char* kSizeNames[] = {"m", "k", "nnz", "payload_words"};
+  for (size_t i = 0; i < 4; ++i) {
+    if (ints[4 + i] < 0) {
+      return Status::invalid_value(std::string("header field ") + kSizeNames[i] +
+                                   " must not be negative, got " + std::to_string(ints[4 + i]));
+    }
+  }
+  // Bounded so that no later product of two of them overflows 64 bits.
+  for (size_t i = 0; i < 2; ++i) {
+    if (ints[4 + i] > INT32_MAX) {
+      return Status::invalid_value(std::string("header field ") + kSizeNames[i] +
+                                   " must fit 31 bits, got " + std::to_string(ints[4 + i]));
+    }
+  }
+  out->magic = ints[0];
+  out->version = ints[1];
+  out->format = static_cast<Format>(ints[2]);
+  out->value_type = static_cast<ValueType>(ints[3]);
+  out->m = ints[4];
+  out->k = ints[5];
+  out->nnz = ints[6];
+  out->payload_words = ints[7];
+  return Status::success();
+}
+
+const char* format_name(Format format) {
+  switch (format) {
+    case Format::kTiledCsl:
+      return "tiled_csl";
+  }
+  return "unknown";
+}
+
+Status parse_format(const std::string& name, Format* out) {
+  if (name == "tiled_csl") {
+    *out = Format::kTiledCsl;
+    return Status::success();
+  }
+  return Status::invalid_value("format must be \"tiled_csl\", got \"" + name + "\"");
+}
+
+const char* value_type_name(ValueType type) {
+  return type == ValueType::kFloat16 ? "float16" : "bfloat16";
+}
+
+}  // namespace flash_llm

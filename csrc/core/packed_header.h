@@ -1,0 +1,44 @@
+// PackedHeader: the eight integers that describe a packed weight of any format. They travel with
+// every packed weight (as an int64[8] tensor in checkpoints, as a list of ints in operator calls),
+// so that a kernel never has to ask the device what a buffer holds.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "core/status.h"
+
+namespace flash_llm {
+
+// "FLASHLLM" read as a little-endian 64-bit integer.
+inline constexpr int64_t kPackedMagic = 0x4D4C4C4853414C46;
+// Raised when the meaning of any stored byte changes; readers refuse what they do not know.
+inline constexpr int64_t kPackedVersion = 1;
+inline constexpr int kPackedHeaderInts = 8;
+
+enum class Format : int64_t { kTiledCsl = 1 };
+
+// Values are stored as raw 16-bit patterns, so both types share every packer and unpacker.
+enum class ValueType : int64_t { kFloat16 = 1, kBfloat16 = 2 };
+
+struct PackedHeader {
+  int64_t magic = kPackedMagic;
+  int64_t version = kPackedVersion;
+  Format format = Format::kTiledCsl;
+  ValueType value_type = ValueType::kFloat16;
+  int64_t m = 0;              // rows of the weight: out_features
+  int64_t k = 0;              // columns of the weight: in_features
+  int64_t nnz = 0;            // values that are not ±0
+  int64_t payload_words = 0;  // 32-bit words in the payload, padding included
+
+  std::array<int64_t, kPackedHeaderInts> to_ints() const;
+  // Reads and checks `count` ints: magic, version, known format and type, sizes within range.
+  static Status from_ints(const int64_t* ints, int64_t count, PackedHeader* out);
+};
+
+const char* format_name(Format format);
+Status parse_format(const std::string& name, Format* out);
+const char* value_type_name(ValueType type);
+
+}  // namespace flash_llm

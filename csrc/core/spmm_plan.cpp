@@ -1,0 +1,200 @@
+#include "core/spmm_plan.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <limits>
+
+namespace flash_llm {
+namespace {
+
+// Above this many tokens the CPU unpacks the weight and calls the dense GEMM.
+constexpr int64_t kCpuTilesMaxTokens = 16;
+// The LSCD kernel against unpack + cuBLAS on an H200, 28672x7168, fp16, in microseconds
+// (2026-11-23):
+//   N = 64    50 % 200 / 352   70 % 170 / 339   80 % 127 / 314   90 % 119 / 295
+//   N = 128   50 % 392 / 362   70 % 329 / 349   80 % 243 / 322   90 % 228 / 304
+//   N = 256   50 % 741 / 405   70 % 624 / 383   80 % 469 / 354   90 % 440 / 333
+constexpr int64_t kLscdMaxTokens = 128;
+constexpr int64_t kLscdMaxTokensLowSparsity = 64;
+constexpr double kLowSparsity = 0.65;
+
+constexpr int kMinComputeCapability = 80;
+// A block of tokens of X is addressed with 31 bits, in units of 16 bytes.
+constexpr int64_t kMaxLscdK = int64_t{1} << 27;
+// Shared memory that the driver takes from each CTA.
+constexpr int kReservedSmemBytes = 1024;
+
+int find_config(const std::string& name) {
+  const auto& configs = lscd_configs();
+  for (size_t i = 0; i < configs.size(); ++i) {
+    if (name == configs[i].name) return static_cast<int>(i);
+  }
+  return -1;
+}
+
+// The narrowest configuration that covers n tokens, else the widest.
+int config_for(int64_t n) {
+  const auto& configs = lscd_configs();
+  for (size_t i = 0; i < configs.size(); ++i) {
+    if (n <= configs[i].tile_n) return static_cast<int>(i);
+  }
+  return static_cast<int>(configs.size()) - 1;
+}
+
+std::string join(const std::vector<std::string>& names) {
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "\"" : ", \"") + name + "\"";
+  return text;
+}
+
+std::string shape_text(const SpmmProblem& problem) {
+  return "M=" + std::to_string(problem.m) + " N=" + std::to_string(problem.n) +
+         " K=" + std::to_string(problem.k);
+}
+
+Status plan_dense(const SpmmProblem& problem, std::string reason, SpmmPlan* out) {
+  out->route = SpmmRoute::kDense;
+  out->workspace_bytes = problem.m * problem.k * 2;
+  out->reason = std::move(reason);
+  return Status::success();
+}
+
+Status plan_lscd(const SpmmProblem& problem, const DeviceInfo& device, int config_idx, int64_t ctas,
+                 std::string reason, SpmmPlan* out) {
+  const LscdConfig& config = lscd_configs()[static_cast<size_t>(config_idx)];
+  const int64_t col_blocks = (problem.n + config.tile_n - 1) / config.tile_n;
+  if (problem.k > kMaxLscdK) {
+    return Status::invalid_value(shape_text(problem) + " exceeds the kernel's limit K <= 2^27");
+  }
+  const int64_t rows = col_blocks * num_tile_rows(problem.m);
+  const int64_t units = rows * num_tile_cols(problem.k);
+  if (units > INT32_MAX) {
+    return Status::invalid_value(shape_text(problem) + " needs " + std::to_string(units) +
+                                 " tiles of work, more than 32-bit indices can count");
+  }
+  if (ctas == 0) {
+    const int smem_ctas = device.smem_per_sm_bytes / (lscd_smem_bytes(config) + kReservedSmemBytes);
+    const int ctas_per_sm = std::max(1, std::min(config.ctas_per_sm, smem_ctas));
+    ctas = int64_t{device.num_sms} * ctas_per_sm;
+  }
+  ctas = std::clamp<int64_t>(ctas, 1, std::max<int64_t>(units, 1));
+  out->route = SpmmRoute::kLscd;
+  out->config = config_idx;
+  out->ctas = ctas;
+  // A CTA leaves at most two partial tile rows behind: its first and its last.
+  if (config.packed_x) {
+    out->packed_x_bytes = col_blocks * config.tile_n * num_tile_cols(problem.k) * kTileK * 2;
+  }
+  out->workspace_bytes =
+      2 * ctas * kTileM * config.tile_n * static_cast<int64_t>(sizeof(float)) + out->packed_x_bytes;
+  out->reason = std::move(reason);
+  return Status::success();
+}
+
+}  // namespace
+
+const std::vector<LscdConfig>& lscd_configs() {
+  static const std::vector<LscdConfig> configs = {
+#define FLASH_LLM_ROW(name, warps_per_tile, tile_n, ctas_per_sm, packed_x) \
+  {#name, warps_per_tile, tile_n, ctas_per_sm, packed_x},
+      FLASH_LLM_LSCD_CONFIGS(FLASH_LLM_ROW)
+#undef FLASH_LLM_ROW
+  };
+  return configs;
+}
+
+std::string SpmmPlan::name() const {
+  switch (route) {
+    case SpmmRoute::kCpuReference:
+      return "cpu_reference";
+    case SpmmRoute::kCpuTiles:
+      return "cpu_tiles";
+    case SpmmRoute::kDense:
+      return "dense";
+    case SpmmRoute::kLscd:
+      return lscd_configs()[static_cast<size_t>(config)].name;
+  }
+  return "unknown";
+}
+
+std::string SpmmPlan::to_string() const {
+  std::string text = name();
+  if (route == SpmmRoute::kLscd) text += " ctas=" + std::to_string(ctas);
+  if (workspace_bytes > 0) text += " workspace_bytes=" + std::to_string(workspace_bytes);
+  return text + " (" + reason + ")";
+}
+
+std::vector<std::string> plan_names(bool cuda) {
+  if (!cuda) return {"cpu_tiles", "cpu_reference", "dense"};
+  std::vector<std::string> names;
+  for (const auto& config : lscd_configs()) names.emplace_back(config.name);
+  names.emplace_back("dense");
+  return names;
+}
+
+Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const std::string& config,
+                   int64_t ctas, SpmmPlan* out) {
+  const bool cuda = device.compute_capability > 0;
+  *out = SpmmPlan{};
+  if (problem.m < 0 || problem.n < 0 || problem.k < 0 || problem.nnz < 0) {
+    return Status::invalid_value(shape_text(problem) + " nnz=" + std::to_string(problem.nnz) +
+                                 " must not be negative");
+  }
+  if (problem.n > INT32_MAX || problem.m > INT32_MAX || problem.k > INT32_MAX) {
+    return Status::invalid_value(shape_text(problem) + " must each fit 31 bits");
+  }
+  if (problem.nnz > problem.m * problem.k) {
+    return Status::invalid_value(shape_text(problem) +
+                                 " cannot hold nnz=" + std::to_string(problem.nnz));
+  }
+  // 2 bytes per element must stay addressable, with room to spare for fp32.
+  constexpr int64_t kMaxElems = std::numeric_limits<int64_t>::max() / 16;
+  if (problem.n > 0 && std::max(problem.m, problem.k) > kMaxElems / problem.n) {
+    return Status::invalid_value(shape_text(problem) + " is too large to address");
+  }
+  if (ctas < 0 || ctas > 65535) {
+    return Status::invalid_value("ctas must lie in [0, 65535], got " + std::to_string(ctas));
+  }
+  if (cuda && device.compute_capability < kMinComputeCapability) {
+    return Status::unsupported("needs a GPU of compute capability 8.0 or newer, this one has " +
+                               std::to_string(device.compute_capability / 10) + "." +
+                               std::to_string(device.compute_capability % 10));
+  }
+  const std::vector<std::string> names = plan_names(cuda);
+  if (config != "auto" && std::find(names.begin(), names.end(), config) == names.end()) {
+    return Status::invalid_value("config must be \"auto\" or one of " + join(names) + " on " +
+                                 (cuda ? "CUDA" : "the CPU") + ", got \"" + config + "\"");
+  }
+
+  if (config == "dense") return plan_dense(problem, "forced", out);
+  if (cuda) {
+    if (config != "auto") {
+      return plan_lscd(problem, device, find_config(config), ctas, "forced", out);
+    }
+    const bool low_sparsity =
+        static_cast<double>(problem.nnz) >
+        (1.0 - kLowSparsity) * static_cast<double>(problem.m) * static_cast<double>(problem.k);
+    if (problem.n > (low_sparsity ? kLscdMaxTokensLowSparsity : kLscdMaxTokens)) {
+      return plan_dense(problem,
+                        low_sparsity ? "N > 64 below 65 % zeros: unpacking and cuBLAS cost less"
+                                     : "N > 128: unpacking and cuBLAS cost less",
+                        out);
+    }
+    return plan_lscd(problem, device, config_for(problem.n), ctas,
+                     "the narrowest tile that covers N decodes each weight once", out);
+  }
+  if (config == "cpu_reference") {
+    out->route = SpmmRoute::kCpuReference;
+    out->reason = "forced";
+    return Status::success();
+  }
+  if (config == "auto" && problem.n > kCpuTilesMaxTokens) {
+    return plan_dense(problem, "N > 16: the dense GEMM is compute-bound, unpacking costs less",
+                      out);
+  }
+  out->route = SpmmRoute::kCpuTiles;
+  out->reason = config == "auto" ? "N <= 16: each tile is decoded once per 8 tokens" : "forced";
+  return Status::success();
+}
+
+}  // namespace flash_llm

@@ -1,0 +1,78 @@
+// Which kernel multiplies, and how its work is cut: a pure function of the problem and the device,
+// so that it can be tested without a GPU, printed in a bug report, and forced from a test.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/spmm.h"
+#include "core/status.h"
+
+namespace flash_llm {
+
+// What a plan may depend on. compute_capability is 10 * major + minor, and 0 means the CPU.
+struct DeviceInfo {
+  int compute_capability = 0;
+  int num_sms = 0;
+  int smem_per_sm_bytes = 0;
+};
+
+enum class SpmmRoute {
+  kCpuReference,  // spmm_cpu_reference
+  kCpuTiles,      // spmm_cpu_tiles
+  kLscd,          // the CUDA kernel: load as sparse, compute as dense
+  kDense,         // unpack, then the vendor's dense GEMM; CPU and CUDA
+};
+
+// One built instantiation of the CUDA kernel. The kernel sources, the launch table, the test matrix
+// and Python's list of configurations all expand this list.
+//   name, warps that share a tile, columns of X per CTA, CTAs that fit an SM's registers, and
+//   whether X is first reordered into fragments (pays off once several warps or many columns read
+//   it)
+#define FLASH_LLM_LSCD_CONFIGS(row)                                                \
+  row(w1n8, 1, 8, 3, false) row(w1n16, 1, 16, 3, false) row(w2n32, 2, 32, 3, true) \
+      row(w4n64, 4, 64, 2, true)
+
+struct LscdConfig {
+  const char* name;
+  int warps_per_tile;
+  int tile_n;
+  int ctas_per_sm;  // by registers; shared memory may allow fewer
+  bool packed_x;
+};
+
+inline constexpr int kLscdCtaWarps = 4;
+inline constexpr int kTileBytes = kTileElems * 2;
+
+const std::vector<LscdConfig>& lscd_configs();
+
+// Shared memory of one CTA: a decoded tile for each group of warps that share one.
+constexpr int lscd_smem_bytes(const LscdConfig& config) {
+  return kLscdCtaWarps / config.warps_per_tile * kTileBytes;
+}
+
+struct SpmmPlan {
+  SpmmRoute route = SpmmRoute::kCpuTiles;
+  int config = -1;   // index into lscd_configs(), or -1
+  int64_t ctas = 0;  // kLscd: grid size; work is cut evenly between them (stream-K)
+  // Temporary memory: fp32 partial sums and then X in fragment order (kLscd), or the dense weight
+  // (kDense).
+  int64_t workspace_bytes = 0;
+  int64_t packed_x_bytes = 0;  // the second part of it
+  std::string reason;          // one sentence, with the measurement behind it
+
+  // "w1n8", "dense", "cpu_tiles" or "cpu_reference": what `config` of the operator takes.
+  std::string name() const;
+  std::string to_string() const;
+};
+
+// Names that the operator's `config` argument takes on this kind of device, "auto" excepted.
+std::vector<std::string> plan_names(bool cuda);
+
+// config = "auto" chooses; any other name forces that kernel. ctas = 0 chooses the grid (forcing
+// it matters only to kLscd).
+Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const std::string& config,
+                   int64_t ctas, SpmmPlan* out);
+
+}  // namespace flash_llm

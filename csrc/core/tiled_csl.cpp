@@ -1,0 +1,278 @@
+#include "core/tiled_csl.h"
+
+#include <algorithm>
+#include <array>
+#include <bitset>
+#include <cstddef>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace flash_llm {
+namespace {
+
+constexpr uint16_t kMagnitudeMask = 0x7FFF;
+
+bool is_zero(uint16_t value) { return (value & kMagnitudeMask) == 0; }
+
+// The part of the matrix that tile (tile_row, tile_col) covers; ragged at the edges.
+struct TileExtent {
+  int64_t row0, col0;
+  int rows, cols;
+};
+
+TileExtent tile_extent(int64_t tile, int64_t m, int64_t k) {
+  const int64_t tile_cols = num_tile_cols(k);
+  const int64_t row0 = tile / tile_cols * kTileM;
+  const int64_t col0 = tile % tile_cols * kTileK;
+  return {row0, col0, static_cast<int>(std::min<int64_t>(kTileM, m - row0)),
+          static_cast<int>(std::min<int64_t>(kTileK, k - col0))};
+}
+
+int64_t round_up_to_vector(int64_t entries) {
+  return (entries + kVectorEntries - 1) / kVectorEntries * kVectorEntries;
+}
+
+void pack_tile(const uint16_t* dense, int64_t ld, const TileExtent& extent, int num_entries,
+               uint32_t* entries) {
+  // One queue of places per shared-memory bank, each in rising order of place: scan by place, not
+  // by column. Padding takes the lowest free places, which always exist: a tile with padding is not
+  // full.
+  std::array<std::array<uint16_t, kTileElems / kNumBanks>, kNumBanks> queues;
+  std::array<int, kNumBanks> lengths{};
+  std::array<uint16_t, kVectorEntries> free_places{};
+  int num_free = 0;
+  int nnz = 0;
+  const auto value_at = [&](int place) -> uint16_t {
+    const int row = row_of_place(place), col = col_of_place(place);
+    return row < extent.rows && col < extent.cols
+               ? dense[(extent.row0 + row) * ld + extent.col0 + col]
+               : uint16_t{0};
+  };
+  for (int place = 0; place < kTileElems; ++place) {
+    const int row = row_of_place(place), col = col_of_place(place);
+    if (row >= extent.rows || col >= extent.cols) continue;
+    if (!is_zero(value_at(place))) {
+      const auto bank = static_cast<size_t>(bank_of_place(place));
+      queues[bank][static_cast<size_t>(lengths[bank]++)] = static_cast<uint16_t>(place);
+      ++nnz;
+    }
+  }
+  for (int place = 0; place < kTileElems && num_free < num_entries - nnz; ++place) {
+    if (is_zero(value_at(place))) {
+      free_places[static_cast<size_t>(num_free++)] = static_cast<uint16_t>(place);
+    }
+  }
+
+  int pos = 0;
+  const auto emit = [&](int place, uint16_t value) {
+    entries[storage_index(pos++, num_entries)] =
+        static_cast<uint32_t>(place) << 16 | static_cast<uint32_t>(value);
+  };
+  for (int rank = 0; pos < nnz; ++rank) {
+    for (size_t bank = 0; bank < kNumBanks; ++bank) {
+      if (rank < lengths[bank]) {
+        const int place = queues[bank][static_cast<size_t>(rank)];
+        emit(place, value_at(place));
+      }
+    }
+  }
+  for (int i = 0; i < num_free; ++i) emit(free_places[static_cast<size_t>(i)], 0);
+}
+
+// First failure of several threads: the one in the lowest tile wins, so messages are repeatable.
+class FirstFailure {
+ public:
+  void report(int64_t tile, const std::string& message) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (tile_ < 0 || tile < tile_) {
+      tile_ = tile;
+      message_ = message;
+    }
+  }
+  Status status() const {
+    return tile_ < 0 ? Status::success()
+                     : Status::invalid_value("tile " + std::to_string(tile_) + ": " + message_);
+  }
+
+ private:
+  std::mutex mutex_;
+  int64_t tile_ = -1;
+  std::string message_;
+};
+
+}  // namespace
+
+Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
+                       const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz) {
+  const int64_t tiles = num_tiles(m, k);
+  std::vector<int32_t> counts(static_cast<size_t>(tiles));
+  parallel_for(tiles, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const TileExtent extent = tile_extent(tile, m, k);
+      int32_t count = 0;
+      for (int row = 0; row < extent.rows; ++row) {
+        const uint16_t* values = dense + (extent.row0 + row) * ld + extent.col0;
+        for (int col = 0; col < extent.cols; ++col) count += !is_zero(values[col]);
+      }
+      counts[static_cast<size_t>(tile)] = count;
+    }
+  });
+  int64_t vectors = 0;
+  *nnz = 0;
+  offsets[0] = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t count = counts[static_cast<size_t>(tile)];
+    *nnz += count;
+    vectors += round_up_to_vector(count) / kVectorEntries;
+    if (vectors > INT32_MAX) {
+      return Status::invalid_value("a weight of " + std::to_string(m) + "x" + std::to_string(k) +
+                                   " has more nonzeros than 31-bit vector offsets can address");
+    }
+    offsets[tile + 1] = static_cast<int32_t>(vectors);
+  }
+  return Status::success();
+}
+
+void tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
+                    const ParallelFor& parallel_for, uint32_t* entries) {
+  parallel_for(num_tiles(m, k), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      pack_tile(dense, ld, tile_extent(tile, m, k),
+                (offsets[tile + 1] - offsets[tile]) * kVectorEntries,
+                entries + int64_t{offsets[tile]} * kVectorEntries);
+    }
+  });
+}
+
+void tiled_csl_unpack(const TiledCslView& view, const ParallelFor& parallel_for, uint16_t* dense) {
+  parallel_for(num_tiles(view.m, view.k), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const TileExtent extent = tile_extent(tile, view.m, view.k);
+      uint16_t* out = dense + extent.row0 * view.k + extent.col0;
+      for (int row = 0; row < extent.rows; ++row) {
+        std::fill_n(out + row * view.k, extent.cols, uint16_t{0});
+      }
+      const auto [first, last] = tile_entry_range(view, tile);
+      for (int64_t i = first; i < last; ++i) {
+        const int place = static_cast<int>(view.entries[i] >> 16) % kTileElems;
+        const int row = row_of_place(place), col = col_of_place(place);
+        if (row < extent.rows && col < extent.cols) {
+          out[row * view.k + col] = static_cast<uint16_t>(view.entries[i]);
+        }
+      }
+    }
+  });
+}
+
+Status tiled_csl_check_sizes(const PackedHeader& header, int64_t num_offsets,
+                             int64_t payload_words) {
+  const int64_t tiles = num_tiles(header.m, header.k);
+  if (num_offsets != tiles + 1) {
+    return Status::invalid_value("offsets must hold " + std::to_string(tiles + 1) +
+                                 " elements for a " + std::to_string(header.m) + "x" +
+                                 std::to_string(header.k) + " weight, got " +
+                                 std::to_string(num_offsets));
+  }
+  if (payload_words != header.payload_words) {
+    return Status::invalid_value("payload must hold " + std::to_string(header.payload_words) +
+                                 " words, as the header says, got " +
+                                 std::to_string(payload_words));
+  }
+  if (payload_words % kVectorEntries != 0 || payload_words / kVectorEntries > INT32_MAX) {
+    return Status::invalid_value(
+        "payload must be whole vectors of 4 words, at most 2^31 - 1, got " +
+        std::to_string(payload_words) + " words");
+  }
+  const int64_t padding = payload_words - header.nnz;
+  if (padding < 0 || padding > tiles * (kVectorEntries - 1)) {
+    return Status::invalid_value(
+        "header says nnz = " + std::to_string(header.nnz) + ", which does not fit a payload of " +
+        std::to_string(payload_words) + " words in " + std::to_string(tiles) + " tiles");
+  }
+  return Status::success();
+}
+
+Status tiled_csl_validate(const TiledCslView& view, const ParallelFor& parallel_for) {
+  const int64_t tiles = num_tiles(view.m, view.k);
+  if (view.offsets[0] != 0) {
+    return Status::invalid_value("offsets[0] must be 0, got " + std::to_string(view.offsets[0]));
+  }
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t vectors = int64_t{view.offsets[tile + 1]} - view.offsets[tile];
+    if (vectors < 0) {
+      return Status::invalid_value(
+          "offsets must never decrease, got offsets[" + std::to_string(tile) +
+          "] = " + std::to_string(view.offsets[tile]) + " and offsets[" + std::to_string(tile + 1) +
+          "] = " + std::to_string(view.offsets[tile + 1]));
+    }
+    if (vectors > kTileElems / kVectorEntries) {
+      return Status::invalid_value("tile " + std::to_string(tile) + " holds " +
+                                   std::to_string(vectors) + " vectors, at most " +
+                                   std::to_string(kTileElems / kVectorEntries) + " fit");
+    }
+  }
+  if (int64_t{view.offsets[tiles]} * kVectorEntries != view.num_entries) {
+    return Status::invalid_value("offsets must end at the payload's " +
+                                 std::to_string(view.num_entries / kVectorEntries) +
+                                 " vectors, got " + std::to_string(view.offsets[tiles]));
+  }
+
+  FirstFailure failure;
+  std::mutex nnz_mutex;
+  int64_t nnz = 0;
+  parallel_for(tiles, 16, [&](int64_t begin, int64_t end) {
+    int64_t range_nnz = 0;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const TileExtent extent = tile_extent(tile, view.m, view.k);
+      std::bitset<kTileElems> seen;
+      int padding = 0;
+      const auto [first, last] = tile_entry_range(view, tile);
+      for (int64_t i = first; i < last; ++i) {
+        const auto place = static_cast<int>(view.entries[i] >> 16);
+        const auto value = static_cast<uint16_t>(view.entries[i]);
+        if (place >= kTileElems) {
+          failure.report(tile, "place must be below 8192, got " + std::to_string(place));
+          return;
+        }
+        if (row_of_place(place) >= extent.rows || col_of_place(place) >= extent.cols) {
+          // Padding may point outside the matrix: what it writes is a zero that nobody reads.
+          if (!is_zero(value)) {
+            failure.report(tile, "place " + std::to_string(place) + " (row " +
+                                     std::to_string(row_of_place(place)) + ", column " +
+                                     std::to_string(col_of_place(place)) +
+                                     ") lies outside the matrix");
+            return;
+          }
+        }
+        if (seen.test(static_cast<size_t>(place))) {
+          failure.report(tile, "place " + std::to_string(place) + " occurs twice");
+          return;
+        }
+        seen.set(static_cast<size_t>(place));
+        if (is_zero(value)) {
+          ++padding;
+          if (value != 0) {
+            failure.report(tile, "a stored value must not be -0");
+            return;
+          }
+          if (padding >= kVectorEntries) {
+            failure.report(tile, "more than 3 stored zeros: padding only fills the last vector");
+            return;
+          }
+        }
+      }
+      range_nnz += last - first - padding;
+    }
+    const std::lock_guard<std::mutex> lock(nnz_mutex);
+    nnz += range_nnz;
+  });
+  if (Status status = failure.status(); !status.ok()) return status;
+  if (nnz != view.nnz) {
+    return Status::invalid_value("header says nnz = " + std::to_string(view.nnz) +
+                                 ", the payload holds " + std::to_string(nnz));
+  }
+  return Status::success();
+}
+
+}  // namespace flash_llm

@@ -1,0 +1,134 @@
+// Tiled-CSL: the sparse format of Flash-LLM (arXiv 2309.10285, section 4.3.1).
+//
+// The weight W[M, K] is cut into tiles of 128 x 64, stored tile row by tile row. Each nonzero is
+// one 32-bit entry; `offsets` says where each tile's entries begin.
+//
+//   offsets  int32[num_tiles + 1], in vectors; offsets[0] = 0, never decreasing,
+//            offsets[num_tiles] = payload_words / 4
+//   entries  uint32[payload_words]; a vector is 4 entries = 16 bytes, the unit of a global load
+//   entry    bits 0..15  the value, a raw fp16 or bf16 pattern
+//            bits 16..31 its place in the tile, 0..8191
+//
+// Invariants (tiled_csl_validate checks all of them):
+//   * places are distinct within a tile and, padding aside, lie inside the matrix in ragged tiles;
+//   * no stored value is -0; an entry whose value is +0 is padding. A tile has fewer than 4 of
+//   these,
+//     just enough to fill its last vector. A padding entry writes a zero where a zero belongs,
+//     so kernels need not know it;
+//   * the number of entries that are not padding is nnz.
+//
+// Place. A decoded tile is 128 rows of 128 bytes. Row r keeps its 64 columns permuted and swizzled:
+//
+//   column c = 32 u + 8 t + 2 v + h      u = 0..1 (half of the tile), t = 0..3 (thread),
+//                                        v = 0..3 (word), h = 0..1 (half of a word)
+//   chunk  q = 4 u + v                   0..7, 16 bytes each
+//   place    = 64 r + 8 (q ^ (r mod 8)) + 2 t + h
+//
+// The XOR is the paper's swizzle: ldmatrix reads eight rows of one chunk without bank conflicts.
+// The permutation hands thread t of an mma.m16n8k16 quad, for the two k-steps of half u, the 8
+// consecutive columns 32 u + 8 t .. + 7: the kernel reads X straight from global memory, 16 bytes
+// per thread and 64 contiguous bytes per quad. (A sum over K does not care in which order K is
+// walked.)
+//
+// Order. Entries may stand in any order; tiled_csl_pack picks the one that the paper calls
+// ahead-of-time sparse data reordering. A warp stores 32 entries at a time into shared memory, lane
+// l taking entry e of vector l. So pack sorts a tile's entries by (rank within bank, bank), where
+// bank = (place / 2) mod 32, and deals them out along e-planes: see storage_index.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "core/packed_header.h"
+#include "core/parallel.h"
+#include "core/status.h"
+
+namespace flash_llm {
+
+inline constexpr int kTileM = 128;
+inline constexpr int kTileK = 64;
+inline constexpr int kTileElems = kTileM * kTileK;
+inline constexpr int kVectorEntries = 4;
+inline constexpr int kNumBanks = 32;
+inline constexpr int kWarpEntries = 32 * kVectorEntries;  // what one warp-wide 16-byte load brings
+
+// The three functions below are shared with the CUDA packer: the bytes must be identical.
+#ifdef __CUDACC__
+#define FLASH_LLM_HOST_DEVICE __host__ __device__
+#else
+#define FLASH_LLM_HOST_DEVICE
+#endif
+
+FLASH_LLM_HOST_DEVICE constexpr int place_of(int row, int col) {
+  const int thread = (col >> 3) & 3, chunk = (col >> 5) * 4 + ((col >> 1) & 3), half = col & 1;
+  return row * kTileK + ((chunk ^ (row & 7)) << 3) + thread * 2 + half;
+}
+
+FLASH_LLM_HOST_DEVICE constexpr int row_of_place(int place) { return place / kTileK; }
+
+FLASH_LLM_HOST_DEVICE constexpr int col_of_place(int place) {
+  const int chunk = ((place >> 3) & 7) ^ ((place >> 6) & 7);
+  return (chunk >> 2) * 32 + ((place >> 1) & 3) * 8 + (chunk & 3) * 2 + (place & 1);
+}
+
+FLASH_LLM_HOST_DEVICE constexpr int bank_of_place(int place) { return (place >> 1) & 31; }
+
+// Where the entry at position `pos` of the conflict-avoiding order is stored, in a tile of
+// `num_entries` (a multiple of 4). Each block of 128 entries is 32 lanes x 4 entries; consecutive
+// positions run over the lanes first, so 32 consecutive positions are stored by one instruction.
+FLASH_LLM_HOST_DEVICE constexpr int storage_index(int pos, int num_entries) {
+  const int block = pos / kWarpEntries * kWarpEntries;
+  const int left = num_entries - block;
+  const int lanes = (left < kWarpEntries ? left : kWarpEntries) / kVectorEntries;
+  const int within = pos - block;
+  return block + within % lanes * kVectorEntries + within / lanes;
+}
+
+constexpr int64_t num_tile_rows(int64_t m) { return (m + kTileM - 1) / kTileM; }
+FLASH_LLM_HOST_DEVICE constexpr int64_t num_tile_cols(int64_t k) {
+  return (k + kTileK - 1) / kTileK;
+}
+constexpr int64_t num_tiles(int64_t m, int64_t k) { return num_tile_rows(m) * num_tile_cols(k); }
+
+// A packed weight as the kernels see it; the caller owns the buffers.
+struct TiledCslView {
+  int64_t m = 0;
+  int64_t k = 0;
+  int64_t nnz = 0;
+  const int32_t* offsets = nullptr;   // [num_tiles(m, k) + 1]
+  const uint32_t* entries = nullptr;  // [num_entries]
+  int64_t num_entries = 0;
+};
+
+// [first, last) of a tile's entries, clamped into the buffer: a malformed weight that slipped past
+// validation gives wrong numbers but never touches memory that is not ours.
+inline std::pair<int64_t, int64_t> tile_entry_range(const TiledCslView& view, int64_t tile) {
+  const int64_t first =
+      std::clamp<int64_t>(int64_t{view.offsets[tile]} * kVectorEntries, 0, view.num_entries);
+  const int64_t last = std::clamp<int64_t>(int64_t{view.offsets[tile + 1]} * kVectorEntries, first,
+                                           view.num_entries);
+  return {first, last};
+}
+
+// Pass 1 of packing: fills offsets[num_tiles + 1] and *nnz from dense[m, k] (row stride `ld`, in
+// elements, raw 16-bit patterns). Fails when the vectors would not be addressable with 31 bits.
+Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
+                       const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz);
+
+// Pass 2: writes entries[4 * offsets[num_tiles]]. `offsets` comes from tiled_csl_count.
+void tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
+                    const ParallelFor& parallel_for, uint32_t* entries);
+
+// Writes every element of dense[m, k] (contiguous). Safe on any buffer that
+// tiled_csl_check_sizes accepts; what a malformed one unpacks to is unspecified.
+void tiled_csl_unpack(const TiledCslView& view, const ParallelFor& parallel_for, uint16_t* dense);
+
+// The cheap check of every call: buffer lengths against the shape, nothing is read.
+Status tiled_csl_check_sizes(const PackedHeader& header, int64_t num_offsets,
+                             int64_t payload_words);
+
+// The check in depth, on host buffers of checked sizes: every invariant above.
+Status tiled_csl_validate(const TiledCslView& view, const ParallelFor& parallel_for);
+
+}  // namespace flash_llm

@@ -1,0 +1,255 @@
+// fuzz_packed SECONDS [SEED]: throws damaged packed weights at header parsing, validate, unpack and
+// the CPU kernel. Meant for a build with ASan and UBSan, which end the run at the first bad access.
+//
+// Each round packs a random matrix, damages it in a few places (or not at all, or replaces it by
+// noise) and checks what must hold whatever the damage:
+//   * an undamaged weight validates, and unpacks to what was packed;
+//   * a weight that validates is canonical: unpacking, packing again and unpacking gives the same
+//     matrix and the same nnz;
+//   * unpack and spmm on anything that passes the cheap size check touch no foreign memory.
+// A failure prints the seed and the round, which reproduce it.
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/packed_header.h"
+#include "core/spmm.h"
+#include "core/tiled_csl.h"
+#include "testing.h"
+
+namespace flash_llm::testing {
+namespace {
+
+class Fuzzer {
+ public:
+  explicit Fuzzer(uint64_t seed) : seed_(seed) {}
+
+  void run_round(uint64_t round) {
+    round_ = round;
+    rng_.seed(static_cast<uint32_t>(seed_ * 0x9E3779B9U + round));
+    const int64_t m = pick_size(), k = pick_size();
+    const double sparsities[] = {0.0, 0.3, 0.7, 0.97, 1.0};
+    const DenseMatrix dense =
+        random_patterns(m, k, sparsities[below(5)], static_cast<uint32_t>(rng_()), below(3));
+    Packed packed;
+    require(pack(dense, serial_for, &packed).ok(), "pack refused a small matrix");
+
+    const int64_t damages = below(4);
+    for (int64_t i = 0; i < damages; ++i) damage(packed);
+    if (damages == 0) {
+      const Status status = check(packed);
+      require(status.ok(), "an undamaged weight was refused: " + status.message);
+      const std::vector<uint16_t> back = unpack(packed, serial_for);
+      for (int64_t row = 0; row < m; ++row) {
+        for (int64_t col = 0; col < k; ++col) {
+          const uint16_t value = dense.at(row, col);
+          require(back[static_cast<size_t>(row * k + col)] ==
+                      (is_zero_pattern(value) ? uint16_t{0} : value),
+                  "unpack changed a value");
+        }
+      }
+    }
+    exercise(packed);
+  }
+
+  uint64_t accepted() const { return accepted_; }
+  uint64_t refused() const { return refused_; }
+
+ private:
+  int64_t below(int64_t bound) {
+    return static_cast<int64_t>(rng_() % static_cast<uint64_t>(bound));
+  }
+
+  int64_t pick_size() {
+    const int64_t sizes[] = {0, 1, 3, 63, 64, 65, 127, 128, 129, 200, 260};
+    return sizes[below(11)];
+  }
+
+  int64_t interesting() {
+    const int64_t values[] = {0,
+                              1,
+                              -1,
+                              3,
+                              4,
+                              8191,
+                              8192,
+                              8193,
+                              65535,
+                              INT32_MAX,
+                              INT32_MIN,
+                              INT64_MAX,
+                              INT64_MIN,
+                              2048,
+                              2049,
+                              int64_t{1} << 31,
+                              int64_t{1} << 62,
+                              127};
+    return values[below(18)];
+  }
+
+  // Up to 2 more or less, wrapping around as corrupted integers do.
+  int64_t nudged(int64_t value) {
+    return static_cast<int64_t>(static_cast<uint64_t>(value) + static_cast<uint64_t>(below(5)) -
+                                2U);
+  }
+
+  void require(bool condition, const std::string& what) const {
+    if (condition) return;
+    std::fprintf(stderr, "fuzz_packed: seed %llu round %llu: %s\n",
+                 static_cast<unsigned long long>(seed_), static_cast<unsigned long long>(round_),
+                 what.c_str());
+    std::abort();
+  }
+
+  void damage(Packed& packed) {
+    switch (below(10)) {
+      case 0: {  // a header field
+        auto ints = packed.header.to_ints();
+        const size_t field = pick_index(ints.size());
+        ints[field] = below(2) ? interesting() : nudged(ints[field]);
+        packed.header = {ints[0],
+                         ints[1],
+                         static_cast<Format>(ints[2]),
+                         static_cast<ValueType>(ints[3]),
+                         ints[4],
+                         ints[5],
+                         ints[6],
+                         ints[7]};
+        break;
+      }
+      case 1:  // an offset
+        packed.offsets[pick_index(packed.offsets.size())] = static_cast<int32_t>(interesting());
+        break;
+      case 2: {  // an offset, slightly
+        int32_t& offset = packed.offsets[pick_index(packed.offsets.size())];
+        offset = static_cast<int32_t>(nudged(offset));
+        break;
+      }
+      case 3:  // length of offsets
+        packed.offsets.resize(
+            static_cast<size_t>(1 + below(static_cast<int64_t>(packed.offsets.size()) + 2)), 0);
+        break;
+      case 4:  // length of the payload, with the header following or not
+        packed.entries.resize(
+            static_cast<size_t>(below(static_cast<int64_t>(packed.entries.size()) + 9)), 0);
+        if (below(2)) packed.header.payload_words = static_cast<int64_t>(packed.entries.size());
+        break;
+      case 5:  // one bit of an entry
+        if (!packed.entries.empty())
+          packed.entries[pick_index(packed.entries.size())] ^= 1U << below(32);
+        break;
+      case 6:  // one whole entry
+        if (!packed.entries.empty()) {
+          packed.entries[pick_index(packed.entries.size())] = static_cast<uint32_t>(rng_());
+        }
+        break;
+      case 7:  // two entries change places: still valid within a tile, never across ragged ones
+        if (!packed.entries.empty()) {
+          std::swap(packed.entries[pick_index(packed.entries.size())],
+                    packed.entries[pick_index(packed.entries.size())]);
+        }
+        break;
+      case 8:  // a run of noise
+        for (size_t i = packed.entries.empty() ? 0 : pick_index(packed.entries.size());
+             i < packed.entries.size() && below(16) != 0; ++i) {
+          packed.entries[i] = static_cast<uint32_t>(rng_());
+        }
+        break;
+      case 9:  // a transposed or grown shape
+        if (below(2)) {
+          std::swap(packed.header.m, packed.header.k);
+        } else {
+          packed.header.m = nudged(packed.header.m);
+        }
+        break;
+    }
+  }
+
+  size_t pick_index(size_t size) { return static_cast<size_t>(below(static_cast<int64_t>(size))); }
+
+  static Status check_sizes(const Packed& packed, PackedHeader* header) {
+    const auto ints = packed.header.to_ints();
+    Status status = PackedHeader::from_ints(ints.data(), kPackedHeaderInts, header);
+    if (!status.ok()) return status;
+    return tiled_csl_check_sizes(*header, static_cast<int64_t>(packed.offsets.size()),
+                                 static_cast<int64_t>(packed.entries.size()));
+  }
+
+  static Status check(const Packed& packed) {
+    PackedHeader header;
+    Status status = check_sizes(packed, &header);
+    return status.ok() ? tiled_csl_validate(packed.view(), serial_for) : status;
+  }
+
+  void exercise(const Packed& packed) {
+    PackedHeader header;
+    if (!check_sizes(packed, &header).ok()) {
+      ++refused_;
+      return;
+    }
+    // 16 MB at most: a header may claim a huge K with M = 0, or the reverse.
+    if (header.m > 4096 || header.k > 4096) return;
+    const bool valid = tiled_csl_validate(packed.view(), serial_for).ok();
+    require(valid == tiled_csl_validate(packed.view(), threaded_for).ok(),
+            "validate depends on threads");
+    ++(valid ? accepted_ : refused_);
+
+    const std::vector<uint16_t> dense = unpack(packed, serial_for);
+    multiply(packed);
+    if (!valid) return;
+    Packed again;
+    require(pack({header.m, header.k, header.k, dense}, serial_for, &again).ok(), "pack refused");
+    require(again.header.nnz == header.nnz, "nnz changed in a second packing");
+    require(unpack(again, serial_for) == dense, "a second packing changed the matrix");
+  }
+
+  void multiply(const Packed& packed) {
+    SpmmArgs args;
+    args.weight = packed.view();
+    args.n = below(3);
+    args.x_stride = packed.header.k;
+    args.value_type = packed.header.value_type;
+    std::vector<uint16_t> x(static_cast<size_t>(args.n * args.x_stride));
+    for (auto& value : x) value = static_cast<uint16_t>(rng_());
+    std::vector<uint16_t> y(static_cast<size_t>(args.n * packed.header.m));
+    args.x = x.data();
+    args.y = y.data();
+    spmm_cpu_tiles(args, serial_for);
+  }
+
+  uint64_t seed_;
+  uint64_t round_ = 0;
+  std::mt19937 rng_;
+  uint64_t accepted_ = 0;
+  uint64_t refused_ = 0;
+};
+
+}  // namespace
+}  // namespace flash_llm::testing
+
+int main(int argc, char** argv) {
+  if (argc < 2 || argc > 3) {
+    std::fprintf(stderr, "usage: %s SECONDS [SEED]\n", argv[0]);
+    return 2;
+  }
+  const double seconds = std::atof(argv[1]);
+  const uint64_t seed = argc == 3 ? std::strtoull(argv[2], nullptr, 10) : 1;
+  flash_llm::testing::Fuzzer fuzzer(seed);
+  const auto start = std::chrono::steady_clock::now();
+  uint64_t rounds = 0;
+  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() <
+         seconds) {
+    fuzzer.run_round(rounds++);
+  }
+  std::printf(
+      "fuzz_packed: seed %llu, %llu rounds in %.0f s, %llu weights accepted, %llu refused, clean\n",
+      static_cast<unsigned long long>(seed), static_cast<unsigned long long>(rounds), seconds,
+      static_cast<unsigned long long>(fuzzer.accepted()),
+      static_cast<unsigned long long>(fuzzer.refused()));
+  // Both paths must have been walked, else the run says nothing.
+  return fuzzer.accepted() > 0 && fuzzer.refused() > 0 ? 0 : 1;
+}

@@ -1,0 +1,218 @@
+// Kernel choice is a pure function: these tests are its specification, and need no GPU.
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "core/spmm_plan.h"
+
+namespace flash_llm {
+namespace {
+
+constexpr DeviceInfo kCpu{};
+// A100: 108 SMs of 164 KB; H200: 132 SMs of 228 KB.
+constexpr DeviceInfo kA100{80, 108, 164 * 1024};
+constexpr DeviceInfo kH200{90, 132, 228 * 1024};
+
+SpmmProblem problem(int64_t m, int64_t n, int64_t k, double sparsity = 0.8) {
+  SpmmProblem out;
+  out.m = m;
+  out.n = n;
+  out.k = k;
+  out.nnz =
+      static_cast<int64_t>(static_cast<double>(m) * static_cast<double>(k) * (1.0 - sparsity));
+  return out;
+}
+
+SpmmPlan plan_of(const SpmmProblem& problem, const DeviceInfo& device,
+                 const std::string& config = "auto", int64_t ctas = 0) {
+  SpmmPlan plan;
+  const Status status = select_plan(problem, device, config, ctas, &plan);
+  EXPECT_TRUE(status.ok()) << status.message;
+  return plan;
+}
+
+Status failure_of(const SpmmProblem& problem, const DeviceInfo& device,
+                  const std::string& config = "auto", int64_t ctas = 0) {
+  SpmmPlan plan;
+  Status status = select_plan(problem, device, config, ctas, &plan);
+  EXPECT_FALSE(status.ok()) << plan.to_string();
+  return status;
+}
+
+TEST(Configs, RowsAreDistinctOrderedAndFitTheSmallestGpu) {
+  std::set<std::string> names;
+  int last_tile_n = 0;
+  for (const LscdConfig& config : lscd_configs()) {
+    EXPECT_TRUE(names.insert(config.name).second) << config.name;
+    EXPECT_GE(config.tile_n, last_tile_n) << "choosing the narrowest relies on rising tile_n";
+    last_tile_n = config.tile_n;
+    EXPECT_EQ(config.tile_n % 8, 0) << "mma.m16n8k16";
+    EXPECT_EQ(kLscdCtaWarps % config.warps_per_tile, 0) << config.name;
+    const std::string stem =
+        "w" + std::to_string(config.warps_per_tile) + "n" + std::to_string(config.tile_n);
+    EXPECT_EQ(std::string(config.name).substr(0, stem.size()), stem);
+    // sm_86 and sm_89 have the least: 99 KB for one CTA.
+    EXPECT_LE(lscd_smem_bytes(config), 99 * 1024) << config.name;
+  }
+}
+
+TEST(SelectPlan, TheNarrowestTileThatCoversN) {
+  for (const DeviceInfo& device : {kA100, kH200}) {
+    for (int64_t n = 1; n <= lscd_configs().back().tile_n; ++n) {
+      const SpmmPlan plan = plan_of(problem(28672, n, 7168), device);
+      ASSERT_EQ(plan.route, SpmmRoute::kLscd) << "N=" << n;
+      const int chosen = lscd_configs()[static_cast<size_t>(plan.config)].tile_n;
+      EXPECT_GE(chosen, n);
+      for (const LscdConfig& config : lscd_configs()) {
+        EXPECT_FALSE(config.tile_n >= n && config.tile_n < chosen)
+            << "N=" << n << " took " << plan.name() << " though " << config.name << " covers it";
+      }
+    }
+    EXPECT_EQ(plan_of(problem(28672, 0, 7168), device).route, SpmmRoute::kLscd);
+  }
+}
+
+TEST(SelectPlan, PrefillGoesToTheDenseGemm) {
+  const SpmmPlan plan = plan_of(problem(28672, 2048, 7168), kH200);
+  EXPECT_EQ(plan.route, SpmmRoute::kDense);
+  EXPECT_EQ(plan.name(), "dense");
+  EXPECT_EQ(plan.workspace_bytes, int64_t{28672} * 7168 * 2);
+  EXPECT_FALSE(plan.reason.empty());
+}
+
+TEST(SelectPlan, OneSwitchBetweenSparseAndDenseAsNGrows) {
+  for (const DeviceInfo& device : {kCpu, kA100, kH200}) {
+    bool dense_before = false;
+    for (int64_t n = 0; n <= 4096; ++n) {
+      const bool dense = plan_of(problem(4096, n, 4096), device).route == SpmmRoute::kDense;
+      EXPECT_FALSE(dense_before && !dense) << "N=" << n << " went back to sparse";
+      dense_before = dense;
+    }
+    EXPECT_TRUE(dense_before);
+  }
+}
+
+TEST(SelectPlan, TheCpuTakesItsOwnKernels) {
+  EXPECT_EQ(plan_of(problem(576, 1, 1536), kCpu).route, SpmmRoute::kCpuTiles);
+  EXPECT_EQ(plan_of(problem(576, 512, 1536), kCpu).route, SpmmRoute::kDense);
+  EXPECT_EQ(plan_of(problem(576, 1, 1536), kCpu, "cpu_reference").route, SpmmRoute::kCpuReference);
+  EXPECT_EQ(plan_of(problem(576, 512, 1536), kCpu, "cpu_tiles").route, SpmmRoute::kCpuTiles);
+}
+
+TEST(SelectPlan, EveryNameCanBeForcedOnEveryShape) {
+  for (const DeviceInfo& device : {kCpu, kA100, kH200}) {
+    for (const std::string& name : plan_names(device.compute_capability > 0)) {
+      for (const SpmmProblem& shape :
+           {problem(0, 0, 0), problem(1, 1, 1), problem(128, 0, 64), problem(0, 8, 64),
+            problem(128, 8, 0), problem(129, 65, 65), problem(28672, 4096, 7168)}) {
+        const SpmmPlan plan = plan_of(shape, device, name);
+        EXPECT_EQ(plan.name(), name);
+        EXPECT_EQ(plan.reason, "forced");
+        if (plan.route == SpmmRoute::kLscd) {
+          EXPECT_GE(plan.ctas, 1);
+        }
+        EXPECT_GE(plan.workspace_bytes, 0);
+      }
+    }
+  }
+}
+
+TEST(SelectPlan, IsPure) {
+  const SpmmPlan first = plan_of(problem(28672, 16, 7168), kH200);
+  plan_of(problem(1, 1, 1), kA100);
+  const SpmmPlan again = plan_of(problem(28672, 16, 7168), kH200);
+  EXPECT_EQ(first.to_string(), again.to_string());
+}
+
+TEST(SelectPlan, TheGridFillsTheGpuAndNeverOutgrowsTheWork) {
+  for (const LscdConfig& config : lscd_configs()) {
+    const SpmmPlan big = plan_of(problem(28672, config.tile_n, 7168), kH200, config.name);
+    EXPECT_EQ(big.ctas % kH200.num_sms, 0) << config.name;
+    EXPECT_LE(big.ctas, int64_t{kH200.num_sms} * config.ctas_per_sm);
+    EXPECT_LE(big.ctas / kH200.num_sms * lscd_smem_bytes(config), kH200.smem_per_sm_bytes);
+
+    // Two tile rows of three tiles: six units of work.
+    const SpmmPlan small = plan_of(problem(130, 1, 150), kH200, config.name);
+    EXPECT_EQ(small.ctas, 6) << config.name;
+  }
+}
+
+TEST(SelectPlan, AForcedGridIsTaken) {
+  for (const int64_t ctas : {1, 2, 7, 1000, 224 * 112}) {
+    const SpmmPlan plan = plan_of(problem(28672, 8, 7168), kH200, "w1n8", ctas);
+    EXPECT_EQ(plan.ctas, ctas);
+    // Two partial tile rows of fp32 per CTA.
+    EXPECT_EQ(plan.workspace_bytes, 2 * ctas * kTileM * 8 * 4);
+  }
+}
+
+TEST(SelectPlan, AForcedGridIsCutToTheWork) {
+  EXPECT_EQ(plan_of(problem(130, 1, 150), kH200, "w1n8", 65535).ctas, 6);
+  EXPECT_EQ(plan_of(problem(0, 1, 150), kH200, "w1n8", 65535).ctas, 1);
+}
+
+TEST(SelectPlan, PrintsWhatItChose) {
+  const std::string text = plan_of(problem(28672, 8, 7168), kH200, "w1n8", 396).to_string();
+  EXPECT_NE(text.find("w1n8"), std::string::npos) << text;
+  EXPECT_NE(text.find("ctas=396"), std::string::npos) << text;
+  EXPECT_NE(text.find("workspace_bytes="), std::string::npos) << text;
+  EXPECT_NE(text.find("forced"), std::string::npos) << text;
+}
+
+TEST(SelectPlan, RefusesOldGpus) {
+  for (const int capability : {50, 70, 75}) {
+    const Status status = failure_of(problem(128, 8, 64), {capability, 80, 64 * 1024});
+    EXPECT_EQ(status.code, StatusCode::kUnsupported);
+    EXPECT_NE(status.message.find("compute capability 8.0 or newer, this one has " +
+                                  std::to_string(capability / 10) + "." +
+                                  std::to_string(capability % 10)),
+              std::string::npos)
+        << status.message;
+  }
+}
+
+TEST(SelectPlan, RefusesNamesOfTheOtherDevice) {
+  for (const std::string& name : plan_names(true)) {
+    if (name == "dense") continue;
+    const Status status = failure_of(problem(128, 8, 64), kCpu, name);
+    EXPECT_EQ(status.code, StatusCode::kInvalidValue);
+    EXPECT_NE(status.message.find("\"cpu_tiles\""), std::string::npos) << status.message;
+    EXPECT_NE(status.message.find("got \"" + name + "\""), std::string::npos) << status.message;
+  }
+  for (const char* name : {"cpu_tiles", "cpu_reference", "", "AUTO", "w1n8 ", "fast"}) {
+    EXPECT_EQ(failure_of(problem(128, 8, 64), kH200, name).code, StatusCode::kInvalidValue);
+  }
+}
+
+TEST(SelectPlan, RefusesWhatThirtyTwoBitsCannotIndex) {
+  const int64_t too_large = int64_t{1} << 31;
+  for (const DeviceInfo& device : {kCpu, kH200}) {
+    EXPECT_EQ(failure_of(problem(too_large, 1, 1), device).code, StatusCode::kInvalidValue);
+    EXPECT_EQ(failure_of(problem(1, too_large, 1), device).code, StatusCode::kInvalidValue);
+    EXPECT_EQ(failure_of(problem(1, 1, too_large), device).code, StatusCode::kInvalidValue);
+  }
+  for (const int64_t negative : {int64_t{-1}, INT64_MIN}) {
+    EXPECT_EQ(failure_of(problem(negative, 1, 1, 1.0), kH200).code, StatusCode::kInvalidValue);
+    EXPECT_EQ(failure_of(problem(1, negative, 1, 1.0), kH200).code, StatusCode::kInvalidValue);
+    EXPECT_EQ(failure_of(problem(1, 1, negative, 1.0), kH200).code, StatusCode::kInvalidValue);
+  }
+  // Each fits, their tiles of work do not: 2^24 tile rows x 2^10 tile columns.
+  const Status status = failure_of(problem(INT32_MAX, 8, 65536, 1.0), kH200, "w1n8");
+  EXPECT_EQ(status.code, StatusCode::kInvalidValue);
+  EXPECT_NE(status.message.find("32-bit indices"), std::string::npos) << status.message;
+  EXPECT_NE(status.message.find("M=2147483647"), std::string::npos) << status.message;
+}
+
+TEST(SelectPlan, RefusesGridsThatCannotBeLaunched) {
+  for (const int64_t ctas : {int64_t{-1}, int64_t{65536}, INT64_MAX, INT64_MIN}) {
+    const Status status = failure_of(problem(128, 8, 64), kH200, "w1n8", ctas);
+    EXPECT_EQ(status.code, StatusCode::kInvalidValue);
+    EXPECT_NE(status.message.find("ctas must lie in [0, 65535]"), std::string::npos);
+  }
+}
+
+}  // namespace
+}  // namespace flash_llm

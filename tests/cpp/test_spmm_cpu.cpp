@@ -1,0 +1,352 @@
+// The CPU kernels: the reference against a naive product over the dense matrix, the fast kernel
+// against the reference, both against exact integers; and the conversions that they rest on.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core/element.h"
+#include "core/spmm.h"
+#include "testing.h"
+
+namespace flash_llm::testing {
+namespace {
+
+constexpr uint16_t kPoison = 0x7E55;  // a NaN that no kernel writes
+
+float to_float_of(uint16_t raw, ValueType type) {
+  return type == ValueType::kFloat16 ? to_float<ValueType::kFloat16>(raw)
+                                     : to_float<ValueType::kBfloat16>(raw);
+}
+
+uint16_t from_float_of(float value, ValueType type) {
+  return type == ValueType::kFloat16 ? from_float<ValueType::kFloat16>(value)
+                                     : from_float<ValueType::kBfloat16>(value);
+}
+
+// The meaning of a pattern, by the definition of the formats.
+double pattern_value(uint16_t raw, ValueType type) {
+  const int mantissa_bits = type == ValueType::kFloat16 ? 10 : 7;
+  const int bias = type == ValueType::kFloat16 ? 15 : 127;
+  const int max_exponent = type == ValueType::kFloat16 ? 31 : 255;
+  const int exponent = (raw & 0x7FFF) >> mantissa_bits;
+  const int mantissa = raw & ((1 << mantissa_bits) - 1);
+  const double sign = raw & 0x8000 ? -1.0 : 1.0;
+  if (exponent == max_exponent) {
+    return mantissa ? std::numeric_limits<double>::quiet_NaN()
+                    : sign * std::numeric_limits<double>::infinity();
+  }
+  if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
+  return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+}
+
+class Element : public ::testing::TestWithParam<ValueType> {};
+
+TEST_P(Element, EveryPatternConvertsExactlyAndBack) {
+  for (int i = 0; i <= 0xFFFF; ++i) {
+    const auto raw = static_cast<uint16_t>(i);
+    const double expected = pattern_value(raw, GetParam());
+    const float value = to_float_of(raw, GetParam());
+    if (std::isnan(expected)) {
+      ASSERT_TRUE(std::isnan(value)) << i;
+      ASSERT_TRUE(std::isnan(to_float_of(from_float_of(value, GetParam()), GetParam()))) << i;
+    } else {
+      ASSERT_EQ(static_cast<double>(value), expected) << i;
+      ASSERT_EQ(std::signbit(value), std::signbit(expected)) << i;
+      ASSERT_EQ(from_float_of(value, GetParam()), raw) << i;
+    }
+  }
+}
+
+TEST_P(Element, RoundsToNearestTiesToEven) {
+  const uint16_t infinity = GetParam() == ValueType::kFloat16 ? 0x7C00 : 0x7F80;
+  for (uint16_t raw = 0; raw + 1 < infinity; ++raw) {
+    const auto low = to_float_of(raw, GetParam());
+    const auto high = to_float_of(static_cast<uint16_t>(raw + 1), GetParam());
+    const auto middle = static_cast<float>((static_cast<double>(low) + high) / 2);
+    const auto even = static_cast<uint16_t>(raw % 2 == 0 ? raw : raw + 1);
+    ASSERT_EQ(from_float_of(middle, GetParam()), even) << raw;
+    ASSERT_EQ(from_float_of(-middle, GetParam()), even | 0x8000) << raw;
+    ASSERT_EQ(from_float_of(std::nextafter(middle, low), GetParam()), raw);
+    ASSERT_EQ(from_float_of(std::nextafter(middle, high), GetParam()), raw + 1);
+  }
+}
+
+TEST_P(Element, OverflowGivesInfinity) {
+  const uint16_t infinity = GetParam() == ValueType::kFloat16 ? 0x7C00 : 0x7F80;
+  const float largest = std::numeric_limits<float>::max();
+  EXPECT_EQ(from_float_of(largest, GetParam()), infinity);
+  EXPECT_EQ(from_float_of(-largest, GetParam()), infinity | 0x8000);
+  if (GetParam() == ValueType::kFloat16) {
+    EXPECT_EQ(from_float_of(65519.996F, GetParam()), 0x7BFF);
+    EXPECT_EQ(from_float_of(65520.0F, GetParam()), infinity);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Types, Element,
+                         ::testing::Values(ValueType::kFloat16, ValueType::kBfloat16));
+
+// One product: packed weight, strided x, optional bias, and the output between guard bands.
+struct Product {
+  ValueType type = ValueType::kFloat16;
+  DenseMatrix weight;
+  Packed packed;
+  int64_t n = 0;
+  int64_t x_stride = 0;
+  std::vector<uint16_t> x;
+  std::vector<uint16_t> bias;
+  Activation activation = Activation::kNone;
+
+  using Kernel = void (*)(const SpmmArgs&, const ParallelFor&);
+
+  std::vector<uint16_t> run(Kernel kernel, const ParallelFor& parallel_for = serial_for) const {
+    constexpr size_t kGuard = 64;
+    const auto elems = static_cast<size_t>(n * weight.m);
+    std::vector<uint16_t> y(elems + 2 * kGuard, kPoison);
+    SpmmArgs args;
+    args.x = x.data();
+    args.x_stride = x_stride;
+    args.weight = packed.view();
+    args.bias = bias.empty() ? nullptr : bias.data();
+    args.y = y.data() + kGuard;
+    args.n = n;
+    args.value_type = type;
+    args.activation = activation;
+    kernel(args, parallel_for);
+    for (size_t i = 0; i < kGuard; ++i) {
+      EXPECT_EQ(y[i], kPoison) << "wrote before y";
+      EXPECT_EQ(y[kGuard + elems + i], kPoison) << "wrote past y";
+    }
+    return {y.begin() + kGuard, y.begin() + kGuard + static_cast<std::ptrdiff_t>(elems)};
+  }
+
+  // sum (or, with absolute values, its magnitude) of one output, over the dense matrix.
+  double exact(int64_t token, int64_t row, bool absolute) const {
+    double sum = bias.empty() ? 0.0 : pattern_value(bias[static_cast<size_t>(row)], type);
+    if (absolute) sum = std::abs(sum);
+    for (int64_t col = 0; col < weight.k; ++col) {
+      const double term = pattern_value(weight.at(row, col), type) *
+                          pattern_value(x[static_cast<size_t>(token * x_stride + col)], type);
+      sum += absolute ? std::abs(term) : term;
+    }
+    return sum;
+  }
+};
+
+double activate(double value, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      return value;
+    case Activation::kRelu:
+      return std::max(value, 0.0);
+    case Activation::kGelu:
+      return 0.5 * value * std::erfc(-value / std::sqrt(2.0));
+    case Activation::kSilu:
+      return value / (1.0 + std::exp(-value));
+  }
+  return std::numeric_limits<double>::quiet_NaN();
+}
+
+// `integers`: every product and partial sum is an integer that both fp32 and the output type hold.
+Product random_product(int64_t m, int64_t n, int64_t k, double sparsity, ValueType type,
+                       bool integers, bool with_bias, uint32_t seed) {
+  Product product;
+  product.type = type;
+  product.n = n;
+  product.x_stride = k + 5;
+  product.weight = random_patterns(m, k, sparsity, seed, 3);
+  std::mt19937 rng(seed + 1);
+  std::uniform_int_distribution<int> small(1, 3);
+  std::uniform_int_distribution<int> coin(0, 1);
+  std::normal_distribution<float> normal(0.0F, 1.0F);
+  std::uniform_int_distribution<int> one_in_16(0, 15);
+  const auto draw = [&](bool rare) {
+    if (!integers) return from_float_of(normal(rng), type);
+    // bf16 holds integers up to 256: sparse inputs keep the sums below that.
+    if (rare && one_in_16(rng) != 0) return uint16_t{0};
+    return from_float_of(static_cast<float>(coin(rng) ? small(rng) : -small(rng)), type);
+  };
+  for (int64_t row = 0; row < m; ++row) {
+    for (int64_t col = 0; col < k; ++col) {
+      if (!is_zero_pattern(product.weight.at(row, col))) product.weight.at(row, col) = draw(false);
+    }
+  }
+  EXPECT_TRUE(pack(product.weight, serial_for, &product.packed, type).ok());
+  // What lies between the rows of x must not be read: poison.
+  product.x.assign(static_cast<size_t>(n * product.x_stride), kPoison);
+  for (int64_t token = 0; token < n; ++token) {
+    for (int64_t col = 0; col < k; ++col) {
+      product.x[static_cast<size_t>(token * product.x_stride + col)] = draw(true);
+    }
+  }
+  if (with_bias) {
+    for (int64_t row = 0; row < m; ++row) product.bias.push_back(draw(false));
+  }
+  return product;
+}
+
+using Shape = std::tuple<int64_t, int64_t, int64_t>;  // M, N, K
+
+class SpmmCpu : public ::testing::TestWithParam<std::tuple<Shape, double, ValueType>> {
+ protected:
+  Product make(bool integers, bool with_bias) const {
+    const auto& [shape, sparsity, type] = GetParam();
+    const auto& [m, n, k] = shape;
+    return random_product(m, n, k, sparsity, type, integers, with_bias, 11);
+  }
+};
+
+TEST_P(SpmmCpu, IntegersAreExact) {
+  for (const bool with_bias : {false, true}) {
+    const Product product = make(true, with_bias);
+    std::vector<uint16_t> expected;
+    for (int64_t token = 0; token < product.n; ++token) {
+      for (int64_t row = 0; row < product.weight.m; ++row) {
+        const double sum = product.exact(token, row, false);
+        ASSERT_LE(std::abs(sum), 256.0) << "the inputs of this test must stay exact";
+        expected.push_back(from_float_of(static_cast<float>(sum), product.type));
+      }
+    }
+    EXPECT_EQ(product.run(spmm_cpu_reference), expected);
+    EXPECT_EQ(product.run(spmm_cpu_tiles), expected);
+  }
+}
+
+TEST_P(SpmmCpu, RealsStayWithinRounding) {
+  for (const Activation activation :
+       {Activation::kNone, Activation::kRelu, Activation::kGelu, Activation::kSilu}) {
+    Product product = make(false, true);
+    product.activation = activation;
+    const auto reference = product.run(spmm_cpu_reference);
+    const auto tiles = product.run(spmm_cpu_tiles);
+    // Half an ulp of the output; its smallest subnormal; and for fp32 sums the classical bound
+    // (K + 2) u sum|w x|. No activation here has a slope above 1.13. GELU in torch's form,
+    // v (1 + erf) / 2, cancels for negative v: that leaves |v| times the unit roundoff.
+    const bool half = product.type == ValueType::kFloat16;
+    const double output_ulp = half ? std::ldexp(1.0, -11) : std::ldexp(1.0, -8);
+    const double tiny = std::ldexp(1.0, half ? -24 : -133);
+    const double fp32 = static_cast<double>(product.weight.k + 2) * std::ldexp(1.0, -24) * 1.13;
+    for (int64_t token = 0; token < product.n; ++token) {
+      for (int64_t row = 0; row < product.weight.m; ++row) {
+        const auto i = static_cast<size_t>(token * product.weight.m + row);
+        const double sum = product.exact(token, row, false);
+        const double expected = activate(sum, activation);
+        const double magnitude = product.exact(token, row, true);
+        const double rounding = output_ulp * std::abs(expected) + tiny;
+        ASSERT_NEAR(pattern_value(reference[i], product.type), expected,
+                    rounding + 1e-6 * std::abs(expected) + std::ldexp(std::abs(sum), -52))
+            << "reference, token " << token << ", row " << row;
+        ASSERT_NEAR(pattern_value(tiles[i], product.type), expected,
+                    rounding * (1.0 + output_ulp) + fp32 * magnitude + 2e-6 * std::abs(expected))
+            << "tiles, token " << token << ", row " << row;
+      }
+    }
+  }
+}
+
+TEST_P(SpmmCpu, ThreadsDoNotChangeABit) {
+  const Product product = make(false, true);
+  EXPECT_EQ(product.run(spmm_cpu_tiles, threaded_for), product.run(spmm_cpu_tiles));
+  EXPECT_EQ(product.run(spmm_cpu_reference, threaded_for), product.run(spmm_cpu_reference));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    AwkwardShapes, SpmmCpu,
+    ::testing::Combine(::testing::Values(Shape{1, 1, 1}, Shape{128, 8, 64}, Shape{127, 7, 63},
+                                         Shape{129, 9, 65}, Shape{300, 2, 200}, Shape{40, 65, 33},
+                                         Shape{200, 0, 100}, Shape{0, 3, 64}, Shape{64, 3, 0},
+                                         Shape{257, 5, 130}),
+                       ::testing::Values(0.0, 0.5, 0.95, 1.0),
+                       ::testing::Values(ValueType::kFloat16, ValueType::kBfloat16)));
+
+TEST(SpmmCpuSpecial, EmptyWeightGivesActivatedBias) {
+  Product product = random_product(5, 2, 0, 0.0, ValueType::kFloat16, true, true, 1);
+  product.activation = Activation::kRelu;
+  std::vector<uint16_t> expected;
+  for (int token = 0; token < 2; ++token) {
+    for (const uint16_t value : product.bias) expected.push_back(value & 0x8000 ? 0 : value);
+  }
+  const auto equal_up_to_zero_sign = [](std::vector<uint16_t> y) {
+    for (auto& value : y) value = is_zero_pattern(value) ? uint16_t{0} : value;
+    return y;
+  };
+  EXPECT_EQ(equal_up_to_zero_sign(product.run(spmm_cpu_reference)), expected);
+  EXPECT_EQ(equal_up_to_zero_sign(product.run(spmm_cpu_tiles)), expected);
+}
+
+TEST(SpmmCpuSpecial, NanAndInfinityReachExactlyTheirOutputs) {
+  // W has NaN at (3, 70) and Inf at (130, 1); x is all ones, so other rows stay finite.
+  Product product = random_product(140, 3, 80, 0.5, ValueType::kFloat16, true, false, 2);
+  product.weight.at(3, 70) = 0x7E00;
+  product.weight.at(130, 1) = 0x7C00;
+  ASSERT_TRUE(pack(product.weight, serial_for, &product.packed).ok());
+  for (int64_t token = 0; token < 3; ++token) {
+    for (int64_t col = 0; col < 80; ++col) {
+      product.x[static_cast<size_t>(token * product.x_stride + col)] = kHalfOne;
+    }
+  }
+  for (const auto kernel : {spmm_cpu_reference, spmm_cpu_tiles}) {
+    const auto y = product.run(kernel);
+    for (size_t i = 0; i < y.size(); ++i) {
+      const double value = pattern_value(y[i], product.type);
+      if (i % 140 == 3) {
+        EXPECT_TRUE(std::isnan(value)) << i;
+      } else if (i % 140 == 130) {
+        EXPECT_EQ(y[i], 0x7C00) << i;
+      } else {
+        EXPECT_TRUE(std::isfinite(value)) << i;
+      }
+    }
+  }
+}
+
+TEST(SpmmCpuSpecial, ActivationsPassNan) {
+  Product product = random_product(2, 1, 4, 0.0, ValueType::kBfloat16, true, false, 3);
+  product.weight.at(1, 2) = 0x7FC0;
+  ASSERT_TRUE(pack(product.weight, serial_for, &product.packed, product.type).ok());
+  for (const Activation activation : {Activation::kRelu, Activation::kGelu, Activation::kSilu}) {
+    product.activation = activation;
+    for (const auto kernel : {spmm_cpu_reference, spmm_cpu_tiles}) {
+      EXPECT_TRUE(std::isnan(pattern_value(product.run(kernel)[1], product.type)));
+    }
+  }
+}
+
+TEST(SpmmCpuSpecial, AMalformedWeightNeverReachesForeignMemory) {
+  // What the sanitizers watch: offsets and places that validate would refuse.
+  Product product = random_product(200, 3, 150, 0.7, ValueType::kFloat16, false, false, 4);
+  product.packed.offsets[1] = INT32_MAX;
+  product.packed.offsets[2] = -7;
+  product.packed.offsets[4] = 1;
+  for (size_t i = 0; i < product.packed.entries.size(); i += 3) {
+    product.packed.entries[i] |= 0xFFFF0000U;
+  }
+  product.run(spmm_cpu_reference);
+  product.run(spmm_cpu_tiles);
+  EXPECT_EQ(unpack(product.packed, serial_for).size(), 200U * 150U);
+}
+
+TEST(ParseActivation, KnowsFourNames) {
+  Activation activation = Activation::kSilu;
+  EXPECT_TRUE(parse_activation("none", &activation).ok());
+  EXPECT_EQ(activation, Activation::kNone);
+  EXPECT_TRUE(parse_activation("relu", &activation).ok());
+  EXPECT_EQ(activation, Activation::kRelu);
+  EXPECT_TRUE(parse_activation("gelu", &activation).ok());
+  EXPECT_EQ(activation, Activation::kGelu);
+  EXPECT_TRUE(parse_activation("silu", &activation).ok());
+  EXPECT_EQ(activation, Activation::kSilu);
+  for (const char* name : {"", "tanh", "ReLU", "relu "}) {
+    const Status status = parse_activation(name, &activation);
+    EXPECT_EQ(status.code, StatusCode::kInvalidValue);
+    EXPECT_NE(status.message.find("got \"" + std::string(name) + "\""), std::string::npos);
+  }
+}
+
+}  // namespace
+}  // namespace flash_llm::testing

@@ -1,0 +1,494 @@
+// The format: places, the stored order, golden bytes, round trips, and that validate rejects every
+// broken invariant.
+#include <gtest/gtest.h>
+
+#include <array>
+#include <bitset>
+#include <cstdint>
+#include <set>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "core/packed_header.h"
+#include "core/tiled_csl.h"
+#include "testing.h"
+
+namespace flash_llm::testing {
+namespace {
+
+uint32_t entry(int place, uint16_t value) {
+  return static_cast<uint32_t>(place) << 16 | static_cast<uint32_t>(value);
+}
+
+Packed pack_or_die(const DenseMatrix& dense) {
+  Packed packed;
+  const Status status = pack(dense, serial_for, &packed);
+  EXPECT_TRUE(status.ok()) << status.message;
+  return packed;
+}
+
+// What both checks together say, as an operator would ask them when a weight is loaded.
+Status check(const Packed& packed) {
+  PackedHeader header;
+  const auto ints = packed.header.to_ints();
+  Status status = PackedHeader::from_ints(ints.data(), static_cast<int64_t>(ints.size()), &header);
+  if (!status.ok()) return status;
+  status = tiled_csl_check_sizes(header, static_cast<int64_t>(packed.offsets.size()),
+                                 static_cast<int64_t>(packed.entries.size()));
+  if (!status.ok()) return status;
+  return tiled_csl_validate(packed.view(), serial_for);
+}
+
+TEST(Place, IsABijectionThatInverts) {
+  std::bitset<kTileElems> seen;
+  for (int row = 0; row < kTileM; ++row) {
+    for (int col = 0; col < kTileK; ++col) {
+      const int place = place_of(row, col);
+      ASSERT_GE(place, 0);
+      ASSERT_LT(place, kTileElems);
+      ASSERT_FALSE(seen.test(static_cast<size_t>(place))) << "row " << row << " column " << col;
+      seen.set(static_cast<size_t>(place));
+      ASSERT_EQ(row_of_place(place), row);
+      ASSERT_EQ(col_of_place(place), col);
+    }
+  }
+  EXPECT_TRUE(seen.all());
+}
+
+TEST(Place, LdmatrixReadsEightRowsWithoutBankConflicts) {
+  // ldmatrix takes 16 bytes from each of eight rows: the same eight columns everywhere, in the same
+  // order, and all 128 bytes in different banks. Row 0 is not swizzled, so it names the columns.
+  for (int row0 = 0; row0 < kTileM; row0 += 8) {
+    for (int chunk = 0; chunk < 8; ++chunk) {
+      std::set<int> banks;
+      for (int row = row0; row < row0 + 8; ++row) {
+        const int first = place_of(row, col_of_place(8 * chunk));
+        EXPECT_EQ(first % 8, 0) << "row " << row << ", chunk " << chunk;
+        for (int i = 0; i < 8; ++i) {
+          EXPECT_EQ(place_of(row, col_of_place(8 * chunk + i)), first + i);
+          banks.insert(bank_of_place(first + i));
+        }
+      }
+      EXPECT_EQ(banks.size(), 32U) << "rows from " << row0 << ", chunk " << chunk;
+    }
+  }
+}
+
+TEST(Place, AThreadOfTheQuadOwnsEightConsecutiveColumnsInEachHalf) {
+  // In the fragments of two k-steps (four chunks), thread t holds words 2t and 2t + 1 of each
+  // chunk: eight columns in a row, so that it reads X in one 16-byte piece, and a quad 64 bytes.
+  for (int half = 0; half < 2; ++half) {
+    for (int thread = 0; thread < 4; ++thread) {
+      for (int i = 0; i < 8; ++i) {
+        const int chunk = 4 * half + i / 2;
+        EXPECT_EQ(col_of_place(8 * chunk + 2 * thread + i % 2), 32 * half + 8 * thread + i);
+      }
+    }
+  }
+}
+
+TEST(StorageIndex, IsAPermutationForEveryLength) {
+  for (int num_entries = 0; num_entries <= kTileElems; num_entries += kVectorEntries) {
+    std::vector<bool> used(static_cast<size_t>(num_entries));
+    for (int pos = 0; pos < num_entries; ++pos) {
+      const int index = storage_index(pos, num_entries);
+      ASSERT_GE(index, 0);
+      ASSERT_LT(index, num_entries);
+      ASSERT_FALSE(used[static_cast<size_t>(index)]) << pos << " of " << num_entries;
+      used[static_cast<size_t>(index)] = true;
+    }
+  }
+}
+
+TEST(StorageIndex, ConsecutivePositionsAreStoredByOneInstruction) {
+  // In a full block, lane l keeps entries 4l .. 4l+3 and stores entry e of each lane at once.
+  for (int pos = 0; pos < 2 * kWarpEntries; ++pos) {
+    const int index = storage_index(pos, 2 * kWarpEntries) % kWarpEntries;
+    EXPECT_EQ(index / kVectorEntries, pos % 32) << "lane of position " << pos;
+    EXPECT_EQ(index % kVectorEntries, pos / 32 % kVectorEntries) << "store of position " << pos;
+  }
+}
+
+TEST(Pack, FullTileStoresWithoutBankConflicts) {
+  const Packed packed = pack_or_die(random_patterns(kTileM, kTileK, 0.0, 1));
+  ASSERT_EQ(packed.entries.size(), static_cast<size_t>(kTileElems));
+  for (size_t block = 0; block < kTileElems; block += kWarpEntries) {
+    for (size_t store = 0; store < kVectorEntries; ++store) {
+      std::set<int> banks;
+      for (size_t lane = 0; lane < 32; ++lane) {
+        const uint32_t word = packed.entries[block + lane * kVectorEntries + store];
+        banks.insert(bank_of_place(static_cast<int>(word >> 16)));
+      }
+      EXPECT_EQ(banks.size(), 32U) << "block " << block << ", store " << store;
+    }
+  }
+}
+
+TEST(Pack, ReorderingBeatsRowMajorOrderOnBankConflicts) {
+  // The point of the reordering, as a number: wavefronts that the stores of a tile take.
+  const DenseMatrix dense = random_patterns(kTileM, kTileK, 0.8, 2);
+  const Packed packed = pack_or_die(dense);
+  const auto wavefronts = [](const std::vector<uint32_t>& entries) {
+    int total = 0;
+    for (size_t block = 0; block + kWarpEntries <= entries.size(); block += kWarpEntries) {
+      for (size_t store = 0; store < kVectorEntries; ++store) {
+        std::array<int, kNumBanks> hits{};
+        for (size_t lane = 0; lane < 32; ++lane) {
+          const uint32_t word = entries[block + lane * kVectorEntries + store];
+          ++hits[static_cast<size_t>(bank_of_place(static_cast<int>(word >> 16)))];
+        }
+        total += *std::max_element(hits.begin(), hits.end());
+      }
+    }
+    return total;
+  };
+  std::vector<uint32_t> row_major;
+  for (int row = 0; row < kTileM; ++row) {
+    for (int col = 0; col < kTileK; ++col) {
+      const uint16_t value = dense.at(row, col);
+      if (!is_zero_pattern(value)) row_major.push_back(entry(place_of(row, col), value));
+    }
+  }
+  const int stores = static_cast<int>(packed.entries.size()) / kWarpEntries * kVectorEntries;
+  EXPECT_LT(wavefronts(packed.entries), 1.25 * stores);
+  EXPECT_GT(wavefronts(row_major), 1.5 * stores);
+}
+
+TEST(Pack, GoldenBytes) {
+  // 3 x 70: two tiles side by side, the second six columns wide. Worked out by hand from
+  // tiled_csl.h: with c = 32 u + 8 t + 2 v + h, place = 64 r + 8 ((4 u + v) ^ r) + 2 t + h.
+  DenseMatrix dense{3, 70, 70, std::vector<uint16_t>(3 * 70, 0)};
+  dense.at(0, 0) = 0x3C00;   //  1.0 at place 0, bank 0
+  dense.at(0, 1) = 0xBC00;   // -1.0 at place 1, bank 0
+  dense.at(1, 17) = 0x0001;  // smallest subnormal at place 64 + 8 (0 ^ 1) + 4 + 1 = 77, bank 6
+  dense.at(2, 63) = 0x7C00;  // Inf at place 128 + 8 (7 ^ 2) + 6 + 1 = 175, bank 23
+  dense.at(2, 5) = 0x7E01;   // NaN with a payload at place 128 + 8 (2 ^ 2) + 1 = 129, bank 0
+  dense.at(0, 40) = 0x8000;  // -0 is dropped
+  dense.at(1, 69) = 0x4000;  //  2.0 in tile 1, column 5: place 64 + 8 (2 ^ 1) + 1 = 89
+  const Packed packed = pack_or_die(dense);
+
+  EXPECT_EQ(packed.header.nnz, 6);
+  EXPECT_EQ(packed.offsets, (std::vector<int32_t>{0, 2, 3}));
+  // Tile 0 has five entries in two vectors. Order by (rank within bank, bank): 0, 77, 175, then 1,
+  // then 129, then padding at the lowest free places 2, 3, 4. Two lanes: positions alternate.
+  const std::vector<uint32_t> expected = {
+      entry(0, 0x3C00),  entry(175, 0x7C00), entry(129, 0x7E01), entry(3, 0),
+      entry(77, 0x0001), entry(1, 0xBC00),   entry(2, 0),        entry(4, 0),
+      entry(89, 0x4000), entry(0, 0),        entry(1, 0),        entry(2, 0),
+  };
+  EXPECT_EQ(packed.entries, expected);
+  const std::array<int64_t, kPackedHeaderInts> header = {kPackedMagic, 1, 1, 1, 3, 70, 6, 12};
+  EXPECT_EQ(packed.header.to_ints(), header);
+}
+
+TEST(Header, MagicSpellsTheName) {
+  std::string text;
+  for (int byte = 0; byte < 8; ++byte) {
+    text += static_cast<char>(static_cast<uint64_t>(kPackedMagic) >> (8 * byte) & 0xFF);
+  }
+  EXPECT_EQ(text, "FLASHLLM");
+}
+
+class RoundTrip : public ::testing::TestWithParam<std::tuple<std::pair<int64_t, int64_t>, double>> {
+};
+
+TEST_P(RoundTrip, KeepsEveryPatternAndDropsSignedZeros) {
+  const auto [shape, sparsity] = GetParam();
+  const auto [m, k] = shape;
+  for (const int64_t row_gap : {int64_t{0}, int64_t{3}}) {
+    const DenseMatrix dense = random_patterns(m, k, sparsity, 7, row_gap);
+    Packed packed;
+    ASSERT_TRUE(pack(dense, serial_for, &packed).ok());
+    const Status status = check(packed);
+    ASSERT_TRUE(status.ok()) << status.message;
+    const std::vector<uint16_t> back = unpack(packed, serial_for);
+    int64_t nnz = 0;
+    for (int64_t row = 0; row < m; ++row) {
+      for (int64_t col = 0; col < k; ++col) {
+        const uint16_t value = dense.at(row, col);
+        const uint16_t expected = is_zero_pattern(value) ? uint16_t{0} : value;
+        nnz += expected != 0;
+        ASSERT_EQ(back[static_cast<size_t>(row * k + col)], expected) << row << ", " << col;
+      }
+    }
+    EXPECT_EQ(packed.header.nnz, nnz);
+
+    Packed threaded;
+    ASSERT_TRUE(pack(dense, threaded_for, &threaded).ok());
+    EXPECT_EQ(threaded.offsets, packed.offsets);
+    EXPECT_EQ(threaded.entries, packed.entries);
+    EXPECT_EQ(unpack(packed, threaded_for), back);
+    EXPECT_TRUE(tiled_csl_validate(packed.view(), threaded_for).ok());
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(AwkwardShapes, RoundTrip,
+                         ::testing::Combine(::testing::Values(std::pair<int64_t, int64_t>{0, 0},
+                                                              std::pair<int64_t, int64_t>{0, 5},
+                                                              std::pair<int64_t, int64_t>{5, 0},
+                                                              std::pair<int64_t, int64_t>{1, 1},
+                                                              std::pair<int64_t, int64_t>{1, 64},
+                                                              std::pair<int64_t, int64_t>{128, 1},
+                                                              std::pair<int64_t, int64_t>{128, 64},
+                                                              std::pair<int64_t, int64_t>{127, 63},
+                                                              std::pair<int64_t, int64_t>{129, 65},
+                                                              std::pair<int64_t, int64_t>{300, 200},
+                                                              std::pair<int64_t, int64_t>{3, 1000}),
+                                            ::testing::Values(0.0, 0.1, 0.5, 0.9, 1.0)));
+
+TEST(Pack, EmptyFullAndSingleTilesInOneWeight) {
+  // Four tiles: empty, completely full, one element in the last corner, one element short of full.
+  DenseMatrix dense{kTileM, 4 * kTileK, 4 * kTileK, std::vector<uint16_t>(kTileM * 4 * kTileK, 0)};
+  for (int row = 0; row < kTileM; ++row) {
+    for (int col = 0; col < kTileK; ++col) {
+      dense.at(row, kTileK + col) = static_cast<uint16_t>(1 + row * kTileK + col);
+      dense.at(row, 3 * kTileK + col) = static_cast<uint16_t>(1 + row * kTileK + col);
+    }
+  }
+  dense.at(kTileM - 1, 3 * kTileK - 1) = 0xFFFF;
+  dense.at(64, 3 * kTileK + 32) = 0;
+  const Packed packed = pack_or_die(dense);
+  EXPECT_EQ(packed.offsets, (std::vector<int32_t>{0, 0, 2048, 2049, 4097}));
+  EXPECT_EQ(packed.header.nnz, 8192 + 1 + 8191);
+  const Status status = check(packed);
+  EXPECT_TRUE(status.ok()) << status.message;
+  EXPECT_EQ(unpack(packed, serial_for), dense.values);
+}
+
+// Every invariant, broken one at a time in a weight that is valid otherwise.
+class Malformed : public ::testing::Test {
+ protected:
+  Packed good_ = pack_or_die(random_patterns(200, 150, 0.7, 3));
+
+  void SetUp() override {
+    const Status status = check(good_);
+    ASSERT_TRUE(status.ok()) << status.message;
+  }
+
+  // Index of the first entry of the tile that is (not) padding.
+  size_t find_entry(int64_t tile, bool padding) const {
+    const auto [first, last] = tile_entry_range(good_.view(), tile);
+    for (int64_t i = first; i < last; ++i) {
+      if (((good_.entries[static_cast<size_t>(i)] & 0xFFFF) == 0) == padding) {
+        return static_cast<size_t>(i);
+      }
+    }
+    ADD_FAILURE() << "tile " << tile << " has no such entry";
+    return 0;
+  }
+
+  static void expect_rejected(const Packed& packed, StatusCode code, const std::string& part) {
+    const Status status = check(packed);
+    EXPECT_EQ(static_cast<int>(status.code), static_cast<int>(code)) << status.message;
+    EXPECT_NE(status.message.find(part), std::string::npos)
+        << "message: " << status.message << "\nexpected in it: " << part;
+  }
+};
+
+TEST_F(Malformed, FirstOffset) {
+  good_.offsets[0] = 1;
+  expect_rejected(good_, StatusCode::kInvalidValue, "offsets[0] must be 0, got 1");
+}
+
+TEST_F(Malformed, DecreasingOffsets) {
+  good_.offsets[2] = good_.offsets[1] - 1;
+  expect_rejected(good_, StatusCode::kInvalidValue, "never decrease");
+}
+
+TEST_F(Malformed, NegativeOffset) {
+  good_.offsets[1] = -5;
+  expect_rejected(good_, StatusCode::kInvalidValue, "never decrease");
+}
+
+TEST_F(Malformed, OffsetPastTheEnd) {
+  good_.offsets.back() += 1;
+  expect_rejected(good_, StatusCode::kInvalidValue, "offsets must end at");
+}
+
+TEST_F(Malformed, OffsetShortOfTheEnd) {
+  good_.offsets.back() -= 1;
+  expect_rejected(good_, StatusCode::kInvalidValue, "offsets must end at");
+}
+
+TEST_F(Malformed, HugeOffset) {
+  good_.offsets.back() = INT32_MAX;
+  expect_rejected(good_, StatusCode::kInvalidValue, "vectors, at most 2048 fit");
+}
+
+TEST_F(Malformed, TileWithMoreVectorsThanPlaces) {
+  Packed packed = pack_or_die(random_patterns(2 * kTileM, kTileK, 0.0, 4));
+  packed.offsets[1] += 1;
+  expect_rejected(packed, StatusCode::kInvalidValue, "2049 vectors");
+}
+
+TEST_F(Malformed, TooFewOffsets) {
+  good_.offsets.pop_back();
+  expect_rejected(good_, StatusCode::kInvalidValue, "offsets must hold 7 elements");
+}
+
+TEST_F(Malformed, TooManyOffsets) {
+  good_.offsets.push_back(good_.offsets.back());
+  expect_rejected(good_, StatusCode::kInvalidValue, "offsets must hold 7 elements");
+}
+
+TEST_F(Malformed, TruncatedPayload) {
+  good_.entries.resize(good_.entries.size() - kVectorEntries);
+  expect_rejected(good_, StatusCode::kInvalidValue, "payload must hold");
+}
+
+TEST_F(Malformed, PayloadThatIsNotWholeVectors) {
+  good_.entries.push_back(0);
+  good_.header.payload_words += 1;
+  expect_rejected(good_, StatusCode::kInvalidValue, "whole vectors");
+}
+
+TEST_F(Malformed, PlaceOutsideTheTile) {
+  const size_t i = find_entry(0, false);
+  good_.entries[i] = entry(kTileElems, kHalfOne);
+  expect_rejected(good_, StatusCode::kInvalidValue, "tile 0: place must be below 8192, got 8192");
+}
+
+TEST_F(Malformed, PaddingPlaceOutsideTheTile) {
+  const size_t i = find_entry(1, true);
+  good_.entries[i] = entry(0xFFFF, 0);
+  expect_rejected(good_, StatusCode::kInvalidValue, "tile 1: place must be below 8192, got 65535");
+}
+
+TEST_F(Malformed, RowOutsideTheMatrix) {
+  // 200 rows: the lower tiles have 72.
+  const size_t i = find_entry(3, false);
+  good_.entries[i] = entry(place_of(72, 0), kHalfOne);
+  expect_rejected(good_, StatusCode::kInvalidValue, "(row 72, column 0) lies outside the matrix");
+}
+
+TEST_F(Malformed, ColumnOutsideTheMatrix) {
+  // 150 columns: the last tile has 22.
+  const size_t i = find_entry(2, false);
+  good_.entries[i] = entry(place_of(5, 22), kHalfOne);
+  expect_rejected(good_, StatusCode::kInvalidValue, "(row 5, column 22) lies outside the matrix");
+}
+
+TEST_F(Malformed, DuplicatePlace) {
+  const auto [first, last] = tile_entry_range(good_.view(), 4);
+  const auto i = static_cast<size_t>(first), j = static_cast<size_t>(last - 5);
+  good_.entries[j] = (good_.entries[i] & 0xFFFF0000U) | kHalfOne;
+  expect_rejected(good_, StatusCode::kInvalidValue, "tile 4: place");
+  expect_rejected(good_, StatusCode::kInvalidValue, "occurs twice");
+}
+
+TEST_F(Malformed, PaddingAtThePlaceOfAValue) {
+  const size_t value = find_entry(1, false), padding = find_entry(1, true);
+  good_.entries[padding] = good_.entries[value] & 0xFFFF0000U;
+  expect_rejected(good_, StatusCode::kInvalidValue, "occurs twice");
+}
+
+TEST_F(Malformed, NegativeZero) {
+  const size_t i = find_entry(0, false);
+  good_.entries[i] = (good_.entries[i] & 0xFFFF0000U) | 0x8000U;
+  expect_rejected(good_, StatusCode::kInvalidValue, "must not be -0");
+}
+
+TEST_F(Malformed, StoredZeros) {
+  const auto [first, last] = tile_entry_range(good_.view(), 0);
+  ASSERT_GE(last - first, 4);
+  for (int64_t i = first; i < first + 4; ++i) good_.entries[static_cast<size_t>(i)] &= 0xFFFF0000U;
+  good_.header.nnz -= 4;
+  expect_rejected(good_, StatusCode::kInvalidValue, "more than 3 stored zeros");
+}
+
+TEST_F(Malformed, NnzThatIsNotThePayloads) {
+  good_.header.nnz -= 1;
+  expect_rejected(good_, StatusCode::kInvalidValue, "header says nnz");
+  good_.header.nnz = good_.header.payload_words + 1;
+  expect_rejected(good_, StatusCode::kInvalidValue, "header says nnz");
+  good_.header.nnz = 0;
+  expect_rejected(good_, StatusCode::kInvalidValue, "header says nnz");
+}
+
+TEST_F(Malformed, HeaderOfAnotherFile) {
+  good_.header.magic += 1;
+  expect_rejected(good_, StatusCode::kInvalidValue, "magic");
+}
+
+TEST_F(Malformed, NewerVersion) {
+  good_.header.version = kPackedVersion + 1;
+  expect_rejected(good_, StatusCode::kUnsupported, "version 2");
+}
+
+TEST_F(Malformed, UnknownFormat) {
+  good_.header.format = static_cast<Format>(77);
+  expect_rejected(good_, StatusCode::kUnsupported, "format 77");
+}
+
+TEST_F(Malformed, UnknownValueType) {
+  good_.header.value_type = static_cast<ValueType>(0);
+  expect_rejected(good_, StatusCode::kInvalidType, "value type 0");
+}
+
+TEST_F(Malformed, ShapesOutOfRange) {
+  for (int64_t PackedHeader::*field :
+       {&PackedHeader::m, &PackedHeader::k, &PackedHeader::nnz, &PackedHeader::payload_words}) {
+    Packed packed = good_;
+    packed.header.*field = -1;
+    expect_rejected(packed, StatusCode::kInvalidValue, "must not be negative, got -1");
+  }
+  for (int64_t PackedHeader::*field : {&PackedHeader::m, &PackedHeader::k}) {
+    Packed packed = good_;
+    packed.header.*field = int64_t{1} << 31;
+    expect_rejected(packed, StatusCode::kInvalidValue, "must fit 31 bits, got 2147483648");
+  }
+}
+
+TEST_F(Malformed, ShapeOfAnotherWeight) {
+  good_.header.m = 300;
+  expect_rejected(good_, StatusCode::kInvalidValue, "offsets must hold 10 elements");
+}
+
+TEST(Header, RefusesTheWrongNumberOfIntegers) {
+  const auto ints = PackedHeader{}.to_ints();
+  PackedHeader header;
+  EXPECT_EQ(PackedHeader::from_ints(ints.data(), 7, &header).message,
+            "header must hold 8 integers, got 7");
+  EXPECT_TRUE(PackedHeader::from_ints(ints.data(), 8, &header).ok());
+}
+
+TEST(Header, ReadsWhatItWrites) {
+  PackedHeader header;
+  header.value_type = ValueType::kBfloat16;
+  header.m = 5;
+  header.k = 6;
+  header.nnz = 7;
+  header.payload_words = 8;
+  const auto ints = header.to_ints();
+  PackedHeader back;
+  ASSERT_TRUE(PackedHeader::from_ints(ints.data(), 8, &back).ok());
+  EXPECT_EQ(back.to_ints(), ints);
+}
+
+TEST(Validate, SmallestOffendingTileIsReportedWhateverTheThreads) {
+  Packed packed = pack_or_die(random_patterns(kTileM, 64 * kTileK, 0.5, 5));
+  for (const int tile : {60, 41, 22}) {
+    packed
+        .entries[static_cast<size_t>(packed.offsets[static_cast<size_t>(tile)]) * kVectorEntries] =
+        entry(9000, kHalfOne);
+  }
+  const std::string expected = "tile 22: place must be below 8192, got 9000";
+  EXPECT_EQ(tiled_csl_validate(packed.view(), serial_for).message, expected);
+  for (int repeat = 0; repeat < 20; ++repeat) {
+    EXPECT_EQ(tiled_csl_validate(packed.view(), threaded_for).message, expected);
+  }
+}
+
+TEST(Names, FormatsAndTypes) {
+  Format format;
+  EXPECT_TRUE(parse_format("tiled_csl", &format).ok());
+  EXPECT_STREQ(format_name(format), "tiled_csl");
+  EXPECT_EQ(parse_format("csr", &format).message, "format must be \"tiled_csl\", got \"csr\"");
+  EXPECT_STREQ(value_type_name(ValueType::kFloat16), "float16");
+  EXPECT_STREQ(value_type_name(ValueType::kBfloat16), "bfloat16");
+}
+
+}  // namespace
+}  // namespace flash_llm::testing

@@ -1,0 +1,108 @@
+// What the C++ tests and the fuzzer share: seeded inputs, a packed weight that owns its buffers,
+// and a ParallelFor with real threads.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "core/packed_header.h"
+#include "core/parallel.h"
+#include "core/tiled_csl.h"
+
+namespace flash_llm::testing {
+
+inline constexpr uint16_t kHalfOne = 0x3C00;
+
+// Cuts the range into pieces of `grain`, dealt to four threads in an order that serial code never
+// has.
+inline void threaded_for(int64_t count, int64_t grain, const ParallelBody& body) {
+  constexpr int64_t kThreads = 4;
+  std::vector<std::thread> threads;
+  for (int64_t thread = 0; thread < kThreads; ++thread) {
+    threads.emplace_back([=, &body] {
+      for (int64_t begin = (kThreads - 1 - thread) * grain; begin < count;
+           begin += kThreads * grain) {
+        body(begin, std::min(count, begin + grain));
+      }
+    });
+  }
+  for (auto& thread : threads) thread.join();
+}
+
+struct DenseMatrix {
+  int64_t m = 0;
+  int64_t k = 0;
+  int64_t ld = 0;                // elements between rows; what lies past column k is never zero
+  std::vector<uint16_t> values;  // [m * ld]
+
+  uint16_t& at(int64_t row, int64_t col) { return values[static_cast<size_t>(row * ld + col)]; }
+  uint16_t at(int64_t row, int64_t col) const {
+    return values[static_cast<size_t>(row * ld + col)];
+  }
+};
+
+inline bool is_zero_pattern(uint16_t value) { return (value & 0x7FFF) == 0; }
+
+// Random 16-bit patterns of every kind (NaN, Inf, subnormals, -0 among them). Each row draws a
+// sparsity of its own around `sparsity`, so tiles differ; 0 gives no zeros at all, 1 only zeros.
+inline DenseMatrix random_patterns(int64_t m, int64_t k, double sparsity, uint32_t seed,
+                                   int64_t row_gap = 0) {
+  DenseMatrix dense{m, k, k + row_gap, {}};
+  dense.values.assign(static_cast<size_t>(m * dense.ld), 0x7BFF);
+  std::mt19937 rng(seed);
+  std::uniform_real_distribution<double> uniform(0.0, 1.0);
+  std::uniform_int_distribution<int> pattern(0, 0xFFFF);
+  for (int64_t row = 0; row < m; ++row) {
+    const bool extreme = sparsity <= 0.0 || sparsity >= 1.0;
+    const double row_sparsity = extreme ? sparsity : std::min(1.0, 2.0 * sparsity * uniform(rng));
+    for (int64_t col = 0; col < k; ++col) {
+      auto value = static_cast<uint16_t>(pattern(rng));
+      if (is_zero_pattern(value)) value = kHalfOne;
+      if (uniform(rng) < row_sparsity) value = uniform(rng) < 0.5 ? 0x0000 : 0x8000;
+      dense.at(row, col) = value;
+    }
+  }
+  return dense;
+}
+
+struct Packed {
+  PackedHeader header;
+  std::vector<int32_t> offsets;
+  std::vector<uint32_t> entries;
+
+  TiledCslView view() const {
+    return {header.m,       header.k,       header.nnz,
+            offsets.data(), entries.data(), static_cast<int64_t>(entries.size())};
+  }
+};
+
+inline Status pack(const DenseMatrix& dense, const ParallelFor& parallel_for, Packed* out,
+                   ValueType type = ValueType::kFloat16) {
+  out->header = PackedHeader{};
+  out->header.value_type = type;
+  out->header.m = dense.m;
+  out->header.k = dense.k;
+  out->offsets.assign(static_cast<size_t>(num_tiles(dense.m, dense.k) + 1), -1);
+  Status status = tiled_csl_count(dense.values.data(), dense.ld, dense.m, dense.k, parallel_for,
+                                  out->offsets.data(), &out->header.nnz);
+  if (!status.ok()) return status;
+  // A pattern that is no valid entry, so that a word which pack forgets is seen.
+  out->entries.assign(static_cast<size_t>(out->offsets.back()) * kVectorEntries, 0xFFFFFFFF);
+  out->header.payload_words = static_cast<int64_t>(out->entries.size());
+  tiled_csl_pack(dense.values.data(), dense.ld, dense.m, dense.k, out->offsets.data(), parallel_for,
+                 out->entries.data());
+  return Status::success();
+}
+
+// Row-major [m, k], poisoned first: an element that unpack forgets is seen.
+inline std::vector<uint16_t> unpack(const Packed& packed, const ParallelFor& parallel_for) {
+  std::vector<uint16_t> dense(static_cast<size_t>(packed.header.m * packed.header.k), 0xDEAD);
+  tiled_csl_unpack(packed.view(), parallel_for, dense.data());
+  return dense;
+}
+
+}  // namespace flash_llm::testing
