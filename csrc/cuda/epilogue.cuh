@@ -1,0 +1,76 @@
+// The epilogue: y = act(sum + bias), rounded once from fp32, for four consecutive rows of one
+// token.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "core/spmm.h"
+
+namespace flash_llm {
+
+template <ValueType kType>
+__device__ __forceinline__ float element_to_float(uint16_t raw) {
+  if constexpr (kType == ValueType::kFloat16) {
+    return __half2float(__ushort_as_half(raw));
+  } else {
+    return __bfloat162float(__ushort_as_bfloat16(raw));
+  }
+}
+
+template <ValueType kType>
+__device__ __forceinline__ uint16_t element_from_float(float value) {
+  if constexpr (kType == ValueType::kFloat16) {
+    return __half_as_ushort(__float2half_rn(value));
+  } else {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  }
+}
+
+__device__ __forceinline__ float activate(float value, Activation activation) {
+  switch (activation) {
+    case Activation::kRelu:
+      return value < 0.0F ? 0.0F : value;  // NaN passes, as in torch
+    case Activation::kGelu:
+      return value * 0.5F * (1.0F + erff(value * 0.70710678118654752F));
+    case Activation::kSilu:
+      return value / (1.0F + expf(-value));
+    default:
+      return value;
+  }
+}
+
+// Where one SpMM's results go.
+struct Epilogue {
+  const uint16_t* bias;  // [m] or null
+  uint16_t* y;           // [n, m]
+  int64_t m;
+  int64_t n;
+  Activation activation;
+
+  // Stores y[token, row .. row + 3]; rows and tokens outside the matrix are dropped.
+  template <ValueType kType>
+  __device__ __forceinline__ void store(int64_t token, int64_t row, float4 sums) const {
+    if (token >= n || row >= m) return;
+    uint16_t* out = y + token * m + row;
+    const float sum[4] = {sums.x, sums.y, sums.z, sums.w};
+    uint16_t result[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float b = bias && row + i < m ? element_to_float<kType>(bias[row + i]) : 0.0F;
+      result[i] = element_from_float<kType>(activate(sum[i] + b, activation));
+    }
+    if (m % 4 == 0) {  // torch's allocations are aligned, so four rows are one 8-byte store
+      *reinterpret_cast<ushort4*>(out) = make_ushort4(result[0], result[1], result[2], result[3]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (row + i < m) out[i] = result[i];
+      }
+    }
+  }
+};
+
+}  // namespace flash_llm

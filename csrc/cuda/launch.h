@@ -1,0 +1,55 @@
+// The CUDA layer's host interface: plain pointers and a stream, no torch. All pointers are device
+// pointers unless a name says host. Nothing here allocates or synchronises.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "core/prune.h"
+#include "core/spmm.h"
+#include "core/spmm_plan.h"
+#include "core/status.h"
+#include "core/tiled_csl.h"
+
+namespace flash_llm::cuda {
+
+// Y = act(X . W^T + bias) by the plan's kernel (route kLscd). Needs m, n, k > 0; entries 16-byte
+// aligned; y 8-byte aligned; workspace 16-byte aligned, of plan.workspace_bytes. Unless the
+// configuration has packed_x, x must be 16-byte aligned, x_stride a multiple of 8 (or n = 1), and
+// rows readable, and zero, up to the next multiple of kTileK.
+Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, cudaStream_t stream);
+
+// dense[m, k] (contiguous, 16-byte aligned) from a packed weight.
+Status tiled_csl_unpack(const TiledCslView& view, uint16_t* dense, cudaStream_t stream);
+
+// Nonzeros of each tile: counts[num_tiles].
+Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* counts,
+                       cudaStream_t stream);
+
+// entries[4 * offsets[num_tiles]], the same bytes as flash_llm::tiled_csl_pack writes.
+Status tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
+                      const int32_t* offsets, uint32_t* entries, cudaStream_t stream);
+
+// The steps of magnitude pruning; csrc/torch chains them. Cuts are one per row.
+// Finds each row's cut that drops `count` elements.
+Status prune_row_cuts(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int64_t count,
+                      int32_t* thresholds, int64_t* ties, cudaStream_t stream);
+// Adds to histogram[kNumMagnitudes].
+Status prune_histogram(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int64_t* histogram,
+                       cudaStream_t stream);
+// counts[m]: elements of each row whose magnitude equals `threshold`.
+Status prune_count_ties(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int threshold,
+                        int64_t* counts, cudaStream_t stream);
+// out[m, k] (contiguous) = dense with each row cut.
+Status prune_apply_cuts(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
+                        const int32_t* thresholds, const int64_t* ties, uint16_t* out,
+                        cudaStream_t stream);
+// N:M pruning of every aligned group of columns.
+Status prune_groups(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int keep, int group,
+                    uint16_t* out, cudaStream_t stream);
+
+// kOk, or kRuntime with CUDA's own words.
+Status check(cudaError_t error, const char* what);
+
+}  // namespace flash_llm::cuda

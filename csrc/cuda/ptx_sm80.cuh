@@ -1,0 +1,84 @@
+// One PTX instruction per function; all of them need sm_80 or newer.
+#pragma once
+
+#include <cstdint>
+
+#include "core/packed_header.h"
+
+namespace flash_llm::ptx {
+
+__device__ __forceinline__ uint32_t smem_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ld.global with no L1 allocation: packed weights are read once.
+__device__ __forceinline__ uint4 load_streaming(const uint4* gmem) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(gmem));
+  return v;
+}
+
+// ld.global with L1 allocation. Volatile, so that the compiler keeps it among the mma instructions
+// where it stands: hoisted in front of them, wide tiles would need more registers than there are.
+__device__ __forceinline__ uint4 load_cached(const uint4* gmem) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(gmem));
+  return v;
+}
+
+// st.shared.u16 of the low half of `value`, where `active`.
+__device__ __forceinline__ void store_shared_u16_if(bool active, uint32_t smem, uint32_t value) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      ".reg .b16 low, high;\n"
+      "setp.ne.s32 p, %0, 0;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "@p st.shared.b16 [%1], low;\n"
+      "}\n" ::"r"(static_cast<int>(active)),
+      "r"(smem), "r"(value)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_shared_zero16(uint32_t smem) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(smem), "r"(0) : "memory");
+}
+
+// ldmatrix.x4: four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of
+// matrix l / 8.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&reg)[4], uint32_t smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(reg[0]), "=r"(reg[1]), "=r"(reg[2]), "=r"(reg[3])
+               : "r"(smem)
+               : "memory");
+}
+
+// mma.m16n8k16: acc[16, 8] += a[16, 16] . b[16, 8], fp32 accumulation.
+template <ValueType kType>
+__device__ __forceinline__ void mma_m16n8k16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+  if constexpr (kType == ValueType::kFloat16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// bar.sync: waits for `threads` threads (a multiple of 32) at barrier `id` (1..15; 0 is the CTA's).
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+}  // namespace flash_llm::ptx

@@ -1,0 +1,482 @@
+// The LSCD kernel: load W as sparse, compute as dense (Flash-LLM, arXiv 2309.10285, section 4.3).
+//
+//   X        [n, x_stride] fp16/bf16, see launch.h
+//   offsets  int32[tiles + 1], entries uint32[...]: Tiled-CSL, see core/tiled_csl.h
+//   Y        [n, m]; partial sums fp32 in a workspace, see stream_k.cuh
+//
+// A CTA is 4 warps. 1, 2 or 4 of them share a tile (128 rows x 64 columns of W), so a CTA holds 4,
+// 2 or 1 groups, each with its own 16 KB of shared memory. The groups split the CTA's stretch of K:
+//
+//              K ->   group 0    group 1    group 2    group 3
+//   tile row       | . . . . . | . . . . . | . . . . . | . . . . . |   one tile is one dot
+//
+// For each tile a group
+//   1. scatters the entries, which wait in registers, into its zeroed tile, and starts the loads of
+//      the next tile's entries (extract.cuh);
+//   2. multiplies: A fragments by ldmatrix, B fragments of X straight from global memory (the place
+//      permutation makes them 16-byte loads), mma.m16n8k16; each 16 x 16 block is zeroed again
+//      as soon as it has been read, at the addresses that ldmatrix just used.
+//
+// The paper overlaps the two stages with two tiles per CTA and CTA-wide barriers. Here groups are
+// independent and an SM runs up to 12 of them, so while one extracts another multiplies and a third
+// waits for memory; with one warp per group there is no barrier at all in the main loop.
+//
+// At the end of a tile row the groups' sums meet in shared memory, in order, and go to Y through
+// the epilogue or, when the row is shared with another CTA, to the workspace.
+//
+// Registers and shared memory of each configuration: setup.py prints them after every build.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cuda/epilogue.cuh"
+#include "cuda/extract.cuh"
+#include "cuda/launch.h"
+#include "cuda/ptx_sm80.cuh"
+#include "cuda/stream_k.cuh"
+
+namespace flash_llm {
+namespace {
+
+constexpr int kCtaThreads = kLscdCtaWarps * 32;
+
+struct LscdParams {
+  const uint16_t* x;
+  int64_t x_stride;
+  const int32_t* offsets;
+  const uint32_t* entries;
+  int num_vectors;
+  int tile_rows;
+  int64_t k;
+  uint4* packed_x;
+  StreamK schedule;
+  float* workspace;
+  Epilogue epilogue;
+};
+
+template <ValueType kTypeArg, int kWarpsPerTileArg, int kTileNArg, int kCtasPerSmArg,
+          bool kPackedXArg>
+struct Lscd {
+  static constexpr ValueType kType = kTypeArg;
+  static constexpr int kWarpsPerTile = kWarpsPerTileArg;
+  static constexpr int kTileN = kTileNArg;
+  static constexpr int kCtasPerSm = kCtasPerSmArg;
+  static constexpr bool kPackedX = kPackedXArg;
+
+  static constexpr int kGroups = kLscdCtaWarps / kWarpsPerTile;
+  static constexpr int kGroupThreads = kWarpsPerTile * 32;
+  static constexpr int kWarpRows = kTileM / kWarpsPerTile;
+  static constexpr int kBlocksM = kWarpRows / 16;  // 16-row blocks of a warp
+  static constexpr int kBlocksN = kTileN / 8;
+  static constexpr int kSmemBytes = kGroups * kTileBytes;
+  // Vectors per thread in flight, 512 bytes each per warp: as many as the registers leave room for.
+  static constexpr int kBatch = kTileN == 8 ? 8 : kTileN == 16 ? 5 : 4;
+  // When they are few, a tile's X fragments are fetched before its extraction, which hides their
+  // latency; else each is fetched where it is used.
+  static constexpr bool kXResident = kBlocksN <= 4;
+  // Columns of sums that fit a tile's shared memory as fp32 [columns][128].
+  static constexpr int kCombineN = kTileN < 32 ? kTileN : 32;
+
+  static_assert(kLscdCtaWarps % kWarpsPerTile == 0, "groups must fill the CTA");
+  static_assert(kWarpRows % 32 == 0, "a warp multiplies pairs of 16-row blocks");
+  static_assert(kTileN % 8 == 0 && kTileN % kCombineN == 0, "tokens come in blocks of 8");
+  static_assert(kCombineN * kTileM * 4 <= kTileBytes, "sums must fit the tile they replace");
+
+  using Sums = float[kBlocksM][kBlocksN][4];
+};
+
+// A thread's corner of X: for the two k-steps of half u of a tile, lane (g, t) needs the 8 columns
+// 32 u + 8 t .. + 7 of token g in every block of 8 tokens: 16 bytes.
+//
+// Read from X itself, one such load of a warp touches 8 rows, so 8 cache lines, and takes the L1
+// about 10 wavefronts. Where that matters X is reordered first (pack_x_kernel), 4 contiguous lines
+// a load:
+//   packed X  uint4[column block][tile column][half][8-token block][lane]
+template <typename C>
+class XFragments {
+ public:
+  __device__ __forceinline__ XFragments(const LscdParams& p, int col_block, int tile_col,
+                                        int lane) {
+    if constexpr (C::kPackedX) {
+      tile_ =
+          p.packed_x + (int64_t{col_block} * p.schedule.tile_cols + tile_col) * kTileVectors + lane;
+    } else {
+      const int64_t n0 = int64_t{col_block} * C::kTileN;
+      tile_ = reinterpret_cast<const uint4*>(p.x + n0 * p.x_stride) + tile_col * (kTileK / 8) +
+              (lane & 3);
+      stride_ = static_cast<int>(p.x_stride / 8);
+      token_ = lane >> 2;
+      last_token_ = static_cast<int>(min(p.epilogue.n - 1 - n0, int64_t{C::kTileN - 1}));
+    }
+  }
+
+  __device__ __forceinline__ void begin_tile() {
+    if constexpr (C::kXResident) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int j = 0; j < C::kBlocksN; ++j) reg_[half][j] = fetch(half, j);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void end_tile() { tile_ += C::kPackedX ? kTileVectors : kTileK / 8; }
+
+  __device__ __forceinline__ uint4 get(int half, int j) const {
+    if constexpr (C::kXResident) {
+      return reg_[half][j];
+    } else {
+      return fetch(half, j);
+    }
+  }
+
+ private:
+  static constexpr int kTileVectors = C::kTileN * kTileK / 8;
+
+  __device__ __forceinline__ uint4 fetch(int half, int j) const {
+    if constexpr (C::kPackedX) {
+      return ptx::load_cached(tile_ + (half * C::kBlocksN + j) * 32);
+    } else {
+      // Tokens past the end read the last one; their sums are dropped.
+      return ptx::load_cached(tile_ + min(j * 8 + token_, last_token_) * stride_ + half * 4);
+    }
+  }
+
+  const uint4* tile_;
+  int stride_;  // in 16-byte units; plans keep a block of tokens addressable with 31 bits
+  int token_;
+  int last_token_;
+  uint4 reg_[C::kXResident ? 2 : 1][C::kXResident ? C::kBlocksN : 1];
+};
+
+// Waits until the kernel before this one in the stream has finished and its writes are visible; at
+// once if this was no dependent launch.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+constexpr int kPackXThreads = 256;
+
+// One thread per 16 bytes of packed X; tokens and columns outside X are zero.
+__global__ void __launch_bounds__(kPackXThreads)
+    pack_x_kernel(const __grid_constant__ LscdParams p, int tile_n, int64_t num_vectors) {
+  const int64_t i = int64_t{blockIdx.x} * kPackXThreads + threadIdx.x;
+  if (i >= num_vectors) return;
+  const unsigned lane = i % 32, blocks_n = tile_n / 8, tile_cols = p.schedule.tile_cols;
+  const auto block = static_cast<unsigned>(i / 32);
+  const unsigned half = block / blocks_n % 2;
+  const unsigned tile = block / blocks_n / 2;
+  const int64_t token = int64_t{tile / tile_cols} * tile_n + block % blocks_n * 8 + lane / 4;
+  const int64_t col = int64_t{tile % tile_cols} * kTileK + half * 32 + lane % 4 * 8;
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (token < p.epilogue.n && col < p.k) {
+    const uint16_t* row = p.x + token * p.x_stride + col;
+    if (reinterpret_cast<uintptr_t>(row) % 16 == 0 && col + 8 <= p.k) {
+      v = *reinterpret_cast<const uint4*>(row);
+    } else {
+      uint32_t word[4] = {};
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        if (col + c < p.k) word[c / 2] |= static_cast<uint32_t>(row[c]) << (c % 2 * 16);
+      }
+      v = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+  }
+  p.packed_x[i] = v;
+}
+
+template <typename C>
+__device__ __forceinline__ void group_sync(int group) {
+  if constexpr (C::kWarpsPerTile == 1) {
+    __syncwarp();
+  } else {
+    ptx::named_barrier_sync(1 + group, C::kGroupThreads);
+  }
+}
+
+// Multiplies the dense tile by X and leaves the tile zeroed. ldmatrix lane l addresses row l % 8 of
+// 8x8 matrix l / 8: matrices 0, 1 are rows 0..7, 8..15 of the first chunk of a k-step, 2, 3 of the
+// second.
+template <typename C>
+__device__ __forceinline__ void multiply_tile(uint32_t smem_warp_rows, int lane,
+                                              const XFragments<C>& x, typename C::Sums& sums) {
+  const uint32_t row = (lane & 7) + ((lane >> 3) & 1) * 8;
+  const uint32_t chunk = static_cast<uint32_t>(lane >> 4) ^ (lane & 7);
+  uint32_t smem_step[4];  // where k-step s begins: its chunks are 2 s and 2 s + 1
+#pragma unroll
+  for (int s = 0; s < 4; ++s) smem_step[s] = smem_warp_rows + row * 128 + (chunk ^ (2 * s)) * 16;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < C::kBlocksM; i += 2) {
+      uint32_t a[2][2][4];  // [16-row block][k-step]
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        ptx::ldmatrix_x4(a[q / 2][q % 2], smem_step[half * 2 + q % 2] + (i + q / 2) * 2048);
+      }
+      __syncwarp();  // every lane's rows have been read
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        ptx::store_shared_zero16(smem_step[half * 2 + q % 2] + (i + q / 2) * 2048);
+      }
+#pragma unroll
+      for (int j = 0; j < C::kBlocksN; ++j) {
+        const uint4 b = x.get(half, j);
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+          ptx::mma_m16n8k16<C::kType>(sums[i + block][j], a[block][0], b.x, b.y);
+          ptx::mma_m16n8k16<C::kType>(sums[i + block][j], a[block][1], b.z, b.w);
+        }
+      }
+    }
+  }
+}
+
+// Sums of a row segment, as fp32 [column][row ^ swizzle] in a group's tile; the swizzle spreads the
+// four threads of a quad, which hold different columns, over different banks.
+__device__ __forceinline__ int combine_index(int col, int row) {
+  return col * kTileM + (row ^ (((col >> 1) & 3) << 3));
+}
+
+// Adds the groups' sums and stores the row segment: to Y if this CTA covered all of K, else to the
+// workspace. Leaves the tiles zeroed.
+template <typename C>
+__device__ __forceinline__ void store_segment(const LscdParams& p, float* smem, int row0, int n0,
+                                              bool complete, int slot, typename C::Sums& sums) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float* own = smem + warp / C::kWarpsPerTile * (kTileBytes / 4);
+  const int warp_row = warp % C::kWarpsPerTile * C::kWarpRows;
+  float* partial = partial_sums(p.workspace, blockIdx.x, slot, C::kTileN);
+#pragma unroll
+  for (int col0 = 0; col0 < C::kTileN; col0 += C::kCombineN) {
+#pragma unroll
+    for (int i = 0; i < C::kBlocksM; ++i) {
+#pragma unroll
+      for (int j = 0; j < C::kCombineN / 8; ++j) {
+        const auto& sum = sums[i][col0 / 8 + j];
+        const int col = j * 8 + (lane & 3) * 2, row = warp_row + i * 16 + (lane >> 2);
+        own[combine_index(col, row)] = sum[0];
+        own[combine_index(col + 1, row)] = sum[1];
+        own[combine_index(col, row + 8)] = sum[2];
+        own[combine_index(col + 1, row + 8)] = sum[3];
+      }
+    }
+    __syncthreads();  // all groups' sums are in shared memory
+    const int row = lane * 4;
+    for (int col = warp; col < C::kCombineN; col += kLscdCtaWarps) {
+      float4 total = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+#pragma unroll
+      for (int g = 0; g < C::kGroups; ++g) {
+        const float4 part =
+            *reinterpret_cast<const float4*>(smem + g * (kTileBytes / 4) + combine_index(col, row));
+        total.x += part.x;
+        total.y += part.y;
+        total.z += part.z;
+        total.w += part.w;
+      }
+      if (complete) {
+        p.epilogue.store<C::kType>(int64_t{n0} + col0 + col, int64_t{row0} + row, total);
+      } else {
+        *reinterpret_cast<float4*>(partial + (col0 + col) * kTileM + row) = total;
+      }
+    }
+    __syncthreads();  // all sums have been read, their memory may change
+  }
+  for (int i = threadIdx.x; i < C::kGroups * C::kCombineN * kTileM / 4; i += kCtaThreads) {
+    const int group = i / (C::kCombineN * kTileM / 4), rest = i % (C::kCombineN * kTileM / 4);
+    reinterpret_cast<float4*>(smem + group * (kTileBytes / 4))[rest] =
+        make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+  }
+  __syncthreads();  // the tiles are zero before anyone scatters again
+}
+
+template <typename C>
+__global__ void __launch_bounds__(kCtaThreads, C::kCtasPerSm)
+    lscd_kernel(const __grid_constant__ LscdParams p) {
+  extern __shared__ __align__(128) float smem[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = warp / C::kWarpsPerTile;
+  const uint32_t smem_tile = ptx::smem_address(smem) + group * kTileBytes;
+  const uint32_t smem_warp_rows = smem_tile + warp % C::kWarpsPerTile * C::kWarpRows * (kTileK * 2);
+
+  for (int i = threadIdx.x; i < C::kSmemBytes / 16; i += kCtaThreads) {
+    reinterpret_cast<float4*>(smem)[i] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+  }
+  __syncthreads();
+
+  if constexpr (C::kPackedX) wait_for_previous_kernel();  // X is packed
+
+  const int tile_cols = p.schedule.tile_cols;
+  const int end_unit = p.schedule.first_unit(blockIdx.x + 1);
+  int unit = p.schedule.first_unit(blockIdx.x);
+  while (unit < end_unit) {
+    // This CTA's segment of one tile row, [k_begin, k_end), and this group's share of it.
+    const int row = unit / tile_cols, k_begin = unit % tile_cols;
+    const int k_end = min(tile_cols, k_begin + end_unit - unit);
+    const int length = k_end - k_begin;
+    const int group_begin = k_begin + length * group / C::kGroups;
+    const int group_end = k_begin + length * (group + 1) / C::kGroups;
+    const int tile_row = row % p.tile_rows;
+    const int col_block = row / p.tile_rows;
+
+    XFragments<C> x(p, col_block, group_begin, lane);
+    typename C::Sums sums = {};
+    EntryStream<C::kWarpsPerTile, C::kBatch> stream(
+        p.offsets, p.entries, p.num_vectors, tile_row * tile_cols + group_begin,
+        group_end - group_begin, threadIdx.x % C::kGroupThreads);
+    while (stream.tiles_left() > 0) {
+      x.begin_tile();
+      stream.extract(smem_tile);
+      group_sync<C>(group);  // the tile is complete
+      multiply_tile<C>(smem_warp_rows, lane, x, sums);
+      x.end_tile();
+      group_sync<C>(group);  // the tile is zero again
+    }
+
+    store_segment<C>(p, smem, tile_row * kTileM, col_block * C::kTileN, length == tile_cols,
+                     k_begin > 0 ? 0 : 1, sums);
+    unit += length;
+  }
+}
+
+// Finishes the tile rows that CTAs share: block b looks at the cut before CTA b + 1 and, if it is
+// the first within its row, adds that row's partial sums in the order of K.
+template <ValueType kType>
+__global__ void __launch_bounds__(kCtaThreads)
+    lscd_finish_kernel(const __grid_constant__ LscdParams p, int tile_n) {
+  wait_for_previous_kernel();  // the partial sums are complete
+  const int cut = blockIdx.x + 1;
+  const int tile_cols = p.schedule.tile_cols;
+  const int unit = p.schedule.first_unit(cut);
+  const int row = unit / tile_cols;
+  const int row_begin = row * tile_cols;
+  if (unit == row_begin || p.schedule.first_unit(cut - 1) > row_begin) return;
+
+  const int64_t row0 = int64_t{row % p.tile_rows} * kTileM + threadIdx.x % 32 * 4;
+  const int64_t n0 = int64_t{row / p.tile_rows} * tile_n;
+  const int col = blockIdx.y * kLscdCtaWarps + threadIdx.x / 32;
+  const int idx = col * kTileM + threadIdx.x % 32 * 4;
+  float4 total =
+      *reinterpret_cast<const float4*>(partial_sums(p.workspace, cut - 1, 1, tile_n) + idx);
+  for (int cta = cut; cta < p.schedule.ctas && p.schedule.first_unit(cta) < row_begin + tile_cols;
+       ++cta) {
+    const float4 part =
+        *reinterpret_cast<const float4*>(partial_sums(p.workspace, cta, 0, tile_n) + idx);
+    total.x += part.x;
+    total.y += part.y;
+    total.z += part.z;
+    total.w += part.w;
+  }
+  p.epilogue.store<kType>(n0 + col, row0, total);
+}
+
+// Launches a kernel. A dependent launch (sm_90) may begin while its predecessor in the stream still
+// runs; the kernel itself waits, with cudaGridDependencySynchronize, before it reads what that
+// wrote.
+template <typename... Params, typename... Args>
+Status launch_kernel(const char* what, void (*kernel)(Params...), dim3 grid, int threads,
+                     int smem_bytes, bool dependent, cudaStream_t stream, Args... args) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = static_cast<unsigned>(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  return cuda::check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), what);
+}
+
+template <typename C>
+Status launch(const LscdParams& params, cudaStream_t stream) {
+  // Idempotent and legal during graph capture; it applies to the current device.
+  const Status sized =
+      cuda::check(cudaFuncSetAttribute(lscd_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       C::kSmemBytes),
+                  "cudaFuncSetAttribute(lscd_kernel)");
+  if (!sized.ok()) return sized;
+  // Only code that was compiled for sm_90 waits for its predecessor; what was built for sm_80 may
+  // run on the same device.
+  cudaFuncAttributes code = {};
+  const Status described = cuda::check(cudaFuncGetAttributes(&code, lscd_kernel<C>),
+                                       "cudaFuncGetAttributes(lscd_kernel)");
+  if (!described.ok()) return described;
+  const bool dependent = code.ptxVersion >= 90;
+  if constexpr (C::kPackedX) {
+    const int64_t col_blocks = (params.epilogue.n + C::kTileN - 1) / C::kTileN;
+    const int64_t vectors = col_blocks * params.schedule.tile_cols * (C::kTileN * kTileK / 8);
+    const Status packed =
+        launch_kernel("pack_x_kernel launch", pack_x_kernel,
+                      static_cast<unsigned>((vectors + kPackXThreads - 1) / kPackXThreads),
+                      kPackXThreads, 0, false, stream, params, C::kTileN, vectors);
+    if (!packed.ok()) return packed;
+  }
+  const Status multiplied = launch_kernel("lscd_kernel launch", lscd_kernel<C>,
+                                          static_cast<unsigned>(params.schedule.ctas), kCtaThreads,
+                                          C::kSmemBytes, dependent && C::kPackedX, stream, params);
+  if (!multiplied.ok() || !params.schedule.cuts_rows()) return multiplied;
+  const dim3 grid(static_cast<unsigned>(params.schedule.ctas - 1), C::kTileN / kLscdCtaWarps);
+  return launch_kernel("lscd_finish_kernel launch", lscd_finish_kernel<C::kType>, grid, kCtaThreads,
+                       0, dependent, stream, params, C::kTileN);
+}
+
+template <ValueType kType>
+Status launch_config(int config, const LscdParams& params, cudaStream_t stream) {
+  int idx = 0;
+#define FLASH_LLM_ROW(name, warps_per_tile, tile_n, ctas_per_sm, packed_x)                     \
+  if (config == idx++) {                                                                       \
+    return launch<Lscd<kType, warps_per_tile, tile_n, ctas_per_sm, packed_x>>(params, stream); \
+  }
+  FLASH_LLM_LSCD_CONFIGS(FLASH_LLM_ROW)
+#undef FLASH_LLM_ROW
+  return Status::invalid_value("no LSCD configuration has index " + std::to_string(config));
+}
+
+}  // namespace
+
+namespace cuda {
+
+Status check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return Status::success();
+  return Status::runtime(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, cudaStream_t stream) {
+  const TiledCslView& weight = args.weight;
+  if (plan.route != SpmmRoute::kLscd || plan.config < 0 ||
+      plan.config >= static_cast<int>(lscd_configs().size())) {
+    return Status::invalid_value("plan " + plan.to_string() + " names no LSCD kernel");
+  }
+  const LscdConfig& config = lscd_configs()[static_cast<size_t>(plan.config)];
+  const int64_t col_blocks = (args.n + config.tile_n - 1) / config.tile_n;
+  const int64_t units = col_blocks * num_tiles(weight.m, weight.k);
+  if (units < 1 || units > INT32_MAX || plan.ctas < 1 || plan.ctas > units) {
+    return Status::invalid_value("plan has " + std::to_string(plan.ctas) + " CTAs for " +
+                                 std::to_string(units) + " tiles of work");
+  }
+  LscdParams params;
+  params.x = args.x;
+  params.x_stride = args.x_stride;
+  params.offsets = weight.offsets;
+  params.entries = weight.entries;
+  params.num_vectors = static_cast<int>(weight.num_entries / kVectorEntries);
+  params.tile_rows = static_cast<int>(num_tile_rows(weight.m));
+  params.schedule =
+      StreamK(col_blocks * num_tile_rows(weight.m), num_tile_cols(weight.k), plan.ctas);
+  params.k = weight.k;
+  params.workspace = static_cast<float*>(workspace);
+  params.packed_x = reinterpret_cast<uint4*>(static_cast<char*>(workspace) + plan.workspace_bytes -
+                                             plan.packed_x_bytes);
+  params.epilogue = {args.bias, args.y, weight.m, args.n, args.activation};
+  return args.value_type == ValueType::kFloat16
+             ? launch_config<ValueType::kFloat16>(plan.config, params, stream)
+             : launch_config<ValueType::kBfloat16>(plan.config, params, stream);
+}
+
+}  // namespace cuda
+}  // namespace flash_llm

@@ -1,0 +1,47 @@
+// Stream-K (Osama et al., arXiv 2301.03598), the even-handed form of split-K: the tiles of the
+// whole problem form one line, tile row after tile row, and each CTA takes an equal stretch of it,
+// wherever it starts and ends.
+//
+//   tile rows      |----- row 0 -----|----- row 1 -----|----- row 2 -----|
+//   CTAs           [--- 0 ---)[--- 1 ---)[--- 2 ---)[--- 3 ---)[-- 4 --)
+//
+// A row that one CTA covers alone is finished by it. Every other row is cut: its CTAs leave fp32
+// sums in the workspace and a second small kernel adds them in the order of K, so that results are
+// repeatable bit for bit. A CTA leaves at most two partial rows: one that began before it (slot 0)
+// and one that begins in it and ends after it (slot 1).
+#pragma once
+
+#include <cstdint>
+
+#include "core/tiled_csl.h"
+
+namespace flash_llm {
+
+struct StreamK {
+  int units;  // tiles of work: rows * tile_cols
+  int tile_cols;
+  int ctas;                        // at most `units`, so every CTA has work
+  int units_per_cta, extra_units;  // units / ctas and units % ctas: the first CTAs take one more
+
+  StreamK() = default;
+  StreamK(int64_t rows, int64_t cols, int64_t num_ctas)
+      : units(static_cast<int>(rows * cols)),
+        tile_cols(static_cast<int>(cols)),
+        ctas(static_cast<int>(num_ctas)),
+        units_per_cta(units / ctas),
+        extra_units(units % ctas) {}
+
+  FLASH_LLM_HOST_DEVICE int first_unit(int cta) const {
+    return cta * units_per_cta + (cta < extra_units ? cta : extra_units);
+  }
+
+  // Whether any tile row is shared between CTAs.
+  bool cuts_rows() const { return extra_units != 0 || units_per_cta % tile_cols != 0; }
+};
+
+// fp32 sums of slot `slot` of `cta`: [tile_n][kTileM].
+__device__ __forceinline__ float* partial_sums(float* workspace, int cta, int slot, int tile_n) {
+  return workspace + (int64_t{cta} * 2 + slot) * tile_n * kTileM;
+}
+
+}  // namespace flash_llm
