@@ -1,0 +1,534 @@
+// The operators: schemas, argument checks, and the CPU and CUDA implementations. The only file that
+// sees ATen. It checks everything that a kernel relies on, brings memory, threads and the stream,
+// and turns Status into Python exceptions. Fakes and autograd are in flash_llm/ops.py.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core/packed_header.h"
+#include "core/prune.h"
+#include "core/spmm.h"
+#include "core/spmm_plan.h"
+#include "core/tiled_csl.h"
+
+#ifdef FLASH_LLM_WITH_CUDA
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include "cuda/launch.h"
+#endif
+
+namespace flash_llm {
+namespace {
+
+using at::Tensor;
+using Packed = std::tuple<Tensor, Tensor, Tensor>;  // header, offsets, payload
+
+// Raises the Python exception that `status` stands for, with the operator's name in front.
+void raise_if_error(const char* op, const Status& status) {
+  const auto message = [&] { return std::string("flash_llm::") + op + ": " + status.message; };
+  switch (status.code) {
+    case StatusCode::kOk:
+      return;
+    case StatusCode::kInvalidValue:
+      TORCH_CHECK_VALUE(false, message());
+    case StatusCode::kInvalidType:
+      TORCH_CHECK_TYPE(false, message());
+    case StatusCode::kUnsupported:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, message());
+    case StatusCode::kRuntime:
+      TORCH_CHECK(false, message());
+  }
+  TORCH_CHECK(false, message());
+}
+
+void parallel_for(int64_t count, int64_t grain, const ParallelBody& body) {
+  at::parallel_for(0, count, grain, body);
+}
+
+at::ScalarType scalar_type(ValueType type) {
+  return type == ValueType::kFloat16 ? at::kHalf : at::kBFloat16;
+}
+
+ValueType value_type_of(const char* op, const char* name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(
+      tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16, "flash_llm::", op,
+      ": ", name, " must be float16 or bfloat16, got ", tensor.scalar_type(),
+      tensor.scalar_type() == at::kFloat ? " (convert it with .to(torch.bfloat16))" : "");
+  return tensor.scalar_type() == at::kHalf ? ValueType::kFloat16 : ValueType::kBfloat16;
+}
+
+const uint16_t* raw(const Tensor& tensor) {
+  return static_cast<const uint16_t*>(tensor.const_data_ptr());
+}
+
+uint16_t* mutable_raw(const Tensor& tensor) {
+  return static_cast<uint16_t*>(tensor.mutable_data_ptr());
+}
+
+// A packed weight whose sizes, dtypes and device have been checked, and the tensors behind it.
+struct PackedWeight {
+  PackedHeader header;
+  Tensor offsets, payload;
+
+  TiledCslView view() const {
+    return {header.m,
+            header.k,
+            header.nnz,
+            offsets.const_data_ptr<int32_t>(),
+            reinterpret_cast<const uint32_t*>(payload.const_data_ptr<int32_t>()),
+            header.payload_words};
+  }
+};
+
+void check_words(const char* op, const char* name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kInt, "flash_llm::", op, ": ", name,
+                   " must be int32, got ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.dim() == 1, "flash_llm::", op, ": ", name,
+                    " must be one-dimensional, got ", tensor.dim(), " dimensions");
+}
+
+PackedWeight check_packed(const char* op, at::IntArrayRef header, const Tensor& offsets,
+                          const Tensor& payload) {
+  PackedWeight weight;
+  raise_if_error(op, PackedHeader::from_ints(header.data(), static_cast<int64_t>(header.size()),
+                                             &weight.header));
+  check_words(op, "offsets", offsets);
+  check_words(op, "payload", payload);
+  TORCH_CHECK_TYPE(offsets.device() == payload.device(), "flash_llm::", op,
+                   ": offsets and payload must be on one device, got ", offsets.device(), " and ",
+                   payload.device());
+  raise_if_error(op, tiled_csl_check_sizes(weight.header, offsets.numel(), payload.numel()));
+  weight.offsets = offsets.contiguous();
+  weight.payload = payload.contiguous();
+  // Kernels read whole 16-byte vectors; a view into a larger buffer may start anywhere.
+  if (reinterpret_cast<uintptr_t>(weight.payload.const_data_ptr()) % 16 != 0) {
+    weight.payload = weight.payload.clone();
+  }
+  return weight;
+}
+
+// A matrix to pack: two-dimensional, 16-bit, rows contiguous.
+struct DenseMatrix {
+  Tensor tensor;
+  ValueType value_type;
+  int64_t m, k, ld;
+};
+
+DenseMatrix check_dense(const char* op, const Tensor& dense) {
+  const ValueType value_type = value_type_of(op, "dense", dense);
+  TORCH_CHECK_VALUE(dense.dim() == 2, "flash_llm::", op,
+                    ": dense must be two-dimensional [M, K], got ", dense.dim(), " dimensions");
+  const int64_t m = dense.size(0), k = dense.size(1);
+  TORCH_CHECK_VALUE(m <= INT32_MAX && k <= INT32_MAX, "flash_llm::", op,
+                    ": dense must have at most 2^31 - 1 rows and columns, got ", m, "x", k);
+  TORCH_CHECK_VALUE(num_tiles(m, k) < INT32_MAX, "flash_llm::", op, ": a dense weight of ", m, "x",
+                    k, " has more tiles than 32-bit indices can count");
+  const bool rows_contiguous = k <= 1 || dense.stride(1) == 1;
+  const Tensor rows =
+      rows_contiguous && (m <= 1 || dense.stride(0) >= 0) ? dense : dense.contiguous();
+  return {rows, value_type, m, k, rows.stride(0)};
+}
+
+Tensor header_tensor(const PackedHeader& header) {
+  const auto ints = header.to_ints();
+  Tensor tensor = at::empty({kPackedHeaderInts}, at::kLong);
+  std::copy(ints.begin(), ints.end(), tensor.mutable_data_ptr<int64_t>());
+  return tensor;
+}
+
+PackedHeader make_header(const DenseMatrix& dense, Format format, int64_t nnz, int64_t words) {
+  PackedHeader header;
+  header.format = format;
+  header.value_type = dense.value_type;
+  header.m = dense.m;
+  header.k = dense.k;
+  header.nnz = nnz;
+  header.payload_words = words;
+  return header;
+}
+
+Format check_format(const char* op, c10::string_view name) {
+  Format format;
+  raise_if_error(op, parse_format(std::string(name), &format));
+  return format;
+}
+
+PruneTarget check_prune_target(std::optional<double> sparsity, c10::string_view scope) {
+  PruneTarget target;
+  raise_if_error("prune_pack", parse_prune_target(std::string(scope), sparsity.has_value(),
+                                                  sparsity.value_or(0.0), &target));
+  return target;
+}
+
+// Everything about one spmm call that does not depend on the device.
+struct SpmmCall {
+  PackedWeight weight;
+  Tensor x;  // [n, k], rows contiguous
+  std::optional<Tensor> bias;
+  Activation activation;
+  int64_t n;
+  std::vector<int64_t> y_sizes;
+
+  SpmmProblem problem() const {
+    return {weight.header.m,         n, weight.header.k, weight.header.nnz, weight.header.format,
+            weight.header.value_type};
+  }
+};
+
+SpmmCall check_spmm(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
+                    const Tensor& payload, const std::optional<Tensor>& bias,
+                    c10::string_view activation) {
+  SpmmCall call;
+  call.weight = check_packed("spmm", header, offsets, payload);
+  const PackedHeader& h = call.weight.header;
+  TORCH_CHECK_TYPE(x.scalar_type() == scalar_type(h.value_type), "flash_llm::spmm: x must be ",
+                   scalar_type(h.value_type), " like the weight, got ", x.scalar_type());
+  TORCH_CHECK_TYPE(x.device() == payload.device(), "flash_llm::spmm: x must be on ",
+                   payload.device(), " like the weight, got ", x.device());
+  TORCH_CHECK_VALUE(x.dim() >= 1, "flash_llm::spmm: x must have at least one dimension, got 0");
+  TORCH_CHECK_VALUE(x.size(-1) == h.k, "flash_llm::spmm: x.size(-1) must equal K=", h.k, ", got ",
+                    x.size(-1));
+  raise_if_error("spmm", parse_activation(std::string(activation), &call.activation));
+  if (bias.has_value() && bias->defined()) {
+    TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), "flash_llm::spmm: bias must be ",
+                     x.scalar_type(), " like x, got ", bias->scalar_type());
+    TORCH_CHECK_TYPE(bias->device() == x.device(), "flash_llm::spmm: bias must be on ", x.device(),
+                     " like x, got ", bias->device());
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == h.m,
+                      "flash_llm::spmm: bias must have shape [M=", h.m, "], got ", bias->sizes());
+    call.bias = bias->contiguous();
+  }
+  call.n = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+    call.y_sizes.push_back(x.size(i));
+    call.n *= x.size(i);
+  }
+  call.y_sizes.push_back(h.m);
+  call.x = x.reshape({call.n, h.k});
+  if (h.k > 1 && call.x.stride(1) != 1) call.x = call.x.contiguous();
+  return call;
+}
+
+void activate_(Tensor& y, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      return;
+    case Activation::kRelu:
+      at::relu_(y);
+      return;
+    case Activation::kGelu:
+      at::gelu_(y);
+      return;
+    case Activation::kSilu:
+      at::silu_(y);
+      return;
+  }
+}
+
+// The dense route: unpack, then the vendor's GEMM. Autocast must not change the dtype underway.
+Tensor spmm_dense(const SpmmCall& call, const Tensor& dense) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  Tensor y = at::linear(call.x, dense, call.bias);
+  activate_(y, call.activation);
+  return y.view(call.y_sizes);
+}
+
+SpmmArgs spmm_args(const SpmmCall& call, const Tensor& y) {
+  SpmmArgs args;
+  args.x = raw(call.x);
+  args.x_stride = call.x.stride(0);
+  args.weight = call.weight.view();
+  args.bias = call.bias ? raw(*call.bias) : nullptr;
+  args.y = mutable_raw(y);
+  args.n = call.n;
+  args.value_type = call.weight.header.value_type;
+  args.activation = call.activation;
+  return args;
+}
+
+// Nothing to multiply: an empty result, or act(bias) where K is 0.
+bool is_degenerate(const SpmmCall& call) {
+  return call.n == 0 || call.weight.header.m == 0 || call.weight.header.k == 0;
+}
+
+Tensor spmm_degenerate(const SpmmCall& call) {
+  Tensor y = at::zeros(call.y_sizes, call.x.options());
+  if (call.bias) y += *call.bias;
+  activate_(y, call.activation);
+  return y;
+}
+
+// ---- CPU ----
+
+Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, Format format) {
+  Tensor offsets =
+      at::empty({num_tiles(dense.m, dense.k) + 1}, dense.tensor.options().dtype(at::kInt));
+  int32_t* offsets_data = offsets.mutable_data_ptr<int32_t>();
+  int64_t nnz = 0;
+  raise_if_error(op, tiled_csl_count(raw(dense.tensor), dense.ld, dense.m, dense.k, parallel_for,
+                                     offsets_data, &nnz));
+  const int64_t words = int64_t{offsets_data[offsets.numel() - 1]} * kVectorEntries;
+  Tensor payload = at::empty({words}, offsets.options());
+  tiled_csl_pack(raw(dense.tensor), dense.ld, dense.m, dense.k, offsets_data, parallel_for,
+                 reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()));
+  return {header_tensor(make_header(dense, format, nnz, words)), offsets, payload};
+}
+
+Packed pack_cpu(const Tensor& dense, c10::string_view format) {
+  return pack_dense_cpu("pack", check_dense("pack", dense), check_format("pack", format));
+}
+
+Packed prune_pack_cpu(const Tensor& dense, std::optional<double> sparsity, c10::string_view scope,
+                      c10::string_view format) {
+  DenseMatrix matrix = check_dense("prune_pack", dense);
+  const Format packed_format = check_format("prune_pack", format);
+  const PruneTarget target = check_prune_target(sparsity, scope);
+  const Tensor pruned =
+      at::empty({matrix.m, matrix.k}, dense.options(), at::MemoryFormat::Contiguous);
+  prune_magnitude(raw(matrix.tensor), matrix.ld, matrix.m, matrix.k, target, parallel_for,
+                  mutable_raw(pruned));
+  return pack_dense_cpu("prune_pack", {pruned, matrix.value_type, matrix.m, matrix.k, matrix.k},
+                        packed_format);
+}
+
+Tensor unpack_weight_cpu(const PackedWeight& weight) {
+  const PackedHeader& h = weight.header;
+  Tensor dense = at::empty({h.m, h.k}, weight.payload.options().dtype(scalar_type(h.value_type)));
+  tiled_csl_unpack(weight.view(), parallel_for, mutable_raw(dense));
+  return dense;
+}
+
+Tensor unpack_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
+  return unpack_weight_cpu(check_packed("unpack", header, offsets, payload));
+}
+
+void validate_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
+  const PackedWeight weight = check_packed("validate", header, offsets, payload);
+  raise_if_error("validate", tiled_csl_validate(weight.view(), parallel_for));
+}
+
+Tensor spmm_cpu(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
+                const Tensor& payload, const std::optional<Tensor>& bias,
+                c10::string_view activation, c10::string_view config, int64_t ctas) {
+  const SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation);
+  SpmmPlan plan;
+  raise_if_error("spmm",
+                 select_plan(call.problem(), DeviceInfo{}, std::string(config), ctas, &plan));
+  if (is_degenerate(call)) return spmm_degenerate(call);
+  if (plan.route == SpmmRoute::kDense) return spmm_dense(call, unpack_weight_cpu(call.weight));
+  const Tensor y = at::empty(call.y_sizes, call.x.options());
+  if (plan.route == SpmmRoute::kCpuReference) {
+    spmm_cpu_reference(spmm_args(call, y), parallel_for);
+  } else {
+    spmm_cpu_tiles(spmm_args(call, y), parallel_for);
+  }
+  return y;
+}
+
+// ---- CUDA ----
+
+#ifdef FLASH_LLM_WITH_CUDA
+
+cudaStream_t current_stream() { return at::cuda::getCurrentCUDAStream().stream(); }
+
+DeviceInfo current_device_info() {
+  const cudaDeviceProp* properties = at::cuda::getCurrentDeviceProperties();
+  return {properties->major * 10 + properties->minor, properties->multiProcessorCount,
+          static_cast<int>(properties->sharedMemPerMultiprocessor)};
+}
+
+Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, Format format) {
+  const int64_t tiles = num_tiles(dense.m, dense.k);
+  const auto int_options = dense.tensor.options().dtype(at::kInt);
+  const Tensor counts = at::empty({tiles}, int_options);
+  raise_if_error(op, cuda::tiled_csl_count(raw(dense.tensor), dense.ld, dense.m, dense.k,
+                                           counts.mutable_data_ptr<int32_t>(), current_stream()));
+  const Tensor vectors = at::floor_divide(counts + (kVectorEntries - 1), kVectorEntries);
+  const Tensor ends = at::cumsum(vectors, 0, at::kLong);
+  const int64_t nnz = at::sum(counts, at::kLong).item<int64_t>();
+  const int64_t total = tiles > 0 ? ends[tiles - 1].item<int64_t>() : 0;
+  TORCH_CHECK_VALUE(total <= INT32_MAX, "flash_llm::", op, ": a weight of ", dense.m, "x", dense.k,
+                    " has more nonzeros than 31-bit vector offsets can address");
+  Tensor offsets = at::zeros({tiles + 1}, int_options);
+  offsets.narrow(0, 1, tiles).copy_(ends);
+  Tensor payload = at::empty({total * kVectorEntries}, int_options);
+  raise_if_error(
+      op, cuda::tiled_csl_pack(
+              raw(dense.tensor), dense.ld, dense.m, dense.k, offsets.const_data_ptr<int32_t>(),
+              reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()), current_stream()));
+  return {header_tensor(make_header(dense, format, nnz, total * kVectorEntries)), offsets, payload};
+}
+
+Packed pack_cuda(const Tensor& dense, c10::string_view format) {
+  const c10::cuda::CUDAGuard guard(dense.device());
+  return pack_dense_cuda("pack", check_dense("pack", dense), check_format("pack", format));
+}
+
+// Per-row cuts of a layer-wide target: one threshold, ties spent in row-major order.
+void layer_cuts(const DenseMatrix& dense, double sparsity, Tensor& thresholds, Tensor& ties) {
+  const cudaStream_t stream = current_stream();
+  const Tensor histogram = at::zeros({kNumMagnitudes}, ties.options());
+  raise_if_error("prune_pack",
+                 cuda::prune_histogram(raw(dense.tensor), dense.ld, dense.m, dense.k,
+                                       histogram.mutable_data_ptr<int64_t>(), stream));
+  const Tensor host_histogram = histogram.cpu();
+  const PruneCut cut = find_prune_cut(host_histogram.const_data_ptr<int64_t>(),
+                                      num_pruned(sparsity, dense.m * dense.k));
+  thresholds.fill_(cut.threshold);
+  raise_if_error("prune_pack",
+                 cuda::prune_count_ties(raw(dense.tensor), dense.ld, dense.m, dense.k,
+                                        cut.threshold, ties.mutable_data_ptr<int64_t>(), stream));
+  const Tensor before = at::cumsum(ties, 0) - ties;
+  ties.copy_(at::minimum(ties, at::clamp_min(cut.ties - before, 0)));
+}
+
+Tensor prune_cuda(const DenseMatrix& dense, const PruneTarget& target) {
+  const cudaStream_t stream = current_stream();
+  const Tensor pruned =
+      at::empty({dense.m, dense.k}, dense.tensor.options(), at::MemoryFormat::Contiguous);
+  if (target.scope == PruneScope::kGroup) {
+    raise_if_error("prune_pack",
+                   cuda::prune_groups(raw(dense.tensor), dense.ld, dense.m, dense.k, target.keep,
+                                      target.group, mutable_raw(pruned), stream));
+    return pruned;
+  }
+  Tensor thresholds = at::empty({dense.m}, dense.tensor.options().dtype(at::kInt));
+  Tensor ties = at::empty({dense.m}, dense.tensor.options().dtype(at::kLong));
+  if (target.scope == PruneScope::kRow) {
+    raise_if_error("prune_pack", cuda::prune_row_cuts(raw(dense.tensor), dense.ld, dense.m, dense.k,
+                                                      num_pruned(target.sparsity, dense.k),
+                                                      thresholds.mutable_data_ptr<int32_t>(),
+                                                      ties.mutable_data_ptr<int64_t>(), stream));
+  } else {
+    layer_cuts(dense, target.sparsity, thresholds, ties);
+  }
+  raise_if_error("prune_pack", cuda::prune_apply_cuts(raw(dense.tensor), dense.ld, dense.m, dense.k,
+                                                      thresholds.const_data_ptr<int32_t>(),
+                                                      ties.const_data_ptr<int64_t>(),
+                                                      mutable_raw(pruned), stream));
+  return pruned;
+}
+
+Packed prune_pack_cuda(const Tensor& dense, std::optional<double> sparsity, c10::string_view scope,
+                       c10::string_view format) {
+  const c10::cuda::CUDAGuard guard(dense.device());
+  const DenseMatrix matrix = check_dense("prune_pack", dense);
+  const Format packed_format = check_format("prune_pack", format);
+  const Tensor pruned = prune_cuda(matrix, check_prune_target(sparsity, scope));
+  return pack_dense_cuda("prune_pack", {pruned, matrix.value_type, matrix.m, matrix.k, matrix.k},
+                         packed_format);
+}
+
+Tensor unpack_weight_cuda(const char* op, const PackedWeight& weight) {
+  const PackedHeader& h = weight.header;
+  Tensor dense = at::empty({h.m, h.k}, weight.payload.options().dtype(scalar_type(h.value_type)));
+  raise_if_error(op, cuda::tiled_csl_unpack(weight.view(), mutable_raw(dense), current_stream()));
+  return dense;
+}
+
+Tensor unpack_cuda(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
+  const PackedWeight weight = check_packed("unpack", header, offsets, payload);
+  const c10::cuda::CUDAGuard guard(payload.device());
+  return unpack_weight_cuda("unpack", weight);
+}
+
+// In depth on the host: validation happens when a weight is built or loaded, not per call.
+void validate_cuda(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
+  const PackedWeight weight = check_packed("validate", header, offsets, payload);
+  validate_cpu(header, weight.offsets.cpu(), weight.payload.cpu());
+}
+
+// X as the kernel wants it: 16-byte pieces, rows that reach to the end of the last tile. Most
+// models have it so; else a small padded copy is made.
+Tensor kernel_ready(const Tensor& x, int64_t k) {
+  const int64_t padded_k = num_tile_cols(k) * kTileK;
+  const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 &&
+                       (x.size(0) <= 1 || (x.stride(0) % 8 == 0 && x.stride(0) >= k));
+  if (padded_k == k && aligned) return x;
+  Tensor padded = at::zeros({x.size(0), padded_k}, x.options());
+  padded.narrow(1, 0, k).copy_(x);
+  return padded;
+}
+
+Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
+                 const Tensor& payload, const std::optional<Tensor>& bias,
+                 c10::string_view activation, c10::string_view config, int64_t ctas) {
+  // Checked before the guard: any one argument on a GPU brings a call here.
+  SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation);
+  const c10::cuda::CUDAGuard guard(x.device());
+  SpmmPlan plan;
+  raise_if_error(
+      "spmm", select_plan(call.problem(), current_device_info(), std::string(config), ctas, &plan));
+  if (is_degenerate(call)) return spmm_degenerate(call);
+  if (plan.route == SpmmRoute::kDense) {
+    return spmm_dense(call, unpack_weight_cuda("spmm", call.weight));
+  }
+  if (plan.packed_x_bytes == 0) call.x = kernel_ready(call.x, call.weight.header.k);
+  const Tensor y = at::empty(call.y_sizes, call.x.options());
+  const Tensor workspace = at::empty({plan.workspace_bytes}, y.options().dtype(at::kByte));
+  raise_if_error("spmm", cuda::spmm_lscd(plan, spmm_args(call, y), workspace.mutable_data_ptr(),
+                                         current_stream()));
+  return y;
+}
+
+#else  // without FLASH_LLM_WITH_CUDA: every CUDA call explains itself
+
+[[noreturn]] void raise_no_cuda(const char* op) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, "flash_llm::", op,
+      ": flash_llm was built without its CUDA part. Found: ", FLASH_LLM_NO_CUDA_REASON,
+      ". Needed: nvcc of the CUDA major version that torch was built with, and a CUDA build of "
+      "torch. Then run: FLASH_LLM_BUILD_CUDA=1 pip install --no-build-isolation -e .");
+}
+
+Packed pack_cuda(const Tensor&, c10::string_view) { raise_no_cuda("pack"); }
+Packed prune_pack_cuda(const Tensor&, std::optional<double>, c10::string_view, c10::string_view) {
+  raise_no_cuda("prune_pack");
+}
+Tensor unpack_cuda(at::IntArrayRef, const Tensor&, const Tensor&) { raise_no_cuda("unpack"); }
+void validate_cuda(at::IntArrayRef, const Tensor&, const Tensor&) { raise_no_cuda("validate"); }
+Tensor spmm_cuda(const Tensor&, at::IntArrayRef, const Tensor&, const Tensor&,
+                 const std::optional<Tensor>&, c10::string_view, c10::string_view, int64_t) {
+  raise_no_cuda("spmm");
+}
+
+#endif
+
+}  // namespace
+}  // namespace flash_llm
+
+TORCH_LIBRARY(flash_llm, m) {
+  m.def(
+      "spmm(Tensor x, int[] header, Tensor offsets, Tensor payload, Tensor? bias=None, "
+      "str activation=\"none\", str config=\"auto\", int ctas=0) -> Tensor");
+  m.def("pack(Tensor dense, str format=\"tiled_csl\") -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "prune_pack(Tensor dense, float? sparsity=None, str scope=\"row\", "
+      "str format=\"tiled_csl\") -> (Tensor, Tensor, Tensor)");
+  m.def("unpack(int[] header, Tensor offsets, Tensor payload) -> Tensor");
+  m.def("validate(int[] header, Tensor offsets, Tensor payload) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(flash_llm, CPU, m) {
+  m.impl("spmm", &flash_llm::spmm_cpu);
+  m.impl("pack", &flash_llm::pack_cpu);
+  m.impl("prune_pack", &flash_llm::prune_pack_cpu);
+  m.impl("unpack", &flash_llm::unpack_cpu);
+  m.impl("validate", &flash_llm::validate_cpu);
+}
+
+TORCH_LIBRARY_IMPL(flash_llm, CUDA, m) {
+  m.impl("spmm", &flash_llm::spmm_cuda);
+  m.impl("pack", &flash_llm::pack_cuda);
+  m.impl("prune_pack", &flash_llm::prune_pack_cuda);
+  m.impl("unpack", &flash_llm::unpack_cuda);
+  m.impl("validate", &flash_llm::validate_cuda);
+}
