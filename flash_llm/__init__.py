@@ -1,0 +1,118 @@
+"""Sparse language models whose weights are loaded as sparse and computed as dense (Flash-LLM).
+
+Pack a pruned ``nn.Linear`` into a :class:`SparseLinear`, or multiply directly with :func:`spmm`.
+Importing this package prints nothing, creates no CUDA context and never fails for want of the
+compiled extension: the first operator that needs it raises, and says what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flash_llm import _extension
+from flash_llm.evaluate import perplexity
+from flash_llm.linear import SparseLinear
+from flash_llm.ops import PackedWeight, pack, prune_pack, spmm, unpack
+from flash_llm.prune.calibrate import prune_
+from flash_llm.sparsify import SparsifyReport, sparsify_
+from flash_llm.tiled_csl import TiledCSL
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PackedWeight",
+    "SparseLinear",
+    "SparsifyReport",
+    "TiledCSL",
+    "__version__",
+    "build_info",
+    "configs",
+    "explain_plan",
+    "pack",
+    "perplexity",
+    "prune_",
+    "prune_pack",
+    "sparsify_",
+    "spmm",
+    "unpack",
+]
+
+
+def build_info() -> dict[str, Any]:
+    """Return what the extension was built with.
+
+    Returns:
+        ``cuda`` (whether there is a CUDA part), ``cuda_version`` (of the nvcc that built it, or
+        None), ``cuda_archs``, ``torch`` (version built against), ``compiler``, and ``reason`` (why
+        there is no CUDA part, "" when there is one).
+
+    Raises:
+        RuntimeError: the extension is missing.
+    """
+    info: dict[str, Any] = _extension.require().build_info()
+    return info
+
+
+def configs() -> list[dict[str, Any]]:
+    """Return the built configurations of the CUDA kernel.
+
+    Returns:
+        For each: ``name``, ``warps_per_tile``, ``tile_n`` (tokens per CTA), ``ctas_per_sm`` (by
+        registers), ``packed_x`` (whether X is reordered first) and ``smem_bytes`` (of one CTA).
+
+    Raises:
+        RuntimeError: the extension is missing.
+    """
+    rows: list[dict[str, Any]] = _extension.require().configs()
+    return rows
+
+
+def explain_plan(
+    m: int,
+    n: int,
+    k: int,
+    nnz: int,
+    value_type: str = "float16",
+    *,
+    compute_capability: int = 0,
+    num_sms: int = 0,
+    smem_per_sm_bytes: int = 0,
+    config: str = "auto",
+    ctas: int = 0,
+) -> str:
+    """Say which kernel :func:`spmm` would choose, and why; needs no GPU.
+
+    Args:
+        m: out_features.
+        n: tokens.
+        k: in_features.
+        nnz: nonzeros of the weight.
+        value_type: ``"float16"`` or ``"bfloat16"``.
+        compute_capability: 10 * major + minor of the GPU, 90 for an H100; 0 means the CPU.
+        num_sms: its multiprocessors, 132 for an H100 SXM.
+        smem_per_sm_bytes: shared memory of one, 233472 for an H100.
+        config: ``"auto"``, or the kernel to force.
+        ctas: the grid to force, 0 for the plan's own.
+
+    Returns:
+        One or more lines for a human.
+
+    Raises:
+        ValueError: a size does not fit 31 bits, or the device does not take ``config`` or ``ctas``.
+        TypeError: ``value_type`` is unknown.
+        NotImplementedError: the architecture is older than sm_80.
+        RuntimeError: the extension is missing.
+    """
+    text: str = _extension.require().explain_plan(
+        m,
+        n,
+        k,
+        nnz,
+        value_type,
+        compute_capability,
+        num_sms,
+        smem_per_sm_bytes,
+        config,
+        ctas,
+    )
+    return text

@@ -1,0 +1,417 @@
+"""``SparseLinear``: an ``nn.Linear`` whose weight is packed, as three plain integer buffers.
+
+Buffers rather than a tensor subclass, so that ``state_dict``, safetensors, deepcopy, pickle,
+``.to()``, the meta device and accelerate's hooks work without special cases. The header's eight
+integers are also kept in Python: ``forward`` passes them on as ints, so that no call reads the
+device and ``torch.compile`` and CUDA graphs see constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flash_llm import ops
+from flash_llm.ops import PackedHeader, PackedWeight
+
+_BUFFERS = ("weight_header", "weight_offsets", "weight_payload")
+
+
+class SparseLinear(nn.Linear):
+    """Linear layer ``y = x @ weight.T + bias`` with a packed sparse weight.
+
+    State: buffers ``weight_header`` int64[8], ``weight_offsets`` and ``weight_payload`` int32, and
+    the parameter ``bias`` (or None). The weight is frozen; ``bias`` and the input are
+    differentiable. ``weight`` reads back as a new dense tensor, so writing into what it returned
+    changes nothing: assign a tensor to ``weight`` to pack it again, and convert with
+    :meth:`to_linear` before merging a LoRA adapter. Loading accepts packed keys of any size and a
+    dense ``weight`` key, which it packs. ``.half()`` and ``.bfloat16()`` re-encode the values.
+
+    Code that fills buffers one by one on its own (a loader that does not call ``load_state_dict``)
+    must set ``weight_header`` by attribute, or change the payload's length; both make the module
+    read the header again.
+
+    Args:
+        in_features: K.
+        out_features: M.
+        bias: whether there is a bias, initially zero.
+        device: where the buffers live; ``"meta"`` for placeholders to load into.
+        dtype: float16 or bfloat16.
+        payload_words: meta device only: length of the payload placeholder, so that tools which
+            size a model before loading see the real one.
+        format: name of the packed format.
+
+    Raises:
+        ValueError: a size is negative, ``format`` is unknown, or ``payload_words`` is not 0 off the
+            meta device.
+        TypeError: ``dtype`` is neither float16 nor bfloat16.
+        RuntimeError: the compiled extension is missing.
+
+    Example:
+        >>> import torch, flash_llm
+        >>> linear = torch.nn.Linear(256, 128, dtype=torch.bfloat16)
+        >>> layer = flash_llm.SparseLinear.from_linear(linear, sparsity=0.75)
+        >>> layer(torch.ones(2, 256, dtype=torch.bfloat16)).shape
+        torch.Size([2, 128])
+        >>> layer.sparsity
+        0.75
+    """
+
+    weight_header: Tensor
+    weight_offsets: Tensor
+    weight_payload: Tensor
+    _header: PackedHeader
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float16,
+        payload_words: int = 0,
+        format: str = "tiled_csl",
+    ) -> None:
+        # nn.Linear's own constructor would allocate the dense weight.
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        packed = PackedWeight.class_for(format).empty(
+            out_features, in_features, dtype=dtype, device=device, payload_words=payload_words
+        )
+        for name in _BUFFERS:
+            self.register_buffer(name, None)
+        self._install(packed)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        sparsity: float | None = None,
+        scope: str = "row",
+        format: str = "tiled_csl",
+    ) -> SparseLinear:
+        """Pack the weight of a dense layer.
+
+        Args:
+            linear: ``nn.Linear`` (``[M, K]`` weight) or the Conv1D of transformers (``[K, M]``).
+            sparsity: None packs the zeros that are there; otherwise prune by magnitude first, as
+                :func:`flash_llm.prune_pack` does.
+            scope: ``"row"``, ``"layer"`` or ``"N:M"``; None for ``sparsity`` with an N:M scope
+                prunes too.
+            format: name of the packed format.
+
+        Returns:
+            A new layer on the same device, in the same training mode, that shares the bias
+            parameter of ``linear``.
+
+        Raises:
+            TypeError: ``linear`` is another module, or its weight or bias is not float16 or
+                bfloat16 (cast the model with ``.to(torch.bfloat16)`` first).
+            ValueError: ``sparsity``, ``scope`` or ``format`` is not one that
+                :func:`flash_llm.prune_pack` takes.
+        """
+        packed = pack_layer(linear, sparsity=sparsity, scope=scope, format=format)
+        bias = linear.bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        layer = cls.from_packed(packed, bias)
+        layer.train(linear.training)
+        return layer
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> SparseLinear:
+        """Build a layer around a packed weight; nothing is copied.
+
+        Args:
+            packed: ``[M, K]`` weight.
+            bias: ``[M]`` tensor or parameter, dtype and device of ``packed``.
+
+        Raises:
+            ValueError: ``bias`` has another shape.
+            TypeError: ``bias`` has another dtype or device.
+        """
+        m, k = packed.shape
+        if bias is not None:
+            if bias.shape != (m,):
+                raise ValueError(
+                    f"flash_llm.SparseLinear: bias must have shape [{m}], got {list(bias.shape)}"
+                )
+            if bias.dtype != packed.dtype or bias.device != packed.device:
+                raise TypeError(
+                    f"flash_llm.SparseLinear: bias must be {packed.dtype} on {packed.device}, "
+                    f"as the weight is, got {bias.dtype} on {bias.device}"
+                )
+        layer = cls(k, m, bias=False, device="meta", dtype=packed.dtype, format=packed.FORMAT)
+        layer._install(packed)
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        return layer
+
+    def to_linear(self) -> nn.Linear:
+        """Return an ``nn.Linear`` with the dense weight, sharing the bias parameter."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype
+        )
+        linear.weight = nn.Parameter(self.weight)
+        if self.bias is not None:
+            linear.bias = self.bias
+        linear.train(self.training)
+        return linear
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The packed weight; shares the buffers."""
+        header = self._current_header()
+        return PackedWeight.class_for(header.format)(
+            header, self.weight_offsets, self.weight_payload
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weight, and of what ``forward`` takes and returns."""
+        return self._header.dtype
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the weight, in [0, 1]."""
+        return self._current_header().sparsity
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A new dense ``[M, K]`` copy; assigning one of this shape and dtype packs it."""
+        return ops.unpack(self.packed)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``input @ weight.T + bias``; see :func:`flash_llm.spmm` for what it accepts."""
+        return ops.spmm_buffers(
+            input, self._current_header(), self.weight_offsets, self.weight_payload, self.bias
+        )
+
+    def reset_parameters(self) -> None:
+        """Make weight and bias all zero."""
+        packed = self.packed
+        self._install(
+            packed.empty(*packed.shape, dtype=packed.dtype, device=self.weight_payload.device)
+        )
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes, dtype, format and sparsity."""
+        header = self._current_header()
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, dtype={header.dtype}, "
+            f"format={PackedWeight.class_for(header.format).FORMAT}, "
+            f"sparsity={header.sparsity:.4f}"
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; one called ``weight`` is packed instead."""
+        if name == "weight":
+            self._set_weight(param)
+        else:
+            super().register_parameter(name, param)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; ``weight`` is packed, ``weight_header`` is read back into Python."""
+        if name == "weight":
+            self._set_weight(value)
+            return
+        if name == "weight_header" and isinstance(value, Tensor) and not value.is_meta:
+            header = PackedHeader.from_tensor(value)
+            self._check_shape(header.m, header.k)
+            self._header = header
+        super().__setattr__(name, value)
+
+    def _current_header(self) -> PackedHeader:
+        # Loaders that write to _buffers directly go past __setattr__. The payload's length, known
+        # without asking the device, then tells that the header is not the one that we hold.
+        header = self._header
+        if self.weight_payload.numel() != header.payload_words and not self.weight_header.is_meta:
+            self.weight_header = self.weight_header
+            header = self._header
+        return header
+
+    def _install(self, packed: PackedWeight) -> None:
+        self._header = packed.header
+        self._buffers["weight_header"] = packed.header.to_tensor(packed.device)
+        self._buffers["weight_offsets"] = packed.offsets
+        self._buffers["weight_payload"] = packed.payload
+
+    def _set_weight(self, dense: Any) -> None:
+        if not isinstance(dense, Tensor):
+            raise TypeError(
+                f"flash_llm.SparseLinear: weight must be a dense tensor, got {type(dense).__name__}"
+            )
+        self._check_shape(*dense.shape)
+        if dense.dtype != self.dtype:
+            raise TypeError(
+                f"flash_llm.SparseLinear: weight must be {self.dtype}, got {dense.dtype}"
+            )
+        packed = ops.pack(dense, self.packed.FORMAT)
+        here = self.weight_payload.device
+        self._install(packed if here.type == "meta" else packed.to(here))
+
+    def _check_shape(self, *shape: int) -> None:
+        if shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"flash_llm.SparseLinear: weight must have shape "
+                f"[{self.out_features}, {self.in_features}], got {list(shape)}"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        old_dtype, was_meta = self.dtype, self.weight_payload.is_meta
+        # fn casts floating point tensors, and the packed values hide in an integer buffer: see what
+        # fn does to a tensor of their dtype.
+        probe = torch.empty(0, dtype=old_dtype, device=self.weight_payload.device)
+        new_dtype = fn(probe).dtype
+        if new_dtype not in ops.VALUE_DTYPES.values():
+            raise TypeError(
+                f"flash_llm.SparseLinear: a packed weight must stay torch.float16 or "
+                f"torch.bfloat16 and cannot become {new_dtype}; call to_linear() for a dense layer "
+                "first"
+            )
+
+        def keep_integers(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            # Module.type(dtype) casts integers too.
+            cast = moved.dtype != tensor.dtype and not tensor.is_floating_point()
+            return tensor.to(moved.device) if cast else moved
+
+        super()._apply(keep_integers, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.weight_payload.is_meta:
+            # to_empty() leaves memory uninitialised, which for offsets means malformed.
+            self.reset_parameters()
+        if new_dtype != old_dtype:
+            if self.weight_payload.is_meta:
+                self._header = self._header._replace(value_type=ops.value_type_of(new_dtype))
+            else:
+                self._install(ops.pack(self.weight.to(new_dtype), self.packed.FORMAT))
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        try:
+            packed = self._packed_from_state_dict(state_dict, prefix)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            error_msgs.append(
+                f'SparseLinear "{prefix.removesuffix(".")}" ({self.extra_repr()}): {error}'
+            )
+            return
+        if packed is not None:
+            incoming = (packed.header.to_tensor(), packed.offsets, packed.payload)
+            state_dict = {k: v for k, v in state_dict.items() if k != prefix + "weight"}
+            state_dict.update(zip((prefix + name for name in _BUFFERS), incoming, strict=True))
+            current = (self.weight_header, self.weight_offsets, self.weight_payload)
+            # The load below copies in place, which keeps captured CUDA graphs alive but needs
+            # buffers of the same size. All three are replaced or none: a weight may share them.
+            if any(old.shape != new.shape for old, new in zip(current, incoming, strict=True)):
+                for name, old, new in zip(_BUFFERS, current, incoming, strict=True):
+                    self._buffers[name] = torch.empty_like(new, device=old.device)
+            self._header = packed.header
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _packed_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str
+    ) -> PackedWeight | None:
+        """Read and check this layer's weight; None when the state dict has none of its keys."""
+        bias = state_dict.get(prefix + "bias")
+        if isinstance(bias, Tensor) and self.bias is not None and bias.shape != self.bias.shape:
+            raise ValueError(
+                f"bias must have shape {list(self.bias.shape)}, got {list(bias.shape)}"
+            )
+        parts = {name: state_dict.get(prefix + name) for name in _BUFFERS}
+        found = [name for name, part in parts.items() if part is not None]
+        dense = state_dict.get(prefix + "weight")
+        if dense is None and not found:
+            return None
+        if dense is not None and found:
+            raise ValueError(f"expected a dense weight or a packed one, got weight and {found[0]}")
+        if dense is not None:
+            if not isinstance(dense, Tensor) or not dense.is_floating_point() or dense.is_meta:
+                raise TypeError(f"weight must be a floating point tensor with values, got {dense}")
+            self._check_shape(*dense.shape)
+            return ops.pack(dense.to(self.dtype), self.packed.FORMAT)
+        if len(found) != len(_BUFFERS):
+            absent = next(name for name in _BUFFERS if name not in found)
+            raise ValueError(f"{found[0]} is there, but {absent} is missing")
+        tensors: list[Tensor] = []
+        for name, part in parts.items():
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(part).__name__}")
+            tensors.append(part)
+        packed = PackedWeight.from_tensors(tensors[0], tensors[1], tensors[2])
+        self._check_shape(*packed.shape)
+        expected = (self.dtype, self.packed.FORMAT)
+        if (packed.dtype, packed.FORMAT) != expected:
+            raise TypeError(
+                f"weight must be {expected[0]} in format {expected[1]}, "
+                f"got {packed.dtype} in format {packed.FORMAT}"
+            )
+        return packed
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is the Conv1D of transformers: ``x @ weight + bias``, weight ``[K, M]``.
+
+    Recognised by its name and attributes, so that transformers is never imported.
+    """
+    weight = getattr(module, "weight", None) if type(module).__name__ == "Conv1D" else None
+    return (
+        isinstance(weight, Tensor)
+        and weight.dim() == 2
+        and hasattr(module, "nx")
+        and getattr(module, "nf", None) == weight.shape[1]
+    )
+
+
+def pack_layer(
+    layer: nn.Module,
+    *,
+    sparsity: float | None = None,
+    scope: str = "row",
+    format: str = "tiled_csl",
+) -> PackedWeight:
+    """Pack the ``[M, K]`` weight of a dense layer; arguments and errors as ``from_linear``."""
+    name = type(layer).__name__
+    if not (isinstance(layer, nn.Linear) or is_conv1d(layer)):
+        raise TypeError(f"flash_llm.SparseLinear: expected nn.Linear or Conv1D, got {name}")
+    original, mask = layer._parameters.get("weight_orig"), layer._buffers.get("weight_mask")
+    if original is not None and mask is not None:
+        # torch.nn.utils.prune refreshes .weight only in forward; these two are the truth.
+        weight = original.detach() * mask
+    else:
+        assert isinstance(layer.weight, Tensor)
+        weight = layer.weight
+    for label, tensor in (("weight", weight), ("bias", layer.bias)):
+        if isinstance(tensor, Tensor) and tensor.dtype not in ops.VALUE_DTYPES.values():
+            raise TypeError(
+                f"flash_llm.SparseLinear: {label} of {name} must be torch.float16 or "
+                f"torch.bfloat16, got {tensor.dtype}; cast the model first, for instance with "
+                ".to(torch.bfloat16)"
+            )
+    if is_conv1d(layer):
+        weight = weight.t()
+    if sparsity is None and scope in ("row", "layer"):
+        return ops.pack(weight, format)
+    return ops.prune_pack(weight, sparsity, scope=scope, format=format)

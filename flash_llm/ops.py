@@ -1,0 +1,631 @@
+"""The operators of ``torch.ops.flash_llm`` in Python: typed wrappers, fakes and autograd.
+
+``y = act(x @ w.T + bias)`` for a packed sparse ``w``, and the conversions from and to dense. A
+packed weight of any format is eight integers and two tensors (:class:`PackedWeight`). Operators
+take them apart, so ``torch.compile``, CUDA graphs and the dispatcher see plain tensors and ints,
+and no call has to ask the device what a buffer holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from flash_llm import _extension
+
+VALUE_DTYPES: dict[int, torch.dtype] = {1: torch.float16, 2: torch.bfloat16}
+"""``PackedHeader.value_type`` to the dtype of the stored values."""
+
+_Packed = TypeVar("_Packed", bound="PackedWeight")
+
+
+class PackedHeader(NamedTuple):
+    """The eight integers that describe a packed weight (``csrc/core/packed_header.h``).
+
+    Attributes:
+        magic: ``"FLASHLLM"`` as a little-endian integer.
+        version: raised when the meaning of a stored byte changes.
+        format: which packed format; ``PackedWeight.FORMAT_ID`` of its class.
+        value_type: key of :data:`VALUE_DTYPES`.
+        m: rows of the weight, out_features.
+        k: columns of the weight, in_features.
+        nnz: stored values that are not zero.
+        payload_words: 32-bit words in the payload, padding included.
+    """
+
+    magic: int
+    version: int
+    format: int
+    value_type: int
+    m: int
+    k: int
+    nnz: int
+    payload_words: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the dense weight."""
+        return VALUE_DTYPES[self.value_type]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in [0, 1]; 1.0 for a weight without elements."""
+        return 1.0 - self.nnz / (self.m * self.k) if self.m and self.k else 1.0
+
+    def to_tensor(self, device: torch.device | str | None = None) -> Tensor:
+        """Return the header as the int64[8] tensor that checkpoints hold."""
+        return torch.tensor(self, dtype=torch.int64, device=device)
+
+    @staticmethod
+    def from_tensor(tensor: Tensor) -> PackedHeader:
+        """Read a header tensor; copies from the device when it is not on the CPU.
+
+        Args:
+            tensor: int64[8].
+
+        Raises:
+            TypeError: the dtype is not int64.
+            ValueError: the tensor is not one-dimensional with 8 elements, or is on the meta device.
+        """
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"flash_llm: header must be int64, got {tensor.dtype}")
+        if tensor.shape != (len(PackedHeader._fields),):
+            raise ValueError(
+                f"flash_llm: header must have shape [{len(PackedHeader._fields)}], "
+                f"got {list(tensor.shape)}"
+            )
+        if tensor.is_meta:
+            raise ValueError("flash_llm: header must hold values, got a tensor on the meta device")
+        return PackedHeader(*tensor.tolist())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A packed ``[M, K]`` weight: header and buffers. Each format is one subclass.
+
+    A subclass names its format, says how long its offsets are, and is found by that name from then
+    on: the operators, ``SparseLinear`` and ``sparsify_`` know formats only through this class.
+
+    Attributes:
+        header: shape, dtype, format and counts, as Python integers.
+        offsets: int32, one-dimensional; where each tile's part of the payload begins.
+        payload: int32[header.payload_words], on the device of ``offsets``.
+    """
+
+    header: PackedHeader
+    offsets: Tensor
+    payload: Tensor
+
+    FORMAT: ClassVar[str]
+    FORMAT_ID: ClassVar[int]
+
+    def __init_subclass__(cls) -> None:
+        """Make the format known by its name and its number."""
+        super().__init_subclass__()
+        _CLASS_OF_FORMAT[cls.FORMAT] = cls
+        _CLASS_OF_ID[cls.FORMAT_ID] = cls
+
+    @staticmethod
+    def num_offsets(m: int, k: int) -> int:
+        """Length of ``offsets`` for an ``[m, k]`` weight; each format defines it."""
+        raise NotImplementedError("defined by each format")
+
+    @staticmethod
+    def class_for(fmt: str | int) -> type[PackedWeight]:
+        """Return the class of a format.
+
+        Args:
+            fmt: a format's name (``"tiled_csl"``) or its number in a header.
+
+        Raises:
+            ValueError: no format has this name.
+            NotImplementedError: no format has this number; a newer flash_llm may know it.
+        """
+        if isinstance(fmt, str):
+            if fmt not in _CLASS_OF_FORMAT:
+                known = " or ".join(f'"{name}"' for name in _CLASS_OF_FORMAT)
+                raise ValueError(f'flash_llm: format must be {known}, got "{fmt}"')
+            return _CLASS_OF_FORMAT[fmt]
+        if fmt not in _CLASS_OF_ID:
+            known = ", ".join(f"{cls.FORMAT_ID} ({cls.FORMAT})" for cls in _CLASS_OF_ID.values())
+            raise NotImplementedError(
+                f"flash_llm: header names format {fmt}, this build knows {known}"
+            )
+        return _CLASS_OF_ID[fmt]
+
+    @classmethod
+    def empty(
+        cls,
+        m: int,
+        k: int,
+        *,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+        payload_words: int = 0,
+    ) -> PackedWeight:
+        """Return an all-zero weight without making a dense one.
+
+        Args:
+            m: rows.
+            k: columns.
+            dtype: float16 or bfloat16.
+            device: where the buffers live; ``"meta"`` for placeholders.
+            payload_words: length of the payload; only the meta device allows more than 0, to stand
+                for a weight whose values are loaded later.
+
+        Returns:
+            A weight of class ``cls`` that :meth:`validate` accepts (meta placeholders aside).
+
+        Raises:
+            ValueError: ``m`` or ``k`` is negative, or ``payload_words`` is negative, or not 0 off
+                the meta device.
+            TypeError: ``dtype`` is neither float16 nor bfloat16.
+        """
+        if m < 0 or k < 0:
+            raise ValueError(f"flash_llm: m and k must not be negative, got {m} and {k}")
+        extension = _extension.require()
+        offsets = torch.zeros(cls.num_offsets(m, k), dtype=torch.int32, device=device)
+        if payload_words < 0 or (payload_words and not offsets.is_meta):
+            raise ValueError(
+                "flash_llm: payload_words must be 0, or positive on the meta device, got "
+                f"{payload_words} on {offsets.device}"
+            )
+        header = PackedHeader(
+            magic=extension.PACKED_MAGIC,
+            version=extension.PACKED_VERSION,
+            format=cls.FORMAT_ID,
+            value_type=value_type_of(dtype),
+            m=m,
+            k=k,
+            nnz=payload_words,
+            payload_words=payload_words,
+        )
+        payload = torch.empty(payload_words, dtype=torch.int32, device=offsets.device)
+        return cls(header, offsets, payload)
+
+    @classmethod
+    def from_dense(cls: type[_Packed], weight: Tensor) -> _Packed:
+        """Pack a dense weight; see :func:`pack`.
+
+        Args:
+            weight: ``[M, K]`` float16 or bfloat16, CPU or CUDA, any strides.
+
+        Raises:
+            ValueError: ``weight`` is not two-dimensional.
+            TypeError: its dtype is neither float16 nor bfloat16.
+        """
+        packed = pack(weight, cls.FORMAT)
+        assert isinstance(packed, cls)
+        return packed
+
+    @classmethod
+    def from_tensors(
+        cls: type[_Packed], header: Tensor | PackedHeader, offsets: Tensor, payload: Tensor
+    ) -> _Packed:
+        """Build a packed weight from its stored parts, checked in depth.
+
+        Args:
+            header: int64[8] tensor or :class:`PackedHeader`.
+            offsets: int32, on the device where the weight shall live.
+            payload: int32, on the same device.
+
+        Returns:
+            A weight of the class that the header's format names.
+
+        Raises:
+            ValueError: a size, an offset, a place or a count is wrong, or the header names another
+                format than ``cls``.
+            TypeError: a dtype or a device is wrong.
+            NotImplementedError: the header has a newer version or an unknown format.
+        """
+        if isinstance(header, Tensor):
+            header = PackedHeader.from_tensor(header)
+        _validate(header, offsets, payload)
+        packed = PackedWeight.class_for(header.format)(header, offsets, payload)
+        if not isinstance(packed, cls):
+            raise ValueError(
+                f'flash_llm: header must name format "{cls.FORMAT}", got "{packed.FORMAT}"'
+            )
+        return packed
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[M, K]`` of the dense weight."""
+        return torch.Size((self.header.m, self.header.k))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float16 or bfloat16."""
+        return self.header.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers live."""
+        return self.payload.device
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored values that are not zero."""
+        return self.header.nnz
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in [0, 1]."""
+        return self.header.sparsity
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of header, offsets and payload together."""
+        header_bytes = len(self.header) * torch.int64.itemsize
+        return header_bytes + self.offsets.nbytes + self.payload.nbytes
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the same weight stored dense, in the same dtype."""
+        return self.header.m * self.header.k * self.dtype.itemsize
+
+    def to_dense(self) -> Tensor:
+        """Return the dense ``[M, K]`` weight; see :func:`unpack`."""
+        return unpack(self)
+
+    def validate(self) -> None:
+        """Check every invariant of the format; see :func:`validate`."""
+        validate(self)
+
+    def to(self: _Packed, device: torch.device | str) -> _Packed:
+        """Return the same weight with its buffers on ``device``."""
+        return dataclasses.replace(
+            self, offsets=self.offsets.to(device), payload=self.payload.to(device)
+        )
+
+    def __repr__(self) -> str:
+        """One line: format, shape, dtype, device, sparsity and size."""
+        return (
+            f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, "
+            f"device={self.device}, nnz={self.nnz}, sparsity={self.sparsity:.4f}, "
+            f"nbytes={self.nbytes})"
+        )
+
+
+_CLASS_OF_FORMAT: dict[str, type[PackedWeight]] = {}
+_CLASS_OF_ID: dict[int, type[PackedWeight]] = {}
+
+
+def value_type_of(dtype: torch.dtype) -> int:
+    """Return the number that a header gives to ``dtype``.
+
+    Raises:
+        TypeError: ``dtype`` is neither float16 nor bfloat16.
+    """
+    for value_type, known in VALUE_DTYPES.items():
+        if dtype == known:
+            return value_type
+    raise TypeError(
+        f"flash_llm: a packed weight must be torch.float16 or torch.bfloat16, got {dtype}; "
+        "cast it first, for instance with .to(torch.bfloat16)"
+    )
+
+
+def spmm(
+    x: Tensor,
+    w: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    config: str = "auto",
+    ctas: int = 0,
+) -> Tensor:
+    """Multiply dense tokens by a packed sparse weight: ``y = act(x @ w.T + bias)``.
+
+    The result is that of ``torch.nn.functional.linear`` on the unpacked weight (so Inf times a zero
+    of the weight is NaN), with products accumulated in float32 and one rounding at the end
+    (Flash-LLM, arXiv 2309.10285, section 4). Differentiable in ``x`` and ``bias``; the weight is
+    frozen. The backward pass makes a dense copy of the weight for its duration and, when there is
+    an activation, recomputes its input instead of storing it. Autocast does not cast ``x``: its
+    dtype must be the weight's.
+
+    Args:
+        x: ``[..., K]``, dtype and device of ``w``, any strides; the leading dimensions are the N
+            tokens.
+        w: packed ``[M, K]`` weight, float16 or bfloat16.
+        bias: ``[M]``, dtype and device of ``x``.
+        activation: None or ``"none"``, ``"relu"``, ``"gelu"`` (exact, erf) or ``"silu"``, applied
+            in float32 before the final rounding; only the dense route (large N) rounds the sum to
+            ``x.dtype`` first, as ``torch.nn.functional.linear`` does.
+        config: ``"auto"`` lets ``explain_plan`` choose; any other name forces that kernel (see
+            ``flash_llm._C.plan_names``), for tests and benchmarks.
+        ctas: forces the grid of a CUDA kernel; 0 lets the plan choose.
+
+    Returns:
+        Contiguous ``[..., M]`` of ``x.dtype``.
+
+    Raises:
+        ValueError: a shape disagrees with ``w``; ``activation`` or ``config`` is unknown; ``ctas``
+            is negative; a buffer of ``w`` has the wrong length.
+        TypeError: dtype or device of ``x``, ``bias`` or a buffer differs from ``w``.
+        NotImplementedError: the device is older than sm_80, or this build has no CUDA part.
+        RuntimeError: the extension is missing, or CUDA failed.
+
+    Example:
+        >>> import torch, flash_llm
+        >>> dense = torch.tensor([[0.0, 2.0], [3.0, 0.0]], dtype=torch.bfloat16)
+        >>> w = flash_llm.TiledCSL.from_dense(dense)
+        >>> flash_llm.spmm(torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16), w, activation="relu")
+        tensor([[0., 3.]], dtype=torch.bfloat16)
+    """
+    _check_packed("spmm", w)
+    return spmm_buffers(
+        x, w.header, w.offsets, w.payload, bias, activation=activation, config=config, ctas=ctas
+    )
+
+
+def spmm_buffers(
+    x: Tensor,
+    header: PackedHeader,
+    offsets: Tensor,
+    payload: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    config: str = "auto",
+    ctas: int = 0,
+) -> Tensor:
+    """Do what :func:`spmm` does, for a caller that holds the parts of the weight (a module)."""
+    _extension.require()
+    _check_tensor("spmm", "x", x)
+    if bias is not None:
+        _check_tensor("spmm", "bias", bias)
+    y: Tensor = torch.ops.flash_llm.spmm(
+        x,
+        list(header),
+        offsets,
+        payload,
+        bias,
+        "none" if activation is None else activation,
+        config,
+        ctas,
+    )
+    return y
+
+
+def pack(dense: Tensor, format: str = "tiled_csl") -> PackedWeight:
+    """Pack the nonzeros of a dense weight.
+
+    ±0 is dropped; every other bit pattern (NaN, Inf, subnormal) survives ``unpack(pack(w))`` bit
+    for bit. CPU and CUDA give the same bytes. The header comes back as Python integers, so packing
+    on a GPU waits for it, and ``torch.compile`` breaks the graph here.
+
+    Args:
+        dense: ``[M, K]`` float16 or bfloat16, CPU or CUDA, any strides, any M, K >= 0.
+        format: name of the packed format.
+
+    Returns:
+        The packed weight, of the format's class, on ``dense.device``; detached from autograd.
+
+    Raises:
+        ValueError: ``dense`` is not two-dimensional, is too large for the format's 31-bit offsets,
+            or ``format`` is unknown.
+        TypeError: the dtype is neither float16 nor bfloat16.
+        NotImplementedError: ``dense`` is on CUDA and this build has no CUDA part.
+        RuntimeError: the extension is missing, or CUDA failed.
+
+    Example:
+        >>> import torch, flash_llm
+        >>> flash_llm.pack(torch.eye(4, dtype=torch.float16)).nnz
+        4
+    """
+    _extension.require()
+    _check_tensor("pack", "dense", dense)
+    return _from_op(torch.ops.flash_llm.pack(dense.detach(), format))
+
+
+def prune_pack(
+    dense: Tensor,
+    sparsity: float | None = None,
+    *,
+    scope: str = "row",
+    format: str = "tiled_csl",
+) -> PackedWeight:
+    """Prune by magnitude to a target, then pack, in one operator; ``dense`` stays as it is.
+
+    Of equal magnitudes the first in row-major order goes first: CPU and CUDA give the same bytes.
+
+    Args:
+        dense: ``[M, K]`` float16 or bfloat16, CPU or CUDA, any strides.
+        sparsity: fraction of zeros in [0, 1]; may be None for an N:M scope, which implies it.
+        scope: ``"row"`` (the fraction holds in every row), ``"layer"`` (over the matrix) or
+            ``"N:M"``, such as ``"2:4"`` (the N largest of every M neighbouring columns stay).
+        format: name of the packed format.
+
+    Returns:
+        The packed weight on ``dense.device``.
+
+    Raises:
+        ValueError: ``sparsity`` is outside [0, 1], NaN, missing or contradicts the scope; ``scope``
+            or ``format`` is unknown; ``dense`` is not two-dimensional.
+        TypeError: the dtype is neither float16 nor bfloat16.
+        NotImplementedError: ``dense`` is on CUDA and this build has no CUDA part.
+        RuntimeError: the extension is missing, or CUDA failed.
+
+    Example:
+        >>> import torch, flash_llm
+        >>> w = torch.tensor([[1.0, -4.0, 2.0, 3.0]], dtype=torch.float16)
+        >>> flash_llm.prune_pack(w, 0.5).to_dense()
+        tensor([[ 0., -4.,  0.,  3.]], dtype=torch.float16)
+    """
+    _extension.require()
+    _check_tensor("prune_pack", "dense", dense)
+    return _from_op(torch.ops.flash_llm.prune_pack(dense.detach(), sparsity, scope, format))
+
+
+def unpack(w: PackedWeight) -> Tensor:
+    """Return the dense weight.
+
+    Args:
+        w: packed ``[M, K]`` weight.
+
+    Returns:
+        Contiguous ``[M, K]`` of ``w.dtype`` on ``w.device``; absent elements are +0.
+
+    Raises:
+        ValueError: a buffer has the wrong length or the header is malformed.
+        TypeError: a buffer has the wrong dtype or device.
+        NotImplementedError: the header has a newer version, or this build has no CUDA part.
+        RuntimeError: the extension is missing, or CUDA failed.
+    """
+    _extension.require()
+    _check_packed("unpack", w)
+    dense: Tensor = torch.ops.flash_llm.unpack(list(w.header), w.offsets, w.payload)
+    return dense
+
+
+def validate(w: PackedWeight) -> None:
+    """Check every invariant of the packed format (``csrc/core/tiled_csl.h`` lists them).
+
+    Reads all of the payload; the operators themselves only check sizes at each call, and are
+    memory-safe on buffers that this function would refuse.
+
+    Args:
+        w: packed weight of any device.
+
+    Raises:
+        ValueError: sizes disagree, offsets decrease or run past the end, a place lies outside its
+            tile or the matrix or occurs twice, or a count is wrong.
+        TypeError: a buffer has the wrong dtype or device.
+        NotImplementedError: the header has a newer version or an unknown format.
+        RuntimeError: the extension is missing, or CUDA failed.
+    """
+    _check_packed("validate", w)
+    _validate(w.header, w.offsets, w.payload)
+
+
+# The dispatcher would raise RuntimeError for these.
+def _check_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"flash_llm::{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_packed(op: str, value: object) -> None:
+    if not isinstance(value, PackedWeight):
+        raise TypeError(
+            f"flash_llm::{op}: w must be a packed weight (TiledCSL.from_dense makes one), "
+            f"got {type(value).__name__}"
+        )
+
+
+def _validate(header: PackedHeader, offsets: Tensor, payload: Tensor) -> None:
+    _extension.require()
+    torch.ops.flash_llm.validate(list(header), offsets, payload)
+
+
+def _from_op(parts: tuple[Tensor, Tensor, Tensor]) -> PackedWeight:
+    header = PackedHeader.from_tensor(parts[0])
+    return PackedWeight.class_for(header.format)(header, parts[1], parts[2])
+
+
+def _fake_pack(dense: Tensor, format: str = "tiled_csl") -> tuple[Tensor, Tensor, Tensor]:
+    m, k = dense.shape
+    words = torch.library.get_ctx().new_dynamic_size()
+    return (
+        torch.empty(len(PackedHeader._fields), dtype=torch.int64, device="cpu"),
+        dense.new_empty(PackedWeight.class_for(format).num_offsets(m, k), dtype=torch.int32),
+        dense.new_empty(words, dtype=torch.int32),
+    )
+
+
+def _fake_prune_pack(
+    dense: Tensor, sparsity: float | None = None, scope: str = "row", format: str = "tiled_csl"
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_pack(dense, format)
+
+
+def _fake_unpack(header: list[int], offsets: Tensor, payload: Tensor) -> Tensor:
+    fields = PackedHeader(*header)
+    return payload.new_empty((fields.m, fields.k), dtype=fields.dtype)
+
+
+def _fake_validate(header: list[int], offsets: Tensor, payload: Tensor) -> None:
+    return None
+
+
+def _fake_spmm(
+    x: Tensor,
+    header: list[int],
+    offsets: Tensor,
+    payload: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    config: str = "auto",
+    ctas: int = 0,
+) -> Tensor:
+    fields = PackedHeader(*header)
+    # Tracing must refuse what the kernel would refuse, or the error appears far from its cause.
+    if x.dtype != fields.dtype:
+        raise TypeError(f"flash_llm::spmm: x must be {fields.dtype}, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != fields.k:
+        raise ValueError(
+            f"flash_llm::spmm: x must have shape [..., K={fields.k}], got {list(x.shape)}"
+        )
+    return x.new_empty((*x.shape[:-1], fields.m))
+
+
+def _spmm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, header, offsets, payload, bias, activation, config, ctas = inputs
+    ctx.header, ctx.activation, ctx.config, ctx.ctas = header, activation, config, ctas
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    # Without an activation neither gradient needs x or bias.
+    if activation == "none":
+        ctx.save_for_backward(offsets, payload)
+    else:
+        ctx.save_for_backward(offsets, payload, x, bias)
+
+
+def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # The dispatcher drops trailing default arguments, so bias may not have a place here.
+    needs_x = ctx.needs_input_grad[0]
+    needs_bias = len(ctx.needs_input_grad) > 4 and ctx.needs_input_grad[4]
+    offsets, payload, *saved = ctx.saved_tensors
+    if ctx.activation != "none":
+        x, bias = saved
+        z = torch.ops.flash_llm.spmm(
+            x, ctx.header, offsets, payload, bias, "none", ctx.config, ctx.ctas
+        )
+        grad = (grad.float() * _activation_slope(z.float(), ctx.activation)).to(grad.dtype)
+    grad_x = grad_bias = None
+    if needs_x:
+        grad_x = grad @ torch.ops.flash_llm.unpack(ctx.header, offsets, payload)
+    if needs_bias:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None, None, None
+
+
+def _activation_slope(z: Tensor, activation: str) -> Tensor:
+    """Derivative of an activation at float32 ``z``."""
+    if activation == "relu":
+        return (z > 0).to(z.dtype)
+    if activation == "silu":
+        s = torch.sigmoid(z)
+        return s * (1 + z * (1 - s))
+    if activation == "gelu":
+        cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+        return cdf + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+    raise ValueError(f'flash_llm::spmm: no gradient for activation "{activation}"')
+
+
+def _register() -> None:
+    torch.library.register_fake("flash_llm::pack", _fake_pack)
+    torch.library.register_fake("flash_llm::prune_pack", _fake_prune_pack)
+    torch.library.register_fake("flash_llm::unpack", _fake_unpack)
+    torch.library.register_fake("flash_llm::validate", _fake_validate)
+    torch.library.register_fake("flash_llm::spmm", _fake_spmm)
+    torch.library.register_autograd(
+        "flash_llm::spmm", _spmm_backward, setup_context=_spmm_setup_context
+    )
+
+
+if _extension.available():
+    _register()

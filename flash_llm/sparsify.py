@@ -1,0 +1,491 @@
+"""``sparsify_``: swap a model's linear layers for packed ones, in place, and report what was done.
+
+Everything is checked and built before the first swap, so a call that fails leaves the model as it
+was. A layer is swapped only when its packed bytes are fewer than its dense bytes; the report gives
+the decision and its reason for every layer that matched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.prune import BasePruningMethod
+from tqdm.auto import tqdm
+
+from flash_llm import ops
+from flash_llm.linear import SparseLinear, is_conv1d, pack_layer
+from flash_llm.ops import PackedWeight
+
+DEFAULT_TARGETS: tuple[str, ...] = ("Linear", "Conv1D")
+DEFAULT_IGNORE: tuple[str, ...] = ("lm_head",)
+
+# What nn.Module keeps about hooks. The dictionaries themselves move to the new layer, because the
+# handles that users hold for removal refer to them.
+_HOOK_STATE = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer.
+
+    Attributes:
+        name: dotted name in the model; the first one for a module that occurs several times.
+        shape: ``[out_features, in_features]``, or the parameter's shape for a skipped 3-D one.
+        sparsity: fraction of zeros in [0, 1] of what was packed or would be; None when skipped.
+        dense_bytes: bytes of the dense weight.
+        packed_bytes: bytes of the packed weight, or what they would be; None when skipped.
+        decision: ``"packed"``, ``"dense"`` (packing would not shrink it) or ``"skipped"`` (not a
+            layer that can be packed).
+        reason: one sentence.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sparsity: float | None
+    dense_bytes: int
+    packed_bytes: int | None
+    decision: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsifyReport:
+    """One row for each layer that matched; prints as a table, also in a notebook.
+
+    Attributes:
+        rows: in the model's order, layers before skipped 3-D parameters.
+    """
+
+    rows: tuple[LayerReport, ...]
+
+    @property
+    def packed(self) -> tuple[LayerReport, ...]:
+        """The rows whose layer was swapped."""
+        return tuple(row for row in self.rows if row.decision == "packed")
+
+    @property
+    def dense_bytes(self) -> int:
+        """Weight bytes of all rows before."""
+        return sum(row.dense_bytes for row in self.rows)
+
+    @property
+    def total_bytes(self) -> int:
+        """Weight bytes of all rows after: packed where packed, dense elsewhere."""
+        return sum(
+            row.packed_bytes
+            if row.decision == "packed" and row.packed_bytes is not None
+            else row.dense_bytes
+            for row in self.rows
+        )
+
+    def to_json(self) -> str:
+        """Return ``{"rows": [...], "dense_bytes", "total_bytes"}`` as indented JSON."""
+        return json.dumps(
+            {
+                "rows": [dataclasses.asdict(row) for row in self.rows],
+                "dense_bytes": self.dense_bytes,
+                "total_bytes": self.total_bytes,
+            },
+            indent=2,
+        )
+
+    def __str__(self) -> str:
+        """Aligned plain text; sizes in MB of 10^6 bytes."""
+        table = [self._titles(), *self._cells()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        lines = [
+            "  ".join(
+                # Numbers (sparsity, dense MB, packed MB) align right, words left.
+                cell.rjust(width) if 2 <= i <= 4 else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        return "\n".join([*lines, self._summary()])
+
+    def _repr_html_(self) -> str:
+        def row_html(cells: Sequence[str], tag: str) -> str:
+            inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+            return f"<tr>{inner}</tr>"
+
+        body = "".join(row_html(cells, "td") for cells in self._cells())
+        return (
+            f"<table><thead>{row_html(self._titles(), 'th')}</thead><tbody>{body}</tbody></table>"
+            f"<p>{html.escape(self._summary())}</p>"
+        )
+
+    @staticmethod
+    def _titles() -> tuple[str, ...]:
+        return ("layer", "shape", "sparsity", "dense MB", "packed MB", "decision", "reason")
+
+    def _cells(self) -> Iterator[tuple[str, ...]]:
+        for row in self.rows:
+            yield (
+                row.name,
+                "x".join(map(str, row.shape)),
+                "-" if row.sparsity is None else f"{row.sparsity:.4f}",
+                f"{row.dense_bytes / 1e6:.3f}",
+                "-" if row.packed_bytes is None else f"{row.packed_bytes / 1e6:.3f}",
+                row.decision,
+                row.reason,
+            )
+
+    def _summary(self) -> str:
+        ratio = self.total_bytes / self.dense_bytes if self.dense_bytes else 1.0
+        return (
+            f"{len(self.packed)} of {len(self.rows)} layers packed: "
+            f"{self.dense_bytes / 1e6:.3f} MB of weights are now {self.total_bytes / 1e6:.3f} MB "
+            f"({ratio:.2f}x)"
+        )
+
+
+def sparsify_(
+    model: nn.Module,
+    targets: str | Sequence[str] = DEFAULT_TARGETS,
+    ignore: str | Sequence[str] = DEFAULT_IGNORE,
+    *,
+    sparsity: float | None = None,
+    scope: str = "row",
+    format: str = "tiled_csl",
+    pack_unprofitable: bool = False,
+    progress: bool = False,
+) -> SparsifyReport:
+    """Swap the matching linear layers of ``model`` for :class:`SparseLinear`, in place.
+
+    A pattern is a class name (``"Linear"``, base classes count), a module's dotted name or the end
+    of one (``"q_proj"``, ``"mlp.up_proj"``), or ``"re:"`` and a regular expression that matches the
+    name from its beginning. A pattern that matches a container means everything inside it. Of the
+    modules that match, ``nn.Linear`` and the Conv1D of transformers are packed.
+
+    Hooks and the bias parameter move to the new layer; ``torch.nn.utils.prune`` masks are folded.
+    Reported as skipped: ignored layers, layers whose class only derives from ``nn.Linear``, layers
+    already sparse, with a replaced ``forward`` (accelerate hooks) or on the meta device, and, with
+    the default targets, 3-D expert parameters.
+
+    Args:
+        model: float16 or bfloat16 where it matches; its other layers may have any dtype.
+        targets: patterns of the layers to pack.
+        ignore: patterns of the layers to leave alone; wins over ``targets``. Only the default
+            (this tuple) may match nothing.
+        sparsity: None packs the zeros that are there. Otherwise each layer is pruned by magnitude
+            to this fraction of zeros in [0, 1]; a layer that stays dense keeps its weight.
+        scope: ``"row"``, ``"layer"`` or ``"N:M"`` (which prunes even when ``sparsity`` is None).
+        format: name of the packed format.
+        pack_unprofitable: also swap layers that packing does not shrink.
+        progress: show a tqdm bar.
+
+    Returns:
+        The decision and its reason for each layer.
+
+    Raises:
+        ValueError: a pattern matches nothing; a weight to pack is tied to another parameter;
+            ``sparsity``, ``scope`` or ``format`` is wrong; ``model`` itself is the layer.
+        TypeError: a weight or bias to pack is not float16 or bfloat16, or ``model`` is no module.
+        RuntimeError: the compiled extension is missing, or CUDA failed.
+
+    Example:
+        >>> import torch, flash_llm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU()).half()
+        >>> report = flash_llm.sparsify_(model, sparsity=0.8)
+        >>> type(model[0]).__name__, report.rows[0].decision
+        ('SparseLinear', 'packed')
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"flash_llm.sparsify_: model must be a module, got {type(model).__name__}")
+    PackedWeight.class_for(format)
+    layers = _match(model, targets, ignore)
+    skip = {module: _why_skipped(module, pattern) for _, module, pattern in layers}
+    to_pack = [(name, module) for name, module, _ in layers if not skip[module]]
+    if any(name == "" for name, _ in to_pack):
+        raise ValueError(
+            "flash_llm.sparsify_: the model itself is the layer and cannot be swapped in place; "
+            "use SparseLinear.from_linear"
+        )
+    _refuse_tied(model, to_pack)
+    for name, module in to_pack:
+        _refuse_dtype(name, module)
+
+    rows: list[LayerReport] = []
+    swaps: dict[nn.Module, SparseLinear] = {}
+    for name, module, _ in tqdm(layers, desc="sparsify", unit="layer", disable=not progress):
+        if skip[module]:
+            rows.append(_skipped_row(name, module, skip[module]))
+            continue
+        packed = pack_layer(module, sparsity=sparsity, scope=scope, format=format)
+        row = _decide(name, packed, pack_unprofitable)
+        rows.append(row)
+        if row.decision == "packed":
+            assert module.bias is None or isinstance(module.bias, nn.Parameter)
+            swaps[module] = SparseLinear.from_packed(packed, module.bias)
+    if targets == DEFAULT_TARGETS:
+        rows.extend(_expert_rows(model))
+
+    # Nothing below can fail half-way.
+    for old, new in swaps.items():
+        _carry_state(old, new)
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():
+            if child in swaps:
+                parent._modules[child_name] = swaps[child]
+    return SparsifyReport(tuple(rows))
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers of a model; storage that several share counts once.
+
+    Args:
+        model: any module; meta tensors count with the bytes that they stand for.
+    """
+    storages = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        storage = tensor.untyped_storage()
+        # Meta and empty storages have no address; there the tensor itself tells them apart.
+        address = storage.data_ptr() if tensor.device.type != "meta" else 0
+        storages[(tensor.device, address or id(tensor))] = storage.nbytes()
+    return sum(storages.values())
+
+
+def select_layers(
+    model: nn.Module,
+    targets: str | Sequence[str] = DEFAULT_TARGETS,
+    ignore: str | Sequence[str] = DEFAULT_IGNORE,
+) -> dict[str, nn.Module]:
+    """Return the linear layers that ``targets`` match and ``ignore`` does not.
+
+    Args:
+        model: any module.
+        targets: patterns, as :func:`sparsify_` takes them.
+        ignore: patterns of the layers to leave out.
+
+    Returns:
+        ``nn.Linear`` (subclasses too) and Conv1D modules by name, in the model's order; a module
+        with several names goes by the first.
+
+    Raises:
+        ValueError: a pattern other than a default one matches nothing, or is no regular expression.
+        TypeError: a pattern is not a string.
+    """
+    return {
+        name: module
+        for name, module, ignored_by in _match(model, targets, ignore)
+        if ignored_by is None
+    }
+
+
+def _match(
+    model: nn.Module, targets: str | Sequence[str], ignore: str | Sequence[str]
+) -> list[tuple[str, nn.Module, str | None]]:
+    """The linear layers that targets match: first name, module, and the ignore pattern if any."""
+    target_patterns = _patterns("targets", targets)
+    ignore_patterns = _patterns("ignore", ignore)
+    layers: dict[nn.Module, tuple[str, str | None]] = {}
+    hit: dict[str, set[str]] = {}  # name -> patterns that match the module or one around it
+    seen: dict[str, nn.Module] = {}  # pattern -> the first module that it matched
+    used: set[str] = set()  # target patterns that reached a linear layer
+    for name, module in model.named_modules(remove_duplicate=False):
+        here = {p for p in (*target_patterns, *ignore_patterns) if _matches(p, name, module)}
+        for pattern in here:
+            seen.setdefault(pattern, module)
+        hit[name] = here | (hit[name.rpartition(".")[0]] if name else set())
+        wanted = [p for p in target_patterns if p in hit[name]]
+        if not wanted or not _is_linear_layer(module):
+            continue
+        used.update(wanted)
+        ignored_by = next((p for p in ignore_patterns if p in hit[name]), None)
+        # A module with several names is ignored as soon as one of them is.
+        first_name, earlier = layers.get(module, (name, None))
+        layers[module] = (first_name, earlier or ignored_by)
+
+    if targets == DEFAULT_TARGETS:
+        if not layers:
+            raise ValueError("flash_llm: the model has no nn.Linear or Conv1D")
+    else:
+        for pattern in target_patterns:
+            if pattern not in used:
+                other = seen.get(pattern)
+                raise ValueError(
+                    f'flash_llm: target "{pattern}" must match a linear layer, '
+                    + (f"it matches {type(other).__name__}" if other else "it matches nothing")
+                )
+    if ignore != DEFAULT_IGNORE:
+        for pattern in ignore_patterns:
+            if pattern not in seen:
+                raise ValueError(
+                    f'flash_llm: ignore "{pattern}" must match a module, it matches nothing'
+                )
+    return [(name, module, ignored_by) for module, (name, ignored_by) in layers.items()]
+
+
+def _patterns(label: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
+    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in listed:
+        if not isinstance(pattern, str):
+            raise TypeError(f"flash_llm: {label} must be strings, got {type(pattern).__name__}")
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise ValueError(
+                    f'flash_llm: {label} "{pattern}" is no regular expression: {error}'
+                ) from None
+    return listed
+
+
+def _matches(pattern: str, name: str, module: nn.Module) -> bool:
+    if pattern.startswith("re:"):
+        return bool(name) and re.match(pattern[3:], name) is not None
+    if name == pattern or name.endswith("." + pattern):
+        return bool(name)
+    # Every module derives from nn.Module, which therefore says nothing.
+    classes = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    return any(cls.__name__ == pattern for cls in classes)
+
+
+def _is_linear_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _why_skipped(module: nn.Module, ignored_by: str | None) -> str:
+    """Why a layer that matched cannot be packed, or ""."""
+    if ignored_by is not None:
+        return f'ignored by "{ignored_by}"'
+    if isinstance(module, SparseLinear):
+        return "already sparse"
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        return f"{type(module).__name__} may compute something else than nn.Linear"
+    if "forward" in vars(module):
+        return "its forward was replaced (accelerate?); remove that hook first"
+    pruned = {"weight_orig", "weight_mask"} <= {*module._parameters, *module._buffers}
+    if ("weight" not in module._parameters and not pruned) or "bias" not in module._parameters:
+        return "its weight or bias is computed by a hook, not a parameter"
+    if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        return "its weight is on the meta device (offloaded, or not loaded yet)"
+    return ""
+
+
+def _refuse_tied(model: nn.Module, to_pack: list[tuple[str, nn.Module]]) -> None:
+    """Packing one of two tied weights would silently untie them."""
+    names: dict[tuple[torch.device, int], dict[tuple[nn.Module, str], str]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners = names.setdefault(_address(parameter), {})
+                owners[(module, name)] = f"{module_name}.{name}" if module_name else name
+    for _, module in to_pack:
+        key = "weight" if "weight" in module._parameters else "weight_orig"
+        weight = module._parameters[key]
+        assert weight is not None
+        owners = names[_address(weight)]
+        for owner, other in owners.items():
+            if owner != (module, key):
+                name = owners[(module, key)]
+                raise ValueError(
+                    f"flash_llm.sparsify_: {name} is tied to {other}, and packing it would untie "
+                    f'them; add "{name.rpartition(".")[0]}" to ignore'
+                )
+
+
+def _address(parameter: Tensor) -> tuple[torch.device, int]:
+    # Two parameters over the same memory are as tied as one parameter under two names. Tensors
+    # without memory (meta, no elements) are told apart by identity.
+    address = 0 if parameter.is_meta else parameter.data_ptr()
+    return parameter.device, address or id(parameter)
+
+
+def _refuse_dtype(name: str, module: nn.Module) -> None:
+    for label, parameter in module.named_parameters(recurse=False):
+        if parameter.dtype not in ops.VALUE_DTYPES.values():
+            raise TypeError(
+                f"flash_llm.sparsify_: {name}.{label} must be torch.float16 or torch.bfloat16, got "
+                f"{parameter.dtype}; cast the model first, for instance with .to(torch.bfloat16), "
+                f'or add "{name}" to ignore'
+            )
+
+
+def _decide(name: str, packed: PackedWeight, pack_unprofitable: bool) -> LayerReport:
+    if packed.dense_nbytes:
+        size = f"{packed.nbytes / packed.dense_nbytes:.2f}x the dense bytes"
+    else:
+        size = f"{packed.nbytes} bytes instead of none"
+    if packed.nbytes < packed.dense_nbytes:
+        decision, reason = "packed", size
+    elif pack_unprofitable:
+        decision, reason = "packed", f"{size}, as pack_unprofitable asks"
+    else:
+        decision, reason = "dense", f"packing would not shrink it: {size}"
+    return LayerReport(
+        name=name,
+        shape=tuple(packed.shape),
+        sparsity=packed.sparsity,
+        dense_bytes=packed.dense_nbytes,
+        packed_bytes=packed.nbytes,
+        decision=decision,
+        reason=reason,
+    )
+
+
+def _skipped_row(name: str, module: nn.Module, reason: str) -> LayerReport:
+    if isinstance(module, SparseLinear):
+        packed = module.packed
+        return LayerReport(
+            name,
+            tuple(packed.shape),
+            packed.sparsity,
+            packed.nbytes,
+            packed.nbytes,
+            "skipped",
+            reason,
+        )
+    shape: tuple[int, ...] = ()
+    if isinstance(module, nn.Linear):
+        shape = (module.out_features, module.in_features)
+    elif is_conv1d(module) and isinstance(module.weight, Tensor):
+        shape = tuple(module.weight.t().shape)
+    # Subclasses keep their weight in ways of their own; all that they own is what they weigh.
+    weights = (p for key, p in module.named_parameters() if key.rpartition(".")[2] != "bias")
+    return LayerReport(name, shape, None, sum(p.nbytes for p in weights), None, "skipped", reason)
+
+
+def _expert_rows(model: nn.Module) -> Iterator[LayerReport]:
+    for module_name, module in model.named_modules():
+        if isinstance(module, (_ConvNd, nn.Bilinear)):
+            continue
+        for name, parameter in module.named_parameters(module_name, recurse=False):
+            # Dimensions of 1 mark position embeddings and class tokens, not a stack of experts.
+            if parameter.dim() == 3 and min(parameter.shape) > 1:
+                yield LayerReport(
+                    name,
+                    tuple(parameter.shape),
+                    None,
+                    parameter.nbytes,
+                    None,
+                    "skipped",
+                    "a 3-D parameter (fused experts) is not packed yet",
+                )
+
+
+def _carry_state(old: nn.Module, new: SparseLinear) -> None:
+    new.train(old.training)
+    # torch.nn.utils.prune recomputes the weight before each forward; its mask is folded in by now.
+    for key, hook in list(old._forward_pre_hooks.items()):
+        if isinstance(hook, BasePruningMethod):
+            del old._forward_pre_hooks[key]
+    for attribute in _HOOK_STATE:
+        setattr(new, attribute, getattr(old, attribute))

@@ -1,0 +1,95 @@
+"""Tiled-CSL, the packed format of Flash-LLM (arXiv 2309.10285, section 4.3.1).
+
+128 x 64 tiles, one 32-bit entry per nonzero: its 16-bit value and its 16-bit place in the tile. The
+bytes are defined in ``csrc/core/tiled_csl.h``; this module gives them a Python object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from flash_llm import _extension
+from flash_llm.ops import PackedWeight
+
+_VECTOR_ENTRIES = 4  # entries of one 16-byte load, the unit of offsets
+
+
+@dataclasses.dataclass(frozen=True)
+class TiledCSLStats:
+    """What a packed weight costs, and how evenly its nonzeros lie.
+
+    Attributes:
+        nnz: stored values that are not zero.
+        sparsity: fraction of zeros in [0, 1].
+        dense_bytes: bytes of the dense weight in the same dtype.
+        packed_bytes: bytes of header, offsets and payload.
+        bytes_per_element: ``packed_bytes`` over the number of dense elements; dense is 2.
+        padding_entries: entries that only fill the last vector of a tile.
+        tile_nnz_min: nonzeros of the emptiest tile.
+        tile_nnz_mean: mean nonzeros of a tile.
+        tile_nnz_max: nonzeros of the fullest tile; a full tile holds 8192.
+    """
+
+    nnz: int
+    sparsity: float
+    dense_bytes: int
+    packed_bytes: int
+    bytes_per_element: float
+    padding_entries: int
+    tile_nnz_min: int
+    tile_nnz_mean: float
+    tile_nnz_max: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TiledCSL(PackedWeight):
+    """A weight packed as Tiled-CSL: ``offsets`` int32[tiles + 1], one payload word per entry.
+
+    4 bytes per nonzero, so it is smaller than dense 16-bit from a sparsity of 0.5 upwards.
+
+    Example:
+        >>> import torch, flash_llm
+        >>> w = flash_llm.TiledCSL.from_dense(torch.eye(256, dtype=torch.bfloat16))
+        >>> w.shape, w.nnz, w.nbytes < w.dense_nbytes
+        (torch.Size([256, 256]), 256, True)
+        >>> bool((w.to_dense() == torch.eye(256, dtype=torch.bfloat16)).all())
+        True
+    """
+
+    FORMAT = "tiled_csl"
+    FORMAT_ID = 1
+
+    @staticmethod
+    def num_offsets(m: int, k: int) -> int:
+        """Length of ``offsets``: the tiles of an ``[m, k]`` weight and one more."""
+        extension = _extension.require()
+        tile_m, tile_k = int(extension.TILE_M), int(extension.TILE_K)
+        return ((m + tile_m - 1) // tile_m) * ((k + tile_k - 1) // tile_k) + 1
+
+    def stats(self) -> TiledCSLStats:
+        """Count what the buffers hold; reads the whole payload.
+
+        Returns:
+            Sizes in bytes and nonzeros per tile; all zero for a weight without tiles.
+        """
+        # A stored zero is padding, so a running count of the others gives every tile's nonzeros.
+        running = torch.zeros(
+            self.payload.numel() + 1, dtype=torch.int64, device=self.payload.device
+        )
+        torch.cumsum((self.payload & 0xFFFF) != 0, dim=0, out=running[1:])
+        tile_nnz = running[self.offsets.long() * _VECTOR_ENTRIES].diff()
+        num_tiles = tile_nnz.numel()
+        elements = self.header.m * self.header.k
+        return TiledCSLStats(
+            nnz=self.nnz,
+            sparsity=self.sparsity,
+            dense_bytes=self.dense_nbytes,
+            packed_bytes=self.nbytes,
+            bytes_per_element=self.nbytes / elements if elements else 0.0,
+            padding_entries=self.header.payload_words - self.nnz,
+            tile_nnz_min=int(tile_nnz.min()) if num_tiles else 0,
+            tile_nnz_mean=self.nnz / num_tiles if num_tiles else 0.0,
+            tile_nnz_max=int(tile_nnz.max()) if num_tiles else 0,
+        )

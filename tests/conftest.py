@@ -1,0 +1,70 @@
+"""Devices, seeds and the hypothesis profile of the test suite.
+
+Every test with a ``device`` runs on the CPU and on CUDA. Without a usable GPU the CUDA half is
+skipped with its reason; FLASH_LLM_REQUIRE_GPU=1 makes those skips failures.
+"""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+from flash_llm import _extension
+
+hypothesis.settings.register_profile(
+    "flash_llm",
+    # Packing on a shared 2-core machine takes what it takes, and a red run must be repeatable.
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("flash_llm")
+
+
+def why_no_gpu():
+    """The reason why GPU tests cannot run here, or ""."""
+    if not torch.cuda.is_available():
+        return "no CUDA GPU: torch.cuda.is_available() is False"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"needs compute capability 8.0, found {capability[0]}.{capability[1]}"
+    build = _extension.require().build_info()
+    return "" if build["cuda"] else f"the extension has no CUDA part: {build['reason']}"
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") is None:
+        return
+    reason = why_no_gpu()
+    if not reason:
+        return
+    if os.environ.get("FLASH_LLM_REQUIRE_GPU") == "1":
+        pytest.fail(f"FLASH_LLM_REQUIRE_GPU=1, but {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory(device):
+    """Leave NaN in the memory that the next allocations will get, so unwritten output shows."""
+    sizes = [1 << power for power in range(9, 22)]
+    blocks = [
+        torch.full((size,), float("nan"), dtype=torch.float32, device=device) for size in sizes
+    ]
+    del blocks

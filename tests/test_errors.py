@@ -1,0 +1,513 @@
+"""Every documented error: its type, and a message that names operator, argument and values."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import flash_llm
+from flash_llm import SparseLinear, TiledCSL, _extension, testing
+from flash_llm.ops import PackedHeader, PackedWeight, value_type_of
+
+
+def good(device):
+    """A packed weight, and an input and bias that fit it."""
+    w = TiledCSL.from_dense(testing.random_sparse(130, 70, device=device))
+    x = torch.ones(5, 70, dtype=torch.float16, device=device)
+    return w, x, torch.zeros(130, dtype=torch.float16, device=device)
+
+
+def raises(error, *parts):
+    """Expect one exception whose message holds all parts, in order."""
+    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(part) for part in parts))
+
+
+def changed(w, **fields):
+    """The weight with fields of its header, or its buffers, replaced."""
+    offsets, payload = fields.pop("offsets", w.offsets), fields.pop("payload", w.payload)
+    return TiledCSL(w.header._replace(**fields), offsets, payload)
+
+
+# ---- spmm ----
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "parts"),
+    [
+        (
+            lambda w, x, b: flash_llm.spmm(x[:, 1:], w),
+            ValueError,
+            ("x.size(-1) must equal K=70", "got 69"),
+        ),
+        (lambda w, x, b: flash_llm.spmm(x[0, 0], w), ValueError, ("x must have at least one dim",)),
+        (
+            lambda w, x, b: flash_llm.spmm(x.float(), w),
+            TypeError,
+            ("x must be Half", "got Float"),
+        ),
+        (
+            lambda w, x, b: flash_llm.spmm(x.bfloat16(), w),
+            TypeError,
+            ("x must be Half", "got BFloat16"),
+        ),
+        (lambda w, x, b: flash_llm.spmm(x.int(), w), TypeError, ("x must be Half", "got Int")),
+        (
+            lambda w, x, b: flash_llm.spmm(x, w, b[1:]),
+            ValueError,
+            ("bias must have shape [M=130]", "129"),
+        ),
+        (
+            lambda w, x, b: flash_llm.spmm(x, w, b.view(1, -1)),
+            ValueError,
+            ("bias must have shape [M=130]", "[1, 130]"),
+        ),
+        (
+            lambda w, x, b: flash_llm.spmm(x, w, b.float()),
+            TypeError,
+            ("bias must be Half", "got Float"),
+        ),
+        (
+            lambda w, x, b: flash_llm.spmm(x, w, activation="tanh"),
+            ValueError,
+            ("activation must be", "tanh"),
+        ),
+        (
+            lambda w, x, b: flash_llm.spmm(x, w, activation=""),
+            ValueError,
+            ("activation must be",),
+        ),
+        (
+            lambda w, x, b: flash_llm.spmm(x, w, config="fast"),
+            ValueError,
+            ("config must be", "fast"),
+        ),
+        (lambda w, x, b: flash_llm.spmm(x, w, ctas=-1), ValueError, ("ctas must", "got -1")),
+        (
+            lambda w, x, b: flash_llm.spmm(x, w, ctas=1 << 40),
+            ValueError,
+            ("ctas must", str(1 << 40)),
+        ),
+    ],
+)
+def test_spmm_arguments(call, error, parts, device):
+    w, x, bias = good(device)
+    with raises(error, "flash_llm::spmm: ", *parts):
+        call(w, x, bias)
+
+
+@pytest.mark.parametrize(
+    ("call", "parts"),
+    [
+        (lambda w, x: flash_llm.spmm(x.tolist(), w), ("spmm: x must be a tensor", "list")),
+        (lambda w, x: flash_llm.spmm(x.numpy(), w), ("spmm: x must be a tensor", "ndarray")),
+        (lambda w, x: flash_llm.spmm(x, w, 0.5), ("spmm: bias must be a tensor", "float")),
+        (lambda w, x: flash_llm.spmm(x, w.to_dense()), ("spmm: w must be a packed", "Tensor")),
+        (lambda w, x: flash_llm.unpack(x), ("unpack: w must be a packed weight", "Tensor")),
+        (lambda w, x: flash_llm.ops.validate(x), ("validate: w must be a packed", "Tensor")),
+        (lambda w, x: flash_llm.pack([[1.0]]), ("pack: dense must be a tensor", "list")),
+        (lambda w, x: flash_llm.pack(w), ("pack: dense must be a tensor", "TiledCSL")),
+        (lambda w, x: flash_llm.prune_pack(None, 0.5), ("dense must be a tensor", "NoneType")),
+    ],
+)
+def test_objects_that_are_no_tensors(call, parts):
+    w, x, _ = good("cpu")
+    with raises(TypeError, "flash_llm::", *parts):
+        call(w, x)
+
+
+@pytest.mark.parametrize("tokens", [2**31, 2**40])
+def test_more_tokens_than_31_bits_count(tokens, device):
+    w, x, _ = good(device)
+    with raises(ValueError, "flash_llm::spmm: ", f"N={tokens}", "31 bits"):
+        flash_llm.spmm(x[:1].expand(tokens, -1), w)
+
+
+def test_kernels_of_the_other_device_are_refused(device):
+    w, x, _ = good(device)
+    other = "cpu_tiles" if device == "cuda" else "w1n8"
+    with raises(ValueError, "flash_llm::spmm: config must be", f'"{other}"'):
+        flash_llm.spmm(x, w, config=other)
+
+
+def test_fp32_message_names_the_cast():
+    with raises(TypeError, "flash_llm::pack: dense must be", "Float", ".to(torch.bfloat16)"):
+        TiledCSL.from_dense(torch.zeros(3, 3))
+    with raises(TypeError, "flash_llm::prune_pack: dense must be", ".to(torch.bfloat16)"):
+        flash_llm.prune_pack(torch.zeros(3, 3), 0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["x", "weight", "bias", "offsets"])
+def test_mixed_devices(where):
+    w, x, bias = good("cuda")
+    if where == "x":
+        x = x.cpu()
+    elif where == "weight":
+        w = w.to("cpu")
+    elif where == "bias":
+        bias = bias.cpu()
+    else:
+        w = changed(w, offsets=w.offsets.cpu())
+    with raises(TypeError, "flash_llm::spmm: ", "must be on", "cuda:0"):
+        flash_llm.spmm(x, w, bias)
+
+
+# ---- the packed weight, at every operator that takes one ----
+
+OPERATORS = {
+    "spmm": lambda w, x: flash_llm.spmm(x, w),
+    "unpack": lambda w, x: w.to_dense(),
+    "validate": lambda w, x: w.validate(),
+}
+
+MALFORMED = {
+    "magic": (lambda w: changed(w, magic=7), ValueError, ("magic number", "got 7")),
+    "newer version": (
+        lambda w: changed(w, version=2),
+        NotImplementedError,
+        ("version 2", "reads version 1"),
+    ),
+    "format": (
+        lambda w: changed(w, format=2),
+        NotImplementedError,
+        ("format 2", "knows 1 (tiled_csl)"),
+    ),
+    "value type": (lambda w: changed(w, value_type=3), TypeError, ("value type 3",)),
+    "negative m": (lambda w: changed(w, m=-1), ValueError, ("m must not be negative", "-1")),
+    "negative nnz": (lambda w: changed(w, nnz=-1), ValueError, ("nnz must not be negative",)),
+    "huge k": (lambda w: changed(w, k=1 << 31), ValueError, ("k must fit 31 bits", str(1 << 31))),
+    "huge m and k": (
+        lambda w: changed(w, m=2**31 - 1, k=2**31 - 1),
+        ValueError,
+        ("offsets must hold",),
+    ),
+    "nnz above payload": (
+        lambda w: changed(w, nnz=w.header.payload_words + 1),
+        ValueError,
+        ("nnz = ", "does not fit"),
+    ),
+    "too much padding": (lambda w: changed(w, nnz=0), ValueError, ("nnz = 0", "does not fit")),
+    "short offsets": (
+        lambda w: changed(w, offsets=w.offsets[:-1]),
+        ValueError,
+        ("offsets must hold 5 elements for a 130x70 weight", "got 4"),
+    ),
+    "long payload": (
+        lambda w: changed(w, payload=torch.cat([w.payload, w.payload[:4]])),
+        ValueError,
+        ("payload must hold",),
+    ),
+    "half a vector": (
+        lambda w: changed(
+            w, payload=w.payload[:-1], payload_words=w.header.payload_words - 1, nnz=w.nnz - 1
+        ),
+        ValueError,
+        ("whole vectors",),
+    ),
+    "int64 offsets": (
+        lambda w: changed(w, offsets=w.offsets.long()),
+        TypeError,
+        ("offsets must be int32", "got Long"),
+    ),
+    "float payload": (
+        lambda w: changed(w, payload=w.payload.float()),
+        TypeError,
+        ("payload must be int32", "got Float"),
+    ),
+    "two-dimensional": (
+        lambda w: changed(w, payload=w.payload.view(-1, 4)),
+        ValueError,
+        ("payload must be one-dimensional", "got 2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_weights_are_refused_by_every_operator(op, case, device):
+    change, error, parts = MALFORMED[case]
+    w, x, _ = good(device)
+    with raises(error, f"flash_llm::{op}: ", *parts):
+        OPERATORS[op](change(w), x)
+
+
+def set_word(tensor, index, value):
+    tensor = tensor.clone()
+    tensor[index] = value
+    return tensor
+
+
+def word(place, value):
+    return place << 16 | value
+
+
+# Contents that only the check in depth reads. The weight is 130 x 70: tile 3 has 2 rows, 6 columns.
+CONTENTS = {
+    "first offset": (
+        lambda w: changed(w, offsets=w.offsets + 1),
+        ("offsets[0] must be 0", "got 1"),
+    ),
+    "decreasing": (
+        lambda w: changed(w, offsets=set_word(w.offsets, 2, 0)),
+        ("offsets must never decrease",),
+    ),
+    "overfull tile": (
+        lambda w: changed(w, offsets=set_word(w.offsets, 1, 2049)),
+        ("holds 2049 vectors, at most 2048",),
+    ),
+    "past the end": (
+        lambda w: changed(w, offsets=set_word(w.offsets, 4, int(w.offsets[4]) + 1)),
+        ("offsets must end at",),
+    ),
+    "place outside the tile": (
+        lambda w: changed(w, payload=set_word(w.payload, 0, word(8192, 1))),
+        ("tile 0: place must be below 8192", "8192"),
+    ),
+    "place outside the matrix": (
+        lambda w: changed(w, payload=set_word(w.payload, -1, word(64 * 100, 1))),
+        ("tile 3: place 6400", "outside the matrix"),
+    ),
+    "duplicate": (
+        lambda w: changed(w, payload=set_word(w.payload, 1, int(w.payload[0]))),
+        ("tile 0: place", "occurs twice"),
+    ),
+    "negative zero": (
+        lambda w: changed(w, payload=set_word(w.payload, 0, int(w.payload[0]) & ~0xFFFF | 0x8000)),
+        ("tile 0: ", "-0"),
+    ),
+    "too much padding": (
+        lambda w: changed(w, payload=set_word(w.payload, slice(0, 4), w.payload[:4] & ~0xFFFF)),
+        ("tile 0: more than 3 stored zeros",),
+    ),
+    "wrong count": (lambda w: changed(w, nnz=w.nnz - 1), ("header says nnz = ", "holds")),
+}
+
+
+@pytest.mark.parametrize("case", CONTENTS)
+def test_validate_reads_every_invariant(case, device):
+    change, parts = CONTENTS[case]
+    w, _, _ = good(device)
+    broken = change(w)
+    with raises(ValueError, "flash_llm::validate: ", *parts):
+        broken.validate()
+    with raises(ValueError, "flash_llm::validate: ", *parts):
+        TiledCSL.from_tensors(broken.header, broken.offsets, broken.payload)
+
+
+# ---- building one ----
+
+
+@pytest.mark.parametrize(
+    ("header", "error", "parts"),
+    [
+        (torch.zeros(8), TypeError, ("header must be int64", "float32")),
+        (torch.zeros(8, dtype=torch.int32), TypeError, ("header must be int64", "int32")),
+        (torch.zeros(7, dtype=torch.int64), ValueError, ("shape [8]", "got [7]")),
+        (torch.zeros(2, 4, dtype=torch.int64), ValueError, ("shape [8]", "got [2, 4]")),
+        (torch.zeros(8, dtype=torch.int64, device="meta"), ValueError, ("meta device",)),
+    ],
+)
+def test_header_tensors(header, error, parts):
+    w, _, _ = good("cpu")
+    with raises(error, "flash_llm: ", *parts):
+        TiledCSL.from_tensors(header, w.offsets, w.payload)
+
+
+def test_header_of_the_wrong_length_at_the_operator():
+    w, _, _ = good("cpu")
+    with raises(ValueError, "flash_llm::unpack: header must hold 8 integers", "got 3"):
+        torch.ops.flash_llm.unpack([1, 2, 3], w.offsets, w.payload)
+
+
+@pytest.mark.parametrize("op", ["pack", "prune_pack"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "error", "parts"),
+    [
+        ((3,), torch.float16, ValueError, ("dense must be two-dimensional", "got 1")),
+        ((3, 3, 3), torch.float16, ValueError, ("dense must be two-dimensional", "got 3")),
+        ((), torch.bfloat16, ValueError, ("dense must be two-dimensional", "got 0")),
+        ((3, 3), torch.float32, TypeError, ("dense must be float16 or bfloat16", "got Float")),
+        ((3, 3), torch.float64, TypeError, ("dense must be", "got Double")),
+        ((3, 3), torch.int32, TypeError, ("dense must be", "got Int")),
+        ((3, 3), torch.bool, TypeError, ("dense must be", "got Bool")),
+        ((3, 3), torch.complex64, TypeError, ("dense must be", "ComplexFloat")),
+        ((2**31, 1), torch.float16, ValueError, ("2^31 - 1 rows", "2147483648x1")),
+        ((1, 2**31), torch.float16, ValueError, ("2^31 - 1 rows", "1x2147483648")),
+        ((2**31 - 1,) * 2, torch.float16, ValueError, ("2147483647x2147483647", "more tiles")),
+    ],
+)
+def test_what_cannot_be_packed(op, shape, dtype, error, parts, device):
+    dense = torch.zeros((), dtype=dtype, device=device).expand(shape)
+    arguments = (dense,) if op == "pack" else (dense, 0.5)
+    with raises(error, f"flash_llm::{op}: ", *parts):
+        getattr(flash_llm, op)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "scope", "parts"),
+    [
+        (-0.1, "row", ("sparsity must lie in [0, 1]", "-0.1")),
+        (1.01, "layer", ("sparsity must lie in [0, 1]", "1.01")),
+        (float("nan"), "row", ("sparsity must lie in [0, 1]", "nan")),
+        (float("inf"), "layer", ("sparsity must lie in [0, 1]", "inf")),
+        (None, "row", ('sparsity must be given for scope "row"',)),
+        (None, "layer", ('sparsity must be given for scope "layer"',)),
+        (0.6, "2:4", ("sparsity must be 0.5", '"2:4"', "0.6")),
+        (0.5, "column", ("scope must be", "column")),
+        *(
+            (None, scope, ("scope must be", f'"{scope}"'))
+            for scope in ("0:4", "5:4", "2:65", "-1:4", "2:", ":4", "2:4:8", "a:b", "2 :4", "")
+        ),
+    ],
+)
+def test_pruning_targets(sparsity, scope, parts, device):
+    dense = torch.ones(4, 8, dtype=torch.float16, device=device)
+    with raises(ValueError, "flash_llm::prune_pack: ", *parts):
+        flash_llm.prune_pack(dense, sparsity, scope=scope)
+
+
+def test_formats_that_nobody_knows(device):
+    dense = torch.ones(4, 8, dtype=torch.float16, device=device)
+    for name in ("csr", "", "TILED_CSL"):
+        with raises(ValueError, 'format must be "tiled_csl"', f'got "{name}"'):
+            flash_llm.pack(dense, name)
+        with raises(ValueError, 'format must be "tiled_csl"', f'got "{name}"'):
+            flash_llm.prune_pack(dense, 0.5, format=name)
+        with raises(ValueError, 'format must be "tiled_csl"', f'got "{name}"'):
+            SparseLinear(8, 4, format=name)
+        with raises(ValueError, 'format must be "tiled_csl"', f'got "{name}"'):
+            flash_llm.sparsify_(nn.Sequential(nn.Linear(8, 4)), format=name)
+    with raises(NotImplementedError, "format 9", "knows 1 (tiled_csl)"):
+        PackedWeight.class_for(9)
+
+
+def test_from_tensors_of_another_class():
+    class Other(PackedWeight):
+        FORMAT, FORMAT_ID = "other", 1234
+
+        @staticmethod
+        def num_offsets(m, k):
+            return 1
+
+    try:
+        w, _, _ = good("cpu")
+        with raises(ValueError, 'header must name format "other"', '"tiled_csl"'):
+            Other.from_tensors(w.header, w.offsets, w.payload)
+    finally:
+        flash_llm.ops._CLASS_OF_FORMAT.pop("other")
+        flash_llm.ops._CLASS_OF_ID.pop(1234)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "parts"),
+    [
+        ({"m": -1, "k": 3}, ValueError, ("m and k must not be negative", "-1 and 3")),
+        ({"m": 3, "k": 3, "dtype": torch.float32}, TypeError, ("float32", ".to(torch.bfloat16)")),
+        ({"m": 3, "k": 3, "payload_words": 4}, ValueError, ("payload_words must be 0", "4 on cpu")),
+        (
+            {"m": 3, "k": 3, "payload_words": -4, "device": "meta"},
+            ValueError,
+            ("payload_words must be 0", "-4 on meta"),
+        ),
+    ],
+)
+def test_empty_weights(arguments, error, parts):
+    with raises(error, "flash_llm: ", *parts):
+        TiledCSL.empty(**arguments)
+
+
+def test_value_types():
+    assert PackedHeader(0, 0, 0, value_type_of(torch.bfloat16), 0, 0, 0, 0).dtype == torch.bfloat16
+    with raises(TypeError, "must be torch.float16 or torch.bfloat16", "torch.int8"):
+        value_type_of(torch.int8)
+
+
+# ---- modules ----
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "parts"),
+    [
+        (lambda: SparseLinear(4, 4, dtype=torch.float32), TypeError, ("float32",)),
+        (lambda: SparseLinear(-4, 4), ValueError, ("must not be negative", "4 and -4")),
+        (
+            lambda: SparseLinear.from_linear(nn.Linear(4, 4)),
+            TypeError,
+            ("weight of Linear", "float32", ".to(torch.bfloat16)"),
+        ),
+        (
+            lambda: SparseLinear.from_linear(nn.Conv2d(4, 4, 1).half()),
+            TypeError,
+            ("expected nn.Linear or Conv1D", "Conv2d"),
+        ),
+        (
+            lambda: SparseLinear.from_linear(nn.Linear(4, 4).half(), sparsity=2.0),
+            ValueError,
+            ("sparsity must lie in [0, 1]",),
+        ),
+        (
+            lambda: SparseLinear.from_linear(nn.Linear(4, 4).half(), scope="col"),
+            ValueError,
+            ("scope must be", "col"),
+        ),
+        (
+            lambda: SparseLinear.from_packed(good("cpu")[0], torch.zeros(7).half()),
+            ValueError,
+            ("bias must have shape [130]", "got [7]"),
+        ),
+        (
+            lambda: SparseLinear.from_packed(good("cpu")[0], torch.zeros(130)),
+            TypeError,
+            ("bias must be torch.float16 on cpu", "torch.float32 on cpu"),
+        ),
+    ],
+)
+def test_sparse_linear_construction(make, error, parts):
+    with raises(error, "flash_llm", *parts):
+        make()
+
+
+def test_forward_names_what_is_wrong(device):
+    layer = SparseLinear(70, 130, device=device)
+    with raises(ValueError, "flash_llm::spmm: x.size(-1) must equal K=70, got 71"):
+        layer(torch.ones(2, 71, dtype=torch.float16, device=device))
+    with raises(TypeError, "flash_llm::spmm: x must be Half", "Float"):
+        layer(torch.ones(2, 70, device=device))
+
+
+# ---- plans and builds ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "parts"),
+    [
+        ({"compute_capability": 75}, NotImplementedError, ("8.0 or newer", "7.5")),
+        ({"config": "w9n9", "compute_capability": 90}, ValueError, ("config must be", "w9n9")),
+        ({"config": "w1n8"}, ValueError, ("config must be", "CPU", "w1n8")),
+        ({"ctas": -3}, ValueError, ("ctas must", "-3")),
+        ({"m": 1 << 31}, ValueError, ("must each fit 31 bits",)),
+        ({"value_type": "float32"}, TypeError, ("value_type must be", "float32")),
+    ],
+)
+def test_explain_plan(arguments, error, parts):
+    with raises(error, "flash_llm::explain_plan: ", *parts):
+        flash_llm.explain_plan(**{"m": 128, "n": 8, "k": 64, "nnz": 100, **arguments})
+
+
+@pytest.mark.skipif(_extension.require().build_info()["cuda"], reason="this build has CUDA")
+@pytest.mark.parametrize("op", ["pack", "prune_pack", "spmm", "unpack", "validate"])
+def test_a_build_without_cuda_says_what_to_do(op):
+    """No GPU is needed to reach the CUDA implementation of an operator."""
+    w, x, _ = good("cpu")
+    header = list(w.header)
+    arguments = {
+        "pack": (x,),
+        "prune_pack": (x, 0.5),
+        "spmm": (x, header, w.offsets, w.payload),
+        "unpack": (header, w.offsets, w.payload),
+        "validate": (header, w.offsets, w.payload),
+    }[op]
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with raises(NotImplementedError, f"flash_llm::{op}: ", "Found: ", "Needed: ", "pip install"):
+        getattr(torch.ops.flash_llm, op).default.redispatch(cuda, *arguments)

@@ -1,0 +1,110 @@
+"""Importing flash_llm is free and never fails; the first use says what is missing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flash_llm
+from flash_llm import _extension
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Stands in for the extension: loads, but says that it was built against another torch.
+OTHER_TORCH = """
+import sys, types
+fake = types.ModuleType("flash_llm._C")
+fake.build_info = lambda: {"torch": "1.2.3"}
+sys.modules["flash_llm._C"] = fake
+"""
+
+# Makes loading the extension fail with the given expression.
+FAILING_LOAD = """
+import importlib.abc, sys
+class Fail(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "flash_llm._C":
+            raise {error}
+sys.meta_path.insert(0, Fail())
+"""
+
+USE = """
+import torch, flash_llm
+try:
+    flash_llm.pack(torch.zeros(2, 2, dtype=torch.float16))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def run_python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+
+
+def test_import_prints_nothing_and_makes_no_cuda_context():
+    result = run_python(
+        "import flash_llm, sys, torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "heavy = {'transformers', 'accelerate', 'gguf', 'typer', 'rich', 'datasets'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("setup", "found"),
+    [
+        (OTHER_TORCH, "built against torch 1.2.3"),
+        (
+            FAILING_LOAD.format(error="ImportError('_C.so: undefined symbol: _ZN3c10')"),
+            "does not load: ImportError: _C.so: undefined symbol: _ZN3c10",
+        ),
+        (FAILING_LOAD.format(error="OSError('libcudart.so.13: not found')"), "libcudart.so.13"),
+        (
+            FAILING_LOAD.format(error="ModuleNotFoundError('no', name='flash_llm._C')"),
+            "no built extension",
+        ),
+    ],
+    ids=["other-torch", "undefined-symbol", "missing-library", "not-built"],
+)
+def test_unusable_extension_imports_and_explains_at_first_use(setup, found):
+    result = run_python(setup + USE)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    message = result.stdout
+    assert found in message
+    assert "Found:" in message and "Needed:" in message
+    assert "pip install --no-build-isolation -e ." in message
+
+
+def test_every_exported_name_is_there():
+    for name in flash_llm.__all__:
+        assert hasattr(flash_llm, name), name
+
+
+def test_build_info_configs_and_plan():
+    info = flash_llm.build_info()
+    assert set(info) == {"cuda", "cuda_version", "cuda_archs", "torch", "compiler", "reason"}
+    assert bool(info["reason"]) != info["cuda"]
+    rows = flash_llm.configs()
+    assert rows and all(
+        set(row) >= {"name", "warps_per_tile", "tile_n", "ctas_per_sm", "smem_bytes"}
+        for row in rows
+    )
+    names = _extension.require().plan_names(True)
+    assert {row["name"] for row in rows} < set(names)
+    assert "dense" in names and "dense" in _extension.require().plan_names(False)
+    text = flash_llm.explain_plan(
+        28672,
+        8,
+        7168,
+        41_000_000,
+        compute_capability=90,
+        num_sms=132,
+        smem_per_sm_bytes=233472,
+        config="w1n8",
+    )
+    assert "w1n8" in text

@@ -1,0 +1,190 @@
+"""The structure, kept by grep: each layer includes or imports only what stands to its left."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "flash_llm"
+
+TOP_LEVEL = {
+    "setup.py",
+    "pyproject.toml",
+    "csrc",
+    "flash_llm",
+    "tests",
+    "examples",
+    "benchmarks",
+    "README.md",
+    "LICENSE",
+}
+
+# Module -> rank. A module may import modules of a lower rank, and those of its own package folder.
+# _extension finds the compiled module; testing holds inputs and oracles.
+PYTHON_RANKS = {
+    "_extension": 0,
+    "ops": 1,
+    "tiled_csl": 2,
+    "testing": 3,
+    "linear": 3,
+    "sparsify": 4,
+    "evaluate": 5,
+    "prune": 6,
+    "doctor": 7,
+    "demo": 7,
+    "cli": 8,
+}
+
+FOREIGN_INCLUDE = {
+    "torch": re.compile(r"^(ATen|c10|torch|pybind11|Python\.h)\b"),
+    "cuda": re.compile(r"^(cuda(?!/)|cu[a-z]+\.h|cub/|thrust/|cooperative_groups|nv/|mma\.h)"),
+}
+
+
+def sources(layer):
+    found = sorted(p for p in (CSRC / layer).rglob("*") if p.is_file())
+    assert found, f"csrc/{layer} is empty"
+    return found
+
+
+def includes(path):
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def own_layer(include):
+    return include.split("/")[0] if include.split("/")[0] in ("core", "cuda", "torch") else None
+
+
+def test_csrc_holds_three_layers_and_nothing_else():
+    assert {p.name for p in CSRC.iterdir()} == {"core", "cuda", "torch", "CMakeLists.txt"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "may_see", "forbidden"),
+    [("core", {"core"}, ("torch", "cuda")), ("cuda", {"core", "cuda"}, ("torch",))],
+)
+def test_a_layer_includes_only_what_stands_to_its_left(layer, may_see, forbidden):
+    for path in sources(layer):
+        for include in includes(path):
+            if (CSRC / include).exists():
+                assert own_layer(include) in may_see, f"{path} includes {include}"
+                continue
+            for kind in forbidden:
+                assert not FOREIGN_INCLUDE[kind].match(include), f"{path} includes {include}"
+
+
+def test_own_headers_are_included_by_their_path_under_csrc():
+    for path in sources("core") + sources("cuda") + sources("torch"):
+        for quoted in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(), re.MULTILINE):
+            assert (CSRC / quoted).exists(), f'{path}: "{quoted}" is no file under csrc/'
+
+
+def test_core_is_host_code():
+    for path in sources("core"):
+        assert path.suffix in (".h", ".cpp"), path
+        code = re.sub(r"//.*", "", path.read_text())
+        assert not re.search(r"\b(cudaStream_t|__global__|__shared__|threadIdx)\b", code), path
+
+
+@pytest.mark.parametrize("layer", ["core", "cuda"])
+def test_below_torch_nothing_prints_throws_or_exits(layer):
+    pattern = re.compile(r"\b(std::cout|std::cerr|f?printf|throw|abort|exit|assert)\s*[(<;\s]")
+    for path in sources(layer):
+        code = re.sub(r"//.*", "", path.read_text())
+        code = re.sub(r'"(\\.|[^"\\])*"', '""', code)
+        code = code.replace("static_assert", "")
+        found = pattern.search(code)
+        assert not found, f"{path}: {found.group(0)!r}"
+
+
+def test_setup_lists_every_source_once():
+    text = (ROOT / "setup.py").read_text() + (CSRC / "CMakeLists.txt").read_text()
+    for path in sources("core") + sources("cuda") + sources("torch"):
+        if path.suffix in (".cpp", ".cu"):
+            listed = text.count(f"{path.parent.name}/{path.name}")
+            assert listed == (1 if path.parent.name == "torch" else 2), path
+    for listed in re.findall(r'"csrc/(\S+\.(?:cpp|cu))"', text):
+        assert (CSRC / listed).exists(), listed
+
+
+def rank_name(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path):
+    """Yield (line, dotted name) of each import, local ones included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def python_files():
+    return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def test_every_python_module_has_a_rank():
+    assert {rank_name(path) for path in python_files()} == set(PYTHON_RANKS)
+
+
+def test_python_modules_import_only_what_stands_to_their_left():
+    for path in python_files():
+        own = rank_name(path)
+        for line, name in imported_modules(path):
+            parts = name.split(".")
+            if parts[0] != "flash_llm" or len(parts) == 1:
+                continue
+            other = parts[1]
+            if other in ("_C", "__version__") or other == own:
+                continue
+            assert other in PYTHON_RANKS, f"{path}:{line}: imports {name}"
+            assert PYTHON_RANKS[other] < PYTHON_RANKS[own], f"{path}:{line}: imports {name}"
+
+
+def test_the_package_itself_never_imports_tests_or_benchmarks():
+    for path in PACKAGE.rglob("*.py"):
+        for line, name in imported_modules(path):
+            assert name.split(".")[0] not in ("tests", "benchmarks", "examples"), f"{path}:{line}"
+            assert name.split(".")[0] != "pytest", f"{path}:{line}"
+
+
+def test_pruning_criteria_import_torch_and_the_standard_library_only():
+    for line, name in imported_modules(PACKAGE / "prune" / "criteria.py"):
+        module = name.split(".")[0]
+        assert module == "torch" or module in sys.stdlib_module_names, f"criteria.py:{line}: {name}"
+
+
+@pytest.mark.parametrize("name", ["transformers", "accelerate", "gguf", "rich", "typer"])
+def test_optional_packages_are_imported_lazily(name):
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module]
+            assert name not in [m.split(".")[0] for m in modules], f"{path}:{node.lineno}"
+
+
+def test_top_level_is_exact():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: what is tracked cannot be listed")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {line.split("/")[0] for line in listed.splitlines()}
+    assert {name for name in top if not name.startswith(".")} == TOP_LEVEL
+
+
+def test_no_catch_all_modules():
+    for folder in (CSRC, PACKAGE, ROOT / "tests", ROOT / "benchmarks"):
+        for path in folder.rglob("*"):
+            assert path.stem not in ("utils", "util", "common", "helpers", "misc"), path

@@ -1,0 +1,582 @@
+"""SparseLinear: what users do to modules (move, cast, copy, save, load, compile, train)."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import flash_llm
+from flash_llm import SparseLinear, TiledCSL, testing
+
+KEYS = ["bias", "weight_header", "weight_offsets", "weight_payload"]
+
+
+def sparse_linear_and_dense(k=70, m=130, bias=True, dtype=torch.float16, device="cpu", seed=0):
+    linear = nn.Linear(k, m, bias=bias, dtype=dtype, device=device)
+    with torch.no_grad():
+        linear.weight.copy_(testing.random_sparse(m, k, 0.7, dtype=dtype, device=device, seed=seed))
+    return SparseLinear.from_linear(linear), linear
+
+
+def assert_same_layer(a, b):
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for (key, left), right in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert left.dtype == right.dtype and torch.equal(left.cpu(), right.cpu()), key
+    assert a.packed.header == b.packed.header
+
+
+# ---- construction and forward ----
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_equals_the_dense_layer(bias, device, dtype):
+    layer, linear = sparse_linear_and_dense(bias=bias, dtype=dtype, device=device)
+    x = torch.randn(2, 5, 70).to(device, dtype)
+    testing.assert_spmm_close(layer(x), x, linear.weight, linear.bias)
+    assert torch.equal(layer(input=x), layer(x))
+    assert isinstance(layer, nn.Linear)
+    assert list(layer.state_dict()) == (KEYS if bias else KEYS[1:])
+    assert [name for name, _ in layer.named_parameters()] == (["bias"] if bias else [])
+
+
+def test_new_layer_is_all_zero_and_valid(device, dtype):
+    layer = SparseLinear(70, 130, device=device, dtype=dtype)
+    layer.packed.validate()
+    assert layer.sparsity == 1.0
+    x = torch.randn(3, 70).to(device, dtype)
+    assert torch.equal(layer(x), torch.zeros(3, 130, dtype=dtype, device=device))
+    assert torch.equal(layer.weight, torch.zeros(130, 70, dtype=dtype, device=device))
+
+
+def test_construction_allocates_nothing_dense():
+    # 2 TB as a dense matrix.
+    layer = SparseLinear(1_000_000, 1_000_000, dtype=torch.bfloat16, device="meta")
+    assert layer.weight_header.is_meta and layer.bias.is_meta
+    layer = SparseLinear(100_000, 100_000, dtype=torch.bfloat16)
+    assert sum(b.nbytes for b in layer.buffers()) < 10_000_000
+
+
+@pytest.mark.parametrize(("k", "m"), [(0, 5), (5, 0), (0, 0), (1, 1)])
+def test_sizes_without_elements(k, m, device):
+    layer = SparseLinear(k, m, device=device)
+    assert layer(torch.ones(3, k, dtype=torch.float16, device=device)).shape == (3, m)
+    assert_same_layer(copy.deepcopy(layer), layer)
+
+
+def test_conv1d_is_packed_transposed(device):
+    class Conv1D(nn.Module):  # as in transformers' GPT-2
+        def __init__(self, nf, nx):
+            super().__init__()
+            self.nf, self.nx = nf, nx
+            self.weight = nn.Parameter(torch.empty(nx, nf))
+            self.bias = nn.Parameter(torch.zeros(nf))
+
+    conv = Conv1D(130, 70).to(device, torch.float16)
+    with torch.no_grad():
+        conv.weight.copy_(testing.random_sparse(70, 130, 0.7, device=device))
+    layer = SparseLinear.from_linear(conv)
+    assert (layer.in_features, layer.out_features) == (70, 130)
+    x = torch.randn(4, 70, device=device).half()
+    testing.assert_spmm_close(layer(x), x, conv.weight.t(), conv.bias)
+
+
+def test_from_linear_shares_the_bias_and_keeps_the_mode():
+    linear = nn.Linear(70, 130).half().eval()
+    layer = SparseLinear.from_linear(linear)
+    assert layer.bias is linear.bias and not layer.training
+
+
+def test_from_linear_prunes_when_asked(device):
+    linear = nn.Linear(64, 32, device=device).half()
+    layer = SparseLinear.from_linear(linear, sparsity=0.75)
+    expected = flash_llm.prune_pack(linear.weight, 0.75)
+    assert torch.equal(layer.weight_payload, expected.payload) and layer.sparsity == 0.75
+    assert SparseLinear.from_linear(linear, scope="2:4").sparsity == 0.5
+
+
+def test_from_packed_and_back(device, dtype):
+    dense = testing.random_sparse(130, 70, dtype=dtype, device=device)
+    bias = torch.randn(130).to(device, dtype)
+    packed = TiledCSL.from_dense(dense)
+    layer = SparseLinear.from_packed(packed, bias)
+    assert layer.weight_payload is packed.payload and torch.equal(layer.bias, bias)
+    linear = layer.eval().to_linear()
+    assert type(linear) is nn.Linear and not linear.training
+    assert torch.equal(linear.weight, dense) and linear.bias is layer.bias
+
+
+# ---- weight ----
+
+
+def test_weight_reads_dense_and_assignment_packs(device):
+    layer, linear = sparse_linear_and_dense(device=device)
+    assert torch.equal(layer.weight, linear.weight)
+    other = testing.random_sparse(130, 70, 0.5, device=device, seed=9)
+    layer.weight = other
+    assert torch.equal(layer.weight, other)
+    layer.weight = nn.Parameter(other * 2)
+    assert torch.equal(layer.weight, other * 2)
+    layer.register_parameter("weight", nn.Parameter(other * 4))
+    assert torch.equal(layer.weight, other * 4)
+    assert list(layer.state_dict()) == KEYS
+    layer.packed.validate()
+
+
+def test_refused_weights_change_nothing():
+    layer, linear = sparse_linear_and_dense()
+    for wrong, error in (
+        (torch.zeros(70, 130, dtype=torch.float16), ValueError),
+        (torch.zeros(130 * 70, dtype=torch.float16), ValueError),
+        (torch.zeros(130, 70), TypeError),
+        (torch.zeros(130, 70, dtype=torch.bfloat16), TypeError),
+        (None, TypeError),
+    ):
+        with pytest.raises(error, match="flash_llm.SparseLinear: weight must"):
+            layer.weight = wrong
+    assert torch.equal(layer.weight, linear.weight)
+
+
+def test_reset_parameters_gives_zeros():
+    layer, _ = sparse_linear_and_dense()
+    layer.reset_parameters()
+    layer.packed.validate()
+    assert layer.sparsity == 1.0 and not layer.bias.any()
+
+
+def test_repr_tells_format_and_sparsity():
+    layer, _ = sparse_linear_and_dense()
+    text = repr(layer)
+    assert "in_features=70, out_features=130, bias=True, dtype=torch.float16" in text
+    assert "format=tiled_csl" in text and f"sparsity={layer.sparsity:.4f}" in text
+
+
+# ---- copies, moves and casts ----
+
+
+def test_deepcopy_and_pickle(device):
+    layer, _ = sparse_linear_and_dense(device=device)
+    x = torch.randn(3, 70, device=device).half()
+    expected = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_same_layer(other, layer)
+        assert torch.equal(other(x), expected)
+        other.reset_parameters()
+    assert torch.equal(layer(x), expected)  # nothing is shared
+
+
+def test_torch_save_and_load():
+    layer, _ = sparse_linear_and_dense()
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = SparseLinear(70, 130)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert_same_layer(other, layer)
+
+
+def test_casts_between_fp16_and_bf16_re_encode_the_values(device):
+    layer, linear = sparse_linear_and_dense(device=device)
+    x = torch.randn(3, 70, device=device)
+    for cast in (
+        lambda module: module.bfloat16(),
+        lambda module: module.to(torch.bfloat16),
+        lambda module: module.to(device=device, dtype=torch.bfloat16),
+        lambda module: module.type(torch.bfloat16),
+    ):
+        there = cast(copy.deepcopy(layer))
+        there.packed.validate()
+        assert there.dtype == there.bias.dtype == there(x.bfloat16()).dtype == torch.bfloat16
+        assert torch.equal(there.weight, linear.weight.bfloat16())
+        assert there.weight_header.dtype == torch.int64
+        assert torch.equal(there.half().weight, linear.weight.bfloat16().half())
+    assert_same_layer(copy.deepcopy(layer).half(), layer)
+
+
+def test_a_cast_that_rounds_to_zero_drops_the_entry():
+    layer = SparseLinear.from_packed(
+        TiledCSL.from_dense(torch.full((8, 8), 2.0**-30, dtype=torch.bfloat16))
+    )
+    layer.half()
+    layer.packed.validate()
+    assert layer.packed.nnz == 0
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda module: module.float(),
+        lambda module: module.double(),
+        lambda module: module.to(torch.float32),
+        lambda module: module.type(torch.float64),
+    ],
+    ids=["float", "double", "to-float32", "type-float64"],
+)
+def test_casts_to_wide_types_are_refused(cast):
+    layer, _ = sparse_linear_and_dense()
+    before = copy.deepcopy(layer)
+    with pytest.raises(TypeError, match=r"flash_llm.SparseLinear: .* call to_linear\(\)"):
+        cast(layer)
+    assert_same_layer(layer, before)
+
+
+@pytest.mark.gpu
+def test_to_device_and_back():
+    layer, linear = sparse_linear_and_dense()
+    before = copy.deepcopy(layer)
+    x = torch.randn(3, 70).half().cuda()
+    layer.cuda()
+    assert all(t.is_cuda for t in (*layer.parameters(), *layer.buffers()))
+    testing.assert_spmm_close(layer(x), x, linear.weight.cuda(), linear.bias.cuda())
+    assert_same_layer(layer.cpu(), before)
+    layer.to("cuda", torch.bfloat16)
+    assert layer.weight.is_cuda and layer.dtype == torch.bfloat16
+
+
+def test_to_empty_from_meta_gives_a_valid_layer(device):
+    layer = SparseLinear(70, 130, device="meta", payload_words=400)
+    assert layer.weight_payload.shape == (400,)
+    layer.to_empty(device=device)
+    layer.packed.validate()
+    assert layer.sparsity == 1.0
+    layer = torch.nn.utils.skip_init(SparseLinear, 70, 130, device=device)
+    layer.packed.validate()
+
+
+def test_meta_layer_can_be_cast_and_called():
+    layer = SparseLinear(70, 130, device="meta", payload_words=400).bfloat16()
+    assert layer.dtype == torch.bfloat16
+    y = layer(torch.empty(3, 70, dtype=torch.bfloat16, device="meta"))
+    assert y.is_meta and y.shape == (3, 130)
+
+
+def test_device_context_is_followed():
+    with torch.device("meta"):
+        layer = SparseLinear(70, 130)
+    assert all(t.is_meta for t in (*layer.parameters(), *layer.buffers()))
+
+
+# ---- state dict ----
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_packed_keys_of_another_size_load(assign, device):
+    layer, linear = sparse_linear_and_dense(device=device)
+    other = SparseLinear(70, 130, device=device)
+    result = other.load_state_dict(layer.state_dict(), assign=assign)
+    assert result.missing_keys == result.unexpected_keys == []
+    assert_same_layer(other, layer)
+    x = torch.randn(3, 70, device=device).half()
+    assert torch.equal(other(x), layer(x))
+    shares = other.weight_payload.data_ptr() == layer.weight_payload.data_ptr()
+    assert shares == assign
+    # And down to a smaller one again.
+    other.load_state_dict(SparseLinear(70, 130, device=device).state_dict())
+    assert other.sparsity == 1.0
+    other.packed.validate()
+
+
+def test_loading_into_one_of_two_layers_leaves_the_other():
+    """Both share the buffers of one packed weight; half of them must not change."""
+    packed = TiledCSL.from_dense(testing.random_sparse(130, 70, 0.7))
+    one, two = SparseLinear.from_packed(packed), SparseLinear.from_packed(packed)
+    expected = one.weight
+    two.load_state_dict(SparseLinear(70, 130, bias=False).state_dict())
+    one.packed.validate()
+    assert torch.equal(one.weight, expected) and two.sparsity == 1.0
+
+
+def test_loading_the_same_size_keeps_the_buffers_in_place():
+    layer, _ = sparse_linear_and_dense()
+    other = copy.deepcopy(layer)
+    address = other.weight_payload.data_ptr()
+    layer.weight = layer.weight * 2
+    other.load_state_dict(layer.state_dict())
+    assert other.weight_payload.data_ptr() == address
+    assert_same_layer(other, layer)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_dense_weight_key_loads_and_is_packed(assign, stored, device):
+    _, linear = sparse_linear_and_dense(device=device)
+    model = nn.Sequential(nn.Linear(3, 70), SparseLinear(70, 130, device=device))
+    state = nn.Sequential(nn.Linear(3, 70), linear).state_dict()
+    state["1.weight"] = state["1.weight"].to(stored)
+    result = model.load_state_dict(state, assign=assign)
+    assert result.missing_keys == result.unexpected_keys == []
+    assert model[1].dtype == torch.float16
+    assert torch.equal(model[1].weight, linear.weight.to(stored).half())
+    model[1].packed.validate()
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_loading_onto_meta_with_assign(dense, device):
+    layer, linear = sparse_linear_and_dense(device=device)
+    meta = nn.Sequential(SparseLinear(70, 130, device="meta", payload_words=8))
+    source = nn.Sequential(linear if dense else layer)
+    meta.load_state_dict(source.state_dict(), assign=True)
+    assert meta[0].weight_payload.device == layer.weight_payload.device
+    x = torch.randn(3, 70, device=device).half()
+    assert torch.equal(meta[0](x), layer(x))
+
+
+def test_loading_onto_meta_without_assign_warns_as_torch_does():
+    layer, _ = sparse_linear_and_dense()
+    meta = SparseLinear(70, 130, device="meta")
+    with pytest.warns(UserWarning, match="no-op"):
+        meta.load_state_dict(layer.state_dict())
+    assert all(t.is_meta for t in meta.buffers())
+
+
+@pytest.mark.gpu
+def test_loading_keeps_the_device():
+    layer, _ = sparse_linear_and_dense()
+    other = SparseLinear(70, 130, device="cuda")
+    other.load_state_dict(layer.state_dict())
+    assert other.weight_payload.is_cuda and other.weight_header.is_cuda
+    assert_same_layer(other, layer)
+
+
+def broken_state(change):
+    layer, _ = sparse_linear_and_dense(seed=1)
+    state = {f"mlp.{key}": value.clone() for key, value in layer.state_dict().items()}
+    change(state)
+    return state
+
+
+def other_size(state):
+    state.update({f"mlp.{k}": v for k, v in sparse_linear_and_dense(k=71)[0].state_dict().items()})
+
+
+def other_dtype(state):
+    other, _ = sparse_linear_and_dense(dtype=torch.bfloat16)
+    state.update({f"mlp.{k}": v for k, v in other.state_dict().items()})
+
+
+def set_header(index, value):
+    def change(state):
+        state["mlp.weight_header"][index] = value
+
+    return change
+
+
+BROKEN = {
+    "another shape": (other_size, r"weight must have shape \[130, 70\], got \[130, 71\]"),
+    "another dtype": (other_dtype, "weight must be torch.float16 .* got torch.bfloat16"),
+    "wrong magic": (set_header(0, 1), "magic number"),
+    "newer version": (set_header(1, 2), "version 2, this build reads version 1"),
+    "unknown format": (set_header(2, 99), "format 99"),
+    "wrong nnz": (set_header(6, 1), "nnz = 1"),
+    "truncated payload": (
+        lambda s: s.update({"mlp.weight_payload": s["mlp.weight_payload"][:-4]}),
+        "payload must hold",
+    ),
+    "decreasing offsets": (
+        lambda s: s["mlp.weight_offsets"].__setitem__(1, -1),
+        "offsets must never decrease",
+    ),
+    "duplicate place": (
+        lambda s: s["mlp.weight_payload"].__setitem__(1, s["mlp.weight_payload"][0].item()),
+        "occurs twice",
+    ),
+    "integer type": (
+        lambda s: s.update({"mlp.weight_payload": s["mlp.weight_payload"].long()}),
+        "payload must be int32",
+    ),
+    "header type": (
+        lambda s: s.update({"mlp.weight_header": s["mlp.weight_header"].int()}),
+        "header must be int64",
+    ),
+    "header length": (
+        lambda s: s.update({"mlp.weight_header": s["mlp.weight_header"][:7]}),
+        r"header must have shape \[8\], got \[7\]",
+    ),
+    "part missing": (
+        lambda s: s.pop("mlp.weight_offsets"),
+        "weight_header is there, but weight_offsets is missing",
+    ),
+    "dense and packed": (
+        lambda s: s.update({"mlp.weight": torch.zeros(130, 70)}),
+        "expected a dense weight or a packed one",
+    ),
+    "no tensor": (
+        lambda s: s.update({"mlp.weight_payload": "words"}),
+        "weight_payload must be a tensor, got str",
+    ),
+    "bias shape": (
+        lambda s: s.update({"mlp.bias": torch.zeros(131)}),
+        r"bias must have shape \[130\], got \[131\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_state_dict_names_the_layer_and_changes_nothing(case, strict):
+    change, message = BROKEN[case]
+    model = nn.ModuleDict({"mlp": sparse_linear_and_dense()[0]})
+    before = copy.deepcopy(model["mlp"])
+    with pytest.raises(RuntimeError, match=f'(?s)SparseLinear "mlp" .*{message}'):
+        model.load_state_dict(broken_state(change), strict=strict)
+    assert_same_layer(model["mlp"], before)
+
+
+def test_missing_and_unexpected_keys_are_reported_as_usual():
+    layer, _ = sparse_linear_and_dense()
+    before = copy.deepcopy(layer)
+    result = layer.load_state_dict({"extra": torch.zeros(1)}, strict=False)
+    assert result.missing_keys == KEYS and result.unexpected_keys == ["extra"]
+    assert_same_layer(layer, before)
+    with pytest.raises(RuntimeError, match="Missing key.*weight_header"):
+        layer.load_state_dict({})
+
+
+def test_safetensors_round_trip(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = nn.ModuleDict({"a": sparse_linear_and_dense()[0], "b": SparseLinear(64, 8)})
+    safetensors.save_model(model, str(tmp_path / "model.safetensors"))
+    other = nn.ModuleDict({"a": SparseLinear(70, 130), "b": SparseLinear(64, 8)})
+    other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
+    for name in model:
+        assert_same_layer(other[name], model[name])
+
+
+def test_buffers_set_one_by_one_are_noticed():
+    """Loaders such as transformers' set attributes, accelerate's writes to _buffers."""
+    source, _ = sparse_linear_and_dense()
+    x = torch.randn(3, 70).half()
+    by_attribute = SparseLinear(70, 130, bias=False)
+    for name, value in source.named_buffers():
+        setattr(by_attribute, name, value)
+    behind_its_back = SparseLinear(70, 130, bias=False)
+    for name, value in source.named_buffers():
+        behind_its_back._buffers[name] = value
+    source.bias = None
+    for layer in (by_attribute, behind_its_back):
+        assert torch.equal(layer(x), source(x))
+        assert layer.sparsity == source.sparsity
+    with pytest.raises(ValueError, match=r"weight must have shape \[130, 70\], got \[8, 64\]"):
+        by_attribute.weight_header = SparseLinear(64, 8).weight_header
+
+
+# ---- accelerate ----
+
+
+def test_accelerate_offloads_and_dispatches():
+    accelerate = pytest.importorskip("accelerate")
+    x = torch.randn(3, 70).half()
+    model = nn.Sequential(sparse_linear_and_dense()[0], nn.ReLU())
+    expected, before = model(x), copy.deepcopy(model[0])
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert model[0].weight_payload.is_meta
+    for _ in range(2):
+        assert torch.equal(model(x), expected)
+    assert model[0].weight_payload.is_meta
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert_same_layer(model[0], before)
+
+
+def test_accelerate_loads_a_checkpoint_into_an_empty_model(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    safetensors = pytest.importorskip("safetensors.torch")
+    source = nn.Sequential(sparse_linear_and_dense()[0])
+    safetensors.save_model(source, str(tmp_path / "model.safetensors"))
+    with accelerate.init_empty_weights(include_buffers=True):
+        words = source[0].weight_payload.numel()
+        model = nn.Sequential(SparseLinear(70, 130, device="meta", payload_words=words))
+    accelerate.load_checkpoint_and_dispatch(
+        model, str(tmp_path / "model.safetensors"), device_map={"": "cpu"}
+    )
+    x = torch.randn(3, 70).half()
+    assert torch.equal(model(x), source(x))
+
+
+@pytest.mark.gpu
+def test_accelerate_runs_an_offloaded_layer_on_the_gpu():
+    accelerate = pytest.importorskip("accelerate")
+    x = torch.randn(3, 70).half().cuda()
+    model = nn.Sequential(sparse_linear_and_dense()[0])
+    expected = copy.deepcopy(model).cuda()(x)
+    accelerate.cpu_offload(model, execution_device=torch.device("cuda"), offload_buffers=True)
+    assert torch.equal(model(x), expected)
+
+
+# ---- training and compilation ----
+
+
+def test_gradients_reach_input_and_bias_but_not_the_weight(device):
+    layer, linear = sparse_linear_and_dense(device=device)
+    x = torch.randn(4, 70, device=device).half().requires_grad_()
+    before = layer.weight_payload.clone()
+    layer(x).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full_like(layer.bias, 4))
+    expected = linear.weight.double().sum(0).expand(4, -1)
+    torch.testing.assert_close(x.grad.double(), expected, rtol=2e-3, atol=2e-3)
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    assert torch.equal(layer.weight_payload, before)
+
+
+def test_an_adapter_over_a_frozen_layer_trains():
+    """What LoRA does: the loss falls, the packed base stays."""
+    base, _ = sparse_linear_and_dense(dtype=torch.bfloat16)
+    payload = base.weight_payload.clone()
+    adapter = nn.Sequential(nn.Linear(70, 4, bias=False), nn.Linear(4, 130, bias=False))
+    front = nn.Linear(70, 70)
+    x, target = torch.randn(32, 70), torch.randn(32, 130)
+    optimizer = torch.optim.Adam([*adapter.parameters(), *front.parameters()], lr=1e-2)
+    losses = []
+    for _ in range(30):
+        hidden = front(x)
+        loss = (base(hidden.bfloat16()).float() + adapter(hidden) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert front.weight.grad.any() and torch.equal(base.weight_payload, payload)
+
+
+def test_model_of_sparse_layers_compiles_into_one_graph(device):
+    torch._dynamo.reset()
+    layers = [
+        sparse_linear_and_dense(70, 130, device=device)[0],
+        sparse_linear_and_dense(130, 70, bias=False, device=device, seed=3)[0],
+    ]
+    model = nn.Sequential(layers[0], nn.SiLU(), layers[1])
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (3, 9, 40):
+        x = torch.randn(n, 70, device=device).half()
+        assert torch.equal(compiled(x), model(x))
+    torch._dynamo.reset()
+
+
+def test_forward_writes_no_attribute_and_reads_no_header(monkeypatch):
+    """No device synchronisation hides in a call."""
+    layer, _ = sparse_linear_and_dense()
+    layer._buffers["weight_header"] = torch.zeros(8, dtype=torch.int64)  # would be refused if read
+
+    def refuse(*_):
+        raise AssertionError("forward set an attribute")
+
+    monkeypatch.setattr(SparseLinear, "__setattr__", refuse)
+    assert layer(torch.ones(1, 70, dtype=torch.float16)).shape == (1, 130)
+
+
+@pytest.mark.gpu
+def test_layer_is_captured_in_a_graph():
+    layer, _ = sparse_linear_and_dense(device="cuda")
+    x = testing.small_integers(2, 70, device="cuda")
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.inference_mode():
+        layer(x)  # kernels load on first use, which a capture may not do
+    torch.cuda.synchronize()
+    with torch.inference_mode(), torch.cuda.graph(graph, stream=side):
+        y = layer(x)
+    x.copy_(testing.small_integers(2, 70, device="cuda", seed=5))
+    graph.replay()
+    torch.cuda.synchronize()
+    with torch.inference_mode():
+        assert torch.equal(y, layer(x))

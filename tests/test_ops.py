@@ -1,0 +1,282 @@
+"""The operators as PyTorch sees them: opcheck, fakes, torch.compile and gradients."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import flash_llm
+from flash_llm import TiledCSL, testing
+
+ACTIVATIONS = (None, "relu", "gelu", "silu")
+
+
+def packed_and_dense(m=130, k=70, dtype=torch.float16, device="cpu", sparsity=0.6):
+    dense = testing.random_sparse(m, k, sparsity, dtype=dtype, device=device)
+    return TiledCSL.from_dense(dense), dense
+
+
+def arguments(w):
+    return list(w.header), w.offsets, w.payload
+
+
+# ---- opcheck ----
+
+
+@pytest.mark.parametrize("n", [0, 1, 9, 33])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_opcheck_spmm(n, activation, device, dtype):
+    w, _ = packed_and_dense(dtype=dtype, device=device)
+    x = torch.randn(n, 70).to(device, dtype)
+    bias = torch.randn(130).to(device, dtype)
+    op = torch.ops.flash_llm.spmm.default
+    torch.library.opcheck(op, (x, *arguments(w)))
+    torch.library.opcheck(
+        op, (x.requires_grad_(), *arguments(w), bias.requires_grad_(), activation)
+    )
+
+
+@pytest.mark.parametrize(
+    "x_of",
+    [
+        lambda x: x[:, 1:71],
+        lambda x: x[:, 0:140:2],
+        lambda x: x[:6, :140].view(3, 2, 2, 70),
+        lambda x: x[0, :70],
+        lambda x: x[:1, :70].expand(4, -1),
+    ],
+    ids=["sliced", "strided", "batch", "one-dimensional", "expanded"],
+)
+def test_opcheck_spmm_on_views(x_of, device):
+    w, _ = packed_and_dense(device=device)
+    x = x_of(torch.randn(8, 150, device=device).half())
+    torch.library.opcheck(torch.ops.flash_llm.spmm.default, (x, *arguments(w)))
+
+
+@pytest.mark.parametrize(("m", "k"), [(130, 70), (0, 5), (5, 0), (1, 1), (128, 64)])
+def test_opcheck_conversions(m, k, device, dtype):
+    w, dense = packed_and_dense(m, k, dtype=dtype, device=device)
+    torch.library.opcheck(torch.ops.flash_llm.pack.default, (dense,))
+    torch.library.opcheck(torch.ops.flash_llm.pack.default, (dense.t(),))
+    torch.library.opcheck(torch.ops.flash_llm.prune_pack.default, (dense, 0.7))
+    torch.library.opcheck(torch.ops.flash_llm.prune_pack.default, (dense, None, "2:4"))
+    torch.library.opcheck(torch.ops.flash_llm.unpack.default, arguments(w))
+    torch.library.opcheck(torch.ops.flash_llm.validate.default, arguments(w))
+
+
+def test_fakes_have_the_shapes_of_the_real_thing(device, dtype):
+    w, dense = packed_and_dense(dtype=dtype, device=device)
+    x = torch.randn(2, 3, 70).to(device, dtype)
+    with FakeTensorMode() as mode:
+        header, offsets, payload = arguments(w)
+        fake_offsets, fake_payload = mode.from_tensor(offsets), mode.from_tensor(payload)
+        y = torch.ops.flash_llm.spmm(mode.from_tensor(x), header, fake_offsets, fake_payload)
+        assert (y.shape, y.dtype, y.device) == ((2, 3, 130), dtype, x.device)
+        unpacked = torch.ops.flash_llm.unpack(header, fake_offsets, fake_payload)
+        assert (unpacked.shape, unpacked.dtype) == ((130, 70), dtype)
+        with pytest.raises(
+            ValueError, match=r"flash_llm::spmm: x must have shape \[\.\.\., K=70\]"
+        ):
+            torch.ops.flash_llm.spmm(
+                mode.from_tensor(x)[..., 1:], header, fake_offsets, fake_payload
+            )
+        with pytest.raises(TypeError, match="flash_llm::spmm: x must be"):
+            torch.ops.flash_llm.spmm(
+                mode.from_tensor(x).float(), header, fake_offsets, fake_payload
+            )
+
+
+def test_meta_tensors_flow_through():
+    w, _ = packed_and_dense()
+    y = flash_llm.spmm(torch.empty(4, 70, dtype=torch.float16, device="meta"), w.to("meta"))
+    assert y.is_meta and y.shape == (4, 130)
+    assert w.to("meta").to_dense().shape == (130, 70)
+
+
+# ---- torch.compile ----
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_compiles_into_one_graph(activation, device, dtype, fresh_dynamo):
+    w, dense = packed_and_dense(dtype=dtype, device=device)
+    bias = torch.randn(130).to(device, dtype)
+
+    def block(x):
+        return flash_llm.spmm(x * 2, w, bias, activation=activation) + 1
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 70).to(device, dtype)
+    assert torch.equal(compiled(x), block(x))
+
+
+def test_compiled_graph_serves_every_number_of_tokens(device, fresh_dynamo):
+    w, _ = packed_and_dense(device=device)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda x: flash_llm.spmm(x, w).relu(), fullgraph=True, dynamic=True, backend=counter
+    )
+    for n in (3, 2, 9, 17, 64, 129):
+        x = testing.small_integers(n, 70, device=device)
+        assert torch.equal(compiled(x), flash_llm.spmm(x, w).relu()), n
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor(device, fresh_dynamo):
+    w, _ = packed_and_dense(device=device)
+    compiled = torch.compile(lambda x: flash_llm.spmm(x + 1, w, activation="relu"), fullgraph=True)
+    x = testing.small_integers(5, 70, device=device)
+    assert torch.equal(compiled(x), flash_llm.spmm(x + 1, w, activation="relu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_compiles_with_cuda_graphs(fresh_dynamo):
+    w, _ = packed_and_dense(device="cuda")
+    compiled = torch.compile(
+        lambda x: flash_llm.spmm(x + 1, w), fullgraph=True, mode="reduce-overhead"
+    )
+    for seed in range(5):
+        x = testing.small_integers(5, 70, device="cuda", seed=seed)
+        assert torch.equal(compiled(x).clone(), flash_llm.spmm(x + 1, w))
+
+
+def test_gradients_compile(device, fresh_dynamo):
+    w, _ = packed_and_dense(device=device)
+    bias = torch.randn(130, device=device).half().requires_grad_()
+
+    def loss(x):
+        return flash_llm.spmm(x, w, bias, activation="silu").float().square().sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        x = torch.linspace(-1, 1, 350, device=device).view(5, 70).half().requires_grad_()
+        results.append(torch.autograd.grad(function(x), (x, bias)))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_exports(device):
+    w, _ = packed_and_dense(device=device)
+
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            return flash_llm.spmm(x, w)
+
+    x = testing.small_integers(5, 70, device=device)
+    exported = torch.export.export(
+        Block(), (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2, max=64)},)
+    )
+    x = testing.small_integers(9, 70, device=device)
+    assert torch.equal(exported.module()(x), flash_llm.spmm(x, w))
+
+
+# ---- gradients ----
+
+
+def rounding(dtype):
+    return {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(9,), (2, 3), (), (0,)])
+def test_gradients_match_a_dense_float64_layer(activation, shape, device, dtype):
+    w, dense = packed_and_dense(dtype=dtype, device=device)
+    x = torch.randn(*shape, 70).to(device, dtype).requires_grad_()
+    bias = torch.randn(130).to(device, dtype).requires_grad_()
+    upstream = torch.randn(*shape, 130).to(device, dtype)
+    flash_llm.spmm(x, w, bias, activation=activation).backward(upstream)
+
+    x64 = x.detach().double().requires_grad_()
+    bias64 = bias.detach().double().requires_grad_()
+    z = torch.nn.functional.linear(x64, dense.double(), bias64)
+    testing.activate(z, activation).backward(upstream.double())
+
+    u = rounding(dtype)
+    # The gradient of the sum is rounded (u), its activation's slope is taken at a rounded sum
+    # (second derivatives stay below 1.2), then K or N terms add up and are rounded once more.
+    per_sum = upstream.double().abs() * (2 * u + 1.2 * u * z.detach().abs() + 2**-20)
+    for grad, exact_grad, slack in (
+        (x.grad, x64.grad, per_sum @ dense.double().abs()),
+        (bias.grad, bias64.grad, per_sum.reshape(-1, 130).sum(0)),
+    ):
+        assert grad.dtype == dtype and grad.shape == exact_grad.shape
+        error = (grad.double() - exact_grad).abs()
+        assert bool((error <= 1.2 * slack + 2 * u * exact_grad.abs() + 1e-7).all()), error.max()
+
+
+def test_integer_gradients_are_exact(device, dtype):
+    weight = testing.small_integers(130, 70, sparsity=0.5, dtype=dtype, device=device)
+    x = testing.small_integers(4, 70, dtype=dtype, device=device, seed=1).requires_grad_()
+    bias = testing.small_integers(130, dtype=dtype, device=device, seed=2).requires_grad_()
+    upstream = testing.small_integers(4, 130, dtype=dtype, device=device, seed=3)
+    w = TiledCSL.from_dense(weight)
+    flash_llm.spmm(x, w, bias, activation="relu").backward(upstream)
+    z = testing.spmm_reference(x, weight, bias).detach()
+    grad_z = upstream.double() * (z > 0)
+    assert torch.equal(x.grad, (grad_z @ weight.double()).to(dtype))
+    assert torch.equal(bias.grad, grad_z.sum(0).to(dtype))
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_only_the_gradients_that_are_asked_for_are_computed(activation, monkeypatch):
+    w, _ = packed_and_dense()
+    bias = torch.zeros(130, dtype=torch.float16)
+    unpacked = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.flash_llm.unpack.default:
+                unpacked.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(3, 70).half()
+    y = flash_llm.spmm(x, w, bias.clone().requires_grad_(), activation=activation)
+    with Watch():
+        y.sum().backward()
+    assert not unpacked  # a gradient of bias alone needs no dense weight
+    y = flash_llm.spmm(x.requires_grad_(), w, bias, activation=activation)
+    with Watch():
+        y.sum().backward()
+    assert len(unpacked) == 1 and x.grad is not None and bias.grad is None
+    assert not flash_llm.spmm(x.detach(), w, bias).requires_grad
+    with torch.no_grad():
+        assert not flash_llm.spmm(x, w, bias).requires_grad
+    with torch.inference_mode():
+        assert flash_llm.spmm(x, w, bias).is_inference()
+
+
+def test_gradient_of_a_gradient_follows_the_same_formulas(device):
+    w, dense = packed_and_dense(device=device)
+    x = torch.randn(3, 70, device=device).half().requires_grad_()
+    y = flash_llm.spmm(x, w, activation="silu")
+    (grad,) = torch.autograd.grad(y.float().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.float().sum(), x)
+    x64 = x.detach().double().requires_grad_()
+    y64 = torch.nn.functional.silu(x64 @ dense.double().t())
+    (grad64,) = torch.autograd.grad(y64.sum(), x64, create_graph=True)
+    (second64,) = torch.autograd.grad(grad64.sum(), x64)
+    torch.testing.assert_close(second.double(), second64, rtol=2e-2, atol=2e-2)
+
+
+def test_packing_a_parameter_detaches_it(device):
+    weight = torch.nn.Parameter(testing.random_sparse(130, 70, device=device))
+    w = TiledCSL.from_dense(weight)
+    assert not w.payload.requires_grad and not w.to_dense().requires_grad
+    assert not flash_llm.prune_pack(weight, 0.5).payload.requires_grad
+
+
+def test_autocast_leaves_the_operator_alone(device):
+    w, dense = packed_and_dense(device=device)
+    x = testing.small_integers(20, 70, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(flash_llm.spmm(x, w), flash_llm.spmm(x, w))
+        assert flash_llm.spmm(x, w).dtype == torch.float16
+        with pytest.raises(TypeError, match="flash_llm::spmm: x must be Half"):
+            flash_llm.spmm(x.float(), w)

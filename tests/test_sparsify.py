@@ -1,0 +1,495 @@
+"""sparsify_: which layers it takes, what it reports, and that a failure changes nothing."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import flash_llm
+from flash_llm import SparseLinear, SparsifyReport, sparsify_, testing
+from flash_llm.sparsify import model_bytes, select_layers
+
+
+def linear(k=256, m=128, sparsity=0.8, bias=True, dtype=torch.float16, seed=0):
+    layer = nn.Linear(k, m, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.copy_(testing.random_sparse(m, k, sparsity, dtype=dtype, seed=seed))
+    return layer
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj = linear(128, 128, seed=1)
+        self.o_proj = linear(128, 128, bias=False, seed=2)
+
+    def forward(self, x):
+        return self.o_proj(self.q_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = Attention()
+        self.mlp = nn.Sequential(linear(128, 256, seed=3), nn.SiLU(), linear(256, 128, seed=4))
+
+    def forward(self, x):
+        return x + self.mlp(x + self.attn(x))
+
+
+class Model(nn.Module):
+    """A decoder in outline: blocks, and a head of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 128).half()
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.lm_head = linear(128, 50)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+def packed_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+
+
+IDS = torch.arange(12).view(3, 4)
+ALL = [
+    f"layers.{i}.{name}"
+    for i in (0, 1)
+    for name in ("attn.q_proj", "attn.o_proj", "mlp.0", "mlp.2")
+]
+
+
+def test_swaps_in_place_and_the_model_answers_the_same(device):
+    model = Model().to(device)
+    ids = IDS.to(device)
+    with torch.no_grad():
+        expected = model(ids)
+    dense = copy.deepcopy(model)
+    report = sparsify_(model)
+    assert packed_names(model) == ALL
+    for name in ALL:
+        assert torch.equal(model.get_submodule(name).weight, dense.get_submodule(name).weight)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), expected, rtol=5e-3, atol=5e-3)
+    assert [row.name for row in report.rows] == [*ALL, "lm_head"]
+    assert type(model.lm_head) is nn.Linear
+    assert report.rows[-1].decision == "skipped"
+    assert report.rows[-1].reason == 'ignored by "lm_head"'
+
+
+def test_report_tells_shape_sparsity_and_bytes():
+    model = Model()
+    report = sparsify_(model)
+    row = next(row for row in report.rows if row.name == "layers.0.mlp.0")
+    packed = model.layers[0].mlp[0].packed
+    assert row.shape == (256, 128) and row.sparsity == packed.sparsity
+    assert row.dense_bytes == 256 * 128 * 2 and row.packed_bytes == packed.nbytes
+    assert row.decision == "packed"
+    assert row.reason == f"{packed.nbytes / row.dense_bytes:.2f}x the dense bytes"
+    after = sum(
+        packed.nbytes for packed in (m.packed for m in model.modules() if hasattr(m, "packed"))
+    )
+    assert report.total_bytes == after + model.lm_head.weight.nbytes
+    assert report.dense_bytes == sum(row.dense_bytes for row in report.rows)
+    data = json.loads(report.to_json())
+    assert data["total_bytes"] == report.total_bytes
+    assert data["rows"][2]["name"] == "layers.0.mlp.0" and data["rows"][2]["shape"] == [256, 128]
+
+
+def test_report_prints_as_an_aligned_table_and_as_html():
+    report = sparsify_(Model())
+    lines = str(report).splitlines()
+    assert len(lines) == 2 + 9 + 1
+    column = lines[0].index("decision")
+    assert all(line[column:].startswith(("packed", "skipped")) for line in lines[2:-1])
+    assert lines[-1].startswith("8 of 9 layers packed: ")
+    html = report._repr_html_()
+    assert html.count("<tr>") == 10 and "ignored by &quot;lm_head&quot;" in html
+
+
+def test_layer_that_would_not_shrink_stays_dense():
+    model = nn.Sequential(linear(sparsity=0.8), linear(128, 256, sparsity=0.3), linear(0, 5))
+    kept = model[1]
+    report = sparsify_(model)
+    assert model[1] is kept
+    assert [row.decision for row in report.rows] == ["packed", "dense", "dense"]
+    assert report.rows[1].packed_bytes > report.rows[1].dense_bytes
+    assert report.rows[1].reason.startswith("packing would not shrink it: 1.4")
+    assert report.total_bytes == (model[0].packed.nbytes + kept.weight.nbytes)
+
+
+def test_unprofitable_layers_are_packed_when_asked():
+    model = nn.Sequential(linear(sparsity=0.3))
+    report = sparsify_(model, pack_unprofitable=True)
+    assert packed_names(model) == ["0"]
+    assert report.rows[0].decision == "packed"
+    assert report.rows[0].reason.endswith("as pack_unprofitable asks")
+    assert report.total_bytes > report.dense_bytes
+
+
+@pytest.mark.parametrize(("sparsity", "scope"), [(0.8, "row"), (0.9, "layer"), (None, "1:4")])
+def test_prunes_while_packing(sparsity, scope):
+    dense = linear(sparsity=0.0)
+    model = nn.Sequential(copy.deepcopy(dense))
+    report = sparsify_(model, sparsity=sparsity, scope=scope)
+    expected = flash_llm.prune_pack(dense.weight, sparsity, scope=scope)
+    assert torch.equal(model[0].weight_payload, expected.payload)
+    assert report.rows[0].sparsity == pytest.approx(sparsity or 0.75, abs=0.005)
+
+
+def test_a_layer_that_stays_dense_is_not_pruned():
+    model = nn.Sequential(linear(sparsity=0.0))
+    before = model[0].weight.clone()
+    assert sparsify_(model, sparsity=0.2).rows[0].decision == "dense"
+    assert torch.equal(model[0].weight, before)
+
+
+# ---- choosing layers ----
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "expected"),
+    [
+        ("Linear", "lm_head", ALL),
+        (["Linear"], [], [*ALL, "lm_head"]),
+        (["q_proj"], (), ["layers.0.attn.q_proj", "layers.1.attn.q_proj"]),
+        (["layers.1.attn.q_proj"], (), ["layers.1.attn.q_proj"]),
+        (["1.attn.q_proj", "lm_head"], (), ["layers.1.attn.q_proj", "lm_head"]),
+        (["re:.*mlp"], (), [name for name in ALL if "mlp" in name]),
+        (["re:layers.0.*_proj$"], (), ["layers.0.attn.q_proj", "layers.0.attn.o_proj"]),
+        (["Attention"], (), [name for name in ALL if "attn" in name]),
+        (["layers.0"], (), ALL[:4]),
+        (["Linear"], ["Attention", "re:lm_"], [name for name in ALL if "mlp" in name]),
+        (["Linear"], ["layers", "embed"], ["lm_head"]),
+        (["Model"], ["re:.*"], []),
+    ],
+)  # fmt: skip
+def test_targets_and_ignore(targets, ignore, expected):
+    model = Model()
+    assert list(select_layers(model, targets, ignore)) == expected
+    sparsify_(model, targets, ignore)
+    assert packed_names(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "message"),
+    [
+        (["q_prj"], (), 'target "q_prj" must match a linear layer, it matches nothing'),
+        (["Linear", "re:zzz"], (), 'target "re:zzz" must match a linear layer, it matches nothing'),
+        (["proj"], (), 'target "proj" must match'),
+        (["embed"], (), 'target "embed" must match a linear layer, it matches Embedding'),
+        ([""], (), 'target "" must match'),
+        (["Linear"], ["lm_hed"], 'ignore "lm_hed" must match a module, it matches nothing'),
+        (["Linear"], ["re:.*zzz"], 'ignore "re:.*zzz" must match a module'),
+        (["re:("], (), 'targets "re:\\(" is no regular expression'),
+    ],
+)
+def test_patterns_that_match_nothing_are_refused(targets, ignore, message):
+    model = Model()
+    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+        sparsify_(model, targets, ignore)
+    assert packed_names(model) == []
+
+
+def test_default_patterns_may_match_nothing():
+    model = nn.Sequential(linear())  # neither Conv1D nor lm_head
+    assert sparsify_(model).rows[0].decision == "packed"
+    with pytest.raises(ValueError, match="the model has no nn.Linear or Conv1D"):
+        sparsify_(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match='ignore "lm_head" must match a module'):
+        sparsify_(nn.Sequential(linear()), ignore=["lm_head"])
+
+
+def test_conv1d_is_packed_transposed():
+    class Conv1D(nn.Module):
+        def __init__(self, nf, nx):
+            super().__init__()
+            self.nf, self.nx = nf, nx
+            self.weight = nn.Parameter(testing.random_sparse(nx, nf, 0.8))
+            self.bias = nn.Parameter(torch.ones(nf).half())
+
+    model = nn.Sequential(Conv1D(256, 128))
+    conv = model[0]
+    report = sparsify_(model)
+    assert report.rows[0].shape == (256, 128)
+    assert torch.equal(model[0].weight, conv.weight.t()) and model[0].bias is conv.bias
+
+
+def test_module_under_two_names_is_packed_once():
+    shared = linear(128, 128)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    report = sparsify_(model)
+    assert [row.name for row in report.rows] == ["a"]
+    assert isinstance(model["a"], SparseLinear) and model["a"] is model["b"][0]
+
+
+def test_module_under_two_names_is_ignored_by_either():
+    shared = linear(128, 128)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": linear()})
+    sparsify_(model, ignore=["b"])
+    assert packed_names(model) == ["c"]
+
+
+# ---- layers that must be left alone ----
+
+
+def test_tied_weights_are_refused_with_a_sentence():
+    model = Model()
+    model.lm_head.weight = model.embed.weight
+    with pytest.raises(
+        ValueError, match=r"lm_head.weight is tied to embed.weight.*\"lm_head\" to i"
+    ):
+        sparsify_(model, ignore=())
+    assert packed_names(model) == []
+    assert model.lm_head.weight is model.embed.weight
+    sparsify_(model)  # the default leaves the head alone
+    assert packed_names(model) == ALL
+
+
+def test_two_layers_over_the_same_memory_are_tied():
+    model = nn.Sequential(linear(128, 128), linear(128, 128))
+    model[1].weight.data = model[0].weight.data.t()
+    with pytest.raises(ValueError, match="0.weight is tied to 1.weight"):
+        sparsify_(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_weights_are_refused_before_anything_changes(dtype):
+    model = Model()
+    model.layers[1].mlp[2].to(dtype)
+    message = rf"layers.1.mlp.2.weight must be torch.float16 .* got {dtype}.*\.to\(torch.bfloat16\)"
+    with pytest.raises(TypeError, match=message):
+        sparsify_(model)
+    assert packed_names(model) == []
+    sparsify_(model, ignore=["layers.1.mlp.2"])
+    assert packed_names(model) == [*ALL[:-1], "lm_head"]
+
+
+def test_a_failure_on_the_way_leaves_the_model_as_it_was(monkeypatch):
+    model = Model()
+    modules, calls = dict(model.named_modules()), []
+    real = flash_llm.sparsify.pack_layer
+
+    def fail_late(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 5:
+            raise MemoryError("no memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("flash_llm.sparsify.pack_layer", fail_late)
+    with pytest.raises(MemoryError):
+        sparsify_(model)
+    assert dict(model.named_modules()) == modules
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+def weight_normed():
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(linear())
+
+
+def with_replaced_forward():
+    layer = linear()
+    layer.forward = lambda x: x
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: MyLinear(256, 128).half(), "MyLinear may compute something else than nn.Linear"),
+        (
+            lambda: nn.modules.linear.NonDynamicallyQuantizableLinear(256, 128).half(),
+            "NonDynamicallyQuantizableLinear may compute",
+        ),
+        (
+            lambda: parametrize.register_parametrization(linear(), "weight", nn.Identity()),
+            "ParametrizedLinear may compute",
+        ),
+        (weight_normed, "computed by a hook"),
+        (with_replaced_forward, "its forward was replaced"),
+        (lambda: nn.Linear(256, 128, device="meta").half(), "meta device"),
+        (lambda: SparseLinear.from_linear(linear()), "already sparse"),
+    ],
+    ids=["subclass", "attention", "parametrized", "weight_norm", "forward", "meta", "sparse"],
+)
+def test_special_layers_are_skipped_with_a_reason(make, reason):
+    special = make()
+    model = nn.Sequential(linear(), special)
+    report = sparsify_(model)
+    assert model[1] is special and isinstance(model[0], SparseLinear)
+    assert report.rows[1].decision == "skipped" and reason in report.rows[1].reason
+    assert report.rows[1].shape == (128, 256)
+    str(report), report.to_json(), report._repr_html_()
+
+
+def test_second_call_finds_everything_sparse_already():
+    model = Model()
+    first = sparsify_(model)
+    again = sparsify_(model)
+    assert {row.reason for row in again.rows} == {"already sparse", 'ignored by "lm_head"'}
+    assert again.total_bytes == first.total_bytes
+
+
+def test_fused_experts_are_reported():
+    model = nn.Sequential(linear(), nn.Conv1d(8, 8, 3).half())
+    model.experts = nn.Module()
+    model.experts.gate_up = nn.Parameter(torch.zeros(4, 64, 32).half())
+    model.experts.position = nn.Parameter(torch.zeros(1, 64, 32).half())
+    report = sparsify_(model)
+    assert [row.name for row in report.rows] == ["0", "experts.gate_up"]
+    assert report.rows[1].shape == (4, 64, 32) and report.rows[1].decision == "skipped"
+    assert "3-D" in report.rows[1].reason
+    assert len(sparsify_(Model(), ["q_proj"], ()).rows) == 2
+
+
+def test_model_that_is_the_layer_itself_is_refused():
+    with pytest.raises(ValueError, match="use SparseLinear.from_linear"):
+        sparsify_(linear())
+    with pytest.raises(TypeError, match="model must be a module, got dict"):
+        sparsify_({})
+
+
+# ---- what moves to the new layer ----
+
+
+@pytest.mark.parametrize("target", ["weight", "weight-and-conv"])
+def test_masks_of_torch_prune_are_folded(target):
+    if target == "weight":
+        layer = linear(sparsity=0.0)
+    else:
+
+        class Conv1D(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.nf, self.nx = 128, 256
+                self.weight = nn.Parameter(testing.random_sparse(256, 128, 0.0))
+                self.bias = nn.Parameter(torch.zeros(128).half())
+
+        layer = Conv1D()
+    prune.l1_unstructured(layer, "weight", amount=0.8)
+    with torch.no_grad():
+        layer.weight_orig.mul_(2)  # an optimizer step; layer.weight is stale now
+    expected = layer.weight_orig * layer.weight_mask
+    model = nn.Sequential(layer)
+    report = sparsify_(model)
+    assert report.rows[0].decision == "packed"
+    weight = model[0].weight
+    assert torch.equal(weight, expected if target == "weight" else expected.t())
+    assert not model[0]._forward_pre_hooks
+    model(torch.ones(1, 256, dtype=torch.float16))
+
+
+def test_hooks_move_along_and_their_handles_still_work():
+    model = nn.Sequential(linear())
+    seen = []
+    before = model[0].register_forward_pre_hook(lambda *_: seen.append("before"))
+    after = model[0].register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(type(module).__name__), with_kwargs=True
+    )
+    sparsify_(model)
+    x = torch.ones(1, 256, dtype=torch.float16)
+    model(x)
+    assert seen == ["before", "SparseLinear"]
+    before.remove()
+    after.remove()
+    model(x)
+    assert len(seen) == 2
+
+
+def test_bias_and_mode_move_along():
+    model = nn.Sequential(linear(), linear(128, 256)).eval()
+    biases = [layer.bias for layer in model]
+    model[1].train()
+    sparsify_(model)
+    assert [layer.bias for layer in model] == biases
+    assert [layer.training for layer in model] == [False, True]
+
+
+def test_progress_bar_goes_to_stderr_only_when_asked(capsys):
+    sparsify_(Model())
+    assert capsys.readouterr() == ("", "")
+    sparsify_(Model(), progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "sparsify" in err
+
+
+def test_empty_report_prints():
+    report = SparsifyReport(())
+    assert "0 of 0 layers packed" in str(report) and report.total_bytes == 0
+
+
+# ---- model_bytes ----
+
+
+def test_model_bytes_counts_shared_storage_once():
+    model = Model()
+    expected = sum(p.nbytes for p in model.parameters())
+    assert model_bytes(model) == expected
+    model.lm_head.weight = model.embed.weight
+    assert model_bytes(model) == sum(p.nbytes for p in model.parameters())
+    report = sparsify_(model)
+    saved = sum(row.dense_bytes - row.packed_bytes for row in report.packed)
+    assert model_bytes(model) == expected - saved - 50 * 128 * 2
+    assert model_bytes(nn.Linear(10, 10, device="meta")) == 440
+
+
+# ---- transformers ----
+
+
+def tiny_model(name, dtype):
+    transformers = pytest.importorskip("transformers")
+    configs = {
+        "llama": lambda: transformers.LlamaConfig(
+            hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, vocab_size=99, tie_word_embeddings=True,
+        ),
+        "qwen2": lambda: transformers.Qwen2Config(
+            hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, vocab_size=99,
+        ),
+        "gpt2": lambda: transformers.GPT2Config(n_embd=96, n_layer=2, n_head=4, vocab_size=99),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(configs[name](), dtype=dtype).eval()
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_transformers_models_answer_like_their_dense_selves(name, device, dtype):
+    dense = tiny_model(name, dtype).to(device)
+    for layer in select_layers(dense).values():
+        packed = flash_llm.prune_pack(layer.weight, 0.8)
+        with torch.no_grad():
+            layer.weight.copy_(packed.to_dense())
+    model = copy.deepcopy(dense)
+    report = sparsify_(model)
+    assert {row.decision for row in report.rows if "lm_head" not in row.name} == {"packed"}
+    assert len(report.packed) == {"llama": 14, "qwen2": 14, "gpt2": 8}[name]
+    ids = torch.arange(40, device=device).view(2, 20)
+    with torch.no_grad():
+        expected, actual = dense(ids).logits, model(ids).logits
+    rtol = {torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
+    tokens = model.generate(ids[:, :5], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert tokens.shape == (2, 9)
+
+
+@pytest.mark.hf
+def test_transformers_embeddings_tied_to_the_head_are_protected():
+    model = tiny_model("llama", torch.bfloat16)
+    with pytest.raises(ValueError, match="lm_head.weight is tied to model.embed_tokens.weight"):
+        sparsify_(model, ignore=())
+    assert packed_names(model) == []
