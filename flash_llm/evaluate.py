@@ -1,0 +1,172 @@
+"""Quality of a language model: perplexity over sliding windows.
+
+The definition is the one of Hugging Face's "Perplexity of fixed-length models": the text is cut
+into windows of a fixed length, and each token is scored once, in the first window that reaches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ProgressBar = Callable[[Sequence[Any], str], Iterable[Any]]
+"""Wraps a sequence, given a description, into an iterable that draws; ``rich.progress.track``."""
+
+
+def track(items: Sequence[Any], description: str, progress: bool | ProgressBar) -> Iterable[Any]:
+    """Iterate over ``items`` silently (False), under a tqdm bar (True) or under the caller's bar.
+
+    Args:
+        items: what to iterate over.
+        description: one or two words for the bar.
+        progress: False, True, or a callable such as ``rich.progress.track``.
+
+    Returns:
+        An iterable over ``items``.
+    """
+    if callable(progress):
+        return progress(items, description)
+    if not progress:
+        return items
+    from tqdm.auto import tqdm
+
+    bar: Iterable[Any] = tqdm(items, desc=description)
+    return bar
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every submodule in ``eval()`` and disable gradients; on exit restore each one's flag."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_token_ids(token_ids: Tensor, model: nn.Module) -> None:
+    """Check ids against the model's vocabulary: out of range, CUDA would abort the whole context.
+
+    Args:
+        token_ids: integer tensor of any shape.
+        model: its input embedding is found through Hugging Face's ``get_input_embeddings``; a model
+            without one is left to check its ids itself.
+
+    Raises:
+        ValueError: an id is negative or not below the number of embeddings.
+    """
+    find = getattr(model, "get_input_embeddings", None)
+    embedding = find() if callable(find) else None
+    if isinstance(embedding, nn.Embedding) and token_ids.numel():
+        low, high = (int(bound) for bound in torch.aminmax(token_ids))
+        if low < 0 or high >= embedding.num_embeddings:
+            raise ValueError(
+                f"token ids must lie in [0, {embedding.num_embeddings}), the model's vocabulary, "
+                f"got {low} to {high}"
+            )
+
+
+def perplexity(
+    model: nn.Module,
+    token_ids: Tensor,
+    *,
+    window: int = 512,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    progress: bool | ProgressBar = False,
+) -> float:
+    """Perplexity ``exp(-mean log p(t_i | t_<i))`` of a causal language model on one long text.
+
+    Window ``w`` covers the tokens ``[w * stride, w * stride + window)``. A token is scored in the
+    first window that contains it, given the tokens before it in that window; the first token of the
+    text has no context and is never scored. With ``stride == window`` the windows are disjoint and
+    the first token of each is left out; a smaller stride gives each token at least
+    ``window - stride`` tokens of context and costs ``window / stride`` times as much. Log
+    probabilities are taken in float32 and summed in float64.
+
+    Args:
+        model: called as ``model(ids)`` with int64 ids ``[1, window]`` on the device of its first
+            parameter; returns logits ``[1, window, vocabulary]`` or an object with ``.logits``.
+        token_ids: integer ``[T]`` or ``[1, T]``, ``T >= 2``.
+        window: tokens per window, at least 2.
+        stride: tokens between the starts of two windows, in [1, window]; None means ``window``.
+        max_windows: score at most so many windows from the start; None for all.
+        progress: True for a tqdm bar, or a callable such as ``rich.progress.track``.
+
+    Returns:
+        The perplexity; ``inf`` when the mean negative log likelihood exceeds the float range, NaN
+        when a logit is NaN.
+
+    Raises:
+        TypeError: ``token_ids`` is not an integer tensor.
+        ValueError: a shape or a number is out of range, or an id is outside the vocabulary.
+
+    Example:
+        >>> class Uniform(nn.Module):
+        ...     def forward(self, ids):
+        ...         return torch.zeros(*ids.shape, 50)
+        >>> round(perplexity(Uniform(), torch.arange(40), window=8), 3)
+        50.0
+    """
+    if not isinstance(token_ids, Tensor) or token_ids.dtype not in (torch.int32, torch.int64):
+        found = token_ids.dtype if isinstance(token_ids, Tensor) else type(token_ids).__name__
+        raise TypeError(f"token_ids must be an int32 or int64 tensor, got {found}")
+    if token_ids.dim() == 2 and token_ids.shape[0] == 1:
+        token_ids = token_ids[0]
+    if token_ids.dim() != 1 or token_ids.shape[0] < 2:
+        raise ValueError(
+            f"token_ids must have shape [T] or [1, T] with T >= 2, got {list(token_ids.shape)}"
+        )
+    if window < 2:
+        raise ValueError(f"window must be at least 2 tokens, got {window}")
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride must lie in [1, window={window}], got {stride}")
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows must be at least 1, got {max_windows}")
+
+    check_token_ids(token_ids, model)
+    parameter = next(model.parameters(), None)
+    ids = token_ids.to("cpu" if parameter is None else parameter.device, torch.int64)
+    nll = 0.0
+    num_scored = 0
+    with evaluation_mode(model):
+        windows = _windows(ids.shape[0], window, stride)[:max_windows]
+        for begin, end, first_scored in track(windows, "perplexity", progress):
+            output = model(ids[None, begin:end])
+            logits = output if isinstance(output, Tensor) else output.logits
+            # logits[i] predicts token begin + i + 1
+            loss = nn.functional.cross_entropy(
+                logits[0, first_scored - begin - 1 : end - begin - 1].float(),
+                ids[first_scored:end],
+                reduction="none",
+            )
+            nll += loss.double().sum().item()
+            num_scored += end - first_scored
+    try:
+        return math.exp(nll / num_scored)
+    except OverflowError:
+        return math.inf
+
+
+def _windows(num_tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """Windows as ``(begin, end, first scored token)``, without those that score nothing."""
+    windows = []
+    scored_to = 1
+    for begin in range(0, num_tokens, stride):
+        end = min(begin + window, num_tokens)
+        first_scored = max(scored_to, begin + 1)
+        if first_scored < end:
+            windows.append((begin, end, first_scored))
+        scored_to = max(scored_to, end)
+        if end == num_tokens:
+            break
+    return windows

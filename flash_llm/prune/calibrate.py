@@ -1,0 +1,516 @@
+"""Prune a model in place, layer by layer, with statistics of the inputs that each layer sees.
+
+Transformer blocks are pruned in the order in which they run, and each block is calibrated on what
+the already pruned blocks before it put out (as in SparseGPT and Wanda), so that a block can make up
+for what was lost before it. No attribute path of any model family is written here:
+
+1. The stacks are the outermost ``nn.ModuleList``s whose elements contain targeted layers.
+2. One pass of the dense model records the arguments of every block, for every sample. An argument
+   that is an output of the block before it is not stored but marked as a link; all else (masks,
+   position embeddings, which some models vary from block to block) is kept as it came.
+3. Block by block: run it on every sample to collect statistics, prune its layers, run it again and
+   feed its outputs into the links of the next.
+
+What does not fit that shape (a projection outside the stacks, blocks that are called twice or not
+fed by one another) is pruned last, on the statistics of one pass of the model as it then stands;
+the report says which layers those were. The mathematics live in ``criteria.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flash_llm.evaluate import ProgressBar, check_token_ids, evaluation_mode, track
+from flash_llm.linear import SparseLinear
+from flash_llm.prune.criteria import check_prune_target, magnitude_mask, wanda_mask
+from flash_llm.sparsify import DEFAULT_IGNORE, DEFAULT_TARGETS, _match
+
+logger = logging.getLogger("flash_llm")
+
+METHODS = ("magnitude", "wanda")
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """What pruning did to one layer.
+
+    Attributes:
+        name: qualified module name.
+        shape: ``(M, K)`` = (out_features, in_features).
+        sparsity: fraction of zeros in the weight afterwards.
+        num_tokens: calibration tokens that reached the layer; 0 when the method needs none, or
+            when no token came by (an expert that was never chosen) and magnitude had to decide.
+        sequential: True when the statistics come from the outputs of already pruned blocks.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    num_tokens: int
+    sequential: bool
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What :func:`prune_` did; ``print`` it for a table.
+
+    Attributes:
+        method: pruning method.
+        scope: group within which the sparsity holds.
+        layers: every pruned layer, in model order.
+        num_samples: calibration samples.
+        seconds: wall-clock time.
+    """
+
+    method: str
+    scope: str
+    layers: tuple[PrunedLayer, ...]
+    num_samples: int
+    seconds: float
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over the weights of all pruned layers."""
+        sizes = [layer.shape[0] * layer.shape[1] for layer in self.layers]
+        zeros = sum(s * layer.sparsity for s, layer in zip(sizes, self.layers, strict=True))
+        return zeros / max(sum(sizes), 1)
+
+    def to_json(self) -> str:
+        """The report as a JSON object."""
+        return json.dumps({**asdict(self), "sparsity": self.sparsity})
+
+    def __str__(self) -> str:
+        width = max([len(layer.name) for layer in self.layers] + [len("layer")])
+        lines = [f"{'layer':<{width}}  {'shape':>13}  sparsity  tokens  inputs"]
+        for layer in self.layers:
+            shape = f"{layer.shape[0]}x{layer.shape[1]}"
+            inputs = "-" if layer.num_tokens == 0 else "pruned" if layer.sequential else "one pass"
+            lines.append(
+                f"{layer.name:<{width}}  {shape:>13}  {layer.sparsity:8.4f}  "
+                f"{layer.num_tokens:>6}  {inputs}"
+            )
+        lines.append(
+            f"{len(self.layers)} layers pruned by {self.method} to sparsity {self.sparsity:.4f} "
+            f"({self.num_samples} calibration samples) in {self.seconds:.1f} s"
+        )
+        return "\n".join(lines)
+
+
+def prune_(
+    model: nn.Module,
+    *,
+    method: str = "wanda",
+    sparsity: float | None = None,
+    scope: str = "row",
+    calibration: Tensor | Iterable[Tensor] | Iterable[str] | None = None,
+    tokenizer: Callable[[str], Any] | None = None,
+    nsamples: int | None = None,
+    seqlen: int = 2048,
+    targets: str | Sequence[str] = DEFAULT_TARGETS,
+    ignore: str | Sequence[str] = DEFAULT_IGNORE,
+    progress: bool | ProgressBar = False,
+) -> PruneReport:
+    """Set the least important weights of a model to zero, in place; the weights stay dense.
+
+    Pack the result with :func:`flash_llm.sparsify_`. The arguments are checked before any weight
+    changes; a failure after that (out of memory, say) leaves the blocks done so far pruned.
+
+    Args:
+        model: called as ``model(ids)`` with int64 token ids ``[B, L]``. Weights of any floating
+            point dtype; the forward passes run in it, scores are compared in float32.
+        method: ``"wanda"`` (``|W| * ||x||``, arXiv 2306.11695) or ``"magnitude"`` (``|W|``, needs
+            no calibration and ignores it).
+        sparsity: fraction of zeros in [0, 1]; may be left out only for an N:M scope.
+        scope: ``"row"`` (the fraction holds in every output row), ``"layer"`` or ``"N:M"``.
+        calibration: text that the model should stay good at: token ids ``[S, L]`` (each row is a
+            sample), an iterable of token tensors ``[L]`` or ``[B, L]`` without padding, or an
+            iterable of strings, which needs ``tokenizer``. 128 samples are customary.
+        tokenizer: a Hugging Face tokenizer, or ``f(text) -> {"input_ids": [...]}``.
+        nsamples: use only so many samples from the front; None for all.
+        seqlen: cut each sample to so many tokens.
+        targets: patterns of the layers to prune, as in :func:`flash_llm.sparsify_`.
+        ignore: patterns of the layers to leave alone; wins over ``targets``.
+        progress: True for a tqdm bar over the blocks, or a callable such as
+            ``rich.progress.track``.
+
+    Returns:
+        A :class:`PruneReport`, one entry per pruned layer.
+
+    Raises:
+        TypeError: an argument or a sample has the wrong type, or a targeted weight is not floating
+            point.
+        ValueError: unknown method; invalid sparsity or scope; calibration missing or empty; a token
+            id outside the vocabulary; a pattern that matches nothing; a targeted weight that is on
+            the meta device or tied to another module; calibration activations that are not finite.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...     num_attention_heads=2, max_position_embeddings=64)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> report = prune_(model, sparsity=0.75, calibration=torch.arange(64).view(2, 32))
+        >>> len(report.layers), report.sparsity
+        (14, 0.75)
+    """
+    if method not in METHODS:
+        raise ValueError(
+            f"flash_llm.prune_: method must be one of {', '.join(METHODS)}, got {method!r}"
+        )
+    check_prune_target(sparsity, scope)
+    layers = {
+        name: layer
+        for name, layer, ignored_by in _match(model, targets, ignore)
+        if ignored_by is None
+    }
+    _check_weights(model, layers)
+    samples: list[Tensor] = []
+    if method != "magnitude":
+        samples = _token_samples(calibration, tokenizer, nsamples, seqlen)
+        for sample in samples:
+            check_token_ids(sample, model)
+
+    start = time.perf_counter()
+    pruner = _Pruner(model, layers, method, sparsity, scope)
+    with evaluation_mode(model):
+        if method == "magnitude":
+            for name in track(list(layers), "pruning", progress):
+                pruner.prune(name, None, sequential=False)
+        else:
+            pruner.prune_calibrated(samples, progress)
+    return PruneReport(
+        method=method,
+        scope=scope,
+        layers=tuple(pruner.done[name] for name in layers),
+        num_samples=len(samples),
+        seconds=time.perf_counter() - start,
+    )
+
+
+class _InputNorm:
+    """Running L2 norm of each input channel of a layer: float32 squares, summed in float64."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._sum_sq: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Add the tokens ``x [..., K]``."""
+        tokens = x.detach().reshape(-1, x.shape[-1])
+        sum_sq = tokens.float().square().sum(dim=0).double()
+        self._sum_sq = sum_sq if self._sum_sq is None else self._sum_sq + sum_sq
+        self.num_tokens += tokens.shape[0]
+
+    def norm(self) -> Tensor | None:
+        """``[K]`` float32, or None when no token came by."""
+        if self._sum_sq is None or self.num_tokens == 0:
+            return None
+        return self._sum_sq.sqrt().float()
+
+
+@contextlib.contextmanager
+def _collect(layers: dict[str, nn.Module]) -> Iterator[dict[str, _InputNorm]]:
+    """Collect input norms of ``layers`` from every forward pass inside the context."""
+    norms = {name: _InputNorm() for name in layers}
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+
+            def update(_: nn.Module, args: tuple[Any, ...], norm: _InputNorm = norms[name]) -> None:
+                norm.update(args[0])
+
+            hooks.callback(layer.register_forward_pre_hook(update).remove)
+        yield norms
+
+
+@dataclass(frozen=True)
+class _Link:
+    """Stands in a recorded call for output number ``index`` of the block before."""
+
+    index: int
+
+
+@dataclass
+class _Call:
+    """Arguments of one call of a block, with links in place of the previous block's outputs."""
+
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module) -> list[Any]:
+        return _as_list(block(*self.args, **self.kwargs))
+
+    def fill_links(self, outputs: list[Any]) -> None:
+        self.args = [outputs[a.index] if isinstance(a, _Link) else a for a in self.args]
+        self.kwargs = {
+            k: outputs[a.index] if isinstance(a, _Link) else a for k, a in self.kwargs.items()
+        }
+
+
+@dataclass
+class _Stack:
+    """A list of blocks and, per block and sample, the call that was recorded."""
+
+    name: str
+    blocks: list[nn.Module]
+    calls: list[list[_Call]]
+    chained: bool = True
+
+
+class _Pruner:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, nn.Module],
+        method: str,
+        sparsity: float | None,
+        scope: str,
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.method = method
+        self.sparsity = sparsity
+        self.scope = scope
+        self.done: dict[str, PrunedLayer] = {}
+
+    def prune(self, name: str, statistics: _InputNorm | None, *, sequential: bool) -> None:
+        """Prune one layer and note what became of it."""
+        weight = _matrix(self.layers[name])
+        norm = None if statistics is None else statistics.norm()
+        if self.method == "wanda" and norm is not None:
+            if not bool(norm.isfinite().all()):
+                raise ValueError(
+                    f"flash_llm.prune_: the calibration inputs of {name} are not finite; the model "
+                    f"overflows in {weight.dtype} on this text"
+                )
+            mask = wanda_mask(weight, norm.to(weight.device), self.sparsity, self.scope)
+        else:
+            if self.method == "wanda":
+                logger.warning(
+                    "flash_llm.prune_: no calibration token reached %s; pruned by magnitude",
+                    name,
+                )
+            mask = magnitude_mask(weight, self.sparsity, self.scope)
+        weight.masked_fill_(~mask, 0.0)
+        self.done[name] = PrunedLayer(
+            name=name,
+            shape=(weight.shape[0], weight.shape[1]),
+            sparsity=(weight == 0).sum().item() / max(weight.numel(), 1),
+            num_tokens=0 if statistics is None else statistics.num_tokens,
+            sequential=sequential,
+        )
+
+    def prune_calibrated(self, samples: list[Tensor], progress: bool | ProgressBar) -> None:
+        stacks = _find_stacks(self.model, self.layers)
+        if stacks:
+            _record_calls(self.model, stacks, samples)
+        steps = [
+            (stack, index)
+            for stack in stacks
+            if stack.chained
+            for index in range(len(stack.blocks))
+        ]
+        for stack, index in track(steps, "pruning", progress):
+            self._prune_block(stack, index)
+
+        rest = {name: layer for name, layer in self.layers.items() if name not in self.done}
+        if rest:
+            with _collect(rest) as norms:
+                for sample in samples:
+                    _forward(self.model, sample)
+            for name, norm in norms.items():
+                self.prune(name, norm, sequential=False)
+
+    def _prune_block(self, stack: _Stack, index: int) -> None:
+        block, calls = stack.blocks[index], stack.calls[index]
+        prefix = f"{stack.name}.{index}."
+        inside = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
+        if inside:
+            with _collect(inside) as norms:
+                for call in calls:
+                    call.run(block)
+            for name, norm in norms.items():
+                self.prune(name, norm, sequential=True)
+        if index + 1 < len(stack.blocks):
+            for call, following in zip(calls, stack.calls[index + 1], strict=True):
+                following.fill_links(call.run(block))
+        calls.clear()
+
+
+def _find_stacks(model: nn.Module, layers: dict[str, nn.Module]) -> list[_Stack]:
+    """The outermost ModuleLists that contain targeted layers (experts lie inside a block)."""
+    stacks: list[_Stack] = []
+    for name, module in model.named_modules():  # parents come before their children
+        inside = any(name.startswith(f"{stack.name}.") for stack in stacks)
+        if isinstance(module, nn.ModuleList) and not inside:
+            if any(layer.startswith(f"{name}.") for layer in layers):
+                stacks.append(_Stack(name, list(module), [[] for _ in module]))
+    return stacks
+
+
+def _record_calls(model: nn.Module, stacks: list[_Stack], samples: list[Tensor]) -> None:
+    """Run the dense model once per sample and fill ``calls`` and ``chained`` of every stack."""
+    outputs: dict[nn.Module, list[Any]] = {}
+    with contextlib.ExitStack() as hooks:
+        for stack in stacks:
+            for index, block in enumerate(stack.blocks):
+
+                def record(
+                    _: nn.Module,
+                    args: tuple[Any, ...],
+                    kwargs: dict[str, Any],
+                    stack: _Stack = stack,
+                    index: int = index,
+                ) -> None:
+                    earlier = [outputs.get(block, []) for block in stack.blocks[:index]]
+                    call = _link_call(args, kwargs, earlier)
+                    stack.chained &= call is not None
+                    if call is not None:
+                        stack.calls[index].append(call)
+
+                def keep(block: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+                    outputs[block] = _as_list(output)
+
+                hooks.callback(block.register_forward_pre_hook(record, with_kwargs=True).remove)
+                hooks.callback(block.register_forward_hook(keep).remove)
+        for sample in samples:
+            outputs.clear()
+            # The logits are not needed; models that can leave them out are asked to.
+            _forward(model, sample, logits_to_keep=1)
+    for stack in stacks:
+        stack.chained &= all(len(calls) == len(samples) for calls in stack.calls)
+        if not stack.chained:
+            stack.calls.clear()
+            logger.warning(
+                "flash_llm.prune_: the blocks of %s do not feed one another in order; its layers "
+                "are calibrated in one pass instead of block by block",
+                stack.name,
+            )
+
+
+def _link_call(
+    args: tuple[Any, ...], kwargs: dict[str, Any], earlier: list[list[Any]]
+) -> _Call | None:
+    """Replace the previous block's outputs by links; None when the block is not fed by it alone."""
+    before = earlier[-1] if earlier else []
+    previous = {id(t): i for i, t in enumerate(before) if isinstance(t, Tensor)}
+    older = {id(t) for outputs in earlier[:-1] for t in outputs if isinstance(t, Tensor)}
+    arguments = [*args, *kwargs.values()]
+    if earlier and not any(id(a) in previous for a in arguments):
+        return None
+    if any(id(a) in older and id(a) not in previous for a in arguments):
+        return None
+
+    def link(argument: Any) -> Any:
+        return _Link(previous[id(argument)]) if id(argument) in previous else argument
+
+    return _Call([link(a) for a in args], {k: link(a) for k, a in kwargs.items()})
+
+
+def _forward(model: nn.Module, sample: Tensor, **wanted: Any) -> None:
+    """Run the model without a key/value cache, passing ``wanted`` options that it knows."""
+    known = inspect.signature(model.forward).parameters
+    options = {k: v for k, v in {"use_cache": False, **wanted}.items() if k in known}
+    model(sample.to(next(model.parameters()).device), **options)
+
+
+def _as_list(output: Any) -> list[Any]:
+    return list(output) if isinstance(output, (tuple, list)) else [output]
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    """The weight as ``[M, K]``, sharing memory; GPT-2's Conv1D stores it transposed."""
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+    return weight.t() if type(layer).__name__ == "Conv1D" else weight
+
+
+def _check_weights(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        if isinstance(layer, SparseLinear):
+            raise TypeError(f"flash_llm.prune_: {name} is packed already; prune before packing")
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+            found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(
+                f"flash_llm.prune_: {name}.weight must be a floating point parameter, got {found}"
+            )
+        if weight.dim() != 2:
+            raise ValueError(
+                f"flash_llm.prune_: {name}.weight must be a matrix, got {list(weight.shape)}"
+            )
+        if weight.is_meta:
+            raise ValueError(
+                f"flash_llm.prune_: {name}.weight is on the meta device; load the weights first"
+            )
+        tied = [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]
+        if tied:
+            raise ValueError(
+                f"flash_llm.prune_: {name}.weight is tied to {', '.join(tied)}; pruning one would "
+                f'prune the other, so untie them or add "{name}" to ignore'
+            )
+
+
+def _token_samples(
+    calibration: Tensor | Iterable[Tensor] | Iterable[str] | None,
+    tokenizer: Callable[[str], Any] | None,
+    nsamples: int | None,
+    seqlen: int,
+) -> list[Tensor]:
+    """Calibration data as int64 token ids ``[B, L]`` with ``L <= seqlen``."""
+    if calibration is None:
+        raise ValueError("flash_llm.prune_: this method needs calibration text; pass calibration=")
+    if isinstance(calibration, str):
+        raise TypeError("flash_llm.prune_: calibration must be a list of strings, not one string")
+    if not isinstance(calibration, Iterable):
+        raise TypeError(
+            "flash_llm.prune_: calibration must be token tensors or strings, got "
+            f"{type(calibration).__name__}"
+        )
+    if nsamples is not None and nsamples < 1:
+        raise ValueError(f"flash_llm.prune_: nsamples must be at least 1, got {nsamples}")
+    if seqlen < 1:
+        raise ValueError(f"flash_llm.prune_: seqlen must be at least 1, got {seqlen}")
+    if isinstance(calibration, Tensor) and calibration.dim() == 1:
+        calibration = calibration[None]
+
+    samples = []
+    for sample in itertools.islice(iter(calibration), nsamples):
+        if isinstance(sample, str):
+            if tokenizer is None:
+                raise ValueError(
+                    "flash_llm.prune_: calibration strings need a tokenizer; pass tokenizer="
+                )
+            sample = torch.tensor(tokenizer(sample)["input_ids"], dtype=torch.int64)
+        if not isinstance(sample, Tensor):
+            raise TypeError(
+                "flash_llm.prune_: a calibration sample must be a token tensor or a string, got "
+                f"{type(sample).__name__}"
+            )
+        if sample.dtype not in (torch.int32, torch.int64):
+            raise TypeError(
+                f"flash_llm.prune_: calibration ids must be int32 or int64, got {sample.dtype}"
+            )
+        if sample.dim() not in (1, 2):
+            raise ValueError(
+                f"flash_llm.prune_: a calibration sample must have shape [L] or [B, L], got "
+                f"{list(sample.shape)}"
+            )
+        sample = (sample[None] if sample.dim() == 1 else sample)[:, :seqlen].to(torch.int64)
+        if sample.numel():
+            samples.append(sample)
+    if not samples:
+        raise ValueError("flash_llm.prune_: calibration holds no tokens")
+    return samples

@@ -1,0 +1,167 @@
+"""Pruning criteria: pure functions from a weight and input statistics to a mask of what stays.
+
+A mask is a boolean ``[M, K]`` tensor, True where the weight is kept. Scores are compared in float32
+and of equal scores the one that comes first in row-major order is pruned first, so every mask has
+an exact count and does not depend on the device; ``csrc/core/prune.h`` (``prune_pack``) follows the
+same rules. Nothing here knows about modules: hooks and the layer-by-layer driver live in
+``calibrate.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch import Tensor
+
+MAX_PRUNE_GROUP = 64
+"""Largest M of a scope ``"N:M"``, the limit of ``csrc/core/prune.h``."""
+
+
+def num_pruned(sparsity: float, count: int) -> int:
+    """Number of elements to prune out of ``count``: ``sparsity * count``, rounded half up."""
+    return min(count, math.floor(sparsity * count + 0.5))
+
+
+def check_prune_target(sparsity: float | None, scope: str) -> tuple[int, int] | None:
+    """Check a pruning target before any weight is touched.
+
+    Args:
+        sparsity: fraction of zeros in [0, 1]; may be None for an N:M scope, which implies it.
+        scope: ``"row"``, ``"layer"`` or ``"N:M"`` (keep the N largest of every M columns).
+
+    Returns:
+        ``(N, M)`` for an N:M scope, otherwise None.
+
+    Raises:
+        TypeError: ``sparsity`` is not a number or ``scope`` not a string.
+        ValueError: ``sparsity`` is outside [0, 1] or NaN, missing, or contradicts the N:M scope;
+            ``scope`` is none of the three.
+    """
+    if sparsity is not None:
+        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
+            raise TypeError(f"sparsity must be a number in [0, 1], got {type(sparsity).__name__}")
+        if not 0.0 <= sparsity <= 1.0:
+            raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}")
+    if not isinstance(scope, str):
+        raise TypeError(f"scope must be a string, got {type(scope).__name__}")
+    if scope in ("row", "layer"):
+        if sparsity is None:
+            raise ValueError(f'sparsity must be given for scope "{scope}"')
+        return None
+    match = re.fullmatch(r"([0-9]{1,2}):([0-9]{1,2})", scope)
+    keep, group = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= keep <= group <= MAX_PRUNE_GROUP:
+        raise ValueError(
+            f'scope must be "row", "layer" or "N:M" with 1 <= N <= M <= {MAX_PRUNE_GROUP}, '
+            f'got "{scope}"'
+        )
+    implied = 1.0 - keep / group
+    if sparsity is not None and abs(sparsity - implied) > 1e-9:
+        raise ValueError(
+            f'sparsity must be {implied} for scope "{scope}" (or left out), got {sparsity}'
+        )
+    return keep, group
+
+
+def magnitude_mask(weight: Tensor, sparsity: float | None, scope: str = "row") -> Tensor:
+    """Mask of the weights of largest magnitude ``|W|``.
+
+    Args:
+        weight: ``[M, K]`` floating point, any device and strides.
+        sparsity: fraction of zeros in [0, 1] per group of ``scope``; None only for N:M.
+        scope: ``"row"`` (the fraction holds in every row), ``"layer"`` (over the matrix) or
+            ``"N:M"`` (the N largest of every M neighbouring columns stay).
+
+    Returns:
+        Boolean ``[M, K]`` on the weight's device, True where the weight stays.
+
+    Raises:
+        TypeError: ``weight`` is not floating point, or an argument has the wrong type.
+        ValueError: ``weight`` is not a matrix, or the target is invalid
+            (:func:`check_prune_target`).
+
+    Example:
+        >>> magnitude_mask(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), sparsity=0.5)
+        tensor([[False,  True,  True, False]])
+    """
+    _check_weight(weight)
+    return _largest(weight.float().abs(), sparsity, scope)
+
+
+def wanda_mask(
+    weight: Tensor, input_norm: Tensor, sparsity: float | None, scope: str = "row"
+) -> Tensor:
+    """Mask of the weights of largest ``|W_ij| * ||x_j||_2`` (Wanda, arXiv 2306.11695, section 3).
+
+    A weight matters as far as it is large and as its input is large. The paper compares the scores
+    within one output row, which is the default scope here.
+
+    Args:
+        weight: ``[M, K]`` floating point, any device and strides.
+        input_norm: ``[K]`` L2 norm of each input channel over the calibration tokens, on the
+            weight's device.
+        sparsity: fraction of zeros in [0, 1] per group of ``scope``; None only for N:M.
+        scope: ``"row"``, ``"layer"`` or ``"N:M"`` as in :func:`magnitude_mask`.
+
+    Returns:
+        Boolean ``[M, K]`` on the weight's device, True where the weight stays.
+
+    Raises:
+        TypeError: a tensor is not floating point, the devices differ, or an argument has the wrong
+            type.
+        ValueError: a shape is wrong, ``input_norm`` is negative or not finite, or the target is
+            invalid (:func:`check_prune_target`).
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -3.0, 2.0, 0.5]])
+        >>> wanda_mask(weight, torch.tensor([9.0, 1.0, 1.0, 9.0]), sparsity=0.5)
+        tensor([[ True, False, False,  True]])
+    """
+    _check_weight(weight)
+    if not input_norm.is_floating_point():
+        raise TypeError(f"input_norm must be floating point, got {input_norm.dtype}")
+    if input_norm.device != weight.device:
+        raise TypeError(f"input_norm must be on {weight.device}, got {input_norm.device}")
+    if input_norm.shape != (weight.shape[1],):
+        raise ValueError(
+            f"input_norm must have shape [K={weight.shape[1]}], got {list(input_norm.shape)}"
+        )
+    norm = input_norm.float()
+    if not bool(((norm >= 0) & norm.isfinite()).all()):
+        raise ValueError("input_norm must be finite and not negative")
+    return _largest(weight.float().abs() * norm, sparsity, scope)
+
+
+def _check_weight(weight: Tensor) -> None:
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be floating point, got {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be a [M, K] matrix, got shape {list(weight.shape)}")
+
+
+def _largest(score: Tensor, sparsity: float | None, scope: str) -> Tensor:
+    """Keep the largest scores (``>= 0``; NaN counts as largest) of each group of the scope."""
+    rows, cols = score.shape
+    group = check_prune_target(sparsity, scope)
+    if group is not None:
+        keep, size = group
+        # A shorter last group of g columns keeps min(keep, g): the padding is below every score,
+        # so it takes the first places among the pruned.
+        padded = torch.nn.functional.pad(score, (0, -cols % size), value=-1.0)
+        kept = _keep_all_but(padded.reshape(-1, size), size - keep)
+        return kept.view(padded.shape)[:, :cols].contiguous()
+    assert sparsity is not None  # check_prune_target saw to it
+    if scope == "layer":
+        return _keep_all_but(score.reshape(1, -1), num_pruned(sparsity, rows * cols)).reshape(
+            rows, cols
+        )
+    return _keep_all_but(score, num_pruned(sparsity, cols))
+
+
+def _keep_all_but(score: Tensor, count: int) -> Tensor:
+    """Mask that drops the ``count`` smallest scores of each row, the first among equals."""
+    order = score.sort(dim=1, stable=True).indices
+    mask = torch.ones_like(score, dtype=torch.bool)
+    return mask.scatter_(1, order[:, :count], False)

@@ -1,0 +1,472 @@
+"""Criteria against brute force, and the driver against the slow, obvious way to do the same."""
+
+import copy
+import itertools
+import json
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import flash_llm
+from flash_llm import prune_
+from flash_llm.prune.criteria import magnitude_mask, num_pruned, wanda_mask
+
+SPARSITIES = [0.0, 0.1, 0.5, 0.6, 0.95, 1.0]
+SHAPES = [(0, 5), (3, 0), (1, 1), (3, 7), (5, 12), (2, 65)]
+
+
+def brute_force_mask(score, sparsity, scope):
+    """Plain Python: sort the elements of each group by (score, position), drop the first p."""
+    rows, cols = score.shape
+    if scope == "layer":
+        groups = [list(itertools.product(range(rows), range(cols)))]
+    elif scope == "row":
+        groups = [[(row, col) for col in range(cols)] for row in range(rows)]
+    else:
+        keep, size = map(int, scope.split(":"))
+        groups = [
+            [(row, col) for col in range(start, min(start + size, cols))]
+            for row in range(rows)
+            for start in range(0, cols, size)
+        ]
+    mask = torch.ones(rows, cols, dtype=torch.bool)
+    for group in groups:
+        if ":" in scope:
+            drop = max(len(group) - keep, 0)
+        else:
+            drop = math.floor(sparsity * len(group) + 0.5)
+        for row, col in sorted(group, key=lambda place: (score[place].item(), place))[:drop]:
+            mask[row, col] = False
+    return mask
+
+
+@pytest.mark.parametrize("scope", ["row", "layer", "2:4", "1:3", "3:3"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ties", [True, False])
+def test_masks_equal_brute_force(shape, scope, ties):
+    generator = torch.Generator().manual_seed(shape[0] * 100 + shape[1])
+    draw = torch.randint(-3, 4, shape, generator=generator).float()
+    weight = draw if ties else torch.randn(shape, generator=generator)
+    norm = torch.rand(shape[1], generator=generator).mul(4).floor()
+    for sparsity in [None] if ":" in scope else SPARSITIES:
+        expected = brute_force_mask(weight.abs(), sparsity, scope)
+        assert torch.equal(magnitude_mask(weight, sparsity, scope), expected)
+        expected = brute_force_mask(weight.abs() * norm, sparsity, scope)
+        assert torch.equal(wanda_mask(weight, norm, sparsity, scope), expected)
+
+
+@pytest.mark.parametrize("cols", [1, 2, 5, 64, 577])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_every_row_loses_exactly_the_rounded_count(cols, sparsity):
+    mask = wanda_mask(torch.randn(9, cols).bfloat16(), torch.rand(cols), sparsity)
+    assert ((~mask).sum(dim=1) == num_pruned(sparsity, cols)).all()
+    assert num_pruned(sparsity, cols) == math.floor(sparsity * cols + 0.5)
+
+
+@pytest.mark.parametrize("scope", ["row", "layer", "2:4", "7:16"])
+def test_magnitude_mask_prunes_what_prune_pack_prunes(dtype, scope):
+    weight = torch.randint(-9, 10, (37, 131)).to(dtype)
+    weight[3, 4] = torch.inf
+    weight[5, 6] = torch.nan
+    sparsity = None if ":" in scope else 0.55
+    in_cpp = flash_llm.unpack(flash_llm.prune_pack(weight, sparsity, scope=scope))
+    in_python = weight.masked_fill(~magnitude_mask(weight, sparsity, scope), 0.0)
+    torch.testing.assert_close(in_python, in_cpp, rtol=0, atol=0, equal_nan=True)
+
+
+def test_wanda_weighs_weights_by_their_inputs():
+    weight = torch.tensor([[1.0, -3.0, 2.0, 0.5]], dtype=torch.bfloat16)
+    ones = torch.ones(4)
+    assert torch.equal(wanda_mask(weight, ones, 0.5), magnitude_mask(weight, 0.5))
+    assert wanda_mask(weight, torch.tensor([9.0, 1.0, 1.0, 9.0]), 0.5).tolist() == [
+        [True, False, False, True]
+    ]
+    # float16 would overflow to Inf on both products, and the tie would keep the wrong one
+    large = torch.tensor([[3.0, 2.0]], dtype=torch.float16)
+    assert wanda_mask(large, torch.tensor([6e4, 6e4]), 0.5).tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"sparsity": -0.1}, ValueError, r"sparsity must lie in \[0, 1\], got -0.1"),
+        ({"sparsity": 1.5}, ValueError, r"sparsity must lie in \[0, 1\], got 1.5"),
+        ({"sparsity": math.nan}, ValueError, r"sparsity must lie in \[0, 1\], got nan"),
+        ({"sparsity": "0.5"}, TypeError, "sparsity must be a number"),
+        ({"sparsity": True}, TypeError, "sparsity must be a number"),
+        ({"sparsity": None}, ValueError, 'sparsity must be given for scope "row"'),
+        ({"sparsity": 0.5, "scope": "column"}, ValueError, 'scope must be "row"'),
+        ({"sparsity": 0.5, "scope": "4:2"}, ValueError, 'got "4:2"'),
+        ({"sparsity": 0.5, "scope": "0:4"}, ValueError, 'got "0:4"'),
+        ({"sparsity": 0.5, "scope": "2:65"}, ValueError, "M <= 64"),
+        ({"sparsity": 0.6, "scope": "2:4"}, ValueError, "sparsity must be 0.5 for scope"),
+        ({"sparsity": 0.5, "scope": 2}, TypeError, "scope must be a string"),
+        ({"sparsity": 0.5, "weight": torch.ones(3)}, ValueError, r"matrix, got shape \[3\]"),
+        (
+            {"sparsity": 0.5, "weight": torch.ones(2, 2, dtype=torch.int32)},
+            TypeError,
+            "torch.int32",
+        ),
+    ],
+)
+def test_criteria_refuse(arguments, error, message):
+    arguments = {"weight": torch.ones(2, 4), **arguments}
+    with pytest.raises(error, match=message):
+        magnitude_mask(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("norm", "error", "message"),
+    [
+        (torch.ones(3), ValueError, r"must have shape \[K=4\], got \[3\]"),
+        (torch.ones(4, dtype=torch.int64), TypeError, "input_norm must be floating point"),
+        (torch.tensor([1.0, -1.0, 1.0, 1.0]), ValueError, "finite and not negative"),
+        (torch.tensor([1.0, math.inf, 1.0, 1.0]), ValueError, "finite and not negative"),
+        (torch.tensor([1.0, math.nan, 1.0, 1.0]), ValueError, "finite and not negative"),
+    ],
+)
+def test_wanda_refuses_a_wrong_norm(norm, error, message):
+    with pytest.raises(error, match=message):
+        wanda_mask(torch.ones(2, 4), norm, 0.5)
+
+
+def tiny(family):
+    """A random model of few blocks, its blocks, and the names of its linear layers in a block."""
+    transformers = pytest.importorskip("transformers")
+    if family == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=61, n_embd=24, n_layer=3, n_head=2, n_positions=64
+        )
+    else:
+        name, more = {
+            "llama": ("LlamaConfig", {}),
+            "qwen2": ("Qwen2Config", {}),
+            # Its blocks take turns between two masks and two sets of position embeddings.
+            "gemma3": (
+                "Gemma3TextConfig",
+                {
+                    "head_dim": 12,
+                    "sliding_window": 4,
+                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                },
+            ),
+        }[family]
+        config = getattr(transformers, name)(
+            vocab_size=61,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            **more,
+        )
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    blocks = model.transformer.h if family == "gpt2" else model.model.layers
+    return model, blocks
+
+
+def linear_layers(module):
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    }
+
+
+def matrix(layer):
+    return layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
+
+
+def tokens(samples=4, length=16, vocabulary=61):
+    return torch.randint(
+        0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(2)
+    )
+
+
+def prune_the_slow_way(model, groups, samples, sparsity):
+    """For each group of layers: run the whole model as it stands, gather norms, prune the group."""
+    for layers in groups:
+        sum_sq = {layer: 0.0 for layer in layers}
+
+        def add(layer, args, sum_sq=sum_sq):
+            sum_sq[layer] += args[0].double().square().flatten(0, -2).sum(dim=0)
+
+        handles = [layer.register_forward_pre_hook(add) for layer in layers]
+        with torch.no_grad():
+            for sample in samples:
+                model.eval()(sample[None])
+            for layer in layers:
+                mask = brute_force_mask(
+                    matrix(layer).float().abs() * sum_sq[layer].sqrt().float(), sparsity, "row"
+                )
+                matrix(layer).mul_(mask)
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2"])
+def test_each_block_is_calibrated_on_the_pruned_blocks_before_it(family):
+    model, blocks = tiny(family)
+    expected, one_pass = copy.deepcopy(model), copy.deepcopy(model)
+    base = model.base_model_prefix
+    stack = "h" if family == "gpt2" else "layers"
+    groups = [linear_layers(b).values() for b in getattr(getattr(expected, base), stack)]
+    prune_the_slow_way(expected, groups, tokens(), 0.7)
+    blocks_of_one_pass = getattr(getattr(one_pass, base), stack)
+    prune_the_slow_way(one_pass, [linear_layers(blocks_of_one_pass).values()], tokens(), 0.7)
+
+    report = prune_(model, sparsity=0.7, calibration=tokens())
+    assert all(layer.sequential and layer.num_tokens == 64 for layer in report.layers)
+    state = model.state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    # The oracle can tell the two apart: without the sequence, other weights would go.
+    assert any(not torch.equal(state[name], t) for name, t in one_pass.state_dict().items())
+    assert len(report.layers) == len(linear_layers(blocks))
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_only_targets_are_pruned_and_exactly(family, method, dtype):
+    model, blocks = tiny(family)
+    model.to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    report = prune_(model, method=method, sparsity=0.55, calibration=tokens())
+    pruned = {name: matrix(layer) for name, layer in linear_layers(model).items()}
+    del pruned["lm_head"]
+    assert [layer.name for layer in report.layers] == list(pruned)
+    for layer in report.layers:
+        weight = pruned[layer.name]
+        assert layer.shape == tuple(weight.shape)
+        zeros = num_pruned(0.55, weight.shape[1])
+        assert ((weight == 0).sum(dim=1) == zeros).all()
+        assert layer.sparsity == pytest.approx(zeros / weight.shape[1])
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == dtype
+        kept = (
+            tensor != 0 if name.removesuffix(".weight") in pruned else torch.ones_like(tensor) > 0
+        )
+        assert torch.equal(tensor[kept], before[name][kept]), name
+    assert len(pruned) == len(linear_layers(blocks))
+
+
+@pytest.mark.hf
+def test_pruning_is_deterministic():
+    model, _ = tiny("llama")
+    twin = copy.deepcopy(model)
+    prune_(model, sparsity=0.5, calibration=tokens())
+    prune_(twin, sparsity=0.5, calibration=tokens())
+    assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
+
+
+@pytest.mark.hf
+def test_calibration_may_be_rows_tensors_or_strings():
+    model, _ = tiny("llama")
+    models = [copy.deepcopy(model) for _ in range(4)]
+    rows = tokens(3, 12)
+    prune_(models[0], sparsity=0.5, calibration=rows)
+    prune_(models[1], sparsity=0.5, calibration=[rows[0], rows[1:2].int(), rows[2]])
+    # longer and more numerous, but cut to the same
+    texts = ["".join(map(chr, row.tolist() + [1, 2])) for row in [*rows, rows[0]]]
+    prune_(
+        models[2],
+        sparsity=0.5,
+        calibration=(text for text in texts),
+        tokenizer=lambda text: {"input_ids": list(map(ord, text))},
+        nsamples=3,
+        seqlen=12,
+    )
+    prune_(models[3], sparsity=0.5, calibration=rows[:1])
+    states = [model.state_dict() for model in models]
+    assert all(map(torch.equal, states[0].values(), states[1].values()))
+    assert all(map(torch.equal, states[0].values(), states[2].values()))
+    assert not all(map(torch.equal, states[0].values(), states[3].values()))
+
+
+@pytest.mark.hf
+def test_modes_and_hooks_are_left_as_they_were():
+    model, blocks = tiny("llama")
+    model.train()
+    blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    prune_(model, sparsity=0.5, calibration=tokens())
+    assert [module.training for module in model.modules()] == modes
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(math.inf)
+    with pytest.raises(ValueError, match="calibration inputs of model.layers.0.* are not finite"):
+        prune_(model, sparsity=0.5, calibration=tokens())
+    assert [module.training for module in model.modules()] == modes
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.hf
+def test_layers_outside_the_stack_are_pruned_last():
+    model, blocks = tiny("llama")
+    expected = copy.deepcopy(model)
+    groups = [linear_layers(block).values() for block in expected.model.layers]
+    prune_the_slow_way(expected, [*groups, [expected.lm_head]], tokens(), 0.5)
+    report = prune_(model, sparsity=0.5, calibration=tokens(), ignore=())
+    assert [layer.name for layer in report.layers if not layer.sequential] == ["lm_head"]
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+
+
+class Block(nn.Module):
+    def __init__(self, size=8):
+        super().__init__()
+        self.up = nn.Linear(size, 2 * size)
+        self.down = nn.Linear(2 * size, size)
+
+    def forward(self, x, *, scale=1.0):
+        return (x + self.down(torch.relu(self.up(x))) * scale,)
+
+
+class Stack(nn.Module):
+    """A model that is no transformer of a known family; ``order`` is how its blocks are called."""
+
+    def __init__(self, order=(0, 1, 2), between=lambda x: x):
+        super().__init__()
+        self.embed = nn.Embedding(61, 8)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.order = order
+        self.between = between
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for index in self.order:
+            (x,) = self.blocks[index](x, scale=1.0 + index)
+            x = self.between(x)
+        return x
+
+
+def test_blocks_may_return_tuples_and_take_their_own_keywords():
+    model = Stack()
+    expected = copy.deepcopy(model)
+    groups = [linear_layers(block).values() for block in expected.blocks]
+    prune_the_slow_way(expected, groups, tokens(), 0.5)
+    report = prune_(model, sparsity=0.5, calibration=tokens())
+    assert all(layer.sequential for layer in report.layers)
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Stack(order=(0, 1, 2, 1)), Stack(order=(2, 1, 0)), Stack(between=lambda x: x * 2)],
+    ids=["called twice", "other order", "changed in between"],
+)
+def test_blocks_that_do_not_feed_one_another_are_calibrated_in_one_pass(model, caplog):
+    expected = copy.deepcopy(model)
+    prune_the_slow_way(expected, [linear_layers(expected).values()], tokens(), 0.5)
+    with caplog.at_level(logging.WARNING, "flash_llm"):
+        report = prune_(model, sparsity=0.5, calibration=tokens())
+    assert "do not feed one another" in caplog.text
+    assert not any(layer.sequential for layer in report.layers)
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+
+
+@pytest.mark.parametrize("called", ["never", "with no tokens"])
+def test_a_layer_that_no_token_reaches_is_pruned_by_magnitude(called, caplog):
+    model = Stack()
+    model.unused = nn.Linear(8, 8)
+    if called == "with no tokens":  # as mixtures of experts call an expert that was not chosen
+        model.between = lambda x: (model.unused(x[:0]), x)[1]
+    expected = model.unused.weight * magnitude_mask(model.unused.weight, 0.5)
+    with caplog.at_level(logging.WARNING, "flash_llm"):
+        report = prune_(model, sparsity=0.5, calibration=tokens())
+    assert "no calibration token reached unused" in caplog.text
+    assert report.layers[-1].name == "unused" and report.layers[-1].num_tokens == 0
+    assert torch.equal(model.unused.weight, expected)
+
+
+def test_n_of_m_scope():
+    model = Stack()
+    report = prune_(model, scope="2:4", calibration=tokens())
+    assert report.sparsity == 0.5
+    for layer in linear_layers(model).values():
+        assert ((layer.weight.view(-1, 4) == 0).sum(dim=1) == 2).all()
+
+
+def tied():
+    model = Stack()
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    return model
+
+
+def packed():
+    model = Stack().bfloat16()
+    up = nn.Linear(8, 16).bfloat16()
+    model.blocks[0].up = flash_llm.SparseLinear.from_linear(up)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"method": "obs"}, ValueError, "method must be one of magnitude, wanda, got 'obs'"),
+        ({"sparsity": 1.1}, ValueError, "sparsity must lie in"),
+        ({"sparsity": None}, ValueError, "sparsity must be given"),
+        ({"scope": "tile"}, ValueError, "scope must be"),
+        ({"calibration": None}, ValueError, "needs calibration"),
+        ({"calibration": []}, ValueError, "holds no tokens"),
+        ({"calibration": torch.empty(2, 0, dtype=torch.int64)}, ValueError, "holds no tokens"),
+        ({"calibration": torch.rand(2, 8)}, TypeError, "must be int32 or int64, got torch.float32"),
+        ({"calibration": torch.ones(1, 2, 3).long()[None]}, ValueError, r"\[L\] or \[B, L\]"),
+        ({"calibration": "some text"}, TypeError, "list of strings, not one string"),
+        ({"calibration": ["some text"]}, ValueError, "need a tokenizer"),
+        ({"calibration": 7}, TypeError, "token tensors or strings, got int"),
+        ({"calibration": [[1, 2]]}, TypeError, "got list"),
+        ({"nsamples": 0}, ValueError, "nsamples must be at least 1"),
+        ({"seqlen": 0}, ValueError, "seqlen must be at least 1"),
+        ({"targets": ["nothing"]}, ValueError, "nothing"),
+        ({"ignore": ["re:nothing"]}, ValueError, "nothing"),
+        ({"model": tied()}, ValueError, "tied to blocks.1.up.weight"),
+        ({"model": packed()}, TypeError, "blocks.0.up is packed already"),
+        ({"model": Stack().to("meta")}, ValueError, "on the meta device"),
+    ],
+)
+def test_prune_refuses_before_it_touches_a_weight(arguments, error, message):
+    arguments = {"model": Stack(), "sparsity": 0.5, "calibration": tokens(), **arguments}
+    before = copy.deepcopy(arguments["model"].state_dict())
+    with pytest.raises(error, match=message):
+        prune_(**arguments)
+    for name, tensor in arguments["model"].state_dict().items():
+        assert tensor.is_meta or torch.equal(tensor, before[name])
+
+
+@pytest.mark.hf
+def test_token_ids_outside_the_vocabulary_are_refused():
+    model, _ = tiny("llama")
+    with pytest.raises(ValueError, match=r"must lie in \[0, 61\).* got 0 to 61"):
+        prune_(model, sparsity=0.5, calibration=[torch.tensor([0, 61])])
+
+
+def test_report_reads_as_table_and_as_json():
+    report = prune_(Stack(), sparsity=0.75, calibration=tokens())
+    lines = str(report).splitlines()
+    assert len(lines) == 1 + 6 + 1
+    assert lines[1].split() == ["blocks.0.up", "16x8", "0.7500", "64", "pruned"]
+    assert "6 layers pruned by wanda to sparsity 0.7500 (4 calibration samples)" in lines[-1]
+    decoded = json.loads(report.to_json())
+    assert decoded["sparsity"] == 0.75 and decoded["layers"][0]["shape"] == [16, 8]
+
+
+def test_progress_goes_through_the_callers_bar():
+    seen = []
+
+    def bar(items, description):
+        seen.append((len(items), description))
+        return items
+
+    prune_(Stack(), sparsity=0.5, calibration=tokens(), progress=bar)
+    prune_(Stack(), method="magnitude", sparsity=0.5, progress=bar)
+    assert seen == [(3, "pruning"), (6, "pruning")]
