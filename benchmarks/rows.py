@@ -1,0 +1,94 @@
+"""The JSON rows of ``benchmarks/results``: one line per case, the newest measurement of it."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# The row of bench_spmm.py: field -> type. Times in microseconds; sparsity a fraction of zeros.
+SPMM_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "bench": str,
+    "gpu": str,
+    "M": int,
+    "K": int,
+    "N": int,
+    "sparsity": float,
+    "dtype": str,
+    "format": str,
+    "us": float,
+    "cublas_us": float,
+    "stream_floor_us": float,
+    "rel_err": float,
+    "plan": str,
+    "torch": str,
+    "cuda": str,
+    "commit": str,
+}
+# What tells one case from another; a new row replaces the old row of its case.
+CASE_FIELDS = ("bench", "gpu", "M", "K", "N", "sparsity", "dtype", "format")
+
+
+def check_spmm_row(row: dict[str, object]) -> None:
+    """Check one row against the schema.
+
+    Raises:
+        ValueError: a field is missing, unknown, of the wrong type, or a time is not positive.
+    """
+    if list(row) != list(SPMM_FIELDS):
+        raise ValueError(f"a row must have the fields {list(SPMM_FIELDS)}, got {list(row)}")
+    for field, kind in SPMM_FIELDS.items():
+        if not isinstance(row[field], kind):
+            raise ValueError(f"{field} must be {kind}, got {row[field]!r}")
+    for field in ("us", "cublas_us", "stream_floor_us"):
+        if not row[field] > 0:
+            raise ValueError(f"{field} must be positive, got {row[field]!r}")
+
+
+def read_rows(path: Path) -> list[dict[str, object]]:
+    """Read a file of rows; a file that does not exist has none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Write rows to ``path``, keeping what it holds about other cases, in a stable order."""
+    by_case = {tuple(row[f] for f in CASE_FIELDS): row for row in [*read_rows(path), *rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(by_case[case]) for case in sorted(by_case)]
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def gpu_name(full: str) -> str:
+    """Shorten a device name to a file name: ``NVIDIA H100 80GB HBM3`` is ``h100``."""
+    words = [word for word in full.split() if word.lower() not in ("nvidia", "tesla")]
+    chip = next((word for word in words if re.fullmatch(r"[A-Z]{1,2}\d{1,3}[A-Z]?", word)), None)
+    return (chip or "-".join(words)).lower()
+
+
+def commit_hash(given: str | None) -> str:
+    """Return the commit that is measured: ``given``, FLASH_LLM_COMMIT, or what git says.
+
+    A working tree with changes to tracked files is marked by ``+`` at the end.
+
+    Raises:
+        ValueError: none of the three is there.
+    """
+    if named := given or os.environ.get("FLASH_LLM_COMMIT"):
+        return named
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(RESULTS.parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "HEAD")
+    if head is None:
+        raise ValueError("there is no git checkout here: pass --commit or set FLASH_LLM_COMMIT")
+    return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

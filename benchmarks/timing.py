@@ -1,0 +1,147 @@
+"""How every benchmark here measures time.
+
+On CUDA: the calls are captured into one graph, so that no Python or launch time is counted; each
+call works on other weights, rotated through more than L2 can hold, so that weights come from memory
+as they do in a model; whole graphs are replayed between two events. Contenders are replayed in
+turns, so that clocks and temperature are the same for all, and the median over the turns counts.
+
+On the CPU: the same turns and median with a wall clock.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+# Five times the L2 of an H100, four times that of an H200: what one round of copies must exceed.
+ROTATION_BYTES = 256 * 2**20
+# Calls in one graph: the two events and the graph's start are spread over this many.
+MIN_CALLS = 20
+REPLAYS = 9
+WARM_UP_REPLAYS = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call over the replays.
+
+    Attributes:
+        us: the median.
+        min_us: the fastest replay.
+        max_us: the slowest replay.
+    """
+
+    us: float
+    min_us: float
+    max_us: float
+
+    @property
+    def spread(self) -> float:
+        """Slowest minus fastest replay, as a fraction of the median."""
+        return (self.max_us - self.min_us) / self.us if self.us else 0.0
+
+    @classmethod
+    def of(cls, samples_us: Sequence[float]) -> "Timing":
+        """Summarise the samples of one contender."""
+        return cls(statistics.median(samples_us), min(samples_us), max(samples_us))
+
+
+def copies_to_rotate(num_bytes: int) -> int:
+    """Return how many copies of ``num_bytes`` exceed :data:`ROTATION_BYTES`; at least two."""
+    return max(2, ROTATION_BYTES // max(num_bytes, 1) + 1)
+
+
+def time_cuda(
+    contenders: dict[str, Sequence[Callable[[], object]]], *, replays: int = REPLAYS
+) -> dict[str, Timing]:
+    """Time each contender's calls by graph replay, the contenders in turns.
+
+    Args:
+        contenders: for each name its calls, one per copy of the rotated data; capturable.
+        replays: timed replays of each; at least 7.
+
+    Returns:
+        Time per call, by name.
+
+    Raises:
+        ValueError: fewer than 7 replays, or a contender without calls.
+    """
+    _check(contenders, replays)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which made the copies
+    graphs = {}
+    for name, calls in contenders.items():
+        with torch.cuda.stream(stream):
+            for call in calls:  # first use: attributes, cuBLAS handles and heuristics
+                call()
+        stream.synchronize()
+        num_calls = len(calls) * math.ceil(MIN_CALLS / len(calls))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(num_calls):
+                calls[i % len(calls)]()
+        graphs[name] = (graph, num_calls)
+
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    with torch.cuda.stream(stream):
+        for turn in range(WARM_UP_REPLAYS + replays):
+            for name, (graph, num_calls) in graphs.items():
+                start = torch.cuda.Event(enable_timing=True)
+                end = torch.cuda.Event(enable_timing=True)
+                start.record(stream)
+                graph.replay()
+                end.record(stream)
+                end.synchronize()
+                if turn >= WARM_UP_REPLAYS:
+                    samples[name].append(start.elapsed_time(end) * 1e3 / num_calls)
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def time_cpu(
+    contenders: dict[str, Sequence[Callable[[], object]]],
+    *,
+    replays: int = REPLAYS,
+    min_seconds: float = 0.02,
+) -> dict[str, Timing]:
+    """Time each contender's calls by wall clock, the contenders in turns.
+
+    Args:
+        contenders: for each name its calls, one per copy of the rotated data.
+        replays: timed turns of each; at least 7.
+        min_seconds: calls are repeated until one turn lasts about this long.
+
+    Returns:
+        Time per call, by name.
+
+    Raises:
+        ValueError: fewer than 7 replays, or a contender without calls.
+    """
+    _check(contenders, replays)
+
+    def run(calls: Sequence[Callable[[], object]], num_calls: int) -> float:
+        start = time.perf_counter()
+        for i in range(num_calls):
+            calls[i % len(calls)]()
+        return time.perf_counter() - start
+
+    num_calls = {}
+    for name, calls in contenders.items():
+        run(calls, len(calls))  # warm-up: page faults, thread pools
+        one_round = max(run(calls, len(calls)), 1e-9)
+        num_calls[name] = len(calls) * max(1, math.ceil(min_seconds / one_round))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(replays):
+        for name, calls in contenders.items():
+            samples[name].append(run(calls, num_calls[name]) * 1e6 / num_calls[name])
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def _check(contenders: dict[str, Sequence[Callable[[], object]]], replays: int) -> None:
+    if replays < 7:
+        raise ValueError(f"replays must be at least 7 for a median, got {replays}")
+    for name, calls in contenders.items():
+        if not calls:
+            raise ValueError(f"{name} has no calls to time")
