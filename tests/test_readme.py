@@ -1,0 +1,86 @@
+"""What the README says is run, or compared with the code."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def fences(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_exactly_two_setup_commands_of_one_line_near_the_top():
+    commands = fences("bash")
+    assert len(commands) == 2
+    for command in commands:
+        assert command.count("\n") == 1, "each is one line to paste"
+        assert command.startswith("python3 -m venv .venv && . .venv/bin/activate && ")
+        assert "--no-build-isolation" in command
+    assert commands[0].endswith("python examples/quickstart.py\n")
+    assert commands[1].endswith("python -m pytest\n")
+    assert README[: README.index(commands[1])].count("\n") < 40
+
+
+def test_setup_commands_pin_the_torch_that_setup_names():
+    pin = re.search(r'^TORCH_PIN = "(.+)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)[1]
+    for command in fences("bash"):
+        assert f"torch=={pin} " in command
+
+
+@pytest.mark.parametrize("number", range(len(fences("python"))))
+def test_python_snippets_run(number, tmp_path):
+    script = tmp_path / "snippet.py"
+    script.write_text(fences("python")[number])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_the_api_example_is_about_twenty_lines():
+    (example,) = fences("python")
+    lines = [line for line in example.splitlines() if line.strip()]
+    assert len(lines) <= 20
+
+
+def test_every_environment_variable_in_the_code_is_listed():
+    named = set()
+    for path in [ROOT / "setup.py", ROOT / ".ci" / "run", *ROOT.glob("*/**/*")]:
+        inside = path.relative_to(ROOT).parts[0]
+        if inside in ("csrc", "build", ".venv", ".git") or path.suffix not in (".py", ""):
+            continue
+        if path.is_file():
+            found = re.findall(
+                r"""environ(?:\.get\(|\.setdefault\(|\[)\s*["'](FLASH_LLM_\w+)""",
+                path.read_text(errors="ignore"),
+            )
+            named.update(found)
+    assert named
+    listed = set(re.findall(r"^\| `(FLASH_LLM_\w+)` \|", README, re.MULTILINE))
+    assert named == listed
+
+
+def test_links_into_the_repository_lead_somewhere():
+    links = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
+    assert links
+    for target in links:
+        assert (ROOT / target).exists(), target
+
+
+def test_the_layer_order_is_the_one_that_is_tested():
+    from test_layering import PYTHON_RANKS
+
+    line = re.search(r"^`csrc/core → .*`\.$", README, re.MULTILINE)[0]
+    names = [part.strip(" `./").removesuffix(".py") for part in re.split("[→,]", line)]
+    ranks = [PYTHON_RANKS[name] for name in names if not name.startswith("csrc")]
+    assert ranks == sorted(ranks)
+    assert len(ranks) >= 8
