@@ -149,8 +149,10 @@ def spmm_error_bound(
     * ``e = 1.13 * (K + 2) * 2**-23 * A``: K products and the bias, summed in float32 in any order.
       Rounding to nearest needs 2**-24 each; tensor cores truncate, which needs 2**-23. Products of
       16-bit values are exact. 1.13 bounds the slope of relu, silu and gelu;
-    * with an activation, e grows by ``8 * 2**-24 * A`` for evaluating it in float32, and, on the
-      dense route, by ``1.13 * (1 + u) * u * |z|``: there z, the sum, is rounded before it;
+    * with an activation, e grows by ``8 * 2**-24 * A`` for evaluating it in float32;
+    * on the dense route e grows by ``1.13 * (1 + u) * u * |p|`` for each step p that is rounded on
+      its way: the product before a bias (cuBLAS adds some biases in a second kernel) and the sum
+      before an activation;
     * ``u`` is the unit roundoff of the output: 2**-11 for float16, 2**-8 for bfloat16;
     * ``s`` is half the output's smallest subnormal.
 
@@ -173,6 +175,8 @@ def spmm_error_bound(
         error = error + 8 * 2.0**-24 * magnitude
         if rounds_sum:
             error = error + 1.13 * (1 + unit) * unit * spmm_reference(x, weight, bias).abs()
+    if bias is not None and rounds_sum:
+        error = error + 1.13 * (1 + unit) * unit * spmm_reference(x, weight).abs()
     exact = spmm_reference(x, weight, bias, activation).abs()
     return (1 + unit) * error + unit * exact + _HALF_SUBNORMAL[x.dtype]
 

@@ -28,10 +28,14 @@ inline float to_float(uint16_t raw) {
   if constexpr (kType == ValueType::kBfloat16) {
     return bits_to_float(wide << 16);
   } else {
-    // Shift exponent and mantissa into place, then rescale by 2^112 to fix the exponent bias; the
-    // multiplication also normalises subnormals. Inf and NaN get their exponent restored after it.
+    // Normal: move exponent and mantissa up and rebias. Subnormal: put the mantissa under an
+    // implicit one and subtract that, which normalises it. No fp32 operand is itself subnormal, so
+    // torch.set_flush_denormal changes nothing. Inf and NaN keep an all-ones exponent.
     const uint32_t magnitude = (wide & 0x7FFFU) << 13;
-    uint32_t bits = float_to_bits(bits_to_float(magnitude) * bits_to_float(0x77800000U));
+    const uint32_t normal = magnitude + 0x38000000U;
+    const uint32_t subnormal =
+        float_to_bits(bits_to_float(magnitude + 0x38800000U) - bits_to_float(0x38800000U));
+    uint32_t bits = magnitude < 0x00800000U ? subnormal : normal;
     bits = magnitude >= 0x0F800000U ? magnitude | 0x7F800000U : bits;
     return bits_to_float(bits | (wide & 0x8000U) << 16);
   }

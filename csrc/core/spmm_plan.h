@@ -30,9 +30,13 @@ enum class SpmmRoute {
 //   name, warps that share a tile, columns of X per CTA, CTAs that fit an SM's registers, and
 //   whether X is first reordered into fragments (pays off once several warps or many columns read
 //   it)
-#define FLASH_LLM_LSCD_CONFIGS(row)                                                \
-  row(w1n8, 1, 8, 3, false) row(w1n16, 1, 16, 3, false) row(w2n32, 2, 32, 3, true) \
-      row(w4n64, 4, 64, 2, true)
+// clang-format off
+#define FLASH_LLM_LSCD_CONFIGS(row) \
+  row(w1n8, 1, 8, 3, false)         \
+  row(w1n16, 1, 16, 3, false)       \
+  row(w2n32, 2, 32, 3, true)        \
+  row(w4n64, 4, 64, 2, true)
+// clang-format on
 
 struct LscdConfig {
   const char* name;
