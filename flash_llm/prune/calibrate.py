@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from flash_llm.evaluate import ProgressBar, check_token_ids, evaluation_mode, track
 from flash_llm.linear import SparseLinear
 from flash_llm.prune.criteria import check_prune_target, magnitude_mask, wanda_mask
-from flash_llm.sparsify import DEFAULT_IGNORE, DEFAULT_TARGETS, _match
+from flash_llm.sparsify import DEFAULT_IGNORE, DEFAULT_TARGETS, refuse_tied, select_layers
 
 logger = logging.getLogger("flash_llm")
 
@@ -169,11 +169,7 @@ def prune_(
             f"flash_llm.prune_: method must be one of {', '.join(METHODS)}, got {method!r}"
         )
     check_prune_target(sparsity, scope)
-    layers = {
-        name: layer
-        for name, layer, ignored_by in _match(model, targets, ignore)
-        if ignored_by is None
-    }
+    layers = select_layers(model, targets, ignore)
     _check_weights(model, layers)
     samples: list[Tensor] = []
     if method != "magnitude":
@@ -435,9 +431,6 @@ def _matrix(layer: nn.Module) -> Tensor:
 
 
 def _check_weights(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
         if isinstance(layer, SparseLinear):
             raise TypeError(f"flash_llm.prune_: {name} is packed already; prune before packing")
@@ -455,12 +448,9 @@ def _check_weights(model: nn.Module, layers: dict[str, nn.Module]) -> None:
             raise ValueError(
                 f"flash_llm.prune_: {name}.weight is on the meta device; load the weights first"
             )
-        tied = [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]
-        if tied:
-            raise ValueError(
-                f"flash_llm.prune_: {name}.weight is tied to {', '.join(tied)}; pruning one would "
-                f'prune the other, so untie them or add "{name}" to ignore'
-            )
+    refuse_tied(
+        model, list(layers.items()), "flash_llm.prune_", "pruning one would prune the other"
+    )
 
 
 def _token_samples(
