@@ -1,5 +1,6 @@
 """What the README says is run, or compared with the code."""
 
+import json
 import os
 import re
 import subprocess
@@ -84,3 +85,20 @@ def test_the_layer_order_is_the_one_that_is_tested():
     ranks = [PYTHON_RANKS[name] for name in names if not name.startswith("csrc")]
     assert ranks == sorted(ranks)
     assert len(ranks) >= 8
+
+
+def test_measured_table_is_what_the_rows_say():
+    measured = README[README.index("### Measured") : README.index("## Environment variables")]
+    commit = re.search(r"commit\s+`(\w+)`", measured)[1]
+    rows = {}
+    for line in (ROOT / "benchmarks/results/spmm-h200.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["dtype"] == "float16":
+            rows[row["M"], row["K"], row["N"], row["sparsity"]] = row
+    lines = re.findall(r"^\| (\d+)×(\d+) \| (\d+) \| (.+) \|$", measured, re.MULTILINE)
+    assert lines
+    for m, k, n, cells in lines:
+        for sparsity, cell in zip((0.5, 0.6, 0.7, 0.8, 0.9), cells.split(" | "), strict=True):
+            row = rows[int(m), int(k), int(n), sparsity]
+            assert cell == f"{row['cublas_us'] / row['us']:.2f}", (m, k, n, sparsity)
+            assert row["commit"] == commit and row["format"] == "tiled_csl"
