@@ -9,6 +9,9 @@
 
 namespace flash_llm {
 
+// All bits of a value but its sign; as integers they are ordered as the magnitudes are.
+inline constexpr uint16_t kMagnitudeMask = 0x7FFF;
+
 inline float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
@@ -61,6 +64,18 @@ inline uint16_t from_float(float value) {
     magnitude += 0xFFFU + (magnitude >> 13 & 1U);
     return static_cast<uint16_t>(sign | ((magnitude - 0x38000000U) >> 13));
   }
+}
+
+// The float next to `value` whose last bit is odd, unless `value` is a float itself. Rounding that
+// to 16 bits is the same as rounding `value`: no tie can appear or vanish on the way.
+inline float round_to_odd(double value) {
+  const auto nearest = static_cast<float>(value);
+  const double difference = value - static_cast<double>(nearest);
+  const uint32_t bits = float_to_bits(nearest);
+  if (!(difference != 0.0) || (bits & 1U) != 0 || difference != difference) return nearest;
+  // An even neighbour was chosen; the odd one lies on the other side of `value`.
+  const bool away_from_zero = (difference > 0.0) == (value > 0.0);
+  return bits_to_float(away_from_zero ? bits + 1 : bits - 1);
 }
 
 }  // namespace flash_llm

@@ -3,12 +3,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
 #include <vector>
+
+#include "core/element.h"
 
 namespace flash_llm {
 namespace {
-
-constexpr uint16_t kMagnitudeMask = 0x7FFF;
 
 uint16_t magnitude(uint16_t value) { return value & kMagnitudeMask; }
 
@@ -46,20 +49,30 @@ void prune_group(const uint16_t* in, int count, int keep, uint16_t* out) {
 void prune_layer(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, double sparsity,
                  const ParallelFor& parallel_for, uint16_t* out) {
   std::vector<int64_t> histogram(kNumMagnitudes);
-  for (int64_t row = 0; row < m; ++row) {
-    for (int64_t col = 0; col < k; ++col) ++histogram[magnitude(dense[row * ld + col])];
-  }
+  std::mutex mutex;
+  parallel_for(m, 64, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> part(kNumMagnitudes);
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t col = 0; col < k; ++col) ++part[magnitude(dense[row * ld + col])];
+    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (size_t level = 0; level < part.size(); ++level) histogram[level] += part[level];
+  });
   const PruneCut cut = find_prune_cut(histogram.data(), num_pruned(sparsity, m * k));
 
   // Ties go in row-major order: a row may drop what the rows before it left over.
   std::vector<int64_t> ties(static_cast<size_t>(m));
+  parallel_for(m, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      ties[static_cast<size_t>(row)] =
+          std::count_if(dense + row * ld, dense + row * ld + k,
+                        [&](uint16_t value) { return magnitude(value) == cut.threshold; });
+    }
+  });
   int64_t left = cut.ties;
-  for (int64_t row = 0; row < m; ++row) {
-    const int64_t equal =
-        std::count_if(dense + row * ld, dense + row * ld + k,
-                      [&](uint16_t value) { return magnitude(value) == cut.threshold; });
-    ties[static_cast<size_t>(row)] = std::min(left, equal);
-    left -= ties[static_cast<size_t>(row)];
+  for (int64_t& row_ties : ties) {
+    row_ties = std::min(left, row_ties);
+    left -= row_ties;
   }
   parallel_for(m, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -69,7 +82,17 @@ void prune_layer(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, double
   });
 }
 
-// Reads "N:M" without leading zeros, signs or spaces.
+// The shortest text that reads back as the same number.
+std::string to_text(double value) {
+  char text[32];
+  for (int digits = 6; digits <= 17; ++digits) {
+    std::snprintf(text, sizeof(text), "%.*g", digits, value);
+    if (std::strtod(text, nullptr) == value) break;
+  }
+  return text;
+}
+
+// Reads "N:M", one or two digits each, without signs or spaces.
 bool parse_group(const std::string& text, int* keep, int* group) {
   const size_t colon = text.find(':');
   if (colon == std::string::npos) return false;
@@ -105,7 +128,7 @@ PruneCut find_prune_cut(const int64_t* histogram, int64_t count) {
 Status parse_prune_target(const std::string& scope, bool has_sparsity, double sparsity,
                           PruneTarget* out) {
   if (has_sparsity && !(sparsity >= 0.0 && sparsity <= 1.0)) {  // false for NaN too
-    return Status::invalid_value("sparsity must lie in [0, 1], got " + std::to_string(sparsity));
+    return Status::invalid_value("sparsity must lie in [0, 1], got " + to_text(sparsity));
   }
   if (scope == "row" || scope == "layer") {
     if (!has_sparsity) {
@@ -122,8 +145,8 @@ Status parse_prune_target(const std::string& scope, bool has_sparsity, double sp
   }
   const double implied = 1.0 - static_cast<double>(keep) / group;
   if (has_sparsity && std::abs(sparsity - implied) > 1e-9) {
-    return Status::invalid_value("sparsity must be " + std::to_string(implied) + " for scope \"" +
-                                 scope + "\" (or left out), got " + std::to_string(sparsity));
+    return Status::invalid_value("sparsity must be " + to_text(implied) + " for scope \"" + scope +
+                                 "\" (or left out), got " + to_text(sparsity));
   }
   *out = {PruneScope::kGroup, implied, keep, group};
   return Status::success();

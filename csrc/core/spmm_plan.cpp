@@ -19,8 +19,6 @@ constexpr int64_t kLscdMaxTokensLowSparsity = 64;
 constexpr double kLowSparsity = 0.65;
 
 constexpr int kMinComputeCapability = 80;
-// A block of tokens of X is addressed with 31 bits, in units of 16 bytes.
-constexpr int64_t kMaxLscdK = int64_t{1} << 27;
 // Shared memory that the driver takes from each CTA.
 constexpr int kReservedSmemBytes = 1024;
 
@@ -63,8 +61,8 @@ Status plan_lscd(const SpmmProblem& problem, const DeviceInfo& device, int confi
                  std::string reason, SpmmPlan* out) {
   const LscdConfig& config = lscd_configs()[static_cast<size_t>(config_idx)];
   const int64_t col_blocks = (problem.n + config.tile_n - 1) / config.tile_n;
-  if (problem.k > kMaxLscdK) {
-    return Status::invalid_value(shape_text(problem) + " exceeds the kernel's limit K <= 2^27");
+  if (problem.k > kMaxLscdStride) {
+    return Status::invalid_value(shape_text(problem) + " exceeds the kernel's limit K <= 2^29");
   }
   const int64_t rows = col_blocks * num_tile_rows(problem.m);
   const int64_t units = rows * num_tile_cols(problem.k);
@@ -81,10 +79,10 @@ Status plan_lscd(const SpmmProblem& problem, const DeviceInfo& device, int confi
   out->route = SpmmRoute::kLscd;
   out->config = config_idx;
   out->ctas = ctas;
-  // A CTA leaves at most two partial tile rows behind: its first and its last.
   if (config.packed_x) {
     out->packed_x_bytes = col_blocks * config.tile_n * num_tile_cols(problem.k) * kTileK * 2;
   }
+  // A CTA leaves at most two partial tile rows behind: its first and its last.
   out->workspace_bytes =
       2 * ctas * kTileM * config.tile_n * static_cast<int64_t>(sizeof(float)) + out->packed_x_bytes;
   out->reason = std::move(reason);

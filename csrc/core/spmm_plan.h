@@ -47,6 +47,9 @@ struct LscdConfig {
 };
 
 inline constexpr int kLscdCtaWarps = 4;
+// Elements between rows of X (and so K) that the kernel can address: 16 rows, in units of 16 bytes,
+// must fit 31 bits.
+inline constexpr int64_t kMaxLscdStride = int64_t{1} << 29;
 inline constexpr int kTileBytes = kTileElems * 2;
 
 const std::vector<LscdConfig>& lscd_configs();

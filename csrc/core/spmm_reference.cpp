@@ -40,7 +40,7 @@ void reference(const SpmmArgs& args, const ParallelFor& parallel_for) {
                    static_cast<double>(to_float<kType>(args.x[token * args.x_stride + col]));
           }
           args.y[token * m + out] =
-              from_float<kType>(static_cast<float>(apply_activation(sum, args.activation)));
+              from_float<kType>(round_to_odd(apply_activation(sum, args.activation)));
         }
       }
     }

@@ -8,10 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "core/element.h"
+
 namespace flash_llm {
 namespace {
-
-constexpr uint16_t kMagnitudeMask = 0x7FFF;
 
 bool is_zero(uint16_t value) { return (value & kMagnitudeMask) == 0; }
 

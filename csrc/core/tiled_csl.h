@@ -12,9 +12,8 @@
 // Invariants (tiled_csl_validate checks all of them):
 //   * places are distinct within a tile and, padding aside, lie inside the matrix in ragged tiles;
 //   * no stored value is -0; an entry whose value is +0 is padding. A tile has fewer than 4 of
-//   these,
-//     just enough to fill its last vector. A padding entry writes a zero where a zero belongs,
-//     so kernels need not know it;
+//     them, just enough to fill its last vector. A padding entry writes a zero where a zero
+//     belongs, so kernels need not know it;
 //   * the number of entries that are not padding is nnz.
 //
 // Place. A decoded tile is 128 rows of 128 bytes. Row r keeps its 64 columns permuted and swizzled:
@@ -53,7 +52,7 @@ inline constexpr int kVectorEntries = 4;
 inline constexpr int kNumBanks = 32;
 inline constexpr int kWarpEntries = 32 * kVectorEntries;  // what one warp-wide 16-byte load brings
 
-// The three functions below are shared with the CUDA packer: the bytes must be identical.
+// What follows is shared with the CUDA packer and kernels: the bytes must be identical.
 #ifdef __CUDACC__
 #define FLASH_LLM_HOST_DEVICE __host__ __device__
 #else

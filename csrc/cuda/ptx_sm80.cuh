@@ -1,4 +1,4 @@
-// One PTX instruction per function; all of them need sm_80 or newer.
+// One PTX instruction (with its predicate or operand set-up) per function; all need sm_80 or newer.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ __device__ __forceinline__ uint4 load_cached(const uint4* gmem) {
   return v;
 }
 
-// st.shared.u16 of the low half of `value`, where `active`.
+// st.shared.b16 of the low half of `value`, where `active`.
 __device__ __forceinline__ void store_shared_u16_if(bool active, uint32_t smem, uint32_t value) {
   asm volatile(
       "{\n"

@@ -145,7 +145,7 @@ class XFragments {
   }
 
   const uint4* tile_;
-  int stride_;  // in 16-byte units; plans keep a block of tokens addressable with 31 bits
+  int stride_;  // in 16-byte units; at most kMaxLscdStride elements
   int token_;
   int last_token_;
   uint4 reg_[C::kXResident ? 2 : 1][C::kXResident ? C::kBlocksN : 1];

@@ -451,7 +451,8 @@ void validate_cuda(at::IntArrayRef header, const Tensor& offsets, const Tensor& 
 Tensor kernel_ready(const Tensor& x, int64_t k) {
   const int64_t padded_k = num_tile_cols(k) * kTileK;
   const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 &&
-                       (x.size(0) <= 1 || (x.stride(0) % 8 == 0 && x.stride(0) >= k));
+                       (x.size(0) <= 1 || (x.stride(0) % 8 == 0 && x.stride(0) >= k &&
+                                           x.stride(0) <= kMaxLscdStride));
   if (padded_k == k && aligned) return x;
   Tensor padded = at::zeros({x.size(0), padded_k}, x.options());
   padded.narrow(1, 0, k).copy_(x);

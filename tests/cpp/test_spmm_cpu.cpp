@@ -77,6 +77,26 @@ TEST_P(Element, RoundsToNearestTiesToEven) {
   }
 }
 
+TEST_P(Element, DoublesRoundOnce) {
+  // Halfway between two neighbours, and a hair above: through a plain float both would round to
+  // even.
+  const int mantissa_bits = GetParam() == ValueType::kFloat16 ? 10 : 7;
+  const double half_ulp = std::ldexp(1.0, -mantissa_bits - 1);
+  for (const double sign : {1.0, -1.0}) {
+    const auto rounded = [&](double value) {
+      return static_cast<double>(
+          to_float_of(from_float_of(round_to_odd(sign * value), GetParam()), GetParam()));
+    };
+    EXPECT_EQ(rounded(1.0 + half_ulp), sign);
+    EXPECT_EQ(rounded(1.0 + half_ulp + std::ldexp(1.0, -40)), sign * (1.0 + 2 * half_ulp));
+    EXPECT_EQ(rounded(1.0 + 3 * half_ulp - std::ldexp(1.0, -40)), sign * (1.0 + 2 * half_ulp));
+    EXPECT_EQ(rounded(1e300), sign * std::numeric_limits<double>::infinity());
+    EXPECT_EQ(rounded(1e-300), sign * 0.0);
+  }
+  EXPECT_TRUE(std::isnan(round_to_odd(std::numeric_limits<double>::quiet_NaN())));
+  EXPECT_EQ(round_to_odd(0.5), 0.5F);
+}
+
 TEST_P(Element, OverflowGivesInfinity) {
   const uint16_t infinity = GetParam() == ValueType::kFloat16 ? 0x7C00 : 0x7F80;
   const float largest = std::numeric_limits<float>::max();
