@@ -33,7 +33,7 @@ def main() -> None:
     # Swap each layer that gets smaller for a SparseLinear, which stores only what is not zero.
     compare.step("3. Pack")
     unpacked = copy.deepcopy(model)
-    packed = flash_llm.sparsify_(model)
+    packed = flash_llm.sparsify_(model, progress=True)
     compare.measure("packed", model)
     compare.time_decoding(dense=unpacked, packed=model)
 

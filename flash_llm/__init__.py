@@ -95,10 +95,11 @@ def explain_plan(
         ctas: the grid to force, 0 for the plan's own.
 
     Returns:
-        One or more lines for a human.
+        One line for a human.
 
     Raises:
-        ValueError: a size does not fit 31 bits, or the device does not take ``config`` or ``ctas``.
+        ValueError: a size does not fit 31 bits, the device does not take ``config``, or ``ctas``
+            lies outside [0, 65535].
         TypeError: ``value_type`` is unknown.
         NotImplementedError: the architecture is older than sm_80.
         RuntimeError: the extension is missing.

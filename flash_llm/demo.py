@@ -519,7 +519,7 @@ def main(
     run.measure("pruned", model)
     run.step("Pack")
     unpacked = copy.deepcopy(model)
-    report = sparsify_(model)
+    report = sparsify_(model, progress=True)
     run.measure("packed", model)
     run.time_decoding(dense=unpacked, packed=model)
     run.show(report)

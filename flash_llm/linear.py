@@ -123,22 +123,36 @@ class SparseLinear(nn.Linear):
         packed = pack_layer(linear, sparsity=sparsity, scope=scope, format=format)
         bias = linear.bias
         assert bias is None or isinstance(bias, nn.Parameter)
-        layer = cls.from_packed(packed, bias)
+        layer = cls.from_packed(packed, bias, validate=False)
         layer.train(linear.training)
         return layer
 
     @classmethod
-    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> SparseLinear:
+    def from_packed(
+        cls, packed: PackedWeight, bias: Tensor | None = None, *, validate: bool = True
+    ) -> SparseLinear:
         """Build a layer around a packed weight; nothing is copied.
+
+        The layer and ``packed`` share their buffers: what is loaded into the one may change the
+        other. Pass clones to keep them apart.
 
         Args:
             packed: ``[M, K]`` weight.
             bias: ``[M]`` tensor or parameter, dtype and device of ``packed``.
+            validate: whether to check ``packed`` in depth, which reads all of it; False is for one
+                that was packed or checked just now.
 
         Raises:
-            ValueError: ``bias`` has another shape.
-            TypeError: ``bias`` has another dtype or device.
+            ValueError: ``packed`` is malformed, or ``bias`` has another shape.
+            TypeError: ``packed`` is no packed weight, or ``bias`` is no tensor or has another dtype
+                or device.
         """
+        if validate:
+            ops.validate(packed)
+        if bias is not None and not isinstance(bias, Tensor):
+            raise TypeError(
+                f"flash_llm.SparseLinear: bias must be a tensor, got {type(bias).__name__}"
+            )
         m, k = packed.shape
         if bias is not None:
             if bias.shape != (m,):
@@ -322,7 +336,8 @@ class SparseLinear(nn.Linear):
             state_dict.update(zip((prefix + name for name in _BUFFERS), incoming, strict=True))
             current = (self.weight_header, self.weight_offsets, self.weight_payload)
             # The load below copies in place, which keeps captured CUDA graphs alive but needs
-            # buffers of the same size. All three are replaced or none: a weight may share them.
+            # buffers of the same size. All three are replaced or none: a mixture of old and new
+            # would be malformed for whoever shares them.
             if any(old.shape != new.shape for old, new in zip(current, incoming, strict=True)):
                 for name, old, new in zip(_BUFFERS, current, incoming, strict=True):
                     self._buffers[name] = torch.empty_like(new, device=old.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -19,6 +20,9 @@ from flash_llm import _extension
 
 VALUE_DTYPES: dict[int, torch.dtype] = {1: torch.float16, 2: torch.bfloat16}
 """``PackedHeader.value_type`` to the dtype of the stored values."""
+
+ACTIVATIONS = ("none", "relu", "gelu", "silu")
+"""What ``spmm`` can apply to its result."""
 
 _Packed = TypeVar("_Packed", bound="PackedWeight")
 
@@ -224,6 +228,10 @@ class PackedWeight:
         """
         if isinstance(header, Tensor):
             header = PackedHeader.from_tensor(header)
+        if not isinstance(header, PackedHeader):
+            raise TypeError(
+                f"flash_llm: header must be a tensor or a PackedHeader, got {type(header).__name__}"
+            )
         _validate(header, offsets, payload)
         packed = PackedWeight.class_for(header.format)(header, offsets, payload)
         if not isinstance(packed, cls):
@@ -338,14 +346,15 @@ def spmm(
             ``x.dtype`` first, as ``torch.nn.functional.linear`` does.
         config: ``"auto"`` lets ``explain_plan`` choose; any other name forces that kernel (see
             ``flash_llm._C.plan_names``), for tests and benchmarks.
-        ctas: forces the grid of a CUDA kernel; 0 lets the plan choose.
+        ctas: grid of the CUDA kernel, at most one CTA per tile of work; 0 lets the plan choose.
+            The CPU and the dense route have no use for it.
 
     Returns:
         Contiguous ``[..., M]`` of ``x.dtype``.
 
     Raises:
         ValueError: a shape disagrees with ``w``; ``activation`` or ``config`` is unknown; ``ctas``
-            is negative; a buffer of ``w`` has the wrong length.
+            lies outside [0, 65535]; a buffer of ``w`` has the wrong length.
         TypeError: dtype or device of ``x``, ``bias`` or a buffer differs from ``w``.
         NotImplementedError: the device is older than sm_80, or this build has no CUDA part.
         RuntimeError: the extension is missing, or CUDA failed.
@@ -379,6 +388,10 @@ def spmm_buffers(
     _check_tensor("spmm", "x", x)
     if bias is not None:
         _check_tensor("spmm", "bias", bias)
+    if activation is not None and not isinstance(activation, str):
+        raise TypeError(
+            f"flash_llm::spmm: activation must be a string, got {type(activation).__name__}"
+        )
     y: Tensor = torch.ops.flash_llm.spmm(
         x,
         list(header),
@@ -419,7 +432,7 @@ def pack(dense: Tensor, format: str = "tiled_csl") -> PackedWeight:
         4
     """
     _extension.require()
-    _check_tensor("pack", "dense", dense)
+    _check_dense("pack", dense)
     return _from_op(torch.ops.flash_llm.pack(dense.detach(), format))
 
 
@@ -458,7 +471,11 @@ def prune_pack(
         tensor([[ 0., -4.,  0.,  3.]], dtype=torch.float16)
     """
     _extension.require()
-    _check_tensor("prune_pack", "dense", dense)
+    _check_dense("prune_pack", dense)
+    if sparsity is not None and not isinstance(sparsity, (int, float)):
+        raise TypeError(
+            f"flash_llm::prune_pack: sparsity must be a number, got {type(sparsity).__name__}"
+        )
     return _from_op(torch.ops.flash_llm.prune_pack(dense.detach(), sparsity, scope, format))
 
 
@@ -509,6 +526,14 @@ def _check_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"flash_llm::{op}: {name} must be a tensor, got {type(value).__name__}")
 
 
+def _check_dense(op: str, dense: object) -> None:
+    _check_tensor(op, "dense", dense)
+    if isinstance(dense, Tensor) and dense.is_meta:
+        raise ValueError(
+            f"flash_llm::{op}: dense must hold values, got a tensor on the meta device"
+        )
+
+
 def _check_packed(op: str, value: object) -> None:
     if not isinstance(value, PackedWeight):
         raise TypeError(
@@ -527,7 +552,50 @@ def _from_op(parts: tuple[Tensor, Tensor, Tensor]) -> PackedWeight:
     return PackedWeight.class_for(header.format)(header, parts[1], parts[2])
 
 
+# The fakes also run for tensors on the meta device, and whenever one operand is there and the
+# others are not. So they refuse what the kernels refuse: tracing fails near the cause, and no call
+# gets away with memory that nobody wrote.
+def _check_fake_packed(
+    op: str, header: Sequence[int], offsets: Tensor, payload: Tensor
+) -> PackedHeader:
+    if len(header) != len(PackedHeader._fields):
+        raise ValueError(
+            f"flash_llm::{op}: header must hold {len(PackedHeader._fields)} integers, "
+            f"got {len(header)}"
+        )
+    fields = PackedHeader(*header)
+    if fields.value_type not in VALUE_DTYPES:
+        raise TypeError(f"flash_llm::{op}: header names value type {fields.value_type}")
+    for name, buffer in (("offsets", offsets), ("payload", payload)):
+        if buffer.dtype != torch.int32:
+            raise TypeError(f"flash_llm::{op}: {name} must be int32, got {buffer.dtype}")
+    _check_fake_device(op, "offsets", offsets, payload)
+    num_offsets = PackedWeight.class_for(fields.format).num_offsets(fields.m, fields.k)
+    for name, buffer, length in (
+        ("offsets", offsets, num_offsets),
+        ("payload", payload, fields.payload_words),
+    ):
+        if buffer.dim() != 1 or buffer.shape[0] != length:
+            raise ValueError(
+                f"flash_llm::{op}: {name} must have shape [{length}], got {list(buffer.shape)}"
+            )
+    return fields
+
+
+def _check_fake_device(op: str, name: str, tensor: Tensor, payload: Tensor) -> None:
+    if tensor.device != payload.device:
+        raise TypeError(
+            f"flash_llm::{op}: {name} must be on {payload.device} like the weight, "
+            f"got {tensor.device}"
+        )
+
+
 def _fake_pack(dense: Tensor, format: str = "tiled_csl") -> tuple[Tensor, Tensor, Tensor]:
+    value_type_of(dense.dtype)
+    if dense.dim() != 2:
+        raise ValueError(
+            f"flash_llm::pack: dense must be two-dimensional [M, K], got {dense.dim()} dimensions"
+        )
     m, k = dense.shape
     words = torch.library.get_ctx().new_dynamic_size()
     return (
@@ -544,12 +612,16 @@ def _fake_prune_pack(
 
 
 def _fake_unpack(header: list[int], offsets: Tensor, payload: Tensor) -> Tensor:
-    fields = PackedHeader(*header)
+    fields = _check_fake_packed("unpack", header, offsets, payload)
     return payload.new_empty((fields.m, fields.k), dtype=fields.dtype)
 
 
 def _fake_validate(header: list[int], offsets: Tensor, payload: Tensor) -> None:
-    return None
+    _check_fake_packed("validate", header, offsets, payload)
+    if payload.is_meta:
+        raise ValueError(
+            "flash_llm::validate: the weight must hold values, got tensors on the meta device"
+        )
 
 
 def _fake_spmm(
@@ -562,13 +634,26 @@ def _fake_spmm(
     config: str = "auto",
     ctas: int = 0,
 ) -> Tensor:
-    fields = PackedHeader(*header)
-    # Tracing must refuse what the kernel would refuse, or the error appears far from its cause.
+    fields = _check_fake_packed("spmm", header, offsets, payload)
     if x.dtype != fields.dtype:
         raise TypeError(f"flash_llm::spmm: x must be {fields.dtype}, got {x.dtype}")
+    _check_fake_device("spmm", "x", x, payload)
     if x.dim() == 0 or x.shape[-1] != fields.k:
         raise ValueError(
             f"flash_llm::spmm: x must have shape [..., K={fields.k}], got {list(x.shape)}"
+        )
+    if bias is not None:
+        if bias.dtype != x.dtype:
+            raise TypeError(f"flash_llm::spmm: bias must be {x.dtype} like x, got {bias.dtype}")
+        _check_fake_device("spmm", "bias", bias, payload)
+        if bias.dim() != 1 or bias.shape[0] != fields.m:
+            raise ValueError(
+                f"flash_llm::spmm: bias must have shape [M={fields.m}], got {list(bias.shape)}"
+            )
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"flash_llm::spmm: activation must be one of {', '.join(ACTIVATIONS)}, "
+            f'got "{activation}"'
         )
     return x.new_empty((*x.shape[:-1], fields.m))
 
@@ -599,7 +684,8 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs_x:
         grad_x = grad @ torch.ops.flash_llm.unpack(ctx.header, offsets, payload)
     if needs_bias:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        tokens = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
+        grad_bias = tokens.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias, None, None, None
 
 

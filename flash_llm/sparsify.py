@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.prune import BasePruningMethod
@@ -174,10 +173,10 @@ def sparsify_(
     name from its beginning. A pattern that matches a container means everything inside it. Of the
     modules that match, ``nn.Linear`` and the Conv1D of transformers are packed.
 
-    Hooks and the bias parameter move to the new layer; ``torch.nn.utils.prune`` masks are folded.
-    Reported as skipped: ignored layers, layers whose class only derives from ``nn.Linear``, layers
-    already sparse, with a replaced ``forward`` (accelerate hooks) or on the meta device, and, with
-    the default targets, 3-D expert parameters.
+    Forward and backward hooks and the bias parameter move to the new layer;
+    ``torch.nn.utils.prune`` masks are folded. Reported as skipped: ignored layers, layers whose
+    class only derives from ``nn.Linear``, layers already sparse, with a replaced ``forward``
+    (accelerate hooks) or on the meta device, and, with the default targets, 3-D expert parameters.
 
     Args:
         model: float16 or bfloat16 where it matches; its other layers may have any dtype.
@@ -233,7 +232,7 @@ def sparsify_(
         rows.append(row)
         if row.decision == "packed":
             assert module.bias is None or isinstance(module.bias, nn.Parameter)
-            swaps[module] = SparseLinear.from_packed(packed, module.bias)
+            swaps[module] = SparseLinear.from_packed(packed, module.bias, validate=False)
     if targets == DEFAULT_TARGETS:
         rows.extend(_expert_rows(model))
 
@@ -394,31 +393,43 @@ def refuse_tied(
     Raises:
         ValueError: a weight is tied; the message names both parameters.
     """
-    names: dict[tuple[torch.device, int], dict[tuple[nn.Module, str], str]] = {}
+    owners: dict[int, list[tuple[nn.Module, str, str]]] = {}  # by storage
     for module_name, module in model.named_modules():
-        for name, parameter in module._parameters.items():
+        for key, parameter in module._parameters.items():
             if parameter is not None:
-                owners = names.setdefault(_address(parameter), {})
-                owners[(module, name)] = f"{module_name}.{name}" if module_name else name
-    for _, module in layers:
-        key = "weight" if "weight" in module._parameters else "weight_orig"
-        weight = module._parameters[key]
+                name = f"{module_name}.{key}" if module_name else key
+                owners.setdefault(_storage(parameter), []).append((module, key, name))
+    for layer_name, layer in layers:
+        key = "weight" if "weight" in layer._parameters else "weight_orig"
+        weight = layer._parameters[key]
         assert weight is not None
-        owners = names[_address(weight)]
-        for owner, other in owners.items():
-            if owner != (module, key):
-                name = owners[(module, key)]
+        first, last = _byte_range(weight)
+        for module, other_key, other in owners[_storage(weight)]:
+            parameter = module._parameters[other_key]
+            assert parameter is not None
+            other_first, other_last = _byte_range(parameter)
+            same = module is layer and other_key == key
+            if not same and (parameter is weight or (first < other_last and other_first < last)):
                 raise ValueError(
-                    f"{caller}: {name} is tied to {other}; {consequence}, so untie them or add "
-                    f'"{name.rpartition(".")[0]}" to ignore'
+                    f"{caller}: {layer_name}.{key} is tied to {other}; {consequence}, so untie "
+                    f'them or add "{layer_name}" to ignore'
                 )
 
 
-def _address(parameter: Tensor) -> tuple[torch.device, int]:
-    # Two parameters over the same memory are as tied as one parameter under two names. Tensors
-    # without memory (meta, no elements) are told apart by identity.
-    address = 0 if parameter.is_meta else parameter.data_ptr()
-    return parameter.device, address or id(parameter)
+def _storage(parameter: Tensor) -> int:
+    # Tensors without memory (meta, no elements) are told apart by identity.
+    address = 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
+    return address or id(parameter)
+
+
+def _byte_range(parameter: Tensor) -> tuple[int, int]:
+    """First byte and one past the last, within the storage; empty for a tensor without elements."""
+    if parameter.numel() == 0:
+        return 0, 0
+    sizes = zip(parameter.shape, parameter.stride(), strict=True)
+    elements = 1 + sum((size - 1) * stride for size, stride in sizes)
+    first = int(parameter.storage_offset()) * parameter.element_size()
+    return first, first + int(elements) * parameter.element_size()
 
 
 def _refuse_dtype(name: str, module: nn.Module) -> None:

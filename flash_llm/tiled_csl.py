@@ -69,11 +69,15 @@ class TiledCSL(PackedWeight):
         return ((m + tile_m - 1) // tile_m) * ((k + tile_k - 1) // tile_k) + 1
 
     def stats(self) -> TiledCSLStats:
-        """Count what the buffers hold; reads the whole payload.
+        """Count what the buffers hold; reads the whole payload, and checks it in depth first.
 
         Returns:
             Sizes in bytes and nonzeros per tile; all zero for a weight without tiles.
+
+        Raises:
+            ValueError: the weight is malformed; see :func:`flash_llm.ops.validate`.
         """
+        self.validate()
         # A stored zero is padding, so a running count of the others gives every tile's nonzeros.
         running = torch.zeros(
             self.payload.numel() + 1, dtype=torch.int64, device=self.payload.device

@@ -511,3 +511,97 @@ def test_a_build_without_cuda_says_what_to_do(op):
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with raises(NotImplementedError, f"flash_llm::{op}: ", "Found: ", "Needed: ", "pip install"):
         getattr(torch.ops.flash_llm, op).default.redispatch(cuda, *arguments)
+
+
+@pytest.mark.parametrize("operand", ["x", "offsets", "payload", "bias"])
+def test_one_operand_on_the_meta_device_does_not_answer_with_noise(operand):
+    """Meta outranks the CPU in dispatch: the fake must refuse, not return fresh memory."""
+    w = TiledCSL.from_dense(torch.eye(64).half())
+    parts = {
+        "x": torch.ones(2, 64).half(),
+        "offsets": w.offsets,
+        "payload": w.payload,
+        "bias": torch.ones(64).half(),
+    }
+    parts[operand] = parts[operand].to("meta")
+    with pytest.raises(TypeError, match=f"must be on .*, got .*|{operand}"):
+        torch.ops.flash_llm.spmm(
+            parts["x"], list(w.header), parts["offsets"], parts["payload"], parts["bias"]
+        )
+
+
+def test_a_layer_that_was_never_loaded_does_not_answer():
+    with pytest.raises(TypeError, match="x must be on meta like the weight, got cpu"):
+        SparseLinear(16, 16, device="meta")(torch.ones(1, 16).half())
+
+
+def test_validation_of_meta_buffers_is_refused():
+    w = TiledCSL.from_dense(torch.eye(64).half())
+    with pytest.raises(TypeError, match="payload must be int32"):
+        TiledCSL.from_tensors(w.header, w.offsets, torch.zeros(3, device="meta"))
+    with pytest.raises(TypeError, match="offsets must be on meta"):
+        TiledCSL.from_tensors(w.header, w.offsets, w.payload.to("meta"))
+    with pytest.raises(ValueError, match="must hold values"):
+        w.to("meta").validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"bias": torch.ones(5).half()}, ValueError, "bias must have shape"),
+        ({"bias": torch.ones(64)}, TypeError, "bias must be torch.float16"),
+        ({"activation": "bogus"}, ValueError, "activation must be one of"),
+        ({"offsets": torch.zeros(9, dtype=torch.int32)}, ValueError, "offsets must have shape"),
+        ({"payload": torch.zeros(4, dtype=torch.int32)}, ValueError, "payload must have shape"),
+        ({"header": [1, 2, 3]}, ValueError, "header must hold 8 integers"),
+    ],
+)
+def test_tracing_refuses_what_the_kernel_refuses(changes, error, message):
+    w = TiledCSL.from_dense(torch.eye(64).half())
+    call = {
+        "x": torch.ones(2, 64).half(),
+        "header": list(w.header),
+        "offsets": w.offsets,
+        "payload": w.payload,
+        "bias": None,
+        "activation": "none",
+        **changes,
+    }
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = {
+            name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            for name, value in call.items()
+        }
+        with pytest.raises(error, match=message):
+            torch.ops.flash_llm.spmm(*fake.values())
+
+
+def test_a_malformed_weight_is_refused_when_a_layer_is_built_around_it():
+    w = TiledCSL.from_dense(torch.eye(64).half())
+    payload = w.payload.clone()
+    payload[1] = payload[0]
+    twice = TiledCSL(w.header, w.offsets, payload)
+    with pytest.raises(ValueError, match="occurs twice"):
+        SparseLinear.from_packed(twice)
+    past_the_end = TiledCSL(w.header, torch.tensor([0, 10**6], dtype=torch.int32), w.payload)
+    with pytest.raises(ValueError, match="vectors"):
+        past_the_end.stats()
+
+
+def test_wrong_kinds_of_argument_are_type_errors():
+    dense = torch.eye(64).half()
+    w = TiledCSL.from_dense(dense)
+    with pytest.raises(TypeError, match="header must be a tensor or a PackedHeader, got list"):
+        TiledCSL.from_tensors(list(w.header), w.offsets, w.payload)
+    with pytest.raises(TypeError, match="w must be a packed weight"):
+        SparseLinear.from_packed(dense)
+    with pytest.raises(TypeError, match="bias must be a tensor, got int"):
+        SparseLinear.from_packed(w, 3)
+    with pytest.raises(TypeError, match="sparsity must be a number, got str"):
+        flash_llm.prune_pack(dense, "0.5")
+    with pytest.raises(TypeError, match="activation must be a string, got int"):
+        flash_llm.spmm(dense, w, activation=5)
+    with pytest.raises(ValueError, match="dense must hold values"):
+        flash_llm.pack(dense.to("meta"))
+    with pytest.raises(ValueError, match=r"got 1\.0000001$"):
+        flash_llm.prune_pack(dense, 1.0000001)

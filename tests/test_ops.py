@@ -280,3 +280,17 @@ def test_autocast_leaves_the_operator_alone(device):
         assert flash_llm.spmm(x, w).dtype == torch.float16
         with pytest.raises(TypeError, match="flash_llm::spmm: x must be Half"):
             flash_llm.spmm(x.float(), w)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
+@pytest.mark.parametrize("leading", [(), (0,), (3,), (2, 0)])
+def test_bias_gradient_of_empty_shapes(shape, leading):
+    """M = 0 once failed in backward: "cannot reshape tensor of 0 elements"."""
+    m, k = shape
+    w = TiledCSL.empty(m, k)
+    x = torch.ones(*leading, k, dtype=torch.float16, requires_grad=True)
+    bias = torch.ones(m, dtype=torch.float16, requires_grad=True)
+    flash_llm.spmm(x, w, bias).sum().backward()
+    tokens = torch.Size(leading).numel()
+    assert torch.equal(bias.grad, torch.full((m,), float(tokens)).half())
+    assert torch.equal(x.grad, torch.zeros_like(x))

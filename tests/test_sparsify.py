@@ -493,3 +493,22 @@ def test_transformers_embeddings_tied_to_the_head_are_protected():
     with pytest.raises(ValueError, match="lm_head.weight is tied to model.embed_tokens.weight"):
         sparsify_(model, ignore=())
     assert packed_names(model) == []
+
+
+@pytest.mark.parametrize("rows", [slice(0, 32), slice(32, 64)])
+def test_a_weight_that_is_a_slice_of_another_is_tied(rows):
+    qkv, k = torch.nn.Linear(64, 96).half(), torch.nn.Linear(64, 32).half()
+    k.weight = torch.nn.Parameter(qkv.weight.data[rows])
+    model = torch.nn.Sequential(qkv, k)
+    with pytest.raises(ValueError, match="0.weight is tied to 1.weight"):
+        flash_llm.sparsify_(model, sparsity=0.8)
+    assert type(model[0]) is torch.nn.Linear
+
+
+def test_slices_of_one_storage_that_do_not_overlap_are_not_tied():
+    storage = torch.randn(512, 256).half()
+    layers = [torch.nn.Linear(256, 256).half() for _ in range(2)]
+    layers[0].weight = torch.nn.Parameter(storage[:256])
+    layers[1].weight = torch.nn.Parameter(storage[256:])
+    report = flash_llm.sparsify_(torch.nn.Sequential(*layers), sparsity=0.8)
+    assert [row.decision for row in report.rows] == ["packed", "packed"]
