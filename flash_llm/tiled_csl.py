@@ -13,8 +13,6 @@ import torch
 from flash_llm import _extension
 from flash_llm.ops import PackedWeight
 
-_VECTOR_ENTRIES = 4  # entries of one 16-byte load, the unit of offsets
-
 
 @dataclasses.dataclass(frozen=True)
 class TiledCSLStats:
@@ -83,7 +81,8 @@ class TiledCSL(PackedWeight):
             self.payload.numel() + 1, dtype=torch.int64, device=self.payload.device
         )
         torch.cumsum((self.payload & 0xFFFF) != 0, dim=0, out=running[1:])
-        tile_nnz = running[self.offsets.long() * _VECTOR_ENTRIES].diff()
+        vector_entries = int(_extension.require().VECTOR_ENTRIES)  # offsets count in vectors
+        tile_nnz = running[self.offsets.long() * vector_entries].diff()
         num_tiles = tile_nnz.numel()
         elements = self.header.m * self.header.k
         return TiledCSLStats(

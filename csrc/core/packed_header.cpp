@@ -56,24 +56,12 @@ Status PackedHeader::from_ints(const int64_t* ints, int64_t count, PackedHeader*
   return Status::success();
 }
 
-const char* format_name(Format format) {
-  switch (format) {
-    case Format::kTiledCsl:
-      return "tiled_csl";
-  }
-  return "unknown";
-}
-
 Status parse_format(const std::string& name, Format* out) {
   if (name == "tiled_csl") {
     *out = Format::kTiledCsl;
     return Status::success();
   }
   return Status::invalid_value("format must be \"tiled_csl\", got \"" + name + "\"");
-}
-
-const char* value_type_name(ValueType type) {
-  return type == ValueType::kFloat16 ? "float16" : "bfloat16";
 }
 
 }  // namespace flash_llm

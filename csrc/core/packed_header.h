@@ -37,8 +37,6 @@ struct PackedHeader {
   static Status from_ints(const int64_t* ints, int64_t count, PackedHeader* out);
 };
 
-const char* format_name(Format format);
 Status parse_format(const std::string& name, Format* out);
-const char* value_type_name(ValueType type);
 
 }  // namespace flash_llm

@@ -91,6 +91,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("col_of_place", &col_of_place, py::arg("place"));
   m.attr("TILE_M") = kTileM;
   m.attr("TILE_K") = kTileK;
+  m.attr("VECTOR_ENTRIES") = kVectorEntries;
   m.attr("PACKED_MAGIC") = kPackedMagic;
   m.attr("PACKED_VERSION") = kPackedVersion;
 }
