@@ -1,6 +1,7 @@
 // The steps of magnitude pruning on the device; see core/prune.h for what they compute.
 #include <cstdint>
 
+#include "cuda/dense_matrix.cuh"
 #include "cuda/launch.h"
 
 namespace flash_llm {
@@ -13,14 +14,6 @@ constexpr int kHighBins = 256;
 constexpr int kLowBins = 128;
 constexpr int kLowBits = 7;
 
-struct Dense {
-  const uint16_t* data;
-  int64_t ld;
-  int64_t m, k;
-
-  __device__ const uint16_t* row(int64_t r) const { return data + r * ld; }
-};
-
 __device__ __forceinline__ int magnitude(uint16_t value) { return value & 0x7FFF; }
 
 // The bin in which the `left`-th smallest element falls; reduces `left` by the bins below it.
@@ -31,7 +24,7 @@ __device__ int find_bin(const int* histogram, int bins, int64_t& left) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    row_cuts_kernel(Dense dense, int64_t count, int32_t* thresholds, int64_t* ties) {
+    row_cuts_kernel(DenseMatrix dense, int64_t count, int32_t* thresholds, int64_t* ties) {
   __shared__ int histogram[kHighBins];
   __shared__ int high;
   __shared__ int64_t left;
@@ -62,7 +55,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    histogram_kernel(Dense dense, unsigned long long* histogram) {
+    histogram_kernel(DenseMatrix dense, unsigned long long* histogram) {
   const int64_t total = dense.m * dense.k;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < total;
        i += int64_t{gridDim.x} * kThreads) {
@@ -71,20 +64,16 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    count_ties_kernel(Dense dense, int threshold, int64_t* counts) {
+    count_ties_kernel(DenseMatrix dense, int threshold, int64_t* counts) {
   const uint16_t* row = dense.row(blockIdx.x);
   int count = 0;
   for (int64_t i = threadIdx.x; i < dense.k; i += kThreads) count += magnitude(row[i]) == threshold;
-  __shared__ int total;
-  if (threadIdx.x == 0) total = 0;
-  __syncthreads();
-  atomicAdd(&total, count);
-  __syncthreads();
-  if (threadIdx.x == 0) counts[blockIdx.x] = total;
+  store_cta_sum(count, &counts[blockIdx.x]);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    apply_cuts_kernel(Dense dense, const int32_t* thresholds, const int64_t* ties, uint16_t* out) {
+    apply_cuts_kernel(DenseMatrix dense, const int32_t* thresholds, const int64_t* ties,
+                      uint16_t* out) {
   __shared__ int warp_ties[kWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint16_t* row = dense.row(blockIdx.x);
@@ -114,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    groups_kernel(Dense dense, int keep, int group, int64_t groups_per_row, uint16_t* out) {
+    groups_kernel(DenseMatrix dense, int keep, int group, int64_t groups_per_row, uint16_t* out) {
   const int64_t idx = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (idx >= dense.m * groups_per_row) return;
   const int64_t r = idx / groups_per_row, col0 = idx % groups_per_row * group;

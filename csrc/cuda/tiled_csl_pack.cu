@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/tiled_csl.h"
+#include "cuda/dense_matrix.cuh"
 #include "cuda/launch.h"
 
 namespace flash_llm {
@@ -13,12 +14,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBankPlaces = kTileElems / kNumBanks;  // places of one bank: 128 rows x 2 halves
-
-struct Dense {
-  const uint16_t* data;
-  int64_t ld;
-  int64_t m, k;
-};
 
 // The tile that this CTA works on.
 struct TileOrigin {
@@ -36,32 +31,27 @@ struct TileOrigin {
 
 __device__ __forceinline__ bool is_nonzero(uint16_t value) { return (value & 0x7FFF) != 0; }
 
-__device__ __forceinline__ uint16_t load_or_zero(const Dense& dense, const TileOrigin& tile,
+__device__ __forceinline__ uint16_t load_or_zero(const DenseMatrix& dense, const TileOrigin& tile,
                                                  int row, int col) {
-  return row < tile.rows && col < tile.cols
-             ? dense.data[(tile.row0 + row) * dense.ld + tile.col0 + col]
-             : uint16_t{0};
+  return row < tile.rows && col < tile.cols ? dense.row(tile.row0 + row)[tile.col0 + col]
+                                            : uint16_t{0};
 }
 
-__global__ void __launch_bounds__(kThreads) count_kernel(Dense dense, int32_t* counts) {
+__global__ void __launch_bounds__(kThreads) count_kernel(DenseMatrix dense, int32_t* counts) {
   const TileOrigin tile(dense.m, dense.k);
   int count = 0;
   for (int i = threadIdx.x; i < kTileElems; i += kThreads) {
     count += is_nonzero(load_or_zero(dense, tile, i / kTileK, i % kTileK));
   }
-  __shared__ int total;
-  if (threadIdx.x == 0) total = 0;
-  __syncthreads();
-  atomicAdd(&total, count);
-  __syncthreads();
-  if (threadIdx.x == 0) counts[blockIdx.x] = total;
+  store_cta_sum(count, &counts[blockIdx.x]);
 }
 
 // The order of entries is (rank within bank, bank). With len[b] entries in bank b, the entry of
 // rank r in bank b comes after  first[r] = sum over banks of min(len, r)  entries of lower rank and
 // after the lower banks that have more than r entries: popc(longer[r] & lower banks).
 __global__ void __launch_bounds__(kThreads)
-    pack_kernel(Dense dense, const int32_t* __restrict__ offsets, uint32_t* __restrict__ entries) {
+    pack_kernel(DenseMatrix dense, const int32_t* __restrict__ offsets,
+                uint32_t* __restrict__ entries) {
   __shared__ uint16_t values[kTileElems];  // by place
   __shared__ uint32_t present[kNumBanks][kBankPlaces / 32];
   __shared__ int length[kNumBanks];

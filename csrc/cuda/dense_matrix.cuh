@@ -1,0 +1,27 @@
+// A dense matrix of 16-bit values as the packers and the pruning kernels read it.
+#pragma once
+
+#include <cstdint>
+
+namespace flash_llm {
+
+struct DenseMatrix {
+  const uint16_t* data;
+  int64_t ld;  // elements between rows
+  int64_t m, k;
+
+  __device__ const uint16_t* row(int64_t r) const { return data + r * ld; }
+};
+
+// Writes the sum of `count` over the CTA's threads to *total.
+template <typename Total>
+__device__ __forceinline__ void store_cta_sum(int count, Total* total) {
+  __shared__ int sum;
+  if (threadIdx.x == 0) sum = 0;
+  __syncthreads();
+  atomicAdd(&sum, count);
+  __syncthreads();
+  if (threadIdx.x == 0) *total = sum;
+}
+
+}  // namespace flash_llm
