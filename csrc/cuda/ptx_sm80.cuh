@@ -20,16 +20,6 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* gmem) {
   return v;
 }
 
-// ld.global with L1 allocation. Volatile, so that the compiler keeps it among the mma instructions
-// where it stands: hoisted in front of them, wide tiles would need more registers than there are.
-__device__ __forceinline__ uint4 load_cached(const uint4* gmem) {
-  uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(gmem));
-  return v;
-}
-
 // st.shared.b16 of the low half of `value`, where `active`.
 __device__ __forceinline__ void store_shared_u16_if(bool active, uint32_t smem, uint32_t value) {
   asm volatile(

@@ -137,10 +137,10 @@ class XFragments {
 
   __device__ __forceinline__ uint4 fetch(int half, int j) const {
     if constexpr (C::kPackedX) {
-      return ptx::load_cached(tile_ + (half * C::kBlocksN + j) * 32);
+      return __ldg(tile_ + (half * C::kBlocksN + j) * 32);
     } else {
       // Tokens past the end read the last one; their sums are dropped.
-      return ptx::load_cached(tile_ + min(j * 8 + token_, last_token_) * stride_ + half * 4);
+      return __ldg(tile_ + min(j * 8 + token_, last_token_) * stride_ + half * 4);
     }
   }
 
