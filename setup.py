@@ -44,6 +44,8 @@ except ImportError as error:
 
 CORE_SOURCES = [
     "csrc/core/packed_header.cpp",
+    "csrc/core/packed_format.cpp",
+    "csrc/core/bitmap.cpp",
     "csrc/core/tiled_csl.cpp",
     "csrc/core/prune.cpp",
     "csrc/core/spmm_plan.cpp",
@@ -52,8 +54,10 @@ CORE_SOURCES = [
 ]
 CUDA_SOURCES = [
     "csrc/cuda/tiled_csl_pack.cu",
+    "csrc/cuda/bitmap_pack.cu",
     "csrc/cuda/prune.cu",
     "csrc/cuda/spmm_lscd.cu",
+    "csrc/cuda/spmm_bitmap.cu",
 ]
 TORCH_SOURCES = ["csrc/torch/ops.cpp", "csrc/torch/introspect.cpp"]
 
@@ -62,7 +66,7 @@ MIN_CUDA_ARCH = (8, 0)
 # What torch's CUDA headers include; a toolkit with nvcc alone lacks them.
 CUDA_HEADERS = ["cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h"]
 # Kernels where a spilled register costs memory traffic in the main loop. Matched in mangled names.
-HOT_KERNEL = re.compile(r"lscd", re.IGNORECASE)
+HOT_KERNEL = re.compile(r"lscd|bitmap_kernel|bitmap_finish", re.IGNORECASE)
 
 
 def say(text):

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from flash_llm import _extension
+from flash_llm.bitmap import Bitmap
 from flash_llm.evaluate import perplexity
 from flash_llm.linear import SparseLinear
-from flash_llm.ops import PackedWeight, pack, prune_pack, spmm, unpack
+from flash_llm.ops import PackedWeight, explain_format, pack, prune_pack, spmm, unpack
 from flash_llm.prune.calibrate import prune_
 from flash_llm.sparsify import SparsifyReport, sparsify_
 from flash_llm.tiled_csl import TiledCSL
@@ -20,6 +21,7 @@ from flash_llm.tiled_csl import TiledCSL
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bitmap",
     "PackedWeight",
     "SparseLinear",
     "SparsifyReport",
@@ -27,6 +29,7 @@ __all__ = [
     "__version__",
     "build_info",
     "configs",
+    "explain_format",
     "explain_plan",
     "pack",
     "perplexity",
@@ -54,11 +57,13 @@ def build_info() -> dict[str, Any]:
 
 
 def configs() -> list[dict[str, Any]]:
-    """Return the built configurations of the CUDA kernel.
+    """Return the built configurations of the CUDA kernels.
 
     Returns:
-        For each: ``name``, ``warps_per_tile``, ``tile_n`` (tokens per CTA), ``ctas_per_sm`` (by
-        registers), ``packed_x`` (whether X is reordered first) and ``smem_bytes`` (of one CTA).
+        For each: ``name``, ``format`` (of the weights that it multiplies), ``tile_n`` (tokens per
+        CTA), ``ctas_per_sm`` (by registers), ``smem_bytes`` (of one CTA, at least), and what is
+        particular to the format's kernel: ``warps_per_tile`` and ``packed_x`` (whether X is
+        reordered first), or ``x_stages`` (of X in shared memory).
 
     Raises:
         RuntimeError: the extension is missing.
@@ -74,6 +79,7 @@ def explain_plan(
     nnz: int,
     value_type: str = "float16",
     *,
+    format: str = "auto",
     compute_capability: int = 0,
     num_sms: int = 0,
     smem_per_sm_bytes: int = 0,
@@ -88,6 +94,7 @@ def explain_plan(
         k: in_features.
         nnz: nonzeros of the weight.
         value_type: ``"float16"`` or ``"bfloat16"``.
+        format: name of the packed format; ``"auto"`` as :func:`pack` would choose.
         compute_capability: 10 * major + minor of the GPU, 90 for an H100; 0 means the CPU.
         num_sms: its multiprocessors, 132 for an H100 SXM.
         smem_per_sm_bytes: shared memory of one, 233472 for an H100.
@@ -98,8 +105,8 @@ def explain_plan(
         One line for a human.
 
     Raises:
-        ValueError: a size does not fit 31 bits, the device does not take ``config``, or ``ctas``
-            lies outside [0, 65535].
+        ValueError: a size does not fit 31 bits, ``format`` is unknown, it has no kernel
+            ``config`` on this device, or ``ctas`` lies outside [0, 65535].
         TypeError: ``value_type`` is unknown.
         NotImplementedError: the architecture is older than sm_80.
         RuntimeError: the extension is missing.
@@ -110,6 +117,7 @@ def explain_plan(
         k,
         nnz,
         value_type,
+        format,
         compute_capability,
         num_sms,
         smem_per_sm_bytes,

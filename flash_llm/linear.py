@@ -42,7 +42,8 @@ class SparseLinear(nn.Linear):
         dtype: float16 or bfloat16.
         payload_words: meta device only: length of the payload placeholder, so that tools which
             size a model before loading see the real one.
-        format: name of the packed format.
+        format: ``"tiled_csl"``, ``"bitmap"`` or ``"auto"``: whenever a dense weight is packed, or
+            the layer moves between CPU and GPU, the format that multiplies fastest there.
 
     Raises:
         ValueError: a size is negative, ``format`` is unknown, or ``payload_words`` is not 0 off the
@@ -63,6 +64,7 @@ class SparseLinear(nn.Linear):
     weight_header: Tensor
     weight_offsets: Tensor
     weight_payload: Tensor
+    format: str
     _header: PackedHeader
 
     def __init__(
@@ -74,13 +76,14 @@ class SparseLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float16,
         payload_words: int = 0,
-        format: str = "tiled_csl",
+        format: str = "auto",
     ) -> None:
         # nn.Linear's own constructor would allocate the dense weight.
         nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
-        packed = PackedWeight.class_for(format).empty(
+        self.format = format
+        packed = PackedWeight.class_for("tiled_csl" if format == "auto" else format).empty(
             out_features, in_features, dtype=dtype, device=device, payload_words=payload_words
         )
         for name in _BUFFERS:
@@ -98,7 +101,7 @@ class SparseLinear(nn.Linear):
         *,
         sparsity: float | None = None,
         scope: str = "row",
-        format: str = "tiled_csl",
+        format: str = "auto",
     ) -> SparseLinear:
         """Pack the weight of a dense layer.
 
@@ -108,7 +111,7 @@ class SparseLinear(nn.Linear):
                 :func:`flash_llm.prune_pack` does.
             scope: ``"row"``, ``"layer"`` or ``"N:M"``; None for ``sparsity`` with an N:M scope
                 prunes too.
-            format: name of the packed format.
+            format: as the constructor takes it.
 
         Returns:
             A new layer on the same device, in the same training mode, that shares the bias
@@ -124,6 +127,7 @@ class SparseLinear(nn.Linear):
         bias = linear.bias
         assert bias is None or isinstance(bias, nn.Parameter)
         layer = cls.from_packed(packed, bias, validate=False)
+        layer.format = format
         layer.train(linear.training)
         return layer
 
@@ -272,7 +276,7 @@ class SparseLinear(nn.Linear):
             raise TypeError(
                 f"flash_llm.SparseLinear: weight must be {self.dtype}, got {dense.dtype}"
             )
-        packed = ops.pack(dense, self.packed.FORMAT)
+        packed = ops.pack(dense, self.format)
         here = self.weight_payload.device
         self._install(packed if here.type == "meta" else packed.to(here))
 
@@ -284,7 +288,7 @@ class SparseLinear(nn.Linear):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        old_dtype, was_meta = self.dtype, self.weight_payload.is_meta
+        old_dtype, old_device = self.dtype, self.weight_payload.device
         # fn casts floating point tensors, and the packed values hide in an integer buffer: see what
         # fn does to a tensor of their dtype.
         probe = torch.empty(0, dtype=old_dtype, device=self.weight_payload.device)
@@ -303,15 +307,28 @@ class SparseLinear(nn.Linear):
             return tensor.to(moved.device) if cast else moved
 
         super()._apply(keep_integers, recurse)  # type: ignore[no-untyped-call]
-        if was_meta and not self.weight_payload.is_meta:
+        if old_device.type == "meta" and not self.weight_payload.is_meta:
             # to_empty() leaves memory uninitialised, which for offsets means malformed.
             self.reset_parameters()
         if new_dtype != old_dtype:
             if self.weight_payload.is_meta:
                 self._header = self._header._replace(value_type=ops.value_type_of(new_dtype))
             else:
-                self._install(ops.pack(self.weight.to(new_dtype), self.packed.FORMAT))
+                self._install(ops.pack(self.weight.to(new_dtype), self.format))
+        elif self.weight_payload.device.type != old_device.type and self._wants_other_format():
+            self._install(ops.pack(self.weight, self.format))
         return self
+
+    def _wants_other_format(self) -> bool:
+        """Whether ``format="auto"`` would choose another one on the device where the layer is."""
+        header, device = self._header, self.weight_payload.device
+        if self.format != "auto" or device.type == "meta":
+            return False
+        major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+        name, _ = ops.explain_format(
+            header.m, header.k, header.nnz, compute_capability=10 * major + minor
+        )
+        return name != self.packed.FORMAT
 
     def _load_from_state_dict(
         self,
@@ -366,7 +383,7 @@ class SparseLinear(nn.Linear):
             if not isinstance(dense, Tensor) or not dense.is_floating_point() or dense.is_meta:
                 raise TypeError(f"weight must be a floating point tensor with values, got {dense}")
             self._check_shape(*dense.shape)
-            return ops.pack(dense.to(self.dtype), self.packed.FORMAT)
+            return ops.pack(dense.to(self.dtype), self.format)
         if len(found) != len(_BUFFERS):
             absent = next(name for name in _BUFFERS if name not in found)
             raise ValueError(f"{found[0]} is there, but {absent} is missing")
@@ -377,10 +394,9 @@ class SparseLinear(nn.Linear):
             tensors.append(part)
         packed = PackedWeight.from_tensors(tensors[0], tensors[1], tensors[2])
         self._check_shape(*packed.shape)
-        expected = (self.dtype, self.packed.FORMAT)
-        if (packed.dtype, packed.FORMAT) != expected:
+        if packed.dtype != self.dtype or self.format not in ("auto", packed.FORMAT):
             raise TypeError(
-                f"weight must be {expected[0]} in format {expected[1]}, "
+                f"weight must be {self.dtype} in format {self.format}, "
                 f"got {packed.dtype} in format {packed.FORMAT}"
             )
         return packed
@@ -405,7 +421,7 @@ def pack_layer(
     *,
     sparsity: float | None = None,
     scope: str = "row",
-    format: str = "tiled_csl",
+    format: str = "auto",
 ) -> PackedWeight:
     """Pack the ``[M, K]`` weight of a dense layer; arguments and errors as ``from_linear``."""
     name = type(layer).__name__

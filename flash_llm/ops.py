@@ -91,8 +91,8 @@ class PackedHeader(NamedTuple):
 class PackedWeight:
     """A packed ``[M, K]`` weight: header and buffers. Each format is one subclass.
 
-    A subclass names its format, says how long its offsets are, and is found by that name from then
-    on: the operators, ``SparseLinear`` and ``sparsify_`` know formats only through this class.
+    A subclass names its format and is found by that name from then on: the operators,
+    ``SparseLinear`` and ``sparsify_`` know formats only through this class.
 
     Attributes:
         header: shape, dtype, format and counts, as Python integers.
@@ -113,10 +113,12 @@ class PackedWeight:
         _CLASS_OF_FORMAT[cls.FORMAT] = cls
         _CLASS_OF_ID[cls.FORMAT_ID] = cls
 
-    @staticmethod
-    def num_offsets(m: int, k: int) -> int:
-        """Length of ``offsets`` for an ``[m, k]`` weight; each format defines it."""
-        raise NotImplementedError("defined by each format")
+    @classmethod
+    def num_offsets(cls, m: int, k: int) -> int:
+        """Length of ``offsets``: the tiles of an ``[m, k]`` weight and one more."""
+        sizes = _extension.require().FORMATS[cls.FORMAT]
+        tile_m, tile_k = int(sizes["tile_m"]), int(sizes["tile_k"])
+        return ((m + tile_m - 1) // tile_m) * ((k + tile_k - 1) // tile_k) + 1
 
     @staticmethod
     def class_for(fmt: str | int) -> type[PackedWeight]:
@@ -326,6 +328,7 @@ def spmm(
     activation: str | None = None,
     config: str = "auto",
     ctas: int = 0,
+    prefetch: bool = True,
 ) -> Tensor:
     """Multiply dense tokens by a packed sparse weight: ``y = act(x @ w.T + bias)``.
 
@@ -348,6 +351,9 @@ def spmm(
             ``flash_llm._C.plan_names``), for tests and benchmarks.
         ctas: grid of the CUDA kernel, at most one CTA per tile of work; 0 lets the plan choose.
             The CPU and the dense route have no use for it.
+        prefetch: let the bitmap kernel begin to fetch the weight while the kernel before it in the
+            stream still runs (programmatic dependent launch, Hopper). The only kernel that must not
+            be that one is one of your own that writes the buffers of ``w``; copies are no kernels.
 
     Returns:
         Contiguous ``[..., M]`` of ``x.dtype``.
@@ -368,7 +374,15 @@ def spmm(
     """
     _check_packed("spmm", w)
     return spmm_buffers(
-        x, w.header, w.offsets, w.payload, bias, activation=activation, config=config, ctas=ctas
+        x,
+        w.header,
+        w.offsets,
+        w.payload,
+        bias,
+        activation=activation,
+        config=config,
+        ctas=ctas,
+        prefetch=prefetch,
     )
 
 
@@ -382,6 +396,7 @@ def spmm_buffers(
     activation: str | None = None,
     config: str = "auto",
     ctas: int = 0,
+    prefetch: bool = True,
 ) -> Tensor:
     """Do what :func:`spmm` does, for a caller that holds the parts of the weight (a module)."""
     _extension.require()
@@ -401,11 +416,31 @@ def spmm_buffers(
         "none" if activation is None else activation,
         config,
         ctas,
+        prefetch,
     )
     return y
 
 
-def pack(dense: Tensor, format: str = "tiled_csl") -> PackedWeight:
+def explain_format(m: int, k: int, nnz: int, *, compute_capability: int = 0) -> tuple[str, str]:
+    """Say which format ``format="auto"`` would choose, and why; needs no GPU.
+
+    Args:
+        m: out_features.
+        k: in_features.
+        nnz: nonzeros of the weight.
+        compute_capability: 10 * major + minor of the GPU, 90 for an H100; 0 means the CPU.
+
+    Returns:
+        The format's name and one sentence.
+
+    Raises:
+        RuntimeError: the extension is missing.
+    """
+    name, reason = _extension.require().explain_format(m, k, nnz, compute_capability)
+    return str(name), str(reason)
+
+
+def pack(dense: Tensor, format: str = "auto") -> PackedWeight:
     """Pack the nonzeros of a dense weight.
 
     ±0 is dropped; every other bit pattern (NaN, Inf, subnormal) survives ``unpack(pack(w))`` bit
@@ -414,7 +449,8 @@ def pack(dense: Tensor, format: str = "tiled_csl") -> PackedWeight:
 
     Args:
         dense: ``[M, K]`` float16 or bfloat16, CPU or CUDA, any strides, any M, K >= 0.
-        format: name of the packed format.
+        format: ``"auto"`` (what multiplies fastest on ``dense.device``; ``explain_format`` says
+            which and why), ``"tiled_csl"`` or ``"bitmap"``.
 
     Returns:
         The packed weight, of the format's class, on ``dense.device``; detached from autograd.
@@ -441,7 +477,7 @@ def prune_pack(
     sparsity: float | None = None,
     *,
     scope: str = "row",
-    format: str = "tiled_csl",
+    format: str = "auto",
 ) -> PackedWeight:
     """Prune by magnitude to a target, then pack, in one operator; ``dense`` stays as it is.
 
@@ -452,7 +488,7 @@ def prune_pack(
         sparsity: fraction of zeros in [0, 1]; may be None for an N:M scope, which implies it.
         scope: ``"row"`` (the fraction holds in every row), ``"layer"`` (over the matrix) or
             ``"N:M"``, such as ``"2:4"`` (the N largest of every M neighbouring columns stay).
-        format: name of the packed format.
+        format: as :func:`pack` takes it.
 
     Returns:
         The packed weight on ``dense.device``.
@@ -501,7 +537,7 @@ def unpack(w: PackedWeight) -> Tensor:
 
 
 def validate(w: PackedWeight) -> None:
-    """Check every invariant of the packed format (``csrc/core/tiled_csl.h`` lists them).
+    """Check every invariant of the packed format (its header in ``csrc/core`` lists them).
 
     Reads all of the payload; the operators themselves only check sizes at each call, and are
     memory-safe on buffers that this function would refuse.
@@ -511,7 +547,7 @@ def validate(w: PackedWeight) -> None:
 
     Raises:
         ValueError: sizes disagree, offsets decrease or run past the end, a place lies outside its
-            tile or the matrix or occurs twice, or a count is wrong.
+            tile or the matrix or is taken twice, or a count is wrong.
         TypeError: a buffer has the wrong dtype or device.
         NotImplementedError: the header has a newer version or an unknown format.
         RuntimeError: the extension is missing, or CUDA failed.
@@ -537,7 +573,7 @@ def _check_dense(op: str, dense: object) -> None:
 def _check_packed(op: str, value: object) -> None:
     if not isinstance(value, PackedWeight):
         raise TypeError(
-            f"flash_llm::{op}: w must be a packed weight (TiledCSL.from_dense makes one), "
+            f"flash_llm::{op}: w must be a packed weight (flash_llm.pack makes one), "
             f"got {type(value).__name__}"
         )
 
@@ -590,7 +626,7 @@ def _check_fake_device(op: str, name: str, tensor: Tensor, payload: Tensor) -> N
         )
 
 
-def _fake_pack(dense: Tensor, format: str = "tiled_csl") -> tuple[Tensor, Tensor, Tensor]:
+def _fake_pack(dense: Tensor, format: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     value_type_of(dense.dtype)
     if dense.dim() != 2:
         raise ValueError(
@@ -598,15 +634,21 @@ def _fake_pack(dense: Tensor, format: str = "tiled_csl") -> tuple[Tensor, Tensor
         )
     m, k = dense.shape
     words = torch.library.get_ctx().new_dynamic_size()
+    # With "auto" the values decide which format it will be, and so how many tiles there are.
+    num_offsets = (
+        torch.library.get_ctx().new_dynamic_size()
+        if format == "auto"
+        else PackedWeight.class_for(format).num_offsets(m, k)
+    )
     return (
         torch.empty(len(PackedHeader._fields), dtype=torch.int64, device="cpu"),
-        dense.new_empty(PackedWeight.class_for(format).num_offsets(m, k), dtype=torch.int32),
+        dense.new_empty(num_offsets, dtype=torch.int32),
         dense.new_empty(words, dtype=torch.int32),
     )
 
 
 def _fake_prune_pack(
-    dense: Tensor, sparsity: float | None = None, scope: str = "row", format: str = "tiled_csl"
+    dense: Tensor, sparsity: float | None = None, scope: str = "row", format: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_pack(dense, format)
 
@@ -633,6 +675,7 @@ def _fake_spmm(
     activation: str = "none",
     config: str = "auto",
     ctas: int = 0,
+    prefetch: bool = True,
 ) -> Tensor:
     fields = _check_fake_packed("spmm", header, offsets, payload)
     if x.dtype != fields.dtype:
@@ -659,7 +702,7 @@ def _fake_spmm(
 
 
 def _spmm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, header, offsets, payload, bias, activation, config, ctas = inputs
+    x, header, offsets, payload, bias, activation, config, ctas, _prefetch = inputs
     ctx.header, ctx.activation, ctx.config, ctx.ctas = header, activation, config, ctas
     ctx.bias_dtype = None if bias is None else bias.dtype
     # Without an activation neither gradient needs x or bias.
@@ -686,7 +729,7 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs_bias:
         tokens = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
         grad_bias = tokens.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None
 
 
 def _activation_slope(z: Tensor, activation: str) -> Tensor:

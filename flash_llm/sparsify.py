@@ -49,6 +49,7 @@ class LayerReport:
         sparsity: fraction of zeros in [0, 1] of what was packed or would be; None when skipped.
         dense_bytes: bytes of the dense weight.
         packed_bytes: bytes of the packed weight, or what they would be; None when skipped.
+        format: name of the packed format that was chosen; None when skipped.
         decision: ``"packed"``, ``"dense"`` (packing would not shrink it) or ``"skipped"`` (not a
             layer that can be packed).
         reason: one sentence.
@@ -59,6 +60,7 @@ class LayerReport:
     sparsity: float | None
     dense_bytes: int
     packed_bytes: int | None
+    format: str | None
     decision: str
     reason: str
 
@@ -132,7 +134,16 @@ class SparsifyReport:
 
     @staticmethod
     def _titles() -> tuple[str, ...]:
-        return ("layer", "shape", "sparsity", "dense MB", "packed MB", "decision", "reason")
+        return (
+            "layer",
+            "shape",
+            "sparsity",
+            "dense MB",
+            "packed MB",
+            "format",
+            "decision",
+            "reason",
+        )
 
     def _cells(self) -> Iterator[tuple[str, ...]]:
         for row in self.rows:
@@ -142,6 +153,7 @@ class SparsifyReport:
                 "-" if row.sparsity is None else f"{row.sparsity:.4f}",
                 f"{row.dense_bytes / 1e6:.3f}",
                 "-" if row.packed_bytes is None else f"{row.packed_bytes / 1e6:.3f}",
+                row.format or "-",
                 row.decision,
                 row.reason,
             )
@@ -162,7 +174,7 @@ def sparsify_(
     *,
     sparsity: float | None = None,
     scope: str = "row",
-    format: str = "tiled_csl",
+    format: str = "auto",
     pack_unprofitable: bool = False,
     progress: bool = False,
 ) -> SparsifyReport:
@@ -186,7 +198,8 @@ def sparsify_(
         sparsity: None packs the zeros that are there. Otherwise each layer is pruned by magnitude
             to this fraction of zeros in [0, 1]; a layer that stays dense keeps its weight.
         scope: ``"row"``, ``"layer"`` or ``"N:M"`` (which prunes even when ``sparsity`` is None).
-        format: name of the packed format.
+        format: ``"auto"`` (what multiplies fastest where the layer is), ``"tiled_csl"`` or
+            ``"bitmap"``.
         pack_unprofitable: also swap layers that packing does not shrink.
         progress: show a tqdm bar.
 
@@ -208,7 +221,8 @@ def sparsify_(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"flash_llm.sparsify_: model must be a module, got {type(model).__name__}")
-    PackedWeight.class_for(format)
+    if format != "auto":
+        PackedWeight.class_for(format)
     layers = _match(model, targets, ignore)
     skip = {module: _why_skipped(module, pattern) for _, module, pattern in layers}
     to_pack = [(name, module) for name, module, _ in layers if not skip[module]]
@@ -233,6 +247,7 @@ def sparsify_(
         if row.decision == "packed":
             assert module.bias is None or isinstance(module.bias, nn.Parameter)
             swaps[module] = SparseLinear.from_packed(packed, module.bias, validate=False)
+            swaps[module].format = format
     if targets == DEFAULT_TARGETS:
         rows.extend(_expert_rows(model))
 
@@ -459,6 +474,7 @@ def _decide(name: str, packed: PackedWeight, pack_unprofitable: bool) -> LayerRe
         sparsity=packed.sparsity,
         dense_bytes=packed.dense_nbytes,
         packed_bytes=packed.nbytes,
+        format=packed.FORMAT,
         decision=decision,
         reason=reason,
     )
@@ -473,6 +489,7 @@ def _skipped_row(name: str, module: nn.Module, reason: str) -> LayerReport:
             packed.sparsity,
             packed.nbytes,
             packed.nbytes,
+            packed.FORMAT,
             "skipped",
             reason,
         )
@@ -483,7 +500,9 @@ def _skipped_row(name: str, module: nn.Module, reason: str) -> LayerReport:
         shape = tuple(module.weight.t().shape)
     # Subclasses keep their weight in ways of their own; all that they own is what they weigh.
     weights = (p for key, p in module.named_parameters() if key.rpartition(".")[2] != "bias")
-    return LayerReport(name, shape, None, sum(p.nbytes for p in weights), None, "skipped", reason)
+    return LayerReport(
+        name, shape, None, sum(p.nbytes for p in weights), None, None, "skipped", reason
+    )
 
 
 def _expert_rows(model: nn.Module) -> Iterator[LayerReport]:
@@ -498,6 +517,7 @@ def _expert_rows(model: nn.Module) -> Iterator[LayerReport]:
                     tuple(parameter.shape),
                     None,
                     parameter.nbytes,
+                    None,
                     None,
                     "skipped",
                     "a 3-D parameter (fused experts) is not packed yet",

@@ -59,13 +59,6 @@ class TiledCSL(PackedWeight):
     FORMAT = "tiled_csl"
     FORMAT_ID = 1
 
-    @staticmethod
-    def num_offsets(m: int, k: int) -> int:
-        """Length of ``offsets``: the tiles of an ``[m, k]`` weight and one more."""
-        extension = _extension.require()
-        tile_m, tile_k = int(extension.TILE_M), int(extension.TILE_K)
-        return ((m + tile_m - 1) // tile_m) * ((k + tile_k - 1) // tile_k) + 1
-
     def stats(self) -> TiledCSLStats:
         """Count what the buffers hold; reads the whole payload, and checks it in depth first.
 
@@ -81,7 +74,9 @@ class TiledCSL(PackedWeight):
             self.payload.numel() + 1, dtype=torch.int64, device=self.payload.device
         )
         torch.cumsum((self.payload & 0xFFFF) != 0, dim=0, out=running[1:])
-        vector_entries = int(_extension.require().VECTOR_ENTRIES)  # offsets count in vectors
+        vector_entries = int(
+            _extension.require().FORMATS[self.FORMAT]["unit_words"]
+        )  # offsets count in vectors
         tile_nnz = running[self.offsets.long() * vector_entries].diff()
         num_tiles = tile_nnz.numel()
         elements = self.header.m * self.header.k

@@ -29,6 +29,7 @@ TOP_LEVEL = {
 PYTHON_RANKS = {
     "_extension": 0,
     "ops": 1,
+    "bitmap": 2,
     "tiled_csl": 2,
     "testing": 3,
     "linear": 3,

@@ -12,6 +12,9 @@ namespace flash_llm {
 // All bits of a value but its sign; as integers they are ordered as the magnitudes are.
 inline constexpr uint16_t kMagnitudeMask = 0x7FFF;
 
+// ±0: what packing drops.
+inline bool is_zero(uint16_t raw) { return (raw & kMagnitudeMask) == 0; }
+
 inline float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));

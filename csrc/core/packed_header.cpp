@@ -22,9 +22,10 @@ Status PackedHeader::from_ints(const int64_t* ints, int64_t count, PackedHeader*
     return Status::unsupported("header has format version " + std::to_string(ints[1]) +
                                ", this build reads version " + std::to_string(kPackedVersion));
   }
-  if (ints[2] != static_cast<int64_t>(Format::kTiledCsl)) {
+  if (ints[2] != static_cast<int64_t>(Format::kTiledCsl) &&
+      ints[2] != static_cast<int64_t>(Format::kBitmap)) {
     return Status::unsupported("header names format " + std::to_string(ints[2]) +
-                               ", this build knows 1 (tiled_csl)");
+                               ", this build knows 1 (tiled_csl), 2 (bitmap)");
   }
   if (ints[3] != static_cast<int64_t>(ValueType::kFloat16) &&
       ints[3] != static_cast<int64_t>(ValueType::kBfloat16)) {
@@ -54,14 +55,6 @@ Status PackedHeader::from_ints(const int64_t* ints, int64_t count, PackedHeader*
   out->nnz = ints[6];
   out->payload_words = ints[7];
   return Status::success();
-}
-
-Status parse_format(const std::string& name, Format* out) {
-  if (name == "tiled_csl") {
-    *out = Format::kTiledCsl;
-    return Status::success();
-  }
-  return Status::invalid_value("format must be \"tiled_csl\", got \"" + name + "\"");
 }
 
 }  // namespace flash_llm

@@ -17,7 +17,7 @@ inline constexpr int64_t kPackedMagic = 0x4D4C4C4853414C46;
 inline constexpr int64_t kPackedVersion = 1;
 inline constexpr int kPackedHeaderInts = 8;
 
-enum class Format : int64_t { kTiledCsl = 1 };
+enum class Format : int64_t { kTiledCsl = 1, kBitmap = 2 };
 
 // Values are stored as raw 16-bit patterns, so both types share every packer and unpacker.
 enum class ValueType : int64_t { kFloat16 = 1, kBfloat16 = 2 };
@@ -36,7 +36,5 @@ struct PackedHeader {
   // Reads and checks `count` ints: magic, version, known format and type, sizes within range.
   static Status from_ints(const int64_t* ints, int64_t count, PackedHeader* out);
 };
-
-Status parse_format(const std::string& name, Format* out);
 
 }  // namespace flash_llm

@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <string>
 
+#include "core/packed_format.h"
 #include "core/packed_header.h"
 #include "core/parallel.h"
 #include "core/status.h"
-#include "core/tiled_csl.h"
 
 namespace flash_llm {
 
@@ -29,7 +29,8 @@ struct SpmmProblem {
 struct SpmmArgs {
   const uint16_t* x = nullptr;  // [n, x_stride], row-major
   int64_t x_stride = 0;         // elements between rows of x; see each kernel for what it needs
-  TiledCslView weight;
+  Format format = Format::kTiledCsl;
+  PackedView weight;
   const uint16_t* bias = nullptr;  // [m] or null
   uint16_t* y = nullptr;           // [n, m], contiguous
   int64_t n = 0;
@@ -37,11 +38,13 @@ struct SpmmArgs {
   Activation activation = Activation::kNone;
 };
 
-// Oracle: decodes tile by tile, accumulates in fp64, rounds once. x_stride >= k.
+// Oracle for any format: unpacks a tile row at a time, accumulates in fp64, rounds once.
+// x_stride >= k.
 void spmm_cpu_reference(const SpmmArgs& args, const ParallelFor& parallel_for);
 
-// Vectorised and multi-threaded over tile rows, fp32 accumulation; N is walked in blocks of up to
-// 8, decoding the weight once per block. x_stride >= k. Results do not depend on the thread count.
+// Tiled-CSL only. Vectorised and multi-threaded over tile rows, fp32 accumulation; N is walked in
+// blocks of up to 8, decoding the weight once per block. x_stride >= k. Results do not depend on
+// the thread count.
 void spmm_cpu_tiles(const SpmmArgs& args, const ParallelFor& parallel_for);
 
 }  // namespace flash_llm

@@ -1,6 +1,7 @@
 #include "core/spmm_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <limits>
 
@@ -18,12 +19,18 @@ constexpr int64_t kLscdMaxTokens = 128;
 constexpr int64_t kLscdMaxTokensLowSparsity = 64;
 constexpr double kLowSparsity = 0.65;
 
+// The bitmap kernel takes several passes of 64 tokens up to here.
+constexpr int64_t kBitmapMaxTokens = 192;
+
+// Below this density the bits of a bitmap weigh more than the places of Tiled-CSL.
+constexpr double kBitmapMinDensity = 0.07;
+
 constexpr int kMinComputeCapability = 80;
 // Shared memory that the driver takes from each CTA.
 constexpr int kReservedSmemBytes = 1024;
 
-int find_config(const std::string& name) {
-  const auto& configs = lscd_configs();
+template <typename Config>
+int find_config(const std::vector<Config>& configs, const std::string& name) {
   for (size_t i = 0; i < configs.size(); ++i) {
     if (name == configs[i].name) return static_cast<int>(i);
   }
@@ -31,8 +38,8 @@ int find_config(const std::string& name) {
 }
 
 // The narrowest configuration that covers n tokens, else the widest.
-int config_for(int64_t n) {
-  const auto& configs = lscd_configs();
+template <typename Config>
+int config_for(const std::vector<Config>& configs, int64_t n) {
   for (size_t i = 0; i < configs.size(); ++i) {
     if (n <= configs[i].tile_n) return static_cast<int>(i);
   }
@@ -89,6 +96,79 @@ Status plan_lscd(const SpmmProblem& problem, const DeviceInfo& device, int confi
   return Status::success();
 }
 
+// Shared memory for one chunk: a little more than most chunks of a uniform mask need, so that both
+// slots of a ring are in use; what is larger takes the whole ring for a while.
+int bitmap_slot_bytes(const SpmmProblem& problem, const BitmapConfig& config, int smem_bytes) {
+  const double elems = static_cast<double>(problem.m) * static_cast<double>(problem.k);
+  const double density = elems > 0 ? static_cast<double>(problem.nnz) / elems : 0.0;
+  // The fullest of 64 columns, two runs each: 2.25 standard deviations above the mean, by sampling.
+  const double mean = kMaxChunkRows * density;
+  const int rows = static_cast<int>(mean + 2.25 * std::sqrt(mean * (1.0 - density))) + 2;
+  const int wanted = chunk_units(rows) * kChunkUnitBytes;
+  const int room = smem_bytes - kReservedSmemBytes - kBitmapFixedSmemBytes -
+                   config.x_stages * bitmap_x_stage_bytes(config);
+  const int fits = room / (kBitmapWarps * kBitmapSlots);
+  return std::max(std::min(wanted, fits), kMinBitmapSlotBytes) / kChunkRowBytes * kChunkRowBytes;
+}
+
+Status plan_bitmap(const SpmmProblem& problem, const DeviceInfo& device, int config_idx,
+                   int64_t ctas, std::string reason, SpmmPlan* out) {
+  const BitmapConfig& config = bitmap_configs()[static_cast<size_t>(config_idx)];
+  if (!device.has_sm90a) {
+    return Status::unsupported(
+        "config \"" + std::string(config.name) +
+        "\" needs a Hopper GPU (compute capability 9.0) and a build for sm_90a; this GPU has " +
+        std::to_string(device.compute_capability / 10) + "." +
+        std::to_string(device.compute_capability % 10) + ", use \"dense\"");
+  }
+  const int64_t token_blocks = (problem.n + config.tile_n - 1) / config.tile_n;
+  const int64_t rows = token_blocks * ((problem.m + kBitmapBlockM - 1) / kBitmapBlockM);
+  const int64_t units = rows * num_chunk_cols(problem.k);
+  if (units > INT32_MAX) {
+    return Status::invalid_value(shape_text(problem) + " needs " + std::to_string(units) +
+                                 " units of work, more than 32-bit indices can count");
+  }
+  // One CTA fills an SM's registers.
+  if (ctas == 0) ctas = device.num_sms;
+  ctas = std::clamp<int64_t>(ctas, 1, std::max<int64_t>(units, 1));
+  out->route = SpmmRoute::kBitmap;
+  out->config = config_idx;
+  out->ctas = ctas;
+  out->slot_bytes = bitmap_slot_bytes(problem, config, device.smem_per_sm_bytes);
+  // Each CTA leaves sums of every row of blocks that it touches: at most ctas + rows - 1 in all.
+  out->workspace_bytes =
+      (ctas + rows) * kBitmapBlockM * config.tile_n * static_cast<int64_t>(sizeof(float));
+  out->reason = std::move(reason);
+  return Status::success();
+}
+
+Status plan_lscd_auto(const SpmmProblem& problem, const DeviceInfo& device, int64_t ctas,
+                      SpmmPlan* out) {
+  const bool low_sparsity =
+      static_cast<double>(problem.nnz) >
+      (1.0 - kLowSparsity) * static_cast<double>(problem.m) * static_cast<double>(problem.k);
+  if (problem.n > (low_sparsity ? kLscdMaxTokensLowSparsity : kLscdMaxTokens)) {
+    return plan_dense(problem,
+                      low_sparsity ? "N > 64 below 65 % zeros: unpacking and cuBLAS cost less"
+                                   : "N > 128: unpacking and cuBLAS cost less",
+                      out);
+  }
+  return plan_lscd(problem, device, config_for(lscd_configs(), problem.n), ctas,
+                   "the narrowest tile that covers N decodes each weight once", out);
+}
+
+Status plan_bitmap_auto(const SpmmProblem& problem, const DeviceInfo& device, int64_t ctas,
+                        SpmmPlan* out) {
+  if (!device.has_sm90a) {
+    return plan_dense(problem, "the bitmap kernel needs a Hopper GPU and a build for sm_90a", out);
+  }
+  if (problem.n > kBitmapMaxTokens) {
+    return plan_dense(problem, "N > 192: unpacking and cuBLAS cost less", out);
+  }
+  return plan_bitmap(problem, device, config_for(bitmap_configs(), problem.n), ctas,
+                     "the narrowest tile that covers N decodes each weight once", out);
+}
+
 }  // namespace
 
 const std::vector<LscdConfig>& lscd_configs() {
@@ -101,6 +181,29 @@ const std::vector<LscdConfig>& lscd_configs() {
   return configs;
 }
 
+const std::vector<BitmapConfig>& bitmap_configs() {
+  static const std::vector<BitmapConfig> configs = {
+#define FLASH_LLM_ROW(name, tile_n, x_stages) {#name, tile_n, x_stages},
+      FLASH_LLM_BITMAP_CONFIGS(FLASH_LLM_ROW)
+#undef FLASH_LLM_ROW
+  };
+  return configs;
+}
+
+FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, const DeviceInfo& device) {
+  if (device.compute_capability == 0) {
+    return {Format::kTiledCsl, "the format that has a CPU kernel"};
+  }
+  if (!device.has_sm90a) {
+    return {Format::kTiledCsl, "the bitmap kernel needs a Hopper GPU and a build for sm_90a"};
+  }
+  const double elems = static_cast<double>(m) * static_cast<double>(k);
+  if (static_cast<double>(nnz) < kBitmapMinDensity * elems) {
+    return {Format::kTiledCsl, "above 93 % zeros 4 bytes per nonzero are fewer than a bitmap"};
+  }
+  return {Format::kBitmap, "fewer bytes, and decoded straight into tensor-core registers"};
+}
+
 std::string SpmmPlan::name() const {
   switch (route) {
     case SpmmRoute::kCpuReference:
@@ -111,21 +214,30 @@ std::string SpmmPlan::name() const {
       return "dense";
     case SpmmRoute::kLscd:
       return lscd_configs()[static_cast<size_t>(config)].name;
+    case SpmmRoute::kBitmap:
+      return bitmap_configs()[static_cast<size_t>(config)].name;
   }
   return "unknown";
 }
 
 std::string SpmmPlan::to_string() const {
   std::string text = name();
-  if (route == SpmmRoute::kLscd) text += " ctas=" + std::to_string(ctas);
+  if (ctas > 0) text += " ctas=" + std::to_string(ctas);
+  if (slot_bytes > 0) text += " slot_bytes=" + std::to_string(slot_bytes);
   if (workspace_bytes > 0) text += " workspace_bytes=" + std::to_string(workspace_bytes);
   return text + " (" + reason + ")";
 }
 
-std::vector<std::string> plan_names(bool cuda) {
-  if (!cuda) return {"cpu_tiles", "cpu_reference", "dense"};
+std::vector<std::string> plan_names(Format format, bool cuda) {
   std::vector<std::string> names;
-  for (const auto& config : lscd_configs()) names.emplace_back(config.name);
+  if (!cuda) {
+    if (format == Format::kTiledCsl) names.emplace_back("cpu_tiles");
+    names.emplace_back("cpu_reference");
+  } else if (format == Format::kTiledCsl) {
+    for (const auto& config : lscd_configs()) names.emplace_back(config.name);
+  } else {
+    for (const auto& config : bitmap_configs()) names.emplace_back(config.name);
+  }
   names.emplace_back("dense");
   return names;
 }
@@ -158,40 +270,37 @@ Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const s
                                std::to_string(device.compute_capability / 10) + "." +
                                std::to_string(device.compute_capability % 10));
   }
-  const std::vector<std::string> names = plan_names(cuda);
-  if (config != "auto" && std::find(names.begin(), names.end(), config) == names.end()) {
-    return Status::invalid_value("config must be \"auto\" or one of " + join(names) + " on " +
+  const std::vector<std::string> names = plan_names(problem.format, cuda);
+  const bool forced = config != "auto";
+  if (forced && std::find(names.begin(), names.end(), config) == names.end()) {
+    return Status::invalid_value("config must be \"auto\" or one of " + join(names) +
+                                 " for format \"" + packed_format(problem.format).name + "\" on " +
                                  (cuda ? "CUDA" : "the CPU") + ", got \"" + config + "\"");
   }
 
   if (config == "dense") return plan_dense(problem, "forced", out);
+  if (cuda && problem.format == Format::kTiledCsl) {
+    if (!forced) return plan_lscd_auto(problem, device, ctas, out);
+    return plan_lscd(problem, device, find_config(lscd_configs(), config), ctas, "forced", out);
+  }
   if (cuda) {
-    if (config != "auto") {
-      return plan_lscd(problem, device, find_config(config), ctas, "forced", out);
-    }
-    const bool low_sparsity =
-        static_cast<double>(problem.nnz) >
-        (1.0 - kLowSparsity) * static_cast<double>(problem.m) * static_cast<double>(problem.k);
-    if (problem.n > (low_sparsity ? kLscdMaxTokensLowSparsity : kLscdMaxTokens)) {
-      return plan_dense(problem,
-                        low_sparsity ? "N > 64 below 65 % zeros: unpacking and cuBLAS cost less"
-                                     : "N > 128: unpacking and cuBLAS cost less",
-                        out);
-    }
-    return plan_lscd(problem, device, config_for(problem.n), ctas,
-                     "the narrowest tile that covers N decodes each weight once", out);
+    if (!forced) return plan_bitmap_auto(problem, device, ctas, out);
+    return plan_bitmap(problem, device, find_config(bitmap_configs(), config), ctas, "forced", out);
   }
   if (config == "cpu_reference") {
     out->route = SpmmRoute::kCpuReference;
     out->reason = "forced";
     return Status::success();
   }
-  if (config == "auto" && problem.n > kCpuTilesMaxTokens) {
+  if (problem.format == Format::kBitmap) {
+    return plan_dense(problem, "the bitmap format has no CPU kernel yet", out);
+  }
+  if (!forced && problem.n > kCpuTilesMaxTokens) {
     return plan_dense(problem, "N > 16: the dense GEMM is compute-bound, unpacking costs less",
                       out);
   }
   out->route = SpmmRoute::kCpuTiles;
-  out->reason = config == "auto" ? "N <= 16: each tile is decoded once per 8 tokens" : "forced";
+  out->reason = forced ? "forced" : "N <= 16: each tile is decoded once per 8 tokens";
   return Status::success();
 }
 

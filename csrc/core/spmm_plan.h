@@ -6,8 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "core/bitmap.h"
 #include "core/spmm.h"
 #include "core/status.h"
+#include "core/tiled_csl.h"
 
 namespace flash_llm {
 
@@ -16,12 +18,16 @@ struct DeviceInfo {
   int compute_capability = 0;
   int num_sms = 0;
   int smem_per_sm_bytes = 0;
+  // Whether code for sm_90a, which no other device runs, can run here: the GPU is a Hopper and the
+  // build has such code.
+  bool has_sm90a = false;
 };
 
 enum class SpmmRoute {
   kCpuReference,  // spmm_cpu_reference
   kCpuTiles,      // spmm_cpu_tiles
-  kLscd,          // the CUDA kernel: load as sparse, compute as dense
+  kLscd,          // Tiled-CSL on CUDA: load as sparse, compute as dense
+  kBitmap,        // Bitmap on sm_90a
   kDense,         // unpack, then the vendor's dense GEMM; CPU and CUDA
 };
 
@@ -54,31 +60,80 @@ inline constexpr int kTileBytes = kTileElems * 2;
 
 const std::vector<LscdConfig>& lscd_configs();
 
+// The same for the bitmap kernel, whose CTAs are alike but for:
+//   name, columns of X per CTA, and stages of X (128 columns of K each) that wait in shared memory
+// clang-format off
+#define FLASH_LLM_BITMAP_CONFIGS(row) \
+  row(n8, 8, 8)                       \
+  row(n16, 16, 8)                     \
+  row(n32, 32, 4)                     \
+  row(n64, 64, 2)
+// clang-format on
+
+struct BitmapConfig {
+  const char* name;
+  int tile_n;
+  int x_stages;
+};
+
+const std::vector<BitmapConfig>& bitmap_configs();
+
+inline constexpr int kBitmapWarps = 16;
+// A CTA works on one chunk per warp at a time: this many rows of W.
+inline constexpr int kBitmapBlockM = kBitmapWarps * kChunkM;
+// Each warp's ring of chunks in flight. A chunk that is larger than a slot takes the whole ring.
+inline constexpr int kBitmapSlots = 2;
+inline constexpr int kMinBitmapSlotBytes = 35 * kChunkRowBytes;
+static_assert(kBitmapSlots * kMinBitmapSlotBytes >= chunk_units(kMaxChunkRows) * kChunkUnitBytes,
+              "the fullest chunk must fit the ring");
+
 // Shared memory of one CTA: a decoded tile for each group of warps that share one.
 constexpr int lscd_smem_bytes(const LscdConfig& config) {
   return kLscdCtaWarps / config.warps_per_tile * kTileBytes;
 }
 
+constexpr int bitmap_x_stage_bytes(const BitmapConfig& config) {
+  return config.tile_n * kChunkK * 2;
+}
+// Barriers and counters, and what aligning the rest to 1024 bytes may cost.
+inline constexpr int kBitmapFixedSmemBytes = 2048;
+
+// Shared memory of one CTA of the bitmap kernel.
+constexpr int bitmap_smem_bytes(const BitmapConfig& config, int slot_bytes) {
+  return kBitmapFixedSmemBytes + config.x_stages * bitmap_x_stage_bytes(config) +
+         kBitmapWarps * kBitmapSlots * slot_bytes;
+}
+
+// The format that multiplies fastest on a device, and one sentence why.
+struct FormatChoice {
+  Format format = Format::kTiledCsl;
+  std::string reason;
+};
+
+FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, const DeviceInfo& device);
+
 struct SpmmPlan {
   SpmmRoute route = SpmmRoute::kCpuTiles;
-  int config = -1;   // index into lscd_configs(), or -1
-  int64_t ctas = 0;  // kLscd: grid size; work is cut evenly between them (stream-K)
-  // Temporary memory: fp32 partial sums and then X in fragment order (kLscd), or the dense weight
-  // (kDense).
+  int config = -1;     // index into the route's configurations, or -1
+  int64_t ctas = 0;    // kernels of ours: grid size; work is cut evenly between them (stream-K)
+  int slot_bytes = 0;  // kBitmap: shared memory for one chunk
+  // Temporary memory: fp32 partial sums and then X in fragment order (kLscd), fp32 partial sums
+  // (kBitmap), or the dense weight (kDense).
   int64_t workspace_bytes = 0;
   int64_t packed_x_bytes = 0;  // the second part of it
   std::string reason;          // one sentence, with the measurement behind it
 
-  // "w1n8", "dense", "cpu_tiles" or "cpu_reference": what `config` of the operator takes.
+  // "w1n8", "n8", "dense", "cpu_tiles" or "cpu_reference": what `config` of the operator takes.
   std::string name() const;
   std::string to_string() const;
 };
 
-// Names that the operator's `config` argument takes on this kind of device, "auto" excepted.
-std::vector<std::string> plan_names(bool cuda);
+// Names that the operator's `config` argument takes for a format on this kind of device, "auto"
+// excepted.
+std::vector<std::string> plan_names(Format format, bool cuda);
 
-// config = "auto" chooses; any other name forces that kernel. ctas = 0 chooses the grid (forcing
-// it matters only to kLscd).
+// config = "auto" chooses; any other name forces that kernel. ctas = 0 chooses the grid (the CPU
+// and the dense route have none).
 Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const std::string& config,
                    int64_t ctas, SpmmPlan* out);
 

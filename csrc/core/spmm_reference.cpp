@@ -12,34 +12,24 @@ namespace {
 
 template <ValueType kType>
 void reference(const SpmmArgs& args, const ParallelFor& parallel_for) {
-  const TiledCslView& weight = args.weight;
+  const PackedFormat& format = packed_format(args.format);
+  const PackedView& weight = args.weight;
   const int64_t m = weight.m, k = weight.k;
-  const int64_t tile_cols = num_tile_cols(k);
-  const int64_t padded_k = tile_cols * kTileK;
-  parallel_for(num_tile_rows(m), 1, [&](int64_t begin, int64_t end) {
-    // One tile row of the dense weight: kTileM x padded_k.
-    std::vector<double> dense(static_cast<size_t>(kTileM * padded_k));
+  parallel_for(format.tile_rows(m), 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint16_t> dense(static_cast<size_t>(format.tile_m * k));  // one tile row
     for (int64_t tile_row = begin; tile_row < end; ++tile_row) {
-      std::fill(dense.begin(), dense.end(), 0.0);
-      for (int64_t tile_col = 0; tile_col < tile_cols; ++tile_col) {
-        const auto [first, last] = tile_entry_range(weight, tile_row * tile_cols + tile_col);
-        for (int64_t i = first; i < last; ++i) {
-          const int place = static_cast<int>(weight.entries[i] >> 16) % kTileElems;
-          dense[static_cast<size_t>(row_of_place(place) * padded_k + tile_col * kTileK +
-                                    col_of_place(place))] =
-              to_float<kType>(static_cast<uint16_t>(weight.entries[i]));
-        }
-      }
-      const int64_t rows = std::min<int64_t>(kTileM, m - tile_row * kTileM);
+      format.unpack_tile_row(weight, tile_row, dense.data());
+      const int64_t row0 = tile_row * format.tile_m;
+      const int64_t rows = std::min<int64_t>(format.tile_m, m - row0);
       for (int64_t token = 0; token < args.n; ++token) {
         for (int64_t row = 0; row < rows; ++row) {
-          const int64_t out = tile_row * kTileM + row;
-          double sum = args.bias ? static_cast<double>(to_float<kType>(args.bias[out])) : 0.0;
+          double sum =
+              args.bias ? static_cast<double>(to_float<kType>(args.bias[row0 + row])) : 0.0;
           for (int64_t col = 0; col < k; ++col) {
-            sum += dense[static_cast<size_t>(row * padded_k + col)] *
+            sum += static_cast<double>(to_float<kType>(dense[static_cast<size_t>(row * k + col)])) *
                    static_cast<double>(to_float<kType>(args.x[token * args.x_stride + col]));
           }
-          args.y[token * m + out] =
+          args.y[token * m + row0 + row] =
               from_float<kType>(round_to_odd(apply_activation(sum, args.activation)));
         }
       }

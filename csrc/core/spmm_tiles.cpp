@@ -9,6 +9,7 @@
 #include "core/activation.h"
 #include "core/element.h"
 #include "core/spmm.h"
+#include "core/tiled_csl.h"
 
 // One binary, several instruction sets: the loader picks the best clone. Sanitizer builds and other
 // compilers or CPUs compile the plain loop.
@@ -46,11 +47,11 @@ constexpr std::array<uint16_t, kTileElems> transposed_places() {
 
 constexpr std::array<uint16_t, kTileElems> kTransposedPlace = transposed_places();
 
-void decode(const TiledCslView& weight, int64_t tile_idx, Tile& tile) {
+void decode(const PackedView& weight, int64_t tile_idx, Tile& tile) {
   tile.values.fill(0);
   const auto [first, last] = tile_entry_range(weight, tile_idx);
   for (int64_t i = first; i < last; ++i) {
-    const uint32_t entry = weight.entries[i];
+    const uint32_t entry = weight.payload[i];
     tile.values[kTransposedPlace[(entry >> 16) % kTileElems]] = static_cast<uint16_t>(entry);
   }
 }
@@ -81,7 +82,7 @@ FLASH_LLM_VECTOR_CLONES void accumulate(const Tile& tile, const float (*x)[kTile
 // One tile row times `tokens` (at most 8) rows of X, which start at `token0`.
 template <ValueType kType>
 void multiply_tile_row(const SpmmArgs& args, int64_t tile_row, int64_t token0, int tokens) {
-  const TiledCslView& weight = args.weight;
+  const PackedView& weight = args.weight;
   const int64_t tile_cols = num_tile_cols(weight.k);
   Tile tile;
   alignas(64) float x[kMaxTokens][kTileK] = {};

@@ -9,11 +9,10 @@
 #include <vector>
 
 #include "core/element.h"
+#include "core/first_failure.h"
 
 namespace flash_llm {
 namespace {
-
-bool is_zero(uint16_t value) { return (value & kMagnitudeMask) == 0; }
 
 // The part of the matrix that tile (tile_row, tile_col) covers; ragged at the edges.
 struct TileExtent {
@@ -80,27 +79,6 @@ void pack_tile(const uint16_t* dense, int64_t ld, const TileExtent& extent, int 
   for (int i = 0; i < num_free; ++i) emit(free_places[static_cast<size_t>(i)], 0);
 }
 
-// First failure of several threads: the one in the lowest tile wins, so messages are repeatable.
-class FirstFailure {
- public:
-  void report(int64_t tile, const std::string& message) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (tile_ < 0 || tile < tile_) {
-      tile_ = tile;
-      message_ = message;
-    }
-  }
-  Status status() const {
-    return tile_ < 0 ? Status::success()
-                     : Status::invalid_value("tile " + std::to_string(tile_) + ": " + message_);
-  }
-
- private:
-  std::mutex mutex_;
-  int64_t tile_ = -1;
-  std::string message_;
-};
-
 }  // namespace
 
 Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
@@ -145,24 +123,22 @@ void tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, con
   });
 }
 
-void tiled_csl_unpack(const TiledCslView& view, const ParallelFor& parallel_for, uint16_t* dense) {
-  parallel_for(num_tiles(view.m, view.k), 4, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const TileExtent extent = tile_extent(tile, view.m, view.k);
-      uint16_t* out = dense + extent.row0 * view.k + extent.col0;
-      for (int row = 0; row < extent.rows; ++row) {
-        std::fill_n(out + row * view.k, extent.cols, uint16_t{0});
-      }
-      const auto [first, last] = tile_entry_range(view, tile);
-      for (int64_t i = first; i < last; ++i) {
-        const int place = static_cast<int>(view.entries[i] >> 16) % kTileElems;
-        const int row = row_of_place(place), col = col_of_place(place);
-        if (row < extent.rows && col < extent.cols) {
-          out[row * view.k + col] = static_cast<uint16_t>(view.entries[i]);
-        }
+void tiled_csl_unpack_tile_row(const PackedView& view, int64_t tile_row, uint16_t* dense) {
+  const int64_t tile_cols = num_tile_cols(view.k);
+  const int64_t rows = std::min<int64_t>(kTileM, view.m - tile_row * kTileM);
+  std::fill_n(dense, rows * view.k, uint16_t{0});
+  for (int64_t tile_col = 0; tile_col < tile_cols; ++tile_col) {
+    const int64_t tile = tile_row * tile_cols + tile_col;
+    const TileExtent extent = tile_extent(tile, view.m, view.k);
+    const auto [first, last] = tile_entry_range(view, tile);
+    for (int64_t i = first; i < last; ++i) {
+      const int place = static_cast<int>(view.payload[i] >> 16) % kTileElems;
+      const int row = row_of_place(place), col = col_of_place(place);
+      if (row < extent.rows && col < extent.cols) {
+        dense[row * view.k + extent.col0 + col] = static_cast<uint16_t>(view.payload[i]);
       }
     }
-  });
+  }
 }
 
 Status tiled_csl_check_sizes(const PackedHeader& header, int64_t num_offsets,
@@ -193,7 +169,7 @@ Status tiled_csl_check_sizes(const PackedHeader& header, int64_t num_offsets,
   return Status::success();
 }
 
-Status tiled_csl_validate(const TiledCslView& view, const ParallelFor& parallel_for) {
+Status tiled_csl_validate(const PackedView& view, const ParallelFor& parallel_for) {
   const int64_t tiles = num_tiles(view.m, view.k);
   if (view.offsets[0] != 0) {
     return Status::invalid_value("offsets[0] must be 0, got " + std::to_string(view.offsets[0]));
@@ -212,13 +188,13 @@ Status tiled_csl_validate(const TiledCslView& view, const ParallelFor& parallel_
                                    std::to_string(kTileElems / kVectorEntries) + " fit");
     }
   }
-  if (int64_t{view.offsets[tiles]} * kVectorEntries != view.num_entries) {
+  if (int64_t{view.offsets[tiles]} * kVectorEntries != view.payload_words) {
     return Status::invalid_value("offsets must end at the payload's " +
-                                 std::to_string(view.num_entries / kVectorEntries) +
+                                 std::to_string(view.payload_words / kVectorEntries) +
                                  " vectors, got " + std::to_string(view.offsets[tiles]));
   }
 
-  FirstFailure failure;
+  FirstFailure failure("tile");
   std::mutex nnz_mutex;
   int64_t nnz = 0;
   parallel_for(tiles, 16, [&](int64_t begin, int64_t end) {
@@ -229,8 +205,8 @@ Status tiled_csl_validate(const TiledCslView& view, const ParallelFor& parallel_
       int padding = 0;
       const auto [first, last] = tile_entry_range(view, tile);
       for (int64_t i = first; i < last; ++i) {
-        const auto place = static_cast<int>(view.entries[i] >> 16);
-        const auto value = static_cast<uint16_t>(view.entries[i]);
+        const auto place = static_cast<int>(view.payload[i] >> 16);
+        const auto value = static_cast<uint16_t>(view.payload[i]);
         if (place >= kTileElems) {
           failure.report(tile, "place must be below 8192, got " + std::to_string(place));
           return;

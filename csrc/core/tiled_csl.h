@@ -39,6 +39,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "core/host_device.h"
+#include "core/packed_format.h"
 #include "core/packed_header.h"
 #include "core/parallel.h"
 #include "core/status.h"
@@ -53,12 +55,6 @@ inline constexpr int kNumBanks = 32;
 inline constexpr int kWarpEntries = 32 * kVectorEntries;  // what one warp-wide 16-byte load brings
 
 // What follows is shared with the CUDA packer and kernels: the bytes must be identical.
-#ifdef __CUDACC__
-#define FLASH_LLM_HOST_DEVICE __host__ __device__
-#else
-#define FLASH_LLM_HOST_DEVICE
-#endif
-
 FLASH_LLM_HOST_DEVICE constexpr int place_of(int row, int col) {
   const int thread = (col >> 3) & 3, chunk = (col >> 5) * 4 + ((col >> 1) & 3), half = col & 1;
   return row * kTileK + ((chunk ^ (row & 7)) << 3) + thread * 2 + half;
@@ -90,44 +86,24 @@ FLASH_LLM_HOST_DEVICE constexpr int64_t num_tile_cols(int64_t k) {
 }
 constexpr int64_t num_tiles(int64_t m, int64_t k) { return num_tile_rows(m) * num_tile_cols(k); }
 
-// A packed weight as the kernels see it; the caller owns the buffers.
-struct TiledCslView {
-  int64_t m = 0;
-  int64_t k = 0;
-  int64_t nnz = 0;
-  const int32_t* offsets = nullptr;   // [num_tiles(m, k) + 1]
-  const uint32_t* entries = nullptr;  // [num_entries]
-  int64_t num_entries = 0;
-};
-
 // [first, last) of a tile's entries, clamped into the buffer: a malformed weight that slipped past
 // validation gives wrong numbers but never touches memory that is not ours.
-inline std::pair<int64_t, int64_t> tile_entry_range(const TiledCslView& view, int64_t tile) {
+inline std::pair<int64_t, int64_t> tile_entry_range(const PackedView& view, int64_t tile) {
   const int64_t first =
-      std::clamp<int64_t>(int64_t{view.offsets[tile]} * kVectorEntries, 0, view.num_entries);
+      std::clamp<int64_t>(int64_t{view.offsets[tile]} * kVectorEntries, 0, view.payload_words);
   const int64_t last = std::clamp<int64_t>(int64_t{view.offsets[tile + 1]} * kVectorEntries, first,
-                                           view.num_entries);
+                                           view.payload_words);
   return {first, last};
 }
 
-// Pass 1 of packing: fills offsets[num_tiles + 1] and *nnz from dense[m, k] (row stride `ld`, in
-// elements, raw 16-bit patterns). Fails when the vectors would not be addressable with 31 bits.
+// The format's row of core/packed_format.h, which says what each of them does.
 Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
                        const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz);
-
-// Pass 2: writes entries[4 * offsets[num_tiles]]. `offsets` comes from tiled_csl_count.
 void tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
                     const ParallelFor& parallel_for, uint32_t* entries);
-
-// Writes every element of dense[m, k] (contiguous). Safe on any buffer that
-// tiled_csl_check_sizes accepts; what a malformed one unpacks to is unspecified.
-void tiled_csl_unpack(const TiledCslView& view, const ParallelFor& parallel_for, uint16_t* dense);
-
-// The cheap check of every call: buffer lengths against the shape, nothing is read.
+void tiled_csl_unpack_tile_row(const PackedView& view, int64_t tile_row, uint16_t* dense);
 Status tiled_csl_check_sizes(const PackedHeader& header, int64_t num_offsets,
                              int64_t payload_words);
-
-// The check in depth, on host buffers of checked sizes: every invariant above.
-Status tiled_csl_validate(const TiledCslView& view, const ParallelFor& parallel_for);
+Status tiled_csl_validate(const PackedView& view, const ParallelFor& parallel_for);
 
 }  // namespace flash_llm

@@ -13,15 +13,14 @@ struct DenseMatrix {
   __device__ const uint16_t* row(int64_t r) const { return data + r * ld; }
 };
 
-// Writes the sum of `count` over the CTA's threads to *total.
-template <typename Total>
-__device__ __forceinline__ void store_cta_sum(int count, Total* total) {
+// The sum of `count` over the CTA's threads; every thread must call it, once.
+__device__ __forceinline__ int cta_sum(int count) {
   __shared__ int sum;
   if (threadIdx.x == 0) sum = 0;
   __syncthreads();
   atomicAdd(&sum, count);
   __syncthreads();
-  if (threadIdx.x == 0) *total = sum;
+  return sum;
 }
 
 }  // namespace flash_llm

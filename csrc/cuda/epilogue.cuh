@@ -1,5 +1,4 @@
-// The epilogue: y = act(sum + bias), rounded once from fp32, for four consecutive rows of one
-// token.
+// The epilogue: y = act(sum + bias), rounded once from fp32.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -50,7 +49,15 @@ struct Epilogue {
   int64_t n;
   Activation activation;
 
-  // Stores y[token, row .. row + 3]; rows and tokens outside the matrix are dropped.
+  // Stores y[token, row]; rows and tokens outside the matrix are dropped.
+  template <ValueType kType>
+  __device__ __forceinline__ void store(int64_t token, int64_t row, float sum) const {
+    if (token >= n || row >= m) return;
+    const float b = bias ? element_to_float<kType>(bias[row]) : 0.0F;
+    y[token * m + row] = element_from_float<kType>(activate(sum + b, activation));
+  }
+
+  // Stores y[token, row .. row + 3]; the same.
   template <ValueType kType>
   __device__ __forceinline__ void store(int64_t token, int64_t row, float4 sums) const {
     if (token >= n || row >= m) return;

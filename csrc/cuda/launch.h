@@ -6,30 +6,42 @@
 
 #include <cstdint>
 
+#include "core/packed_format.h"
 #include "core/prune.h"
 #include "core/spmm.h"
 #include "core/spmm_plan.h"
 #include "core/status.h"
-#include "core/tiled_csl.h"
 
 namespace flash_llm::cuda {
 
-// Y = act(X . W^T + bias) by the plan's kernel (route kLscd). Needs m, n, k > 0; entries 16-byte
-// aligned; y 8-byte aligned; workspace 16-byte aligned, of plan.workspace_bytes. Unless the
-// configuration has packed_x, x must be 16-byte aligned, x_stride a multiple of 8 (or n = 1), and
-// rows readable, and zero, up to the next multiple of kTileK.
+// Y = act(X . W^T + bias) by the plan's kernel. Needs m, n, k > 0; payload 16-byte aligned; y
+// 8-byte aligned; workspace 16-byte aligned, of plan.workspace_bytes.
+//
+// Route kLscd, Tiled-CSL: unless the configuration has packed_x, x must be 16-byte aligned,
+// x_stride a multiple of 8 (or n = 1), and rows readable, and zero, up to the next multiple of
+// kTileK.
 Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, cudaStream_t stream);
 
-// dense[m, k] (contiguous, 16-byte aligned) from a packed weight.
-Status tiled_csl_unpack(const TiledCslView& view, uint16_t* dense, cudaStream_t stream);
+// Route kBitmap, Bitmap on sm_90: x must be 16-byte aligned and x_stride a multiple of 8 (or n =
+// 1). `prefetch` launches dependently: the kernel starts to fetch the weight while the kernel
+// before it in the stream still runs, so that one must not be writing the weight.
+Status spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
+                   cudaStream_t stream);
 
-// Nonzeros of each tile: counts[num_tiles].
-Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* counts,
-                       cudaStream_t stream);
+// One format's packer on the device: the steps of core/packed_format.h.
+struct PackKernels {
+  // Pass 1: units[tiles] and nonzeros nnz[tiles] of each tile.
+  Status (*count)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units,
+                  int32_t* nnz, cudaStream_t stream);
+  // Pass 2: the same bytes as the host's.
+  Status (*pack)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
+                 uint32_t* payload, cudaStream_t stream);
+  // dense[m, k] (contiguous, 16-byte aligned) from a packed weight.
+  Status (*unpack)(const PackedView& view, uint16_t* dense, cudaStream_t stream);
+};
 
-// entries[4 * offsets[num_tiles]], the same bytes as flash_llm::tiled_csl_pack writes.
-Status tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                      const int32_t* offsets, uint32_t* entries, cudaStream_t stream);
+PackKernels tiled_csl_kernels();
+PackKernels bitmap_kernels();
 
 // The steps of magnitude pruning; csrc/torch chains them. Cuts are one per row.
 // Finds each row's cut that drops `count` elements.

@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(kThreads)
   const uint16_t* row = dense.row(blockIdx.x);
   int count = 0;
   for (int64_t i = threadIdx.x; i < dense.k; i += kThreads) count += magnitude(row[i]) == threshold;
-  store_cta_sum(count, &counts[blockIdx.x]);
+  count = cta_sum(count);
+  if (threadIdx.x == 0) counts[blockIdx.x] = count;
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -11,6 +11,13 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same value, of which the compiler no longer knows how to compute it: it keeps the register
+// instead of repeating the computation in a loop.
+__device__ __forceinline__ uint32_t opaque(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ld.global with no L1 allocation: packed weights are read once.
 __device__ __forceinline__ uint4 load_streaming(const uint4* gmem) {
   uint4 v;
@@ -36,6 +43,10 @@ __device__ __forceinline__ void store_shared_u16_if(bool active, uint32_t smem, 
 
 __device__ __forceinline__ void store_shared_zero16(uint32_t smem) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(smem), "r"(0) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_u32(uint32_t smem, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem), "r"(value) : "memory");
 }
 
 // ldmatrix.x4: four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of

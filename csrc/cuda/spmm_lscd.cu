@@ -30,6 +30,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cuda/dependent_launch.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/extract.cuh"
 #include "cuda/launch.h"
@@ -150,14 +151,6 @@ class XFragments {
   int last_token_;
   uint4 reg_[C::kXResident ? 2 : 1][C::kXResident ? C::kBlocksN : 1];
 };
-
-// Waits until the kernel before this one in the stream has finished and its writes are visible; at
-// once if this was no dependent launch.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
 
 constexpr int kPackXThreads = 256;
 
@@ -380,25 +373,6 @@ __global__ void __launch_bounds__(kCtaThreads)
   p.epilogue.store<kType>(n0 + col, row0, total);
 }
 
-// Launches a kernel. A dependent launch (sm_90) may begin while its predecessor in the stream still
-// runs; the kernel itself waits, with cudaGridDependencySynchronize, before it reads what that
-// wrote.
-template <typename... Params, typename... Args>
-Status launch_kernel(const char* what, void (*kernel)(Params...), dim3 grid, int threads,
-                     int smem_bytes, bool dependent, cudaStream_t stream, Args... args) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = static_cast<unsigned>(threads);
-  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
-  return cuda::check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), what);
-}
-
 template <typename C>
 Status launch(const LscdParams& params, cudaStream_t stream) {
   // Idempotent and legal during graph capture; it applies to the current device.
@@ -454,7 +428,7 @@ Status check(cudaError_t error, const char* what) {
 }
 
 Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, cudaStream_t stream) {
-  const TiledCslView& weight = args.weight;
+  const PackedView& weight = args.weight;
   if (plan.route != SpmmRoute::kLscd || plan.config < 0 ||
       plan.config >= static_cast<int>(lscd_configs().size())) {
     return Status::invalid_value("plan " + plan.to_string() + " names no LSCD kernel");
@@ -470,8 +444,8 @@ Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, cu
   params.x = args.x;
   params.x_stride = args.x_stride;
   params.offsets = weight.offsets;
-  params.entries = weight.entries;
-  params.num_vectors = static_cast<int>(weight.num_entries / kVectorEntries);
+  params.entries = weight.payload;
+  params.num_vectors = static_cast<int>(weight.payload_words / kVectorEntries);
   params.tile_rows = static_cast<int>(num_tile_rows(weight.m));
   params.schedule =
       StreamK(col_blocks * num_tile_rows(weight.m), num_tile_cols(weight.k), plan.ctas);

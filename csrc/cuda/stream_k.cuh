@@ -35,6 +35,13 @@ struct StreamK {
     return cta * units_per_cta + (cta < extra_units ? cta : extra_units);
   }
 
+  // The CTA that works on a unit.
+  FLASH_LLM_HOST_DEVICE int cta_of(int unit) const {
+    const int in_longer_ctas = extra_units * (units_per_cta + 1);
+    return unit < in_longer_ctas ? unit / (units_per_cta + 1)
+                                 : extra_units + (unit - in_longer_ctas) / units_per_cta;
+  }
+
   // Whether any tile row is shared between CTAs.
   bool cuts_rows() const { return extra_units != 0 || units_per_cta % tile_cols != 0; }
 };

@@ -37,13 +37,18 @@ __device__ __forceinline__ uint16_t load_or_zero(const DenseMatrix& dense, const
                                             : uint16_t{0};
 }
 
-__global__ void __launch_bounds__(kThreads) count_kernel(DenseMatrix dense, int32_t* counts) {
+__global__ void __launch_bounds__(kThreads)
+    count_kernel(DenseMatrix dense, int32_t* units, int32_t* nnz) {
   const TileOrigin tile(dense.m, dense.k);
   int count = 0;
   for (int i = threadIdx.x; i < kTileElems; i += kThreads) {
     count += is_nonzero(load_or_zero(dense, tile, i / kTileK, i % kTileK));
   }
-  store_cta_sum(count, &counts[blockIdx.x]);
+  count = cta_sum(count);
+  if (threadIdx.x == 0) {
+    nnz[blockIdx.x] = count;
+    units[blockIdx.x] = (count + kVectorEntries - 1) / kVectorEntries;
+  }
 }
 
 // The order of entries is (rank within bank, bank). With len[b] entries in bank b, the entry of
@@ -122,17 +127,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) unpack_kernel(TiledCslView view, uint16_t* dense) {
+__global__ void __launch_bounds__(kThreads) unpack_kernel(PackedView view, uint16_t* dense) {
   __shared__ __align__(16) uint16_t values[kTileElems];
   const TileOrigin tile(view.m, view.k);
   for (int i = threadIdx.x; i < kTileBytes / 16; i += kThreads) {
     reinterpret_cast<uint4*>(values)[i] = make_uint4(0, 0, 0, 0);
   }
   __syncthreads();
-  const int max_vectors = static_cast<int>(view.num_entries / kVectorEntries);
+  const int max_vectors = static_cast<int>(view.payload_words / kVectorEntries);
   const int first = max(0, min(view.offsets[blockIdx.x], max_vectors));
   const int last = max(0, min(view.offsets[blockIdx.x + 1], max_vectors));
-  const uint4* vectors = reinterpret_cast<const uint4*>(view.entries);
+  const uint4* vectors = reinterpret_cast<const uint4*>(view.payload);
 #pragma unroll 4
   for (int i = first + static_cast<int>(threadIdx.x); i < last; i += kThreads) {
     const uint4 v = __ldg(vectors + i);
@@ -166,33 +171,33 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(TiledCslView view, uin
   }
 }
 
-}  // namespace
-
-namespace cuda {
-
-Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* counts,
-                       cudaStream_t stream) {
+Status count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units, int32_t* nnz,
+             cudaStream_t stream) {
   const int64_t tiles = num_tiles(m, k);
   if (tiles == 0) return Status::success();
-  count_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>({dense, ld, m, k}, counts);
-  return check(cudaGetLastError(), "count_kernel launch");
+  count_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>({dense, ld, m, k}, units,
+                                                                      nnz);
+  return cuda::check(cudaGetLastError(), "count_kernel launch");
 }
 
-Status tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                      const int32_t* offsets, uint32_t* entries, cudaStream_t stream) {
+Status pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
+            uint32_t* entries, cudaStream_t stream) {
   const int64_t tiles = num_tiles(m, k);
   if (tiles == 0) return Status::success();
   pack_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>({dense, ld, m, k}, offsets,
                                                                      entries);
-  return check(cudaGetLastError(), "pack_kernel launch");
+  return cuda::check(cudaGetLastError(), "pack_kernel launch");
 }
 
-Status tiled_csl_unpack(const TiledCslView& view, uint16_t* dense, cudaStream_t stream) {
+Status unpack(const PackedView& view, uint16_t* dense, cudaStream_t stream) {
   const int64_t tiles = num_tiles(view.m, view.k);
   if (tiles == 0) return Status::success();
   unpack_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(view, dense);
-  return check(cudaGetLastError(), "unpack_kernel launch");
+  return cuda::check(cudaGetLastError(), "unpack_kernel launch");
 }
 
-}  // namespace cuda
+}  // namespace
+
+cuda::PackKernels cuda::tiled_csl_kernels() { return {count, pack, unpack}; }
+
 }  // namespace flash_llm

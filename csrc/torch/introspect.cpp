@@ -5,7 +5,9 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
+#include "core/packed_format.h"
 #include "core/packed_header.h"
 #include "core/spmm_plan.h"
 #include "core/tiled_csl.h"
@@ -38,40 +40,69 @@ py::list configs() {
   for (const LscdConfig& config : lscd_configs()) {
     py::dict row;
     row["name"] = config.name;
-    row["warps_per_tile"] = config.warps_per_tile;
+    row["format"] = packed_format(Format::kTiledCsl).name;
     row["tile_n"] = config.tile_n;
+    row["warps_per_tile"] = config.warps_per_tile;
     row["ctas_per_sm"] = config.ctas_per_sm;
     row["packed_x"] = config.packed_x;
     row["smem_bytes"] = lscd_smem_bytes(config);
     list.append(row);
   }
+  for (const BitmapConfig& config : bitmap_configs()) {
+    py::dict row;
+    row["name"] = config.name;
+    row["format"] = packed_format(Format::kBitmap).name;
+    row["tile_n"] = config.tile_n;
+    row["x_stages"] = config.x_stages;
+    row["ctas_per_sm"] = 1;
+    row["smem_bytes"] = bitmap_smem_bytes(config, kMinBitmapSlotBytes);
+    list.append(row);
+  }
   return list;
 }
 
-std::string explain_plan(int64_t m, int64_t n, int64_t k, int64_t nnz,
-                         const std::string& value_type, int compute_capability, int num_sms,
-                         int smem_per_sm_bytes, const std::string& config, int64_t ctas) {
-  if (value_type != "float16" && value_type != "bfloat16") {
-    throw py::type_error(
-        "flash_llm::explain_plan: value_type must be \"float16\" or \"bfloat16\", got \"" +
-        value_type + "\"");
-  }
-  SpmmProblem problem{m,
-                      n,
-                      k,
-                      nnz,
-                      Format::kTiledCsl,
-                      value_type == "float16" ? ValueType::kFloat16 : ValueType::kBfloat16};
-  SpmmPlan plan;
-  const Status status =
-      select_plan(problem, {compute_capability, num_sms, smem_per_sm_bytes}, config, ctas, &plan);
-  const std::string message = "flash_llm::explain_plan: " + status.message;
+void raise_if_error(const char* what, const Status& status) {
+  const std::string message = std::string("flash_llm::") + what + ": " + status.message;
   if (status.code == StatusCode::kUnsupported) {
     PyErr_SetString(PyExc_NotImplementedError, message.c_str());
     throw py::error_already_set();
   }
   if (!status.ok()) throw py::value_error(message);
+}
+
+std::vector<std::string> names_of_plans(const std::string& format, bool cuda) {
+  Format id;
+  raise_if_error("plan_names", parse_format(format, &id));
+  return plan_names(id, cuda);
+}
+
+std::string explain_plan(int64_t m, int64_t n, int64_t k, int64_t nnz,
+                         const std::string& value_type, const std::string& format,
+                         int compute_capability, int num_sms, int smem_per_sm_bytes,
+                         const std::string& config, int64_t ctas) {
+  if (value_type != "float16" && value_type != "bfloat16") {
+    throw py::type_error(
+        "flash_llm::explain_plan: value_type must be \"float16\" or \"bfloat16\", got \"" +
+        value_type + "\"");
+  }
+  // As a build with the default list of architectures would answer.
+  const DeviceInfo device{compute_capability, num_sms, smem_per_sm_bytes, compute_capability == 90};
+  SpmmProblem problem{m, n, k, nnz};
+  problem.value_type = value_type == "float16" ? ValueType::kFloat16 : ValueType::kBfloat16;
+  if (format == "auto") {
+    problem.format = select_format(m, k, nnz, device).format;
+  } else {
+    raise_if_error("explain_plan", parse_format(format, &problem.format));
+  }
+  SpmmPlan plan;
+  raise_if_error("explain_plan", select_plan(problem, device, config, ctas, &plan));
   return plan.to_string();
+}
+
+py::tuple explain_format(int64_t m, int64_t k, int64_t nnz, int compute_capability) {
+  const DeviceInfo device{compute_capability, 0, 0, compute_capability == 90};
+  const FormatChoice choice = select_format(m, k, nnz, device);
+  return py::make_tuple(packed_format(choice.format).name, choice.reason);
 }
 
 }  // namespace
@@ -82,16 +113,25 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Host-side facts about flash_llm's build, kernels and format.";
   m.def("build_info", &build_info);
   m.def("configs", &configs);
-  m.def("plan_names", &plan_names, py::arg("cuda"));
+  m.def("plan_names", &names_of_plans, py::arg("format"), py::arg("cuda"));
   m.def("explain_plan", &explain_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("nnz"),
-        py::arg("value_type"), py::arg("compute_capability"), py::arg("num_sms"),
+        py::arg("value_type"), py::arg("format"), py::arg("compute_capability"), py::arg("num_sms"),
         py::arg("smem_per_sm_bytes"), py::arg("config") = "auto", py::arg("ctas") = 0);
   m.def("place_of", &place_of, py::arg("row"), py::arg("col"));
   m.def("row_of_place", &row_of_place, py::arg("place"));
   m.def("col_of_place", &col_of_place, py::arg("place"));
-  m.attr("TILE_M") = kTileM;
-  m.attr("TILE_K") = kTileK;
-  m.attr("VECTOR_ENTRIES") = kVectorEntries;
+  m.def("explain_format", &explain_format, py::arg("m"), py::arg("k"), py::arg("nnz"),
+        py::arg("compute_capability"));
+  py::dict formats;
+  for (const Format id : {Format::kTiledCsl, Format::kBitmap}) {
+    const PackedFormat& format = packed_format(id);
+    py::dict row;
+    row["tile_m"] = format.tile_m;
+    row["tile_k"] = format.tile_k;
+    row["unit_words"] = format.unit_words;
+    formats[format.name] = row;
+  }
+  m.attr("FORMATS") = formats;
   m.attr("PACKED_MAGIC") = kPackedMagic;
   m.attr("PACKED_VERSION") = kPackedVersion;
 }

@@ -12,11 +12,11 @@
 #include <tuple>
 #include <vector>
 
+#include "core/packed_format.h"
 #include "core/packed_header.h"
 #include "core/prune.h"
 #include "core/spmm.h"
 #include "core/spmm_plan.h"
-#include "core/tiled_csl.h"
 
 #ifdef FLASH_LLM_WITH_CUDA
 #include <ATen/cuda/CUDAContext.h>
@@ -78,7 +78,9 @@ struct PackedWeight {
   PackedHeader header;
   Tensor offsets, payload;
 
-  TiledCslView view() const {
+  const PackedFormat& format() const { return packed_format(header.format); }
+
+  PackedView view() const {
     return {header.m,
             header.k,
             header.nnz,
@@ -105,7 +107,7 @@ PackedWeight check_packed(const char* op, at::IntArrayRef header, const Tensor& 
   TORCH_CHECK_TYPE(offsets.device() == payload.device(), "flash_llm::", op,
                    ": offsets and payload must be on one device, got ", offsets.device(), " and ",
                    payload.device());
-  raise_if_error(op, tiled_csl_check_sizes(weight.header, offsets.numel(), payload.numel()));
+  raise_if_error(op, weight.format().check_sizes(weight.header, offsets.numel(), payload.numel()));
   weight.offsets = offsets.contiguous();
   weight.payload = payload.contiguous();
   // Kernels read whole 16-byte vectors; a view into a larger buffer may start anywhere.
@@ -129,8 +131,6 @@ DenseMatrix check_dense(const char* op, const Tensor& dense) {
   const int64_t m = dense.size(0), k = dense.size(1);
   TORCH_CHECK_VALUE(m <= INT32_MAX && k <= INT32_MAX, "flash_llm::", op,
                     ": dense must have at most 2^31 - 1 rows and columns, got ", m, "x", k);
-  TORCH_CHECK_VALUE(num_tiles(m, k) < INT32_MAX, "flash_llm::", op, ": a dense weight of ", m, "x",
-                    k, " has more tiles than 32-bit indices can count");
   const bool rows_contiguous = k <= 1 || dense.stride(1) == 1;
   const Tensor rows =
       rows_contiguous && (m <= 1 || dense.stride(0) >= 0) ? dense : dense.contiguous();
@@ -155,10 +155,29 @@ PackedHeader make_header(const DenseMatrix& dense, Format format, int64_t nnz, i
   return header;
 }
 
-Format check_format(const char* op, c10::string_view name) {
-  Format format;
-  raise_if_error(op, parse_format(std::string(name), &format));
+// The format to pack `dense`, a checked matrix on `device`, into; "auto" counts its nonzeros.
+const PackedFormat& choose_format(const char* op, c10::string_view name, const DenseMatrix& dense,
+                                  const DeviceInfo& device) {
+  Format id;
+  if (name == "auto") {
+    // The count waits for the device, and only where it could make a difference.
+    const int64_t nnz =
+        device.has_sm90a ? at::count_nonzero(dense.tensor).item<int64_t>() : int64_t{0};
+    id = select_format(dense.m, dense.k, nnz, device).format;
+  } else {
+    raise_if_error(op, parse_format(std::string(name), &id));
+  }
+  const PackedFormat& format = packed_format(id);
+  TORCH_CHECK_VALUE(format.tiles(dense.m, dense.k) < INT32_MAX, "flash_llm::", op,
+                    ": a dense weight of ", dense.m, "x", dense.k,
+                    " has more tiles than 32-bit indices can count");
   return format;
+}
+
+// Before any work: an unknown name.
+void check_format(const char* op, c10::string_view name) {
+  Format id;
+  if (name != "auto") raise_if_error(op, parse_format(std::string(name), &id));
 }
 
 PruneTarget check_prune_target(std::optional<double> sparsity, c10::string_view scope) {
@@ -178,8 +197,8 @@ struct SpmmCall {
   std::vector<int64_t> y_sizes;
 
   SpmmProblem problem() const {
-    return {weight.header.m,         n, weight.header.k, weight.header.nnz, weight.header.format,
-            weight.header.value_type};
+    const PackedHeader& h = weight.header;
+    return {h.m, n, h.k, h.nnz, h.format, h.value_type};
   }
 };
 
@@ -245,6 +264,7 @@ SpmmArgs spmm_args(const SpmmCall& call, const Tensor& y) {
   SpmmArgs args;
   args.x = raw(call.x);
   args.x_stride = call.x.stride(0);
+  args.format = call.weight.header.format;
   args.weight = call.weight.view();
   args.bias = call.bias ? raw(*call.bias) : nullptr;
   args.y = mutable_raw(y);
@@ -268,41 +288,44 @@ Tensor spmm_degenerate(const SpmmCall& call) {
 
 // ---- CPU ----
 
-Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, Format format) {
+Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
   Tensor offsets =
-      at::empty({num_tiles(dense.m, dense.k) + 1}, dense.tensor.options().dtype(at::kInt));
+      at::empty({format.tiles(dense.m, dense.k) + 1}, dense.tensor.options().dtype(at::kInt));
   int32_t* offsets_data = offsets.mutable_data_ptr<int32_t>();
   int64_t nnz = 0;
-  raise_if_error(op, tiled_csl_count(raw(dense.tensor), dense.ld, dense.m, dense.k, parallel_for,
-                                     offsets_data, &nnz));
-  const int64_t words = int64_t{offsets_data[offsets.numel() - 1]} * kVectorEntries;
+  raise_if_error(op, format.count(raw(dense.tensor), dense.ld, dense.m, dense.k, parallel_for,
+                                  offsets_data, &nnz));
+  const int64_t words = int64_t{offsets_data[offsets.numel() - 1]} * format.unit_words;
   Tensor payload = at::empty({words}, offsets.options());
-  tiled_csl_pack(raw(dense.tensor), dense.ld, dense.m, dense.k, offsets_data, parallel_for,
-                 reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()));
-  return {header_tensor(make_header(dense, format, nnz, words)), offsets, payload};
+  format.pack(raw(dense.tensor), dense.ld, dense.m, dense.k, offsets_data, parallel_for,
+              reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()));
+  return {header_tensor(make_header(dense, format.id, nnz, words)), offsets, payload};
 }
 
 Packed pack_cpu(const Tensor& dense, c10::string_view format) {
-  return pack_dense_cpu("pack", check_dense("pack", dense), check_format("pack", format));
+  check_format("pack", format);
+  const DenseMatrix matrix = check_dense("pack", dense);
+  return pack_dense_cpu("pack", matrix, choose_format("pack", format, matrix, DeviceInfo{}));
 }
 
 Packed prune_pack_cpu(const Tensor& dense, std::optional<double> sparsity, c10::string_view scope,
                       c10::string_view format) {
   DenseMatrix matrix = check_dense("prune_pack", dense);
-  const Format packed_format = check_format("prune_pack", format);
+  check_format("prune_pack", format);
   const PruneTarget target = check_prune_target(sparsity, scope);
   const Tensor pruned =
       at::empty({matrix.m, matrix.k}, dense.options(), at::MemoryFormat::Contiguous);
   prune_magnitude(raw(matrix.tensor), matrix.ld, matrix.m, matrix.k, target, parallel_for,
                   mutable_raw(pruned));
-  return pack_dense_cpu("prune_pack", {pruned, matrix.value_type, matrix.m, matrix.k, matrix.k},
-                        packed_format);
+  const DenseMatrix kept = {pruned, matrix.value_type, matrix.m, matrix.k, matrix.k};
+  return pack_dense_cpu("prune_pack", kept,
+                        choose_format("prune_pack", format, kept, DeviceInfo{}));
 }
 
 Tensor unpack_weight_cpu(const PackedWeight& weight) {
   const PackedHeader& h = weight.header;
   Tensor dense = at::empty({h.m, h.k}, weight.payload.options().dtype(scalar_type(h.value_type)));
-  tiled_csl_unpack(weight.view(), parallel_for, mutable_raw(dense));
+  unpack(weight.format(), weight.view(), parallel_for, mutable_raw(dense));
   return dense;
 }
 
@@ -312,12 +335,13 @@ Tensor unpack_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& p
 
 void validate_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
   const PackedWeight weight = check_packed("validate", header, offsets, payload);
-  raise_if_error("validate", tiled_csl_validate(weight.view(), parallel_for));
+  raise_if_error("validate", weight.format().validate(weight.view(), parallel_for));
 }
 
 Tensor spmm_cpu(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
                 const Tensor& payload, const std::optional<Tensor>& bias,
-                c10::string_view activation, c10::string_view config, int64_t ctas) {
+                c10::string_view activation, c10::string_view config, int64_t ctas,
+                bool /*prefetch*/) {
   const SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation);
   SpmmPlan plan;
   raise_if_error("spmm",
@@ -341,35 +365,49 @@ cudaStream_t current_stream() { return at::cuda::getCurrentCUDAStream().stream()
 
 DeviceInfo current_device_info() {
   const cudaDeviceProp* properties = at::cuda::getCurrentDeviceProperties();
-  return {properties->major * 10 + properties->minor, properties->multiProcessorCount,
-          static_cast<int>(properties->sharedMemPerMultiprocessor)};
+  DeviceInfo device;
+  device.compute_capability = properties->major * 10 + properties->minor;
+  device.num_sms = properties->multiProcessorCount;
+  device.smem_per_sm_bytes = static_cast<int>(properties->sharedMemPerMultiprocessor);
+  device.has_sm90a = device.compute_capability == 90 &&
+                     std::string(FLASH_LLM_CUDA_ARCHS).find("9.0a") != std::string::npos;
+  return device;
 }
 
-Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, Format format) {
-  const int64_t tiles = num_tiles(dense.m, dense.k);
+cuda::PackKernels pack_kernels(Format format) {
+  return format == Format::kTiledCsl ? cuda::tiled_csl_kernels() : cuda::bitmap_kernels();
+}
+
+Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
+  const cuda::PackKernels kernels = pack_kernels(format.id);
+  const int64_t tiles = format.tiles(dense.m, dense.k);
   const auto int_options = dense.tensor.options().dtype(at::kInt);
-  const Tensor counts = at::empty({tiles}, int_options);
-  raise_if_error(op, cuda::tiled_csl_count(raw(dense.tensor), dense.ld, dense.m, dense.k,
-                                           counts.mutable_data_ptr<int32_t>(), current_stream()));
-  const Tensor vectors = at::floor_divide(counts + (kVectorEntries - 1), kVectorEntries);
-  const Tensor ends = at::cumsum(vectors, 0, at::kLong);
-  const int64_t nnz = at::sum(counts, at::kLong).item<int64_t>();
-  const int64_t total = tiles > 0 ? ends[tiles - 1].item<int64_t>() : 0;
-  TORCH_CHECK_VALUE(total <= INT32_MAX, "flash_llm::", op, ": a weight of ", dense.m, "x", dense.k,
-                    " has more nonzeros than 31-bit vector offsets can address");
+  const Tensor counts = at::empty({2, tiles}, int_options);  // units and nonzeros of each tile
+  const Tensor units = counts[0], nnz = counts[1];
+  raise_if_error(op, kernels.count(raw(dense.tensor), dense.ld, dense.m, dense.k,
+                                   units.mutable_data_ptr<int32_t>(),
+                                   nnz.mutable_data_ptr<int32_t>(), current_stream()));
+  const Tensor totals = at::sum(counts, 1, false, at::kLong).cpu();  // the one wait for the device
+  const int64_t total_units = totals[0].item<int64_t>(), total_nnz = totals[1].item<int64_t>();
+  TORCH_CHECK_VALUE(total_units <= INT32_MAX, "flash_llm::", op, ": a weight of ", dense.m, "x",
+                    dense.k, " has more nonzeros than 31-bit offsets can address");
   Tensor offsets = at::zeros({tiles + 1}, int_options);
-  offsets.narrow(0, 1, tiles).copy_(ends);
-  Tensor payload = at::empty({total * kVectorEntries}, int_options);
-  raise_if_error(
-      op, cuda::tiled_csl_pack(
-              raw(dense.tensor), dense.ld, dense.m, dense.k, offsets.const_data_ptr<int32_t>(),
-              reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()), current_stream()));
-  return {header_tensor(make_header(dense, format, nnz, total * kVectorEntries)), offsets, payload};
+  offsets.narrow(0, 1, tiles).copy_(at::cumsum(units, 0, at::kInt));
+  Tensor payload = at::empty({total_units * format.unit_words}, int_options);
+  raise_if_error(op, kernels.pack(raw(dense.tensor), dense.ld, dense.m, dense.k,
+                                  offsets.const_data_ptr<int32_t>(),
+                                  reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()),
+                                  current_stream()));
+  return {header_tensor(make_header(dense, format.id, total_nnz, total_units * format.unit_words)),
+          offsets, payload};
 }
 
 Packed pack_cuda(const Tensor& dense, c10::string_view format) {
   const c10::cuda::CUDAGuard guard(dense.device());
-  return pack_dense_cuda("pack", check_dense("pack", dense), check_format("pack", format));
+  check_format("pack", format);
+  const DenseMatrix matrix = check_dense("pack", dense);
+  return pack_dense_cuda("pack", matrix,
+                         choose_format("pack", format, matrix, current_device_info()));
 }
 
 // Per-row cuts of a layer-wide target: one threshold, ties spent in row-major order.
@@ -421,16 +459,18 @@ Packed prune_pack_cuda(const Tensor& dense, std::optional<double> sparsity, c10:
                        c10::string_view format) {
   const c10::cuda::CUDAGuard guard(dense.device());
   const DenseMatrix matrix = check_dense("prune_pack", dense);
-  const Format packed_format = check_format("prune_pack", format);
+  check_format("prune_pack", format);
   const Tensor pruned = prune_cuda(matrix, check_prune_target(sparsity, scope));
-  return pack_dense_cuda("prune_pack", {pruned, matrix.value_type, matrix.m, matrix.k, matrix.k},
-                         packed_format);
+  const DenseMatrix kept = {pruned, matrix.value_type, matrix.m, matrix.k, matrix.k};
+  return pack_dense_cuda("prune_pack", kept,
+                         choose_format("prune_pack", format, kept, current_device_info()));
 }
 
 Tensor unpack_weight_cuda(const char* op, const PackedWeight& weight) {
   const PackedHeader& h = weight.header;
   Tensor dense = at::empty({h.m, h.k}, weight.payload.options().dtype(scalar_type(h.value_type)));
-  raise_if_error(op, cuda::tiled_csl_unpack(weight.view(), mutable_raw(dense), current_stream()));
+  raise_if_error(
+      op, pack_kernels(h.format).unpack(weight.view(), mutable_raw(dense), current_stream()));
   return dense;
 }
 
@@ -446,10 +486,10 @@ void validate_cuda(at::IntArrayRef header, const Tensor& offsets, const Tensor& 
   validate_cpu(header, weight.offsets.cpu(), weight.payload.cpu());
 }
 
-// X as the kernel wants it: 16-byte pieces, rows that reach to the end of the last tile. Most
-// models have it so; else a small padded copy is made.
-Tensor kernel_ready(const Tensor& x, int64_t k) {
-  const int64_t padded_k = num_tile_cols(k) * kTileK;
+// X as the kernels want it: 16-byte pieces, rows padded with zeros to a multiple of `multiple`
+// columns. Most models have it so; else a small copy is made.
+Tensor kernel_ready(const Tensor& x, int64_t multiple) {
+  const int64_t k = x.size(1), padded_k = (k + multiple - 1) / multiple * multiple;
   const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 &&
                        (x.size(0) <= 1 || (x.stride(0) % 8 == 0 && x.stride(0) >= k &&
                                            x.stride(0) <= kMaxLscdStride));
@@ -461,7 +501,8 @@ Tensor kernel_ready(const Tensor& x, int64_t k) {
 
 Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
                  const Tensor& payload, const std::optional<Tensor>& bias,
-                 c10::string_view activation, c10::string_view config, int64_t ctas) {
+                 c10::string_view activation, c10::string_view config, int64_t ctas,
+                 bool prefetch) {
   // Checked before the guard: any one argument on a GPU brings a call here.
   SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation);
   const c10::cuda::CUDAGuard guard(x.device());
@@ -472,11 +513,15 @@ Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
   if (plan.route == SpmmRoute::kDense) {
     return spmm_dense(call, unpack_weight_cuda("spmm", call.weight));
   }
-  if (plan.packed_x_bytes == 0) call.x = kernel_ready(call.x, call.weight.header.k);
+  const bool bitmap = plan.route == SpmmRoute::kBitmap;
+  if (plan.packed_x_bytes == 0) call.x = kernel_ready(call.x, bitmap ? 8 : kTileK);
   const Tensor y = at::empty(call.y_sizes, call.x.options());
   const Tensor workspace = at::empty({plan.workspace_bytes}, y.options().dtype(at::kByte));
-  raise_if_error("spmm", cuda::spmm_lscd(plan, spmm_args(call, y), workspace.mutable_data_ptr(),
-                                         current_stream()));
+  const SpmmArgs args = spmm_args(call, y);
+  raise_if_error(
+      "spmm", bitmap ? cuda::spmm_bitmap(plan, args, workspace.mutable_data_ptr(), prefetch,
+                                         current_stream())
+                     : cuda::spmm_lscd(plan, args, workspace.mutable_data_ptr(), current_stream()));
   return y;
 }
 
@@ -497,7 +542,7 @@ Packed prune_pack_cuda(const Tensor&, std::optional<double>, c10::string_view, c
 Tensor unpack_cuda(at::IntArrayRef, const Tensor&, const Tensor&) { raise_no_cuda("unpack"); }
 void validate_cuda(at::IntArrayRef, const Tensor&, const Tensor&) { raise_no_cuda("validate"); }
 Tensor spmm_cuda(const Tensor&, at::IntArrayRef, const Tensor&, const Tensor&,
-                 const std::optional<Tensor>&, c10::string_view, c10::string_view, int64_t) {
+                 const std::optional<Tensor>&, c10::string_view, c10::string_view, int64_t, bool) {
   raise_no_cuda("spmm");
 }
 
@@ -509,11 +554,11 @@ Tensor spmm_cuda(const Tensor&, at::IntArrayRef, const Tensor&, const Tensor&,
 TORCH_LIBRARY(flash_llm, m) {
   m.def(
       "spmm(Tensor x, int[] header, Tensor offsets, Tensor payload, Tensor? bias=None, "
-      "str activation=\"none\", str config=\"auto\", int ctas=0) -> Tensor");
-  m.def("pack(Tensor dense, str format=\"tiled_csl\") -> (Tensor, Tensor, Tensor)");
+      "str activation=\"none\", str config=\"auto\", int ctas=0, bool prefetch=True) -> Tensor");
+  m.def("pack(Tensor dense, str format=\"auto\") -> (Tensor, Tensor, Tensor)");
   m.def(
       "prune_pack(Tensor dense, float? sparsity=None, str scope=\"row\", "
-      "str format=\"tiled_csl\") -> (Tensor, Tensor, Tensor)");
+      "str format=\"auto\") -> (Tensor, Tensor, Tensor)");
   m.def("unpack(int[] header, Tensor offsets, Tensor payload) -> Tensor");
   m.def("validate(int[] header, Tensor offsets, Tensor payload) -> ()");
 }

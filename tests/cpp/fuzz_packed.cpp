@@ -1,28 +1,39 @@
 // fuzz_packed SECONDS [SEED]: throws damaged packed weights at header parsing, validate, unpack and
-// the CPU kernel. Meant for a build with ASan and UBSan, which end the run at the first bad access.
+// a CPU kernel, in every format. Meant for a build with ASan and UBSan, which end the run at the
+// first bad access.
 //
 // Each round packs a random matrix, damages it in a few places (or not at all, or replaces it by
 // noise) and checks what must hold whatever the damage:
 //   * an undamaged weight validates, and unpacks to what was packed;
-//   * a weight that validates is canonical: unpacking, packing again and unpacking gives the same
-//     matrix and the same nnz;
+//   * a weight that validates means one matrix: unpacking, packing again, in any format, and
+//     unpacking gives that matrix and the same nnz;
 //   * unpack and spmm on anything that passes the cheap size check touch no foreign memory.
 // A failure prints the seed and the round, which reproduce it.
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "core/packed_format.h"
 #include "core/packed_header.h"
 #include "core/spmm.h"
-#include "core/tiled_csl.h"
 #include "testing.h"
 
 namespace flash_llm::testing {
 namespace {
+
+constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap};
+
+struct Outcomes {
+  uint64_t accepted = 0;
+  uint64_t refused = 0;
+};
 
 class Fuzzer {
  public:
@@ -35,8 +46,9 @@ class Fuzzer {
     const double sparsities[] = {0.0, 0.3, 0.7, 0.97, 1.0};
     const DenseMatrix dense =
         random_patterns(m, k, sparsities[below(5)], static_cast<uint32_t>(rng_()), below(3));
+    const Format format = kFormats[below(2)];
     Packed packed;
-    require(pack(dense, serial_for, &packed).ok(), "pack refused a small matrix");
+    require(pack(dense, format, serial_for, &packed).ok(), "pack refused a small matrix");
 
     const int64_t damages = below(4);
     for (int64_t i = 0; i < damages; ++i) damage(packed);
@@ -53,11 +65,10 @@ class Fuzzer {
         }
       }
     }
-    exercise(packed);
+    ++(exercise(packed) ? outcomes_[format].accepted : outcomes_[format].refused);
   }
 
-  uint64_t accepted() const { return accepted_; }
-  uint64_t refused() const { return refused_; }
+  Outcomes outcomes(Format format) { return outcomes_[format]; }
 
  private:
   int64_t below(int64_t bound) {
@@ -65,8 +76,8 @@ class Fuzzer {
   }
 
   int64_t pick_size() {
-    const int64_t sizes[] = {0, 1, 3, 63, 64, 65, 127, 128, 129, 200, 260};
-    return sizes[below(11)];
+    const int64_t sizes[] = {0, 1, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 260};
+    return sizes[below(14)];
   }
 
   int64_t interesting() {
@@ -75,6 +86,9 @@ class Fuzzer {
                               -1,
                               3,
                               4,
+                              9,
+                              137,
+                              139,
                               8191,
                               8192,
                               8193,
@@ -88,7 +102,7 @@ class Fuzzer {
                               int64_t{1} << 31,
                               int64_t{1} << 62,
                               127};
-    return values[below(18)];
+    return values[below(21)];
   }
 
   // Up to 2 more or less, wrapping around as corrupted integers do.
@@ -106,7 +120,7 @@ class Fuzzer {
   }
 
   void damage(Packed& packed) {
-    switch (below(10)) {
+    switch (below(12)) {
       case 0: {  // a header field
         auto ints = packed.header.to_ints();
         const size_t field = pick_index(ints.size());
@@ -134,29 +148,30 @@ class Fuzzer {
             static_cast<size_t>(1 + below(static_cast<int64_t>(packed.offsets.size()) + 2)), 0);
         break;
       case 4:  // length of the payload, with the header following or not
-        packed.entries.resize(
-            static_cast<size_t>(below(static_cast<int64_t>(packed.entries.size()) + 9)), 0);
-        if (below(2)) packed.header.payload_words = static_cast<int64_t>(packed.entries.size());
+        packed.payload.resize(
+            static_cast<size_t>(below(static_cast<int64_t>(packed.payload.size()) + 9)), 0);
+        if (below(2)) packed.header.payload_words = static_cast<int64_t>(packed.payload.size());
         break;
-      case 5:  // one bit of an entry
-        if (!packed.entries.empty())
-          packed.entries[pick_index(packed.entries.size())] ^= 1U << below(32);
-        break;
-      case 6:  // one whole entry
-        if (!packed.entries.empty()) {
-          packed.entries[pick_index(packed.entries.size())] = static_cast<uint32_t>(rng_());
+      case 5:  // one bit
+        if (!packed.payload.empty()) {
+          packed.payload[pick_index(packed.payload.size())] ^= 1U << below(32);
         }
         break;
-      case 7:  // two entries change places: still valid within a tile, never across ragged ones
-        if (!packed.entries.empty()) {
-          std::swap(packed.entries[pick_index(packed.entries.size())],
-                    packed.entries[pick_index(packed.entries.size())]);
+      case 6:  // one whole word
+        if (!packed.payload.empty()) {
+          packed.payload[pick_index(packed.payload.size())] = static_cast<uint32_t>(rng_());
+        }
+        break;
+      case 7:  // two words change places: in a tile of Tiled-CSL it stays valid
+        if (!packed.payload.empty()) {
+          std::swap(packed.payload[pick_index(packed.payload.size())],
+                    packed.payload[pick_index(packed.payload.size())]);
         }
         break;
       case 8:  // a run of noise
-        for (size_t i = packed.entries.empty() ? 0 : pick_index(packed.entries.size());
-             i < packed.entries.size() && below(16) != 0; ++i) {
-          packed.entries[i] = static_cast<uint32_t>(rng_());
+        for (size_t i = packed.payload.empty() ? 0 : pick_index(packed.payload.size());
+             i < packed.payload.size() && below(16) != 0; ++i) {
+          packed.payload[i] = static_cast<uint32_t>(rng_());
         }
         break;
       case 9:  // a transposed or grown shape
@@ -166,49 +181,67 @@ class Fuzzer {
           packed.header.m = nudged(packed.header.m);
         }
         break;
+      case 10: {  // two bytes of a tile's last words: in a bitmap, where two runs go or a bit
+        const auto bytes = reinterpret_cast<uint8_t*>(packed.payload.data());
+        const int64_t end = 4 * packed.format().unit_words * int64_t{pick_offset(packed)};
+        if (end < 64 || end > 4 * static_cast<int64_t>(packed.payload.size())) break;
+        const int64_t reach = below(2) ? 64 : std::min<int64_t>(end, 576);
+        std::swap(bytes[end - 1 - below(reach)], bytes[end - 1 - below(reach)]);
+        break;
+      }
+      case 11: {  // a tile grows or shrinks by some units, the offsets and the header following
+        const size_t tile = pick_index(packed.offsets.size());
+        const int64_t unit = packed.format().unit_words, units = 1 + below(2);
+        const int64_t at = unit * int64_t{packed.offsets[tile]};
+        const bool grows = below(2) != 0;
+        const auto words = static_cast<int64_t>(packed.payload.size());
+        if (at < 0 || at > words || (!grows && at + unit * units > words)) break;
+        const auto begin = packed.payload.begin() + at;
+        if (grows) {
+          packed.payload.insert(begin, static_cast<size_t>(unit * units), 0);
+        } else {
+          packed.payload.erase(begin, begin + unit * units);
+        }
+        for (size_t i = tile + 1; i < packed.offsets.size(); ++i) {
+          packed.offsets[i] = static_cast<int32_t>(packed.offsets[i] + (grows ? units : -units));
+        }
+        packed.header.payload_words = static_cast<int64_t>(packed.payload.size());
+        break;
+      }
     }
   }
 
   size_t pick_index(size_t size) { return static_cast<size_t>(below(static_cast<int64_t>(size))); }
 
-  static Status check_sizes(const Packed& packed, PackedHeader* header) {
-    const auto ints = packed.header.to_ints();
-    Status status = PackedHeader::from_ints(ints.data(), kPackedHeaderInts, header);
-    if (!status.ok()) return status;
-    return tiled_csl_check_sizes(*header, static_cast<int64_t>(packed.offsets.size()),
-                                 static_cast<int64_t>(packed.entries.size()));
+  int32_t pick_offset(const Packed& packed) {
+    return packed.offsets[pick_index(packed.offsets.size())];
   }
 
-  static Status check(const Packed& packed) {
-    PackedHeader header;
-    Status status = check_sizes(packed, &header);
-    return status.ok() ? tiled_csl_validate(packed.view(), serial_for) : status;
-  }
-
-  void exercise(const Packed& packed) {
-    PackedHeader header;
-    if (!check_sizes(packed, &header).ok()) {
-      ++refused_;
-      return;
-    }
+  // Whether the weight is valid.
+  bool exercise(const Packed& packed) {
+    if (!check_sizes(packed).ok()) return false;
+    const PackedHeader& header = packed.header;
     // 16 MB at most: a header may claim a huge K with M = 0, or the reverse.
-    if (header.m > 4096 || header.k > 4096) return;
-    const bool valid = tiled_csl_validate(packed.view(), serial_for).ok();
-    require(valid == tiled_csl_validate(packed.view(), threaded_for).ok(),
-            "validate depends on threads");
-    ++(valid ? accepted_ : refused_);
+    if (header.m > 4096 || header.k > 4096) return false;
+    const bool valid = check(packed).ok();
+    require(valid == check(packed, threaded_for).ok(), "validate depends on threads");
 
     const std::vector<uint16_t> dense = unpack(packed, serial_for);
     multiply(packed);
-    if (!valid) return;
-    Packed again;
-    require(pack({header.m, header.k, header.k, dense}, serial_for, &again).ok(), "pack refused");
-    require(again.header.nnz == header.nnz, "nnz changed in a second packing");
-    require(unpack(again, serial_for) == dense, "a second packing changed the matrix");
+    if (!valid) return false;
+    for (const Format format : kFormats) {
+      Packed again;
+      require(pack({header.m, header.k, header.k, dense}, format, serial_for, &again).ok(),
+              "pack refused");
+      require(again.header.nnz == header.nnz, "nnz changed in a second packing");
+      require(unpack(again, serial_for) == dense, "a second packing changed the matrix");
+    }
+    return true;
   }
 
   void multiply(const Packed& packed) {
     SpmmArgs args;
+    args.format = packed.header.format;
     args.weight = packed.view();
     args.n = below(3);
     args.x_stride = packed.header.k;
@@ -218,14 +251,17 @@ class Fuzzer {
     std::vector<uint16_t> y(static_cast<size_t>(args.n * packed.header.m));
     args.x = x.data();
     args.y = y.data();
-    spmm_cpu_tiles(args, serial_for);
+    if (args.format == Format::kTiledCsl) {
+      spmm_cpu_tiles(args, serial_for);
+    } else {
+      spmm_cpu_reference(args, serial_for);
+    }
   }
 
   uint64_t seed_;
   uint64_t round_ = 0;
   std::mt19937 rng_;
-  uint64_t accepted_ = 0;
-  uint64_t refused_ = 0;
+  std::map<Format, Outcomes> outcomes_;
 };
 
 }  // namespace
@@ -245,11 +281,18 @@ int main(int argc, char** argv) {
          seconds) {
     fuzzer.run_round(rounds++);
   }
-  std::printf(
-      "fuzz_packed: seed %llu, %llu rounds in %.0f s, %llu weights accepted, %llu refused, clean\n",
-      static_cast<unsigned long long>(seed), static_cast<unsigned long long>(rounds), seconds,
-      static_cast<unsigned long long>(fuzzer.accepted()),
-      static_cast<unsigned long long>(fuzzer.refused()));
-  // Both paths must have been walked, else the run says nothing.
-  return fuzzer.accepted() > 0 && fuzzer.refused() > 0 ? 0 : 1;
+  bool walked = true;
+  for (const auto format : flash_llm::testing::kFormats) {
+    const auto outcomes = fuzzer.outcomes(format);
+    std::printf("fuzz_packed: %s: %llu weights accepted, %llu refused\n",
+                flash_llm::packed_format(format).name,
+                static_cast<unsigned long long>(outcomes.accepted),
+                static_cast<unsigned long long>(outcomes.refused));
+    walked = walked && outcomes.accepted > 0 && outcomes.refused > 0;
+  }
+  std::printf("fuzz_packed: seed %llu, %llu rounds in %.0f s, clean\n",
+              static_cast<unsigned long long>(seed), static_cast<unsigned long long>(rounds),
+              seconds);
+  // All paths must have been walked, else the run says nothing.
+  return walked ? 0 : 1;
 }

@@ -14,7 +14,7 @@ namespace {
 constexpr DeviceInfo kCpu{};
 // A100: 108 SMs of 164 KB; H200: 132 SMs of 228 KB.
 constexpr DeviceInfo kA100{80, 108, 164 * 1024};
-constexpr DeviceInfo kH200{90, 132, 228 * 1024};
+constexpr DeviceInfo kH200{90, 132, 228 * 1024, true};
 
 SpmmProblem problem(int64_t m, int64_t n, int64_t k, double sparsity = 0.8) {
   SpmmProblem out;
@@ -104,7 +104,7 @@ TEST(SelectPlan, TheCpuTakesItsOwnKernels) {
 
 TEST(SelectPlan, EveryNameCanBeForcedOnEveryShape) {
   for (const DeviceInfo& device : {kCpu, kA100, kH200}) {
-    for (const std::string& name : plan_names(device.compute_capability > 0)) {
+    for (const std::string& name : plan_names(Format::kTiledCsl, device.compute_capability > 0)) {
       for (const SpmmProblem& shape :
            {problem(0, 0, 0), problem(1, 1, 1), problem(128, 0, 64), problem(0, 8, 64),
             problem(128, 8, 0), problem(129, 65, 65), problem(28672, 4096, 7168)}) {
@@ -175,7 +175,7 @@ TEST(SelectPlan, RefusesOldGpus) {
 }
 
 TEST(SelectPlan, RefusesNamesOfTheOtherDevice) {
-  for (const std::string& name : plan_names(true)) {
+  for (const std::string& name : plan_names(Format::kTiledCsl, true)) {
     if (name == "dense") continue;
     const Status status = failure_of(problem(128, 8, 64), kCpu, name);
     EXPECT_EQ(status.code, StatusCode::kInvalidValue);
@@ -212,6 +212,79 @@ TEST(SelectPlan, RefusesGridsThatCannotBeLaunched) {
     EXPECT_EQ(status.code, StatusCode::kInvalidValue);
     EXPECT_NE(status.message.find("ctas must lie in [0, 65535]"), std::string::npos);
   }
+}
+
+SpmmProblem bitmap_problem(int64_t m, int64_t n, int64_t k, double sparsity = 0.5) {
+  SpmmProblem out = problem(m, n, k, sparsity);
+  out.format = Format::kBitmap;
+  return out;
+}
+
+TEST(SelectPlanBitmap, TheNarrowestTileThatCoversNAndOneCtaPerSm) {
+  for (int64_t n = 1; n <= bitmap_configs().back().tile_n; ++n) {
+    const SpmmPlan plan = plan_of(bitmap_problem(28672, n, 7168), kH200);
+    ASSERT_EQ(plan.route, SpmmRoute::kBitmap) << "N=" << n;
+    const int chosen = bitmap_configs()[static_cast<size_t>(plan.config)].tile_n;
+    EXPECT_GE(chosen, n);
+    EXPECT_TRUE(chosen == 8 || chosen < 2 * n) << "N=" << n;
+    EXPECT_EQ(plan.ctas, kH200.num_sms);
+  }
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 4096, 7168), kH200).route, SpmmRoute::kDense);
+}
+
+TEST(SelectPlanBitmap, SharedMemoryFitsAtEveryDensityAndHoldsTheFullestChunk) {
+  for (const BitmapConfig& config : bitmap_configs()) {
+    for (const double sparsity : {0.0, 0.3, 0.5, 0.6, 0.9, 1.0}) {
+      const SpmmPlan plan = plan_of(bitmap_problem(4096, config.tile_n, 4096, sparsity), kH200);
+      EXPECT_LE(bitmap_smem_bytes(config, plan.slot_bytes), 227 * 1024) << config.name;
+      EXPECT_GE(kBitmapSlots * plan.slot_bytes, chunk_units(kMaxChunkRows) * kChunkUnitBytes);
+      EXPECT_EQ(plan.slot_bytes % 128, 0);
+    }
+  }
+}
+
+TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
+  // 28672 rows are 56 blocks of 512; each sum is 4 bytes.
+  const SpmmPlan plan = plan_of(bitmap_problem(28672, 8, 7168), kH200);
+  EXPECT_EQ(plan.workspace_bytes, int64_t{132 + 56} * 512 * 8 * 4);
+  const SpmmPlan two_blocks = plan_of(bitmap_problem(28672, 128, 7168), kH200, "n64");
+  EXPECT_EQ(two_blocks.workspace_bytes, int64_t{132 + 2 * 56} * 512 * 64 * 4);
+}
+
+TEST(SelectPlanBitmap, OtherDevicesTakeTheDenseRouteAndRefuseTheKernel) {
+  DeviceInfo hopper_without_code = kH200;
+  hopper_without_code.has_sm90a = false;
+  for (const DeviceInfo& device : {kA100, kCpu, hopper_without_code}) {
+    EXPECT_EQ(plan_of(bitmap_problem(4096, 1, 4096), device).route, SpmmRoute::kDense);
+  }
+  for (const DeviceInfo& device : {kA100, hopper_without_code}) {
+    const Status status = failure_of(bitmap_problem(4096, 1, 4096), device, "n8");
+    EXPECT_EQ(status.code, StatusCode::kUnsupported);
+    EXPECT_NE(status.message.find("sm_90a"), std::string::npos) << status.message;
+  }
+}
+
+TEST(SelectPlanBitmap, AKernelOfTheOtherFormatIsRefusedByName) {
+  EXPECT_NE(failure_of(bitmap_problem(64, 1, 64), kH200, "w1n8").message.find("\"bitmap\""),
+            std::string::npos);
+  EXPECT_NE(failure_of(problem(64, 1, 64), kH200, "n8").message.find("\"tiled_csl\""),
+            std::string::npos);
+  EXPECT_EQ(failure_of(bitmap_problem(64, 1, 64), kCpu, "cpu_tiles").code,
+            StatusCode::kInvalidValue);
+}
+
+TEST(SelectFormat, FollowsTheDeviceAndTheDensity) {
+  const auto name = [](double sparsity, const DeviceInfo& device) {
+    const SpmmProblem p = problem(4096, 1, 4096, sparsity);
+    const FormatChoice choice = select_format(p.m, p.k, p.nnz, device);
+    EXPECT_FALSE(choice.reason.empty());
+    return choice.format;
+  };
+  EXPECT_EQ(name(0.5, kH200), Format::kBitmap);
+  EXPECT_EQ(name(0.9, kH200), Format::kBitmap);
+  EXPECT_EQ(name(0.99, kH200), Format::kTiledCsl);
+  EXPECT_EQ(name(0.5, kA100), Format::kTiledCsl);
+  EXPECT_EQ(name(0.5, kCpu), Format::kTiledCsl);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// The CPU kernels: the reference against a naive product over the dense matrix, the fast kernel
-// against the reference, both against exact integers; and the conversions that they rest on.
+// The CPU kernels: the reference, on every format, against a naive product over the dense matrix,
+// the fast kernel against the same, all against exact integers; and the conversions that they rest
+// on.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -111,33 +112,49 @@ TEST_P(Element, OverflowGivesInfinity) {
 INSTANTIATE_TEST_SUITE_P(Types, Element,
                          ::testing::Values(ValueType::kFloat16, ValueType::kBfloat16));
 
-// One product: packed weight, strided x, optional bias, and the output between guard bands.
+// A kernel, and a format that it takes.
+struct Kernel {
+  const char* name;
+  Format format;
+  void (*multiply)(const SpmmArgs&, const ParallelFor&);
+};
+
+constexpr Kernel kReference{"reference", Format::kTiledCsl, spmm_cpu_reference};
+constexpr Kernel kBitmapReference{"reference, bitmap", Format::kBitmap, spmm_cpu_reference};
+constexpr Kernel kTiles{"tiles", Format::kTiledCsl, spmm_cpu_tiles};
+constexpr Kernel kKernels[] = {kReference, kBitmapReference, kTiles};
+
+// One product: weight, strided x, optional bias, and the output between guard bands.
 struct Product {
   ValueType type = ValueType::kFloat16;
   DenseMatrix weight;
-  Packed packed;
   int64_t n = 0;
   int64_t x_stride = 0;
   std::vector<uint16_t> x;
   std::vector<uint16_t> bias;
   Activation activation = Activation::kNone;
 
-  using Kernel = void (*)(const SpmmArgs&, const ParallelFor&);
+  std::vector<uint16_t> run(const Kernel& kernel,
+                            const ParallelFor& parallel_for = serial_for) const {
+    return run(kernel, pack_or_die(weight, kernel.format, type), parallel_for);
+  }
 
-  std::vector<uint16_t> run(Kernel kernel, const ParallelFor& parallel_for = serial_for) const {
+  std::vector<uint16_t> run(const Kernel& kernel, const Packed& packed,
+                            const ParallelFor& parallel_for) const {
     constexpr size_t kGuard = 64;
     const auto elems = static_cast<size_t>(n * weight.m);
     std::vector<uint16_t> y(elems + 2 * kGuard, kPoison);
     SpmmArgs args;
     args.x = x.data();
     args.x_stride = x_stride;
+    args.format = packed.header.format;
     args.weight = packed.view();
     args.bias = bias.empty() ? nullptr : bias.data();
     args.y = y.data() + kGuard;
     args.n = n;
     args.value_type = type;
     args.activation = activation;
-    kernel(args, parallel_for);
+    kernel.multiply(args, parallel_for);
     for (size_t i = 0; i < kGuard; ++i) {
       EXPECT_EQ(y[i], kPoison) << "wrote before y";
       EXPECT_EQ(y[kGuard + elems + i], kPoison) << "wrote past y";
@@ -196,7 +213,6 @@ Product random_product(int64_t m, int64_t n, int64_t k, double sparsity, ValueTy
       if (!is_zero_pattern(product.weight.at(row, col))) product.weight.at(row, col) = draw(false);
     }
   }
-  EXPECT_TRUE(pack(product.weight, serial_for, &product.packed, type).ok());
   // What lies between the rows of x must not be read: poison.
   product.x.assign(static_cast<size_t>(n * product.x_stride), kPoison);
   for (int64_t token = 0; token < n; ++token) {
@@ -232,8 +248,7 @@ TEST_P(SpmmCpu, IntegersAreExact) {
         expected.push_back(from_float_of(static_cast<float>(sum), product.type));
       }
     }
-    EXPECT_EQ(product.run(spmm_cpu_reference), expected);
-    EXPECT_EQ(product.run(spmm_cpu_tiles), expected);
+    for (const Kernel& kernel : kKernels) EXPECT_EQ(product.run(kernel), expected) << kernel.name;
   }
 }
 
@@ -242,8 +257,10 @@ TEST_P(SpmmCpu, RealsStayWithinRounding) {
        {Activation::kNone, Activation::kRelu, Activation::kGelu, Activation::kSilu}) {
     Product product = make(false, true);
     product.activation = activation;
-    const auto reference = product.run(spmm_cpu_reference);
-    const auto tiles = product.run(spmm_cpu_tiles);
+    const auto reference = product.run(kReference);
+    const auto tiles = product.run(kTiles);
+    // One order of summation, whatever the format.
+    EXPECT_EQ(product.run(kBitmapReference), reference);
     // Half an ulp of the output; its smallest subnormal; and for fp32 sums the classical bound
     // (K + 2) u sum|w x|. No activation here has a slope above 1.13. GELU in torch's form,
     // v (1 + erf) / 2, cancels for negative v: that leaves |v| times the unit roundoff.
@@ -271,8 +288,9 @@ TEST_P(SpmmCpu, RealsStayWithinRounding) {
 
 TEST_P(SpmmCpu, ThreadsDoNotChangeABit) {
   const Product product = make(false, true);
-  EXPECT_EQ(product.run(spmm_cpu_tiles, threaded_for), product.run(spmm_cpu_tiles));
-  EXPECT_EQ(product.run(spmm_cpu_reference, threaded_for), product.run(spmm_cpu_reference));
+  for (const Kernel& kernel : kKernels) {
+    EXPECT_EQ(product.run(kernel, threaded_for), product.run(kernel)) << kernel.name;
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -295,8 +313,9 @@ TEST(SpmmCpuSpecial, EmptyWeightGivesActivatedBias) {
     for (auto& value : y) value = is_zero_pattern(value) ? uint16_t{0} : value;
     return y;
   };
-  EXPECT_EQ(equal_up_to_zero_sign(product.run(spmm_cpu_reference)), expected);
-  EXPECT_EQ(equal_up_to_zero_sign(product.run(spmm_cpu_tiles)), expected);
+  for (const Kernel& kernel : kKernels) {
+    EXPECT_EQ(equal_up_to_zero_sign(product.run(kernel)), expected) << kernel.name;
+  }
 }
 
 TEST(SpmmCpuSpecial, NanAndInfinityReachExactlyTheirOutputs) {
@@ -304,13 +323,13 @@ TEST(SpmmCpuSpecial, NanAndInfinityReachExactlyTheirOutputs) {
   Product product = random_product(140, 3, 80, 0.5, ValueType::kFloat16, true, false, 2);
   product.weight.at(3, 70) = 0x7E00;
   product.weight.at(130, 1) = 0x7C00;
-  ASSERT_TRUE(pack(product.weight, serial_for, &product.packed).ok());
   for (int64_t token = 0; token < 3; ++token) {
     for (int64_t col = 0; col < 80; ++col) {
       product.x[static_cast<size_t>(token * product.x_stride + col)] = kHalfOne;
     }
   }
-  for (const auto kernel : {spmm_cpu_reference, spmm_cpu_tiles}) {
+  for (const Kernel& kernel : kKernels) {
+    SCOPED_TRACE(kernel.name);
     const auto y = product.run(kernel);
     for (size_t i = 0; i < y.size(); ++i) {
       const double value = pattern_value(y[i], product.type);
@@ -328,27 +347,28 @@ TEST(SpmmCpuSpecial, NanAndInfinityReachExactlyTheirOutputs) {
 TEST(SpmmCpuSpecial, ActivationsPassNan) {
   Product product = random_product(2, 1, 4, 0.0, ValueType::kBfloat16, true, false, 3);
   product.weight.at(1, 2) = 0x7FC0;
-  ASSERT_TRUE(pack(product.weight, serial_for, &product.packed, product.type).ok());
   for (const Activation activation : {Activation::kRelu, Activation::kGelu, Activation::kSilu}) {
     product.activation = activation;
-    for (const auto kernel : {spmm_cpu_reference, spmm_cpu_tiles}) {
-      EXPECT_TRUE(std::isnan(pattern_value(product.run(kernel)[1], product.type)));
+    for (const Kernel& kernel : kKernels) {
+      EXPECT_TRUE(std::isnan(pattern_value(product.run(kernel)[1], product.type))) << kernel.name;
     }
   }
 }
 
 TEST(SpmmCpuSpecial, AMalformedWeightNeverReachesForeignMemory) {
-  // What the sanitizers watch: offsets and places that validate would refuse.
-  Product product = random_product(200, 3, 150, 0.7, ValueType::kFloat16, false, false, 4);
-  product.packed.offsets[1] = INT32_MAX;
-  product.packed.offsets[2] = -7;
-  product.packed.offsets[4] = 1;
-  for (size_t i = 0; i < product.packed.entries.size(); i += 3) {
-    product.packed.entries[i] |= 0xFFFF0000U;
+  // What the sanitizers watch: offsets and payloads that validate would refuse.
+  const Product product = random_product(200, 3, 150, 0.7, ValueType::kFloat16, false, false, 4);
+  for (const Kernel& kernel : kKernels) {
+    Packed packed = pack_or_die(product.weight, kernel.format);
+    for (size_t i = 0; i < packed.payload.size(); i += 3) packed.payload[i] |= 0xFFFF0000U;
+    product.run(kernel, packed, serial_for);
+    packed.offsets[1] = INT32_MAX;
+    packed.offsets[2] = -7;
+    packed.offsets[4] = 1;
+    EXPECT_FALSE(check(packed).ok());
+    product.run(kernel, packed, serial_for);
+    EXPECT_EQ(unpack(packed, serial_for).size(), 200U * 150U);
   }
-  product.run(spmm_cpu_reference);
-  product.run(spmm_cpu_tiles);
-  EXPECT_EQ(unpack(product.packed, serial_for).size(), 200U * 150U);
 }
 
 TEST(ParseActivation, KnowsFourNames) {

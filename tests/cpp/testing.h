@@ -5,13 +5,16 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "core/packed_format.h"
 #include "core/packed_header.h"
 #include "core/parallel.h"
-#include "core/tiled_csl.h"
+#include "core/status.h"
 
 namespace flash_llm::testing {
 
@@ -45,6 +48,10 @@ struct DenseMatrix {
   }
 };
 
+inline DenseMatrix zeros(int64_t m, int64_t k) {
+  return {m, k, k, std::vector<uint16_t>(static_cast<size_t>(m * k), 0)};
+}
+
 inline bool is_zero_pattern(uint16_t value) { return (value & 0x7FFF) == 0; }
 
 // Random 16-bit patterns of every kind (NaN, Inf, subnormals, -0 among them). Each row draws a
@@ -72,37 +79,68 @@ inline DenseMatrix random_patterns(int64_t m, int64_t k, double sparsity, uint32
 struct Packed {
   PackedHeader header;
   std::vector<int32_t> offsets;
-  std::vector<uint32_t> entries;
+  std::vector<uint32_t> payload;
 
-  TiledCslView view() const {
+  const PackedFormat& format() const { return packed_format(header.format); }
+  PackedView view() const {
     return {header.m,       header.k,       header.nnz,
-            offsets.data(), entries.data(), static_cast<int64_t>(entries.size())};
+            offsets.data(), payload.data(), static_cast<int64_t>(payload.size())};
   }
 };
 
-inline Status pack(const DenseMatrix& dense, const ParallelFor& parallel_for, Packed* out,
-                   ValueType type = ValueType::kFloat16) {
+inline Status pack(const DenseMatrix& dense, Format format, const ParallelFor& parallel_for,
+                   Packed* out, ValueType type = ValueType::kFloat16) {
   out->header = PackedHeader{};
+  out->header.format = format;
   out->header.value_type = type;
   out->header.m = dense.m;
   out->header.k = dense.k;
-  out->offsets.assign(static_cast<size_t>(num_tiles(dense.m, dense.k) + 1), -1);
-  Status status = tiled_csl_count(dense.values.data(), dense.ld, dense.m, dense.k, parallel_for,
-                                  out->offsets.data(), &out->header.nnz);
+  const PackedFormat& row = out->format();
+  out->offsets.assign(static_cast<size_t>(row.tiles(dense.m, dense.k) + 1), -1);
+  Status status = row.count(dense.values.data(), dense.ld, dense.m, dense.k, parallel_for,
+                            out->offsets.data(), &out->header.nnz);
   if (!status.ok()) return status;
-  // A pattern that is no valid entry, so that a word which pack forgets is seen.
-  out->entries.assign(static_cast<size_t>(out->offsets.back()) * kVectorEntries, 0xFFFFFFFF);
-  out->header.payload_words = static_cast<int64_t>(out->entries.size());
-  tiled_csl_pack(dense.values.data(), dense.ld, dense.m, dense.k, out->offsets.data(), parallel_for,
-                 out->entries.data());
+  // Valid in no format, so that a word which pack forgets is seen.
+  out->payload.assign(
+      static_cast<size_t>(out->offsets.back()) * static_cast<size_t>(row.unit_words), 0xFFFFFFFF);
+  out->header.payload_words = static_cast<int64_t>(out->payload.size());
+  row.pack(dense.values.data(), dense.ld, dense.m, dense.k, out->offsets.data(), parallel_for,
+           out->payload.data());
   return Status::success();
+}
+
+inline Packed pack_or_die(const DenseMatrix& dense, Format format,
+                          ValueType type = ValueType::kFloat16) {
+  Packed packed;
+  const Status status = pack(dense, format, serial_for, &packed, type);
+  if (!status.ok()) {
+    std::fprintf(stderr, "pack: %s\n", status.message.c_str());
+    std::abort();
+  }
+  return packed;
 }
 
 // Row-major [m, k], poisoned first: an element that unpack forgets is seen.
 inline std::vector<uint16_t> unpack(const Packed& packed, const ParallelFor& parallel_for) {
   std::vector<uint16_t> dense(static_cast<size_t>(packed.header.m * packed.header.k), 0xDEAD);
-  tiled_csl_unpack(packed.view(), parallel_for, dense.data());
+  unpack(packed.format(), packed.view(), parallel_for, dense.data());
   return dense;
+}
+
+// The header and the sizes, as every call checks them.
+inline Status check_sizes(const Packed& packed) {
+  const auto ints = packed.header.to_ints();
+  PackedHeader header;
+  Status status = PackedHeader::from_ints(ints.data(), static_cast<int64_t>(ints.size()), &header);
+  if (!status.ok()) return status;
+  return packed.format().check_sizes(header, static_cast<int64_t>(packed.offsets.size()),
+                                     static_cast<int64_t>(packed.payload.size()));
+}
+
+// And in depth, as an operator does when a weight is loaded.
+inline Status check(const Packed& packed, const ParallelFor& parallel_for = serial_for) {
+  Status status = check_sizes(packed);
+  return status.ok() ? packed.format().validate(packed.view(), parallel_for) : status;
 }
 
 }  // namespace flash_llm::testing

@@ -1,0 +1,263 @@
+// What holds for every packed format: the table, the header, round trips, and the checks that do
+// not look into a tile.
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <set>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "core/packed_format.h"
+#include "core/packed_header.h"
+#include "testing.h"
+
+namespace flash_llm::testing {
+namespace {
+
+constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap};
+
+std::string name_of(Format format) { return packed_format(format).name; }
+
+TEST(Formats, EachHasARowAndANameOfItsOwn) {
+  std::set<std::string> names;
+  for (const Format format : kFormats) {
+    EXPECT_EQ(packed_format(format).id, format);
+    EXPECT_TRUE(names.insert(name_of(format)).second) << name_of(format);
+    Format parsed{};
+    ASSERT_TRUE(parse_format(name_of(format), &parsed).ok());
+    EXPECT_EQ(parsed, format);
+  }
+  Format parsed{};
+  EXPECT_EQ(parse_format("csr", &parsed).message,
+            "format must be \"auto\" or \"tiled_csl\" or \"bitmap\", got \"csr\"");
+}
+
+TEST(Header, MagicSpellsTheName) {
+  std::string text;
+  for (int byte = 0; byte < 8; ++byte) {
+    text += static_cast<char>(static_cast<uint64_t>(kPackedMagic) >> (8 * byte) & 0xFF);
+  }
+  EXPECT_EQ(text, "FLASHLLM");
+}
+
+TEST(Header, RefusesTheWrongNumberOfIntegers) {
+  const auto ints = PackedHeader{}.to_ints();
+  PackedHeader header;
+  EXPECT_EQ(PackedHeader::from_ints(ints.data(), 7, &header).message,
+            "header must hold 8 integers, got 7");
+  EXPECT_TRUE(PackedHeader::from_ints(ints.data(), 8, &header).ok());
+}
+
+TEST(Header, ReadsWhatItWrites) {
+  for (const Format format : kFormats) {
+    PackedHeader header;
+    header.format = format;
+    header.value_type = ValueType::kBfloat16;
+    header.m = 5;
+    header.k = 6;
+    header.nnz = 7;
+    header.payload_words = 8;
+    const auto ints = header.to_ints();
+    PackedHeader back;
+    ASSERT_TRUE(PackedHeader::from_ints(ints.data(), 8, &back).ok());
+    EXPECT_EQ(back.to_ints(), ints);
+  }
+}
+
+using Shape = std::pair<int64_t, int64_t>;  // M, K
+
+class RoundTrip : public ::testing::TestWithParam<std::tuple<Format, Shape, double>> {};
+
+TEST_P(RoundTrip, KeepsEveryPatternAndDropsSignedZeros) {
+  const auto [format, shape, sparsity] = GetParam();
+  const auto [m, k] = shape;
+  const Packed contiguous = pack_or_die(random_patterns(m, k, sparsity, 7), format);
+  for (const int64_t row_gap : {int64_t{0}, int64_t{3}}) {
+    const DenseMatrix dense = random_patterns(m, k, sparsity, 7, row_gap);
+    const Packed packed = pack_or_die(dense, format);
+    const Status status = check(packed);
+    ASSERT_TRUE(status.ok()) << status.message;
+    EXPECT_EQ(packed.payload, contiguous.payload) << "the row stride shows in the bytes";
+    const std::vector<uint16_t> back = unpack(packed, serial_for);
+    int64_t nnz = 0;
+    for (int64_t row = 0; row < m; ++row) {
+      for (int64_t col = 0; col < k; ++col) {
+        const uint16_t value = dense.at(row, col);
+        const uint16_t expected = is_zero_pattern(value) ? uint16_t{0} : value;
+        nnz += expected != 0;
+        ASSERT_EQ(back[static_cast<size_t>(row * k + col)], expected) << row << ", " << col;
+      }
+    }
+    EXPECT_EQ(packed.header.nnz, nnz);
+
+    Packed threaded;
+    ASSERT_TRUE(pack(dense, format, threaded_for, &threaded).ok());
+    EXPECT_EQ(threaded.offsets, packed.offsets);
+    EXPECT_EQ(threaded.payload, packed.payload);
+    EXPECT_EQ(threaded.header.nnz, nnz);
+    EXPECT_EQ(unpack(packed, threaded_for), back);
+    EXPECT_TRUE(check(packed, threaded_for).ok());
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    AwkwardShapes, RoundTrip,
+    ::testing::Combine(::testing::ValuesIn(kFormats),
+                       ::testing::Values(Shape{0, 0}, Shape{0, 5}, Shape{5, 0}, Shape{1, 1},
+                                         Shape{1, 64}, Shape{16, 64}, Shape{17, 65}, Shape{31, 127},
+                                         Shape{32, 128}, Shape{33, 129}, Shape{128, 1},
+                                         Shape{128, 64}, Shape{127, 63}, Shape{129, 65},
+                                         Shape{300, 200}, Shape{3, 1000}),
+                       ::testing::Values(0.0, 0.1, 0.5, 0.9, 1.0)));
+
+// Broken one at a time in a weight that is valid otherwise.
+class Malformed : public ::testing::TestWithParam<Format> {
+ protected:
+  Packed good_ = pack_or_die(random_patterns(200, 150, 0.7, 3), GetParam());
+
+  void SetUp() override {
+    const Status status = check(good_);
+    ASSERT_TRUE(status.ok()) << status.message;
+  }
+
+  static void expect_refused(const Packed& packed, StatusCode code, const std::string& part) {
+    const Status status = check(packed);
+    EXPECT_EQ(static_cast<int>(status.code), static_cast<int>(code)) << status.message;
+    EXPECT_NE(status.message.find(part), std::string::npos)
+        << "message: " << status.message << "\nexpected in it: " << part;
+  }
+};
+
+TEST_P(Malformed, FirstOffset) {
+  good_.offsets[0] = 1;
+  expect_refused(good_, StatusCode::kInvalidValue, "offsets[0] must be 0, got 1");
+}
+
+TEST_P(Malformed, DecreasingOffsets) {
+  good_.offsets[2] = good_.offsets[1] - 1;
+  expect_refused(good_, StatusCode::kInvalidValue, "never decrease, got offsets[1] = ");
+}
+
+TEST_P(Malformed, NegativeOffset) {
+  good_.offsets[1] = -5;
+  expect_refused(good_, StatusCode::kInvalidValue,
+                 "never decrease, got offsets[0] = 0 and offsets[1] = -5");
+}
+
+TEST_P(Malformed, OffsetsThatEndEarly) {
+  // The last tile is gone, which no other check can see.
+  good_.offsets.back() = good_.offsets[good_.offsets.size() - 2];
+  expect_refused(good_, StatusCode::kInvalidValue, "offsets must end at");
+}
+
+TEST_P(Malformed, TooFewOffsets) {
+  const std::string tiles = std::to_string(good_.offsets.size());
+  good_.offsets.pop_back();
+  expect_refused(good_, StatusCode::kInvalidValue, "offsets must hold " + tiles + " elements");
+}
+
+TEST_P(Malformed, TooManyOffsets) {
+  const std::string tiles = std::to_string(good_.offsets.size());
+  good_.offsets.push_back(good_.offsets.back());
+  expect_refused(good_, StatusCode::kInvalidValue, "offsets must hold " + tiles + " elements");
+}
+
+TEST_P(Malformed, TruncatedPayload) {
+  good_.payload.resize(good_.payload.size() - static_cast<size_t>(good_.format().unit_words));
+  expect_refused(good_, StatusCode::kInvalidValue, "payload must hold");
+}
+
+TEST_P(Malformed, PayloadThatGoesOn) {
+  good_.payload.resize(good_.payload.size() + static_cast<size_t>(good_.format().unit_words));
+  expect_refused(good_, StatusCode::kInvalidValue, "payload must hold");
+}
+
+TEST_P(Malformed, PayloadThatIsNotWholeUnits) {
+  good_.payload.push_back(0);
+  good_.header.payload_words += 1;
+  expect_refused(good_, StatusCode::kInvalidValue,
+                 "of " + std::to_string(good_.format().unit_words) +
+                     " words, at most 2^31 - 1, got " + std::to_string(good_.payload.size()));
+}
+
+TEST_P(Malformed, NnzThatIsNotThePayloads) {
+  for (const int64_t nnz : {good_.header.nnz - 1, good_.header.nnz + 1, int64_t{0}, INT64_MAX,
+                            2 * good_.header.payload_words + 1}) {
+    good_.header.nnz = nnz;
+    expect_refused(good_, StatusCode::kInvalidValue, "header says nnz = " + std::to_string(nnz));
+  }
+}
+
+TEST_P(Malformed, HeaderOfAnotherFile) {
+  good_.header.magic += 1;
+  expect_refused(good_, StatusCode::kInvalidValue, "magic");
+}
+
+TEST_P(Malformed, NewerVersion) {
+  good_.header.version = kPackedVersion + 1;
+  expect_refused(good_, StatusCode::kUnsupported, "version 2");
+}
+
+TEST_P(Malformed, UnknownFormat) {
+  good_.header.format = static_cast<Format>(77);
+  expect_refused(good_, StatusCode::kUnsupported, "format 77");
+}
+
+TEST_P(Malformed, FormatOfAnotherWeight) {
+  for (const Format format : kFormats) {
+    if (format == GetParam()) continue;
+    good_.header.format = format;
+    expect_refused(good_, StatusCode::kInvalidValue, "offsets must hold");
+  }
+}
+
+TEST_P(Malformed, UnknownValueType) {
+  good_.header.value_type = static_cast<ValueType>(0);
+  expect_refused(good_, StatusCode::kInvalidType, "value type 0");
+}
+
+TEST_P(Malformed, ShapesOutOfRange) {
+  for (int64_t PackedHeader::*field :
+       {&PackedHeader::m, &PackedHeader::k, &PackedHeader::nnz, &PackedHeader::payload_words}) {
+    Packed packed = good_;
+    packed.header.*field = -1;
+    expect_refused(packed, StatusCode::kInvalidValue, "must not be negative, got -1");
+  }
+  for (int64_t PackedHeader::*field : {&PackedHeader::m, &PackedHeader::k}) {
+    Packed packed = good_;
+    packed.header.*field = int64_t{1} << 31;
+    expect_refused(packed, StatusCode::kInvalidValue, "must fit 31 bits, got 2147483648");
+  }
+}
+
+TEST_P(Malformed, ShapeOfAnotherWeight) {
+  good_.header.m = 300;
+  const int64_t tiles = good_.format().tiles(300, 150);
+  expect_refused(good_, StatusCode::kInvalidValue,
+                 "offsets must hold " + std::to_string(tiles + 1) + " elements for a 300x150");
+}
+
+// Nothing is read, so sizes that no test can allocate are checked too.
+TEST_P(Malformed, PayloadBeyondWhatOffsetsCanAddress) {
+  PackedHeader header;
+  header.format = GetParam();
+  header.m = header.k = INT32_MAX;
+  const PackedFormat& format = packed_format(header.format);
+  const int64_t num_offsets = format.tiles(header.m, header.k) + 1;
+  header.payload_words = int64_t{INT32_MAX} * format.unit_words;
+  header.nnz = header.payload_words;
+  const Status largest = format.check_sizes(header, num_offsets, header.payload_words);
+  EXPECT_TRUE(largest.ok()) << largest.message;
+  header.payload_words += format.unit_words;
+  EXPECT_NE(format.check_sizes(header, num_offsets, header.payload_words)
+                .message.find("at most 2^31 - 1"),
+            std::string::npos);
+}
+
+INSTANTIATE_TEST_SUITE_P(Formats, Malformed, ::testing::ValuesIn(kFormats),
+                         [](const auto& test) { return name_of(test.param); });
+
+}  // namespace
+}  // namespace flash_llm::testing
