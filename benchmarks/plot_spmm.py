@@ -1,89 +1,128 @@
-"""Draw the rows of ``benchmarks/results/spmm-<gpu>.jsonl`` into ``spmm-<gpu>.png``.
+"""Draw the rows of ``benchmarks/results/spmm-<gpu>.jsonl`` for one shape.
 
-    python benchmarks/plot_spmm.py h200
+    python benchmarks/plot_spmm.py h200 --shape 28672x7168
 
-One panel per shape and dtype: speed-up over cuBLAS against N, a line per sparsity; dotted, in the
-same colour, what the stream floor would give. Needs matplotlib (extra ``plot``).
+``spmm-<gpu>-speedup.png``: speed-up over cuBLAS against sparsity, a line per N; dashed, dense FP8
+at N = 8. ``spmm-<gpu>-floor.png``: the fraction of our time in which the packed bytes could be
+read. A panel with our prefetch (programmatic dependent launch) and one without. Needs matplotlib
+(extra ``plot``).
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from rows import RESULTS, read_rows
+from rows import MASKS, RESULTS, read_rows
+from shapes import parse_shape
+
+TOKENS = (1, 8, 16, 32, 64)
+FP8_TOKENS = 8
+PDL_TITLES = {True: "with prefetch (PDL)", False: "without prefetch"}
 
 
-def panels(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Group rows by (M, K, dtype, format), largest weights first."""
-    grouped: dict[tuple, list[dict]] = {}
-    for row in rows:
-        grouped.setdefault((row["M"], row["K"], row["dtype"], row["format"]), []).append(row)
-    return dict(sorted(grouped.items(), key=lambda item: -item[0][0] * item[0][1]))
+def best_rows(rows: list[dict]) -> list[dict]:
+    """Return one row per case: of the format "auto", or else of the fastest format."""
+    best: dict[tuple, dict] = {}
+    fields = ("M", "K", "N", "sparsity", "mask", "dtype", "pdl")
+    for row in sorted(rows, key=lambda r: (r["format"] != "auto", r["us"])):
+        best.setdefault(tuple(row[field] for field in fields), row)
+    return list(best.values())
 
 
-def draw(rows: list[dict], title: str, path: Path) -> None:
-    """Write the picture."""
+def speed_up(row: dict) -> float:
+    """How many times as fast as cuBLAS."""
+    return row["cublas_us"] / row["us"]
+
+
+def of_floor(row: dict) -> float:
+    """The fraction of our time in which the payload could be read."""
+    return row["stream_floor_us"] / row["us"]
+
+
+def draw(rows: list[dict], title: str, path: Path, value: Callable[[dict], float]) -> None:
+    """Write one figure: ``value`` of the rows against sparsity.
+
+    Args:
+        rows: one per case, all of one shape, mask and dtype; at least one.
+        title: of the figure.
+        path: of the picture.
+        value: :func:`speed_up` or :func:`of_floor`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    grouped = panels(rows)
-    num_cols = min(2, len(grouped))
-    num_rows = -(-len(grouped) // num_cols)
+    panels = [pdl for pdl in PDL_TITLES if any(row["pdl"] == pdl for row in rows)]
     figure, axes = pyplot.subplots(
-        num_rows, num_cols, figsize=(6.4 * num_cols, 4.2 * num_rows), squeeze=False
+        1, len(panels), figsize=(6.0 * len(panels), 4.6), sharey=True, squeeze=False
     )
-    tokens = sorted({row["N"] for row in rows})
-    sparsities = sorted({row["sparsity"] for row in rows})
     colours = pyplot.get_cmap("viridis")
-    for axis, ((m, k, dtype, fmt), members) in zip(axes.flat, grouped.items(), strict=False):
-        for i, sparsity in enumerate(sparsities):
-            line = sorted((r for r in members if r["sparsity"] == sparsity), key=lambda r: r["N"])
-            if not line:
-                continue
-            places = [tokens.index(row["N"]) for row in line]
-            colour = colours(0.9 * i / max(1, len(sparsities) - 1))
-            axis.plot(
-                places,
-                [row["cublas_us"] / row["us"] for row in line],
-                marker="o",
-                color=colour,
-                label=f"{sparsity:.0%} zeros",
+    for axis, pdl in zip(axes.flat, panels, strict=True):
+        for i, n in enumerate(TOKENS):
+            line = sorted(
+                (row for row in rows if (row["N"], row["pdl"]) == (n, pdl)),
+                key=lambda row: row["sparsity"],
             )
-            floor = [row["cublas_us"] / row["stream_floor_us"] for row in line]
-            axis.plot(places, floor, linestyle=":", marker="_", color=colour)
+            sparsities = [row["sparsity"] for row in line]
+            if line:
+                colour = colours(0.9 * i / (len(TOKENS) - 1))
+                values = [value(row) for row in line]
+                axis.plot(sparsities, values, marker="o", color=colour, label=f"N = {n}")
+            dense = [row for row in line if row["fp8_us"]] if n == FP8_TOKENS else []
+            if value is speed_up and dense:
+                axis.plot(
+                    [row["sparsity"] for row in dense],
+                    [row["cublas_us"] / row["fp8_us"] for row in dense],
+                    linestyle="--",
+                    color="tab:red",
+                    label=f"dense FP8, N = {n}",
+                )
         axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(tokens)), [str(n) for n in tokens])
-        axis.set_xlabel("N (tokens)")
-        axis.set_ylabel("speed-up over cuBLAS")
+        axis.set_title(PDL_TITLES[pdl], fontsize=10)
+        axis.set_xlabel("fraction of zeros")
         axis.set_ylim(bottom=0)
-        axis.set_title(f"M={m} K={k}, {dtype}, {fmt}", fontsize=10)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    for axis in list(axes.flat)[len(grouped) :]:
-        axis.set_visible(False)
-    figure.suptitle(title)
+    axes[0, 0].set_ylabel(
+        "speed-up over cuBLAS" if value is speed_up else "time to read the packed bytes / our time"
+    )
+    figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw the picture of one GPU; returns the exit status."""
+    """Draw both figures of one GPU; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("gpu", help="such as h200")
+    parser.add_argument("--shape", default="opt-30b.fc1", help="MxK or a layer")
+    parser.add_argument("--mask", choices=MASKS, default="uniform")
+    parser.add_argument("--dtype", default="float16")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     source = arguments.results / f"spmm-{arguments.gpu}.jsonl"
-    rows = read_rows(source)
+    try:
+        m, k = parse_shape(arguments.shape)
+    except ValueError as error:
+        parser.error(str(error))
+    wanted = (m, k, arguments.mask, arguments.dtype)
+    rows = [
+        row
+        for row in best_rows(read_rows(source))
+        if (row["M"], row["K"], row["mask"], row["dtype"]) == wanted and row["N"] in TOKENS
+    ]
     if not rows:
-        parser.error(f"{source} holds no rows")
-    commits = sorted({str(row["commit"])[:9] for row in rows})
-    title = f"SpMM on {arguments.gpu} at {', '.join(commits)}; dotted: stream floor"
-    path = source.with_suffix(".png")
-    draw(rows, title, path)
-    print(path)
+        parser.error(f"{source} holds no rows of {m}x{k}, {arguments.dtype}, mask {arguments.mask}")
+    commits = ", ".join(sorted({str(row["commit"])[:9] for row in rows}))
+    what = f"M = {m}, K = {k}, {arguments.dtype}, mask {arguments.mask}"
+    title = f"SpMM, {what}, on {arguments.gpu} at {commits}"
+    for name, value in (("speedup", speed_up), ("floor", of_floor)):
+        path = source.with_name(f"{source.stem}-{name}.png")
+        draw(rows, title, path, value)
+        print(path)
     return 0
 
 

@@ -5,46 +5,60 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from types import NoneType
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
-# The row of bench_spmm.py: field -> type. Times in microseconds; sparsity a fraction of zeros.
-SPMM_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "bench": str,
-    "gpu": str,
-    "M": int,
-    "K": int,
-    "N": int,
-    "sparsity": float,
-    "dtype": str,
-    "format": str,
-    "us": float,
-    "cublas_us": float,
-    "stream_floor_us": float,
-    "rel_err": float,
-    "plan": str,
-    "torch": str,
-    "cuda": str,
-    "commit": str,
+# Patterns of zeros, made by weights.py: at random places; at random places in rows that differ in
+# sparsity; whole 128 x 128 blocks empty and the others full; where real weights are small.
+MASKS = ("uniform", "rows", "blocks", "real")
+
+# The row of bench_spmm.py: field -> types. Times in microseconds; sparsity a fraction of zeros.
+SPMM_FIELDS: dict[str, tuple[type, ...]] = {
+    "bench": (str,),
+    "gpu": (str,),
+    "M": (int,),
+    "K": (int,),
+    "N": (int,),
+    "sparsity": (float,),
+    "mask": (str,),
+    "dtype": (str,),
+    "format": (str,),
+    "pdl": (bool,),
+    "packed_bytes": (int, NoneType),  # null: measured before this was recorded
+    "us": (float,),
+    "cublas_us": (float,),
+    "fp8_us": (float, NoneType),  # null: the GPU or the shape does not suit it
+    "stream_floor_us": (float,),
+    "rel_err": (float,),
+    "plan": (str,),
+    "torch": (str,),
+    "cuda": (str,),
+    "commit": (str,),
 }
+POSITIVE_FIELDS = ("packed_bytes", "us", "cublas_us", "fp8_us", "stream_floor_us")
 # What tells one case from another; a new row replaces the old row of its case.
-CASE_FIELDS = ("bench", "gpu", "M", "K", "N", "sparsity", "dtype", "format")
+CASE_FIELDS = ("bench", "gpu", "M", "K", "N", "sparsity", "mask", "dtype", "format", "pdl")
 
 
 def check_spmm_row(row: dict[str, object]) -> None:
     """Check one row against the schema.
 
     Raises:
-        ValueError: a field is missing, unknown, of the wrong type, or a time is not positive.
+        ValueError: a field is missing, unknown, of the wrong type, a time or a size is not
+            positive, or the mask has no such name.
     """
     if list(row) != list(SPMM_FIELDS):
         raise ValueError(f"a row must have the fields {list(SPMM_FIELDS)}, got {list(row)}")
-    for field, kind in SPMM_FIELDS.items():
-        if not isinstance(row[field], kind):
-            raise ValueError(f"{field} must be {kind}, got {row[field]!r}")
-    for field in ("us", "cublas_us", "stream_floor_us"):
-        if not row[field] > 0:
+    for field, kinds in SPMM_FIELDS.items():
+        if type(row[field]) not in kinds:  # exactly: True is an int to isinstance
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{field} must be {names}, got {row[field]!r}")
+    for field in POSITIVE_FIELDS:
+        if row[field] is not None and not row[field] > 0:
             raise ValueError(f"{field} must be positive, got {row[field]!r}")
+    if row["mask"] not in MASKS:
+        raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {row['mask']!r}")
 
 
 def read_rows(path: Path) -> list[dict[str, object]]:

@@ -11,16 +11,18 @@ On the CPU: the same turns and median with a wall clock.
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 # Five times the L2 of an H100, four times that of an H200: what one round of copies must exceed.
 ROTATION_BYTES = 256 * 2**20
-# Calls in one graph: the two events and the graph's start are spread over this many.
+# Calls in one graph: the two events and the graph's start are spread over this many, or over as
+# many as last this long.
 MIN_CALLS = 20
-REPLAYS = 9
+LONG_GRAPH_US = 5000.0
+REPLAYS = 7
 WARM_UP_REPLAYS = 3
 
 
@@ -49,14 +51,23 @@ class Timing:
         return cls(statistics.median(samples_us), min(samples_us), max(samples_us))
 
 
+def calls_in_graph(num_copies: int, call_us: float) -> int:
+    """Return how many calls of ``call_us`` each to capture: a whole number of rounds over copies.
+
+    At least :data:`MIN_CALLS`, or enough for :data:`LONG_GRAPH_US`.
+    """
+    wanted = min(MIN_CALLS, math.ceil(LONG_GRAPH_US / max(call_us, 1e-3)))
+    return num_copies * math.ceil(wanted / num_copies)
+
+
 def copies_to_rotate(num_bytes: int) -> int:
     """Return how many copies of ``num_bytes`` exceed :data:`ROTATION_BYTES`; at least two."""
     return max(2, ROTATION_BYTES // max(num_bytes, 1) + 1)
 
 
 def time_cuda(
-    contenders: dict[str, Sequence[Callable[[], object]]], *, replays: int = REPLAYS
-) -> dict[str, Timing]:
+    contenders: dict[Hashable, Sequence[Callable[[], object]]], *, replays: int = REPLAYS
+) -> dict[Hashable, Timing]:
     """Time each contender's calls by graph replay, the contenders in turns.
 
     Args:
@@ -77,20 +88,24 @@ def time_cuda(
         with torch.cuda.stream(stream):
             for call in calls:  # first use: attributes, cuBLAS handles and heuristics
                 call()
+            start, end = _events()
+            start.record(stream)
+            for call in calls:
+                call()
+            end.record(stream)
         stream.synchronize()
-        num_calls = len(calls) * math.ceil(MIN_CALLS / len(calls))
+        num_calls = calls_in_graph(len(calls), start.elapsed_time(end) * 1e3 / len(calls))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             for i in range(num_calls):
                 calls[i % len(calls)]()
         graphs[name] = (graph, num_calls)
 
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    samples: dict[Hashable, list[float]] = {name: [] for name in contenders}
     with torch.cuda.stream(stream):
         for turn in range(WARM_UP_REPLAYS + replays):
             for name, (graph, num_calls) in graphs.items():
-                start = torch.cuda.Event(enable_timing=True)
-                end = torch.cuda.Event(enable_timing=True)
+                start, end = _events()
                 start.record(stream)
                 graph.replay()
                 end.record(stream)
@@ -101,11 +116,11 @@ def time_cuda(
 
 
 def time_cpu(
-    contenders: dict[str, Sequence[Callable[[], object]]],
+    contenders: dict[Hashable, Sequence[Callable[[], object]]],
     *,
     replays: int = REPLAYS,
     min_seconds: float = 0.02,
-) -> dict[str, Timing]:
+) -> dict[Hashable, Timing]:
     """Time each contender's calls by wall clock, the contenders in turns.
 
     Args:
@@ -132,14 +147,18 @@ def time_cpu(
         run(calls, len(calls))  # warm-up: page faults, thread pools
         one_round = max(run(calls, len(calls)), 1e-9)
         num_calls[name] = len(calls) * max(1, math.ceil(min_seconds / one_round))
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    samples: dict[Hashable, list[float]] = {name: [] for name in contenders}
     for _ in range(replays):
         for name, calls in contenders.items():
             samples[name].append(run(calls, num_calls[name]) * 1e6 / num_calls[name])
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
-def _check(contenders: dict[str, Sequence[Callable[[], object]]], replays: int) -> None:
+def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def _check(contenders: dict[Hashable, Sequence[Callable[[], object]]], replays: int) -> None:
     if replays < 7:
         raise ValueError(f"replays must be at least 7 for a median, got {replays}")
     for name, calls in contenders.items():

@@ -1,6 +1,9 @@
 """The benchmarks' own code: shapes, rows, timing in turns; a wrong result is never timed."""
 
+import dataclasses
+import functools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,42 +14,80 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_spmm  # noqa: E402
+import fp8  # noqa: E402
 import plot_spmm  # noqa: E402
 import rows  # noqa: E402
 import shapes  # noqa: E402
 import stream_floor  # noqa: E402
 import timing  # noqa: E402
+import weights  # noqa: E402
 
-CASE = bench_spmm.Case(256, 128, 8, 0.8, "float16", "tiled_csl", "auto")
+WEIGHT = bench_spmm.Weight(256, 128, 0.8, "uniform", "float16")
+CASE = bench_spmm.Case(WEIGHT, 8, "tiled_csl", "auto", True)
+FOUND = bench_spmm.Measurement(
+    ours=timing.Timing(70.123, 69.0, 71.0),
+    dense=timing.Timing(96.0, 95.0, 97.0),
+    fp8=timing.Timing(55.0, 54.0, 56.0),
+    floor=timing.Timing(38.0, 38.0, 38.0),
+    rel_err=2.1e-4,
+    packed_bytes=30000,
+    plan="w1n8 ctas=396 (forced)",
+)
 
 
 def fake_row(**changes):
-    found = bench_spmm.Measurement(
-        timing.Timing(70.123, 69.0, 71.0),
-        timing.Timing(96.0, 95.0, 97.0),
-        timing.Timing(38.0, 38.0, 38.0),
-        2.1e-4,
-        "w1n8 ctas=396 (forced)",
-    )
-    row = bench_spmm.make_row(CASE, found, "h200", "0123abc")
-    return {**row, **changes}
+    return {**bench_spmm.make_row(CASE, FOUND, "h200", "0123abc"), **changes}
+
+
+@pytest.fixture
+def prefetches(monkeypatch):
+    """Make benchmarks quick here; returns what every spmm is given as `prefetch`."""
+    seen = []
+    spmm = bench_spmm.flash_llm.spmm
+
+    def noted(x, w, *, config, prefetch):
+        seen.append(prefetch)
+        return spmm(x, w, config=config, prefetch=prefetch)
+
+    monkeypatch.setattr(bench_spmm.flash_llm, "spmm", noted)
+    monkeypatch.setattr(timing, "ROTATION_BYTES", 2**17)
+    quick = functools.partial(timing.time_cpu, min_seconds=0.001)
+    monkeypatch.setattr(bench_spmm, "time_cpu", quick)
+    return seen
 
 
 def test_row_has_exactly_the_agreed_fields():
     row = fake_row()
     assert list(row) == (
-        "bench gpu M K N sparsity dtype format us cublas_us stream_floor_us rel_err plan "
-        "torch cuda commit".split()
+        "bench gpu M K N sparsity mask dtype format pdl packed_bytes us cublas_us fp8_us "
+        "stream_floor_us rel_err plan torch cuda commit".split()
     )
     assert (row["bench"], row["M"], row["K"], row["N"]) == ("spmm", 256, 128, 8)
-    assert (row["us"], row["cublas_us"], row["stream_floor_us"]) == (70.12, 96.0, 38.0)
-    assert row["format"] == "tiled_csl"
+    assert (row["us"], row["cublas_us"], row["fp8_us"]) == (70.12, 96.0, 55.0)
+    assert (row["stream_floor_us"], row["packed_bytes"]) == (38.0, 30000)
+    assert (row["format"], row["mask"], row["pdl"]) == ("tiled_csl", "uniform", True)
     assert json.loads(json.dumps(row)) == row
+    without_fp8 = dataclasses.replace(FOUND, fp8=None)
+    assert bench_spmm.make_row(CASE, without_fp8, "a100", "0123abc")["fp8_us"] is None
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"us": "70"}, {"us": 0.0}, {"cublas_us": float("nan")}, {"extra": 1}, {"M": 1.5}],
+    [
+        {"us": "70"},
+        {"us": 0.0},
+        {"us": None},
+        {"cublas_us": float("nan")},
+        {"fp8_us": 0.0},
+        {"fp8_us": "-"},
+        {"extra": 1},
+        {"M": 1.5},
+        {"M": True},
+        {"pdl": 1},
+        {"mask": "diagonal"},
+        {"packed_bytes": 0},
+        {"packed_bytes": 1.0},
+    ],
     ids=str,
 )
 def test_rows_off_the_schema_are_refused(changes):
@@ -54,8 +95,14 @@ def test_rows_off_the_schema_are_refused(changes):
         rows.check_spmm_row(fake_row(**changes))
 
 
+def test_what_was_not_measured_is_null():
+    rows.check_spmm_row(fake_row(fp8_us=None, packed_bytes=None))
+
+
 def test_committed_rows_follow_the_schema():
-    for path in (BENCHMARKS / "results").glob("spmm-*.jsonl"):
+    paths = list((BENCHMARKS / "results").glob("spmm-*.jsonl"))
+    assert paths
+    for path in paths:
         found = rows.read_rows(path)
         assert found
         for row in found:
@@ -64,6 +111,20 @@ def test_committed_rows_follow_the_schema():
             assert row["rel_err"] <= bench_spmm.MAX_REL_ERR[row["dtype"]]
         cases = [tuple(row[field] for field in rows.CASE_FIELDS) for row in found]
         assert len(set(cases)) == len(cases)
+
+
+def test_the_readme_of_the_benchmarks_names_every_field():
+    text = (BENCHMARKS / "README.md").read_text()
+    listed = re.search(r'`\{("bench".*?)\}`', text, re.DOTALL)[1]
+    assert re.findall(r'"(\w+)"', listed) == list(rows.SPMM_FIELDS)
+
+
+def test_masks_and_prefetch_make_cases_of_their_own(tmp_path):
+    path = tmp_path / "spmm-h200.jsonl"
+    variants = [fake_row(mask=mask, pdl=pdl) for mask in rows.MASKS for pdl in (False, True)]
+    rows.write_rows(path, variants)
+    rows.write_rows(path, variants)
+    assert len(rows.read_rows(path)) == len(variants)
 
 
 def test_a_new_row_replaces_the_old_one_of_its_case(tmp_path):
@@ -136,39 +197,235 @@ def test_too_few_replays_and_empty_contenders_are_refused(time_calls):
         time_calls({"a": [lambda: None], "b": []})
 
 
+def test_a_graph_holds_whole_rounds_and_long_calls_need_fewer():
+    assert timing.calls_in_graph(2, 50.0) == 20
+    assert timing.calls_in_graph(3, 50.0) == 21
+    assert timing.calls_in_graph(50, 5.0) == 50
+    assert timing.calls_in_graph(2, 1500.0) == 4
+    assert timing.calls_in_graph(2, 1e6) == 2
+    assert timing.calls_in_graph(2, 0.0) == 20
+
+
+def make_weight(mask, sparsity=0.8, m=640, k=768, dtype=torch.float16, real=None):
+    return weights.make_weight(m, k, sparsity, mask, dtype, "cpu", real)
+
+
+@pytest.fixture
+def real_file(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    matrices = [torch.randn(96, 36, generator=generator).bfloat16() for _ in range(5)]
+    torch.save(matrices, tmp_path / "real.pt")
+    return tmp_path / "real.pt"
+
+
+@pytest.mark.parametrize("mask", rows.MASKS)
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
+def test_masks_have_their_sparsity_and_are_the_same_each_time(mask, sparsity, real_file):
+    # 300 x 260: nothing divides it, and of its 9 blocks those at the edges are small.
+    for m, k, tolerance in ((640, 768, 0.02), (300, 260, 0.02 if mask != "blocks" else 0.3)):
+        weight = make_weight(mask, sparsity, m, k, real=real_file)
+        assert weight.shape == (m, k) and weight.dtype == torch.float16
+        assert (weight == 0).double().mean() == pytest.approx(sparsity, abs=tolerance)
+        assert torch.equal(weight, make_weight(mask, sparsity, m, k, real=real_file))
+        values = weight[weight != 0]
+        assert values.unique().numel() > values.numel() / 40  # random, in 16 bits
+
+
+def test_masks_put_zeros_where_they_say(real_file):
+    def of_rows(mask):
+        return (make_weight(mask, 0.7, 640, 4096, real=real_file) == 0).double().mean(dim=1)
+
+    assert of_rows("uniform").std() < 0.02
+    rows_apart = of_rows("rows")
+    assert rows_apart.min() < 0.45 and rows_apart.max() > 0.95
+    assert rows_apart.mean() == pytest.approx(0.7, abs=0.005)
+    # On the boundary of [0, 1] rows have no room to differ.
+    assert bool((make_weight("rows", 0.0) != 0).double().mean() > 0.99)
+
+    blocks = (make_weight("blocks", 0.8) != 0).view(5, 128, 6, 128).double().mean(dim=(1, 3))
+    assert int((blocks > 0.99).sum()) == 6 and int((blocks == 0).sum()) == 24
+
+    matrices = weights.real_matrices(real_file)
+    tiled = weights.tile(matrices, 100, 80)
+    assert torch.equal(tiled[:96, 36:72], matrices[1])
+    assert torch.equal(tiled[96:, :36], matrices[3][:4])
+    kept = make_weight("real", 0.7, 100, 80, real=real_file) != 0
+    assert bool((kept.sum(dim=1) == 24).all())
+    smallest = tiled.abs().masked_fill(~kept, torch.inf).amin(dim=1)
+    assert bool((tiled.abs().masked_fill(kept, 0).amax(dim=1) <= smallest).all())
+
+
+def test_an_unknown_mask_is_refused():
+    with pytest.raises(ValueError, match="mask must be one of uniform"):
+        make_weight("diagonal")
+
+
+def test_real_matrices_are_written_to_a_file(tmp_path, monkeypatch, capsys):
+    def matrices(path):
+        assert path is None
+        return [torch.ones(4, 8).bfloat16()[:, :2]]
+
+    monkeypatch.setattr(weights, "real_matrices", matrices)
+    path = tmp_path / "build" / "real.pt"
+    assert weights.main([str(path)]) == 0
+    assert str(path) in capsys.readouterr().out
+    monkeypatch.undo()
+    assert torch.equal(weights.real_matrices(path)[0], torch.ones(4, 2).bfloat16())
+    assert weights.main([]) == 2
+
+
 def test_relative_error_sees_one_wrong_output():
-    weight = bench_spmm.random_weight(300, 64, 0.5, torch.float16, "cpu")
+    weight = make_weight("uniform", 0.5, 300, 64)
     x = torch.randn(4, 64).half()
+    exact = bench_spmm.exact_product(x, weight)
     y = (x.double() @ weight.double().T).half()
-    assert bench_spmm.relative_error(y, x, weight) < 2.0**-11
+    assert bench_spmm.relative_error(y, exact) < 2.0**-11
     y[2, 299] += 3
-    assert bench_spmm.relative_error(y, x, weight) > 2.0**-11
+    assert bench_spmm.relative_error(y, exact) > 2.0**-11
+
+
+def test_the_exact_product_is_made_in_parts():
+    weight = make_weight("uniform", 0.5, 4100, 16)
+    x = torch.randn(3, 16).half()
+    exact = bench_spmm.exact_product(x, weight)
+    assert torch.equal(exact, torch.cat([x.double() @ w.double().T for w in weight.split(4096)], 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fp8_is_the_same_product_up_to_its_rounding(dtype):
+    weight = make_weight("uniform", 0.5, 48, 64, dtype)
+    x = torch.randn(5, 64).to(dtype)
+    y = fp8.linear(*fp8.quantise(x), *fp8.quantise(weight), dtype)
+    assert y.shape == (5, 48) and y.dtype == dtype
+    assert bench_spmm.relative_error(y, bench_spmm.exact_product(x, weight)) < fp8.MAX_REL_ERR
+    values, scale = fp8.quantise(torch.zeros(16, 16))
+    assert bool((values.float() * scale == 0).all())
+
+
+def test_fp8_suits_recent_gpus_and_multiples_of_16():
+    assert fp8.suits(28672, 7168, (9, 0)) and fp8.suits(16, 16, (8, 9))
+    assert not fp8.suits(28672, 7168, (8, 0))
+    assert not fp8.suits(1000, 4096, (9, 0)) and not fp8.suits(1024, 4099, (9, 0))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_whole_benchmark_on_the_cpu(dtype, capsys, monkeypatch):
-    monkeypatch.setattr(timing, "ROTATION_BYTES", 2**20)
-    arguments = "--device cpu --shapes 256x128 --n 1 40 --sparsity 0.8 --replays 7 --dtype"
+def test_the_whole_benchmark_on_the_cpu(dtype, capsys, prefetches):
+    arguments = "--device cpu --shapes 256x128 --n 1 40 --sparsity 0.8 --mask uniform rows --dtype"
     assert bench_spmm.main([*arguments.split(), dtype]) == 0
     captured = capsys.readouterr()
     table = captured.out.splitlines()
-    assert table[0].split()[:5] == ["M", "K", "N", "sparsity", "dtype"]
-    assert [line.split()[:5] for line in table[1:]] == [
-        ["256", "128", n, "0.8", dtype] for n in ("1", "40")
+    assert table[0].split()[:8] == "M K N sparsity mask dtype format pdl".split()
+    assert [line.split()[:8] for line in table[1:]] == [
+        ["256", "128", n, "0.8", mask, dtype, "tiled_csl", pdl]
+        for mask in ("uniform", "rows")
+        for n in ("1", "40")
+        for pdl in ("on", "off")
     ]
     assert "cpu_tiles" in captured.err and "dense" in captured.err
+    assert set(prefetches) == {True, False}
 
 
-def test_a_wrong_result_ends_the_run_before_timing(monkeypatch):
+@pytest.mark.parametrize(("pdl", "expected"), [("on", {True}), ("off", {False})])
+def test_one_kind_of_prefetch_can_be_asked_for(pdl, expected, capsys, prefetches):
+    arguments = f"--device cpu --shapes 128x64 --n 2 --sparsity 0.5 --pdl {pdl}"
+    assert bench_spmm.main(arguments.split()) == 0
+    assert set(prefetches) == expected
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+class FakeFloor:
+    def read(self, buffer):
+        assert buffer.dtype == torch.int32
+
+
+def test_all_formats_and_both_prefetches_share_turns_and_packing(monkeypatch, prefetches):
+    packed, turns = [], []
+    pack = bench_spmm.flash_llm.pack
+
+    def named(dense, fmt):
+        packed.append(fmt)
+        return pack(dense, "tiled_csl")
+
+    def time_once(contenders, *, replays):
+        turns.append(list(contenders))
+        return {name: timing.Timing(1.0 + i, 1.0, 9.0) for i, name in enumerate(contenders)}
+
+    monkeypatch.setattr(bench_spmm.flash_llm, "pack", named)
+    monkeypatch.setattr(bench_spmm, "time_cpu", time_once)
+    bench = bench_spmm.Bench("cpu", ("tiled_csl", "bitmap"), floor=FakeFloor())
+    found = dict(bench.measure(WEIGHT, [1, 2, 4]))
+    assert packed == ["tiled_csl", "bitmap"]
+    assert len(turns) == 3 and all(len(turn) == 1 + 4 + 2 for turn in turns)
+    assert [(c.n, c.format, c.pdl) for c in found] == [
+        (n, fmt, pdl) for n in (1, 2, 4) for fmt in packed for pdl in (True, False)
+    ]
+    for case, measurement in found.items():
+        turn = turns[[1, 2, 4].index(case.n)]
+        assert measurement.dense.us == 1.0 and measurement.fp8 is None
+        assert measurement.ours.us == 1.0 + turn.index(case)
+        assert measurement.floor.us == 1.0 + turn.index(("floor", case.format))
+        bench_spmm.make_row(case, measurement, "h200", "0123abc")
+
+
+def operands_with_fp8(monkeypatch):
+    """As on a GPU: the operands of the CPU with what they lack for FP8."""
     monkeypatch.setattr(timing, "ROTATION_BYTES", 2**20)
+    operands = bench_spmm.Operands(WEIGHT, 8, ["tiled_csl"], "cpu", None)
+    operands._fp8_x, operands._fp8_x_scale = fp8.quantise(operands.x)
+    values, operands._fp8_scale = fp8.quantise(operands.dense[0])
+    operands._fp8 = [values, values.clone()]
+    return operands
+
+
+def test_fp8_is_checked_and_left_out_where_cublas_has_none(monkeypatch, capsys):
+    operands = operands_with_fp8(monkeypatch)
+    (y, again) = (call() for call in operands.fp8_calls(3))
+    assert y.shape == (3, 256) and torch.equal(y, again)
+
+    monkeypatch.setattr(fp8, "linear", lambda x, *_: torch.zeros(x.shape[0], 256))
+    with pytest.raises(RuntimeError, match="FP8, N = 3: relative error 1"):
+        operands.fp8_calls(3)
+
+    def unsupported(*_):
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+    monkeypatch.setattr(fp8, "linear", unsupported)
+    assert operands.fp8_calls(3) == []
+    assert "no FP8 for N = 3: CUBLAS_STATUS_NOT_SUPPORTED" in capsys.readouterr().err
+
+
+def test_a_wrong_result_ends_the_run_before_timing(monkeypatch, prefetches):
     spmm = bench_spmm.flash_llm.spmm
     monkeypatch.setattr(bench_spmm.flash_llm, "spmm", lambda x, w, **k: spmm(x, w, **k).flip(-1))
     monkeypatch.setattr(bench_spmm, "time_cpu", lambda *_, **__: pytest.fail("was timed"))
     with pytest.raises(RuntimeError, match="relative error"):
-        bench_spmm.measure(CASE, "cpu", None, 7)
+        list(bench_spmm.Bench("cpu").measure(WEIGHT, [8]))
 
 
-@pytest.mark.parametrize("arguments", ["--shapes 12y7", "--dtype float32", "--device tpu"])
+def test_a_result_that_changes_ends_the_run(monkeypatch, prefetches):
+    spmm = bench_spmm.flash_llm.spmm
+
+    def time_and_spoil(contenders, *, replays):
+        monkeypatch.setattr(bench_spmm.flash_llm, "spmm", lambda x, w, **k: -spmm(x, w, **k))
+        return dict.fromkeys(contenders, timing.Timing(1.0, 1.0, 1.0))
+
+    monkeypatch.setattr(bench_spmm, "time_cpu", time_and_spoil)
+    with pytest.raises(RuntimeError, match="changed between the first call and the last"):
+        list(bench_spmm.Bench("cpu").measure(WEIGHT, [8]))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--shapes 12y7",
+        "--dtype float32",
+        "--device tpu",
+        "--mask diagonal",
+        "--pdl maybe",
+        "--n 8 0",
+        "--sparsity 1.5",
+    ],
+)
 def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         bench_spmm.main(["--device", "cpu", *arguments.split()])
@@ -176,19 +433,49 @@ def test_bad_arguments_are_refused(arguments, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-def test_the_plot_is_drawn_from_rows(tmp_path, capsys):
+def test_several_values_are_taken_for_each_option():
+    line = "--device cpu --shapes 128x64 256x64 --mask uniform blocks --sparsity 0.5 --n 1 2048 "
+    arguments = bench_spmm.parse_arguments([*line.split(), "--format", "tiled_csl", "bitmap"])
+    assert arguments.format == ["tiled_csl", "bitmap"] and arguments.n == [1, 2048]
+    assert [(w.m, w.mask) for w in bench_spmm.weights_of(arguments)] == [
+        (m, mask) for m in (128, 256) for mask in ("uniform", "blocks")
+    ]
+
+
+def test_the_best_format_is_auto_or_else_the_fastest():
+    slow, fast = fake_row(us=80.0), fake_row(us=60.0, format="bitmap")
+    auto, other = fake_row(us=70.0, format="auto"), fake_row(pdl=False)
+    assert plot_spmm.best_rows([slow, fast, other]) == [fast, other]
+    assert plot_spmm.best_rows([slow, fast, auto]) == [auto]
+    assert plot_spmm.speed_up(fast) == 1.6
+    assert plot_spmm.of_floor(fake_row(us=76.0)) == 0.5
+
+
+@pytest.mark.parametrize("pdls", [(False,), (True, False)], ids=["one panel", "two panels"])
+def test_the_plots_are_drawn_from_rows(pdls, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
-    cases = [fake_row(N=n, sparsity=s) for n in (8, 16) for s in (0.6, 0.8)]
+    cases = [
+        fake_row(N=n, sparsity=s, pdl=pdl, fp8_us=None if s == 0.9 else 60.0)
+        for n in (8, 16, 48)
+        for s in (0.6, 0.8, 0.9)
+        for pdl in pdls
+    ]
     rows.write_rows(tmp_path / "spmm-h200.jsonl", [*cases, fake_row(M=7168, K=7168)])
-    assert plot_spmm.main(["h200", "--results", str(tmp_path)]) == 0
-    picture = tmp_path / "spmm-h200.png"
-    assert capsys.readouterr().out.strip() == str(picture)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    arguments = ["h200", "--results", str(tmp_path), "--shape", "256x128"]
+    assert plot_spmm.main(arguments) == 0
+    pictures = [tmp_path / f"spmm-h200-{name}.png" for name in ("speedup", "floor")]
+    assert capsys.readouterr().out.split() == [str(picture) for picture in pictures]
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_plotting_nothing_is_an_error(tmp_path):
     with pytest.raises(SystemExit):
         plot_spmm.main(["h200", "--results", str(tmp_path)])
+    rows.write_rows(tmp_path / "spmm-h200.jsonl", [fake_row()])
+    for wrong in (["--shape", "256y128"], ["--mask", "rows", "--shape", "256x128"]):
+        with pytest.raises(SystemExit):
+            plot_spmm.main(["h200", "--results", str(tmp_path), *wrong])
 
 
 def test_the_floor_kernel_compiles_where_there_is_nvcc(tmp_path):
@@ -202,13 +489,16 @@ def test_the_floor_kernel_compiles_where_there_is_nvcc(tmp_path):
 @pytest.mark.gpu
 def test_gpu_rows_are_written_and_plausible(tmp_path):
     out = tmp_path / "rows.jsonl"
-    arguments = "--shapes 1024x1024 --n 8 --sparsity 0.8 --commit test --out"
+    arguments = "--shapes 1024x1024 --n 1 8 --sparsity 0.8 --mask blocks --commit test --out"
     assert bench_spmm.main([*arguments.split(), str(out)]) == 0
-    (row,) = rows.read_rows(out)
-    rows.check_spmm_row(row)
-    assert row["commit"] == "test"
-    # 0.8 MB of payload: no GPU reads it in less than 50 ns, none needs a millisecond.
-    assert 0.05 < row["stream_floor_us"] < 1000
+    found = rows.read_rows(out)
+    assert [(row["N"], row["pdl"]) for row in found] == [(n, p) for n in (1, 8) for p in (0, 1)]
+    for row in found:
+        rows.check_spmm_row(row)
+        assert (row["commit"], row["mask"]) == ("test", "blocks")
+        assert (row["fp8_us"] is not None) == (torch.cuda.get_device_capability() >= (8, 9))
+        # 0.8 MB of payload: no GPU reads it in less than 50 ns, none needs a millisecond.
+        assert 0.05 < row["stream_floor_us"] < 1000
 
 
 @pytest.mark.gpu

