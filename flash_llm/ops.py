@@ -345,8 +345,9 @@ def spmm(
         w: packed ``[M, K]`` weight, float16 or bfloat16.
         bias: ``[M]``, dtype and device of ``x``.
         activation: None or ``"none"``, ``"relu"``, ``"gelu"`` (exact, erf) or ``"silu"``, applied
-            in float32 before the final rounding; only the dense route (large N) rounds the sum to
-            ``x.dtype`` first, as ``torch.nn.functional.linear`` does.
+            in float32 before the final rounding; only for large N (the dense route, and the bitmap
+            kernel above 64 tokens) is the sum rounded to ``x.dtype`` first, as after
+            ``torch.nn.functional.linear``.
         config: ``"auto"`` lets ``explain_plan`` choose; any other name forces that kernel (see
             ``flash_llm._C.plan_names``), for tests and benchmarks.
         ctas: grid of the CUDA kernel, at most one CTA per tile of work; 0 lets the plan choose.

@@ -19,8 +19,11 @@ constexpr int64_t kLscdMaxTokens = 128;
 constexpr int64_t kLscdMaxTokensLowSparsity = 64;
 constexpr double kLowSparsity = 0.65;
 
-// The bitmap kernel takes several passes of 64 tokens up to here.
-constexpr int64_t kBitmapMaxTokens = 192;
+// The bitmap kernel, in passes of 256 tokens, against unpack + cuBLAS on an H200, 28672x7168, fp16,
+// in microseconds (2026-11-23):
+//   N = 512     50 % 446 / 555    70 % 423 / 525    90 % 371 / 469
+//   N = 2048    50 % 1691 / 1438  70 % 1598 / 1375  90 % 1527 / 1275
+constexpr int64_t kBitmapMaxTokens = 1024;
 
 // Below this density the bits of a bitmap weigh more than the places of Tiled-CSL.
 constexpr double kBitmapMinDensity = 0.07;
@@ -60,6 +63,7 @@ std::string shape_text(const SpmmProblem& problem) {
 Status plan_dense(const SpmmProblem& problem, std::string reason, SpmmPlan* out) {
   out->route = SpmmRoute::kDense;
   out->workspace_bytes = problem.m * problem.k * 2;
+  out->rounds_before_activation = true;
   out->reason = std::move(reason);
   return Status::success();
 }
@@ -107,7 +111,7 @@ int bitmap_slot_bytes(const SpmmProblem& problem, const BitmapConfig& config, in
   const int wanted = chunk_units(rows) * kChunkUnitBytes;
   const int room = smem_bytes - kReservedSmemBytes - kBitmapFixedSmemBytes -
                    config.x_stages * bitmap_x_stage_bytes(config);
-  const int fits = room / (kBitmapWarps * kBitmapSlots);
+  const int fits = room / (config.chunks() * kBitmapSlots);
   return std::max(std::min(wanted, fits), kMinBitmapSlotBytes) / kChunkRowBytes * kChunkRowBytes;
 }
 
@@ -122,7 +126,8 @@ Status plan_bitmap(const SpmmProblem& problem, const DeviceInfo& device, int con
         std::to_string(device.compute_capability % 10) + ", use \"dense\"");
   }
   const int64_t token_blocks = (problem.n + config.tile_n - 1) / config.tile_n;
-  const int64_t rows = token_blocks * ((problem.m + kBitmapBlockM - 1) / kBitmapBlockM);
+  const int64_t row_blocks = (problem.m + config.block_m() - 1) / config.block_m();
+  const int64_t rows = token_blocks * row_blocks;
   const int64_t units = rows * num_chunk_cols(problem.k);
   if (units > INT32_MAX) {
     return Status::invalid_value(shape_text(problem) + " needs " + std::to_string(units) +
@@ -135,9 +140,12 @@ Status plan_bitmap(const SpmmProblem& problem, const DeviceInfo& device, int con
   out->config = config_idx;
   out->ctas = ctas;
   out->slot_bytes = bitmap_slot_bytes(problem, config, device.smem_per_sm_bytes);
-  // Each CTA leaves sums of every row of blocks that it touches: at most ctas + rows - 1 in all.
+  // Sums of its first and its last row of blocks for each CTA, or of every row that it touches,
+  // which are at most ctas + rows - 1 in all.
+  const int64_t slots = bitmap_stores_rows(config.tile_n) ? 2 * ctas : ctas + rows;
   out->workspace_bytes =
-      (ctas + rows) * kBitmapBlockM * config.tile_n * static_cast<int64_t>(sizeof(float));
+      slots * config.block_m() * config.tile_n * static_cast<int64_t>(sizeof(float));
+  out->rounds_before_activation = bitmap_stores_rows(config.tile_n);
   out->reason = std::move(reason);
   return Status::success();
 }
@@ -163,7 +171,7 @@ Status plan_bitmap_auto(const SpmmProblem& problem, const DeviceInfo& device, in
     return plan_dense(problem, "the bitmap kernel needs a Hopper GPU and a build for sm_90a", out);
   }
   if (problem.n > kBitmapMaxTokens) {
-    return plan_dense(problem, "N > 192: unpacking and cuBLAS cost less", out);
+    return plan_dense(problem, "N > 1024: unpacking and cuBLAS cost less", out);
   }
   return plan_bitmap(problem, device, config_for(bitmap_configs(), problem.n), ctas,
                      "the narrowest tile that covers N decodes each weight once", out);
@@ -183,7 +191,8 @@ const std::vector<LscdConfig>& lscd_configs() {
 
 const std::vector<BitmapConfig>& bitmap_configs() {
   static const std::vector<BitmapConfig> configs = {
-#define FLASH_LLM_ROW(name, tile_n, x_stages) {#name, tile_n, x_stages},
+#define FLASH_LLM_ROW(name, tile_n, warps, strips, x_stages) \
+  {#name, tile_n, warps, strips, x_stages},
       FLASH_LLM_BITMAP_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
   };

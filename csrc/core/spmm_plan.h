@@ -60,37 +60,49 @@ inline constexpr int kTileBytes = kTileElems * 2;
 
 const std::vector<LscdConfig>& lscd_configs();
 
-// The same for the bitmap kernel, whose CTAs are alike but for:
-//   name, columns of X per CTA, and stages of X (128 columns of K each) that wait in shared memory
+// Shared memory of one CTA: a decoded tile for each group of warps that share one.
+constexpr int lscd_smem_bytes(const LscdConfig& config) {
+  return kLscdCtaWarps / config.warps_per_tile * kTileBytes;
+}
+
+// The same for the bitmap kernel, one CTA per SM:
+//   name, columns of X per CTA, warps, strips of 16 rows per warp (2 is a whole chunk; with 1 two
+//   warps share a chunk, which leaves registers for more columns), and stages of X (128 columns of
+//   K each) that wait in shared memory
 // clang-format off
 #define FLASH_LLM_BITMAP_CONFIGS(row) \
-  row(n8, 8, 8)                       \
-  row(n16, 16, 8)                     \
-  row(n32, 32, 4)                     \
-  row(n64, 64, 2)
+  row(n8, 8, 16, 2, 8)                \
+  row(n16, 16, 16, 2, 8)              \
+  row(n32, 32, 16, 2, 4)              \
+  row(n64, 64, 16, 2, 2)              \
+  row(n128, 128, 16, 1, 2)            \
+  row(n256, 256, 8, 1, 2)
 // clang-format on
 
 struct BitmapConfig {
   const char* name;
   int tile_n;
+  int warps;
+  int strips;
   int x_stages;
+
+  // A CTA works on so many rows of W at a time, and so many chunks.
+  constexpr int block_m() const { return warps * strips * kStripM; }
+  constexpr int chunks() const { return block_m() / kChunkM; }
 };
 
 const std::vector<BitmapConfig>& bitmap_configs();
 
-inline constexpr int kBitmapWarps = 16;
-// A CTA works on one chunk per warp at a time: this many rows of W.
-inline constexpr int kBitmapBlockM = kBitmapWarps * kChunkM;
-// Each warp's ring of chunks in flight. A chunk that is larger than a slot takes the whole ring.
+// Each chunk of a CTA comes through a ring of its own. A chunk that is larger than a slot takes the
+// whole ring.
 inline constexpr int kBitmapSlots = 2;
 inline constexpr int kMinBitmapSlotBytes = 35 * kChunkRowBytes;
 static_assert(kBitmapSlots * kMinBitmapSlotBytes >= chunk_units(kMaxChunkRows) * kChunkUnitBytes,
               "the fullest chunk must fit the ring");
-
-// Shared memory of one CTA: a decoded tile for each group of warps that share one.
-constexpr int lscd_smem_bytes(const LscdConfig& config) {
-  return kLscdCtaWarps / config.warps_per_tile * kTileBytes;
-}
+// Whether the kernel itself stores the rows of blocks that one CTA does alone, so that the
+// workspace stays small however many tokens there are. It then has no registers left for an
+// activation, which a kernel of the caller's applies to the rounded sums, as on the dense route.
+constexpr bool bitmap_stores_rows(int tile_n) { return tile_n > 64; }
 
 constexpr int bitmap_x_stage_bytes(const BitmapConfig& config) {
   return config.tile_n * kChunkK * 2;
@@ -101,7 +113,7 @@ inline constexpr int kBitmapFixedSmemBytes = 2048;
 // Shared memory of one CTA of the bitmap kernel.
 constexpr int bitmap_smem_bytes(const BitmapConfig& config, int slot_bytes) {
   return kBitmapFixedSmemBytes + config.x_stages * bitmap_x_stage_bytes(config) +
-         kBitmapWarps * kBitmapSlots * slot_bytes;
+         config.chunks() * kBitmapSlots * slot_bytes;
 }
 
 // The format that multiplies fastest on a device, and one sentence why.
@@ -117,6 +129,8 @@ struct SpmmPlan {
   int config = -1;     // index into the route's configurations, or -1
   int64_t ctas = 0;    // kernels of ours: grid size; work is cut evenly between them (stream-K)
   int slot_bytes = 0;  // kBitmap: shared memory for one chunk
+  // Whether the kernel leaves the activation to the caller.
+  bool rounds_before_activation = false;
   // Temporary memory: fp32 partial sums and then X in fragment order (kLscd), fp32 partial sums
   // (kBitmap), or the dense weight (kDense).
   int64_t workspace_bytes = 0;

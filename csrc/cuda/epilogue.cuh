@@ -49,15 +49,44 @@ struct Epilogue {
   int64_t n;
   Activation activation;
 
-  // Stores y[token, row]; rows and tokens outside the matrix are dropped.
+  // Stores a thread's four sums of an m16n8 accumulator: rows `row` and `row` + 8 of tokens `token`
+  // and `token` + 1; rows and tokens outside the matrix are dropped.
   template <ValueType kType>
-  __device__ __forceinline__ void store(int64_t token, int64_t row, float sum) const {
-    if (token >= n || row >= m) return;
-    const float b = bias ? element_to_float<kType>(bias[row]) : 0.0F;
-    y[token * m + row] = element_from_float<kType>(activate(sum + b, activation));
+  __device__ __forceinline__ void store_fragment(int64_t token, int64_t row, float4 sums) const {
+    const float sum[4] = {sums.x, sums.y, sums.z, sums.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t r = row + i / 2 * 8, t = token + i % 2;
+      if (t >= n || r >= m) continue;
+      const float b = bias ? element_to_float<kType>(bias[r]) : 0.0F;
+      y[t * m + r] = element_from_float<kType>(activate(sum[i] + b, activation));
+    }
   }
 
-  // Stores y[token, row .. row + 3]; the same.
+  // Stores round(sum + bias), without the activation, for a thread's sums of an m16nN accumulator:
+  // rows `row` and `row` + 8, tokens `token`, `token` + 1 and so on in steps of 8.
+  template <ValueType kType, int kTileN>
+  __device__ __forceinline__ void store_rows(int64_t token, int64_t row,
+                                             const float (&sums)[kTileN / 2]) const {
+    float b[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      b[i] = bias && row + i * 8 < m ? element_to_float<kType>(bias[row + i * 8]) : 0.0F;
+    }
+    uint16_t* out = y + token * m + row;
+#pragma unroll
+    for (int block = 0; block < kTileN / 8; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (token + block * 8 + i % 2 < n && row + i / 2 * 8 < m) {
+          out[(block * 8 + i % 2) * m + i / 2 * 8] =
+              element_from_float<kType>(sums[block * 4 + i] + b[i / 2]);
+        }
+      }
+    }
+  }
+
+  // Stores y[token, row .. row + 3]; the same as store_fragment.
   template <ValueType kType>
   __device__ __forceinline__ void store(int64_t token, int64_t row, float4 sums) const {
     if (token >= n || row >= m) return;

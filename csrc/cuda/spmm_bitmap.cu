@@ -40,7 +40,6 @@
 namespace flash_llm {
 namespace {
 
-constexpr int kThreads = kBitmapWarps * 32;
 constexpr int kXBoxK = 64;  // columns of a box of the tensor map: 128 bytes, one swizzle span
 constexpr int kXBoxes = kChunkK / kXBoxK;
 
@@ -49,7 +48,7 @@ struct BitmapParams {
   const int32_t* offsets;
   int payload_units;
   int chunk_rows, chunk_cols;
-  int row_blocks;     // of kBitmapBlockM rows
+  int row_blocks;     // of block_m rows
   int schedule_rows;  // row blocks times token blocks
   int slot_bytes;
   StreamK schedule;  // rows: token block after token block, row block after row block
@@ -57,24 +56,45 @@ struct BitmapParams {
   Epilogue epilogue;
 };
 
-template <ValueType kTypeArg, int kTileNArg, int kXStagesArg>
+template <ValueType kTypeArg, int kTileNArg, int kWarpsArg, int kStripsArg, int kXStagesArg>
 struct Bitmap {
   static constexpr ValueType kType = kTypeArg;
   static constexpr int kTileN = kTileNArg;
+  static constexpr int kWarps = kWarpsArg;
+  static constexpr int kStrips = kStripsArg;
   static constexpr int kXStages = kXStagesArg;
+
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kReaders = 2 / kStrips;  // warps that share a chunk
+  static constexpr int kChunks = kWarps / kReaders;
+  static constexpr int kBlockM = kChunks * kChunkM;
   static constexpr int kBlocksN = kTileN / 8;
+  // Whether a unit's multiplication may go on while the next is decoded: sums and fragments then
+  // live across the loop, in at most 80 of 128 registers, or ptxas serialises every wgmma.
+  static constexpr bool kOverlapsUnits = kStrips * (kTileN / 2 + 16) * kWarps <= 80 * 16;
+  static constexpr bool kStoresRows = bitmap_stores_rows(kTileN);
   static constexpr int kXBoxBytes = kTileN * kXBoxK * 2;
   static constexpr int kXStageBytes = kXBoxes * kXBoxBytes;
+
+  static_assert(kStrips == 1 || kStrips == 2, "a chunk has two strips");
+  static_assert(kWarps % 4 == 0, "wgmma takes four warps");
+  static_assert(kBandChunkRows % kChunks == 0, "a CTA reads part of one column of a band");
   static_assert(kXBoxBytes % 1024 == 0, "a swizzled box is a whole number of 8-row groups");
 };
 
-// Where the float4 sums of (slot, warp, strip, 8-token block) begin; a lane's follow at [lane]. The
-// slot of `cta`'s sums of a row is cta + row: with every next CTA or row it grows by one, and no
-// CTA meets a row twice.
-__device__ __forceinline__ float4* partial_block(float4* partial, int slot, int warp, int strip,
-                                                 int blocks_n, int block_n) {
-  const int64_t index = ((int64_t{slot} * kBitmapWarps + warp) * 2 + strip) * blocks_n + block_n;
-  return partial + index * 32;
+// The fp32 sums of a strip in a slot of the workspace, in fragment order: a slot holds
+// float4[block_m / 16 strips][8-token blocks][32 lanes].
+__device__ __forceinline__ float4* partial_strip(float4* partial, int slot, int strips, int strip,
+                                                 int blocks_n) {
+  return partial + (int64_t{slot} * strips + strip) * blocks_n * 32;
+}
+
+// The slot of what `cta` leaves of a row of blocks. Where it stores the rows that it does alone, it
+// has two: one for a row that began before it, one for a row that begins in it. Else all rows go
+// through the workspace: cta + row grows by one with every next CTA or row.
+template <bool kStoresRows>
+__device__ __forceinline__ int partial_slot(int cta, int row, bool begins_row) {
+  return kStoresRows ? 2 * cta + (begins_row ? 1 : 0) : cta + row;
 }
 
 #ifdef FLASH_LLM_SM90A
@@ -84,22 +104,25 @@ __device__ __forceinline__ float4* partial_block(float4* partial, int slot, int 
 // bits send it 33 rows away), which the neighbours on both sides allow.
 struct SmemMap {
   uint32_t x;
-  uint32_t ring;
-  uint32_t x_full;     // mbarrier per X stage
-  uint32_t x_done;     // uint32 per X stage: how many warps have finished with it, ever
-  uint32_t ring_full;  // this warp's mbarriers, one per slot
+  uint32_t x_full;     // mbarrier per stage
+  uint32_t x_done;     // uint32 per stage: how many warps have finished with it, ever
+  uint32_t ring;       // of this warp's chunk
+  uint32_t ring_full;  // mbarrier per slot
+  uint32_t ring_done;  // uint32 per slot, where two warps share the ring
 };
 
 template <typename C>
 __device__ __forceinline__ SmemMap map_smem(uint32_t base, int slot_bytes, int warp) {
+  const int chunk = warp / C::kReaders;
   SmemMap map;
   map.x = (base + 1023) / 1024 * 1024;
   const uint32_t rings = map.x + C::kXStages * C::kXStageBytes;
-  const uint32_t ring_bytes = static_cast<uint32_t>(kBitmapSlots * slot_bytes);
-  map.ring = rings + warp * ring_bytes;
-  map.x_full = rings + kBitmapWarps * ring_bytes;
+  map.ring = rings + chunk * kBitmapSlots * slot_bytes;
+  map.x_full = rings + C::kChunks * kBitmapSlots * slot_bytes;
   map.x_done = map.x_full + C::kXStages * 8;
-  map.ring_full = map.x_done + C::kXStages * 8 + warp * kBitmapSlots * 8;
+  const uint32_t ring_barriers = map.x_done + C::kXStages * 8;
+  map.ring_full = ring_barriers + chunk * kBitmapSlots * 8;
+  map.ring_done = ring_barriers + (C::kChunks + chunk) * kBitmapSlots * 8;
   return map;
 }
 
@@ -122,31 +145,33 @@ struct UnitPosition {
   }
 };
 
-// The chunks that one warp works on, unit after unit, and their way into its ring.
+// The chunks that one warp works on, unit after unit, and their way into the ring. Where two warps
+// share a ring both keep the same books, and the last to release a chunk starts what comes next.
+template <typename C>
 class ChunkStream {
  public:
   __device__ __forceinline__ ChunkStream(const BitmapParams& p, const SmemMap& smem,
                                          UnitPosition first, int num_units, int warp, int lane)
       : p_(p), smem_(smem), num_units_(num_units), warp_(warp), lane_(lane), unread_(first) {
-    if (lane == 0) {
+    const bool starts = lane == 0 && warp % C::kReaders == 0;
+    if (starts) {
 #pragma unroll
-      for (int i = 0; i < kBitmapSlots; ++i) ptx::mbarrier_init(smem.ring_full + 8 * i, 1);
+      for (int i = 0; i < kBitmapSlots; ++i) {
+        ptx::mbarrier_init(smem.ring_full + 8 * i, 1);
+        ptx::store_shared_u32(smem.ring_done + 4 * i, 0);
+      }
       ptx::mbarrier_init_fence();
     }
     window_ = load_window(0);
     current_ = chunk_at(0);
     next_ = chunk_at(1);
-    if (current_.bytes >= 0) start(0, current_.begin, current_.bytes);
-    if (current_.bytes >= 0 && next_.bytes >= 0) start(1, next_.begin, next_.bytes);
+    if (starts) start_empty_ring(0);
     smem_current_ = address(0, current_.bytes);
     next_window_ = load_window(32);
   }
 
   // Waits for chunk i, which must be the one after the last released.
-  __device__ __forceinline__ ChunkCursor wait(int i) {
-    if (current_.bytes < 0) {  // larger than a slot; the ring is empty now
-      start(i, current_.begin, -current_.bytes);
-    }
+  __device__ __forceinline__ ChunkCursor wait(int i) const {
     ptx::mbarrier_wait(smem_.ring_full + 8 * (i % kBitmapSlots), i / kBitmapSlots & 1);
     return ChunkCursor(smem_current_, max(abs(current_.bytes) - kChunkFixedBytes, 0),
                        current_.bytes != 0, lane_);
@@ -155,18 +180,18 @@ class ChunkStream {
   // Chunk i has been read: its memory may be filled again.
   __device__ __forceinline__ void release(int i) {
     __syncwarp();
-    const bool next_waits = current_.bytes < 0 || next_.bytes < 0;
+    // A chunk that takes the whole ring is alone in it.
+    const bool ring_is_empty = current_.bytes < 0 || next_.bytes < 0;
     current_ = next_;
     next_ = chunk_at(i + 2);
-    if (next_waits) {
-      // Chunk i or i + 1 takes the whole ring. What follows one is not started before it has been
-      // read: then as much as the ring holds.
-      if (current_.bytes >= 0) start(i + 1, current_.begin, current_.bytes);
-      if (current_.bytes >= 0 && next_.bytes >= 0) start(i + 2, next_.begin, next_.bytes);
-    } else if (next_.bytes >= 0) {
-      start(i + 2, next_.begin, next_.bytes);
-    }
     smem_current_ = address(i + 1, current_.bytes);
+    if (lane_ == 0 && is_last_reader(i)) {
+      if (ring_is_empty) {
+        start_empty_ring(i + 1);
+      } else if (next_.bytes >= 0) {
+        start(i + 2, next_.begin, next_.bytes);
+      }
+    }
     if (i % 32 == 31) {
       window_ = next_window_;
       next_window_ = load_window(i + 33);
@@ -188,7 +213,7 @@ class ChunkStream {
     unread_.advance(32, p_.chunk_cols);
     if (first + lane_ >= num_units_) return {0, 0};
     const int row_block = p_.schedule_rows == p_.row_blocks ? unit.row : unit.row % p_.row_blocks;
-    const int chunk_row = row_block * kBandChunkRows + warp_;
+    const int chunk_row = row_block * C::kChunks + warp_ / C::kReaders;
     if (chunk_row >= p_.chunk_rows) return {0, 0};
     const int32_t* offset =
         p_.offsets + chunk_index(chunk_row, unit.col, p_.chunk_rows, p_.chunk_cols);
@@ -210,9 +235,21 @@ class ChunkStream {
     return smem_.ring + (bytes < 0 || i % kBitmapSlots == 0 ? 0 : p_.slot_bytes);
   }
 
-  // Chunks are started in order. One without bytes completes its barrier at once.
+  // Whether all readers of chunk i have released it, this one being the last.
+  __device__ __forceinline__ bool is_last_reader(int i) const {
+    if constexpr (C::kReaders == 1) return true;
+    const uint32_t before = ptx::fetch_add_shared(smem_.ring_done + 4 * (i % kBitmapSlots), 1);
+    return before % C::kReaders == C::kReaders - 1;
+  }
+
+  // One thread: fills an empty ring with chunk i, which is current_, and the next if both fit.
+  __device__ __forceinline__ void start_empty_ring(int i) const {
+    start(i, current_.begin, abs(current_.bytes));
+    if (current_.bytes >= 0 && next_.bytes >= 0) start(i + 1, next_.begin, next_.bytes);
+  }
+
+  // One thread: asks for a chunk; in order. One without bytes completes its barrier at once.
   __device__ __forceinline__ void start(int i, int begin, int bytes) const {
-    if (lane_ != 0) return;
     const uint32_t full = smem_.ring_full + 8 * (i % kBitmapSlots);
     ptx::mbarrier_expect(full, bytes);
     if (bytes == 0) return;
@@ -221,7 +258,6 @@ class ChunkStream {
   }
 
   static_assert(kBitmapSlots == 2, "current_ and next_ are what the ring holds");
-  static_assert(kBitmapWarps == kBandChunkRows, "a CTA reads a column of a band at a time");
 
   const BitmapParams& p_;
   const SmemMap& smem_;
@@ -270,7 +306,7 @@ class XRing {
   __device__ __forceinline__ void release(int i, int lane) {
     if (lane == 0) {
       const uint32_t before = ptx::fetch_add_shared(smem_.x_done + 4 * (i % C::kXStages), 1);
-      if (before % kBitmapWarps == kBitmapWarps - 1 && i + C::kXStages < num_units_) fill(i);
+      if (before % C::kWarps == C::kWarps - 1 && i + C::kXStages < num_units_) fill(i);
     }
     next_.step(p_.chunk_cols);
   }
@@ -295,41 +331,72 @@ class XRing {
   UnitPosition next_;  // the unit whose X takes the place of the current one's
 };
 
-// Registers of two fragments of both strips: [fragment][strip].
-using Fragments = uint32_t[2][2][4];
+// Registers of two fragments of a warp's strips: [fragment][strip].
+template <typename C>
+using Fragments = uint32_t[2][C::kStrips][4];
 
-template <int kFirst, int kStep>
-__device__ __forceinline__ void decode_fragments(const uint32_t (&bits)[2], uint32_t (&position)[2],
-                                                 Fragments& a) {
+// Decodes fragments kFirst and kFirst + 1 of a half.
+template <typename C, int kFirst, int kStep>
+__device__ __forceinline__ void decode_fragments(const uint32_t (&bits)[C::kStrips],
+                                                 uint32_t (&position)[C::kStrips],
+                                                 Fragments<C>& a) {
 #pragma unroll
-  for (int strip = 0; strip < 2; ++strip) {
+  for (int strip = 0; strip < C::kStrips; ++strip) {
     decode_fragment<kFirst, kStep>(bits[strip], position[strip], a[0][strip]);
   }
 #pragma unroll
-  for (int strip = 0; strip < 2; ++strip) {
+  for (int strip = 0; strip < C::kStrips; ++strip) {
     decode_fragment<kFirst + 1, kStep>(bits[strip], position[strip], a[1][strip]);
   }
 }
 
-// Starts the four wgmma of two fragments; `x` describes the first fragment's 16 columns of X.
+// Starts the wgmma of two fragments; `x` describes the first fragment's 16 columns of X. Sums begin
+// anew where `accumulate` is 0: clearing them would take registers from the pipeline.
 template <typename C>
-__device__ __forceinline__ void multiply_fragments(float (&sums)[2][C::kTileN / 2],
-                                                   const Fragments& a, uint64_t x) {
+__device__ __forceinline__ void multiply_fragments(float (&sums)[C::kStrips][C::kTileN / 2],
+                                                   const Fragments<C>& a, uint64_t x,
+                                                   int accumulate = 1) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int fragment = 0; fragment < 2; ++fragment) {
 #pragma unroll
-    for (int strip = 0; strip < 2; ++strip) {
-      ptx::wgmma<C::kType, C::kTileN>(sums[strip], a[fragment][strip], x + fragment * 2);
+    for (int strip = 0; strip < C::kStrips; ++strip) {
+      ptx::wgmma<C::kType, C::kTileN>(sums[strip], a[fragment][strip], x + fragment * 2,
+                                      fragment == 0 ? accumulate : 1);
     }
   }
   ptx::wgmma_commit();
 }
 
+// Stores a warp's sums of a row of blocks.
+template <typename C>
+__device__ __forceinline__ void store_sums(const BitmapParams& p, int row, bool begins_row,
+                                           bool complete, int warp, int lane,
+                                           const float (&sums)[C::kStrips][C::kTileN / 2]) {
+  const int slot = partial_slot<C::kStoresRows>(blockIdx.x, row, begins_row);
+#pragma unroll
+  for (int s = 0; s < C::kStrips; ++s) {
+    const int strip = warp * C::kStrips + s;
+    if (C::kStoresRows && complete) {
+      p.epilogue.store_rows<C::kType, C::kTileN>(
+          int64_t{row / p.row_blocks} * C::kTileN + lane % 4 * 2,
+          int64_t{row % p.row_blocks} * C::kBlockM + strip * kStripM + lane / 4, sums[s]);
+    } else {
+      float4* out =
+          partial_strip(p.partial, slot, C::kWarps * C::kStrips, strip, C::kBlocksN) + lane;
+#pragma unroll
+      for (int b = 0; b < C::kBlocksN; ++b) {
+        const float* sum = &sums[s][4 * b];
+        out[b * 32] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+      }
+    }
+  }
+}
+
 #endif  // FLASH_LLM_SM90A
 
 template <typename C>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, 1)
     bitmap_kernel(const __grid_constant__ BitmapParams p, const __grid_constant__ CUtensorMap map) {
 #ifdef FLASH_LLM_SM90A
   extern __shared__ uint8_t smem_bytes[];
@@ -341,47 +408,57 @@ __global__ void __launch_bounds__(kThreads, 1)
   UnitPosition position = {first_unit / p.chunk_cols, first_unit % p.chunk_cols};
   XRing<C> x(p, map, smem, position, num_units);
   if (threadIdx.x == 0) x.init_barriers();
-  ChunkStream chunks(p, smem, position, num_units, warp, lane);
+  ChunkStream<C> chunks(p, smem, position, num_units, warp, lane);
   wait_for_previous_kernel();  // which may have written X; it did not write the weight
   x.start(threadIdx.x == 0);
-  __syncthreads();  // X's barriers and counters are initialised
+  __syncthreads();  // all barriers and counters are initialised
 
-  float sums[2][C::kTileN / 2] = {};
+  float sums[C::kStrips][C::kTileN / 2];
+  int accumulate = 0;
+  Fragments<C> even, odd;
+  bool begins_row = position.col == 0;
+  bool x_in_use = false;  // whether the unit before is still being multiplied
   for (int i = 0; i < num_units; ++i) {
-    ChunkCursor cursor = chunks.wait(i);
-    // While one pair of fragments is multiplied the next is decoded into other registers.
-    Fragments even, odd;
+    const ChunkCursor cursor = chunks.wait(i);
+    uint32_t bits[2][C::kStrips], up[C::kStrips], down[C::kStrips];
+#pragma unroll
+    for (int s = 0; s < C::kStrips; ++s) {
+      const bool second = C::kStrips == 2 ? s == 1 : warp % 2 == 1;
+      bits[0][s] = second ? cursor.bits[1] : cursor.bits[0];
+      bits[1][s] = second ? cursor.bits[3] : cursor.bits[2];
+      up[s] = second ? cursor.up[1] : cursor.up[0];
+      down[s] = second ? cursor.down[1] : cursor.down[0];
+    }
+    // While one pair of fragments is multiplied the next is decoded into other registers, across
+    // the border between units too.
     const uint64_t x0 = ptx::wgmma_descriptor(x.address(i));
     const uint64_t x1 = ptx::wgmma_descriptor(x.address(i) + C::kXBoxBytes);
-    const uint32_t bits0[2] = {cursor.bits[0], cursor.bits[1]};
-    decode_fragments<0, kChunkRowBytes>(bits0, cursor.up, even);
+    decode_fragments<C, 0, kChunkRowBytes>(bits[0], up, even);
     x.wait(i);
-    multiply_fragments<C>(sums, even, x0);
-    decode_fragments<2, kChunkRowBytes>(bits0, cursor.up, odd);
+    multiply_fragments<C>(sums, even, x0, accumulate);
+    accumulate = 1;
+    ptx::wgmma_wait<1>();  // all of the unit before is done, so `odd` may be overwritten
+    if (x_in_use) x.release(i - 1, lane);
+    decode_fragments<C, 2, kChunkRowBytes>(bits[0], up, odd);
     multiply_fragments<C>(sums, odd, x0 + 4);
-    ptx::wgmma_wait<1>();  // `even` may be overwritten
-    const uint32_t bits1[2] = {cursor.bits[2], cursor.bits[3]};
-    decode_fragments<0, -kChunkRowBytes>(bits1, cursor.down, even);
+    ptx::wgmma_wait<1>();
+    decode_fragments<C, 0, -kChunkRowBytes>(bits[1], down, even);
     multiply_fragments<C>(sums, even, x1);
-    ptx::wgmma_wait<1>();  // `odd` may be overwritten
-    decode_fragments<2, -kChunkRowBytes>(bits1, cursor.down, odd);
+    ptx::wgmma_wait<1>();
+    decode_fragments<C, 2, -kChunkRowBytes>(bits[1], down, odd);
     multiply_fragments<C>(sums, odd, x1 + 4);
     chunks.release(i);
-    ptx::wgmma_wait<0>();
-    x.release(i, lane);
+    ptx::wgmma_wait<C::kOverlapsUnits ? 1 : 0>();
 
-    if (position.col == p.chunk_cols - 1 || i == num_units - 1) {  // the row or the work ends
-#pragma unroll
-      for (int strip = 0; strip < 2; ++strip) {
-        float4* out =
-            partial_block(p.partial, blockIdx.x + position.row, warp, strip, C::kBlocksN, 0);
-#pragma unroll
-        for (int b = 0; b < C::kBlocksN; ++b) {
-          float* sum = &sums[strip][4 * b];
-          out[b * 32 + lane] = make_float4(sum[0], sum[1], sum[2], sum[3]);
-          sum[0] = sum[1] = sum[2] = sum[3] = 0.0F;
-        }
-      }
+    const bool row_ends = position.col == p.chunk_cols - 1;
+    const bool stores = row_ends || i == num_units - 1;
+    x_in_use = C::kOverlapsUnits && !stores;
+    if (stores) ptx::wgmma_wait<0>();
+    if (!x_in_use) x.release(i, lane);
+    if (stores) {
+      store_sums<C>(p, position.row, begins_row, begins_row && row_ends, warp, lane, sums);
+      begins_row = true;
+      accumulate = 0;
     }
     position.step(p.chunk_cols);
   }
@@ -390,35 +467,41 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 constexpr int kFinishWarps = 8;
-constexpr int kFinishCtasPerRow = 2 * kBitmapWarps / kFinishWarps;
 
-// Adds the CTAs' sums in the order of K and stores Y: one warp per 16 rows and 8 tokens.
-template <ValueType kType>
+// Adds the sums of each row of blocks in the order of K and stores Y: one warp per 16 rows and 8
+// tokens, blocks with equal x per row. With kStoresRows only the rows that CTAs share are left:
+// blocks with x = b look at the cut before CTA b + 1, and act if it is the first within its row.
+template <ValueType kType, bool kStoresRows>
 __global__ void __launch_bounds__(kFinishWarps * 32)
-    bitmap_finish_kernel(const __grid_constant__ BitmapParams p) {
+    bitmap_finish_kernel(const __grid_constant__ BitmapParams p, int strips) {
   allow_next_kernel();
-  const int lane = threadIdx.x % 32;
-  const int row = blockIdx.x / kFinishCtasPerRow;
-  const int strip = blockIdx.x % kFinishCtasPerRow * kFinishWarps + threadIdx.x / 32;
-  const int block_n = blockIdx.y, blocks_n = gridDim.y;
-  const int64_t row0 = int64_t{row % p.row_blocks} * kBitmapBlockM + strip * kStripM + lane / 4;
-  const int64_t token = (int64_t{row / p.row_blocks} * blocks_n + block_n) * 8 + lane % 4 * 2;
-  const int first_unit = row * p.chunk_cols;
-  const int first = p.schedule.cta_of(first_unit);
-  int last = first;
-  while (p.schedule.first_unit(last + 1) < first_unit + p.chunk_cols) ++last;
-  const float4* part =
-      partial_block(p.partial, first + row, strip / 2, strip % 2, blocks_n, block_n) + lane;
-  const int64_t slot_vectors = int64_t{kBitmapWarps} * 2 * blocks_n * 32;
+  int row = blockIdx.x;
+  if constexpr (kStoresRows) {
+    const int unit = p.schedule.first_unit(blockIdx.x + 1);
+    row = unit / p.chunk_cols;
+    const int row_begin = row * p.chunk_cols;
+    if (unit == row_begin || p.schedule.first_unit(blockIdx.x) > row_begin) return;
+  }
+  const int row_begin = row * p.chunk_cols;
+  const int first = p.schedule.cta_of(row_begin);
+  int end = first + 1;  // one past the last CTA of this row
+  while (p.schedule.first_unit(end) < row_begin + p.chunk_cols) ++end;
+
+  const int lane = threadIdx.x % 32, strip = blockIdx.y * kFinishWarps + threadIdx.x / 32;
+  const int block_n = blockIdx.z, blocks_n = gridDim.z;
+  const auto sums_of = [&](int cta) {
+    const int slot = partial_slot<kStoresRows>(cta, row, cta == first);
+    return partial_strip(p.partial, slot, strips, strip, blocks_n) + block_n * 32 + lane;
+  };
   wait_for_previous_kernel();  // the sums are complete
 
   constexpr int kInFlight = 4;
   float4 total = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-  for (int left = last - first + 1; left > 0; left -= kInFlight) {
+  for (int cta = first; cta < end; cta += kInFlight) {
     float4 sums[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      sums[i] = i < left ? __ldcg(part + i * slot_vectors) : make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+      sums[i] = cta + i < end ? __ldcg(sums_of(cta + i)) : make_float4(0.0F, 0.0F, 0.0F, 0.0F);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -427,12 +510,10 @@ __global__ void __launch_bounds__(kFinishWarps * 32)
       total.z += sums[i].z;
       total.w += sums[i].w;
     }
-    part += kInFlight * slot_vectors;
   }
-  p.epilogue.store<kType>(token, row0, total.x);
-  p.epilogue.store<kType>(token + 1, row0, total.y);
-  p.epilogue.store<kType>(token, row0 + 8, total.z);
-  p.epilogue.store<kType>(token + 1, row0 + 8, total.w);
+  const int64_t row0 = (int64_t{row % p.row_blocks} * strips + strip) * kStripM + lane / 4;
+  const int64_t token0 = (int64_t{row / p.row_blocks} * blocks_n + block_n) * 8 + lane % 4 * 2;
+  p.epilogue.store_fragment<kType>(token0, row0, total);
 }
 
 // cuTensorMapEncodeTiled, found at run time: a direct call would make the library need a driver.
@@ -500,22 +581,27 @@ Status launch(const BitmapParams& params, const SpmmArgs& args, int smem_bytes, 
                   "cudaFuncSetAttribute(bitmap_kernel)");
   if (!sized.ok()) return sized;
   const Status multiplied = launch_kernel("bitmap_kernel launch", bitmap_kernel<C>,
-                                          static_cast<unsigned>(params.schedule.ctas), kThreads,
+                                          static_cast<unsigned>(params.schedule.ctas), C::kThreads,
                                           smem_bytes, prefetch, stream, params, map);
   if (!multiplied.ok()) return multiplied;
-  const dim3 finish_grid(static_cast<unsigned>(params.schedule_rows * kFinishCtasPerRow),
-                         C::kBlocksN);
-  return launch_kernel("bitmap_finish_kernel launch", bitmap_finish_kernel<C::kType>, finish_grid,
-                       kFinishWarps * 32, 0, true, stream, params);
+  if (C::kStoresRows && !params.schedule.cuts_rows()) return multiplied;
+  constexpr int kStripsOfCta = C::kWarps * C::kStrips;
+  static_assert(kStripsOfCta % kFinishWarps == 0, "a warp of the finish kernel takes one strip");
+  const int rows = C::kStoresRows ? params.schedule.ctas - 1 : params.schedule_rows;
+  const dim3 grid(static_cast<unsigned>(rows), kStripsOfCta / kFinishWarps, C::kBlocksN);
+  return launch_kernel("bitmap_finish_kernel launch",
+                       bitmap_finish_kernel<C::kType, C::kStoresRows>, grid, kFinishWarps * 32, 0,
+                       true, stream, params, kStripsOfCta);
 }
 
 template <ValueType kType>
 Status launch_config(int config, const BitmapParams& params, const SpmmArgs& args, int smem_bytes,
                      bool prefetch, cudaStream_t stream) {
   int idx = 0;
-#define FLASH_LLM_ROW(name, tile_n, x_stages)                                                   \
-  if (config == idx++) {                                                                        \
-    return launch<Bitmap<kType, tile_n, x_stages>>(params, args, smem_bytes, prefetch, stream); \
+#define FLASH_LLM_ROW(name, tile_n, warps, strips, x_stages)                                \
+  if (config == idx++) {                                                                    \
+    return launch<Bitmap<kType, tile_n, warps, strips, x_stages>>(params, args, smem_bytes, \
+                                                                  prefetch, stream);        \
   }
   FLASH_LLM_BITMAP_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
@@ -533,7 +619,7 @@ Status cuda::spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* works
   }
   const BitmapConfig& config = bitmap_configs()[static_cast<size_t>(plan.config)];
   const int64_t token_blocks = (args.n + config.tile_n - 1) / config.tile_n;
-  const int64_t row_blocks = (weight.m + kBitmapBlockM - 1) / kBitmapBlockM;
+  const int64_t row_blocks = (weight.m + config.block_m() - 1) / config.block_m();
   const int64_t units = token_blocks * row_blocks * num_chunk_cols(weight.k);
   if (units < 1 || units > INT32_MAX || plan.ctas < 1 || plan.ctas > units ||
       plan.slot_bytes < kMinBitmapSlotBytes) {

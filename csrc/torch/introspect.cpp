@@ -53,6 +53,8 @@ py::list configs() {
     row["name"] = config.name;
     row["format"] = packed_format(Format::kBitmap).name;
     row["tile_n"] = config.tile_n;
+    row["warps"] = config.warps;
+    row["strips"] = config.strips;
     row["x_stages"] = config.x_stages;
     row["ctas_per_sm"] = 1;
     row["smem_bytes"] = bitmap_smem_bytes(config, kMinBitmapSlotBytes);

@@ -515,13 +515,14 @@ Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
   }
   const bool bitmap = plan.route == SpmmRoute::kBitmap;
   if (plan.packed_x_bytes == 0) call.x = kernel_ready(call.x, bitmap ? 8 : kTileK);
-  const Tensor y = at::empty(call.y_sizes, call.x.options());
+  Tensor y = at::empty(call.y_sizes, call.x.options());
   const Tensor workspace = at::empty({plan.workspace_bytes}, y.options().dtype(at::kByte));
   const SpmmArgs args = spmm_args(call, y);
   raise_if_error(
       "spmm", bitmap ? cuda::spmm_bitmap(plan, args, workspace.mutable_data_ptr(), prefetch,
                                          current_stream())
                      : cuda::spmm_lscd(plan, args, workspace.mutable_data_ptr(), current_stream()));
+  if (plan.rounds_before_activation) activate_(y, call.activation);
   return y;
 }
 

@@ -249,6 +249,12 @@ TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
   EXPECT_EQ(plan.workspace_bytes, int64_t{132 + 56} * 512 * 8 * 4);
   const SpmmPlan two_blocks = plan_of(bitmap_problem(28672, 128, 7168), kH200, "n64");
   EXPECT_EQ(two_blocks.workspace_bytes, int64_t{132 + 2 * 56} * 512 * 64 * 4);
+  // A kernel that stores whole rows itself needs two slots per CTA, however many tokens there are.
+  for (const int64_t n : {129, 1024, 1 << 20}) {
+    const SpmmPlan wide = plan_of(bitmap_problem(28672, n, 7168), kH200, "n256");
+    EXPECT_EQ(wide.workspace_bytes, int64_t{2 * 132} * 128 * 256 * 4);
+    EXPECT_TRUE(wide.rounds_before_activation);
+  }
 }
 
 TEST(SelectPlanBitmap, OtherDevicesTakeTheDenseRouteAndRefuseTheKernel) {
