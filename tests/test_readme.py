@@ -93,12 +93,17 @@ def test_measured_table_is_what_the_rows_say():
     rows = {}
     for line in (ROOT / "benchmarks/results/spmm-h200.jsonl").read_text().splitlines():
         row = json.loads(line)
-        if row["dtype"] == "float16":
-            rows[row["M"], row["K"], row["N"], row["sparsity"]] = row
-    lines = re.findall(r"^\| (\d+)×(\d+) \| (\d+) \| (.+) \|$", measured, re.MULTILINE)
+        if (row["dtype"], row["format"], row["mask"]) == ("float16", "bitmap", "uniform"):
+            rows[row["M"], row["K"], row["N"], row["sparsity"], row["pdl"]] = row
+    lines = re.findall(r"^\| (\d+)×(\d+) \| (\d+) \| (.+) \| ([\d.]+) \|$", measured, re.MULTILINE)
     assert lines
-    for m, k, n, cells in lines:
-        for sparsity, cell in zip((0.5, 0.6, 0.7, 0.8, 0.9), cells.split(" | "), strict=True):
-            row = rows[int(m), int(k), int(n), sparsity]
-            assert cell == f"{row['cublas_us'] / row['us']:.2f}", (m, k, n, sparsity)
-            assert row["commit"] == commit and row["format"] == "tiled_csl"
+    for m, k, n, cells, fp8 in lines:
+        case = int(m), int(k), int(n)
+        sparsities = (0.5, 0.6, 0.7, 0.8, 0.9)
+        for sparsity, cell in zip(sparsities, cells.split(" | "), strict=True):
+            both = [rows[(*case, sparsity, pdl)] for pdl in (True, False)]
+            speedups = [f"{row['cublas_us'] / row['us']:.2f}" for row in both]
+            assert cell == " / ".join(speedups), (*case, sparsity)
+            assert {row["commit"] for row in both} == {commit}
+        of_row = [rows[(*case, sparsity, True)] for sparsity in sparsities]
+        assert fp8 == f"{sorted(row['cublas_us'] / row['fp8_us'] for row in of_row)[2]:.2f}", case
