@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flash_llm import _extension, ops
+from flash_llm.bitmap import Bitmap
 from flash_llm.tiled_csl import TiledCSL
 
 
@@ -75,7 +77,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Collect the facts and run one tiny self-test per operator on each device.
+    """Collect the facts and run one tiny self-test per operator and format on each device.
 
     Returns:
         The diagnosis. Nothing raises: a test that fails, or an extension that is missing, is a
@@ -167,25 +169,25 @@ def _test_extension(_: str) -> None:
     _extension.require()
 
 
-def _test_pack(device: str) -> None:
+def _test_pack(format: str, device: str) -> None:
     weight = _weight(device)
-    packed = TiledCSL.from_dense(weight)
+    packed = ops.pack(weight, format)
     _expect(packed.nnz == int((weight != 0).sum()), f"pack stored {packed.nnz} values")
     packed.validate()
     _expect(torch.equal(packed.to_dense(), weight), "unpack(pack(w)) differs from w")
 
 
-def _test_prune_pack(device: str) -> None:
+def _test_prune_pack(format: str, device: str) -> None:
     dense = torch.arange(1, 257).reshape(2, 128).to(torch.bfloat16).to(device)
-    kept = ops.unpack(ops.prune_pack(dense, 0.75))
+    kept = ops.unpack(ops.prune_pack(dense, 0.75, format=format))
     expected = torch.where(torch.arange(128, device=device) >= 96, dense, torch.zeros_like(dense))
     _expect(torch.equal(kept, expected), "prune_pack kept other values than the largest")
 
 
-def _test_spmm(device: str) -> None:
+def _test_spmm(format: str, device: str) -> None:
     weight = _weight(device)
-    packed = TiledCSL.from_dense(weight)
-    for num_tokens in (1, 33):
+    packed = ops.pack(weight, format)
+    for num_tokens in (1, 33, 100):
         x = (torch.arange(num_tokens * 70).reshape(num_tokens, 70) % 5 - 2).to(weight)
         bias = (torch.arange(130) % 3).to(weight)
         result = ops.spmm(x, packed, bias, activation="relu")
@@ -197,7 +199,11 @@ def _test_spmm(device: str) -> None:
 
 
 _TESTS: dict[str, Callable[[str], None]] = {
-    "pack, validate, unpack": _test_pack,
-    "prune_pack": _test_prune_pack,
-    "spmm": _test_spmm,
+    f"{cls.FORMAT}: {name}": functools.partial(test, cls.FORMAT)
+    for cls in (TiledCSL, Bitmap)
+    for name, test in (
+        ("pack, validate, unpack", _test_pack),
+        ("prune_pack", _test_prune_pack),
+        ("spmm", _test_spmm),
+    )
 }

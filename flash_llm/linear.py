@@ -80,6 +80,7 @@ class SparseLinear(nn.Linear):
     ) -> None:
         # nn.Linear's own constructor would allocate the dense weight.
         nn.Module.__init__(self)
+        ops.check_format(format)
         self.in_features = in_features
         self.out_features = out_features
         self.format = format

@@ -305,6 +305,17 @@ _CLASS_OF_FORMAT: dict[str, type[PackedWeight]] = {}
 _CLASS_OF_ID: dict[int, type[PackedWeight]] = {}
 
 
+def check_format(name: str) -> None:
+    """Refuse what the argument ``format`` of packing functions does not take.
+
+    Raises:
+        ValueError: ``name`` is neither ``"auto"`` nor a format's name.
+    """
+    if name != "auto" and name not in _CLASS_OF_FORMAT:
+        known = " or ".join(f'"{known}"' for known in ("auto", *_CLASS_OF_FORMAT))
+        raise ValueError(f'flash_llm: format must be {known}, got "{name}"')
+
+
 def value_type_of(dtype: torch.dtype) -> int:
     """Return the number that a header gives to ``dtype``.
 
@@ -353,8 +364,8 @@ def spmm(
         ctas: grid of the CUDA kernel, at most one CTA per tile of work; 0 lets the plan choose.
             The CPU and the dense route have no use for it.
         prefetch: let the bitmap kernel begin to fetch the weight while the kernel before it in the
-            stream still runs (programmatic dependent launch, Hopper). The only kernel that must not
-            be that one is one of your own that writes the buffers of ``w``; copies are no kernels.
+            stream still runs (programmatic dependent launch, Hopper). That one must not be a kernel
+            of your own which writes the buffers of ``w``; packing and copies are taken care of.
 
     Returns:
         Contiguous ``[..., M]`` of ``x.dtype``.
@@ -703,8 +714,9 @@ def _fake_spmm(
 
 
 def _spmm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, header, offsets, payload, bias, activation, config, ctas, _prefetch = inputs
-    ctx.header, ctx.activation, ctx.config, ctx.ctas = header, activation, config, ctas
+    x, header, offsets, payload, bias, activation, config, ctas, prefetch = inputs
+    ctx.header, ctx.activation = header, activation
+    ctx.config, ctx.ctas, ctx.prefetch = config, ctas, prefetch
     ctx.bias_dtype = None if bias is None else bias.dtype
     # Without an activation neither gradient needs x or bias.
     if activation == "none":
@@ -721,7 +733,7 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.activation != "none":
         x, bias = saved
         z = torch.ops.flash_llm.spmm(
-            x, ctx.header, offsets, payload, bias, "none", ctx.config, ctx.ctas
+            x, ctx.header, offsets, payload, bias, "none", ctx.config, ctx.ctas, ctx.prefetch
         )
         grad = (grad.float() * _activation_slope(z.float(), ctx.activation)).to(grad.dtype)
     grad_x = grad_bias = None

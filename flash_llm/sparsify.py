@@ -221,8 +221,7 @@ def sparsify_(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"flash_llm.sparsify_: model must be a module, got {type(model).__name__}")
-    if format != "auto":
-        PackedWeight.class_for(format)
+    ops.check_format(format)
     layers = _match(model, targets, ignore)
     skip = {module: _why_skipped(module, pattern) for _, module, pattern in layers}
     to_pack = [(name, module) for name, module, _ in layers if not skip[module]]

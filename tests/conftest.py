@@ -1,7 +1,8 @@
 """Devices, seeds and the hypothesis profile of the test suite.
 
 Every test with a ``device`` runs on the CPU and on CUDA. Without a usable GPU the CUDA half is
-skipped with its reason; FLASH_LLM_REQUIRE_GPU=1 makes those skips failures.
+skipped with its reason; FLASH_LLM_REQUIRE_GPU=1 makes those skips failures. Tests of a ``format``
+run for each packed format; those marked hopper, its kernels for sm_90a, are skipped on other GPUs.
 """
 
 import os
@@ -9,6 +10,7 @@ import os
 import hypothesis
 import pytest
 import torch
+from formats import FORMATS, has_hopper
 
 from flash_llm import _extension
 
@@ -21,6 +23,12 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("flash_llm")
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "hopper: needs a GPU of compute capability 9.0 and a build for 9.0a; also gpu"
+    )
 
 
 def why_no_gpu():
@@ -38,6 +46,10 @@ def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") is None:
         return
     reason = why_no_gpu()
+    if not reason and item.get_closest_marker("hopper") is not None and not has_hopper():
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs a Hopper GPU")
+        reason = "the extension has no code for 9.0a"
     if not reason:
         return
     if os.environ.get("FLASH_LLM_REQUIRE_GPU") == "1":
@@ -52,6 +64,11 @@ def device(request):
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=FORMATS)
+def format(request):
     return request.param
 
 

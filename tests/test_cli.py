@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from formats import FORMATS
 
 from flash_llm import cli, demo, doctor, ops
 
@@ -92,6 +93,9 @@ def test_doctor_prints_json():
         devices |= {f"cuda:{index}" for index in range(torch.cuda.device_count())}
     expected = {(device, name) for device in devices for name in doctor._TESTS}
     assert tested == expected | {("-", "extension loads")}
+    for operator in ("pack", "prune_pack", "spmm"):
+        for format in FORMATS:
+            assert any(name.startswith(f"{format}: {operator}") for _, name in tested)
     assert "python" in diagnosis["facts"] and "CUDA toolkit" in diagnosis["facts"]
 
 
@@ -101,8 +105,10 @@ def test_doctor_fails_when_an_operator_is_wrong(monkeypatch):
     )
     result = invoke("doctor")
     assert result.exit_code == 1
-    assert "FAIL  cpu     spmm: AssertionError: spmm of 1 tokens differs" in result.output
-    assert "ok    cpu     prune_pack" in result.output
+    for format in FORMATS:
+        failed = f"FAIL  cpu     {format}: spmm: AssertionError: spmm of 1 tokens differs"
+        assert failed in result.output
+        assert f"ok    cpu     {format}: prune_pack" in result.output
 
 
 def test_doctor_fails_when_the_extension_is_missing(monkeypatch):

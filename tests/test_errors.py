@@ -2,8 +2,10 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
+from formats import FORMATS, other_format, plan_names, runs_here
 from torch import nn
 
 import flash_llm
@@ -11,9 +13,9 @@ from flash_llm import SparseLinear, TiledCSL, _extension, testing
 from flash_llm.ops import PackedHeader, PackedWeight, value_type_of
 
 
-def good(device):
+def good(device, format="tiled_csl"):
     """A packed weight, and an input and bias that fit it."""
-    w = TiledCSL.from_dense(testing.random_sparse(130, 70, device=device))
+    w = flash_llm.pack(testing.random_sparse(130, 70, device=device), format)
     x = torch.ones(5, 70, dtype=torch.float16, device=device)
     return w, x, torch.zeros(130, dtype=torch.float16, device=device)
 
@@ -26,7 +28,7 @@ def raises(error, *parts):
 def changed(w, **fields):
     """The weight with fields of its header, or its buffers, replaced."""
     offsets, payload = fields.pop("offsets", w.offsets), fields.pop("payload", w.payload)
-    return TiledCSL(w.header._replace(**fields), offsets, payload)
+    return type(w)(w.header._replace(**fields), offsets, payload)
 
 
 # ---- spmm ----
@@ -90,8 +92,8 @@ def changed(w, **fields):
         ),
     ],
 )
-def test_spmm_arguments(call, error, parts, device):
-    w, x, bias = good(device)
+def test_spmm_arguments(call, error, parts, format, device):
+    w, x, bias = good(device, format)
     with raises(error, "flash_llm::spmm: ", *parts):
         call(w, x, bias)
 
@@ -117,17 +119,43 @@ def test_objects_that_are_no_tensors(call, parts):
 
 
 @pytest.mark.parametrize("tokens", [2**31, 2**40])
-def test_more_tokens_than_31_bits_count(tokens, device):
-    w, x, _ = good(device)
+def test_more_tokens_than_31_bits_count(tokens, format, device):
+    w, x, _ = good(device, format)
     with raises(ValueError, "flash_llm::spmm: ", f"N={tokens}", "31 bits"):
         flash_llm.spmm(x[:1].expand(tokens, -1), w)
 
 
-def test_kernels_of_the_other_device_are_refused(device):
-    w, x, _ = good(device)
-    other = "cpu_tiles" if device == "cuda" else "w1n8"
-    with raises(ValueError, "flash_llm::spmm: config must be", f'"{other}"'):
+def test_kernels_of_the_other_device_are_refused(format, device):
+    w, x, _ = good(device, format)
+    other = plan_names(format, "cpu" if device == "cuda" else "cuda")[0]
+    here = "on CUDA" if device == "cuda" else "on the CPU"
+    with raises(ValueError, "flash_llm::spmm: config must be", here, f'got "{other}"'):
         flash_llm.spmm(x, w, config=other)
+
+
+def test_kernels_of_the_other_format_are_refused_with_the_names_of_this_one(format, device):
+    w, x, _ = good(device, format)
+    names = plan_names(format, device)
+    others = [n for n in plan_names(other_format(format), device) if n not in names]
+    assert others or (format, device) == ("tiled_csl", "cpu")  # which has all that bitmap has
+    known = [f'"{name}"' for name in names]
+    for config in others:
+        parts = (*known, f'for format "{format}"', f'got "{config}"')
+        with raises(ValueError, 'flash_llm::spmm: config must be "auto" or one of ', *parts):
+            flash_llm.spmm(x, w, config=config)
+
+
+@pytest.mark.gpu
+def test_bitmap_kernels_need_a_hopper():
+    w, x, _ = good("cuda", "bitmap")
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    for config in plan_names("bitmap", "cuda"):
+        if runs_here("bitmap", "cuda", config):
+            assert flash_llm.spmm(x, w, config=config).shape == (5, 130)
+            continue
+        parts = (f'config "{config}" needs a Hopper GPU', "9.0", f"has {capability}", '"dense"')
+        with raises(NotImplementedError, "flash_llm::spmm: ", *parts):
+            flash_llm.spmm(x, w, config=config)
 
 
 def test_fp32_message_names_the_cast():
@@ -139,8 +167,8 @@ def test_fp32_message_names_the_cast():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("where", ["x", "weight", "bias", "offsets"])
-def test_mixed_devices(where):
-    w, x, bias = good("cuda")
+def test_mixed_devices(where, format):
+    w, x, bias = good("cuda", format)
     if where == "x":
         x = x.cpu()
     elif where == "weight":
@@ -169,9 +197,14 @@ MALFORMED = {
         ("version 2", "reads version 1"),
     ),
     "format": (
-        lambda w: changed(w, format=2),
+        lambda w: changed(w, format=9),
         NotImplementedError,
-        ("format 2", "knows 1 (tiled_csl)"),
+        ("format 9", "knows 1 (tiled_csl), 2 (bitmap)"),
+    ),
+    "the other format": (
+        lambda w: changed(w, format=3 - w.header.format),
+        ValueError,
+        ("offsets must hold",),
     ),
     "value type": (lambda w: changed(w, value_type=3), TypeError, ("value type 3",)),
     "negative m": (lambda w: changed(w, m=-1), ValueError, ("m must not be negative", "-1")),
@@ -183,27 +216,26 @@ MALFORMED = {
         ("offsets must hold",),
     ),
     "nnz above payload": (
-        lambda w: changed(w, nnz=w.header.payload_words + 1),
+        lambda w: changed(w, nnz=2 * w.header.payload_words + 1),
         ValueError,
         ("nnz = ", "does not fit"),
     ),
-    "too much padding": (lambda w: changed(w, nnz=0), ValueError, ("nnz = 0", "does not fit")),
     "short offsets": (
         lambda w: changed(w, offsets=w.offsets[:-1]),
         ValueError,
-        ("offsets must hold 5 elements for a 130x70 weight", "got 4"),
+        ("offsets must hold ", " elements for a 130x70 weight, got "),
     ),
     "long payload": (
-        lambda w: changed(w, payload=torch.cat([w.payload, w.payload[:4]])),
+        lambda w: changed(w, payload=torch.cat([w.payload, w.payload[:16]])),
         ValueError,
         ("payload must hold",),
     ),
-    "half a vector": (
+    "half a unit": (
         lambda w: changed(
             w, payload=w.payload[:-1], payload_words=w.header.payload_words - 1, nnz=w.nnz - 1
         ),
         ValueError,
-        ("whole vectors",),
+        ("payload must be whole",),
     ),
     "int64 offsets": (
         lambda w: changed(w, offsets=w.offsets.long()),
@@ -225,11 +257,36 @@ MALFORMED = {
 
 @pytest.mark.parametrize("op", OPERATORS)
 @pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_weights_are_refused_by_every_operator(op, case, device):
+def test_malformed_weights_are_refused_by_every_operator(op, case, format, device):
     change, error, parts = MALFORMED[case]
-    w, x, _ = good(device)
+    w, x, _ = good(device, format)
     with raises(error, f"flash_llm::{op}: ", *parts):
         OPERATORS[op](change(w), x)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize(
+    ("format", "changes", "parts"),
+    [
+        ("tiled_csl", {"nnz": 0}, ("nnz = 0", "does not fit")),
+        # More chunks' worth of payload than there are chunks; 137 units are a full one.
+        ("bitmap", {"payload_words": 16 * (5 * 137 + 2), "nnz": 1}, ("nnz = 1", "5 chunks")),
+        ("bitmap", {"payload_words": 16 * 11, "nnz": 11 * 32 + 1}, ("nnz = 353", "176 words")),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_refused(op, format, changes, parts, device):
+    w, x, _ = good(device, format)
+    words = changes.get("payload_words", w.header.payload_words)
+    broken = changed(w, **changes, payload=w.payload.new_zeros(words))
+    with raises(ValueError, f"flash_llm::{op}: header says ", *parts):
+        OPERATORS[op](broken, x)
+
+
+def test_offsets_are_counted_in_the_tiles_of_the_format(device):
+    for format, count in (("tiled_csl", 5), ("bitmap", 6)):
+        w, _, _ = good(device, format)
+        with raises(ValueError, f"offsets must hold {count} elements", f"got {count - 1}"):
+            changed(w, offsets=w.offsets[1:]).validate()
 
 
 def set_word(tensor, index, value):
@@ -284,15 +341,126 @@ CONTENTS = {
 }
 
 
-@pytest.mark.parametrize("case", CONTENTS)
-def test_validate_reads_every_invariant(case, device):
-    change, parts = CONTENTS[case]
-    w, _, _ = good(device)
+def edited(w, chunk, edit):
+    """The bitmap weight after edit(values, bits, sigma) of one chunk, which may write to them."""
+    payload = w.payload.cpu().clone()
+    first, last = (64 * int(offset) for offset in w.offsets[chunk : chunk + 2])
+    data = payload.numpy().view(np.uint8)[first:last]
+    values = data[: len(data) - 576].view(np.uint16).reshape(-1, 32, 2)
+    bits = data[len(data) - 576 : len(data) - 64].view(np.uint32).reshape(32, 2, 2)
+    edit(values, bits, data[len(data) - 64 :].reshape(32, 2))
+    return changed(w, payload=payload.to(w.device))
+
+
+def assign(array, index, value):
+    array[index] = value
+
+
+def share_a_column(values, bits, sigma):
+    """Gives two lanes the same column."""
+    sigma[0, 0] = sigma[1, 0]
+
+
+def grow_runs(values, bits, sigma):
+    bits[:] = 0xFFFFFFFF
+
+
+def move_below_the_matrix(values, bits, sigma):
+    """Sets bit 8 j + q with j = 2, row 8, instead of j = 0, row 0, of a lane."""
+    lane, half, strip = np.argwhere(bits & 1)[0]
+    bits[lane, half, strip] += (1 << 16) - 1
+
+
+def fill_padding(values, bits, sigma):
+    first = np.argwhere(values == 0)[0]
+    values[tuple(first)] = 0x3C00
+
+
+# The same for a bitmap of one column of 5 chunks, of which the last has 2 rows.
+BITMAP_CONTENTS = {
+    "first offset": (
+        lambda w: changed(w, offsets=w.offsets + 1),
+        ("offsets[0] must be 0", "got 1"),
+    ),
+    "decreasing": (
+        lambda w: changed(w, offsets=set_word(w.offsets, 2, 0)),
+        ("offsets must never decrease", "offsets[2] = 0"),
+    ),
+    "a size between two": (
+        lambda w: changed(w, offsets=set_word(w.offsets, 1, int(w.offsets[1]) + 1)),
+        ("chunk 0 holds ", " units"),
+    ),
+    "smaller than any": (
+        lambda w: changed(w, offsets=set_word(w.offsets, 1, 7)),
+        ("chunk 0 holds 7 units",),
+    ),
+    "larger than any": (
+        lambda w: changed(w, offsets=set_word(w.offsets, 1, 139)),
+        ("chunk 0 holds 139 units",),
+    ),
+    "past the end": (
+        lambda w: changed(w, offsets=set_word(w.offsets, 5, int(w.offsets[5]) + 2)),
+        ("offsets must end at",),
+    ),
+    "odd sigma": (
+        lambda w: edited(w, 0, lambda v, b, sigma: assign(sigma, (3, 1), sigma[3, 1] + 1)),
+        ("chunk 0: lane 3 of strip 1: sigma must be even and below 128",),
+    ),
+    "sigma outside the row": (
+        lambda w: edited(w, 2, lambda v, b, sigma: assign(sigma, (31, 0), 128)),
+        ("chunk 2: lane 31 of strip 0: sigma must be even and below 128, got 128",),
+    ),
+    "column taken twice": (
+        lambda w: edited(w, 0, share_a_column),
+        ("chunk 0: lane 1 of strip 0: column ", " is taken twice"),
+    ),
+    "runs that overlap": (
+        lambda w: edited(w, 1, grow_runs),
+        ("chunk 1: lane 0 of strip 0: runs of 32 and 32 values overlap",),
+    ),
+    "row outside the matrix": (
+        lambda w: edited(w, 4, move_below_the_matrix),
+        ("chunk 4: row ", "outside the matrix"),
+    ),
+    "stored zero": (
+        lambda w: edited(w, 0, lambda values, b, s: assign(values, values != 0, 0)),
+        ("chunk 0: a stored value must not be zero",),
+    ),
+    "negative zero": (
+        lambda w: edited(w, 0, lambda values, b, s: assign(values, values != 0, 0x8000)),
+        ("chunk 0: a stored value must not be zero",),
+    ),
+    "padding": (
+        lambda w: edited(w, 3, fill_padding),
+        ("chunk 3: padding must be 0, got 15360",),
+    ),
+    "no bits": (
+        lambda w: edited(w, 1, lambda values, bits, sigma: assign(bits, slice(None), 0)),
+        ("chunk 1: a chunk without nonzeros must have no bytes",),
+    ),
+    "wrong count": (lambda w: changed(w, nnz=w.nnz - 1), ("header says nnz = ", "holds")),
+}
+
+
+@pytest.mark.parametrize(
+    ("format", "case"),
+    [*(("tiled_csl", case) for case in CONTENTS), *(("bitmap", case) for case in BITMAP_CONTENTS)],
+)
+def test_validate_reads_every_invariant(format, case, device):
+    change, parts = (CONTENTS if format == "tiled_csl" else BITMAP_CONTENTS)[case]
+    w, x, _ = good(device, format)
     broken = change(w)
     with raises(ValueError, "flash_llm::validate: ", *parts):
         broken.validate()
     with raises(ValueError, "flash_llm::validate: ", *parts):
-        TiledCSL.from_tensors(broken.header, broken.offsets, broken.payload)
+        type(w).from_tensors(broken.header, broken.offsets, broken.payload)
+    # The operators do not look, and survive it.
+    assert broken.to_dense().shape == (130, 70)
+    for config in plan_names(format, device):
+        if runs_here(format, device, config):
+            assert flash_llm.spmm(x, broken, config=config).shape == (5, 130)
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 # ---- building one ----
@@ -320,6 +488,7 @@ def test_header_of_the_wrong_length_at_the_operator():
         torch.ops.flash_llm.unpack([1, 2, 3], w.offsets, w.payload)
 
 
+@pytest.mark.parametrize("format", ["auto", *FORMATS])
 @pytest.mark.parametrize("op", ["pack", "prune_pack"])
 @pytest.mark.parametrize(
     ("shape", "dtype", "error", "parts"),
@@ -337,11 +506,11 @@ def test_header_of_the_wrong_length_at_the_operator():
         ((2**31 - 1,) * 2, torch.float16, ValueError, ("2147483647x2147483647", "more tiles")),
     ],
 )
-def test_what_cannot_be_packed(op, shape, dtype, error, parts, device):
+def test_what_cannot_be_packed(op, shape, dtype, error, parts, format, device):
     dense = torch.zeros((), dtype=dtype, device=device).expand(shape)
     arguments = (dense,) if op == "pack" else (dense, 0.5)
     with raises(error, f"flash_llm::{op}: ", *parts):
-        getattr(flash_llm, op)(*arguments)
+        getattr(flash_llm, op)(*arguments, format=format)
 
 
 @pytest.mark.parametrize(
@@ -367,19 +536,44 @@ def test_pruning_targets(sparsity, scope, parts, device):
         flash_llm.prune_pack(dense, sparsity, scope=scope)
 
 
-def test_formats_that_nobody_knows(device):
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda dense, name: flash_llm.pack(dense, name),
+        lambda dense, name: torch.ops.flash_llm.pack(dense, name),
+        lambda dense, name: flash_llm.prune_pack(dense, 0.5, format=name),
+        lambda dense, name: SparseLinear(8, 4, format=name, device=dense.device),
+        lambda dense, name: SparseLinear.from_linear(nn.Linear(8, 4).to(dense), format=name),
+        lambda dense, name: flash_llm.sparsify_(nn.Sequential(nn.Linear(8, 4)), format=name),
+        lambda dense, name: flash_llm.explain_plan(8, 8, 8, 8, format=name),
+    ],
+    ids=["pack", "op", "prune_pack", "SparseLinear", "from_linear", "sparsify_", "explain_plan"],
+)
+def test_formats_that_nobody_knows(call, device):
     dense = torch.ones(4, 8, dtype=torch.float16, device=device)
-    for name in ("csr", "", "TILED_CSL"):
-        with raises(ValueError, 'format must be "tiled_csl"', f'got "{name}"'):
-            flash_llm.pack(dense, name)
-        with raises(ValueError, 'format must be "tiled_csl"', f'got "{name}"'):
-            flash_llm.prune_pack(dense, 0.5, format=name)
-        with raises(ValueError, 'format must be "tiled_csl"', f'got "{name}"'):
-            SparseLinear(8, 4, format=name)
-        with raises(ValueError, 'format must be "tiled_csl"', f'got "{name}"'):
-            flash_llm.sparsify_(nn.Sequential(nn.Linear(8, 4)), format=name)
-    with raises(NotImplementedError, "format 9", "knows 1 (tiled_csl)"):
+    for name in ("csr", "", "TILED_CSL", "Auto", "bitmap "):
+        with raises(ValueError, "flash_llm", "format must be ", f'got "{name}"') as caught:
+            call(dense, name)
+        for known in ("auto", *FORMATS):
+            assert f'"{known}"' in str(caught.value)
+
+
+def test_auto_is_no_format_of_a_weight():
+    with raises(ValueError, "format must be ", 'got "auto"') as caught:
+        PackedWeight.class_for("auto")
+    for known in FORMATS:
+        assert f'"{known}"' in str(caught.value)
+    with raises(NotImplementedError, "format 9", "1 (tiled_csl)"):
         PackedWeight.class_for(9)
+    with raises(NotImplementedError, "format 9", "2 (bitmap)"):
+        PackedWeight.class_for(9)
+
+
+def test_from_tensors_of_the_other_format(format, device):
+    w, _, _ = good(device, format)
+    other = other_format(format)
+    with raises(ValueError, f'header must name format "{other}", got "{format}"'):
+        PackedWeight.class_for(other).from_tensors(w.header, w.offsets, w.payload)
 
 
 def test_from_tensors_of_another_class():
@@ -412,9 +606,9 @@ def test_from_tensors_of_another_class():
         ),
     ],
 )
-def test_empty_weights(arguments, error, parts):
+def test_empty_weights(arguments, error, parts, format):
     with raises(error, "flash_llm: ", *parts):
-        TiledCSL.empty(**arguments)
+        PackedWeight.class_for(format).empty(**arguments)
 
 
 def test_value_types():
@@ -488,6 +682,27 @@ def test_forward_names_what_is_wrong(device):
         ({"ctas": -3}, ValueError, ("ctas must", "-3")),
         ({"m": 1 << 31}, ValueError, ("must each fit 31 bits",)),
         ({"value_type": "float32"}, TypeError, ("value_type must be", "float32")),
+        ({"format": "csr"}, ValueError, ('format must be "auto" or', "csr")),
+        (
+            {"format": "bitmap", "config": "n8", "compute_capability": 80},
+            NotImplementedError,
+            ('config "n8" needs a Hopper GPU (compute capability 9.0)', "this GPU has 8.0"),
+        ),
+        (
+            {"format": "bitmap", "config": "w1n8", "compute_capability": 90},
+            ValueError,
+            ('"n8"', '"dense"', 'for format "bitmap" on CUDA', 'got "w1n8"'),
+        ),
+        (
+            {"format": "tiled_csl", "config": "n8", "compute_capability": 90},
+            ValueError,
+            ('"w1n8"', '"dense"', 'for format "tiled_csl" on CUDA', 'got "n8"'),
+        ),
+        (
+            {"format": "bitmap", "config": "cpu_tiles"},
+            ValueError,
+            ('"cpu_reference", "dense"', 'for format "bitmap" on the CPU', 'got "cpu_tiles"'),
+        ),
     ],
 )
 def test_explain_plan(arguments, error, parts):
@@ -497,9 +712,9 @@ def test_explain_plan(arguments, error, parts):
 
 @pytest.mark.skipif(_extension.require().build_info()["cuda"], reason="this build has CUDA")
 @pytest.mark.parametrize("op", ["pack", "prune_pack", "spmm", "unpack", "validate"])
-def test_a_build_without_cuda_says_what_to_do(op):
+def test_a_build_without_cuda_says_what_to_do(op, format):
     """No GPU is needed to reach the CUDA implementation of an operator."""
-    w, x, _ = good("cpu")
+    w, x, _ = good("cpu", format)
     header = list(w.header)
     arguments = {
         "pack": (x,),
@@ -514,9 +729,9 @@ def test_a_build_without_cuda_says_what_to_do(op):
 
 
 @pytest.mark.parametrize("operand", ["x", "offsets", "payload", "bias"])
-def test_one_operand_on_the_meta_device_does_not_answer_with_noise(operand):
+def test_one_operand_on_the_meta_device_does_not_answer_with_noise(operand, format):
     """Meta outranks the CPU in dispatch: the fake must refuse, not return fresh memory."""
-    w = TiledCSL.from_dense(torch.eye(64).half())
+    w = flash_llm.pack(torch.eye(64).half(), format)
     parts = {
         "x": torch.ones(2, 64).half(),
         "offsets": w.offsets,
@@ -556,8 +771,8 @@ def test_validation_of_meta_buffers_is_refused():
         ({"header": [1, 2, 3]}, ValueError, "header must hold 8 integers"),
     ],
 )
-def test_tracing_refuses_what_the_kernel_refuses(changes, error, message):
-    w = TiledCSL.from_dense(torch.eye(64).half())
+def test_tracing_refuses_what_the_kernel_refuses(changes, error, message, format):
+    w = flash_llm.pack(torch.eye(64).half(), format)
     call = {
         "x": torch.ones(2, 64).half(),
         "header": list(w.header),

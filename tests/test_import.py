@@ -90,13 +90,14 @@ def test_build_info_configs_and_plan():
     assert set(info) == {"cuda", "cuda_version", "cuda_archs", "torch", "compiler", "reason"}
     assert bool(info["reason"]) != info["cuda"]
     rows = flash_llm.configs()
-    assert rows and all(
-        set(row) >= {"name", "warps_per_tile", "tile_n", "ctas_per_sm", "smem_bytes"}
-        for row in rows
-    )
-    names = _extension.require().plan_names(True)
-    assert {row["name"] for row in rows} < set(names)
-    assert "dense" in names and "dense" in _extension.require().plan_names(False)
+    keys = {"name", "format", "tile_n", "ctas_per_sm", "smem_bytes"}
+    assert rows and all(set(row) > keys for row in rows)
+    extension = _extension.require()
+    assert {row["format"] for row in rows} == set(extension.FORMATS)
+    for format in extension.FORMATS:
+        names = extension.plan_names(format, True)
+        assert {row["name"] for row in rows if row["format"] == format} < set(names)
+        assert "dense" in names and "dense" in extension.plan_names(format, False)
     text = flash_llm.explain_plan(
         28672,
         8,
@@ -105,6 +106,6 @@ def test_build_info_configs_and_plan():
         compute_capability=90,
         num_sms=132,
         smem_per_sm_bytes=233472,
-        config="w1n8",
+        config="n8",
     )
-    assert "w1n8" in text
+    assert "n8" in text

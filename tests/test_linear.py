@@ -6,34 +6,37 @@ import pickle
 
 import pytest
 import torch
+from formats import FORMATS, has_hopper, other_format
 from torch import nn
 
 import flash_llm
-from flash_llm import SparseLinear, TiledCSL, testing
+from flash_llm import SparseLinear, testing
 
 KEYS = ["bias", "weight_header", "weight_offsets", "weight_payload"]
 
 
-def sparse_linear_and_dense(k=70, m=130, bias=True, dtype=torch.float16, device="cpu", seed=0):
+def sparse_linear_and_dense(
+    k=70, m=130, bias=True, dtype=torch.float16, device="cpu", seed=0, format="auto"
+):
     linear = nn.Linear(k, m, bias=bias, dtype=dtype, device=device)
     with torch.no_grad():
         linear.weight.copy_(testing.random_sparse(m, k, 0.7, dtype=dtype, device=device, seed=seed))
-    return SparseLinear.from_linear(linear), linear
+    return SparseLinear.from_linear(linear, format=format), linear
 
 
 def assert_same_layer(a, b):
     assert a.state_dict().keys() == b.state_dict().keys()
     for (key, left), right in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         assert left.dtype == right.dtype and torch.equal(left.cpu(), right.cpu()), key
-    assert a.packed.header == b.packed.header
+    assert a.packed.header == b.packed.header and type(a.packed) is type(b.packed)
 
 
 # ---- construction and forward ----
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_forward_equals_the_dense_layer(bias, device, dtype):
-    layer, linear = sparse_linear_and_dense(bias=bias, dtype=dtype, device=device)
+def test_forward_equals_the_dense_layer(bias, format, device, dtype):
+    layer, linear = sparse_linear_and_dense(bias=bias, format=format, dtype=dtype, device=device)
     x = torch.randn(2, 5, 70).to(device, dtype)
     testing.assert_spmm_close(layer(x), x, linear.weight, linear.bias)
     assert torch.equal(layer(input=x), layer(x))
@@ -42,9 +45,10 @@ def test_forward_equals_the_dense_layer(bias, device, dtype):
     assert [name for name, _ in layer.named_parameters()] == (["bias"] if bias else [])
 
 
-def test_new_layer_is_all_zero_and_valid(device, dtype):
-    layer = SparseLinear(70, 130, device=device, dtype=dtype)
+def test_new_layer_is_all_zero_and_valid(format, device, dtype):
+    layer = SparseLinear(70, 130, device=device, dtype=dtype, format=format)
     layer.packed.validate()
+    assert layer.packed.FORMAT == format
     assert layer.sparsity == 1.0
     x = torch.randn(3, 70).to(device, dtype)
     assert torch.equal(layer(x), torch.zeros(3, 130, dtype=dtype, device=device))
@@ -60,13 +64,13 @@ def test_construction_allocates_nothing_dense():
 
 
 @pytest.mark.parametrize(("k", "m"), [(0, 5), (5, 0), (0, 0), (1, 1)])
-def test_sizes_without_elements(k, m, device):
-    layer = SparseLinear(k, m, device=device)
+def test_sizes_without_elements(k, m, format, device):
+    layer = SparseLinear(k, m, device=device, format=format)
     assert layer(torch.ones(3, k, dtype=torch.float16, device=device)).shape == (3, m)
     assert_same_layer(copy.deepcopy(layer), layer)
 
 
-def test_conv1d_is_packed_transposed(device):
+def test_conv1d_is_packed_transposed(format, device):
     class Conv1D(nn.Module):  # as in transformers' GPT-2
         def __init__(self, nf, nx):
             super().__init__()
@@ -77,7 +81,7 @@ def test_conv1d_is_packed_transposed(device):
     conv = Conv1D(130, 70).to(device, torch.float16)
     with torch.no_grad():
         conv.weight.copy_(testing.random_sparse(70, 130, 0.7, device=device))
-    layer = SparseLinear.from_linear(conv)
+    layer = SparseLinear.from_linear(conv, format=format)
     assert (layer.in_features, layer.out_features) == (70, 130)
     x = torch.randn(4, 70, device=device).half()
     testing.assert_spmm_close(layer(x), x, conv.weight.t(), conv.bias)
@@ -89,18 +93,18 @@ def test_from_linear_shares_the_bias_and_keeps_the_mode():
     assert layer.bias is linear.bias and not layer.training
 
 
-def test_from_linear_prunes_when_asked(device):
+def test_from_linear_prunes_when_asked(format, device):
     linear = nn.Linear(64, 32, device=device).half()
-    layer = SparseLinear.from_linear(linear, sparsity=0.75)
-    expected = flash_llm.prune_pack(linear.weight, 0.75)
+    layer = SparseLinear.from_linear(linear, sparsity=0.75, format=format)
+    expected = flash_llm.prune_pack(linear.weight, 0.75, format=format)
     assert torch.equal(layer.weight_payload, expected.payload) and layer.sparsity == 0.75
-    assert SparseLinear.from_linear(linear, scope="2:4").sparsity == 0.5
+    assert SparseLinear.from_linear(linear, scope="2:4", format=format).sparsity == 0.5
 
 
-def test_from_packed_and_back(device, dtype):
+def test_from_packed_and_back(format, device, dtype):
     dense = testing.random_sparse(130, 70, dtype=dtype, device=device)
     bias = torch.randn(130).to(device, dtype)
-    packed = TiledCSL.from_dense(dense)
+    packed = flash_llm.pack(dense, format)
     layer = SparseLinear.from_packed(packed, bias)
     assert layer.weight_payload is packed.payload and torch.equal(layer.bias, bias)
     linear = layer.eval().to_linear()
@@ -111,8 +115,8 @@ def test_from_packed_and_back(device, dtype):
 # ---- weight ----
 
 
-def test_weight_reads_dense_and_assignment_packs(device):
-    layer, linear = sparse_linear_and_dense(device=device)
+def test_weight_reads_dense_and_assignment_packs(format, device):
+    layer, linear = sparse_linear_and_dense(device=device, format=format)
     assert torch.equal(layer.weight, linear.weight)
     other = testing.random_sparse(130, 70, 0.5, device=device, seed=9)
     layer.weight = other
@@ -123,6 +127,7 @@ def test_weight_reads_dense_and_assignment_packs(device):
     assert torch.equal(layer.weight, other * 4)
     assert list(layer.state_dict()) == KEYS
     layer.packed.validate()
+    assert layer.packed.FORMAT == format
 
 
 def test_refused_weights_change_nothing():
@@ -139,36 +144,153 @@ def test_refused_weights_change_nothing():
     assert torch.equal(layer.weight, linear.weight)
 
 
-def test_reset_parameters_gives_zeros():
-    layer, _ = sparse_linear_and_dense()
+def test_reset_parameters_gives_zeros(format):
+    layer, _ = sparse_linear_and_dense(format=format)
     layer.reset_parameters()
     layer.packed.validate()
+    assert layer.packed.FORMAT == format
     assert layer.sparsity == 1.0 and not layer.bias.any()
 
 
-def test_repr_tells_format_and_sparsity():
-    layer, _ = sparse_linear_and_dense()
+def test_repr_tells_format_and_sparsity(format):
+    layer, _ = sparse_linear_and_dense(format=format)
     text = repr(layer)
     assert "in_features=70, out_features=130, bias=True, dtype=torch.float16" in text
-    assert "format=tiled_csl" in text and f"sparsity={layer.sparsity:.4f}" in text
+    assert f"format={format}" in text and f"sparsity={layer.sparsity:.4f}" in text
+
+
+# ---- formats ----
+
+
+def format_of_auto(device):
+    """What "auto" takes for the weights of these tests."""
+    return "bitmap" if torch.device(device).type == "cuda" and has_hopper() else "tiled_csl"
+
+
+def test_the_default_is_auto(device):
+    layer, _ = sparse_linear_and_dense(device=device)
+    assert layer.format == SparseLinear(70, 130).format == "auto"
+    assert layer.packed.FORMAT == format_of_auto(device)
+
+
+@pytest.mark.parametrize("choice", ["auto", *FORMATS])
+def test_dense_weights_are_packed_in_the_format_of_the_layer(choice, device):
+    layer, linear = sparse_linear_and_dense(device=device, format=choice)
+    wanted = format_of_auto(device) if choice == "auto" else choice
+    new = SparseLinear(70, 130, device=device, format=choice)
+    new.weight = linear.weight
+    loaded = SparseLinear(70, 130, device=device, format=choice)
+    loaded.load_state_dict(linear.state_dict())
+    cast = copy.deepcopy(layer).bfloat16()
+    for other in (layer, new, loaded, cast, copy.deepcopy(layer)):
+        assert other.format == choice and other.packed.FORMAT == wanted
+        other.packed.validate()
+    assert torch.equal(new.weight, linear.weight) and torch.equal(loaded.weight, linear.weight)
+
+
+def test_a_layer_around_a_packed_weight_has_its_format(format, device):
+    packed = flash_llm.pack(testing.random_sparse(130, 70, device=device), format)
+    layer = SparseLinear.from_packed(packed)
+    assert layer.format == format
+    layer.weight = torch.zeros(130, 70, dtype=torch.float16, device=device)
+    assert layer.packed.FORMAT == format
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_auto_layer_loads_either_format(assign, format, device):
+    source, linear = sparse_linear_and_dense(device=device, format=format)
+    for before in ("auto", other_format(format)):
+        layer, _ = sparse_linear_and_dense(device=device, format=before, seed=5)
+        layer.format = "auto"
+        layer.load_state_dict(source.state_dict(), assign=assign)
+        assert_same_layer(layer, source)
+        assert layer.format == "auto" and layer.packed.FORMAT == format
+        x = torch.randn(3, 70, device=device).half()
+        assert torch.equal(layer(x), source(x))
+        assert f"format={format}" in repr(layer)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_named_format_refuses_the_other_and_names_both(strict, format, device):
+    other = other_format(format)
+    source, _ = sparse_linear_and_dense(device=device, format=other, seed=5)
+    model = nn.ModuleDict({"mlp": sparse_linear_and_dense(device=device, format=format)[0]})
+    before = copy.deepcopy(model["mlp"])
+    state = nn.ModuleDict({"mlp": source}).state_dict()
+    message = rf'SparseLinear "mlp" .*must be .*format {format}, got .*format {other}'
+    with pytest.raises(RuntimeError, match=f"(?s){message}"):
+        model.load_state_dict(state, strict=strict)
+    assert_same_layer(model["mlp"], before)
+
+
+@pytest.mark.gpu
+def test_an_auto_layer_is_repacked_where_it_moves(dtype):
+    layer, linear = sparse_linear_and_dense(dtype=dtype)
+    before = copy.deepcopy(layer)
+    x = torch.randn(3, 70).to("cuda", dtype)
+    for _ in range(2):
+        layer.cuda()
+        assert layer.format == "auto" and layer.packed.FORMAT == format_of_auto("cuda")
+        assert all(t.is_cuda for t in (*layer.parameters(), *layer.buffers()))
+        layer.packed.validate()
+        assert torch.equal(layer.weight.cpu(), linear.weight)
+        testing.assert_spmm_close(layer(x), x, linear.weight.cuda(), linear.bias.cuda())
+        assert_same_layer(SparseLinear.from_linear(copy.deepcopy(linear).cuda()), layer)
+        assert_same_layer(layer.cpu(), before)
+    other = {torch.float16: torch.bfloat16, torch.bfloat16: torch.float16}[dtype]
+    layer.to("cuda", other)
+    assert layer.packed.FORMAT == format_of_auto("cuda") and layer.dtype == other
+    assert torch.equal(layer.weight.cpu(), linear.weight.to(other))
+
+
+@pytest.mark.gpu
+def test_a_moved_layer_that_was_named_keeps_its_format_and_bytes(format):
+    layer, _ = sparse_linear_and_dense(format=format)
+    before = copy.deepcopy(layer)
+    around = SparseLinear.from_packed(copy.deepcopy(layer.packed))
+    for moved in (layer.cuda(), around.cuda()):
+        assert moved.format == moved.packed.FORMAT == format
+    assert_same_layer(layer, before)
+    assert_same_layer(layer.cpu(), before)
+
+
+@pytest.mark.gpu
+def test_an_auto_layer_loads_on_the_gpu_and_follows_its_next_move(format):
+    source, linear = sparse_linear_and_dense(format=format)
+    layer = SparseLinear(70, 130, device="cuda")
+    layer.load_state_dict(source.state_dict())
+    assert layer.packed.FORMAT == format and layer.weight_payload.is_cuda
+    assert layer.cpu().packed.FORMAT == "tiled_csl"
+    assert layer.cuda().packed.FORMAT == format_of_auto("cuda")
+    assert torch.equal(layer.weight.cpu(), linear.weight)
+
+
+@pytest.mark.gpu
+def test_an_auto_layer_that_is_almost_empty_stays_tiled_csl():
+    linear = nn.Linear(700, 300).half()
+    layer = SparseLinear.from_linear(linear, sparsity=0.96)
+    payload = layer.weight_payload.clone()
+    assert layer.cuda().packed.FORMAT == "tiled_csl"
+    assert torch.equal(layer.weight_payload.cpu(), payload)
 
 
 # ---- copies, moves and casts ----
 
 
-def test_deepcopy_and_pickle(device):
-    layer, _ = sparse_linear_and_dense(device=device)
+def test_deepcopy_and_pickle(format, device):
+    layer, _ = sparse_linear_and_dense(device=device, format=format)
     x = torch.randn(3, 70, device=device).half()
     expected = layer(x)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert_same_layer(other, layer)
+        assert other.format == format
         assert torch.equal(other(x), expected)
         other.reset_parameters()
     assert torch.equal(layer(x), expected)  # nothing is shared
 
 
-def test_torch_save_and_load():
-    layer, _ = sparse_linear_and_dense()
+def test_torch_save_and_load(format):
+    layer, _ = sparse_linear_and_dense(format=format)
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
@@ -177,8 +299,8 @@ def test_torch_save_and_load():
     assert_same_layer(other, layer)
 
 
-def test_casts_between_fp16_and_bf16_re_encode_the_values(device):
-    layer, linear = sparse_linear_and_dense(device=device)
+def test_casts_between_fp16_and_bf16_re_encode_the_values(format, device):
+    layer, linear = sparse_linear_and_dense(device=device, format=format)
     x = torch.randn(3, 70, device=device)
     for cast in (
         lambda module: module.bfloat16(),
@@ -188,6 +310,7 @@ def test_casts_between_fp16_and_bf16_re_encode_the_values(device):
     ):
         there = cast(copy.deepcopy(layer))
         there.packed.validate()
+        assert there.packed.FORMAT == format
         assert there.dtype == there.bias.dtype == there(x.bfloat16()).dtype == torch.bfloat16
         assert torch.equal(there.weight, linear.weight.bfloat16())
         assert there.weight_header.dtype == torch.int64
@@ -195,9 +318,9 @@ def test_casts_between_fp16_and_bf16_re_encode_the_values(device):
     assert_same_layer(copy.deepcopy(layer).half(), layer)
 
 
-def test_a_cast_that_rounds_to_zero_drops_the_entry():
+def test_a_cast_that_rounds_to_zero_drops_the_entry(format):
     layer = SparseLinear.from_packed(
-        TiledCSL.from_dense(torch.full((8, 8), 2.0**-30, dtype=torch.bfloat16))
+        flash_llm.pack(torch.full((8, 8), 2.0**-30, dtype=torch.bfloat16), format)
     )
     layer.half()
     layer.packed.validate()
@@ -235,18 +358,18 @@ def test_to_device_and_back():
     assert layer.weight.is_cuda and layer.dtype == torch.bfloat16
 
 
-def test_to_empty_from_meta_gives_a_valid_layer(device):
-    layer = SparseLinear(70, 130, device="meta", payload_words=400)
+def test_to_empty_from_meta_gives_a_valid_layer(format, device):
+    layer = SparseLinear(70, 130, device="meta", payload_words=400, format=format)
     assert layer.weight_payload.shape == (400,)
     layer.to_empty(device=device)
     layer.packed.validate()
-    assert layer.sparsity == 1.0
+    assert layer.sparsity == 1.0 and layer.packed.FORMAT == format
     layer = torch.nn.utils.skip_init(SparseLinear, 70, 130, device=device)
     layer.packed.validate()
 
 
-def test_meta_layer_can_be_cast_and_called():
-    layer = SparseLinear(70, 130, device="meta", payload_words=400).bfloat16()
+def test_meta_layer_can_be_cast_and_called(format):
+    layer = SparseLinear(70, 130, device="meta", payload_words=400, format=format).bfloat16()
     assert layer.dtype == torch.bfloat16
     y = layer(torch.empty(3, 70, dtype=torch.bfloat16, device="meta"))
     assert y.is_meta and y.shape == (3, 130)
@@ -262,9 +385,9 @@ def test_device_context_is_followed():
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_packed_keys_of_another_size_load(assign, device):
-    layer, linear = sparse_linear_and_dense(device=device)
-    other = SparseLinear(70, 130, device=device)
+def test_packed_keys_of_another_size_load(assign, format, device):
+    layer, linear = sparse_linear_and_dense(device=device, format=format)
+    other = SparseLinear(70, 130, device=device, format=format)
     result = other.load_state_dict(layer.state_dict(), assign=assign)
     assert result.missing_keys == result.unexpected_keys == []
     assert_same_layer(other, layer)
@@ -273,23 +396,23 @@ def test_packed_keys_of_another_size_load(assign, device):
     shares = other.weight_payload.data_ptr() == layer.weight_payload.data_ptr()
     assert shares == assign
     # And down to a smaller one again.
-    other.load_state_dict(SparseLinear(70, 130, device=device).state_dict())
+    other.load_state_dict(SparseLinear(70, 130, device=device, format=format).state_dict())
     assert other.sparsity == 1.0
     other.packed.validate()
 
 
-def test_loading_into_one_of_two_layers_leaves_the_other():
+def test_loading_into_one_of_two_layers_leaves_the_other(format):
     """Both share the buffers of one packed weight; half of them must not change."""
-    packed = TiledCSL.from_dense(testing.random_sparse(130, 70, 0.7))
+    packed = flash_llm.pack(testing.random_sparse(130, 70, 0.7), format)
     one, two = SparseLinear.from_packed(packed), SparseLinear.from_packed(packed)
     expected = one.weight
-    two.load_state_dict(SparseLinear(70, 130, bias=False).state_dict())
+    two.load_state_dict(SparseLinear(70, 130, bias=False, format=format).state_dict())
     one.packed.validate()
     assert torch.equal(one.weight, expected) and two.sparsity == 1.0
 
 
-def test_loading_the_same_size_keeps_the_buffers_in_place():
-    layer, _ = sparse_linear_and_dense()
+def test_loading_the_same_size_keeps_the_buffers_in_place(format):
+    layer, _ = sparse_linear_and_dense(format=format)
     other = copy.deepcopy(layer)
     address = other.weight_payload.data_ptr()
     layer.weight = layer.weight * 2
@@ -300,9 +423,9 @@ def test_loading_the_same_size_keeps_the_buffers_in_place():
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_dense_weight_key_loads_and_is_packed(assign, stored, device):
+def test_a_dense_weight_key_loads_and_is_packed(assign, stored, format, device):
     _, linear = sparse_linear_and_dense(device=device)
-    model = nn.Sequential(nn.Linear(3, 70), SparseLinear(70, 130, device=device))
+    model = nn.Sequential(nn.Linear(3, 70), SparseLinear(70, 130, device=device, format=format))
     state = nn.Sequential(nn.Linear(3, 70), linear).state_dict()
     state["1.weight"] = state["1.weight"].to(stored)
     result = model.load_state_dict(state, assign=assign)
@@ -310,12 +433,13 @@ def test_a_dense_weight_key_loads_and_is_packed(assign, stored, device):
     assert model[1].dtype == torch.float16
     assert torch.equal(model[1].weight, linear.weight.to(stored).half())
     model[1].packed.validate()
+    assert model[1].packed.FORMAT == format
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_loading_onto_meta_with_assign(dense, device):
-    layer, linear = sparse_linear_and_dense(device=device)
-    meta = nn.Sequential(SparseLinear(70, 130, device="meta", payload_words=8))
+def test_loading_onto_meta_with_assign(dense, format, device):
+    layer, linear = sparse_linear_and_dense(device=device, format=format)
+    meta = nn.Sequential(SparseLinear(70, 130, device="meta", payload_words=8, format=format))
     source = nn.Sequential(linear if dense else layer)
     meta.load_state_dict(source.state_dict(), assign=True)
     assert meta[0].weight_payload.device == layer.weight_payload.device
@@ -434,24 +558,28 @@ def test_missing_and_unexpected_keys_are_reported_as_usual():
         layer.load_state_dict({})
 
 
-def test_safetensors_round_trip(tmp_path):
+def test_safetensors_round_trip(format, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    model = nn.ModuleDict({"a": sparse_linear_and_dense()[0], "b": SparseLinear(64, 8)})
+    model = nn.ModuleDict(
+        {"a": sparse_linear_and_dense(format=format)[0], "b": SparseLinear(64, 8, format=format)}
+    )
     safetensors.save_model(model, str(tmp_path / "model.safetensors"))
-    other = nn.ModuleDict({"a": SparseLinear(70, 130), "b": SparseLinear(64, 8)})
+    other = nn.ModuleDict(
+        {"a": SparseLinear(70, 130, format=format), "b": SparseLinear(64, 8, format=format)}
+    )
     other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
     for name in model:
         assert_same_layer(other[name], model[name])
 
 
-def test_buffers_set_one_by_one_are_noticed():
+def test_buffers_set_one_by_one_are_noticed(format):
     """Loaders such as transformers' set attributes, accelerate's writes to _buffers."""
-    source, _ = sparse_linear_and_dense()
+    source, _ = sparse_linear_and_dense(format=format)
     x = torch.randn(3, 70).half()
-    by_attribute = SparseLinear(70, 130, bias=False)
+    by_attribute = SparseLinear(70, 130, bias=False, format=format)
     for name, value in source.named_buffers():
         setattr(by_attribute, name, value)
-    behind_its_back = SparseLinear(70, 130, bias=False)
+    behind_its_back = SparseLinear(70, 130, bias=False, format=format)
     for name, value in source.named_buffers():
         behind_its_back._buffers[name] = value
     source.bias = None
@@ -465,10 +593,10 @@ def test_buffers_set_one_by_one_are_noticed():
 # ---- accelerate ----
 
 
-def test_accelerate_offloads_and_dispatches():
+def test_accelerate_offloads_and_dispatches(format):
     accelerate = pytest.importorskip("accelerate")
     x = torch.randn(3, 70).half()
-    model = nn.Sequential(sparse_linear_and_dense()[0], nn.ReLU())
+    model = nn.Sequential(sparse_linear_and_dense(format=format)[0], nn.ReLU())
     expected, before = model(x), copy.deepcopy(model[0])
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
     assert model[0].weight_payload.is_meta
@@ -479,14 +607,16 @@ def test_accelerate_offloads_and_dispatches():
     assert_same_layer(model[0], before)
 
 
-def test_accelerate_loads_a_checkpoint_into_an_empty_model(tmp_path):
+def test_accelerate_loads_a_checkpoint_into_an_empty_model(format, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     safetensors = pytest.importorskip("safetensors.torch")
-    source = nn.Sequential(sparse_linear_and_dense()[0])
+    source = nn.Sequential(sparse_linear_and_dense(format=format)[0])
     safetensors.save_model(source, str(tmp_path / "model.safetensors"))
     with accelerate.init_empty_weights(include_buffers=True):
         words = source[0].weight_payload.numel()
-        model = nn.Sequential(SparseLinear(70, 130, device="meta", payload_words=words))
+        model = nn.Sequential(
+            SparseLinear(70, 130, device="meta", payload_words=words, format=format)
+        )
     accelerate.load_checkpoint_and_dispatch(
         model, str(tmp_path / "model.safetensors"), device_map={"": "cpu"}
     )
@@ -495,10 +625,10 @@ def test_accelerate_loads_a_checkpoint_into_an_empty_model(tmp_path):
 
 
 @pytest.mark.gpu
-def test_accelerate_runs_an_offloaded_layer_on_the_gpu():
+def test_accelerate_runs_an_offloaded_layer_on_the_gpu(format):
     accelerate = pytest.importorskip("accelerate")
     x = torch.randn(3, 70).half().cuda()
-    model = nn.Sequential(sparse_linear_and_dense()[0])
+    model = nn.Sequential(sparse_linear_and_dense(format=format)[0])
     expected = copy.deepcopy(model).cuda()(x)
     accelerate.cpu_offload(model, execution_device=torch.device("cuda"), offload_buffers=True)
     assert torch.equal(model(x), expected)
@@ -507,8 +637,8 @@ def test_accelerate_runs_an_offloaded_layer_on_the_gpu():
 # ---- training and compilation ----
 
 
-def test_gradients_reach_input_and_bias_but_not_the_weight(device):
-    layer, linear = sparse_linear_and_dense(device=device)
+def test_gradients_reach_input_and_bias_but_not_the_weight(format, device):
+    layer, linear = sparse_linear_and_dense(device=device, format=format)
     x = torch.randn(4, 70, device=device).half().requires_grad_()
     before = layer.weight_payload.clone()
     layer(x).sum().backward()
@@ -539,11 +669,11 @@ def test_an_adapter_over_a_frozen_layer_trains():
     assert front.weight.grad.any() and torch.equal(base.weight_payload, payload)
 
 
-def test_model_of_sparse_layers_compiles_into_one_graph(device):
+def test_model_of_sparse_layers_compiles_into_one_graph(format, device):
     torch._dynamo.reset()
     layers = [
-        sparse_linear_and_dense(70, 130, device=device)[0],
-        sparse_linear_and_dense(130, 70, bias=False, device=device, seed=3)[0],
+        sparse_linear_and_dense(70, 130, device=device, format=format)[0],
+        sparse_linear_and_dense(130, 70, bias=False, device=device, seed=3, format=format)[0],
     ]
     model = nn.Sequential(layers[0], nn.SiLU(), layers[1])
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -553,9 +683,9 @@ def test_model_of_sparse_layers_compiles_into_one_graph(device):
     torch._dynamo.reset()
 
 
-def test_forward_writes_no_attribute_and_reads_no_header(monkeypatch):
+def test_forward_writes_no_attribute_and_reads_no_header(format, monkeypatch):
     """No device synchronisation hides in a call."""
-    layer, _ = sparse_linear_and_dense()
+    layer, _ = sparse_linear_and_dense(format=format)
     layer._buffers["weight_header"] = torch.zeros(8, dtype=torch.int64)  # would be refused if read
 
     def refuse(*_):
@@ -566,8 +696,8 @@ def test_forward_writes_no_attribute_and_reads_no_header(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_layer_is_captured_in_a_graph():
-    layer, _ = sparse_linear_and_dense(device="cuda")
+def test_layer_is_captured_in_a_graph(format):
+    layer, _ = sparse_linear_and_dense(device="cuda", format=format)
     x = testing.small_integers(2, 70, device="cuda")
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.inference_mode():

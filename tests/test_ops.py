@@ -5,14 +5,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_llm
-from flash_llm import TiledCSL, testing
+from flash_llm import PackedWeight, testing
 
 ACTIVATIONS = (None, "relu", "gelu", "silu")
 
 
-def packed_and_dense(m=130, k=70, dtype=torch.float16, device="cpu", sparsity=0.6):
+def packed_and_dense(format, m=130, k=70, dtype=torch.float16, device="cpu", sparsity=0.6):
     dense = testing.random_sparse(m, k, sparsity, dtype=dtype, device=device)
-    return TiledCSL.from_dense(dense), dense
+    return flash_llm.pack(dense, format), dense
 
 
 def arguments(w):
@@ -24,8 +24,8 @@ def arguments(w):
 
 @pytest.mark.parametrize("n", [0, 1, 9, 33])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_opcheck_spmm(n, activation, device, dtype):
-    w, _ = packed_and_dense(dtype=dtype, device=device)
+def test_opcheck_spmm(n, activation, format, device, dtype):
+    w, _ = packed_and_dense(format, dtype=dtype, device=device)
     x = torch.randn(n, 70).to(device, dtype)
     bias = torch.randn(130).to(device, dtype)
     op = torch.ops.flash_llm.spmm.default
@@ -33,6 +33,14 @@ def test_opcheck_spmm(n, activation, device, dtype):
     torch.library.opcheck(
         op, (x.requires_grad_(), *arguments(w), bias.requires_grad_(), activation)
     )
+
+
+def test_opcheck_spmm_with_every_argument(format, device):
+    w, _ = packed_and_dense(format, device=device)
+    x, bias = torch.randn(3, 70, device=device).half(), torch.randn(130, device=device).half()
+    for prefetch in (True, False):
+        every = (x, *arguments(w), bias, "silu", "dense", 1, prefetch)
+        torch.library.opcheck(torch.ops.flash_llm.spmm.default, every)
 
 
 @pytest.mark.parametrize(
@@ -46,25 +54,26 @@ def test_opcheck_spmm(n, activation, device, dtype):
     ],
     ids=["sliced", "strided", "batch", "one-dimensional", "expanded"],
 )
-def test_opcheck_spmm_on_views(x_of, device):
-    w, _ = packed_and_dense(device=device)
+def test_opcheck_spmm_on_views(x_of, format, device):
+    w, _ = packed_and_dense(format, device=device)
     x = x_of(torch.randn(8, 150, device=device).half())
     torch.library.opcheck(torch.ops.flash_llm.spmm.default, (x, *arguments(w)))
 
 
 @pytest.mark.parametrize(("m", "k"), [(130, 70), (0, 5), (5, 0), (1, 1), (128, 64)])
-def test_opcheck_conversions(m, k, device, dtype):
-    w, dense = packed_and_dense(m, k, dtype=dtype, device=device)
-    torch.library.opcheck(torch.ops.flash_llm.pack.default, (dense,))
-    torch.library.opcheck(torch.ops.flash_llm.pack.default, (dense.t(),))
-    torch.library.opcheck(torch.ops.flash_llm.prune_pack.default, (dense, 0.7))
-    torch.library.opcheck(torch.ops.flash_llm.prune_pack.default, (dense, None, "2:4"))
+def test_opcheck_conversions(m, k, format, device, dtype):
+    w, dense = packed_and_dense(format, m, k, dtype=dtype, device=device)
+    pack, prune_pack = torch.ops.flash_llm.pack.default, torch.ops.flash_llm.prune_pack.default
+    torch.library.opcheck(pack, (dense, format))
+    torch.library.opcheck(pack, (dense.t(),))
+    torch.library.opcheck(prune_pack, (dense, 0.7, "row", format))
+    torch.library.opcheck(prune_pack, (dense, None, "2:4"))
     torch.library.opcheck(torch.ops.flash_llm.unpack.default, arguments(w))
     torch.library.opcheck(torch.ops.flash_llm.validate.default, arguments(w))
 
 
-def test_fakes_have_the_shapes_of_the_real_thing(device, dtype):
-    w, dense = packed_and_dense(dtype=dtype, device=device)
+def test_fakes_have_the_shapes_of_the_real_thing(format, device, dtype):
+    w, _ = packed_and_dense(format, dtype=dtype, device=device)
     x = torch.randn(2, 3, 70).to(device, dtype)
     with FakeTensorMode() as mode:
         header, offsets, payload = arguments(w)
@@ -73,6 +82,10 @@ def test_fakes_have_the_shapes_of_the_real_thing(device, dtype):
         assert (y.shape, y.dtype, y.device) == ((2, 3, 130), dtype, x.device)
         unpacked = torch.ops.flash_llm.unpack(header, fake_offsets, fake_payload)
         assert (unpacked.shape, unpacked.dtype) == ((130, 70), dtype)
+        with pytest.raises(ValueError, match="flash_llm::spmm: offsets must have shape"):
+            torch.ops.flash_llm.spmm(
+                mode.from_tensor(x), header, fake_offsets.new_empty(3), fake_payload
+            )
         with pytest.raises(
             ValueError, match=r"flash_llm::spmm: x must have shape \[\.\.\., K=70\]"
         ):
@@ -85,8 +98,22 @@ def test_fakes_have_the_shapes_of_the_real_thing(device, dtype):
             )
 
 
-def test_meta_tensors_flow_through():
-    w, _ = packed_and_dense()
+def test_fakes_of_packing_know_the_offsets_of_a_named_format(format):
+    dense = torch.ones(130, 70).half()
+    shape_env = torch.fx.experimental.symbolic_shapes.ShapeEnv(allow_dynamic_output_shape_ops=True)
+    with FakeTensorMode(shape_env=shape_env, static_shapes=True) as mode:
+        fake = mode.from_tensor(dense)
+        for name in (format, "auto"):
+            header, offsets, payload = torch.ops.flash_llm.pack(fake, name)
+            assert header.shape == (8,) and payload.dtype == offsets.dtype == torch.int32
+            known = isinstance(offsets.shape[0], int)
+            assert known == (name != "auto")
+            if known:
+                assert offsets.shape[0] == PackedWeight.class_for(format).num_offsets(130, 70)
+
+
+def test_meta_tensors_flow_through(format):
+    w, _ = packed_and_dense(format)
     y = flash_llm.spmm(torch.empty(4, 70, dtype=torch.float16, device="meta"), w.to("meta"))
     assert y.is_meta and y.shape == (4, 130)
     assert w.to("meta").to_dense().shape == (130, 70)
@@ -103,8 +130,8 @@ def fresh_dynamo():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_compiles_into_one_graph(activation, device, dtype, fresh_dynamo):
-    w, dense = packed_and_dense(dtype=dtype, device=device)
+def test_compiles_into_one_graph(activation, format, device, dtype, fresh_dynamo):
+    w, dense = packed_and_dense(format, dtype=dtype, device=device)
     bias = torch.randn(130).to(device, dtype)
 
     def block(x):
@@ -115,8 +142,8 @@ def test_compiles_into_one_graph(activation, device, dtype, fresh_dynamo):
     assert torch.equal(compiled(x), block(x))
 
 
-def test_compiled_graph_serves_every_number_of_tokens(device, fresh_dynamo):
-    w, _ = packed_and_dense(device=device)
+def test_compiled_graph_serves_every_number_of_tokens(format, device, fresh_dynamo):
+    w, _ = packed_and_dense(format, device=device)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
         lambda x: flash_llm.spmm(x, w).relu(), fullgraph=True, dynamic=True, backend=counter
@@ -128,8 +155,8 @@ def test_compiled_graph_serves_every_number_of_tokens(device, fresh_dynamo):
 
 
 @pytest.mark.slow
-def test_compiles_with_inductor(device, fresh_dynamo):
-    w, _ = packed_and_dense(device=device)
+def test_compiles_with_inductor(format, device, fresh_dynamo):
+    w, _ = packed_and_dense(format, device=device)
     compiled = torch.compile(lambda x: flash_llm.spmm(x + 1, w, activation="relu"), fullgraph=True)
     x = testing.small_integers(5, 70, device=device)
     assert torch.equal(compiled(x), flash_llm.spmm(x + 1, w, activation="relu"))
@@ -137,8 +164,8 @@ def test_compiles_with_inductor(device, fresh_dynamo):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_compiles_with_cuda_graphs(fresh_dynamo):
-    w, _ = packed_and_dense(device="cuda")
+def test_compiles_with_cuda_graphs(format, fresh_dynamo):
+    w, _ = packed_and_dense(format, device="cuda")
     compiled = torch.compile(
         lambda x: flash_llm.spmm(x + 1, w), fullgraph=True, mode="reduce-overhead"
     )
@@ -147,8 +174,8 @@ def test_compiles_with_cuda_graphs(fresh_dynamo):
         assert torch.equal(compiled(x).clone(), flash_llm.spmm(x + 1, w))
 
 
-def test_gradients_compile(device, fresh_dynamo):
-    w, _ = packed_and_dense(device=device)
+def test_gradients_compile(format, device, fresh_dynamo):
+    w, _ = packed_and_dense(format, device=device)
     bias = torch.randn(130, device=device).half().requires_grad_()
 
     def loss(x):
@@ -162,8 +189,8 @@ def test_gradients_compile(device, fresh_dynamo):
         assert torch.equal(eager, compiled)
 
 
-def test_exports(device):
-    w, _ = packed_and_dense(device=device)
+def test_exports(format, device):
+    w, _ = packed_and_dense(format, device=device)
 
     class Block(torch.nn.Module):
         def forward(self, x):
@@ -186,8 +213,8 @@ def rounding(dtype):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(9,), (2, 3), (), (0,)])
-def test_gradients_match_a_dense_float64_layer(activation, shape, device, dtype):
-    w, dense = packed_and_dense(dtype=dtype, device=device)
+def test_gradients_match_a_dense_float64_layer(activation, shape, format, device, dtype):
+    w, dense = packed_and_dense(format, dtype=dtype, device=device)
     x = torch.randn(*shape, 70).to(device, dtype).requires_grad_()
     bias = torch.randn(130).to(device, dtype).requires_grad_()
     upstream = torch.randn(*shape, 130).to(device, dtype)
@@ -211,12 +238,12 @@ def test_gradients_match_a_dense_float64_layer(activation, shape, device, dtype)
         assert bool((error <= 1.2 * slack + 2 * u * exact_grad.abs() + 1e-7).all()), error.max()
 
 
-def test_integer_gradients_are_exact(device, dtype):
+def test_integer_gradients_are_exact(format, device, dtype):
     weight = testing.small_integers(130, 70, sparsity=0.5, dtype=dtype, device=device)
     x = testing.small_integers(4, 70, dtype=dtype, device=device, seed=1).requires_grad_()
     bias = testing.small_integers(130, dtype=dtype, device=device, seed=2).requires_grad_()
     upstream = testing.small_integers(4, 130, dtype=dtype, device=device, seed=3)
-    w = TiledCSL.from_dense(weight)
+    w = flash_llm.pack(weight, format)
     flash_llm.spmm(x, w, bias, activation="relu").backward(upstream)
     z = testing.spmm_reference(x, weight, bias).detach()
     grad_z = upstream.double() * (z > 0)
@@ -225,8 +252,8 @@ def test_integer_gradients_are_exact(device, dtype):
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
-def test_only_the_gradients_that_are_asked_for_are_computed(activation, monkeypatch):
-    w, _ = packed_and_dense()
+def test_only_the_gradients_that_are_asked_for_are_computed(activation, format, monkeypatch):
+    w, _ = packed_and_dense(format)
     bias = torch.zeros(130, dtype=torch.float16)
     unpacked = []
 
@@ -252,8 +279,8 @@ def test_only_the_gradients_that_are_asked_for_are_computed(activation, monkeypa
         assert flash_llm.spmm(x, w, bias).is_inference()
 
 
-def test_gradient_of_a_gradient_follows_the_same_formulas(device):
-    w, dense = packed_and_dense(device=device)
+def test_gradient_of_a_gradient_follows_the_same_formulas(format, device):
+    w, dense = packed_and_dense(format, device=device)
     x = torch.randn(3, 70, device=device).half().requires_grad_()
     y = flash_llm.spmm(x, w, activation="silu")
     (grad,) = torch.autograd.grad(y.float().sum(), x, create_graph=True)
@@ -265,15 +292,15 @@ def test_gradient_of_a_gradient_follows_the_same_formulas(device):
     torch.testing.assert_close(second.double(), second64, rtol=2e-2, atol=2e-2)
 
 
-def test_packing_a_parameter_detaches_it(device):
+def test_packing_a_parameter_detaches_it(format, device):
     weight = torch.nn.Parameter(testing.random_sparse(130, 70, device=device))
-    w = TiledCSL.from_dense(weight)
+    w = flash_llm.pack(weight, format)
     assert not w.payload.requires_grad and not w.to_dense().requires_grad
-    assert not flash_llm.prune_pack(weight, 0.5).payload.requires_grad
+    assert not flash_llm.prune_pack(weight, 0.5, format=format).payload.requires_grad
 
 
-def test_autocast_leaves_the_operator_alone(device):
-    w, dense = packed_and_dense(device=device)
+def test_autocast_leaves_the_operator_alone(format, device):
+    w, dense = packed_and_dense(format, device=device)
     x = testing.small_integers(20, 70, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(flash_llm.spmm(x, w), flash_llm.spmm(x, w))
@@ -284,10 +311,10 @@ def test_autocast_leaves_the_operator_alone(device):
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
 @pytest.mark.parametrize("leading", [(), (0,), (3,), (2, 0)])
-def test_bias_gradient_of_empty_shapes(shape, leading):
+def test_bias_gradient_of_empty_shapes(shape, leading, format):
     """M = 0 once failed in backward: "cannot reshape tensor of 0 elements"."""
     m, k = shape
-    w = TiledCSL.empty(m, k)
+    w = PackedWeight.class_for(format).empty(m, k)
     x = torch.ones(*leading, k, dtype=torch.float16, requires_grad=True)
     bias = torch.ones(m, dtype=torch.float16, requires_grad=True)
     flash_llm.spmm(x, w, bias).sum().backward()

@@ -1,15 +1,17 @@
 """Kernel choice as Python sees it: pure, printable, forceable, and tested without a GPU."""
 
+import re
 import subprocess
 import sys
 
 import pytest
+from formats import FORMATS, other_format, plan_names
 
 import flash_llm
-from flash_llm import _extension
 
 H200 = {"compute_capability": 90, "num_sms": 132, "smem_per_sm_bytes": 228 * 1024}
 A100 = {"compute_capability": 80, "num_sms": 108, "smem_per_sm_bytes": 164 * 1024}
+BLACKWELL = {"compute_capability": 100, "num_sms": 148, "smem_per_sm_bytes": 228 * 1024}
 CPU = {}
 
 M, K = 28672, 7168
@@ -21,35 +23,192 @@ def chosen(text):
     return text.split()[0]
 
 
-def plan_names(device):
-    return _extension.require().plan_names("compute_capability" in device)
+def names_on(device, format):
+    return plan_names(format, "cuda" if "compute_capability" in device else "cpu")
+
+
+def number(text, name):
+    """What the plan's text says that `name` is; 0 when it says nothing."""
+    found = re.search(rf"\b{name}=(\d+)", text)
+    return int(found[1]) if found else 0
+
+
+def configs_of(format):
+    return {row["name"]: row for row in flash_llm.configs() if row["format"] == format}
+
+
+def block_m(row):
+    """Rows of W that a CTA works on at a time."""
+    return 128 if row["format"] == "tiled_csl" else 16 * row["warps"] * row["strips"]
 
 
 def test_configs_describe_each_row():
     rows = flash_llm.configs()
-    names = [row["name"] for row in rows]
-    assert len(set(names)) == len(names) > 0
+    assert len({row["name"] for row in rows}) == len(rows) > 0
     for row in rows:
-        assert set(row) >= {"name", "warps_per_tile", "tile_n", "ctas_per_sm", "smem_bytes"}
-        assert row["name"].startswith(f"w{row['warps_per_tile']}n{row['tile_n']}")
-        assert 0 < row["smem_bytes"] <= 99 * 1024
+        assert set(row) >= {"name", "format", "tile_n", "ctas_per_sm", "smem_bytes"}
+        if row["format"] == "tiled_csl":
+            assert row["name"].startswith(f"w{row['warps_per_tile']}n{row['tile_n']}")
+            assert 0 < row["smem_bytes"] <= 99 * 1024
+        else:
+            assert row["name"] == f"n{row['tile_n']}" and row["x_stages"] >= 2
+            assert block_m(row) % 128 == 0 and row["strips"] in (1, 2)
+            assert 0 < row["smem_bytes"] <= 227 * 1024
         assert row["ctas_per_sm"] >= 1
-    assert plan_names(H200) == [*names, "dense"]
-    assert plan_names(CPU) == ["cpu_tiles", "cpu_reference", "dense"]
+    for format in FORMATS:
+        assert names_on(H200, format) == [*configs_of(format), "dense"]
+    assert names_on(CPU, "tiled_csl") == ["cpu_tiles", "cpu_reference", "dense"]
+    assert names_on(CPU, "bitmap") == ["cpu_reference", "dense"]
 
 
-@pytest.mark.parametrize("device", [H200, A100], ids=["h200", "a100"])
-def test_small_n_takes_the_narrowest_configuration(device):
-    widths = {row["name"]: row["tile_n"] for row in flash_llm.configs()}
+@pytest.mark.parametrize(
+    ("device", "format"),
+    [(H200, "tiled_csl"), (H200, "bitmap"), (A100, "tiled_csl")],
+    ids=["h200-tiled_csl", "h200-bitmap", "a100-tiled_csl"],
+)
+def test_small_n_takes_the_narrowest_configuration(device, format):
+    widths = {name: row["tile_n"] for name, row in configs_of(format).items()}
     for n in range(1, max(widths.values()) + 1):
-        name = chosen(flash_llm.explain_plan(M, n, K, NNZ, **device))
+        name = chosen(flash_llm.explain_plan(M, n, K, NNZ, format=format, **device))
         covering = [width for width in widths.values() if width >= n]
         assert widths[name] == min(covering), n
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("zeros", [0.5, 0.8])
+def test_a_kernel_takes_several_passes_up_to_the_n_that_the_plan_names(format, zeros):
+    nnz = int(M * K * (1 - zeros))
+    text = flash_llm.explain_plan(M, 8192, K, nnz, format=format, **H200)
+    limit = int(re.search(r"N > (\d+)", text)[1])
+    widest = max(configs_of(format).values(), key=lambda row: row["tile_n"])
+    for n in (limit + 1, 2 * limit, 8192):
+        assert chosen(flash_llm.explain_plan(M, n, K, nnz, format=format, **H200)) == "dense"
+    for n in (widest["tile_n"], limit):
+        plan = flash_llm.explain_plan(M, n, K, nnz, format=format, **H200)
+        assert chosen(plan) == widest["name"], n
+
+
+@pytest.mark.parametrize("device", [A100, BLACKWELL, CPU], ids=["a100", "blackwell", "cpu"])
+@pytest.mark.parametrize("n", [1, 8, 64, 4096])
+def test_a_bitmap_off_hopper_takes_the_dense_route_and_says_why(device, n):
+    text = flash_llm.explain_plan(M, n, K, NNZ, format="bitmap", **device)
+    assert chosen(text) == "dense"
+    assert ("no CPU kernel" if device is CPU else "needs a Hopper GPU") in text
+
+
+@pytest.mark.parametrize(
+    ("capability", "named"), [(80, "8.0"), (86, "8.6"), (89, "8.9"), (100, "10.0"), (120, "12.0")]
+)
+def test_bitmap_kernels_cannot_be_forced_off_hopper(capability, named):
+    device = {**A100, "compute_capability": capability}
+    for config in configs_of("bitmap"):
+        with pytest.raises(NotImplementedError) as caught:
+            flash_llm.explain_plan(M, 8, K, NNZ, format="bitmap", config=config, **device)
+        message = str(caught.value)
+        assert message.startswith(f'flash_llm::explain_plan: config "{config}" needs a Hopper GPU')
+        assert "compute capability 9.0" in message and f"has {named}" in message
+        assert '"dense"' in message
+
+
+# ---- choosing a format ----
+
+
+@pytest.mark.parametrize(
+    ("capability", "density", "format", "reason"),
+    [
+        (0, 0.2, "tiled_csl", "the format that has a CPU kernel"),
+        (0, 1.0, "tiled_csl", "CPU kernel"),
+        (80, 0.2, "tiled_csl", "needs a Hopper GPU"),
+        (89, 0.5, "tiled_csl", "needs a Hopper GPU"),
+        (100, 0.2, "tiled_csl", "needs a Hopper GPU"),
+        (90, 1.0, "bitmap", "fewer bytes"),
+        (90, 0.2, "bitmap", "fewer bytes"),
+        (90, 0.08, "bitmap", "fewer bytes"),
+        (90, 0.06, "tiled_csl", "above 93 % zeros"),
+        (90, 0.0, "tiled_csl", "above 93 % zeros"),
+    ],
+)
+def test_auto_chooses_a_format_and_says_why(capability, density, format, reason):
+    nnz = int(M * K * density)
+    name, why = flash_llm.explain_format(M, K, nnz, compute_capability=capability)
+    assert name == format and reason in why
+    # A plan for "auto", the default, is the plan for that format.
+    device = {**H200, "compute_capability": capability} if capability else CPU
+    plan = flash_llm.explain_plan(M, 8, K, nnz, **device)
+    assert plan == flash_llm.explain_plan(M, 8, K, nnz, format="auto", **device)
+    assert plan == flash_llm.explain_plan(M, 8, K, nnz, format=format, **device)
+    assert chosen(plan) in names_on(device, format)
+
+
+@pytest.mark.parametrize("m, k", [(0, 0), (0, 5), (5, 0)])
+def test_a_weight_without_elements_has_a_format_too(m, k):
+    for capability in (0, 80, 90):
+        name, _ = flash_llm.explain_format(m, k, 0, compute_capability=capability)
+        assert name in FORMATS
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("smem_per_sm_bytes", [228 * 1024, 200 * 1024])
+def test_a_bitmap_cta_fits_the_shared_memory(density, smem_per_sm_bytes):
+    device = {**H200, "smem_per_sm_bytes": smem_per_sm_bytes}
+    # configs() tells the least: each chunk has two slots, and a full one of 137 units takes both,
+    # which are whole rows of 128 bytes.
+    least_slot = -(-137 * 64 // 2 // 128) * 128
+    for m, k in ((1, 1), (512, 512), (M, K), (2**20, 2**14)):
+        for name, row in configs_of("bitmap").items():
+            text = flash_llm.explain_plan(
+                m, 8, k, int(m * k * density), format="bitmap", config=name, **device
+            )
+            slot_bytes = number(text, "slot_bytes")
+            assert slot_bytes >= least_slot and slot_bytes % 128 == 0
+            slots = 2 * block_m(row) // 32
+            smem_bytes = row["smem_bytes"] + slots * (slot_bytes - least_slot)
+            # The driver takes 1 KiB of each CTA.
+            assert smem_bytes <= smem_per_sm_bytes - 1024, text
+
+
+@pytest.mark.parametrize("n", [1, 8, 33, 64, 129, 1000])
+@pytest.mark.parametrize("shape", [(1, 1), (500, 70), (4096, 4096), (M, K)], ids=str)
+@pytest.mark.parametrize("device", [H200, A100], ids=["h200", "a100"])
+def test_workspaces_hold_partial_sums_and_little_else(device, shape, n, format):
+    m, k = shape
+    if not (device is A100 and format == "bitmap"):
+        for name, row in configs_of(format).items():
+            text = flash_llm.explain_plan(m, n, k, m * k // 2, format=format, config=name, **device)
+            ctas = number(text, "ctas")
+            assert 1 <= ctas <= device["num_sms"] * row["ctas_per_sm"]
+            blocks = -(-m // block_m(row)) * -(-n // row["tile_n"])
+            packed_x = 2 * (n + row["tile_n"]) * (k + 64) if row.get("packed_x") else 0
+            # Never more than the sums of the result itself and of two blocks for each CTA.
+            bound = (blocks + 2 * ctas) * block_m(row) * row["tile_n"] * 4 + packed_x
+            assert 0 < number(text, "workspace_bytes") <= bound, text
+    dense = flash_llm.explain_plan(m, n, k, 0, format=format, config="dense", **device)
+    assert number(dense, "workspace_bytes") == 2 * m * k
+
+
+def test_the_bitmap_workspace_stops_growing_with_the_tokens():
+    wide = [name for name, row in configs_of("bitmap").items() if row["tile_n"] > 64]
+    assert wide
+    for name in wide:
+        sizes = {
+            number(
+                flash_llm.explain_plan(M, n, K, NNZ, format="bitmap", config=name, **H200),
+                "workspace_bytes",
+            )
+            for n in (129, 1024, 2**20)
+        }
+        assert len(sizes) == 1 and sizes.pop() < 64 * 2**20
+
+
+# ---- forcing and refusing ----
+
+
 @pytest.mark.parametrize("device", [H200, A100, CPU], ids=["h200", "a100", "cpu"])
-def test_prefill_takes_the_dense_route(device):
-    text = flash_llm.explain_plan(M, 4096, K, NNZ, **device)
+def test_prefill_takes_the_dense_route(device, format):
+    text = flash_llm.explain_plan(M, 4096, K, NNZ, format=format, **device)
     assert chosen(text) == "dense"
     assert f"workspace_bytes={M * K * 2}" in text
 
@@ -57,67 +216,90 @@ def test_prefill_takes_the_dense_route(device):
 @pytest.mark.parametrize("value_type", ["float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [(0, 0, 0), (1, 1, 1), (129, 65, 65), (M, 2048, K)], ids=str)
 @pytest.mark.parametrize("device", [H200, A100, CPU], ids=["h200", "a100", "cpu"])
-def test_every_plan_can_be_forced_on_every_shape(device, shape, value_type):
+def test_every_plan_can_be_forced_on_every_shape(device, format, shape, value_type):
     m, n, k = shape
-    for name in plan_names(device):
-        text = flash_llm.explain_plan(m, n, k, m * k // 2, value_type, config=name, **device)
+    # A100 has no kernel for a bitmap; test_bitmap_kernels_cannot_be_forced_off_hopper.
+    names = ["dense"] if (device, format) == (A100, "bitmap") else names_on(device, format)
+    for name in names:
+        text = flash_llm.explain_plan(
+            m, n, k, m * k // 2, value_type, format=format, config=name, **device
+        )
         assert chosen(text) == name
         assert "forced" in text
 
 
-def test_the_grid_can_be_forced():
-    text = flash_llm.explain_plan(M, 8, K, NNZ, config="w1n8", ctas=77, **H200)
-    assert "ctas=77 " in text
+@pytest.mark.parametrize(("format", "config"), [("tiled_csl", "w1n8"), ("bitmap", "n8")])
+def test_the_grid_can_be_forced(format, config):
+    for asked in ({"config": config}, {}):
+        text = flash_llm.explain_plan(M, 8, K, NNZ, format=format, ctas=77, **asked, **H200)
+        assert "ctas=77 " in text and chosen(text) == config
+    # Never more CTAs than units of work.
+    text = flash_llm.explain_plan(1, 8, 1, 1, format=format, config=config, ctas=77, **H200)
+    assert "ctas=1 " in text
 
 
 def test_the_same_question_has_the_same_answer():
     first = flash_llm.explain_plan(M, 16, K, NNZ, **H200)
-    flash_llm.explain_plan(1, 1, 1, 1)
+    flash_llm.explain_plan(1, 1, 1, 1, format="bitmap")
     assert flash_llm.explain_plan(M, 16, K, NNZ, **H200) == first
 
 
 @pytest.mark.parametrize("capability", [50, 70, 75])
-def test_old_gpus_are_refused_with_their_number(capability):
+def test_old_gpus_are_refused_with_their_number(capability, format):
     device = {**A100, "compute_capability": capability}
     with pytest.raises(
         NotImplementedError, match=rf"8\.0 or newer.*{capability // 10}\."
     ) as caught:
-        flash_llm.explain_plan(M, 8, K, NNZ, **device)
+        flash_llm.explain_plan(M, 8, K, NNZ, format=format, **device)
     assert str(caught.value).startswith("flash_llm::explain_plan: ")
 
 
-@pytest.mark.parametrize(
-    ("config", "device"),
-    [("w1n8", CPU), ("cpu_tiles", H200), ("fastest", H200), ("", CPU), ("AUTO", CPU)],
-)
-def test_unknown_configurations_are_refused_with_the_known_ones(config, device):
+@pytest.mark.parametrize("config", ["fastest", "", "AUTO", "kernel of the other", "other device"])
+@pytest.mark.parametrize("device", [H200, A100, CPU], ids=["h200", "a100", "cpu"])
+def test_unknown_configurations_are_refused_with_the_known_ones(config, device, format):
+    on_cuda = device is not CPU
+    config = {
+        "kernel of the other": plan_names(other_format(format), "cuda")[0],
+        "other device": plan_names(format, "cpu" if on_cuda else "cuda")[0],
+    }.get(config, config)
     with pytest.raises(ValueError) as caught:
-        flash_llm.explain_plan(M, 8, K, NNZ, config=config, **device)
+        flash_llm.explain_plan(M, 8, K, NNZ, format=format, config=config, **device)
     message = str(caught.value)
-    assert f'got "{config}"' in message
-    for name in plan_names(device):
+    assert f'got "{config}"' in message and f'format "{format}"' in message
+    assert f"on {'CUDA' if on_cuda else 'the CPU'}" in message
+    for name in names_on(device, format):
         assert f'"{name}"' in message
 
 
 @pytest.mark.parametrize("ctas", [-1, 65536, 2**62])
-def test_grids_that_cannot_be_launched_are_refused(ctas):
+def test_grids_that_cannot_be_launched_are_refused(ctas, format):
     with pytest.raises(ValueError, match=rf"ctas must lie in \[0, 65535\], got {ctas}"):
-        flash_llm.explain_plan(M, 8, K, NNZ, config="w1n8", ctas=ctas, **H200)
+        flash_llm.explain_plan(M, 8, K, NNZ, format=format, ctas=ctas, **H200)
 
 
 @pytest.mark.parametrize("device", [H200, CPU], ids=["h200", "cpu"])
 @pytest.mark.parametrize("position", [0, 1, 2])
 @pytest.mark.parametrize("size", [2**31, 2**40, 2**62, -1, -(2**62)])
-def test_sizes_that_32_bits_cannot_index_are_refused(device, position, size):
+def test_sizes_that_32_bits_cannot_index_are_refused(device, position, size, format):
     shape = [64, 8, 64]
     shape[position] = size
     with pytest.raises(ValueError):
-        flash_llm.explain_plan(*shape, 0, **device)
+        flash_llm.explain_plan(*shape, 0, format=format, **device)
 
 
-def test_tiles_of_work_that_32_bits_cannot_count_are_refused():
+def test_tiles_of_work_that_32_bits_cannot_count_are_refused(format):
     with pytest.raises(ValueError, match=r"M=2147483647 N=8 K=65536.*32-bit"):
-        flash_llm.explain_plan(2**31 - 1, 8, 65536, 0, **H200)
+        flash_llm.explain_plan(2**31 - 1, 8, 65536, 0, format=format, **H200)
+
+
+@pytest.mark.parametrize("format", ["csr", "", "BITMAP", "Auto"])
+def test_unknown_formats_are_refused_with_the_known_ones(format):
+    message = re.escape(f'format must be "auto" or "tiled_csl" or "bitmap", got "{format}"')
+    with pytest.raises(ValueError, match=f"flash_llm::explain_plan: {message}"):
+        flash_llm.explain_plan(M, 8, K, NNZ, format=format, **H200)
+    if format != "Auto":
+        with pytest.raises(ValueError, match="flash_llm::plan_names: format must be"):
+            plan_names(format, "cpu")
 
 
 def test_value_types_other_than_16_bit_floats_are_refused():

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from formats import has_hopper
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -68,32 +69,62 @@ ALL = [
 ]
 
 
-def test_swaps_in_place_and_the_model_answers_the_same(device):
+def test_swaps_in_place_and_the_model_answers_the_same(format, device):
     model = Model().to(device)
     ids = IDS.to(device)
     with torch.no_grad():
         expected = model(ids)
     dense = copy.deepcopy(model)
-    report = sparsify_(model)
+    report = sparsify_(model, format=format)
     assert packed_names(model) == ALL
     for name in ALL:
-        assert torch.equal(model.get_submodule(name).weight, dense.get_submodule(name).weight)
+        layer = model.get_submodule(name)
+        assert layer.format == layer.packed.FORMAT == format
+        assert torch.equal(layer.weight, dense.get_submodule(name).weight)
     with torch.no_grad():
         torch.testing.assert_close(model(ids), expected, rtol=5e-3, atol=5e-3)
     assert [row.name for row in report.rows] == [*ALL, "lm_head"]
     assert type(model.lm_head) is nn.Linear
     assert report.rows[-1].decision == "skipped"
+    assert [row.format for row in report.rows] == [format] * len(ALL) + [None]
     assert report.rows[-1].reason == 'ignored by "lm_head"'
 
 
-def test_report_tells_shape_sparsity_and_bytes():
-    model = Model()
+def test_the_default_format_is_auto(device):
+    model = Model().to(device)
     report = sparsify_(model)
+    wanted = "bitmap" if device == "cuda" and has_hopper() else "tiled_csl"
+    assert {row.format for row in report.packed} == {wanted}
+    for name in ALL:
+        layer = model.get_submodule(name)
+        assert (layer.format, layer.packed.FORMAT) == ("auto", wanted)
+
+
+def test_formats_may_be_mixed_in_one_model(device):
+    model = Model().to(device)
+    with torch.no_grad():
+        expected = model(IDS.to(device))
+    sparsify_(model, ["re:.*attn"], (), format="tiled_csl")
+    report = sparsify_(model, format="bitmap")
+    assert [row.format for row in report.rows] == [
+        "tiled_csl",
+        "tiled_csl",
+        "bitmap",
+        "bitmap",
+    ] * 2 + [None]
+    assert report.rows[0].reason == "already sparse"
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS.to(device)), expected, rtol=5e-3, atol=5e-3)
+
+
+def test_report_tells_shape_sparsity_and_bytes(format):
+    model = Model()
+    report = sparsify_(model, format=format)
     row = next(row for row in report.rows if row.name == "layers.0.mlp.0")
     packed = model.layers[0].mlp[0].packed
     assert row.shape == (256, 128) and row.sparsity == packed.sparsity
     assert row.dense_bytes == 256 * 128 * 2 and row.packed_bytes == packed.nbytes
-    assert row.decision == "packed"
+    assert row.decision == "packed" and row.format == format
     assert row.reason == f"{packed.nbytes / row.dense_bytes:.2f}x the dense bytes"
     after = sum(
         packed.nbytes for packed in (m.packed for m in model.modules() if hasattr(m, "packed"))
@@ -103,33 +134,47 @@ def test_report_tells_shape_sparsity_and_bytes():
     data = json.loads(report.to_json())
     assert data["total_bytes"] == report.total_bytes
     assert data["rows"][2]["name"] == "layers.0.mlp.0" and data["rows"][2]["shape"] == [256, 128]
+    assert [row["format"] for row in data["rows"]] == [format] * len(ALL) + [None]
 
 
-def test_report_prints_as_an_aligned_table_and_as_html():
-    report = sparsify_(Model())
+def test_report_prints_as_an_aligned_table_and_as_html(format):
+    report = sparsify_(Model(), format=format)
     lines = str(report).splitlines()
     assert len(lines) == 2 + 9 + 1
     column = lines[0].index("decision")
     assert all(line[column:].startswith(("packed", "skipped")) for line in lines[2:-1])
+    column = lines[0].index("format")
+    assert [line[column:].split()[0] for line in lines[2:-1]] == [format] * len(ALL) + ["-"]
     assert lines[-1].startswith("8 of 9 layers packed: ")
     html = report._repr_html_()
     assert html.count("<tr>") == 10 and "ignored by &quot;lm_head&quot;" in html
 
 
-def test_layer_that_would_not_shrink_stays_dense():
-    model = nn.Sequential(linear(sparsity=0.8), linear(128, 256, sparsity=0.3), linear(0, 5))
+@pytest.mark.parametrize(
+    ("format", "sparsity", "factor"), [("tiled_csl", 0.3, "1.4"), ("bitmap", 0.0, "1.0")]
+)
+def test_layer_that_would_not_shrink_stays_dense(format, sparsity, factor):
+    model = nn.Sequential(linear(sparsity=0.8), linear(128, 256, sparsity=sparsity), linear(0, 5))
     kept = model[1]
-    report = sparsify_(model)
+    report = sparsify_(model, format=format)
     assert model[1] is kept
     assert [row.decision for row in report.rows] == ["packed", "dense", "dense"]
     assert report.rows[1].packed_bytes > report.rows[1].dense_bytes
-    assert report.rows[1].reason.startswith("packing would not shrink it: 1.4")
+    assert report.rows[1].reason.startswith(f"packing would not shrink it: {factor}")
     assert report.total_bytes == (model[0].packed.nbytes + kept.weight.nbytes)
 
 
-def test_unprofitable_layers_are_packed_when_asked():
-    model = nn.Sequential(linear(sparsity=0.3))
-    report = sparsify_(model, pack_unprofitable=True)
+def test_bitmap_shrinks_layers_that_tiled_csl_does_not():
+    model = nn.Sequential(linear(512, 256, sparsity=0.3))
+    before = model_bytes(model)
+    assert sparsify_(copy.deepcopy(model), format="tiled_csl").rows[0].decision == "dense"
+    assert sparsify_(model, format="bitmap").rows[0].decision == "packed"
+    assert model_bytes(model) < 0.9 * before
+
+
+def test_unprofitable_layers_are_packed_when_asked(format):
+    model = nn.Sequential(linear(sparsity=0.0))
+    report = sparsify_(model, pack_unprofitable=True, format=format)
     assert packed_names(model) == ["0"]
     assert report.rows[0].decision == "packed"
     assert report.rows[0].reason.endswith("as pack_unprofitable asks")
@@ -137,11 +182,11 @@ def test_unprofitable_layers_are_packed_when_asked():
 
 
 @pytest.mark.parametrize(("sparsity", "scope"), [(0.8, "row"), (0.9, "layer"), (None, "1:4")])
-def test_prunes_while_packing(sparsity, scope):
+def test_prunes_while_packing(sparsity, scope, format):
     dense = linear(sparsity=0.0)
     model = nn.Sequential(copy.deepcopy(dense))
-    report = sparsify_(model, sparsity=sparsity, scope=scope)
-    expected = flash_llm.prune_pack(dense.weight, sparsity, scope=scope)
+    report = sparsify_(model, sparsity=sparsity, scope=scope, format=format)
+    expected = flash_llm.prune_pack(dense.weight, sparsity, scope=scope, format=format)
     assert torch.equal(model[0].weight_payload, expected.payload)
     assert report.rows[0].sparsity == pytest.approx(sparsity or 0.75, abs=0.005)
 
@@ -468,14 +513,14 @@ def tiny_model(name, dtype):
 
 @pytest.mark.hf
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
-def test_transformers_models_answer_like_their_dense_selves(name, device, dtype):
+def test_transformers_models_answer_like_their_dense_selves(name, format, device, dtype):
     dense = tiny_model(name, dtype).to(device)
     for layer in select_layers(dense).values():
         packed = flash_llm.prune_pack(layer.weight, 0.8)
         with torch.no_grad():
             layer.weight.copy_(packed.to_dense())
     model = copy.deepcopy(dense)
-    report = sparsify_(model)
+    report = sparsify_(model, format=format)
     assert {row.decision for row in report.rows if "lm_head" not in row.name} == {"packed"}
     assert len(report.packed) == {"llama": 14, "qwen2": 14, "gpt2": 8}[name]
     ids = torch.arange(40, device=device).view(2, 20)

@@ -1,33 +1,36 @@
 """SpMM against two oracles: exact small integers, and float64 within a stated bound."""
 
+import functools
 import itertools
 
 import pytest
 import torch
+from formats import every_plan
 
 import flash_llm
-from flash_llm import TiledCSL, _extension, testing
+from flash_llm import PackedWeight, testing
 
 SIZES = (0, 1, 7, 8, 63, 64, 65, 127, 129, 200, 576)
 AWKWARD_N = (0, 1, 7, 9, 65)
 ACTIVATIONS = (None, "relu", "gelu", "silu")
 
 
-CUDA_PLANS = _extension.require().plan_names(True)
 # Each kernel on its device.
-EVERY_PLAN = [
-    *(
-        pytest.param("cpu", name, id=f"cpu-{name}")
-        for name in _extension.require().plan_names(False)
-    ),
-    *(pytest.param("cuda", name, marks=pytest.mark.gpu, id=f"cuda-{name}") for name in CUDA_PLANS),
-]
+EVERY_PLAN = every_plan("cpu", "cuda")
+EVERY_PLAN_AND_AUTO = every_plan("cpu", "cuda", auto=True)
+CUDA_PLANS_AND_AUTO = every_plan("cuda", auto=True)
 
 
 def exact(x, weight, bias=None, activation=None):
     """The one right answer for small integers: exact in float32, rounded once."""
     z = testing.spmm_reference(x, weight, bias, activation)
     return z.float().to(x.dtype)
+
+
+def rounds_sum(format, config):
+    """Whether a plan rounds the sum before its activation, as kernels for many tokens do."""
+    widths = {row["name"]: row["tile_n"] for row in flash_llm.configs()}
+    return config == "dense" or (format == "bitmap" and widths.get(config, 0) > 64)
 
 
 def integers(m, k, n, dtype, device, sparsity=0.6, seed=0):
@@ -42,10 +45,10 @@ def integers(m, k, n, dtype, device, sparsity=0.6, seed=0):
 
 @pytest.mark.parametrize("m", SIZES)
 @pytest.mark.parametrize("k", SIZES)
-def test_small_integers_are_exact_for_every_shape(m, k, device, dtype):
+def test_small_integers_are_exact_for_every_shape(m, k, format, device, dtype):
     for n in AWKWARD_N:
         x, weight, bias = integers(m, k, n, dtype, device)
-        w = TiledCSL.from_dense(weight)
+        w = flash_llm.pack(weight, format)
         y = flash_llm.spmm(x, w)
         assert y.shape == (n, m) and y.dtype == dtype and y.is_contiguous()
         assert torch.equal(y, exact(x, weight)), n
@@ -53,14 +56,21 @@ def test_small_integers_are_exact_for_every_shape(m, k, device, dtype):
         assert torch.equal(y, exact(x, weight, bias, "relu")), n
 
 
-@pytest.mark.parametrize(("device", "config"), EVERY_PLAN)
+@pytest.mark.usefixtures("full_precision_gemm")
+@pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
 @pytest.mark.parametrize(
-    ("m", "k"), [(128, 64), (1, 1), (63, 127), (129, 65), (200, 576), (576, 200), (384, 1024)]
+    ("m", "k"),
+    [
+        *((128, 64), (1, 1), (63, 127), (129, 65), (200, 576), (576, 200), (384, 1024)),
+        # Several blocks of 512 rows; more columns than any ring of stages holds.
+        *((1100, 300), (130, 2300)),
+    ],
 )
-def test_every_configuration_is_exact_for_every_n_and_grid(device, config, m, k, dtype):
-    for n in (1, 7, 8, 9, 16, 31, 32, 33, 64, 65, 128, 129):
+def test_every_configuration_is_exact_for_every_n_and_grid(device, format, config, m, k, dtype):
+    many = (255, 256, 257, 600) if device == "cuda" else ()
+    for n in (1, 7, 8, 9, 16, 31, 32, 33, 64, 65, 128, 129, *many):
         x, weight, bias = integers(m, k, n, dtype, device)
-        w = TiledCSL.from_dense(weight)
+        w = flash_llm.pack(weight, format)
         expected = exact(x, weight, bias, "relu")
         for ctas in (0, 1, 2, 7, 133) if device == "cuda" else (0,):
             y = flash_llm.spmm(x, w, bias, activation="relu", config=config, ctas=ctas)
@@ -83,74 +93,95 @@ def full_precision_gemm():
 
 
 @pytest.mark.usefixtures("full_precision_gemm")
-@pytest.mark.parametrize(("device", "config"), EVERY_PLAN)
+@pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
 @pytest.mark.parametrize("pattern", testing.PATTERNS)
-def test_every_configuration_stays_within_the_float64_bound(device, config, pattern, dtype):
+def test_every_configuration_stays_within_the_float64_bound(device, format, config, pattern, dtype):
     weight = testing.random_sparse(
         300, 450, 0.7, pattern=pattern, dtype=dtype, device=device, seed=3
     )
-    w = TiledCSL.from_dense(weight)
+    w = flash_llm.pack(weight, format)
     bias = torch.randn(300).to(device, dtype)
-    for n, activation in itertools.product((1, 9, 40), ACTIVATIONS):
+    many = (130,) if device == "cuda" else ()
+    for n, activation in itertools.product((1, 9, 40, *many), ACTIVATIONS):
         x = torch.randn(n, 450).to(device, dtype)
         y = flash_llm.spmm(x, w, bias, activation=activation, config=config)
-        testing.assert_spmm_close(y, x, weight, bias, activation, rounds_sum=config == "dense")
+        testing.assert_spmm_close(
+            y, x, weight, bias, activation, rounds_sum=rounds_sum(format, config)
+        )
 
 
 @pytest.mark.parametrize("n", [1, 40])
-def test_the_dense_route_gives_the_bits_of_linear(n, device, dtype):
+def test_the_dense_route_gives_the_bits_of_linear(n, format, device, dtype):
     """So torch's own precision settings hold for it."""
     weight = testing.random_sparse(300, 450, 0.7, dtype=dtype, device=device)
     x, bias = torch.randn(n, 450).to(device, dtype), torch.randn(300).to(device, dtype)
-    y = flash_llm.spmm(x, TiledCSL.from_dense(weight), bias, config="dense")
+    y = flash_llm.spmm(x, flash_llm.pack(weight, format), bias, config="dense")
     assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize(("device", "config"), EVERY_PLAN)
-def test_any_density_gives_right_numbers(device, config, sparsity, dtype):
+@pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+def test_any_density_gives_right_numbers(device, format, config, sparsity, dtype):
     """The published kernel is silently wrong for tiles that are more than half full."""
     x, weight, bias = integers(257, 192, 17, dtype, device, sparsity)
-    y = flash_llm.spmm(x, TiledCSL.from_dense(weight), bias, config=config)
+    y = flash_llm.spmm(x, flash_llm.pack(weight, format), bias, config=config)
     assert torch.equal(y, exact(x, weight, bias))
 
 
-@pytest.mark.parametrize(("device", "config"), EVERY_PLAN)
-def test_uneven_tiles_rows_and_columns(device, config, dtype):
+@pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+def test_uneven_tiles_rows_and_columns(device, format, config, dtype):
     for pattern in testing.PATTERNS:
         mask = testing.random_sparse(
             400, 300, 0.5, pattern=pattern, dtype=dtype, device=device, seed=5
         )
         x, weight, bias = integers(400, 300, 9, dtype, device, sparsity=0.0)
         weight = weight * (mask != 0)
-        y = flash_llm.spmm(x, TiledCSL.from_dense(weight), bias, config=config)
+        y = flash_llm.spmm(x, flash_llm.pack(weight, format), bias, config=config)
         assert torch.equal(y, exact(x, weight, bias)), pattern
+
+
+@pytest.mark.parametrize("density", [0.02, 0.6])
+@pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+def test_full_and_empty_parts_among_others(device, format, config, density, dtype):
+    """What a kernel sets aside for a part is not what every part takes."""
+    m, k, n = 1100, 1500, 9
+    generator = torch.Generator().manual_seed(1)
+    chunks = torch.randint(4, (-(-m // 32), -(-k // 128)), generator=generator)
+    density = torch.tensor([0.0, 1.0, density, density])[chunks]
+    density = density.repeat_interleave(32, 0).repeat_interleave(128, 1)[:m, :k]
+    keep = torch.rand(m, k, generator=generator) < density
+    x, weight, bias = integers(m, k, n, dtype, device, sparsity=0.0)
+    weight = weight * keep.to(device)
+    y = flash_llm.spmm(x, flash_llm.pack(weight, format), bias, config=config)
+    assert torch.equal(y, exact(x, weight, bias))
 
 
 @pytest.mark.usefixtures("full_precision_gemm")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_plan_that_is_chosen_stays_within_the_bound(activation, device, dtype):
+def test_the_plan_that_is_chosen_stays_within_the_bound(activation, format, device, dtype):
     weight = testing.random_sparse(576, 1536, 0.6, dtype=dtype, device=device)
-    w = TiledCSL.from_dense(weight)
-    for n in (1, 8, 16, 17, 128, 129):
+    w = flash_llm.pack(weight, format)
+    many = (193, 300) if device == "cuda" else ()
+    for n in (1, 8, 16, 17, 128, 129, *many):
         x = torch.randn(n, 1536).to(device, dtype)
         y = flash_llm.spmm(x, w, activation=activation)
         testing.assert_spmm_close(y, x, weight, None, activation, rounds_sum=True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_no_tokens_and_no_inputs(activation, device, dtype):
+def test_no_tokens_and_no_inputs(activation, format, device, dtype):
+    empty = PackedWeight.class_for(format).empty
     bias = torch.randn(130).to(device, dtype)
-    w = TiledCSL.empty(130, 0, dtype=dtype, device=device)
+    w = empty(130, 0, dtype=dtype, device=device)
     x = torch.empty(5, 0, dtype=dtype, device=device)
     y = flash_llm.spmm(x, w, bias, activation=activation)
     testing.assert_spmm_close(
         y, x, torch.empty(130, 0, dtype=dtype, device=device), bias, activation
     )
-    w = TiledCSL.empty(130, 64, dtype=dtype, device=device)
+    w = empty(130, 64, dtype=dtype, device=device)
     y = flash_llm.spmm(torch.empty(2, 0, 64, dtype=dtype, device=device), w, bias)
     assert y.shape == (2, 0, 130)
-    w = TiledCSL.empty(0, 64, dtype=dtype, device=device)
+    w = empty(0, 64, dtype=dtype, device=device)
     assert flash_llm.spmm(torch.ones(3, 64, dtype=dtype, device=device), w).shape == (3, 0)
 
 
@@ -177,27 +208,18 @@ def test_no_tokens_and_no_inputs(activation, device, dtype):
         *("odd-offset", "one-dimensional", "batch", "permuted-batch", "overlapping"),
     ],
 )
-@pytest.mark.parametrize(
-    ("device", "config"),
-    [
-        *EVERY_PLAN,
-        *(
-            pytest.param("cpu", "auto", id="cpu-auto"),
-            pytest.param("cuda", "auto", marks=pytest.mark.gpu, id="cuda-auto"),
-        ),
-    ],
-)
-def test_views_of_x_multiply_like_their_contiguous_copy(view, device, config, dtype):
+@pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN_AND_AUTO)
+def test_views_of_x_multiply_like_their_contiguous_copy(view, device, format, config, dtype):
     x = view(testing.small_integers(80, 150, dtype=dtype, device=device))
     weight = testing.small_integers(130, 70, sparsity=0.5, dtype=dtype, device=device, seed=7)
-    y = flash_llm.spmm(x, TiledCSL.from_dense(weight), config=config)
+    y = flash_llm.spmm(x, flash_llm.pack(weight, format), config=config)
     assert y.shape == (*x.shape[:-1], 130) and y.is_contiguous()
     assert torch.equal(y, exact(x, weight))
 
 
-def test_bias_may_be_a_view(device, dtype):
+def test_bias_may_be_a_view(format, device, dtype):
     x, weight, _ = integers(130, 70, 5, dtype, device)
-    w = TiledCSL.from_dense(weight)
+    w = flash_llm.pack(weight, format)
     big = testing.small_integers(400, dtype=dtype, device=device)
     for bias in (big[1:131], big[0:260:2], big[:1].expand(130)):
         assert torch.equal(flash_llm.spmm(x, w, bias), exact(x, weight, bias))
@@ -206,12 +228,12 @@ def test_bias_may_be_a_view(device, dtype):
 # ---- what else must hold ----
 
 
-@pytest.mark.parametrize(("device", "config"), EVERY_PLAN)
-def test_every_output_element_is_written(device, config, dtype, poisoned_memory):
+@pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+def test_every_output_element_is_written(device, format, config, dtype, poisoned_memory):
     """Fresh memory holds NaN here, so an element that no one wrote shows."""
     for m, k, n in ((1, 1, 1), (129, 65, 9), (300, 200, 33)):
         x, weight, _ = integers(m, k, n, dtype, device)
-        w = TiledCSL.from_dense(weight)
+        w = flash_llm.pack(weight, format)
         for _ in range(3):
             torch.full(
                 (n, m), float("nan"), dtype=dtype, device=device
@@ -219,8 +241,8 @@ def test_every_output_element_is_written(device, config, dtype, poisoned_memory)
             assert torch.equal(flash_llm.spmm(x, w, config=config), exact(x, weight))
 
 
-@pytest.mark.parametrize(("device", "config"), EVERY_PLAN)
-def test_inf_and_nan_spread_as_in_a_dense_product(device, config, dtype):
+@pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+def test_inf_and_nan_spread_as_in_a_dense_product(device, format, config, dtype):
     weight = testing.small_integers(140, 130, sparsity=0.7, dtype=dtype, device=device)
     weight[:, 128] = 0
     weight[:, 60] = 0
@@ -233,33 +255,45 @@ def test_inf_and_nan_spread_as_in_a_dense_product(device, config, dtype):
         float("nan"),
         float("inf"),
     )
-    y = flash_llm.spmm(x, TiledCSL.from_dense(weight), config=config)
+    y = flash_llm.spmm(x, flash_llm.pack(weight, format), config=config)
     expected = torch.nn.functional.linear(x.float(), weight.float())
     assert torch.equal(y.isnan(), expected.isnan())
     finite = ~expected.isnan()
     assert torch.equal(y[finite], expected[finite].to(dtype))
 
 
-@pytest.mark.parametrize(("device", "config"), EVERY_PLAN)
-def test_sums_leave_the_range_of_fp16_only_at_the_end(device, config):
+@pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+def test_inf_meets_a_part_of_the_weight_that_stores_nothing(device, format, config, dtype):
+    weight = testing.small_integers(600, 400, sparsity=0.5, dtype=dtype, device=device)
+    weight[:, 128:256] = 0
+    x = testing.small_integers(9, 400, dtype=dtype, device=device, seed=1)
+    x[2, 200], x[8, 255] = float("inf"), float("nan")
+    y = flash_llm.spmm(x, flash_llm.pack(weight, format), config=config)
+    assert bool(y[2].isnan().all()) and bool(y[8].isnan().all())
+    finite = [0, 1, 3, 4, 5, 6, 7]
+    assert torch.equal(y[finite], exact(x[finite], weight))
+
+
+@pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+def test_sums_leave_the_range_of_fp16_only_at_the_end(device, format, config):
     """Partial sums pass 65504 on the way; a sum that ends above it is infinite."""
     weight = torch.zeros(130, 256, dtype=torch.float16, device=device)
     weight[:, :128], weight[:, 128:] = 1, -1
     weight[7, 128:] = 0
     x = torch.full((9, 256), 1000.0, dtype=torch.float16, device=device)
-    y = flash_llm.spmm(x, TiledCSL.from_dense(weight), config=config)
+    y = flash_llm.spmm(x, flash_llm.pack(weight, format), config=config)
     expected = torch.zeros(9, 130, dtype=torch.float16, device=device)
     expected[:, 7] = float("inf")
     assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize(("device", "config"), EVERY_PLAN)
-def test_single_products_of_every_bit_pattern_round_correctly(device, config, dtype):
+@pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+def test_single_products_of_every_bit_pattern_round_correctly(device, format, config, dtype):
     """K = 1: one exact product and one rounding, for subnormal, overflowing and NaN results too."""
     bits = torch.arange(-(1 << 15), 1 << 15).to(device, torch.int16)
     weight = bits.view(dtype).view(-1, 1)
     x = torch.tensor([1.0, -0.3, 777.0, 2.0**-9, 0.0], device=device).to(dtype).view(-1, 1)
-    y = flash_llm.spmm(x, TiledCSL.from_dense(weight), config=config)
+    y = flash_llm.spmm(x, flash_llm.pack(weight, format), config=config)
     expected = (x.double() * weight.double().t()).float().to(dtype)
     assert torch.equal(y.isnan(), expected.isnan())
     y, expected = y.nan_to_num(nan=0), expected.nan_to_num(nan=0)
@@ -271,19 +305,22 @@ def test_single_products_of_every_bit_pattern_round_correctly(device, config, dt
     assert torch.equal(y, expected)
 
 
-def test_subnormal_weights_and_inputs_count(device):
+def test_subnormal_weights_and_inputs_count(format, device):
     weight = torch.full((128, 64), 2.0**-24, dtype=torch.float16, device=device)
     x = torch.full((8, 64), 1.0, dtype=torch.float16, device=device)
-    y = flash_llm.spmm(x, TiledCSL.from_dense(weight))
+    y = flash_llm.spmm(x, flash_llm.pack(weight, format))
     assert torch.equal(y, torch.full_like(y, 2.0**-18))
-    y = flash_llm.spmm(weight[:8], TiledCSL.from_dense(torch.ones_like(weight)))
+    y = flash_llm.spmm(weight[:8], flash_llm.pack(torch.ones_like(weight), format))
     assert torch.equal(y, torch.full_like(y, 2.0**-18))
 
 
-@pytest.mark.parametrize("config", ["cpu_tiles", "cpu_reference"])
-def test_thread_count_does_not_change_a_bit(config):
+@pytest.mark.parametrize(
+    ("format", "config"),
+    [("tiled_csl", "cpu_tiles"), ("tiled_csl", "cpu_reference"), ("bitmap", "cpu_reference")],
+)
+def test_thread_count_does_not_change_a_bit(format, config):
     weight = testing.random_sparse(1000, 300, 0.5)
-    w = TiledCSL.from_dense(weight)
+    w = flash_llm.pack(weight, format)
     x = torch.randn(9, 300).half()
     threads = torch.get_num_threads()
     try:
@@ -295,9 +332,48 @@ def test_thread_count_does_not_change_a_bit(config):
         torch.set_num_threads(threads)
 
 
-def test_repeated_calls_agree_bit_for_bit(device, dtype):
+def test_prefetch_changes_no_bit(format, device, dtype):
+    weight = testing.random_sparse(1100, 700, 0.7, dtype=dtype, device=device)
+    w = flash_llm.pack(weight, format)
+    bias = torch.randn(1100).to(device, dtype)
+    for n, activation in itertools.product((1, 9, 64, 100, 200), ACTIVATIONS):
+        x = torch.randn(n, 700).to(device, dtype)
+        with_it = flash_llm.spmm(x, w, bias, activation=activation, prefetch=True)
+        without = flash_llm.spmm(x, w, bias, activation=activation, prefetch=False)
+        assert torch.equal(with_it, without), (n, activation)
+        assert torch.equal(flash_llm.spmm(x, w, bias, activation=activation), without)
+
+
+def strided(w):
+    """The same weight in buffers that no kernel can read as they are."""
+    offsets = torch.stack([w.offsets, -w.offsets], dim=1)[:, 0]
+    payload = torch.stack([w.payload, ~w.payload], dim=1)[:, 0]
+    return type(w)(w.header, offsets, payload)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_a_weight_packed_just_now_multiplies_right(prefetch, format, device, dtype):
+    """Its memory held another weight of the same size a moment ago."""
+    mask = testing.small_integers(1100, 700, sparsity=0.5, dtype=dtype, device=device) != 0
+    cases = [integers(1100, 700, 9, dtype, device, sparsity=0.0, seed=seed) for seed in range(6)]
+    weights = [weight * mask for _, weight, _ in cases]
+    for make in (
+        lambda weight: flash_llm.pack(weight, format),
+        lambda weight: flash_llm.prune_pack(weight, 0.0, format=format),
+        lambda weight: flash_llm.pack(weight.cpu(), format).to(device),
+        lambda weight: strided(flash_llm.pack(weight, format)),  # which each call makes contiguous
+    ):
+        results = [
+            flash_llm.spmm(x, make(weight), bias, prefetch=prefetch)
+            for (x, _, bias), weight in zip(cases, weights, strict=True)
+        ]
+        for y, (x, _, bias), weight in zip(results, cases, weights, strict=True):
+            assert torch.equal(y, exact(x, weight, bias))
+
+
+def test_repeated_calls_agree_bit_for_bit(format, device, dtype):
     weight = testing.random_sparse(576, 576, 0.7, dtype=dtype, device=device)
-    w = TiledCSL.from_dense(weight)
+    w = flash_llm.pack(weight, format)
     x = torch.randn(16, 576).to(device, dtype)
     first = flash_llm.spmm(x, w)
     for _ in range(5):
@@ -305,22 +381,23 @@ def test_repeated_calls_agree_bit_for_bit(device, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_tiles", "dense"])
-def test_a_layer_of_a_real_model(config):
+@pytest.mark.parametrize(
+    ("format", "config"), [("tiled_csl", "cpu_tiles"), ("tiled_csl", "dense"), ("bitmap", "dense")]
+)
+def test_a_layer_of_a_real_model(format, config):
     weight = testing.random_sparse(4096, 4096, 0.8, dtype=torch.bfloat16)
     x = torch.randn(4, 4096).bfloat16()
-    y = flash_llm.spmm(x, TiledCSL.from_dense(weight), config=config)
+    y = flash_llm.spmm(x, flash_llm.pack(weight, format), config=config)
     testing.assert_spmm_close(y, x, weight)
 
 
 # ---- CUDA only ----
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("config", ["auto", *CUDA_PLANS])
-def test_second_stream_orders_with_its_own_work(config):
+@pytest.mark.parametrize(("device", "format", "config"), CUDA_PLANS_AND_AUTO)
+def test_second_stream_orders_with_its_own_work(device, format, config):
     x, weight, bias = integers(576, 576, 8, torch.float16, "cuda")
-    w = TiledCSL.from_dense(weight)
+    w = flash_llm.pack(weight, format)
     expected = exact(x, weight, bias)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -334,12 +411,11 @@ def test_second_stream_orders_with_its_own_work(config):
     assert torch.equal(y, expected)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("config", ["auto", *CUDA_PLANS])
-@pytest.mark.parametrize("k", [576, 200])
-def test_captured_graph_replays_with_new_inputs(config, k):
+@pytest.mark.parametrize(("device", "format", "config"), CUDA_PLANS_AND_AUTO)
+@pytest.mark.parametrize("k", [576, 200, 70])
+def test_captured_graph_replays_with_new_inputs(device, format, config, k):
     x, weight, bias = integers(576, k, 8, torch.bfloat16, "cuda")
-    w = TiledCSL.from_dense(weight)
+    w = flash_llm.pack(weight, format)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -357,11 +433,11 @@ def test_captured_graph_replays_with_new_inputs(config, k):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("n", [8, 32, 64])
-def test_chained_calls_see_each_others_results(n):
+@pytest.mark.parametrize("n", [8, 32, 64, 100, 200])
+def test_chained_calls_see_each_others_results(n, format):
     """A call's kernels overlap their launches; each must still wait for what it reads."""
     weights = [
-        TiledCSL.from_dense(testing.random_sparse(512, 512, 0.8, device="cuda", seed=seed))
+        flash_llm.pack(testing.random_sparse(512, 512, 0.8, device="cuda", seed=seed), format)
         for seed in range(3)
     ]
 
@@ -392,26 +468,297 @@ def test_chained_calls_see_each_others_results(n):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
-def test_second_device():
+def test_second_device(format):
     x, weight, _ = integers(200, 200, 8, torch.float16, "cuda:1")
-    y = flash_llm.spmm(x, TiledCSL.from_dense(weight))
+    y = flash_llm.spmm(x, flash_llm.pack(weight, format))
     assert y.device == torch.device("cuda:1")
     assert torch.equal(y, exact(x, weight))
 
 
 @pytest.mark.gpu
-def test_many_streams_at_once():
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_many_streams_at_once(prefetch, format):
     """Workspaces of calls in flight must not be shared."""
     cases = [integers(576, 1024, 8, torch.float16, "cuda", seed=seed) for seed in range(8)]
-    packed = [TiledCSL.from_dense(weight) for _, weight, _ in cases]
+    packed = [flash_llm.pack(weight, format) for _, weight, _ in cases]
     streams = [torch.cuda.Stream() for _ in cases]
     torch.cuda.synchronize()
     results = [[] for _ in cases]
     for _ in range(10):
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                results[i].append(flash_llm.spmm(cases[i][0], packed[i], cases[i][2]))
+                x, _, bias = cases[i]
+                results[i].append(flash_llm.spmm(x, packed[i], bias, prefetch=prefetch))
     torch.cuda.synchronize()
     for (x, weight, bias), ys in zip(cases, results, strict=True):
         expected = exact(x, weight, bias)
         assert all(torch.equal(y, expected) for y in ys)
+
+
+# ---- CUDA only: launches that depend on each other ----
+#
+# The bitmap kernel may start while the kernel before it still runs, and what it reads and writes
+# is often what that one writes and reads: X, and memory that the allocator hands on.
+
+ON_HOPPER = pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.hopper])]
+)
+WITH_AND_WITHOUT_PREFETCH = pytest.mark.parametrize(
+    "prefetch", [True, False], ids=["prefetch", "no-prefetch"]
+)
+LINKS = pytest.mark.parametrize(
+    "links", [("bitmap",), ("bitmap", "tiled_csl")], ids=["bitmap", "mixed"]
+)
+CHAIN_LENGTH = 24
+
+
+@functools.cache
+def relay(size, seed):
+    """A weight that permutes the first half of x and changes signs, if the other half is zero.
+
+    Most of its elements meet those zeros, so chains of any length stay exact, and a NaN that stands
+    where the input was not written yet shows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    half = size // 2
+    weight = testing.small_integers(size, size, sparsity=0.4, seed=seed)
+    weight[:, :half] = 0
+    signs = torch.randint(2, (half,), generator=generator).half() * 2 - 1
+    weight[torch.arange(half), torch.randperm(half, generator=generator)] = signs
+    return weight
+
+
+def relay_input(n, size, dtype, device, seed):
+    x = testing.small_integers(n, size, dtype=dtype, device=device, seed=seed)
+    x[:, size // 2 :] = 0
+    return x
+
+
+def chain(x, packed, prefetch, keep=True, ctas=0):
+    """Feed x through the weights in turns; results of every step, or of the last one."""
+    results = []
+    for step in range(CHAIN_LENGTH):
+        x = flash_llm.spmm(x, packed[step % len(packed)], prefetch=prefetch, ctas=ctas)
+        results = [*results, x] if keep else [x]
+    return results
+
+
+def exact_chain(x, weights):
+    results = []
+    for step in range(CHAIN_LENGTH):
+        x = exact(x, weights[step % len(weights)])
+        results.append(x)
+    return results
+
+
+def poison(like, count):
+    """Leave NaN in `count` blocks of the size of `like`, for the next allocations."""
+    blocks = [torch.full_like(like, float("nan")) for _ in range(count)]
+    del blocks
+
+
+def relay_weights(links, size, dtype, device):
+    weights = [relay(size, seed).to(device, dtype) for seed in range(4)]
+    packed = [flash_llm.pack(weight, links[i % len(links)]) for i, weight in enumerate(weights)]
+    return weights, packed
+
+
+@ON_HOPPER
+@WITH_AND_WITHOUT_PREFETCH
+@LINKS
+@pytest.mark.parametrize("keep", [True, False], ids=["new-memory", "same-memory"])
+@pytest.mark.parametrize(
+    ("size", "n", "ctas"),
+    [
+        *((576, 8, 0), (576, 1, 5), (1024, 16, 0), (1024, 100, 0)),
+        *((1024, 200, 0), (2048, 100, 7), (2048, 200, 7)),
+        *((2048, 8, 0), (2048, 32, 7), (2048, 64, 0), (4096, 16, 0), (4096, 256, 0)),
+    ],
+)
+def test_spmm_feeds_spmm(device, size, n, ctas, keep, links, prefetch, dtype, poisoned_memory):
+    weights, packed = relay_weights(links, size, dtype, device)
+    for seed in range(4):
+        x = relay_input(n, size, dtype, device, seed)
+        expected = exact_chain(x, weights)
+        poison(x, CHAIN_LENGTH + 2 if keep else 2)
+        results = chain(x, packed, prefetch, keep, ctas)
+        if keep:
+            for step, (y, right) in enumerate(zip(results, expected, strict=True)):
+                assert torch.equal(y, right), (seed, step)
+        else:
+            assert torch.equal(results[-1], expected[-1]), seed
+
+
+@ON_HOPPER
+@WITH_AND_WITHOUT_PREFETCH
+@LINKS
+@pytest.mark.parametrize(
+    ("size", "n"), [(576, 8), (1024, 64), (2048, 16), (2048, 100), (1024, 200)]
+)
+def test_spmm_feeds_spmm_in_a_graph(device, size, n, links, prefetch, dtype):
+    weights, packed = relay_weights(links, size, dtype, device)
+    inputs = [relay_input(n, size, dtype, device, seed) for seed in range(6)]
+    x = inputs[0].clone()
+    chain(x, packed, prefetch)  # kernels load on first use, which a capture may not do
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(x, packed, prefetch)
+    for y in captured:
+        y.fill_(float("nan"))
+    copies = []
+    for replacement in inputs:
+        x.copy_(replacement)
+        graph.replay()
+        copies.append([y.clone() for y in captured])
+        for y in captured:
+            y.fill_(float("nan"))
+    for seed, found in enumerate(copies):
+        for step, right in enumerate(exact_chain(inputs[seed], weights)):
+            assert torch.equal(found[step], right), (seed, step)
+
+
+def ternary_rounds(multiply, x, weights, mixes, rounds=8):
+    """A long dependent computation on -1, 0 and 1: each product is exact, each input is new."""
+    results = []
+    for step in range(rounds):
+        turn = step % len(weights)
+        y = multiply(x, weights[turn])
+        results.append(y)
+        x = torch.sign(torch.sign(y) @ mixes[turn])
+    return results
+
+
+@ON_HOPPER
+@WITH_AND_WITHOUT_PREFETCH
+@pytest.mark.usefixtures("full_precision_gemm")
+@pytest.mark.parametrize("n", [8, 32, 64, 100, 200])
+@pytest.mark.parametrize("k", [512, 72, 70])
+def test_torch_ops_between_calls_are_waited_for(device, n, k, prefetch, dtype, poisoned_memory):
+    weights = [
+        testing.small_integers(1100, k, sparsity=0.6, dtype=dtype, device=device, seed=seed)
+        for seed in range(3)
+    ]
+    mixes = [
+        testing.small_integers(1100, k, sparsity=0.9, dtype=dtype, device=device, seed=seed + 3)
+        for seed in range(3)
+    ]
+    packed = [flash_llm.pack(weight, "bitmap") for weight in weights]
+    for seed in range(3):
+        x = testing.small_integers(n, k, dtype=dtype, device=device, seed=seed).sign()
+        expected = ternary_rounds(
+            testing.spmm_reference,
+            x.double(),
+            weights,
+            [mix.double() for mix in mixes],
+        )
+        poison(torch.empty(n, 1100, dtype=dtype, device=device), 10)
+        results = ternary_rounds(
+            lambda x, w: flash_llm.spmm(x, w, prefetch=prefetch), x, packed, mixes
+        )
+        for step, (y, right) in enumerate(zip(results, expected, strict=True)):
+            assert torch.equal(y, right.float().to(dtype)), (seed, step)
+
+
+@ON_HOPPER
+@WITH_AND_WITHOUT_PREFETCH
+@pytest.mark.parametrize("n", [8, 64, 200])
+def test_an_input_that_is_written_in_place_between_calls(device, n, prefetch, dtype):
+    """The kernel before a call writes the memory that the call reads, and so does the one after."""
+    _, weight, _ = integers(2048, 1024, n, dtype, device)
+    w = flash_llm.pack(weight, "bitmap")
+    inputs = [
+        testing.small_integers(n, 1024, dtype=dtype, device=device, seed=seed) for seed in range(40)
+    ]
+    zero = torch.zeros_like(inputs[0])
+    x = torch.full_like(zero, float("nan"))
+    results = []
+    for values in inputs:
+        torch.add(values, zero, out=x)  # a kernel; copy_ need not be one
+        results.append(flash_llm.spmm(x, w, prefetch=prefetch))
+        x.fill_(float("nan"))
+    for seed, (y, values) in enumerate(zip(results, inputs, strict=True)):
+        assert torch.equal(y, exact(values, weight)), seed
+
+
+@ON_HOPPER
+@WITH_AND_WITHOUT_PREFETCH
+@pytest.mark.parametrize("n", [8, 200])
+@pytest.mark.parametrize("shared", [True, False], ids=["one-weight", "own-weights"])
+def test_chains_on_two_streams_at_once(device, shared, n, prefetch):
+    weights, packed = relay_weights(("bitmap",), 2048, torch.float16, device)
+    # Each stream begins with another weight, or both use the first.
+    turns = (
+        [(weights[:1], packed[:1])] * 2
+        if shared
+        else [
+            (weights[:2], packed[:2]),
+            (weights[2:], packed[2:]),
+        ]
+    )
+    inputs = [relay_input(n, 2048, torch.float16, device, seed) for seed in range(2)]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    results = [[], []]
+    for _ in range(6):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[i] += chain(inputs[i], turns[i][1], prefetch, keep=False)
+    torch.cuda.synchronize()
+    for i, found in enumerate(results):
+        expected = exact_chain(inputs[i], turns[i][0])[-1]
+        assert all(torch.equal(y, expected) for y in found)
+
+
+@ON_HOPPER
+@WITH_AND_WITHOUT_PREFETCH
+def test_an_input_that_another_stream_makes(device, prefetch):
+    """The kernel before on this stream is a call too; the input depends on an event only."""
+    _, weight, _ = integers(1100, 576, 8, torch.float16, device)
+    w = flash_llm.pack(weight, "bitmap")
+    inputs = [testing.small_integers(8, 576, device=device, seed=seed) for seed in range(10)]
+    x = torch.full_like(inputs[0], float("nan"))
+    producer, consumer = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    results = []
+    for values in inputs:
+        producer.wait_stream(consumer)
+        with torch.cuda.stream(producer):
+            torch.cuda._sleep(1_000_000)
+            torch.mul(values, 1, out=x)
+        consumer.wait_stream(producer)
+        with torch.cuda.stream(consumer):
+            results.append(flash_llm.spmm(x, w, prefetch=prefetch))
+    torch.cuda.synchronize()
+    for seed, (y, values) in enumerate(zip(results, inputs, strict=True)):
+        assert torch.equal(y, exact(values, weight)), seed
+
+
+@ON_HOPPER
+@WITH_AND_WITHOUT_PREFETCH
+@pytest.mark.parametrize("source", ["cuda", "pinned"])
+def test_a_weight_that_is_replaced_by_a_copy_between_calls(device, source, prefetch):
+    """load_state_dict copies in place; copies are no kernels, so prefetching waits for them."""
+    x, weight, _ = integers(1100, 700, 8, torch.float16, device)
+    w = flash_llm.pack(weight, "bitmap")
+    payloads = [w.payload.clone(), flash_llm.pack(-weight, "bitmap").payload]
+    if source == "pinned":
+        payloads = [payload.cpu().pin_memory() for payload in payloads]
+
+    def alternate():
+        results = []
+        for step in range(12):
+            w.payload.copy_(payloads[step % 2], non_blocking=True)
+            results.append(flash_llm.spmm(x, w, prefetch=prefetch))
+        return results
+
+    expected = exact(x, weight)
+    for step, y in enumerate(alternate()):
+        assert torch.equal(y, -expected if step % 2 else expected), step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = alternate()
+    for _ in range(3):
+        graph.replay()
+    for step, y in enumerate(captured):
+        assert torch.equal(y, -expected if step % 2 else expected), step

@@ -40,6 +40,10 @@ struct PackKernels {
   Status (*unpack)(const PackedView& view, uint16_t* dense, cudaStream_t stream);
 };
 
+// To be called after the kernels that wrote a weight, with 4 bytes of scratch: what comes later in
+// the stream, even a dependent launch that reads weights before it waits, finds them written.
+Status end_weight_writes(void* scratch, cudaStream_t stream);
+
 PackKernels tiled_csl_kernels();
 PackKernels bitmap_kernels();
 

@@ -5,20 +5,21 @@
 //   offsets  int32[chunks + 1], payload: Bitmap, see core/bitmap.h
 //   Y        [n, m]; fp32 partial sums in a workspace
 //
-// One persistent CTA per SM, 16 warps in 4 warpgroups. Its stretch of the work (stream_k.cuh) is a
-// line of units: 512 rows x 128 columns of W, one chunk of 32 rows for each warp.
+// One persistent CTA per SM, of whole warpgroups. Its stretch of the work (stream_k.cuh) is a line
+// of units, each a column of chunks: 512 rows x 128 columns of W where each of 16 warps has a chunk
+// of its own (up to 64 tokens), half or a quarter of that where two warps share one.
 //
-//   * Weights: each warp owns a ring of two chunks in shared memory and refills it itself, one bulk
-//     copy and one mbarrier per chunk. Warps never wait for each other's weights.
+//   * Weights: each chunk comes through a ring of two slots that its readers refill themselves, one
+//     bulk copy and one mbarrier per chunk. Warps never wait for other chunks.
 //   * X: a ring of stages [tile_n, 128] that all warps share, loaded through a tensor map in the
 //     128-byte swizzle that wgmma reads. Whichever warp is the last to finish with a stage refills
 //     it, so nobody waits for a stage to become free.
-//   * Decode (bitmap_decode.cuh): a warp's two strips of 16 rows become the A fragments of two
-//     wgmma.m64nNk16, which run while the next fragments are decoded into the other registers. The
-//     B operand, X, is read from shared memory once per warpgroup and strip.
-//   * Sums of every row of blocks that the CTA touched go to the workspace in fragment order; a
-//     second, small kernel adds them in the order of K, so results are repeatable bit for bit, and
-//     applies the epilogue.
+//   * Decode (bitmap_decode.cuh): a warp's strips of 16 rows become the A fragments of one or two
+//     wgmma.m64nNk16, which run while the next fragments are decoded into other registers. The B
+//     operand, X, is read from shared memory once per warpgroup and strip.
+//   * Sums of the rows of blocks that CTAs share (up to 64 tokens: of all) go to the workspace in
+//     fragment order; a second, small kernel adds them in the order of K, so results are repeatable
+//     bit for bit, and applies the epilogue.
 //
 // Dependent launches overlap the start of one kernel with the end of the one before: weights may be
 // fetched at once, X only after the wait.
@@ -108,7 +109,7 @@ struct SmemMap {
   uint32_t x_done;     // uint32 per stage: how many warps have finished with it, ever
   uint32_t ring;       // of this warp's chunk
   uint32_t ring_full;  // mbarrier per slot
-  uint32_t ring_done;  // uint32 per slot, where two warps share the ring
+  uint32_t ring_read;  // mbarrier per slot, where two warps share the ring
 };
 
 template <typename C>
@@ -122,7 +123,7 @@ __device__ __forceinline__ SmemMap map_smem(uint32_t base, int slot_bytes, int w
   map.x_done = map.x_full + C::kXStages * 8;
   const uint32_t ring_barriers = map.x_done + C::kXStages * 8;
   map.ring_full = ring_barriers + chunk * kBitmapSlots * 8;
-  map.ring_done = ring_barriers + (C::kChunks + chunk) * kBitmapSlots * 8;
+  map.ring_read = ring_barriers + (C::kChunks + chunk) * kBitmapSlots * 8;
   return map;
 }
 
@@ -146,7 +147,8 @@ struct UnitPosition {
 };
 
 // The chunks that one warp works on, unit after unit, and their way into the ring. Where two warps
-// share a ring both keep the same books, and the last to release a chunk starts what comes next.
+// share a ring both keep the same books, and the first of them starts what comes next, once the
+// other has released its chunk too.
 template <typename C>
 class ChunkStream {
  public:
@@ -158,7 +160,7 @@ class ChunkStream {
 #pragma unroll
       for (int i = 0; i < kBitmapSlots; ++i) {
         ptx::mbarrier_init(smem.ring_full + 8 * i, 1);
-        ptx::store_shared_u32(smem.ring_done + 4 * i, 0);
+        ptx::mbarrier_init(smem.ring_read + 8 * i, 1);
       }
       ptx::mbarrier_init_fence();
     }
@@ -185,7 +187,7 @@ class ChunkStream {
     current_ = next_;
     next_ = chunk_at(i + 2);
     smem_current_ = address(i + 1, current_.bytes);
-    if (lane_ == 0 && is_last_reader(i)) {
+    if (lane_ == 0 && may_refill(i)) {
       if (ring_is_empty) {
         start_empty_ring(i + 1);
       } else if (next_.bytes >= 0) {
@@ -235,11 +237,17 @@ class ChunkStream {
     return smem_.ring + (bytes < 0 || i % kBitmapSlots == 0 ? 0 : p_.slot_bytes);
   }
 
-  // Whether all readers of chunk i have released it, this one being the last.
-  __device__ __forceinline__ bool is_last_reader(int i) const {
+  // One thread: says that this warp has read chunk i. Whether it is the one to fill the memory
+  // again, which then waits for the other reader.
+  __device__ __forceinline__ bool may_refill(int i) const {
     if constexpr (C::kReaders == 1) return true;
-    const uint32_t before = ptx::fetch_add_shared(smem_.ring_done + 4 * (i % kBitmapSlots), 1);
-    return before % C::kReaders == C::kReaders - 1;
+    const uint32_t read = smem_.ring_read + 8 * (i % kBitmapSlots);
+    if (warp_ % C::kReaders != 0) {
+      ptx::mbarrier_arrive(read);
+      return false;
+    }
+    ptx::mbarrier_wait(read, i / kBitmapSlots & 1);
+    return true;
   }
 
   // One thread: fills an empty ring with chunk i, which is current_, and the next if both fit.

@@ -427,6 +427,11 @@ Status check(cudaError_t error, const char* what) {
   return Status::runtime(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+Status end_weight_writes(void* scratch, cudaStream_t stream) {
+  // Dependent launches overlap with kernels only; nothing overlaps with a memset.
+  return check(cudaMemsetAsync(scratch, 0, 4, stream), "cudaMemsetAsync after packing");
+}
+
 Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, cudaStream_t stream) {
   const PackedView& weight = args.weight;
   if (plan.route != SpmmRoute::kLscd || plan.config < 0 ||

@@ -77,6 +77,7 @@ uint16_t* mutable_raw(const Tensor& tensor) {
 struct PackedWeight {
   PackedHeader header;
   Tensor offsets, payload;
+  bool copied = false;  // just now, by kernels in the current stream
 
   const PackedFormat& format() const { return packed_format(header.format); }
 
@@ -114,7 +115,13 @@ PackedWeight check_packed(const char* op, at::IntArrayRef header, const Tensor& 
   if (reinterpret_cast<uintptr_t>(weight.payload.const_data_ptr()) % 16 != 0) {
     weight.payload = weight.payload.clone();
   }
+  weight.copied = !weight.payload.is_alias_of(payload) || !weight.offsets.is_alias_of(offsets);
   return weight;
+}
+
+void check_tiles(const char* op, const PackedFormat& format, int64_t m, int64_t k) {
+  TORCH_CHECK_VALUE(format.tiles(m, k) < INT32_MAX, "flash_llm::", op, ": a dense weight of ", m,
+                    "x", k, " has more tiles than 32-bit indices can count");
 }
 
 // A matrix to pack: two-dimensional, 16-bit, rows contiguous.
@@ -131,6 +138,8 @@ DenseMatrix check_dense(const char* op, const Tensor& dense) {
   const int64_t m = dense.size(0), k = dense.size(1);
   TORCH_CHECK_VALUE(m <= INT32_MAX && k <= INT32_MAX, "flash_llm::", op,
                     ": dense must have at most 2^31 - 1 rows and columns, got ", m, "x", k);
+  // Before anything is copied: no format has larger tiles than this one.
+  check_tiles(op, packed_format(Format::kTiledCsl), m, k);
   const bool rows_contiguous = k <= 1 || dense.stride(1) == 1;
   const Tensor rows =
       rows_contiguous && (m <= 1 || dense.stride(0) >= 0) ? dense : dense.contiguous();
@@ -168,9 +177,7 @@ const PackedFormat& choose_format(const char* op, c10::string_view name, const D
     raise_if_error(op, parse_format(std::string(name), &id));
   }
   const PackedFormat& format = packed_format(id);
-  TORCH_CHECK_VALUE(format.tiles(dense.m, dense.k) < INT32_MAX, "flash_llm::", op,
-                    ": a dense weight of ", dense.m, "x", dense.k,
-                    " has more tiles than 32-bit indices can count");
+  check_tiles(op, format, dense.m, dense.k);
   return format;
 }
 
@@ -398,6 +405,9 @@ Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFor
                                   offsets.const_data_ptr<int32_t>(),
                                   reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()),
                                   current_stream()));
+  if (tiles > 0) {
+    raise_if_error(op, cuda::end_weight_writes(counts.mutable_data_ptr(), current_stream()));
+  }
   return {header_tensor(make_header(dense, format.id, total_nnz, total_units * format.unit_words)),
           offsets, payload};
 }
@@ -517,7 +527,10 @@ Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
   if (plan.packed_x_bytes == 0) call.x = kernel_ready(call.x, bitmap ? 8 : kTileK);
   Tensor y = at::empty(call.y_sizes, call.x.options());
   const Tensor workspace = at::empty({plan.workspace_bytes}, y.options().dtype(at::kByte));
-  const SpmmArgs args = spmm_args(call, y);
+  SpmmArgs args = spmm_args(call, y);
+  if (plan.rounds_before_activation) args.activation = Activation::kNone;
+  // A weight that was copied just now is still being written when a dependent launch would read it.
+  prefetch = prefetch && !call.weight.copied;
   raise_if_error(
       "spmm", bitmap ? cuda::spmm_bitmap(plan, args, workspace.mutable_data_ptr(), prefetch,
                                          current_stream())
