@@ -5,12 +5,11 @@
 #include <bitset>
 #include <cstddef>
 #include <cstring>
-#include <mutex>
 #include <string>
 #include <vector>
 
 #include "core/element.h"
-#include "core/first_failure.h"
+#include "core/packed_checks.h"
 
 namespace flash_llm {
 namespace {
@@ -320,16 +319,8 @@ void bitmap_unpack_tile_row(const PackedView& view, int64_t tile_row, uint16_t* 
 
 Status bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets, int64_t payload_words) {
   const int64_t chunks = num_chunk_rows(header.m) * num_chunk_cols(header.k);
-  if (num_offsets != chunks + 1) {
-    return Status::invalid_value("offsets must hold " + std::to_string(chunks + 1) +
-                                 " elements for a " + std::to_string(header.m) + "x" +
-                                 std::to_string(header.k) + " weight, got " +
-                                 std::to_string(num_offsets));
-  }
-  if (payload_words != header.payload_words) {
-    return Status::invalid_value("payload must hold " + std::to_string(header.payload_words) +
-                                 " words, as the header says, got " +
-                                 std::to_string(payload_words));
+  if (Status status = check_lengths(header, chunks, num_offsets, payload_words); !status.ok()) {
+    return status;
   }
   const int64_t units = payload_words / kChunkUnitWords;
   if (payload_words % kChunkUnitWords != 0 || units > INT32_MAX) {
@@ -338,40 +329,25 @@ Status bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets, int64
   }
   // A unit of values holds 32 of them, and some units hold bits instead.
   if (units > chunks * chunk_units(kMaxChunkRows) || header.nnz > units * (kChunkUnitBytes / 2)) {
-    return Status::invalid_value(
-        "header says nnz = " + std::to_string(header.nnz) + ", which does not fit a payload of " +
-        std::to_string(payload_words) + " words in " + std::to_string(chunks) + " chunks");
+    return nnz_does_not_fit(header, chunks, "chunk");
   }
   return Status::success();
 }
 
 Status bitmap_validate(const PackedView& view, const ParallelFor& parallel_for) {
   const int64_t chunks = num_chunk_rows(view.m) * num_chunk_cols(view.k);
-  if (view.offsets[0] != 0) {
-    return Status::invalid_value("offsets[0] must be 0, got " + std::to_string(view.offsets[0]));
-  }
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int64_t units = int64_t{view.offsets[chunk + 1]} - view.offsets[chunk];
-    if (units < 0) {
-      return Status::invalid_value(
-          "offsets must never decrease, got offsets[" + std::to_string(chunk) +
-          "] = " + std::to_string(view.offsets[chunk]) + " and offsets[" +
-          std::to_string(chunk + 1) + "] = " + std::to_string(view.offsets[chunk + 1]));
-    }
-    if (units != 0 && chunk_value_rows(units) < 0) {
-      return Status::invalid_value("chunk " + std::to_string(chunk) + " holds " +
-                                   std::to_string(units) + " units; 0 or 9, 11, ... 137 are sizes");
-    }
-  }
+  Status offsets = check_offsets(view, chunks, [](int64_t chunk, int64_t units) {
+    if (units == 0 || chunk_value_rows(units) >= 0) return Status::success();
+    return Status::invalid_value("chunk " + std::to_string(chunk) + " holds " +
+                                 std::to_string(units) + " units; 0 or 9, 11, ... 137 are sizes");
+  });
+  if (!offsets.ok()) return offsets;
   if (int64_t{view.offsets[chunks]} * kChunkUnitWords != view.payload_words) {
     return Status::invalid_value(
         "offsets must end at " + std::to_string(view.payload_words / kChunkUnitWords) +
         ", the payload's units, got " + std::to_string(view.offsets[chunks]));
   }
-  FirstFailure failure("chunk");
-  int64_t nnz = 0;
-  std::mutex nnz_mutex;
-  parallel_for(chunks, 16, [&](int64_t begin, int64_t end) {
+  const auto check_range = [&](int64_t begin, int64_t end, FirstFailure& failure) {
     int64_t range_nnz = 0;
     for (int64_t nth = begin; nth < end; ++nth) {
       const ChunkPlace place = chunk_place(nth, view.m, view.k);
@@ -380,18 +356,12 @@ Status bitmap_validate(const PackedView& view, const ParallelFor& parallel_for) 
       const std::string problem = chunk_problem(chunk, place, &range_nnz);
       if (!problem.empty()) {
         failure.report(place.index, problem);
-        return;
+        return range_nnz;
       }
     }
-    const std::lock_guard<std::mutex> lock(nnz_mutex);
-    nnz += range_nnz;
-  });
-  if (Status status = failure.status(); !status.ok()) return status;
-  if (nnz != view.nnz) {
-    return Status::invalid_value("header says nnz = " + std::to_string(view.nnz) +
-                                 ", the payload holds " + std::to_string(nnz));
-  }
-  return Status::success();
+    return range_nnz;
+  };
+  return check_tiles(view, chunks, "chunk", parallel_for, check_range);
 }
 
 }  // namespace flash_llm

@@ -4,12 +4,11 @@
 #include <array>
 #include <bitset>
 #include <cstddef>
-#include <mutex>
 #include <string>
 #include <vector>
 
 #include "core/element.h"
-#include "core/first_failure.h"
+#include "core/packed_checks.h"
 
 namespace flash_llm {
 namespace {
@@ -144,16 +143,8 @@ void tiled_csl_unpack_tile_row(const PackedView& view, int64_t tile_row, uint16_
 Status tiled_csl_check_sizes(const PackedHeader& header, int64_t num_offsets,
                              int64_t payload_words) {
   const int64_t tiles = num_tiles(header.m, header.k);
-  if (num_offsets != tiles + 1) {
-    return Status::invalid_value("offsets must hold " + std::to_string(tiles + 1) +
-                                 " elements for a " + std::to_string(header.m) + "x" +
-                                 std::to_string(header.k) + " weight, got " +
-                                 std::to_string(num_offsets));
-  }
-  if (payload_words != header.payload_words) {
-    return Status::invalid_value("payload must hold " + std::to_string(header.payload_words) +
-                                 " words, as the header says, got " +
-                                 std::to_string(payload_words));
+  if (Status status = check_lengths(header, tiles, num_offsets, payload_words); !status.ok()) {
+    return status;
   }
   if (payload_words % kVectorEntries != 0 || payload_words / kVectorEntries > INT32_MAX) {
     return Status::invalid_value(
@@ -162,42 +153,27 @@ Status tiled_csl_check_sizes(const PackedHeader& header, int64_t num_offsets,
   }
   const int64_t padding = payload_words - header.nnz;
   if (padding < 0 || padding > tiles * (kVectorEntries - 1)) {
-    return Status::invalid_value(
-        "header says nnz = " + std::to_string(header.nnz) + ", which does not fit a payload of " +
-        std::to_string(payload_words) + " words in " + std::to_string(tiles) + " tiles");
+    return nnz_does_not_fit(header, tiles, "tile");
   }
   return Status::success();
 }
 
 Status tiled_csl_validate(const PackedView& view, const ParallelFor& parallel_for) {
   const int64_t tiles = num_tiles(view.m, view.k);
-  if (view.offsets[0] != 0) {
-    return Status::invalid_value("offsets[0] must be 0, got " + std::to_string(view.offsets[0]));
-  }
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t vectors = int64_t{view.offsets[tile + 1]} - view.offsets[tile];
-    if (vectors < 0) {
-      return Status::invalid_value(
-          "offsets must never decrease, got offsets[" + std::to_string(tile) +
-          "] = " + std::to_string(view.offsets[tile]) + " and offsets[" + std::to_string(tile + 1) +
-          "] = " + std::to_string(view.offsets[tile + 1]));
-    }
-    if (vectors > kTileElems / kVectorEntries) {
-      return Status::invalid_value("tile " + std::to_string(tile) + " holds " +
-                                   std::to_string(vectors) + " vectors, at most " +
-                                   std::to_string(kTileElems / kVectorEntries) + " fit");
-    }
-  }
+  Status offsets = check_offsets(view, tiles, [](int64_t tile, int64_t vectors) {
+    if (vectors <= kTileElems / kVectorEntries) return Status::success();
+    return Status::invalid_value("tile " + std::to_string(tile) + " holds " +
+                                 std::to_string(vectors) + " vectors, at most " +
+                                 std::to_string(kTileElems / kVectorEntries) + " fit");
+  });
+  if (!offsets.ok()) return offsets;
   if (int64_t{view.offsets[tiles]} * kVectorEntries != view.payload_words) {
     return Status::invalid_value("offsets must end at the payload's " +
                                  std::to_string(view.payload_words / kVectorEntries) +
                                  " vectors, got " + std::to_string(view.offsets[tiles]));
   }
 
-  FirstFailure failure("tile");
-  std::mutex nnz_mutex;
-  int64_t nnz = 0;
-  parallel_for(tiles, 16, [&](int64_t begin, int64_t end) {
+  const auto check_range = [&](int64_t begin, int64_t end, FirstFailure& failure) {
     int64_t range_nnz = 0;
     for (int64_t tile = begin; tile < end; ++tile) {
       const TileExtent extent = tile_extent(tile, view.m, view.k);
@@ -209,7 +185,7 @@ Status tiled_csl_validate(const PackedView& view, const ParallelFor& parallel_fo
         const auto value = static_cast<uint16_t>(view.payload[i]);
         if (place >= kTileElems) {
           failure.report(tile, "place must be below 8192, got " + std::to_string(place));
-          return;
+          return range_nnz;
         }
         if (row_of_place(place) >= extent.rows || col_of_place(place) >= extent.cols) {
           // Padding may point outside the matrix: what it writes is a zero that nobody reads.
@@ -218,37 +194,31 @@ Status tiled_csl_validate(const PackedView& view, const ParallelFor& parallel_fo
                                      std::to_string(row_of_place(place)) + ", column " +
                                      std::to_string(col_of_place(place)) +
                                      ") lies outside the matrix");
-            return;
+            return range_nnz;
           }
         }
         if (seen.test(static_cast<size_t>(place))) {
           failure.report(tile, "place " + std::to_string(place) + " occurs twice");
-          return;
+          return range_nnz;
         }
         seen.set(static_cast<size_t>(place));
         if (is_zero(value)) {
           ++padding;
           if (value != 0) {
             failure.report(tile, "a stored value must not be -0");
-            return;
+            return range_nnz;
           }
           if (padding >= kVectorEntries) {
             failure.report(tile, "more than 3 stored zeros: padding only fills the last vector");
-            return;
+            return range_nnz;
           }
         }
       }
       range_nnz += last - first - padding;
     }
-    const std::lock_guard<std::mutex> lock(nnz_mutex);
-    nnz += range_nnz;
-  });
-  if (Status status = failure.status(); !status.ok()) return status;
-  if (nnz != view.nnz) {
-    return Status::invalid_value("header says nnz = " + std::to_string(view.nnz) +
-                                 ", the payload holds " + std::to_string(nnz));
-  }
-  return Status::success();
+    return range_nnz;
+  };
+  return check_tiles(view, tiles, "tile", parallel_for, check_range);
 }
 
 }  // namespace flash_llm
