@@ -1,6 +1,7 @@
 """Bitmap, the dense-in-bytes format: one bit per element and 16 bits per nonzero.
 
-32 x 128 chunks whose values stand where the lanes of a GPU warp want them. The bytes are defined in
+Chunks of 32 x 128 whose values stand where the lanes of a GPU warp want them, and chunks of
+32 x 256, where zeros are many, for its sparse tensor cores. The bytes are defined in
 ``csrc/core/bitmap.h``; this module gives them a Python object.
 """
 
@@ -8,8 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+from torch import Tensor
+
 from flash_llm import _extension
 from flash_llm.ops import PackedWeight
+
+# Chunk rows that are stored together: kBandChunkRows.
+_BAND_CHUNK_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +30,10 @@ class BitmapStats:
         packed_bytes: bytes of header, offsets and payload.
         bytes_per_element: ``packed_bytes`` over the number of dense elements; dense is 2.
         exact_bytes: what one bit per element and 2 bytes per nonzero would take.
-        empty_chunks: chunks of 32 x 128 without a nonzero, which take no payload.
-        chunk_bytes_max: bytes of the largest chunk; dense it would be 8192.
+        two_four_pairs: pairs of chunk columns (of 512 rows) that are stored as 2:4 chunks of
+            32 x 256; all others are plain chunks of 32 x 128.
+        empty_chunks: chunks without a nonzero, which take no payload.
+        chunk_bytes_max: bytes of the largest chunk; a full one takes 8768.
     """
 
     nnz: int
@@ -33,6 +42,7 @@ class BitmapStats:
     packed_bytes: int
     bytes_per_element: float
     exact_bytes: int
+    two_four_pairs: int
     empty_chunks: int
     chunk_bytes_max: int
 
@@ -66,8 +76,13 @@ class Bitmap(PackedWeight):
             ValueError: the weight is malformed; see :func:`flash_llm.ops.validate`.
         """
         self.validate()
+        units = self.offsets.long().diff()
+        column, pair = self._columns_and_pairs(units)
+        # An even number of units makes a chunk 2:4, and the second chunk of its pair part of it.
+        two_four = torch.zeros_like(units, dtype=torch.bool)
+        two_four[pair[(units > 0) & (units % 2 == 0)]] = True
+        is_part = two_four[pair] & (column % 2 == 1)
         unit_bytes = 4 * int(_extension.require().FORMATS[self.FORMAT]["unit_words"])
-        chunk_bytes = self.offsets.long().diff() * unit_bytes
         elements = self.header.m * self.header.k
         return BitmapStats(
             nnz=self.nnz,
@@ -76,6 +91,18 @@ class Bitmap(PackedWeight):
             packed_bytes=self.nbytes,
             bytes_per_element=self.nbytes / elements if elements else 0.0,
             exact_bytes=(elements + 7) // 8 + 2 * self.nnz,
-            empty_chunks=int((chunk_bytes == 0).sum()),
-            chunk_bytes_max=int(chunk_bytes.max()) if chunk_bytes.numel() else 0,
+            two_four_pairs=int(two_four.sum()),
+            empty_chunks=int(((units == 0) & ~is_part).sum()),
+            chunk_bytes_max=int(units.max()) * unit_bytes if units.numel() else 0,
         )
+
+    def _columns_and_pairs(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each stored chunk's column and which pair it is in; see ``chunk_index``."""
+        sizes = _extension.require().FORMATS[self.FORMAT]
+        rows = -(-self.header.m // int(sizes["tile_m"]))
+        cols = -(-self.header.k // int(sizes["tile_k"]))
+        index = torch.arange(units.numel(), device=units.device)
+        band = index // max(_BAND_CHUNK_ROWS * cols, 1)
+        height = (rows - _BAND_CHUNK_ROWS * band).clamp(max=_BAND_CHUNK_ROWS)
+        column = (index - _BAND_CHUNK_ROWS * cols * band) // height
+        return column, band * cols + column // 2

@@ -32,7 +32,7 @@ class PackedHeader(NamedTuple):
 
     Attributes:
         magic: ``"FLASHLLM"`` as a little-endian integer.
-        version: raised when the meaning of a stored byte changes.
+        version: of the format, raised when the meaning of a stored byte changes.
         format: which packed format; ``PackedWeight.FORMAT_ID`` of its class.
         value_type: key of :data:`VALUE_DTYPES`.
         m: rows of the weight, out_features.
@@ -182,7 +182,7 @@ class PackedWeight:
             )
         header = PackedHeader(
             magic=extension.PACKED_MAGIC,
-            version=extension.PACKED_VERSION,
+            version=int(extension.FORMATS[cls.FORMAT]["version"]),
             format=cls.FORMAT_ID,
             value_type=value_type_of(dtype),
             m=m,
@@ -363,7 +363,7 @@ def spmm(
             ``flash_llm._C.plan_names``), for tests and benchmarks.
         ctas: grid of the CUDA kernel, at most one CTA per tile of work; 0 lets the plan choose.
             The CPU and the dense route have no use for it.
-        prefetch: let the bitmap kernel begin to fetch the weight while the kernel before it in the
+        prefetch: let the kernel begin to fetch the weight while the kernel before it in the
             stream still runs (programmatic dependent launch, Hopper). That one must not be a kernel
             of your own which writes the buffers of ``w``; packing and copies are taken care of.
 

@@ -97,9 +97,10 @@ def assert_same_weight(a, b):
 def weights(draw, max_size=200):
     """Bit patterns of a weight of any size, with specials and a density that changes by block."""
     dtype = draw(st.sampled_from([torch.float16, torch.bfloat16]))
-    m, k = draw(st.integers(0, max_size)), draw(st.integers(0, max_size))
+    m, k = draw(st.integers(0, max_size)), draw(st.integers(0, 2 * max_size))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    densities = draw(st.lists(st.sampled_from([0.0, 0.02, 0.5, 0.97, 1.0]), min_size=1, max_size=6))
+    some = st.sampled_from([0.0, 0.02, 0.1, 0.5, 0.97, 1.0])
+    densities = draw(st.lists(some, min_size=1, max_size=6))
     bits = rng.integers(0, 1 << 16, (m, k), dtype=np.uint16)
     special = rng.random((m, k)) < 0.1
     bits[special] = rng.choice(SPECIAL[dtype], special.sum())
@@ -132,11 +133,22 @@ def read_tiled_csl(packed):
 
 # Axes: lane 4 g + t, half h, strip i, and the place in a run: quad after quad, each as 0, 1, 3, 2.
 _LANE, _HALF, _STRIP, _NTH = np.ogrid[:32, :2, :2, :32]
-_QUAD, _ELEM = _NTH // 4, np.array([0, 1, 3, 2])[_NTH % 4]
-CHUNK_ROW = 16 * _STRIP + _LANE // 4 + 8 * (_ELEM // 2) + 0 * _HALF
-CHUNK_COL = 64 * _HALF + 16 * (_QUAD // 2) + 8 * (_QUAD % 2) + 2 * (_LANE % 4) + _ELEM % 2
-CHUNK_COL = CHUNK_COL + 0 * _STRIP
-CHUNK_BIT = 8 * _ELEM + _QUAD
+_ELEM = np.array([0, 1, 3, 2])[_NTH % 4]
+RUN_ROW = 16 * _STRIP + _LANE // 4 + 8 * (_ELEM // 2) + 0 * _HALF
+# The elements of a plain chunk.
+_QUAD = _NTH // 4
+PLAIN_COL = 64 * _HALF + 16 * (_QUAD // 2) + 8 * (_QUAD % 2) + 2 * (_LANE % 4) + _ELEM % 2
+PLAIN_COL = PLAIN_COL + 0 * _STRIP
+PLAIN_BIT = 8 * _ELEM + _QUAD
+# The slots of a 2:4 chunk, by the first columns of their groups.
+_QUAD = np.array([0, 4, 1, 5, 2, 6, 3, 7])[_NTH // 4]
+GROUP_COL = 64 * (_QUAD % 4) + 32 * _HALF + 16 * (_QUAD // 4) + 4 * (_LANE % 4) + 0 * _STRIP
+SLOT = _ELEM % 2 + 0 * GROUP_COL
+# A 2:4 chunk's bits. Axes: strip i, lane 4 g + 2 h + u, word k, bit 4 n + p.
+_STRIP_OF, _LANE_OF, _WORD, _BIT = np.ogrid[:2, :32, :4, :32]
+BIT_ROW = 16 * _STRIP_OF + _LANE_OF // 4 + 8 * (_BIT // 16) + 0 * _WORD
+BIT_COL = 64 * (_BIT % 4) + 32 * (_LANE_OF // 2 % 2) + 16 * (_LANE_OF % 2) + 4 * (_BIT // 4 % 4)
+BIT_COL = BIT_COL + _WORD + 0 * _STRIP_OF
 
 
 def chunk_places(m, k):
@@ -158,8 +170,13 @@ def chunks_of(packed):
     return [data[first:last] for first, last in itertools.pairwise(offsets)]
 
 
+def is_two_four(chunk):
+    """Whether a chunk's size, in bytes, makes it 2:4."""
+    return len(chunk) > 0 and len(chunk) // 64 % 2 == 0
+
+
 def split_chunk(chunk):
-    """Values [R, column, slot], bits [lane, half, strip] and sigma [lane, strip] of a chunk."""
+    """Values [R, column, slot], bits [lane, half, strip] and sigma [lane, strip], a plain chunk."""
     rows, odd = divmod(len(chunk) - 512 - 64, 128)
     assert odd == 0 and 1 <= rows <= 64, f"a chunk of {len(chunk)} bytes"
     values, bits, sigma = np.split(chunk, [128 * rows, 128 * rows + 512])
@@ -170,27 +187,122 @@ def split_chunk(chunk):
     )
 
 
-def read_chunk(chunk):
-    """The 32 x 128 elements of a chunk."""
-    values, bits, sigma = split_chunk(chunk)
-    stored = (bits[..., None] >> CHUNK_BIT.astype(np.uint32) & 1).astype(bool)
+def split_two_four(chunk):
+    """Bits [strip, lane, word], sigma [lane, strip], values and residual steps of both strips.
+
+    Steps are pairs of values [step, g, upper] and places [step, row of the strip].
+    """
+    bits, sigma, rest = np.split(chunk, [1024, 1088])
+    sigma = sigma.reshape(32, 2).astype(int)
+    sizes = int(((sigma[:, 0] & 1) << np.arange(32)).sum())
+    sigma[:, 0] &= ~1
+    rows, *steps = sizes & 0xFF, sizes >> 8 & 0xFF, sizes >> 16
+    assert 1 <= rows <= 64 and len(chunk) <= 64 * 146
+    assert len(rest) == 128 * rows + 64 * (sum(steps) | 1)
+    values, residual = np.split(rest, [128 * rows])
+    residual = residual.view("<u2").reshape(-1, 32)
+    assert not residual[sum(steps) :].any()
+    strips = np.split(residual[: sum(steps)], [steps[0]])
+    return (
+        bits.view("<u4").reshape(2, 32, 4),
+        sigma,
+        values.view("<u2").reshape(rows, 32, 2),
+        [(strip[:, :16].reshape(-1, 8, 2), strip[:, 16:]) for strip in strips],
+    )
+
+
+def slot_columns(stored):
+    """The columns of the slots of a 2:4 chunk [lane, half, strip, place in the run]."""
+    b0, b1, b2, _ = np.moveaxis(stored.reshape(32, 64, 4), -1, 0)
+    i0 = np.where(b0, 0, np.where(b1, 1, 2))
+    i1 = np.where(b0 & b1, 1, np.where(b2 & (b0 | b1), 2, 3))
+    return GROUP_COL + np.where(SLOT == 0, i0[RUN_ROW, GROUP_COL // 4], i1[RUN_ROW, GROUP_COL // 4])
+
+
+def residual_of(stored):
+    """Which elements of a 2:4 chunk have no slot: those beyond the second of their group."""
+    groups = stored.reshape(32, 64, 4)
+    return (groups & (groups.cumsum(axis=-1) > 2)).reshape(32, 256)
+
+
+def place_of(col):
+    """Where a column of a 2:4 chunk is, in the words of the residual."""
+    return 16 * (col ^ (col // 8 % 8))
+
+
+def class_of(col):
+    return place_of(col) // 16 % 8
+
+
+def steps_of(residual):
+    """Columns [step, row] of a strip's steps, and which entries are stored; ``residual`` [16, 256].
+
+    Columns of other entries are those of the first row of the same eight, or 0.
+    """
+    cols = np.full((residual.sum(axis=1).max(), 16), -1)
+    for rows in (range(8), range(8, 16)):
+        for row in rows:
+            for col in np.flatnonzero(residual[row]):
+                free = np.flatnonzero(cols[:, row] < 0)
+                others = cols[free, rows.start : row]
+                alone = free[~((others >= 0) & (class_of(others) == class_of(col))).any(axis=1)]
+                cols[(alone if len(alone) else free)[0], row] = col
+    stored = cols >= 0
+    for step in cols.reshape(-1, 8):
+        step[step < 0] = next((col for col in step if col >= 0), 0)
+    return cols, stored
+
+
+def read_runs(values, sigma, stored):
+    """What the runs hold for each of ``stored`` [lane, half, strip, place in the run]."""
     nth = stored.cumsum(axis=-1) - 1
     row = np.where(_HALF == 0, nth, len(values) - 1 - nth)
     sigma = sigma[:, None, :, None]
     column = np.where(_HALF == 0, _LANE, sigma // 4)
     slot = np.where(_HALF == 0, _STRIP, sigma % 4 // 2)
-    found = values[np.where(stored, row, 0), column, slot]
+    return np.where(stored, values[np.where(stored, row, 0), column, slot], 0)
+
+
+def read_plain(chunk):
+    """The 32 x 128 elements of a plain chunk."""
+    values, bits, sigma = split_chunk(chunk)
+    stored = (bits[..., None] >> PLAIN_BIT.astype(np.uint32) & 1).astype(bool)
     dense = np.zeros((32, 128), np.uint16)
-    dense[CHUNK_ROW, CHUNK_COL] = np.where(stored, found, 0)
+    dense[RUN_ROW, PLAIN_COL] = read_runs(values, sigma, stored)
+    return dense
+
+
+def read_two_four(chunk):
+    """The 32 x 256 elements of a 2:4 chunk."""
+    bits, sigma, values, steps = split_two_four(chunk)
+    stored = np.zeros((32, 256), bool)
+    stored[BIT_ROW, BIT_COL] = bits[..., None] >> _BIT.astype(np.uint32) & 1
+    slots = slot_columns(stored)
+    dense = np.zeros((32, 256), np.uint16)
+    np.add.at(dense, (RUN_ROW, slots), read_runs(values, sigma, stored[RUN_ROW, slots]))
+    residual = residual_of(stored)
+    for strip, (found, places) in enumerate(steps):
+        cols, held = steps_of(residual[16 * strip : 16 * strip + 16])
+        found = found.transpose(0, 2, 1).reshape(-1, 16)
+        np.testing.assert_array_equal(places, place_of(cols))
+        np.testing.assert_array_equal(found != 0, held)
+        step, row = np.nonzero(held)
+        dense[16 * strip + row, cols[step, row]] = found[step, row]
     return dense
 
 
 def read_bitmap(packed):
     m, k = packed.shape
     dense = np.zeros((-(-m // 32) * 32, -(-k // 128) * 128), np.uint16)
+    kinds = {}
     for (row, col), chunk in zip(chunk_places(m, k), chunks_of(packed), strict=True):
-        if len(chunk):
-            dense[32 * row : 32 * row + 32, 128 * col : 128 * col + 128] = read_chunk(chunk)
+        if not len(chunk):
+            continue
+        two_four = is_two_four(chunk)
+        assert kinds.setdefault((row // 16, col // 2), two_four) == two_four
+        assert not two_four or (col % 2 == 0 and 128 * col + 256 <= dense.shape[1])
+        part = read_two_four(chunk) if two_four else read_plain(chunk)
+        dense[32 * row : 32 * row + 32, 128 * col : 128 * col + part.shape[1]] = part
     assert not dense[m:].any() and not dense[:, k:].any()
     return dense[:m, :k]
 
@@ -208,12 +320,8 @@ def _pairing(up, down, pattern):
     return sigma, rows
 
 
-def write_chunk(dense):
-    """The bytes of a chunk of 32 x 128 bit patterns, packed as the format prescribes."""
-    runs = without_negative_zero(dense)[CHUNK_ROW, CHUNK_COL]
-    stored = runs != 0
-    if not stored.any():
-        return np.zeros(0, np.uint8)
+def write_runs(runs, stored):
+    """Values and sigma for the runs [lane, half, strip, place in the run]."""
     up, down = stored.sum(axis=-1).transpose(1, 0, 2)
     # min() keeps the first of equals.
     sigma, rows = min((_pairing(up, down, p) for p in range(8)), key=lambda found: found[1])
@@ -224,9 +332,64 @@ def write_chunk(dense):
         run = runs[lane, 1, strip][stored[lane, 1, strip]]
         column, slot = sigma[lane, strip] // 4, sigma[lane, strip] % 4 // 2
         values[rows - len(run) :, column, slot] += run[::-1]
-    bits = (stored.astype("<u4") << CHUNK_BIT.astype(np.uint32)).sum(axis=-1, dtype="<u4")
-    parts = (values, bits, sigma.astype(np.uint8))
-    return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
+    return values, sigma.astype(np.uint8)
+
+
+def _joined(*parts):
+    return np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
+
+
+def write_plain(dense):
+    """The bytes of a plain chunk of 32 x 128 bit patterns, packed as the format prescribes."""
+    runs = without_negative_zero(dense)[RUN_ROW, PLAIN_COL]
+    stored = runs != 0
+    if not stored.any():
+        return np.zeros(0, np.uint8)
+    values, sigma = write_runs(runs, stored)
+    bits = (stored.astype("<u4") << PLAIN_BIT.astype(np.uint32)).sum(axis=-1, dtype="<u4")
+    return _joined(values, bits, sigma)
+
+
+def write_two_four(dense):
+    """The bytes of a 2:4 chunk of 32 x 256 bit patterns; may be too many."""
+    dense = without_negative_zero(dense)
+    stored = dense != 0
+    if not stored.any():
+        return np.zeros(0, np.uint8)
+    bits = (stored[BIT_ROW, BIT_COL].astype("<u4") << _BIT.astype(np.uint32)).sum(-1, dtype="<u4")
+    slots = slot_columns(stored)
+    values, sigma = write_runs(dense[RUN_ROW, slots], stored[RUN_ROW, slots])
+    residual, sizes, steps = residual_of(stored), len(values), []
+    for strip in range(2):
+        rows = slice(16 * strip, 16 * strip + 16)
+        cols, held = steps_of(residual[rows])
+        found = np.where(held, dense[rows][np.arange(16), cols], 0)
+        found = found.reshape(-1, 2, 8).transpose(0, 2, 1).reshape(-1, 16)
+        steps.append(np.concatenate([found, place_of(cols)], axis=1).astype("<u2"))
+        sizes |= len(cols) << (8 + 8 * strip)
+    padding = np.zeros((1 - sum(map(len, steps)) % 2, 32), "<u2")
+    sigma[:, 0] |= (sizes >> np.arange(32) & 1).astype(np.uint8)
+    return _joined(bits, sigma, values, *steps, padding)
+
+
+def write_bitmap(bits):
+    """The bytes of every chunk of a matrix of bit patterns, in the order of their storage."""
+    m, k = bits.shape
+    rows, cols = -(-m // 32), -(-k // 128)
+    padded = np.pad(bits, [(0, 32 * rows - m), (0, 128 * (cols + 1) - k)])
+    chunks = {}
+    for band, col in itertools.product(range(0, rows, 16), range(0, cols, 2)):
+        in_band = range(band, min(band + 16, rows))
+        pairs = [padded[32 * r : 32 * r + 32, 128 * col : 128 * col + 256] for r in in_band]
+        plain = [(write_plain(pair[:, :128]), write_plain(pair[:, 128:])) for pair in pairs]
+        two_four = [(write_two_four(pair), np.zeros(0, np.uint8)) for pair in pairs]
+        plain_bytes = sum(len(a) + len(b) for a, b in plain)
+        sizes = [len(a) for a, _ in two_four]
+        wins = 0 < 64 * sum(sizes) <= 65 * plain_bytes and max(sizes) <= 64 * 146
+        kind = two_four if wins and col + 1 < cols else plain
+        for row, (first, second) in zip(in_band, kind, strict=True):
+            chunks[row, col], chunks[row, col + 1] = first, second
+    return [chunks[place] for place in chunk_places(m, k)]
 
 
 READERS = {"tiled_csl": read_tiled_csl, "bitmap": read_bitmap}

@@ -192,9 +192,14 @@ OPERATORS = {
 MALFORMED = {
     "magic": (lambda w: changed(w, magic=7), ValueError, ("magic number", "got 7")),
     "newer version": (
-        lambda w: changed(w, version=2),
+        lambda w: changed(w, version=w.header.version + 1),
         NotImplementedError,
-        ("version 2", "reads version 1"),
+        ("format version ", ", this build reads version"),
+    ),
+    "version zero": (
+        lambda w: changed(w, version=0),
+        NotImplementedError,
+        ("format version 0, this build reads version",),
     ),
     "format": (
         lambda w: changed(w, format=9),
@@ -202,7 +207,7 @@ MALFORMED = {
         ("format 9", "knows 1 (tiled_csl), 2 (bitmap)"),
     ),
     "the other format": (
-        lambda w: changed(w, format=3 - w.header.format),
+        lambda w: changed(w, format=3 - w.header.format, version=1),
         ValueError,
         ("offsets must hold",),
     ),
@@ -440,6 +445,133 @@ BITMAP_CONTENTS = {
     ),
     "wrong count": (lambda w: changed(w, nnz=w.nnz - 1), ("header says nnz = ", "holds")),
 }
+
+
+def good_two_four(device):
+    """A bitmap of 5 chunk rows, the last of 2 rows, and 3 columns: a 2:4 pair and a plain one."""
+    w = flash_llm.pack(testing.random_sparse(130, 300, 0.85, device=device), "bitmap")
+    assert w.stats().two_four_pairs == 1 and w.stats().empty_chunks == 0
+    return w, torch.ones(5, 300, dtype=torch.float16, device=device)
+
+
+def edited_two_four(w, chunk, edit):
+    """As edited, for edit(bits, sigma, values, steps) of a 2:4 chunk; steps are of both strips."""
+    payload = w.payload.cpu().clone()
+    first, last = (64 * int(offset) for offset in w.offsets[chunk : chunk + 2])
+    data = payload.numpy().view(np.uint8)[first:last]
+    rows = int(((data[1024:1040:2] & 1) << np.arange(8)).sum())
+    values, steps = np.split(data[1088:].view(np.uint16), [64 * rows])
+    edit(
+        data[:1024].view(np.uint32).reshape(2, 32, 4),
+        data[1024:1088].reshape(32, 2),
+        values.reshape(rows, 32, 2),
+        steps.reshape(-1, 32),
+    )
+    return changed(w, payload=payload.to(w.device))
+
+
+def xor(array, index, value):
+    array[index] ^= value
+
+
+def shift_offsets(w, chunk, units):
+    """The weight with the border after a chunk moved."""
+    offsets = w.offsets.clone()
+    offsets[chunk + 1] += units
+    return changed(w, offsets=offsets)
+
+
+TWO_FOUR_CONTENTS = {
+    "rows": (
+        lambda w: edited_two_four(w, 1, lambda b, sigma, v, s: xor(sigma, (0, 0), 1)),
+        ("chunk 1: R = ", " and 0 in the spare bits do not make ", " units"),
+    ),
+    "steps": (
+        lambda w: edited_two_four(w, 2, lambda b, sigma, v, s: xor(sigma, (14, 0), 1)),
+        ("chunk 2: R = ", "G0 = ", "G1 = ", " units"),
+    ),
+    "spare bits": (
+        lambda w: edited_two_four(w, 0, lambda b, sigma, v, s: xor(sigma, (31, 0), 1)),
+        ("chunk 0: R = ", " and 128 in the spare bits"),
+    ),
+    "odd sigma": (
+        lambda w: edited_two_four(w, 0, lambda b, sigma, v, s: xor(sigma, (7, 1), 1)),
+        ("chunk 0: lane 7 of strip 1: sigma must be even and below 128",),
+    ),
+    "column taken twice": (
+        lambda w: edited_two_four(w, 0, lambda b, sigma, v, s: assign(sigma, (1, 1), sigma[0, 1])),
+        ("chunk 0: lane 1 of strip 1: column ", " is taken twice"),
+    ),
+    "runs that overlap": (
+        lambda w: edited_two_four(
+            w, 1, lambda bits, s, v, r: assign(bits, slice(None), ~0 & 0xFFFFFFFF)
+        ),
+        ("chunk 1: lane 0 of strip 0: runs of 32 and 32 values overlap",),
+    ),
+    "no bits": (
+        lambda w: edited_two_four(w, 1, lambda bits, s, v, r: assign(bits, slice(None), 0)),
+        ("chunk 1: a chunk without nonzeros must have no bytes",),
+    ),
+    "stored zero": (
+        lambda w: edited_two_four(w, 0, lambda b, s, values, r: assign(values, values != 0, 0)),
+        ("chunk 0: a stored value must not be zero",),
+    ),
+    "zero in the residual": (
+        lambda w: edited_two_four(
+            w, 3, lambda b, s, v, steps: assign(steps[:, :16], slice(None), 0x8000)
+        ),
+        ("chunk 3: a stored value must not be zero",),
+    ),
+    "place": (
+        lambda w: edited_two_four(
+            w, 3, lambda b, s, v, steps: assign(steps[:, 16:], slice(None), 0xFFFF)
+        ),
+        ("chunk 3: step 0 of row ", "'s residual must have place ", ", got 65535"),
+    ),
+    "padding": (
+        lambda w: edited_two_four(
+            w, 0, lambda b, s, values, r: assign(values, tuple(np.argwhere(values == 0)[0]), 1)
+        ),
+        ("chunk 0: padding must be 0, got 1 at byte ",),
+    ),
+    "padding in the residual": (
+        lambda w: edited_two_four(
+            w,
+            0,
+            lambda b, s, v, steps: assign(steps, tuple(np.argwhere(steps[:, :16] == 0)[-1]), 9),
+        ),
+        ("chunk 0: padding must be 0, got 9 at byte ",),
+    ),
+    "a size between two": (
+        lambda w: shift_offsets(w, 0, 1),
+        ("the chunks of a pair must be of one kind, but chunk ", " is plain and chunk ", " is 2:4"),
+    ),
+    "larger than any": (
+        lambda w: changed(w, offsets=set_word(w.offsets, 1, 148)),
+        ("chunk 0 holds 148 units; 0, 9, 11 ... 137 (plain) and 18, 20 ... 146 (2:4) are sizes",),
+    ),
+    "the second column": (
+        # What chunk 4 holds becomes chunk 5's, the first of the second column.
+        lambda w: changed(w, offsets=set_word(w.offsets, 5, int(w.offsets[4]))),
+        ("chunk 5 holds ", "a size of 2:4 chunks, but is not the first of two columns"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TWO_FOUR_CONTENTS)
+def test_validate_reads_every_invariant_of_two_four_chunks(case, device):
+    change, parts = TWO_FOUR_CONTENTS[case]
+    w, x = good_two_four(device)
+    w.validate()
+    broken = change(w)
+    with raises(ValueError, "flash_llm::validate: ", *parts):
+        broken.validate()
+    assert broken.to_dense().shape == (130, 300)
+    for config in plan_names("bitmap", device):
+        if runs_here("bitmap", device, config):
+            assert flash_llm.spmm(x, broken, config=config).shape == (5, 130)
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize(

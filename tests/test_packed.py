@@ -112,11 +112,26 @@ def test_cpu_and_cuda_pack_the_same_bytes(m, k, format, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sparsity", [0.0, 0.05, 0.5, 0.95, 0.99, 1.0])
+@pytest.mark.parametrize("sparsity", [0.0, 0.05, 0.5, 0.75, 0.8, 0.9, 0.95, 0.99, 1.0])
 @pytest.mark.parametrize("pattern", testing.PATTERNS)
 def test_cpu_and_cuda_pack_the_same_bytes_at_any_density(sparsity, pattern, format):
-    dense = testing.random_sparse(1030, 700, sparsity, pattern=pattern)
-    assert_same_weight(flash_llm.pack(dense, format), flash_llm.pack(dense.cuda(), format))
+    for m, k in ((1030, 700), (40, 1280)):
+        dense = testing.random_sparse(m, k, sparsity, pattern=pattern)
+        there = flash_llm.pack(dense.cuda(), format)
+        assert_same_weight(flash_llm.pack(dense, format), there)
+        assert torch.equal(there.to_dense().cpu(), dense)
+
+
+@pytest.mark.gpu
+def test_cpu_and_cuda_pack_the_same_specials(format, dtype):
+    rng = np.random.default_rng(0)
+    for density in (0.05, 0.2, 0.9):
+        bits = rng.choice(np.array(SPECIAL[dtype], np.uint16), (600, 640))
+        bits[rng.random(bits.shape) >= density] = 0
+        dense = from_bits(bits, dtype)
+        there = flash_llm.pack(dense.cuda(), format)
+        assert_same_weight(flash_llm.pack(dense, format), there)
+        np.testing.assert_array_equal(bits_of(there.to_dense()), without_negative_zero(bits))
 
 
 # ---- format="auto" ----
@@ -304,9 +319,13 @@ def mutate(data, packed):
             if data.draw(st.booleans()):
                 header[7] = payload.numel()
         elif payload.numel():
-            # Often near the end, where a bitmap has its bits and sigma.
+            # Often near an end, where a bitmap has its bits and sigma.
             last = payload.numel() - 1
-            place = st.one_of(st.integers(0, last), st.integers(max(0, last - 160), last))
+            place = st.one_of(
+                st.integers(0, last),
+                st.integers(max(0, last - 160), last),
+                st.integers(0, min(last, 272)),
+            )
             index = data.draw(place)
             if what == "payload":
                 payload[index] = data.draw(word)

@@ -38,8 +38,10 @@ def configs_of(format):
 
 
 def block_m(row):
-    """Rows of W that a CTA works on at a time."""
-    return 128 if row["format"] == "tiled_csl" else 16 * row["warps"] * row["strips"]
+    """Rows of W that a CTA, or a cluster of them, works on at a time."""
+    if row["format"] == "tiled_csl":
+        return 128
+    return 16 * row["warps"] * row["strips"] * row["cluster"]
 
 
 def test_configs_describe_each_row():
@@ -151,23 +153,22 @@ def test_a_weight_without_elements_has_a_format_too(m, k):
 
 
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 1.0])
-@pytest.mark.parametrize("smem_per_sm_bytes", [228 * 1024, 200 * 1024])
+@pytest.mark.parametrize("smem_per_sm_bytes", [228 * 1024, 224 * 1024])
 def test_a_bitmap_cta_fits_the_shared_memory(density, smem_per_sm_bytes):
     device = {**H200, "smem_per_sm_bytes": smem_per_sm_bytes}
-    # configs() tells the least: each chunk has two slots, and a full one of 137 units takes both,
-    # which are whole rows of 128 bytes.
-    least_slot = -(-137 * 64 // 2 // 128) * 128
     for m, k in ((1, 1), (512, 512), (M, K), (2**20, 2**14)):
         for name, row in configs_of("bitmap").items():
             text = flash_llm.explain_plan(
                 m, 8, k, int(m * k * density), format="bitmap", config=name, **device
             )
-            slot_bytes = number(text, "slot_bytes")
-            assert slot_bytes >= least_slot and slot_bytes % 128 == 0
-            slots = 2 * block_m(row) // 32
-            smem_bytes = row["smem_bytes"] + slots * (slot_bytes - least_slot)
-            # The driver takes 1 KiB of each CTA.
-            assert smem_bytes <= smem_per_sm_bytes - 1024, text
+            # configs() tells the least: the rings hold every chunk of a column, at 146 units.
+            least_ring = block_m(row) // row["cluster"] // 32 * 146 * 64
+            ring_bytes = number(text, "ring_bytes")
+            assert ring_bytes >= least_ring and ring_bytes % 64 == 0
+            smem_bytes = row["smem_bytes"] + ring_bytes - least_ring
+            # The driver takes 1 KiB of each CTA, and there should be room for some of the second
+            # kernel.
+            assert smem_bytes <= smem_per_sm_bytes - 4 * 1024, text
 
 
 @pytest.mark.parametrize("n", [1, 8, 33, 64, 129, 1000])

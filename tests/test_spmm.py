@@ -157,6 +157,27 @@ def test_full_and_empty_parts_among_others(device, format, config, density, dtyp
 
 
 @pytest.mark.usefixtures("full_precision_gemm")
+@pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+def test_tiles_of_every_number_of_batches_in_turn(device, format, config, dtype):
+    """A kernel that clears only what a tile has stored must leave nothing for the next tile."""
+    # Around the multiples of a batch, 7 vectors of 4 for each of 32 lanes; padding as well.
+    counts = [batches * 896 + extra for batches in range(1, 5) for extra in (-4, -1, 0, 1)]
+    counts = [0, 1, 3, 4, 127, 128, 8191, 8192, *counts]
+    generator = torch.Generator().manual_seed(2)
+    tiles = []
+    for turn in torch.randperm(3 * len(counts), generator=generator).tolist():
+        kept = torch.randperm(128 * 64, generator=generator)[: counts[turn % len(counts)]]
+        tiles.append(torch.zeros(128 * 64, dtype=torch.bool).index_fill_(0, kept, True))
+    keep = torch.cat([tile.view(128, 64) for tile in tiles], dim=1)
+    x, weight, bias = integers(128, keep.shape[1], 9, dtype, device, sparsity=0.0)
+    weight = weight * keep.to(device)
+    w = flash_llm.pack(weight, format)
+    for ctas in (0, 1, 5) if device == "cuda" else (0,):
+        y = flash_llm.spmm(x, w, bias, config=config, ctas=ctas)
+        assert torch.equal(y, exact(x, weight, bias)), ctas
+
+
+@pytest.mark.usefixtures("full_precision_gemm")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_plan_that_is_chosen_stays_within_the_bound(activation, format, device, dtype):
     weight = testing.random_sparse(576, 1536, 0.6, dtype=dtype, device=device)
@@ -497,8 +518,8 @@ def test_many_streams_at_once(prefetch, format):
 
 # ---- CUDA only: launches that depend on each other ----
 #
-# The bitmap kernel may start while the kernel before it still runs, and what it reads and writes
-# is often what that one writes and reads: X, and memory that the allocator hands on.
+# Kernels may start while the kernel before them still runs, and what they read and write is often
+# what that one writes and reads: X, and memory that the allocator hands on.
 
 ON_HOPPER = pytest.mark.parametrize(
     "device", [pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.hopper])]
@@ -507,7 +528,9 @@ WITH_AND_WITHOUT_PREFETCH = pytest.mark.parametrize(
     "prefetch", [True, False], ids=["prefetch", "no-prefetch"]
 )
 LINKS = pytest.mark.parametrize(
-    "links", [("bitmap",), ("bitmap", "tiled_csl")], ids=["bitmap", "mixed"]
+    "links",
+    [("bitmap",), ("tiled_csl",), ("bitmap", "tiled_csl")],
+    ids=["bitmap", "tiled_csl", "mixed"],
 )
 CHAIN_LENGTH = 24
 
@@ -634,7 +657,9 @@ def ternary_rounds(multiply, x, weights, mixes, rounds=8):
 @pytest.mark.usefixtures("full_precision_gemm")
 @pytest.mark.parametrize("n", [8, 32, 64, 100, 200])
 @pytest.mark.parametrize("k", [512, 72, 70])
-def test_torch_ops_between_calls_are_waited_for(device, n, k, prefetch, dtype, poisoned_memory):
+def test_torch_ops_between_calls_are_waited_for(
+    device, n, k, format, prefetch, dtype, poisoned_memory
+):
     weights = [
         testing.small_integers(1100, k, sparsity=0.6, dtype=dtype, device=device, seed=seed)
         for seed in range(3)
@@ -643,7 +668,7 @@ def test_torch_ops_between_calls_are_waited_for(device, n, k, prefetch, dtype, p
         testing.small_integers(1100, k, sparsity=0.9, dtype=dtype, device=device, seed=seed + 3)
         for seed in range(3)
     ]
-    packed = [flash_llm.pack(weight, "bitmap") for weight in weights]
+    packed = [flash_llm.pack(weight, format) for weight in weights]
     for seed in range(3):
         x = testing.small_integers(n, k, dtype=dtype, device=device, seed=seed).sign()
         expected = ternary_rounds(
@@ -663,10 +688,10 @@ def test_torch_ops_between_calls_are_waited_for(device, n, k, prefetch, dtype, p
 @ON_HOPPER
 @WITH_AND_WITHOUT_PREFETCH
 @pytest.mark.parametrize("n", [8, 64, 200])
-def test_an_input_that_is_written_in_place_between_calls(device, n, prefetch, dtype):
+def test_an_input_that_is_written_in_place_between_calls(device, n, format, prefetch, dtype):
     """The kernel before a call writes the memory that the call reads, and so does the one after."""
     _, weight, _ = integers(2048, 1024, n, dtype, device)
-    w = flash_llm.pack(weight, "bitmap")
+    w = flash_llm.pack(weight, format)
     inputs = [
         testing.small_integers(n, 1024, dtype=dtype, device=device, seed=seed) for seed in range(40)
     ]
@@ -685,8 +710,8 @@ def test_an_input_that_is_written_in_place_between_calls(device, n, prefetch, dt
 @WITH_AND_WITHOUT_PREFETCH
 @pytest.mark.parametrize("n", [8, 200])
 @pytest.mark.parametrize("shared", [True, False], ids=["one-weight", "own-weights"])
-def test_chains_on_two_streams_at_once(device, shared, n, prefetch):
-    weights, packed = relay_weights(("bitmap",), 2048, torch.float16, device)
+def test_chains_on_two_streams_at_once(device, shared, n, format, prefetch):
+    weights, packed = relay_weights((format,), 2048, torch.float16, device)
     # Each stream begins with another weight, or both use the first.
     turns = (
         [(weights[:1], packed[:1])] * 2
@@ -712,10 +737,10 @@ def test_chains_on_two_streams_at_once(device, shared, n, prefetch):
 
 @ON_HOPPER
 @WITH_AND_WITHOUT_PREFETCH
-def test_an_input_that_another_stream_makes(device, prefetch):
+def test_an_input_that_another_stream_makes(device, format, prefetch):
     """The kernel before on this stream is a call too; the input depends on an event only."""
     _, weight, _ = integers(1100, 576, 8, torch.float16, device)
-    w = flash_llm.pack(weight, "bitmap")
+    w = flash_llm.pack(weight, format)
     inputs = [testing.small_integers(8, 576, device=device, seed=seed) for seed in range(10)]
     x = torch.full_like(inputs[0], float("nan"))
     producer, consumer = torch.cuda.Stream(), torch.cuda.Stream()
@@ -737,11 +762,11 @@ def test_an_input_that_another_stream_makes(device, prefetch):
 @ON_HOPPER
 @WITH_AND_WITHOUT_PREFETCH
 @pytest.mark.parametrize("source", ["cuda", "pinned"])
-def test_a_weight_that_is_replaced_by_a_copy_between_calls(device, source, prefetch):
+def test_a_weight_that_is_replaced_by_a_copy_between_calls(device, source, format, prefetch):
     """load_state_dict copies in place; copies are no kernels, so prefetching waits for them."""
     x, weight, _ = integers(1100, 700, 8, torch.float16, device)
-    w = flash_llm.pack(weight, "bitmap")
-    payloads = [w.payload.clone(), flash_llm.pack(-weight, "bitmap").payload]
+    w = flash_llm.pack(weight, format)
+    payloads = [w.payload.clone(), flash_llm.pack(-weight, format).payload]
     if source == "pinned":
         payloads = [payload.cpu().pin_memory() for payload in payloads]
 

@@ -4,6 +4,13 @@
 
 namespace flash_llm {
 
+PackedHeader PackedHeader::of(Format format) {
+  PackedHeader header;
+  header.version = packed_version(format);
+  header.format = format;
+  return header;
+}
+
 std::array<int64_t, kPackedHeaderInts> PackedHeader::to_ints() const {
   return {magic, version,      static_cast<int64_t>(format), static_cast<int64_t>(value_type), m, k,
           nnz,   payload_words};
@@ -18,14 +25,16 @@ Status PackedHeader::from_ints(const int64_t* ints, int64_t count, PackedHeader*
     return Status::invalid_value("header must begin with the magic number " +
                                  std::to_string(kPackedMagic) + ", got " + std::to_string(ints[0]));
   }
-  if (ints[1] != kPackedVersion) {
-    return Status::unsupported("header has format version " + std::to_string(ints[1]) +
-                               ", this build reads version " + std::to_string(kPackedVersion));
-  }
   if (ints[2] != static_cast<int64_t>(Format::kTiledCsl) &&
       ints[2] != static_cast<int64_t>(Format::kBitmap)) {
     return Status::unsupported("header names format " + std::to_string(ints[2]) +
                                ", this build knows 1 (tiled_csl), 2 (bitmap)");
+  }
+  const int64_t newest = packed_version(static_cast<Format>(ints[2]));
+  if (ints[1] < 1 || ints[1] > newest) {
+    return Status::unsupported(
+        "header has format version " + std::to_string(ints[1]) + ", this build reads version" +
+        (newest == 1 ? std::string(" 1") : "s 1 to " + std::to_string(newest)));
   }
   if (ints[3] != static_cast<int64_t>(ValueType::kFloat16) &&
       ints[3] != static_cast<int64_t>(ValueType::kBfloat16)) {

@@ -13,18 +13,20 @@ namespace flash_llm {
 
 // "FLASHLLM" read as a little-endian 64-bit integer.
 inline constexpr int64_t kPackedMagic = 0x4D4C4C4853414C46;
-// Raised when the meaning of any stored byte changes; readers refuse what they do not know.
-inline constexpr int64_t kPackedVersion = 1;
 inline constexpr int kPackedHeaderInts = 8;
 
 enum class Format : int64_t { kTiledCsl = 1, kBitmap = 2 };
+
+// The version of a format that is written, raised when the meaning of any of its bytes changes.
+// Readers know all versions from 1 up to it and refuse others.
+constexpr int64_t packed_version(Format format) { return format == Format::kBitmap ? 2 : 1; }
 
 // Values are stored as raw 16-bit patterns, so both types share every packer and unpacker.
 enum class ValueType : int64_t { kFloat16 = 1, kBfloat16 = 2 };
 
 struct PackedHeader {
   int64_t magic = kPackedMagic;
-  int64_t version = kPackedVersion;
+  int64_t version = 0;  // 1 ... packed_version(format)
   Format format = Format::kTiledCsl;
   ValueType value_type = ValueType::kFloat16;
   int64_t m = 0;              // rows of the weight: out_features
@@ -32,8 +34,11 @@ struct PackedHeader {
   int64_t nnz = 0;            // values that are not ±0
   int64_t payload_words = 0;  // 32-bit words in the payload, padding included
 
+  // As a weight is written today; sizes are still 0.
+  static PackedHeader of(Format format);
+
   std::array<int64_t, kPackedHeaderInts> to_ints() const;
-  // Reads and checks `count` ints: magic, version, known format and type, sizes within range.
+  // Reads and checks `count` ints: magic, known format, version and type, sizes within range.
   static Status from_ints(const int64_t* ints, int64_t count, PackedHeader* out);
 };
 

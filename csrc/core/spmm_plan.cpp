@@ -23,10 +23,17 @@ constexpr double kLowSparsity = 0.65;
 // in microseconds (2026-11-23):
 //   N = 512     50 % 446 / 555    70 % 423 / 525    90 % 371 / 469
 //   N = 2048    50 % 1691 / 1438  70 % 1598 / 1375  90 % 1527 / 1275
+// Where most pairs of columns are 2:4 the residual costs more, token by token: forced so at 80 %,
+// it had 0.64 of cuBLAS's speed at N = 128 and 0.35 at 512, unpack + cuBLAS 0.38 and 0.68
+// (2026-11-24).
 constexpr int64_t kBitmapMaxTokens = 1024;
+constexpr int64_t kBitmapMaxTokensTwoFour = 256;
 
 // Below this density the bits of a bitmap weigh more than the places of Tiled-CSL.
 constexpr double kBitmapMinDensity = 0.07;
+
+// Below this density most pairs of chunk columns are 2:4 (bitmap.h: prefers_two_four).
+constexpr double kTwoFourDensity = 0.17;
 
 constexpr int kMinComputeCapability = 80;
 // Shared memory that the driver takes from each CTA.
@@ -58,6 +65,11 @@ std::string join(const std::vector<std::string>& names) {
 std::string shape_text(const SpmmProblem& problem) {
   return "M=" + std::to_string(problem.m) + " N=" + std::to_string(problem.n) +
          " K=" + std::to_string(problem.k);
+}
+
+bool mostly_two_four(const SpmmProblem& problem) {
+  const double elems = static_cast<double>(problem.m) * static_cast<double>(problem.k);
+  return static_cast<double>(problem.nnz) < kTwoFourDensity * elems;
 }
 
 Status plan_dense(const SpmmProblem& problem, std::string reason, SpmmPlan* out) {
@@ -100,21 +112,6 @@ Status plan_lscd(const SpmmProblem& problem, const DeviceInfo& device, int confi
   return Status::success();
 }
 
-// Shared memory for one chunk: a little more than most chunks of a uniform mask need, so that both
-// slots of a ring are in use; what is larger takes the whole ring for a while.
-int bitmap_slot_bytes(const SpmmProblem& problem, const BitmapConfig& config, int smem_bytes) {
-  const double elems = static_cast<double>(problem.m) * static_cast<double>(problem.k);
-  const double density = elems > 0 ? static_cast<double>(problem.nnz) / elems : 0.0;
-  // The fullest of 64 columns, two runs each: 2.25 standard deviations above the mean, by sampling.
-  const double mean = kMaxChunkRows * density;
-  const int rows = static_cast<int>(mean + 2.25 * std::sqrt(mean * (1.0 - density))) + 2;
-  const int wanted = chunk_units(rows) * kChunkUnitBytes;
-  const int room = smem_bytes - kReservedSmemBytes - kBitmapFixedSmemBytes -
-                   config.x_stages * bitmap_x_stage_bytes(config);
-  const int fits = room / (config.chunks() * kBitmapSlots);
-  return std::max(std::min(wanted, fits), kMinBitmapSlotBytes) / kChunkRowBytes * kChunkRowBytes;
-}
-
 Status plan_bitmap(const SpmmProblem& problem, const DeviceInfo& device, int config_idx,
                    int64_t ctas, std::string reason, SpmmPlan* out) {
   const BitmapConfig& config = bitmap_configs()[static_cast<size_t>(config_idx)];
@@ -128,24 +125,28 @@ Status plan_bitmap(const SpmmProblem& problem, const DeviceInfo& device, int con
   const int64_t token_blocks = (problem.n + config.tile_n - 1) / config.tile_n;
   const int64_t row_blocks = (problem.m + config.block_m() - 1) / config.block_m();
   const int64_t rows = token_blocks * row_blocks;
-  const int64_t units = rows * num_chunk_cols(problem.k);
-  if (units > INT32_MAX) {
-    return Status::invalid_value(shape_text(problem) + " needs " + std::to_string(units) +
+  // Cutting between the two columns of a 2:4 pair would give one CTA both and the other none.
+  out->unit_cols = mostly_two_four(problem) ? 2 : 1;
+  const int64_t columns = num_chunk_cols(problem.k), chunks = rows * columns;
+  if (chunks > INT32_MAX) {
+    return Status::invalid_value(shape_text(problem) + " needs " + std::to_string(chunks) +
                                  " units of work, more than 32-bit indices can count");
   }
-  // One CTA fills an SM's registers.
+  // One CTA fills an SM's registers. Work is divided between clusters.
   if (ctas == 0) ctas = device.num_sms;
-  ctas = std::clamp<int64_t>(ctas, 1, std::max<int64_t>(units, 1));
+  const int64_t units = rows * ((columns + out->unit_cols - 1) / out->unit_cols);
+  const int64_t clusters =
+      std::clamp<int64_t>(ctas / config.cluster, 1, std::max<int64_t>(units, 1));
   out->route = SpmmRoute::kBitmap;
   out->config = config_idx;
-  out->ctas = ctas;
-  out->slot_bytes = bitmap_slot_bytes(problem, config, device.smem_per_sm_bytes);
-  // Sums of its first and its last row of blocks for each CTA, or of every row that it touches,
-  // which are at most ctas + rows - 1 in all.
-  const int64_t slots = bitmap_stores_rows(config.tile_n) ? 2 * ctas : ctas + rows;
-  out->workspace_bytes =
-      slots * config.block_m() * config.tile_n * static_cast<int64_t>(sizeof(float));
-  out->rounds_before_activation = bitmap_stores_rows(config.tile_n);
+  out->ctas = clusters * config.cluster;
+  const int room = device.smem_per_sm_bytes - kReservedSmemBytes - kBitmapSpareSmemBytes;
+  const int step = kChunkUnitBytes * config.rings();
+  out->ring_bytes =
+      std::max(room - bitmap_smem_bytes(config, 0), bitmap_min_ring_bytes(config)) / step * step;
+  out->workspace_bytes = bitmap_slots(config.tile_n, clusters, rows) * config.block_m() *
+                         config.tile_n * static_cast<int64_t>(sizeof(float));
+  out->rounds_before_activation = !bitmap_finishes_all(config.tile_n);
   out->reason = std::move(reason);
   return Status::success();
 }
@@ -170,8 +171,12 @@ Status plan_bitmap_auto(const SpmmProblem& problem, const DeviceInfo& device, in
   if (!device.has_sm90a) {
     return plan_dense(problem, "the bitmap kernel needs a Hopper GPU and a build for sm_90a", out);
   }
-  if (problem.n > kBitmapMaxTokens) {
-    return plan_dense(problem, "N > 1024: unpacking and cuBLAS cost less", out);
+  const bool two_four = mostly_two_four(problem);
+  if (problem.n > (two_four ? kBitmapMaxTokensTwoFour : kBitmapMaxTokens)) {
+    return plan_dense(problem,
+                      two_four ? "N > 256 above 83 % zeros: unpacking and cuBLAS cost less"
+                               : "N > 1024: unpacking and cuBLAS cost less",
+                      out);
   }
   return plan_bitmap(problem, device, config_for(bitmap_configs(), problem.n), ctas,
                      "the narrowest tile that covers N decodes each weight once", out);
@@ -191,8 +196,8 @@ const std::vector<LscdConfig>& lscd_configs() {
 
 const std::vector<BitmapConfig>& bitmap_configs() {
   static const std::vector<BitmapConfig> configs = {
-#define FLASH_LLM_ROW(name, tile_n, warps, strips, x_stages) \
-  {#name, tile_n, warps, strips, x_stages},
+#define FLASH_LLM_ROW(name, tile_n, warps, strips, cluster, x_stages) \
+  {#name, tile_n, warps, strips, cluster, x_stages},
       FLASH_LLM_BITMAP_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
   };
@@ -232,7 +237,9 @@ std::string SpmmPlan::name() const {
 std::string SpmmPlan::to_string() const {
   std::string text = name();
   if (ctas > 0) text += " ctas=" + std::to_string(ctas);
-  if (slot_bytes > 0) text += " slot_bytes=" + std::to_string(slot_bytes);
+  if (ring_bytes > 0) {
+    text += " unit_cols=" + std::to_string(unit_cols) + " ring_bytes=" + std::to_string(ring_bytes);
+  }
   if (workspace_bytes > 0) text += " workspace_bytes=" + std::to_string(workspace_bytes);
   return text + " (" + reason + ")";
 }

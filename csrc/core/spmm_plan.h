@@ -66,17 +66,18 @@ constexpr int lscd_smem_bytes(const LscdConfig& config) {
 }
 
 // The same for the bitmap kernel, one CTA per SM:
-//   name, columns of X per CTA, warps, strips of 16 rows per warp (2 is a whole chunk; with 1 two
-//   warps share a chunk, which leaves registers for more columns), and stages of X (128 columns of
-//   K each) that wait in shared memory
+//   name, columns of X per CTA, warps that multiply, strips of 16 rows per warp (2 is a whole
+//   chunk; with 1 two warps share a chunk, which leaves registers for more columns), CTAs in a
+//   cluster (which read X from L2 once for all of them), and stages of X that wait in shared
+//   memory, of 64 or 128 columns of K
 // clang-format off
 #define FLASH_LLM_BITMAP_CONFIGS(row) \
-  row(n8, 8, 16, 2, 8)                \
-  row(n16, 16, 16, 2, 8)              \
-  row(n32, 32, 16, 2, 4)              \
-  row(n64, 64, 16, 2, 2)              \
-  row(n128, 128, 16, 1, 2)            \
-  row(n256, 256, 8, 1, 2)
+  row(n8, 8, 16, 2, 1, 8)             \
+  row(n16, 16, 16, 2, 1, 8)           \
+  row(n32, 32, 16, 2, 1, 8)           \
+  row(n64, 64, 16, 1, 2, 8)           \
+  row(n128, 128, 16, 1, 2, 4)         \
+  row(n256, 256, 8, 1, 2, 4)
 // clang-format on
 
 struct BitmapConfig {
@@ -84,36 +85,76 @@ struct BitmapConfig {
   int tile_n;
   int warps;
   int strips;
+  int cluster;
   int x_stages;
 
-  // A CTA works on so many rows of W at a time, and so many chunks.
-  constexpr int block_m() const { return warps * strips * kStripM; }
-  constexpr int chunks() const { return block_m() / kChunkM; }
+  // A CTA works on so many chunks at a time, and a cluster on so many rows of W.
+  constexpr int chunks() const { return warps * strips * kStripM / kChunkM; }
+  constexpr int block_m() const { return cluster * chunks() * kChunkM; }
+  // Chunks come through rings of bytes, at most 8 of a column through one.
+  constexpr int rings() const { return chunks() > 8 ? chunks() / 8 : 1; }
 };
 
 const std::vector<BitmapConfig>& bitmap_configs();
 
-// Each chunk of a CTA comes through a ring of its own. A chunk that is larger than a slot takes the
-// whole ring.
-inline constexpr int kBitmapSlots = 2;
-inline constexpr int kMinBitmapSlotBytes = 35 * kChunkRowBytes;
-static_assert(kBitmapSlots * kMinBitmapSlotBytes >= chunk_units(kMaxChunkRows) * kChunkUnitBytes,
-              "the fullest chunk must fit the ring");
-// Whether the kernel itself stores the rows of blocks that one CTA does alone, so that the
-// workspace stays small however many tokens there are. It then has no registers left for an
-// activation, which a kernel of the caller's applies to the rounded sums, as on the dense route.
-constexpr bool bitmap_stores_rows(int tile_n) { return tile_n > 64; }
+// Whether all sums go through the workspace to the kernel that finishes them. For many tokens that
+// is too much: the main kernel itself then stores what it has done alone, and because it has no
+// registers left for the activation, a kernel of the caller's applies that to the rounded sums, as
+// on the dense route.
+constexpr bool bitmap_finishes_all(int tile_n) { return tile_n <= 64; }
 
-constexpr int bitmap_x_stage_bytes(const BitmapConfig& config) {
-  return config.tile_n * kChunkK * 2;
+// Slots of the workspace, each for the sums of a row of blocks: where all sums are finished
+// elsewhere, from one cluster's to the next either the cluster or the row is another; else a
+// cluster leaves at most two rows behind, its first and its last.
+constexpr int64_t bitmap_slots(int tile_n, int64_t clusters, int64_t rows) {
+  return bitmap_finishes_all(tile_n) ? clusters + rows : 2 * clusters;
 }
-// Barriers and counters, and what aligning the rest to 1024 bytes may cost.
-inline constexpr int kBitmapFixedSmemBytes = 2048;
 
-// Shared memory of one CTA of the bitmap kernel.
-constexpr int bitmap_smem_bytes(const BitmapConfig& config, int slot_bytes) {
-  return kBitmapFixedSmemBytes + config.x_stages * bitmap_x_stage_bytes(config) +
-         config.chunks() * kBitmapSlots * slot_bytes;
+// Whether plain chunks are multiplied by wgmma or by mma.sync. A wgmma with its A in registers
+// takes 30 cycles of the tensor cores however few the columns of B; at 8 that made 45 us of 57 us
+// at 70 % zeros. (wgmma.sp, which takes twice the columns of A at once, costs no more than mma.sp.)
+constexpr bool bitmap_uses_wgmma(int tile_n) { return tile_n > 16; }
+
+// Fragments of a strip that are decoded before any is multiplied: two batches are in registers.
+constexpr int bitmap_batch(int tile_n, int strips) {
+  return tile_n == 128 || (tile_n == 32 && strips == 2) ? 1 : 2;
+}
+
+// Shared memory of one CTA of the bitmap kernel (cuda/bitmap_smem.cuh): fixed parts, and rings
+// that take all the rest.
+// Chunks of a column that are brought together, and whose place in the ring becomes free together,
+// at most.
+inline constexpr int kBitmapGroupChunks = 8;
+constexpr int bitmap_group_chunks(int chunks) {
+  return chunks < kBitmapGroupChunks ? chunks : kBitmapGroupChunks;
+}
+inline constexpr int kBitmapGroupStages = 8;  // columns of a group in the ring, at most
+inline constexpr int kBitmapPairsAhead = 8;   // pairs of columns whose offsets are on their way
+inline constexpr int kXBoxK = 64;  // columns of a box of X's tensor map: 128 bytes, a swizzle span
+inline constexpr int kBitmapGuardBytes = 34 * kChunkRowBytes;  // after the ring
+// Left free, so that CTAs of the finishing kernel are there before the main kernel's end.
+inline constexpr int kBitmapSpareSmemBytes = 3 * 1024;
+
+// Boxes of a stage of X. (With two, ptxas no longer follows which wgmma is still under way.)
+constexpr int bitmap_x_boxes(int tile_n) { return bitmap_uses_wgmma(tile_n) ? 1 : 2; }
+constexpr int bitmap_transposed_x_bytes(int tile_n) {
+  return kTwoFourK * 2 * (tile_n < 64 ? tile_n : 64);
+}
+constexpr int bitmap_fixed_smem_bytes(int tile_n, int x_stages) {
+  // 1024 for the alignment of what follows; then X, X transposed, an empty chunk, what is said of
+  // the chunks in the ring, the offsets ahead, barriers, and the guard.
+  return 1024 + x_stages * bitmap_x_boxes(tile_n) * tile_n * kXBoxK * 2 +
+         bitmap_transposed_x_bytes(tile_n) + kTwoFourFixedBytes + 16 * kBitmapGroupStages * 8 +
+         2 * kBitmapPairsAhead * 32 * 8 +
+         8 * (2 * 16 / kBitmapGroupChunks * kBitmapGroupStages + 2 * x_stages + 2) + 128 +
+         kBitmapGuardBytes;
+}
+constexpr int bitmap_smem_bytes(const BitmapConfig& config, int ring_bytes) {
+  return bitmap_fixed_smem_bytes(config.tile_n, config.x_stages) + ring_bytes;
+}
+// Every ring must hold a group of the fullest chunks.
+constexpr int bitmap_min_ring_bytes(const BitmapConfig& config) {
+  return config.rings() * bitmap_group_chunks(config.chunks()) * kMaxChunkUnits * kChunkUnitBytes;
 }
 
 // The format that multiplies fastest on a device, and one sentence why.
@@ -128,7 +169,8 @@ struct SpmmPlan {
   SpmmRoute route = SpmmRoute::kCpuTiles;
   int config = -1;     // index into the route's configurations, or -1
   int64_t ctas = 0;    // kernels of ours: grid size; work is cut evenly between them (stream-K)
-  int slot_bytes = 0;  // kBitmap: shared memory for one chunk
+  int ring_bytes = 0;  // kBitmap: shared memory for chunks
+  int unit_cols = 1;   // kBitmap: columns of chunks that are not divided between CTAs
   // Whether the kernel leaves the activation to the caller.
   bool rounds_before_activation = false;
   // Temporary memory: fp32 partial sums and then X in fragment order (kLscd), fp32 partial sums

@@ -24,20 +24,37 @@ __device__ __forceinline__ void allow_next_kernel() {
 #endif
 }
 
+// Launches a kernel in clusters of `cluster` CTAs; `dependent` lets it begin early.
 template <typename... Params, typename... Args>
-Status launch_kernel(const char* what, void (*kernel)(Params...), dim3 grid, int threads,
-                     int smem_bytes, bool dependent, cudaStream_t stream, Args... args) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+Status launch_clusters(const char* what, void (*kernel)(Params...), unsigned cluster, dim3 grid,
+                       int threads, int smem_bytes, bool dependent, cudaStream_t stream,
+                       Args... args) {
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned num_attributes = 0;
+  if (dependent) {
+    cudaLaunchAttribute& attribute = attributes[num_attributes++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[num_attributes++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cluster, 1, 1};
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = static_cast<unsigned>(threads);
   config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = num_attributes;
   return cuda::check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), what);
+}
+
+template <typename... Params, typename... Args>
+Status launch_kernel(const char* what, void (*kernel)(Params...), dim3 grid, int threads,
+                     int smem_bytes, bool dependent, cudaStream_t stream, Args... args) {
+  return launch_clusters(what, kernel, 1, grid, threads, smem_bytes, dependent, stream, args...);
 }
 
 }  // namespace flash_llm

@@ -15,16 +15,18 @@
 namespace flash_llm::cuda {
 
 // Y = act(X . W^T + bias) by the plan's kernel. Needs m, n, k > 0; payload 16-byte aligned; y
-// 8-byte aligned; workspace 16-byte aligned, of plan.workspace_bytes.
+// 8-byte aligned; workspace 16-byte aligned, of plan.workspace_bytes. `prefetch` launches
+// dependently, on sm_90: the kernel starts to fetch the weight while the kernel before it in the
+// stream still runs, so that one must not be writing the weight.
 //
 // Route kLscd, Tiled-CSL: unless the configuration has packed_x, x must be 16-byte aligned,
 // x_stride a multiple of 8 (or n = 1), and rows readable, and zero, up to the next multiple of
 // kTileK.
-Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, cudaStream_t stream);
+Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
+                 cudaStream_t stream);
 
 // Route kBitmap, Bitmap on sm_90: x must be 16-byte aligned and x_stride a multiple of 8 (or n =
-// 1). `prefetch` launches dependently: the kernel starts to fetch the weight while the kernel
-// before it in the stream still runs, so that one must not be writing the weight.
+// 1).
 Status spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                    cudaStream_t stream);
 

@@ -61,6 +61,11 @@ __device__ __forceinline__ void bulk_copy_streaming(uint32_t smem, const void* g
       : "memory");
 }
 
+// Brings a tensor map, which is a kernel parameter, closer.
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // One box of a two-dimensional tensor map, at element (x, y).
 __device__ __forceinline__ void tensor_copy_2d(uint32_t smem, const CUtensorMap* map, int x, int y,
                                                uint32_t barrier) {
@@ -71,14 +76,64 @@ __device__ __forceinline__ void tensor_copy_2d(uint32_t smem, const CUtensorMap*
       : "memory");
 }
 
-// atom.add.acq_rel at CTA scope; returns what was there before.
-__device__ __forceinline__ uint32_t fetch_add_shared(uint32_t smem, uint32_t value) {
-  uint32_t before;
-  asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "r"(smem), "r"(value)
+// The same for all CTAs of the cluster in `cta_mask`: to the same address, and counted by the
+// barrier at the same address, in each of them.
+__device__ __forceinline__ void tensor_copy_2d_multicast(uint32_t smem, const CUtensorMap* map,
+                                                         int x, int y, uint32_t barrier,
+                                                         uint16_t cta_mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(smem),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(cta_mask)
+      : "memory");
+}
+
+// mbarrier.arrive on the barrier at this address in CTA `rank` of the cluster. It says that memory
+// has been read, so it need not (at a great price) make writes visible to the cluster.
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of the cluster meet; what they did to each other's memory is done.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+// stmatrix.x4.trans: stores four 8x8 matrices of 16-bit elements transposed; lane l gives the
+// address of row l % 8 of matrix l / 8 as it will lie in memory.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t smem, const uint32_t (&reg)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
+               "r"(reg[0]), "r"(reg[1]), "r"(reg[2]), "r"(reg[3])
                : "memory");
-  return before;
+}
+
+// setmaxnreg: all warps of a warpgroup must call it. `kRegisters` per thread is fewer than
+// before...
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ... or more: waits until they have been given.
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 __device__ __forceinline__ void wgmma_fence() {
@@ -96,149 +151,93 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // Descriptor of a K-major B operand in shared memory with 128-byte swizzle: rows of 128 bytes (64
-// elements of K), 8 rows per 1024-byte group; `smem` is a multiple of 1024 plus 32 bytes per k16.
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kGroupStride = uint64_t{1024 / 16} << 32;
-  constexpr uint64_t kUnusedStride = uint64_t{1} << 16;
-  return kSwizzle128 | kGroupStride | kUnusedStride | ((smem & 0x3FFFF) >> 4);
+// elements of K), 8 rows per 1024-byte group; it begins at smem + offset, a multiple of 1024 plus
+// 32 bytes per k16.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem, uint32_t offset) {
+  constexpr uint32_t kSwizzle128 = 1U << 30, kGroupStride = 1024 / 16, kUnusedStride = 1U << 16;
+  // Shared memory ends far below the 256 KB that an address here can name, so none of it carries
+  // into the next field, and only the sum depends on the offset.
+  const uint32_t low = (kUnusedStride | smem >> 4) + (offset >> 4);
+  return uint64_t{kSwizzle128 | kGroupStride} << 32 | low;
 }
 
-// wgmma.m64nNk16: d[64, kN] += a[64, 16] . b[16, kN], or = where `accumulate` is 0; fp32
-// accumulation, a from registers: each warp holds 16 rows, laid out as for mma.m16n8k16, and so is
-// d, 8 columns after 8.
+// The operands of wgmma as PTX text: registers %t0 .. of ten, and the sums d[i] .. as outputs.
 // clang-format off
-#define FLASH_LLM_DEFINE_WGMMA(name, type) \
-template <int kN> \
-__device__ __forceinline__ void name(float (&d)[kN / 2], const uint32_t* a, uint64_t b, \
-                                     int accumulate) { \
-  if constexpr (kN == 8) { \
+#define FLASH_LLM_R2(t) "%" #t "0, %" #t "1"
+#define FLASH_LLM_R4(t) FLASH_LLM_R2(t) ", %" #t "2, %" #t "3"
+#define FLASH_LLM_R6(t) FLASH_LLM_R4(t) ", %" #t "4, %" #t "5"
+#define FLASH_LLM_R8(t) FLASH_LLM_R6(t) ", %" #t "6, %" #t "7"
+#define FLASH_LLM_R10(t) FLASH_LLM_R8(t) ", %" #t "8, %" #t "9, "
+#define FLASH_LLM_R30 FLASH_LLM_R10() FLASH_LLM_R10(1) FLASH_LLM_R10(2)
+#define FLASH_LLM_R60 FLASH_LLM_R30 FLASH_LLM_R10(3) FLASH_LLM_R10(4) FLASH_LLM_R10(5)
+#define FLASH_LLM_R120 \
+  FLASH_LLM_R60 FLASH_LLM_R10(6) FLASH_LLM_R10(7) FLASH_LLM_R10(8) FLASH_LLM_R10(9) \
+  FLASH_LLM_R10(10) FLASH_LLM_R10(11)
+#define FLASH_LLM_D4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
+#define FLASH_LLM_D8(i) FLASH_LLM_D4(i), FLASH_LLM_D4((i) + 4)
+#define FLASH_LLM_D16(i) FLASH_LLM_D8(i), FLASH_LLM_D8((i) + 8)
+#define FLASH_LLM_D32(i) FLASH_LLM_D16(i), FLASH_LLM_D16((i) + 16)
+#define FLASH_LLM_D64(i) FLASH_LLM_D32(i), FLASH_LLM_D32((i) + 32)
+#define FLASH_LLM_D128(i) FLASH_LLM_D64(i), FLASH_LLM_D64((i) + 64)
+// kN, then d, a, b and the two operands after them as text, then the outputs.
+#define FLASH_LLM_WGMMA_SHAPES(row) \
+  row(8, FLASH_LLM_R4(), "%4, %5, %6, %7", "%8", "%9", "%10", FLASH_LLM_D4(0)) \
+  row(16, FLASH_LLM_R8(), "%8, %9, %10, %11", "%12", "%13", "%14", FLASH_LLM_D8(0)) \
+  row(32, FLASH_LLM_R10() FLASH_LLM_R6(1), "%16, %17, %18, %19", "%20", "%21", "%22", \
+      FLASH_LLM_D16(0)) \
+  row(64, FLASH_LLM_R30 FLASH_LLM_R2(3), "%32, %33, %34, %35", "%36", "%37", "%38", \
+      FLASH_LLM_D32(0)) \
+  row(128, FLASH_LLM_R60 FLASH_LLM_R4(6), "%64, %65, %66, %67", "%68", "%69", "%70", \
+      FLASH_LLM_D64(0)) \
+  row(256, FLASH_LLM_R120 FLASH_LLM_R8(12), "%128, %129, %130, %131", "%132", "%133", "%134", \
+      FLASH_LLM_D128(0))
+
+#define FLASH_LLM_WGMMA(type, n, d_text, a_text, b_text, t1, t2, ...) \
+  if constexpr (kN == n) { \
     asm volatile( \
-        "{ .reg .pred accumulate; setp.ne.b32 accumulate, %9, 0; " \
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32." type " " \
-        "{%0, %1, %2, %3}, " \
-        "{%4, %5, %6, %7}, %8, accumulate, 1, 1, 0; }" \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)); \
-  } \
-  if constexpr (kN == 16) { \
+        "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type " " \
+        "{" d_text "}, {" a_text "}, " b_text ", 1, 1, 1, 0;" \
+        : __VA_ARGS__ \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+  }
+#define FLASH_LLM_WGMMA_SP(type, n, d_text, a_text, b_text, t1, t2, ...) \
+  if constexpr (kN == n) { \
     asm volatile( \
-        "{ .reg .pred accumulate; setp.ne.b32 accumulate, %13, 0; " \
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32." type " " \
-        "{%0, %1, %2, %3, %4, %5, %6, %7}, " \
-        "{%8, %9, %10, %11}, %12, accumulate, 1, 1, 0; }" \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), \
-          "+f"(d[6]), "+f"(d[7]) \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)); \
-  } \
-  if constexpr (kN == 32) { \
-    asm volatile( \
-        "{ .reg .pred accumulate; setp.ne.b32 accumulate, %21, 0; " \
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32." type " " \
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " \
-        "{%16, %17, %18, %19}, %20, accumulate, 1, 1, 0; }" \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), \
-          "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), \
-          "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)); \
-  } \
-  if constexpr (kN == 64) { \
-    asm volatile( \
-        "{ .reg .pred accumulate; setp.ne.b32 accumulate, %37, 0; " \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." type " " \
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
-        "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
-        "{%32, %33, %34, %35}, %36, accumulate, 1, 1, 0; }" \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), \
-          "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), \
-          "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), \
-          "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), \
-          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), \
-          "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]) \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)); \
-  } \
-  if constexpr (kN == 128) { \
-    asm volatile( \
-        "{ .reg .pred accumulate; setp.ne.b32 accumulate, %69, 0; " \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." type " " \
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
-        "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, " \
-        "%33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
-        "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
-        "{%64, %65, %66, %67}, %68, accumulate, 1, 1, 0; }" \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), \
-          "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), \
-          "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), \
-          "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), \
-          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), \
-          "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), \
-          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), \
-          "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), \
-          "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), \
-          "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), \
-          "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), \
-          "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), \
-          "+f"(d[62]), "+f"(d[63]) \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)); \
-  } \
-  if constexpr (kN == 256) { \
-    asm volatile( \
-        "{ .reg .pred accumulate; setp.ne.b32 accumulate, %133, 0; " \
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32." type " " \
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
-        "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, " \
-        "%33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
-        "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, " \
-        "%65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
-        "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, " \
-        "%97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, " \
-        "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, " \
-        "%123, %124, %125, %126, %127}, " \
-        "{%128, %129, %130, %131}, %132, accumulate, 1, 1, 0; }" \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), \
-          "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), \
-          "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), \
-          "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), \
-          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), \
-          "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), \
-          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), \
-          "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), \
-          "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), \
-          "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), \
-          "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), \
-          "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), \
-          "+f"(d[62]), "+f"(d[63]), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), \
-          "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), \
-          "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), \
-          "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), "+f"(d[80]), "+f"(d[81]), \
-          "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), \
-          "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), \
-          "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]), \
-          "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), \
-          "+f"(d[102]), "+f"(d[103]), "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), \
-          "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]), \
-          "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), \
-          "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]), "+f"(d[121]), \
-          "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), \
-          "+f"(d[127]) \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)); \
-  } \
-}
+        "wgmma.mma_async.sp.sync.aligned.m64n" #n "k32.f32." type " " \
+        "{" d_text "}, {" a_text "}, " b_text ", " t1 ", " t2 \
+        ", 1, 1, 1, 0;" \
+        : __VA_ARGS__ \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(places), \
+          "n"(kSelector)); \
+  }
+#define FLASH_LLM_WGMMA_F16(...) FLASH_LLM_WGMMA("f16.f16", __VA_ARGS__)
+#define FLASH_LLM_WGMMA_BF16(...) FLASH_LLM_WGMMA("bf16.bf16", __VA_ARGS__)
+#define FLASH_LLM_WGMMA_SP_F16(...) FLASH_LLM_WGMMA_SP("f16.f16", __VA_ARGS__)
+#define FLASH_LLM_WGMMA_SP_BF16(...) FLASH_LLM_WGMMA_SP("bf16.bf16", __VA_ARGS__)
 // clang-format on
 
-FLASH_LLM_DEFINE_WGMMA(wgmma_f16, "f16.f16")
-FLASH_LLM_DEFINE_WGMMA(wgmma_bf16, "bf16.bf16")
-#undef FLASH_LLM_DEFINE_WGMMA
-
+// wgmma.m64nNk16: d[64, kN] += a[64, 16] . b[16, kN]; fp32 accumulation, a from registers: each
+// warp holds 16 rows, laid out as for mma.m16n8k16, and so is d, 8 columns after 8.
 template <ValueType kType, int kN>
-__device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t* a, uint64_t b,
-                                      int accumulate) {
-  static_assert(kN == 8 || kN == 16 || kN == 32 || kN == 64 || kN == 128 || kN == 256,
-                "no such instruction here");
+__device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t* a, uint64_t b) {
   if constexpr (kType == ValueType::kFloat16) {
-    wgmma_f16<kN>(d, a, b, accumulate);
+    FLASH_LLM_WGMMA_SHAPES(FLASH_LLM_WGMMA_F16)
   } else {
-    wgmma_bf16<kN>(d, a, b, accumulate);
+    FLASH_LLM_WGMMA_SHAPES(FLASH_LLM_WGMMA_BF16)
+  }
+}
+
+// wgmma.sp.m64nNk32: the same for a[64, 32] of which two of each four neighbours in a row are
+// given, at `places` (as for mma.sp.m16n8k32): two bits each, in the lanes t = 2 kSelector and the
+// next of every four.
+template <ValueType kType, int kN, int kSelector>
+__device__ __forceinline__ void wgmma_sp(float (&d)[kN / 2], const uint32_t* a, uint64_t b,
+                                         uint32_t places) {
+  static_assert(kSelector == 0 || kSelector == 1, "two pairs of lanes");
+  if constexpr (kType == ValueType::kFloat16) {
+    FLASH_LLM_WGMMA_SHAPES(FLASH_LLM_WGMMA_SP_F16)
+  } else {
+    FLASH_LLM_WGMMA_SHAPES(FLASH_LLM_WGMMA_SP_BF16)
   }
 }
 

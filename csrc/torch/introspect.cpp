@@ -55,9 +55,10 @@ py::list configs() {
     row["tile_n"] = config.tile_n;
     row["warps"] = config.warps;
     row["strips"] = config.strips;
+    row["cluster"] = config.cluster;
     row["x_stages"] = config.x_stages;
     row["ctas_per_sm"] = 1;
-    row["smem_bytes"] = bitmap_smem_bytes(config, kMinBitmapSlotBytes);
+    row["smem_bytes"] = bitmap_smem_bytes(config, bitmap_min_ring_bytes(config));
     list.append(row);
   }
   return list;
@@ -128,6 +129,7 @@ PYBIND11_MODULE(_C, m) {
   for (const Format id : {Format::kTiledCsl, Format::kBitmap}) {
     const PackedFormat& format = packed_format(id);
     py::dict row;
+    row["version"] = packed_version(id);
     row["tile_m"] = format.tile_m;
     row["tile_k"] = format.tile_k;
     row["unit_words"] = format.unit_words;
@@ -135,5 +137,4 @@ PYBIND11_MODULE(_C, m) {
   }
   m.attr("FORMATS") = formats;
   m.attr("PACKED_MAGIC") = kPackedMagic;
-  m.attr("PACKED_VERSION") = kPackedVersion;
 }

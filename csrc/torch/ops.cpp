@@ -154,8 +154,7 @@ Tensor header_tensor(const PackedHeader& header) {
 }
 
 PackedHeader make_header(const DenseMatrix& dense, Format format, int64_t nnz, int64_t words) {
-  PackedHeader header;
-  header.format = format;
+  PackedHeader header = PackedHeader::of(format);
   header.value_type = dense.value_type;
   header.m = dense.m;
   header.k = dense.k;
@@ -531,10 +530,9 @@ Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
   if (plan.rounds_before_activation) args.activation = Activation::kNone;
   // A weight that was copied just now is still being written when a dependent launch would read it.
   prefetch = prefetch && !call.weight.copied;
-  raise_if_error(
-      "spmm", bitmap ? cuda::spmm_bitmap(plan, args, workspace.mutable_data_ptr(), prefetch,
-                                         current_stream())
-                     : cuda::spmm_lscd(plan, args, workspace.mutable_data_ptr(), current_stream()));
+  const auto spmm = bitmap ? cuda::spmm_bitmap : cuda::spmm_lscd;
+  raise_if_error("spmm",
+                 spmm(plan, args, workspace.mutable_data_ptr(), prefetch, current_stream()));
   if (plan.rounds_before_activation) activate_(y, call.activation);
   return y;
 }

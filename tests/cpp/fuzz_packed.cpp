@@ -43,9 +43,9 @@ class Fuzzer {
     round_ = round;
     rng_.seed(static_cast<uint32_t>(seed_ * 0x9E3779B9U + round));
     const int64_t m = pick_size(), k = pick_size();
-    const double sparsities[] = {0.0, 0.3, 0.7, 0.97, 1.0};
-    const DenseMatrix dense =
-        random_patterns(m, k, sparsities[below(5)], static_cast<uint32_t>(rng_()), below(3));
+    DenseMatrix dense = random_patterns(m, k, pick_of(0.0, 0.3, 0.7, 0.97, 1.0),
+                                        static_cast<uint32_t>(rng_()), below(3));
+    if (below(2)) thin_out(dense);
     const Format format = kFormats[below(2)];
     Packed packed;
     require(pack(dense, format, serial_for, &packed).ok(), "pack refused a small matrix");
@@ -75,34 +75,30 @@ class Fuzzer {
     return static_cast<int64_t>(rng_() % static_cast<uint64_t>(bound));
   }
 
+  template <typename T, typename... More>
+  T pick_of(T first, More... more) {
+    const T values[] = {first, more...};
+    return values[below(1 + static_cast<int64_t>(sizeof...(more)))];
+  }
+
   int64_t pick_size() {
-    const int64_t sizes[] = {0, 1, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 260};
-    return sizes[below(14)];
+    return pick_of<int64_t>(0, 1, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 256, 260, 400);
+  }
+
+  // Drops most elements evenly, as a bitmap likes it for 2:4 chunks.
+  void thin_out(DenseMatrix& dense) {
+    const int64_t kept = pick_of<int64_t>(5, 30, 100, 200);
+    for (int64_t row = 0; row < dense.m; ++row) {
+      for (int64_t col = 0; col < dense.k; ++col) {
+        if (below(1000) >= kept) dense.at(row, col) = 0;
+      }
+    }
   }
 
   int64_t interesting() {
-    const int64_t values[] = {0,
-                              1,
-                              -1,
-                              3,
-                              4,
-                              9,
-                              137,
-                              139,
-                              8191,
-                              8192,
-                              8193,
-                              65535,
-                              INT32_MAX,
-                              INT32_MIN,
-                              INT64_MAX,
-                              INT64_MIN,
-                              2048,
-                              2049,
-                              int64_t{1} << 31,
-                              int64_t{1} << 62,
-                              127};
-    return values[below(21)];
+    return pick_of<int64_t>(0, 1, -1, 3, 4, 9, 18, 20, 127, 136, 137, 139, 2048, 2049, 8191, 8192,
+                            8193, 65535, INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN,
+                            int64_t{1} << 31, int64_t{1} << 62);
   }
 
   // Up to 2 more or less, wrapping around as corrupted integers do.
@@ -120,7 +116,7 @@ class Fuzzer {
   }
 
   void damage(Packed& packed) {
-    switch (below(12)) {
+    switch (below(13)) {
       case 0: {  // a header field
         auto ints = packed.header.to_ints();
         const size_t field = pick_index(ints.size());
@@ -181,15 +177,27 @@ class Fuzzer {
           packed.header.m = nudged(packed.header.m);
         }
         break;
-      case 10: {  // two bytes of a tile's last words: in a bitmap, where two runs go or a bit
+      case 10: {  // two bytes near a tile's end: in a bitmap, where two runs go or a bit
         const auto bytes = reinterpret_cast<uint8_t*>(packed.payload.data());
-        const int64_t end = 4 * packed.format().unit_words * int64_t{pick_offset(packed)};
+        const int64_t end = byte_at(packed, pick_offset(packed));
         if (end < 64 || end > 4 * static_cast<int64_t>(packed.payload.size())) break;
         const int64_t reach = below(2) ? 64 : std::min<int64_t>(end, 576);
         std::swap(bytes[end - 1 - below(reach)], bytes[end - 1 - below(reach)]);
         break;
       }
-      case 11: {  // a tile grows or shrinks by some units, the offsets and the header following
+      case 11: {  // near its beginning: the bits, the runs and the sizes of a 2:4 chunk
+        const auto bytes = reinterpret_cast<uint8_t*>(packed.payload.data());
+        const int64_t begin = byte_at(packed, pick_offset(packed));
+        if (begin < 0 || begin + 1088 > 4 * static_cast<int64_t>(packed.payload.size())) break;
+        const int64_t first = begin + pick_of<int64_t>(0, 1024), reach = begin + 1088 - first;
+        if (below(2)) {
+          std::swap(bytes[first + below(reach)], bytes[first + below(reach)]);
+        } else {
+          bytes[first + below(reach / 2) * 2] ^= 1;
+        }
+        break;
+      }
+      case 12: {  // a tile grows or shrinks by some units, the offsets and the header following
         const size_t tile = pick_index(packed.offsets.size());
         const int64_t unit = packed.format().unit_words, units = 1 + below(2);
         const int64_t at = unit * int64_t{packed.offsets[tile]};
@@ -215,6 +223,10 @@ class Fuzzer {
 
   int32_t pick_offset(const Packed& packed) {
     return packed.offsets[pick_index(packed.offsets.size())];
+  }
+
+  static int64_t byte_at(const Packed& packed, int64_t offset) {
+    return 4 * packed.format().unit_words * offset;
   }
 
   // Whether the weight is valid.

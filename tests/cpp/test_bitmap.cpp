@@ -8,6 +8,7 @@
 #include <bitset>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <random>
 #include <set>
 #include <string>
@@ -24,16 +25,30 @@ constexpr int kLanes = 32;
 
 Packed pack_bitmap(const DenseMatrix& dense) { return pack_or_die(dense, Format::kBitmap); }
 
+// Where the residual says that a column of the chunk is.
+int place_of(int col) { return 16 * (col ^ (col / 8 % 8)); }
+
 // A chunk's bytes by the offsets in bitmap.h, to read and to damage.
 struct Chunk {
   uint8_t* bytes = nullptr;
+  int units = 0;
+  bool two_four = false;
   int rows = -1;  // of values; -1 where the chunk has no bytes
+  int steps[2] = {0, 0};
 
   Chunk(Packed& packed, int64_t idx) {
     const auto i = static_cast<size_t>(idx);
-    const int units = packed.offsets[i + 1] - packed.offsets[i];
+    units = packed.offsets[i + 1] - packed.offsets[i];
     bytes = reinterpret_cast<uint8_t*>(packed.payload.data()) + int64_t{packed.offsets[i]} * 64;
-    if (units > 0) rows = (units - 9) / 2;
+    if (units == 0) return;
+    two_four = units % 2 == 0;
+    if (two_four) {
+      rows = size_at(0);
+      steps[0] = size_at(8);
+      steps[1] = size_at(16);
+    } else {
+      rows = (units - 9) / 2;
+    }
   }
 
   uint16_t value(int byte) const {
@@ -44,6 +59,19 @@ struct Chunk {
   void set_value(int byte, uint16_t value) const {
     std::memcpy(bytes + byte, &value, sizeof(value));
   }
+  uint8_t* values() const { return bytes + (two_four ? 1088 : 0); }
+  uint8_t* residual() const { return bytes + 1088 + 128 * rows; }
+  uint8_t& sigma(int lane, int strip) const {
+    return bytes[(two_four ? 1024 : rows * 128 + 512) + 2 * lane + strip];
+  }
+  // Bit `lane` of R | G0 << 8 | G1 << 16.
+  int size_at(int lane) const {
+    int size = 0;
+    for (int bit = 0; bit < 8; ++bit) size |= (bytes[1024 + 2 * (lane + bit)] & 1) << bit;
+    return size;
+  }
+
+  // Of a plain chunk.
   uint32_t bits(int lane, int half, int strip) const {
     uint32_t out;
     std::memcpy(&out, word_at(lane, half, strip), sizeof(out));
@@ -52,11 +80,46 @@ struct Chunk {
   void set_bits(int lane, int half, int strip, uint32_t word) const {
     std::memcpy(word_at(lane, half, strip), &word, sizeof(word));
   }
-  uint8_t& sigma(int lane, int strip) const { return bytes[rows * 128 + 512 + 2 * lane + strip]; }
+  // The bits of a 2:4 chunk's group with this row and column in it.
+  int group(int row, int col) const {
+    const int i = row / 16, g = row % 8, h = col / 32 % 2, u = col / 16 % 2;
+    const int n = row % 16 / 8 * 4 + col % 16 / 4, p = col / 64;
+    int group = 0;
+    for (int k = 0; k < 4; ++k) {
+      uint32_t word;
+      std::memcpy(&word, bytes + 512 * i + 16 * (4 * g + 2 * h + u) + 4 * k, sizeof(word));
+      group |= static_cast<int>(word >> (4 * n + p) & 1U) << k;
+    }
+    return group;
+  }
 
-  // One element, from the text of bitmap.h: find its bit, then its rank in the run.
+  // Value and place of a row in a step of its strip.
+  std::pair<uint16_t, uint16_t> residual_entry(int row, int step) const {
+    const int at = static_cast<int>(residual() - bytes) + 64 * (step + (row < 16 ? 0 : steps[0]));
+    return {value(at + row % 8 * 4 + row / 8 % 2 * 2), value(at + 32 + row % 16 * 2)};
+  }
+
+  // One element, from the text of bitmap.h.
   uint16_t element(int row, int col) const {
     if (rows < 0) return 0;
+    return two_four ? two_four_element(row, col) : plain_element(row, col);
+  }
+
+ private:
+  uint8_t* word_at(int lane, int half, int strip) const {
+    return bytes + rows * 128 + 16 * lane + 4 * (2 * half + strip);
+  }
+
+  uint16_t run_value(int lane, int half, int strip, int rank) const {
+    const int row = half == 0 ? rank : rows - 1 - rank;
+    const int offset = half == 0 ? 4 * lane + 2 * strip : sigma(lane, strip) & 0xFE;
+    uint16_t out;
+    std::memcpy(&out, values() + 128 * row + offset, sizeof(out));
+    return out;
+  }
+
+  // Find its bit, then its rank in the run.
+  uint16_t plain_element(int row, int col) const {
     const int strip = row / 16, half = col / 64, quad = col % 64 / 8;
     const int lane = row % 8 * 4 + col % 8 / 2, elem = row % 16 / 8 * 2 + col % 2;
     const uint32_t word = bits(lane, half, strip);
@@ -64,20 +127,48 @@ struct Chunk {
     for (int q = 0; q < 8; ++q) {
       for (const int j : {0, 1, 3, 2}) {
         const bool stored = (word >> (8 * j + q) & 1U) != 0;
-        if (q == quad && j == elem) {
-          if (!stored) return 0;
-          return value(half == 0 ? 128 * rank + 4 * lane + 2 * strip
-                                 : 128 * (rows - 1 - rank) + sigma(lane, strip));
-        }
+        if (q == quad && j == elem) return stored ? run_value(lane, half, strip, rank) : 0;
         rank += stored;
       }
     }
     return 0;
   }
 
- private:
-  uint8_t* word_at(int lane, int half, int strip) const {
-    return bytes + rows * 128 + 16 * lane + 4 * (2 * half + strip);
+  // Find its bit, then its place among those of its group, then its rank.
+  uint16_t two_four_element(int row, int col) const {
+    const int bits = group(row, col), k = col % 4;
+    if ((bits >> k & 1) == 0) return 0;
+    const auto before = std::bitset<4>(static_cast<unsigned>(bits & ((1 << k) - 1))).count();
+    const int strip = row / 16;
+    if (before >= 2) {
+      std::vector<uint16_t> found;
+      for (int step = 0; step < steps[strip]; ++step) {
+        const auto [value, place] = residual_entry(row, step);
+        if (value != 0 && place == place_of(col)) found.push_back(value);
+      }
+      EXPECT_EQ(found.size(), 1U) << "row " << row << ", column " << col;
+      return found.empty() ? uint16_t{0} : found[0];
+    }
+    const int half = col / 32 % 2, lane = row % 8 * 4 + col / 4 % 4;
+    int rank = 0;
+    for (const int q : {0, 4, 1, 5, 2, 6, 3, 7}) {
+      for (const int j : {0, 1, 3, 2}) {
+        const int r = 16 * strip + row % 8 + j / 2 * 8;
+        const int first = 64 * (q % 4) + 32 * half + 16 * (q / 4) + 4 * (lane % 4);
+        const int column = first + slot_column(group(r, first), j % 2);
+        if (r == row && column == col) return run_value(lane, half, strip, rank);
+        rank += (group(r, first) >> column % 4 & 1) != 0;
+      }
+    }
+    ADD_FAILURE() << "row " << row << ", column " << col << " has no slot";
+    return 0;
+  }
+
+  // i0 and i1.
+  static int slot_column(int bits, int slot) {
+    const bool b0 = bits & 1, b1 = bits & 2, b2 = bits & 4;
+    if (slot == 0) return b0 ? 0 : b1 ? 1 : 2;
+    return b0 && b1 ? 1 : b2 && (b0 || b1) ? 2 : 3;
   }
 };
 
@@ -127,6 +218,98 @@ TEST(ChunkElements, TheSecondRegisterOfAQuadIsReadBackwards) {
   for (int i = 0; i < 4; ++i) EXPECT_EQ(quad_order(i), expected[i]);
 }
 
+TEST(TwoFourElements, AreTheAFragmentsOfMmaSpM16N8K32) {
+  std::bitset<kChunkM * kTwoFourK / 4> seen;  // groups
+  for (int strip = 0; strip < 2; ++strip) {
+    for (int half = 0; half < 2; ++half) {
+      for (int fragment = 0; fragment < 4; ++fragment) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          // PTX ISA: of the 32 columns lane 4 g + t has, in registers a0..a3, two of the four from
+          // 4 t on in rows g and g + 8, then two of the four from 4 t + 16 on.
+          const int g = lane / 4, t = lane % 4;
+          for (int reg = 0; reg < 4; ++reg) {
+            const int quad = two_four_quad_order(2 * fragment + reg / 2);
+            EXPECT_EQ(quad, fragment + reg / 2 * 4);
+            const int row = chunk_row(strip, lane, reg % 2 * 2);
+            const int col = two_four_col(half, lane, quad);
+            ASSERT_EQ(row, 16 * strip + g + reg % 2 * 8);
+            ASSERT_EQ(col, 64 * fragment + 32 * half + 16 * (reg / 2) + 4 * t);
+            const auto group = static_cast<size_t>((row * kTwoFourK + col) / 4);
+            ASSERT_FALSE(seen.test(group)) << "row " << row << " column " << col;
+            seen.set(group);
+          }
+        }
+      }
+    }
+  }
+  EXPECT_TRUE(seen.all());
+}
+
+TEST(TwoFourElements, ANibbleNamesTheFirstTwoOfAGroup) {
+  for (int group = 0; group < 16; ++group) {
+    std::vector<int> stored;
+    for (int k = 0; k < 4; ++k) {
+      if ((group >> k & 1) != 0 && stored.size() < 2) stored.push_back(k);
+    }
+    const int nibble = two_four_nibble(group), slots[] = {nibble & 3, nibble >> 2};
+    // What the hardware wants: different columns, in rising order.
+    EXPECT_LT(slots[0], slots[1]) << group;
+    EXPECT_LT(nibble, 16);
+    std::vector<int> named;
+    for (const int slot : slots) {
+      if ((group >> slot & 1) != 0) named.push_back(slot);
+    }
+    EXPECT_EQ(named, stored) << group;
+  }
+}
+
+TEST(TwoFourElements, SwappingWordsTransposesEveryNibble) {
+  std::mt19937 random(1);
+  for (int round = 0; round < 100; ++round) {
+    std::array<uint32_t, 4> before, words;
+    for (uint32_t& word : before) word = static_cast<uint32_t>(random());
+    words = before;
+    swap_two_four_words(words.data());
+    for (size_t k = 0; k < 4; ++k) {
+      for (size_t p = 0; p < 4; ++p) {
+        for (size_t n = 0; n < 8; ++n) {
+          ASSERT_EQ(words[k] >> (4 * n + p) & 1U, before[p] >> (4 * n + k) & 1U);
+        }
+      }
+    }
+    swap_two_four_words(words.data());
+    EXPECT_EQ(words, before);
+  }
+}
+
+TEST(ChunkSize, TwoFourChunksHaveTheSizesThatPlainOnesHaveNot) {
+  std::set<int> sizes;
+  for (int rows = 1; rows <= 64; ++rows) {
+    for (int steps = 0; steps <= 256; ++steps) {
+      const int first = std::min(steps, 128), units = two_four_units(rows, first, steps - first);
+      EXPECT_EQ(units * 64, 1024 + 64 + rows * 128 + (steps % 2 == 0 ? steps + 1 : steps) * 64);
+      EXPECT_EQ(is_two_four(units), units <= 146) << units;
+      EXPECT_EQ(chunk_value_rows(units), -1);
+      sizes.insert(units);
+    }
+  }
+  EXPECT_EQ(*sizes.begin(), 20);
+  EXPECT_FALSE(is_two_four(0));
+  for (int rows = 0; rows <= 64; ++rows) EXPECT_FALSE(is_two_four(chunk_units(rows)));
+  for (const int64_t units : {int64_t{-20}, int64_t{16}, int64_t{148}, INT64_MAX - 1}) {
+    EXPECT_FALSE(is_two_four(units)) << units;
+  }
+}
+
+TEST(ChunkSize, APairIsTwoFourUpToA64thMoreBytes) {
+  EXPECT_TRUE(prefers_two_four(64, 65));
+  EXPECT_FALSE(prefers_two_four(64, 66));
+  EXPECT_FALSE(prefers_two_four(63, 64));
+  EXPECT_TRUE(prefers_two_four(6400, 6500));
+  EXPECT_FALSE(prefers_two_four(6400, 6501));
+  EXPECT_FALSE(prefers_two_four(0, 0));
+}
+
 TEST(ChunkSize, EveryNumberOfRowsAndNothingElse) {
   std::set<int> sizes;
   for (int rows = 0; rows <= 64; ++rows) {
@@ -170,12 +353,7 @@ DenseMatrix golden_matrix() {
   return dense;
 }
 
-TEST(PackBitmap, GoldenBytes) {
-  const Packed packed = pack_bitmap(golden_matrix());
-  const std::array<int64_t, kPackedHeaderInts> header = {kPackedMagic, 1, 2, 1, 17, 70, 11, 272};
-  EXPECT_EQ(packed.header.to_ints(), header);
-  EXPECT_EQ(packed.offsets, (std::vector<int32_t>{0, 17}));
-
+std::vector<uint8_t> golden_bytes() {
   std::vector<uint8_t> expected(17 * 64, 0);
   const auto put16 = [&](size_t row, size_t column, size_t slot, uint16_t value) {
     expected[row * 128 + column * 4 + slot * 2] = static_cast<uint8_t>(value);
@@ -217,10 +395,179 @@ TEST(PackBitmap, GoldenBytes) {
       84,  66,  80,  62, 76,  58,  72,  54,  68,  50,  64,  46,  60, 42,  56,  38,
       52,  34,  48,  30, 36,  26,  32,  22,  28,  18,  24,  14,  20, 10,  12,  6};
   std::copy(sigma.begin(), sigma.end(), expected.end() - 64);
+  return expected;
+}
 
+std::vector<uint8_t> bytes_of(const Packed& packed) {
   std::vector<uint8_t> bytes(packed.payload.size() * 4);
   std::memcpy(bytes.data(), packed.payload.data(), bytes.size());
-  EXPECT_EQ(bytes, expected);
+  return bytes;
+}
+
+TEST(PackBitmap, GoldenBytes) {
+  const Packed packed = pack_bitmap(golden_matrix());
+  const std::array<int64_t, kPackedHeaderInts> header = {kPackedMagic, 2, 2, 1, 17, 70, 11, 272};
+  EXPECT_EQ(packed.header.to_ints(), header);
+  EXPECT_EQ(packed.offsets, (std::vector<int32_t>{0, 17}));
+  EXPECT_EQ(bytes_of(packed), golden_bytes());
+}
+
+TEST(ReadBitmap, VersionOneIsRead) {
+  Packed packed;
+  packed.header = {kPackedMagic, 1, Format::kBitmap, ValueType::kFloat16, 17, 70, 11, 272};
+  packed.offsets = {0, 17};
+  const std::vector<uint8_t> bytes = golden_bytes();
+  packed.payload.resize(bytes.size() / 4);
+  std::memcpy(packed.payload.data(), bytes.data(), bytes.size());
+  const Status status = check(packed);
+  ASSERT_TRUE(status.ok()) << status.message;
+  DenseMatrix expected = golden_matrix();
+  expected.at(0, 40) = 0;
+  EXPECT_EQ(unpack(packed, serial_for), expected.values);
+}
+
+// 17 x 140: one pair, ragged on both sides, which is smaller as 2:4 (28 units) than plain (15 for
+// three rows and 13 for two). By hand too.
+DenseMatrix golden_two_four_matrix() {
+  DenseMatrix dense = zeros(17, 140);
+  dense.at(0, 0) = 0x3C00;  // b0, b1 and b2 of group 0: lane 0, half 0, quad 0; the third is
+  dense.at(0, 1) = 0xBC00;  // the residual
+  dense.at(0, 2) = 0x4500;
+  dense.at(8, 17) = 0x4200;  // b1 and b3: lane 0, half 0, quad 4, j = 2 and 3
+  dense.at(8, 19) = 0xC200;
+  dense.at(3, 32) = 0x4400;  // b0 and b3: lane 12, half 1, quad 0, j = 0 and 1
+  dense.at(3, 35) = 0xC400;
+  dense.at(1, 129) = 0x0001;   // b1: lane 4, half 0, quad 2, j = 0
+  dense.at(2, 131) = 0x7E01;   // b3: lane 8, half 0, quad 2, j = 1
+  dense.at(16, 48) = 0xFFFF;   // b0: strip 1, lane 0, half 1, quad 4, j = 0
+  dense.at(16, 136) = 0x7C00;  // b0, b1 and b2: strip 1, lane 2, half 0, quad 2
+  dense.at(16, 137) = 0xFC00;
+  dense.at(16, 138) = 0x8001;
+  dense.at(16, 139) = 0x8000;  // -0 is dropped
+  return dense;
+}
+
+TEST(PackBitmap, GoldenBytesOfATwoFourPair) {
+  const Packed packed = pack_bitmap(golden_two_four_matrix());
+  const std::array<int64_t, kPackedHeaderInts> header = {kPackedMagic, 2, 2, 1, 17, 140, 13, 448};
+  EXPECT_EQ(packed.header.to_ints(), header);
+  EXPECT_EQ(packed.offsets, (std::vector<int32_t>{0, 28, 28}));
+
+  std::vector<uint8_t> expected(28 * 64, 0);
+  const auto put16 = [&](size_t byte, uint16_t value) {
+    expected[byte] = static_cast<uint8_t>(value);
+    expected[byte + 1] = static_cast<uint8_t>(value >> 8);
+  };
+  const auto put_bits = [&](size_t strip, size_t lane, size_t word, uint32_t bits) {
+    put16(512 * strip + 16 * lane + 4 * word, static_cast<uint16_t>(bits));
+    put16(512 * strip + 16 * lane + 4 * word + 2, static_cast<uint16_t>(bits >> 16));
+  };
+  // Words are columns of groups; bit 4 n + p is group n of 64 columns p.
+  for (const size_t k : {0U, 1U, 2U}) put_bits(0, 0, k, 1U << 0);   // row 0, columns 0..2
+  for (const size_t k : {1U, 3U}) put_bits(0, 1, k, 1U << 16);      // row 8, columns 17 and 19
+  for (const size_t k : {0U, 3U}) put_bits(0, 14, k, 1U << 0);      // row 3, columns 32 and 35
+  put_bits(0, 4, 1, 1U << 2);                                       // row 1, column 129
+  put_bits(0, 8, 3, 1U << 2);                                       // row 2, column 131
+  put_bits(1, 3, 0, 1U << 0);                                       // row 16, column 48
+  for (const size_t k : {0U, 1U, 2U}) put_bits(1, 0, k, 1U << 10);  // row 16, columns 136..138
+
+  // Four rows hold the longest run, so pattern 0 will do. Strip 0: lane 12, with two values, then
+  // 31, 30 ... 0 without 12 take the columns 1, 2, 3, 5, 6, 7, 9 ... 31 (empty), 4, 8 (one value)
+  // and 0. Strip 1: lanes 0, 31 ... 1 take the columns 0, 1, 3 ... 31 and 2.
+  const std::array<uint8_t, 64> sigma = {
+      0,   2,   32,  10, 16, 126, 124, 122, 120, 118, 116, 114, 112, 110, 108, 106,
+      104, 102, 100, 98, 96, 94,  92,  90,  4,   86,  88,  82,  84,  78,  80,  74,
+      76,  70,  72,  66, 68, 62,  64,  58,  60,  54,  56,  50,  52,  46,  48,  42,
+      44,  38,  40,  34, 36, 30,  28,  26,  24,  22,  20,  18,  12,  14,  8,   6};
+  std::copy(sigma.begin(), sigma.end(), expected.begin() + 1024);
+  // R = 4, G0 = 1, G1 = 1: bits 2, 8 and 16.
+  for (const size_t lane : {2U, 8U, 16U}) expected[1024 + 2 * lane] |= 1;
+
+  const auto put_value = [&](size_t row, size_t column, size_t slot, uint16_t value) {
+    put16(1088 + 128 * row + 4 * column + 2 * slot, value);
+  };
+  put_value(0, 0, 0, 0x3C00);
+  put_value(1, 0, 0, 0xBC00);
+  put_value(2, 0, 0, 0xC200);  // quad 4, j = 3 before j = 2
+  put_value(3, 0, 0, 0x4200);
+  put_value(0, 4, 0, 0x0001);
+  put_value(0, 8, 0, 0x7E01);
+  put_value(3, 1, 0, 0x4400);
+  put_value(2, 1, 0, 0xC400);
+  put_value(0, 2, 1, 0x7C00);
+  put_value(1, 2, 1, 0xFC00);
+  put_value(3, 0, 1, 0xFFFF);
+
+  // A step of each strip, and one to make them odd.
+  put16(1600, 0x4500);
+  put16(1664, 0x8001);
+  // Seven rows without an element take the place of the first.
+  for (size_t row = 0; row < 8; ++row) {
+    put16(1600 + 32 + 2 * row, 16 * 2);
+    put16(1664 + 32 + 2 * row, 16 * 139);  // 138 / 8 % 8 = 1
+  }
+
+  EXPECT_EQ(bytes_of(packed), expected);
+  const Status status = check(packed);
+  EXPECT_TRUE(status.ok()) << status.message;
+}
+
+// A residual whose order was worked out by hand. Values are 1 + column.
+DenseMatrix residual_matrix() {
+  DenseMatrix dense = zeros(32, 256);
+  const auto put = [&dense](int64_t row, std::initializer_list<int64_t> residual) {
+    for (const int64_t col : residual) {
+      const int64_t group = col / 4 * 4;
+      for (const int64_t c : {group, group + 1, col}) {
+        dense.at(row, c) = static_cast<uint16_t>(1 + c);
+      }
+    }
+  };
+  put(0, {2, 11});
+  put(1, {7, 38});
+  put(2, {3});
+  put(3, {2, 15, 22});
+  put(12, {2});
+  put(15, {47});
+  put(24, {255});
+  dense.at(0, 200) = dense.at(4, 204) = kHalfOne;  // else the second column would be empty
+  return dense;
+}
+
+TEST(PackBitmap, AResidualGoesWhereNoOtherRowHasItsClass) {
+  Packed packed = pack_bitmap(residual_matrix());
+  const Status status = check(packed);
+  ASSERT_TRUE(status.ok()) << status.message;
+  const Chunk chunk(packed, 0);
+  ASSERT_TRUE(chunk.two_four);
+  ASSERT_EQ(chunk.steps[0], 3);
+  ASSERT_EQ(chunk.steps[1], 1);
+  using Row = std::array<int, 16>;
+  // Row 1's 38 is of row 0's class in steps 0 and 1, and so goes to step 2. Then row 3's 2 has no
+  // step without that class and goes to the first, its 15 finds class 6 in none of the others, and
+  // its 22 takes what is left.
+  const std::array<Row, 3> stored = {
+      Row{2, 7, 3, 2, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0},
+      Row{11, 0, 0, 15, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 47},
+      Row{0, 38, 0, 22, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0},
+  };
+  const std::array<Row, 3> places = {
+      Row{2, 7, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2},
+      Row{10, 10, 10, 14, 10, 10, 10, 10, 42, 42, 42, 42, 42, 42, 42, 42},
+      Row{34, 34, 34, 20, 34, 34, 34, 34, 0, 0, 0, 0, 0, 0, 0, 0},
+  };
+  for (size_t step = 0; step < 3; ++step) {
+    for (size_t row = 0; row < 16; ++row) {
+      const auto [value, place] =
+          chunk.residual_entry(static_cast<int>(row), static_cast<int>(step));
+      EXPECT_EQ(value, stored[step][row] == 0 ? 0 : 1 + stored[step][row]) << step << ", " << row;
+      EXPECT_EQ(place, 16 * places[step][row]) << step << ", " << row;
+    }
+  }
+  for (int row = 16; row < 32; ++row) {
+    EXPECT_EQ(chunk.residual_entry(row, 0),
+              (std::pair<uint16_t, uint16_t>{row == 24 ? 256 : 0, row < 24 ? 0 : 16 * 248}));
+  }
 }
 
 TEST(PackBitmap, AStripBorrowsTheOthersSlotsWhereThatSavesRows) {
@@ -291,6 +638,66 @@ TEST(ChunkOrder, EveryChunkHasAPlaceAndAColumnOfABandLiesTogether) {
   }
 }
 
+// Each pair of chunk columns of each band has a sparsity of its own, so that kinds alternate; some
+// pairs have one column full and one empty.
+DenseMatrix mixed_pairs(int64_t m, int64_t k, uint32_t seed) {
+  const double sparsities[] = {0.9, 0.0, 0.97, 0.5, 0.85, 1.0, 0.999, 0.7};
+  DenseMatrix dense = random_patterns(m, k, 0.0, seed);
+  std::mt19937 rng(seed);
+  std::uniform_real_distribution<double> uniform(0.0, 1.0);
+  for (int64_t row = 0; row < m; ++row) {
+    for (int64_t col = 0; col < k; ++col) {
+      const int64_t pair = row / 512 * 5 + col / 256 + seed;
+      const bool split = pair % 9 == 8;
+      const double sparsity = split ? (col / 128 % 2 == 0 ? 1.0 : 0.0) : sparsities[pair % 8];
+      if (uniform(rng) < sparsity) dense.at(row, col) = uniform(rng) < 0.5 ? 0x0000 : 0x8000;
+    }
+  }
+  return dense;
+}
+
+// Bands of 16 chunk rows, column after column within a band; the last may be lower.
+int64_t place_of_chunk(int64_t row, int64_t col, int64_t m, int64_t k) {
+  const int64_t chunk_rows = (m + 31) / 32, chunk_cols = (k + 127) / 128, band = row / 16 * 16;
+  return band * chunk_cols + col * std::min<int64_t>(16, chunk_rows - band) + row - band;
+}
+
+// How many chunks are 2:4 and how many plain.
+std::pair<int, int> kinds_of(const Packed& packed) {
+  std::pair<int, int> kinds{0, 0};
+  for (size_t i = 0; i + 1 < packed.offsets.size(); ++i) {
+    const int units = packed.offsets[i + 1] - packed.offsets[i];
+    kinds.first += units > 0 && units % 2 == 0;
+    kinds.second += units % 2 == 1;
+  }
+  return kinds;
+}
+
+void expect_independent_reader_agrees(const DenseMatrix& dense) {
+  Packed packed = pack_bitmap(dense);
+  const int64_t m = dense.m, k = dense.k, chunk_rows = (m + 31) / 32, chunk_cols = (k + 127) / 128;
+  ASSERT_EQ(packed.offsets.size(), static_cast<size_t>(chunk_rows * chunk_cols + 1));
+  // All of each chunk, so that nothing is stored outside a ragged matrix either.
+  for (int64_t row = 0; row < chunk_rows; ++row) {
+    for (int64_t col = 0; col < chunk_cols; ++col) {
+      const int64_t even = col / 2 * 2;
+      const Chunk first(packed, place_of_chunk(row, even, m, k));
+      const Chunk own(packed, place_of_chunk(row, col, m, k));
+      ASSERT_TRUE(!first.two_four || col == even || own.rows < 0);
+      const Chunk& chunk = first.two_four ? first : own;
+      for (int64_t r = 32 * row; r < 32 * row + 32; ++r) {
+        for (int64_t c = 128 * col; c < 128 * col + 128; ++c) {
+          const uint16_t value = r < m && c < k ? dense.at(r, c) : uint16_t{0};
+          const int64_t begin = 128 * (first.two_four ? even : col);
+          ASSERT_EQ(chunk.element(static_cast<int>(r - 32 * row), static_cast<int>(c - begin)),
+                    is_zero_pattern(value) ? 0 : value)
+              << "row " << r << ", column " << c << " of " << m << "x" << k;
+        }
+      }
+    }
+  }
+}
+
 class BitmapDensity : public ::testing::TestWithParam<double> {};
 
 TEST_P(BitmapDensity, AnIndependentReaderFindsEveryElement) {
@@ -300,24 +707,9 @@ TEST_P(BitmapDensity, AnIndependentReaderFindsEveryElement) {
                              {33, 129},
                              {31, 257},
                              {70, 100},
+                             {40, 512},
                              {550, 200}}) {
-    const DenseMatrix dense = random_patterns(m, k, GetParam(), 21);
-    Packed packed = pack_bitmap(dense);
-    const int64_t chunk_cols = (k + 127) / 128;
-    ASSERT_EQ(packed.offsets.size(), static_cast<size_t>((m + 31) / 32 * chunk_cols + 1));
-    // All of each chunk, so that nothing is stored outside a ragged matrix either.
-    for (int64_t row = 0; row < (m + 31) / 32 * 32; ++row) {
-      for (int64_t col = 0; col < chunk_cols * 128; ++col) {
-        // Bands of 16 chunk rows, column after column within a band; the last may be lower.
-        const int64_t chunk_rows = (m + 31) / 32, band_row = row / 512 * 16;
-        const int64_t height = std::min<int64_t>(16, chunk_rows - band_row);
-        const Chunk chunk(packed, band_row * chunk_cols + col / 128 * height + row / 32 - band_row);
-        const uint16_t value = row < m && col < k ? dense.at(row, col) : uint16_t{0};
-        ASSERT_EQ(chunk.element(static_cast<int>(row % 32), static_cast<int>(col % 128)),
-                  is_zero_pattern(value) ? 0 : value)
-            << "row " << row << ", column " << col << " of " << m << "x" << k;
-      }
-    }
+    expect_independent_reader_agrees(random_patterns(m, k, GetParam(), 21));
   }
 }
 
@@ -327,7 +719,14 @@ TEST_P(BitmapDensity, EveryStoredHalfwordIsAValueAndNoBankIsReadTwice) {
   for (int64_t idx = 0; idx + 1 < static_cast<int64_t>(packed.offsets.size()); ++idx) {
     const Chunk chunk(packed, idx);
     if (chunk.rows < 0) continue;
-    for (int byte = 0; byte < chunk.rows * 128; byte += 2) stored += chunk.value(byte) != 0;
+    const int begin = static_cast<int>(chunk.values() - chunk.bytes);
+    for (int byte = 0; byte < chunk.rows * 128; byte += 2) stored += chunk.value(begin + byte) != 0;
+    if (chunk.two_four) {
+      const int residual = static_cast<int>(chunk.residual() - chunk.bytes);
+      for (int byte = residual; byte < 64 * chunk.units; byte += 2) {
+        stored += (byte - residual) % 64 < 32 && chunk.value(byte) != 0;
+      }
+    }
     // A row of values is as wide as shared memory: the column is the bank. Lanes of one load have
     // one strip and one half, each lane in any row.
     std::set<int> slots;
@@ -335,7 +734,7 @@ TEST_P(BitmapDensity, EveryStoredHalfwordIsAValueAndNoBankIsReadTwice) {
       std::set<int> banks;
       for (int lane = 0; lane < kLanes; ++lane) {
         banks.insert(chunk.sigma(lane, strip) / 4);
-        slots.insert(chunk.sigma(lane, strip));
+        slots.insert(chunk.sigma(lane, strip) / 2);
       }
       EXPECT_EQ(banks.size(), 32U) << "chunk " << idx << ", strip " << strip;
       EXPECT_EQ(*banks.rbegin(), 31);
@@ -347,6 +746,134 @@ TEST_P(BitmapDensity, EveryStoredHalfwordIsAValueAndNoBankIsReadTwice) {
 
 INSTANTIATE_TEST_SUITE_P(Sparsities, BitmapDensity,
                          ::testing::Values(0.0, 0.05, 0.3, 0.5, 0.6, 0.8, 0.95, 0.999, 1.0));
+
+class BitmapPairs : public ::testing::TestWithParam<std::pair<int64_t, int64_t>> {};
+
+TEST_P(BitmapPairs, MayMixKindsInOneWeight) {
+  const auto [m, k] = GetParam();
+  for (uint32_t seed = 0; seed < 3; ++seed) {
+    const DenseMatrix dense = mixed_pairs(m, k, seed);
+    expect_independent_reader_agrees(dense);
+    const Packed packed = pack_bitmap(dense);
+    const Status status = check(packed);
+    ASSERT_TRUE(status.ok()) << status.message;
+    std::vector<uint16_t> expected = dense.values;
+    for (auto& value : expected) value = is_zero_pattern(value) ? uint16_t{0} : value;
+    EXPECT_EQ(unpack(packed, serial_for), expected);
+    const auto [two_four, plain] = kinds_of(packed);
+    EXPECT_GT(two_four, 0);
+    EXPECT_GT(plain, 0);
+  }
+}
+
+// Odd and even numbers of chunk columns, and a last band of one to three chunk rows.
+INSTANTIATE_TEST_SUITE_P(Shapes, BitmapPairs,
+                         ::testing::Values(std::pair<int64_t, int64_t>{32, 1024},
+                                           std::pair<int64_t, int64_t>{50, 1200},
+                                           std::pair<int64_t, int64_t>{530, 1153},
+                                           std::pair<int64_t, int64_t>{600, 1100}));
+
+TEST(BitmapKinds, FollowTheUnitsOfTheWholePair) {
+  // In the first chunk row 2:4 takes 20 units instead of 11, in each of the others 20 instead of
+  // 22: four of them outweigh the first.
+  DenseMatrix dense = zeros(160, 256);
+  dense.at(0, 0) = kHalfOne;
+  EXPECT_EQ(kinds_of(pack_bitmap(dense)), (std::pair<int, int>{0, 1}));
+  for (const int64_t row : {32, 64, 96}) dense.at(row, 0) = dense.at(row, 132) = kHalfOne;
+  EXPECT_EQ(kinds_of(pack_bitmap(dense)), (std::pair<int, int>{0, 7}));
+  dense.at(128, 0) = dense.at(128, 132) = kHalfOne;
+  EXPECT_EQ(kinds_of(pack_bitmap(dense)), (std::pair<int, int>{5, 0}));
+}
+
+TEST(BitmapKinds, AChunkThatIsTooLargeMakesItsPairPlain) {
+  // One chunk row with more than a 2:4 pattern, two of it in one row, and fifteen of one element in
+  // each column, which are smaller as 2:4.
+  DenseMatrix dense = zeros(512, 256);
+  for (int64_t row = 0; row < 32; ++row) {
+    for (int64_t col = 0; col < 256; ++col) {
+      if (col % 4 < 2) dense.at(row, col) = kHalfOne;
+    }
+  }
+  for (int64_t row = 32; row < 512; row += 32) dense.at(row, 0) = dense.at(row, 255) = kHalfOne;
+  dense.at(0, 2) = dense.at(0, 6) = kHalfOne;
+  EXPECT_EQ(kinds_of(pack_bitmap(dense)), (std::pair<int, int>{0, 32}));
+  // With one it fits.
+  dense.at(0, 6) = 0;
+  const Packed packed = pack_bitmap(dense);
+  EXPECT_EQ(kinds_of(packed), (std::pair<int, int>{16, 0}));
+  EXPECT_EQ(packed.offsets[1], 146);
+}
+
+TEST(BitmapKinds, ALastColumnWithoutAPartnerIsPlain) {
+  DenseMatrix dense = zeros(32, 384);
+  for (const int64_t col : {0, 140, 256, 300, 383}) dense.at(3, col) = kHalfOne;
+  const Packed packed = pack_bitmap(dense);
+  EXPECT_EQ(packed.offsets, (std::vector<int32_t>{0, 20, 20, 31}));
+  EXPECT_EQ(unpack(packed, serial_for), dense.values);
+}
+
+TEST(BitmapKinds, BandsChooseForThemselves) {
+  DenseMatrix dense = zeros(512 + 32, 256);
+  for (int64_t row = 0; row < 512; row += 32) dense.at(row, 0) = dense.at(row, 132) = kHalfOne;
+  for (int64_t row = 512; row < 544; ++row) {
+    for (int64_t col = 0; col < 256; ++col) dense.at(row, col) = kHalfOne;
+  }
+  const Packed packed = pack_bitmap(dense);
+  EXPECT_EQ(kinds_of(packed), (std::pair<int, int>{16, 2}));
+  EXPECT_EQ(packed.offsets.back(), 16 * 20 + 2 * 137);
+  EXPECT_TRUE(check(packed).ok());
+}
+
+TEST(BitmapKinds, ChunksWithoutNonzerosHaveNoBytesInEitherKind) {
+  DenseMatrix dense = zeros(96, 512);
+  // The second chunk of the pair is empty, and so is the second pair.
+  dense.at(0, 0) = dense.at(0, 132) = dense.at(64, 0) = dense.at(64, 255) = kHalfOne;
+  const Packed packed = pack_bitmap(dense);
+  EXPECT_EQ(packed.offsets,
+            (std::vector<int32_t>{0, 20, 20, 40, 40, 40, 40, 40, 40, 40, 40, 40, 40}));
+  const Status status = check(packed);
+  EXPECT_TRUE(status.ok()) << status.message;
+  EXPECT_EQ(unpack(packed, serial_for), dense.values);
+}
+
+TEST(BitmapResidual, FewColumnsOfAStepAreOfOneClass) {
+  DenseMatrix dense = zeros(1024, 1024);
+  std::mt19937 rng(5);
+  std::bernoulli_distribution keep(0.15);
+  for (auto& value : dense.values) value = keep(rng) ? kHalfOne : uint16_t{0};
+  Packed packed = pack_bitmap(dense);
+  EXPECT_EQ(unpack(packed, serial_for), dense.values);
+  // As ldmatrix fetches them: eight rows at once, the different columns of a class after another.
+  int64_t phases = 0, cycles = 0, found = 0, expected = 0;
+  for (int64_t idx = 0; idx + 1 < static_cast<int64_t>(packed.offsets.size()); ++idx) {
+    const Chunk chunk(packed, idx);
+    if (!chunk.two_four) continue;
+    for (int row = 0; row < 32; ++row) {
+      for (int col = 0; col < 256; col += 4) {
+        const std::bitset<4> group(static_cast<unsigned>(chunk.group(row, col)));
+        expected += std::max(0, static_cast<int>(group.count()) - 2);
+      }
+    }
+    for (int row = 0; row < 32; row += 8) {
+      for (int step = 0; step < chunk.steps[row / 16]; ++step) {
+        std::array<std::set<int>, 8> classes;
+        for (int i = 0; i < 8; ++i) {
+          const auto [value, place] = chunk.residual_entry(row + i, step);
+          classes[place / 16 % 8].insert(place);
+          found += value != 0;
+        }
+        size_t most = 0;
+        for (const auto& places : classes) most = std::max(most, places.size());
+        cycles += static_cast<int64_t>(most);
+        ++phases;
+      }
+    }
+  }
+  EXPECT_GT(found, 2000);
+  EXPECT_EQ(found, expected);
+  // 1.06; with each row's columns in their order 1.65.
+  EXPECT_LT(static_cast<double>(cycles) / static_cast<double>(phases), 1.1);
+}
 
 TEST(BitmapSize, StaysCloseToTheBitsAndTheValues) {
   struct Limit {
@@ -371,8 +898,7 @@ TEST(BitmapSize, StaysCloseToTheBitsAndTheValues) {
 }
 
 TEST(BitmapSizes, NnzBeyondThePayload) {
-  PackedHeader header;
-  header.format = Format::kBitmap;
+  PackedHeader header = PackedHeader::of(Format::kBitmap);
   header.m = 33;
   header.k = 128;
   // Two chunks of at most 137 units.
@@ -392,8 +918,7 @@ TEST(BitmapSizes, NnzBeyondThePayload) {
 }
 
 TEST(BitmapSizes, AWeightWithoutElementsHasNoChunks) {
-  PackedHeader header;
-  header.format = Format::kBitmap;
+  PackedHeader header = PackedHeader::of(Format::kBitmap);
   for (const auto& [m, k] : {std::pair<int64_t, int64_t>{0, 0}, {0, 128}, {INT32_MAX, 0}}) {
     header.m = m;
     header.k = k;
@@ -522,7 +1047,7 @@ TEST_F(MalformedBitmap, NnzThatIsNotTheNumberOfBits) {
 TEST_F(MalformedBitmap, SizesThatNoChunkHas) {
   const auto expect_units = [&](int chunk, int units) {
     expect_refused("chunk " + std::to_string(chunk) + " holds " + std::to_string(units) +
-                   " units; 0 or 9, 11, ... 137 are sizes");
+                   " units; 0, 9, 11 ... 137 (plain) and 18, 20 ... 146 (2:4) are sizes");
   };
   good_.offsets[1] = 12;
   expect_units(0, 12);
@@ -545,6 +1070,162 @@ TEST_F(MalformedBitmap, OffsetsThatEndPastOrBeforeThePayload) {
   expect_refused("offsets must end at 28, the payload's units, got 26");
 }
 
+// The same for a pair of 2:4 chunks, again in the second chunk row.
+class MalformedTwoFour : public MalformedBitmap {
+ protected:
+  void SetUp() override {
+    const DenseMatrix golden = golden_two_four_matrix();
+    DenseMatrix dense = zeros(kChunkM + golden.m, golden.k);
+    std::copy(golden.values.begin(), golden.values.end(), dense.values.begin());
+    std::copy(golden.values.begin(), golden.values.end(), dense.values.end() - golden.m * golden.k);
+    good_ = pack_bitmap(dense);
+    ASSERT_EQ(good_.offsets, (std::vector<int32_t>{0, 28, 56, 56, 56}));
+    const Status status = check(good_);
+    ASSERT_TRUE(status.ok()) << status.message;
+  }
+
+  // Flips a bit of R | G0 << 8 | G1 << 16.
+  void flip_size_bit(int bit) { chunk().bytes[1024 + 2 * bit] ^= 1; }
+  // The bit of an element.
+  void flip(int row, int col) {
+    const int lane = row % 8 * 4 + col / 16 % 4,
+              bit = (row / 8 % 2 * 4 + col / 4 % 4) * 4 + col / 64;
+    chunk().bytes[row / 16 * 512 + 16 * lane + 4 * (col % 4) + bit / 8] ^=
+        static_cast<uint8_t>(1 << bit % 8);
+  }
+};
+
+TEST_F(MalformedTwoFour, RowsAndStepsThatAreNotTheSize) {
+  flip_size_bit(0);
+  expect_refused("chunk 1: R = 5, G0 = 1, G1 = 1 and 0 in the spare bits do not make 28 units");
+  flip_size_bit(0);
+  flip_size_bit(9);
+  expect_refused("chunk 1: R = 4, G0 = 3, G1 = 1 and 0 in the spare bits do not make 28 units");
+  flip_size_bit(9);
+  for (int bit = 17; bit < 24; ++bit) flip_size_bit(bit);
+  expect_refused("chunk 1: R = 4, G0 = 1, G1 = 255 and 0 in the spare bits do not make 28 units");
+}
+
+TEST_F(MalformedTwoFour, SpareBitsThatAreNotZero) {
+  flip_size_bit(24);
+  expect_refused("chunk 1: R = 4, G0 = 1, G1 = 1 and 1 in the spare bits do not make 28 units");
+  flip_size_bit(24);
+  chunk().sigma(24, 1) ^= 1;
+  expect_refused("chunk 1: lane 24 of strip 1: sigma must be even and below 128, got 39");
+  chunk().sigma(24, 1) ^= 1;
+  chunk().sigma(0, 0) = 128;
+  expect_refused("chunk 1: lane 0 of strip 0: sigma must be even and below 128, got 128");
+}
+
+TEST_F(MalformedTwoFour, ColumnTakenTwice) {
+  chunk().sigma(9, 0) = chunk().sigma(10, 0);
+  expect_refused("chunk 1: lane 10 of strip 0: column 24 is taken twice");
+}
+
+TEST_F(MalformedTwoFour, RunsThatOverlap) {
+  for (const int col : {16, 17}) flip(0, col);  // lane 0, quad 4
+  expect_refused("chunk 1: lane 0 of strip 0: runs of 6 and 0 values overlap in 4 rows");
+}
+
+TEST_F(MalformedTwoFour, BitsOutsideTheMatrix) {
+  for (int col = 140; col < 144; ++col) flip(0, col);  // the matrix has 140
+  expect_refused("chunk 1: row 0, column 140 of the chunk lies outside the matrix");
+  for (int col = 140; col < 144; ++col) flip(0, col);
+  flip(31, 255);  // the last of all
+  expect_refused("chunk 1: row 31, column 255 of the chunk lies outside the matrix");
+}
+
+TEST_F(MalformedTwoFour, StoredZeros) {
+  const int residual = static_cast<int>(chunk().residual() - chunk().bytes);
+  for (const uint16_t zero : {uint16_t{0x0000}, uint16_t{0x8000}}) {
+    chunk().set_value(1088 + 128, zero);
+    expect_refused("chunk 1: a stored value must not be zero (row 0, column 1 of the chunk)");
+  }
+  chunk().set_value(1088 + 128, kHalfOne);
+  for (const uint16_t zero : {uint16_t{0x0000}, uint16_t{0x8000}}) {
+    chunk().set_value(residual + 64, zero);
+    expect_refused("chunk 1: a stored value must not be zero (row 16, column 138 of the chunk)");
+  }
+}
+
+TEST_F(MalformedTwoFour, ResidualWithMoreOrFewerStepsThanItsRowsNeed) {
+  flip(0, 3);  // the group of row 0 is full now: two steps
+  expect_refused("chunk 1: the residual of strip 0 takes 2 steps, got 1");
+  for (const int col : {2, 3}) flip(0, col);  // and now none
+  expect_refused("chunk 1: the residual of strip 0 takes 0 steps, got 1");
+  flip(0, 2);
+  flip(16, 138);
+  expect_refused("chunk 1: the residual of strip 1 takes 0 steps, got 1");
+}
+
+TEST_F(MalformedTwoFour, StepsThatChangeStrips) {
+  // G0 = 2 and G1 = 0 are as large.
+  for (const int bit : {8, 9, 16}) flip_size_bit(bit);
+  expect_refused("chunk 1: the residual of strip 0 takes 1 steps, got 2");
+}
+
+TEST_F(MalformedTwoFour, PlaceThatIsNotTheBits) {
+  const int residual = static_cast<int>(chunk().residual() - chunk().bytes);
+  chunk().set_value(residual + 32, 33);
+  expect_refused("chunk 1: step 0 of row 0's residual must have place 32, got 33");
+  chunk().set_value(residual + 32, 32);
+  chunk().set_value(residual + 64 + 32, 0xFFFF);
+  expect_refused("chunk 1: step 0 of row 16's residual must have place 2224, got 65535");
+}
+
+TEST_F(MalformedTwoFour, PlaceOfARowWithoutAnElement) {
+  // It is that of the first of its eight rows with one, or 0.
+  const int residual = static_cast<int>(chunk().residual() - chunk().bytes);
+  chunk().set_value(residual + 32 + 2 * 7, 0);
+  expect_refused("chunk 1: step 0 of row 7's residual must have place 32, got 0");
+  chunk().set_value(residual + 32 + 2 * 7, 32);
+  chunk().set_value(residual + 64 + 32 + 2 * 8, 2224);
+  expect_refused("chunk 1: step 0 of row 24's residual must have place 0, got 2224");
+}
+
+TEST_F(MalformedTwoFour, PaddingThatIsNotZero) {
+  const int residual = static_cast<int>(chunk().residual() - chunk().bytes);
+  const int places[] = {1088 + 4,         // values that no run has
+                        residual + 2,     // a row that needs no step
+                        residual + 128,   // the step that makes them odd
+                        residual + 190};  // to its end
+  for (const int byte : places) {
+    chunk().set_value(byte, 1);
+    expect_refused("chunk 1: padding must be 0, got 1 at byte " + std::to_string(byte));
+    chunk().set_value(byte, 0);
+  }
+  EXPECT_TRUE(check(good_).ok());
+}
+
+TEST_F(MalformedTwoFour, ChunkWithoutNonzeros) {
+  Packed empty = good_;
+  Chunk cleared(empty, 1);
+  std::fill_n(cleared.bytes, 1024, uint8_t{0});
+  EXPECT_EQ(check(empty).message, "chunk 1: a chunk without nonzeros must have no bytes");
+}
+
+TEST_F(MalformedTwoFour, KindsThatDiffer) {
+  // The second chunk moves to the second column, and a plain one takes its place or comes after it.
+  good_.offsets = {0, 28, 28, 28, 56};
+  expect_refused(
+      "chunk 3 holds 28 units, a size of 2:4 chunks, but is not the first of two columns");
+  good_.offsets = {0, 28, 45, 45, 56};
+  expect_refused(
+      "the chunks of a pair must be of one kind, but chunk 1 is plain and chunk 0 is 2:4");
+  good_.offsets = {0, 28, 28, 39, 56};
+  expect_refused(
+      "the chunks of a pair must be of one kind, but chunk 2 is plain and chunk 0 is 2:4");
+}
+
+TEST_F(MalformedTwoFour, AColumnWithoutAPartner) {
+  // A weight of one column with the same bytes.
+  good_.header.k = 128;
+  good_.offsets = {0, 28, 56};
+  expect_refused(
+      "chunk 0 holds 28 units, a size of 2:4 chunks, but is not the first of two columns");
+  EXPECT_EQ(unpack(good_, serial_for).size(), 49U * 128U);
+}
+
 TEST(ValidateBitmap, SmallestOffendingChunkIsReportedWhateverTheThreads) {
   Packed packed = pack_bitmap(random_patterns(kChunkM, 64 * kChunkK, 0.5, 5));
   for (const int chunk : {60, 41, 22}) Chunk(packed, chunk).sigma(3, 1) = 255;
@@ -554,6 +1235,14 @@ TEST(ValidateBitmap, SmallestOffendingChunkIsReportedWhateverTheThreads) {
   for (int repeat = 0; repeat < 20; ++repeat) {
     EXPECT_EQ(check(packed, threaded_for).message, expected);
   }
+}
+
+TEST(ValidateBitmap, AResidualInAnotherOrderIsRefused) {
+  Packed packed = pack_bitmap(residual_matrix());
+  uint8_t* steps = Chunk(packed, 0).residual();
+  std::swap_ranges(steps, steps + 64, steps + 64);
+  EXPECT_EQ(check(packed).message,
+            "chunk 0: step 0 of row 0's residual must have place 32, got 160");
 }
 
 TEST(ValidateBitmap, AnyPairingThatFitsIsRead) {

@@ -43,7 +43,7 @@ TEST(Header, MagicSpellsTheName) {
 }
 
 TEST(Header, RefusesTheWrongNumberOfIntegers) {
-  const auto ints = PackedHeader{}.to_ints();
+  const auto ints = PackedHeader::of(Format::kTiledCsl).to_ints();
   PackedHeader header;
   EXPECT_EQ(PackedHeader::from_ints(ints.data(), 7, &header).message,
             "header must hold 8 integers, got 7");
@@ -52,8 +52,7 @@ TEST(Header, RefusesTheWrongNumberOfIntegers) {
 
 TEST(Header, ReadsWhatItWrites) {
   for (const Format format : kFormats) {
-    PackedHeader header;
-    header.format = format;
+    PackedHeader header = PackedHeader::of(format);
     header.value_type = ValueType::kBfloat16;
     header.m = 5;
     header.k = 6;
@@ -63,6 +62,29 @@ TEST(Header, ReadsWhatItWrites) {
     PackedHeader back;
     ASSERT_TRUE(PackedHeader::from_ints(ints.data(), 8, &back).ok());
     EXPECT_EQ(back.to_ints(), ints);
+  }
+}
+
+TEST(Header, EveryVersionUpToTheNewestIsReadAndNoOther) {
+  const std::pair<Format, int64_t> newest_of[] = {{Format::kTiledCsl, 1}, {Format::kBitmap, 2}};
+  for (const auto& [format, newest] : newest_of) {
+    PackedHeader header = PackedHeader::of(format), back;
+    EXPECT_EQ(header.version, newest);
+    for (int64_t version = 1; version <= newest; ++version) {
+      header.version = version;
+      const auto ints = header.to_ints();
+      EXPECT_TRUE(PackedHeader::from_ints(ints.data(), 8, &back).ok());
+      EXPECT_EQ(back.version, version);
+    }
+    const std::string known = newest == 1 ? " 1" : "s 1 to 2";
+    for (const int64_t version : {int64_t{-1}, int64_t{0}, newest + 1, INT64_MAX, INT64_MIN}) {
+      header.version = version;
+      const auto ints = header.to_ints();
+      const Status status = PackedHeader::from_ints(ints.data(), 8, &back);
+      EXPECT_EQ(status.code, StatusCode::kUnsupported);
+      EXPECT_EQ(status.message, "header has format version " + std::to_string(version) +
+                                    ", this build reads version" + known);
+    }
   }
 }
 
@@ -109,7 +131,8 @@ INSTANTIATE_TEST_SUITE_P(
                                          Shape{1, 64}, Shape{16, 64}, Shape{17, 65}, Shape{31, 127},
                                          Shape{32, 128}, Shape{33, 129}, Shape{128, 1},
                                          Shape{128, 64}, Shape{127, 63}, Shape{129, 65},
-                                         Shape{300, 200}, Shape{3, 1000}),
+                                         Shape{300, 200}, Shape{3, 1000}, Shape{40, 256},
+                                         Shape{545, 257}, Shape{530, 640}),
                        ::testing::Values(0.0, 0.1, 0.5, 0.9, 1.0)));
 
 // Broken one at a time in a weight that is valid otherwise.
@@ -196,8 +219,9 @@ TEST_P(Malformed, HeaderOfAnotherFile) {
 }
 
 TEST_P(Malformed, NewerVersion) {
-  good_.header.version = kPackedVersion + 1;
-  expect_refused(good_, StatusCode::kUnsupported, "version 2");
+  const int64_t newer = packed_version(GetParam()) + 1;
+  good_.header.version = newer;
+  expect_refused(good_, StatusCode::kUnsupported, "version " + std::to_string(newer));
 }
 
 TEST_P(Malformed, UnknownFormat) {
@@ -209,6 +233,7 @@ TEST_P(Malformed, FormatOfAnotherWeight) {
   for (const Format format : kFormats) {
     if (format == GetParam()) continue;
     good_.header.format = format;
+    good_.header.version = packed_version(format);
     expect_refused(good_, StatusCode::kInvalidValue, "offsets must hold");
   }
 }
@@ -241,8 +266,7 @@ TEST_P(Malformed, ShapeOfAnotherWeight) {
 
 // Nothing is read, so sizes that no test can allocate are checked too.
 TEST_P(Malformed, PayloadBeyondWhatOffsetsCanAddress) {
-  PackedHeader header;
-  header.format = GetParam();
+  PackedHeader header = PackedHeader::of(GetParam());
   header.m = header.k = INT32_MAX;
   const PackedFormat& format = packed_format(header.format);
   const int64_t num_offsets = format.tiles(header.m, header.k) + 1;

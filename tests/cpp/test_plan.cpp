@@ -232,15 +232,29 @@ TEST(SelectPlanBitmap, TheNarrowestTileThatCoversNAndOneCtaPerSm) {
   EXPECT_EQ(plan_of(bitmap_problem(28672, 4096, 7168), kH200).route, SpmmRoute::kDense);
 }
 
-TEST(SelectPlanBitmap, SharedMemoryFitsAtEveryDensityAndHoldsTheFullestChunk) {
+TEST(SelectPlanBitmap, ManyTokensTakeTheDenseRouteEarlierWhereMostPairsAreTwoFour) {
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 512, 7168, 0.5), kH200).route, SpmmRoute::kBitmap);
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 256, 7168, 0.9), kH200).route, SpmmRoute::kBitmap);
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 257, 7168, 0.9), kH200).route, SpmmRoute::kDense);
+}
+
+TEST(SelectPlanBitmap, SharedMemoryFitsBesideTheFinishingKernelAndHoldsTheFullestChunks) {
   for (const BitmapConfig& config : bitmap_configs()) {
     for (const double sparsity : {0.0, 0.3, 0.5, 0.6, 0.9, 1.0}) {
-      const SpmmPlan plan = plan_of(bitmap_problem(4096, config.tile_n, 4096, sparsity), kH200);
-      EXPECT_LE(bitmap_smem_bytes(config, plan.slot_bytes), 227 * 1024) << config.name;
-      EXPECT_GE(kBitmapSlots * plan.slot_bytes, chunk_units(kMaxChunkRows) * kChunkUnitBytes);
-      EXPECT_EQ(plan.slot_bytes % 128, 0);
+      const SpmmPlan plan =
+          plan_of(bitmap_problem(4096, config.tile_n, 4096, sparsity), kH200, config.name);
+      EXPECT_LE(bitmap_smem_bytes(config, plan.ring_bytes), (228 - 4) * 1024) << config.name;
+      EXPECT_GE(plan.ring_bytes, bitmap_min_ring_bytes(config)) << config.name;
+      EXPECT_EQ(plan.ring_bytes % kChunkUnitBytes, 0);
     }
   }
+}
+
+TEST(SelectPlanBitmap, PairsOfColumnsStayTogetherWhereTheyAreMostlyTwoFour) {
+  EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096, 0.5), kH200).unit_cols, 1);
+  EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096, 0.9), kH200).unit_cols, 2);
+  // 8 blocks of 512 rows, 16 pairs of 128 columns.
+  EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096, 0.9), kH200).ctas, 8 * 16);
 }
 
 TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
@@ -248,11 +262,12 @@ TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
   const SpmmPlan plan = plan_of(bitmap_problem(28672, 8, 7168), kH200);
   EXPECT_EQ(plan.workspace_bytes, int64_t{132 + 56} * 512 * 8 * 4);
   const SpmmPlan two_blocks = plan_of(bitmap_problem(28672, 128, 7168), kH200, "n64");
-  EXPECT_EQ(two_blocks.workspace_bytes, int64_t{132 + 2 * 56} * 512 * 64 * 4);
-  // A kernel that stores whole rows itself needs two slots per CTA, however many tokens there are.
+  EXPECT_EQ(two_blocks.workspace_bytes, int64_t{132 / 2 + 2 * 56} * 512 * 64 * 4);
+  // A kernel that stores whole rows itself needs two slots per cluster, however many tokens there
+  // are.
   for (const int64_t n : {129, 1024, 1 << 20}) {
     const SpmmPlan wide = plan_of(bitmap_problem(28672, n, 7168), kH200, "n256");
-    EXPECT_EQ(wide.workspace_bytes, int64_t{2 * 132} * 128 * 256 * 4);
+    EXPECT_EQ(wide.workspace_bytes, int64_t{2 * 132 / 2} * 256 * 256 * 4);
     EXPECT_TRUE(wide.rounds_before_activation);
   }
 }

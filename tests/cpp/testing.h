@@ -90,8 +90,7 @@ struct Packed {
 
 inline Status pack(const DenseMatrix& dense, Format format, const ParallelFor& parallel_for,
                    Packed* out, ValueType type = ValueType::kFloat16) {
-  out->header = PackedHeader{};
-  out->header.format = format;
+  out->header = PackedHeader::of(format);
   out->header.value_type = type;
   out->header.m = dense.m;
   out->header.k = dense.k;
