@@ -16,8 +16,10 @@ def test_full_tile_is_stored_without_bank_conflicts():
     packed = TiledCSL.from_dense(torch.ones(128, 64, dtype=torch.float16))
     # One store instruction of a warp writes entry e of the vectors of its 32 lanes.
     places = (packed.payload.view(-1, 32, 4) >> 16) & 0xFFFF
-    banks = (places // 2 % 32).transpose(1, 2).reshape(-1, 32)
-    assert torch.equal(banks.sort(dim=1).values, torch.arange(32).expand(256, 32).int())
+    words = (places // 2).transpose(1, 2).reshape(-1, 32)
+    assert len(words) == 256
+    for store in words:  # two halves of one word are no conflict
+        assert len(set((store % 32).tolist())) == len(set(store.tolist()))
 
 
 def test_place_functions_agree_with_each_other_and_with_the_description():

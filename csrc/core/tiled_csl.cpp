@@ -4,6 +4,7 @@
 #include <array>
 #include <bitset>
 #include <cstddef>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -31,51 +32,60 @@ int64_t round_up_to_vector(int64_t entries) {
   return (entries + kVectorEntries - 1) / kVectorEntries * kVectorEntries;
 }
 
+// A bank's entries in rising order of place, and which come next.
+struct BankQueue {
+  std::array<uint32_t, kTileElems / kNumBanks> entries;
+  size_t end = 0;
+  size_t head = 0;
+  int words = 0;  // from head on
+
+  // Whether entries i and i + 1 exist and lie in one word.
+  bool paired(size_t i) const { return i + 1 < end && entries[i] >> 17 == entries[i + 1] >> 17; }
+  void push(uint32_t entry) {
+    entries[end++] = entry;
+    if (end == 1 || !paired(end - 2)) ++words;
+  }
+};
+
 void pack_tile(const uint16_t* dense, int64_t ld, const TileExtent& extent, int num_entries,
                uint32_t* entries) {
-  // One queue of places per shared-memory bank, each in rising order of place: scan by place, not
-  // by column. Padding takes the lowest free places, which always exist: a tile with padding is not
-  // full.
-  std::array<std::array<uint16_t, kTileElems / kNumBanks>, kNumBanks> queues;
-  std::array<int, kNumBanks> lengths{};
-  std::array<uint16_t, kVectorEntries> free_places{};
-  int num_free = 0;
-  int nnz = 0;
-  const auto value_at = [&](int place) -> uint16_t {
-    const int row = row_of_place(place), col = col_of_place(place);
-    return row < extent.rows && col < extent.cols
-               ? dense[(extent.row0 + row) * ld + extent.col0 + col]
-               : uint16_t{0};
-  };
+  std::array<BankQueue, kNumBanks> queues;
+  std::array<uint16_t, kVectorEntries> free_places{};  // the lowest ones: all that padding may need
+  int num_free = 0, nnz = 0;
   for (int place = 0; place < kTileElems; ++place) {
     const int row = row_of_place(place), col = col_of_place(place);
-    if (row >= extent.rows || col >= extent.cols) continue;
-    if (!is_zero(value_at(place))) {
-      const auto bank = static_cast<size_t>(bank_of_place(place));
-      queues[bank][static_cast<size_t>(lengths[bank]++)] = static_cast<uint16_t>(place);
+    const bool inside = row < extent.rows && col < extent.cols;
+    const uint16_t value =
+        inside ? dense[(extent.row0 + row) * ld + extent.col0 + col] : uint16_t{0};
+    if (!is_zero(value)) {
+      queues[static_cast<size_t>(bank_of_place(place))].push(static_cast<uint32_t>(place) << 16 |
+                                                             value);
       ++nnz;
-    }
-  }
-  for (int place = 0; place < kTileElems && num_free < num_entries - nnz; ++place) {
-    if (is_zero(value_at(place))) {
+    } else if (num_free < kVectorEntries) {
       free_places[static_cast<size_t>(num_free++)] = static_cast<uint16_t>(place);
     }
   }
 
   int pos = 0;
-  const auto emit = [&](int place, uint16_t value) {
-    entries[storage_index(pos++, num_entries)] =
-        static_cast<uint32_t>(place) << 16 | static_cast<uint32_t>(value);
-  };
-  for (int rank = 0; pos < nnz; ++rank) {
-    for (size_t bank = 0; bank < kNumBanks; ++bank) {
-      if (rank < lengths[bank]) {
-        const int place = queues[bank][static_cast<size_t>(rank)];
-        emit(place, value_at(place));
-      }
+  const auto emit = [&](uint32_t entry) { entries[storage_index(pos++, num_entries)] = entry; };
+  while (pos < nnz) {                  // one round
+    std::array<int, kNumBanks> order;  // the longest queue first, then the lowest bank
+    for (int bank = 0; bank < kNumBanks; ++bank) {
+      const auto i = static_cast<size_t>(bank);
+      order[i] = queues[i].words * kNumBanks + kNumBanks - 1 - bank;
+    }
+    std::sort(order.begin(), order.end(), std::greater<>());
+    int room = store_room(pos, num_entries);
+    for (const int key : order) {
+      BankQueue& queue = queues[static_cast<size_t>(kNumBanks - 1 - key % kNumBanks)];
+      if (room == 0 || queue.words == 0) break;
+      const int word = queue.paired(queue.head) ? 2 : 1, taken = std::min(word, room);
+      for (int i = 0; i < taken; ++i) emit(queue.entries[queue.head++]);
+      if (taken == word) --queue.words;
+      room -= taken;
     }
   }
-  for (int i = 0; i < num_free; ++i) emit(free_places[static_cast<size_t>(i)], 0);
+  for (size_t i = 0; pos < num_entries; ++i) emit(static_cast<uint32_t>(free_places[i]) << 16);
 }
 
 }  // namespace

@@ -31,8 +31,13 @@
 //
 // Order. Entries may stand in any order; tiled_csl_pack picks the one that the paper calls
 // ahead-of-time sparse data reordering. A warp stores 32 entries at a time into shared memory, lane
-// l taking entry e of vector l. So pack sorts a tile's entries by (rank within bank, bank), where
-// bank = (place / 2) mod 32, and deals them out along e-planes: see storage_index.
+// l taking entry e of vector l (see storage_index), and then takes one wavefront for each different
+// word in the bank that it hits most; bank = word mod 32, word = place / 2. Each bank has a queue
+// of its words that hold nonzeros, in rising order. pack fills one store after the other: in rounds
+// each bank gives its first word, one or two entries, the longest queue first and then the lowest
+// bank, until the store is full. (A word of two entries may be cut by the end of a store.) That
+// takes the fewest wavefronts there can be, about the words of the longest queue: 58 for a tile at
+// 80 % zeros, with 52 stores, where (rank within bank, bank) takes 73.
 #pragma once
 
 #include <algorithm>
@@ -78,6 +83,13 @@ FLASH_LLM_HOST_DEVICE constexpr int storage_index(int pos, int num_entries) {
   const int lanes = (left < kWarpEntries ? left : kWarpEntries) / kVectorEntries;
   const int within = pos - block;
   return block + within % lanes * kVectorEntries + within / lanes;
+}
+
+// Positions from `pos` on that the store of position `pos` still has room for.
+FLASH_LLM_HOST_DEVICE constexpr int store_room(int pos, int num_entries) {
+  const int within = pos % kWarpEntries, left = num_entries - (pos - within);
+  const int lanes = (left < kWarpEntries ? left : kWarpEntries) / kVectorEntries;
+  return lanes - within % lanes;
 }
 
 constexpr int64_t num_tile_rows(int64_t m) { return (m + kTileM - 1) / kTileM; }

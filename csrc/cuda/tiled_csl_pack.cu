@@ -1,7 +1,6 @@
 // Tiled-CSL on the device: count, pack and unpack, one CTA per tile. The tile passes through shared
 // memory in the order of places, so that both directions touch global memory in whole rows.
-// tiled_csl_pack writes the same bytes as core/tiled_csl.cpp: positions come from the closed form
-// of the same order, so no sorting is needed.
+// pack_kernel writes the same bytes as core/tiled_csl.cpp.
 #include <cstdint>
 
 #include "core/tiled_csl.h"
@@ -51,17 +50,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The order of entries is (rank within bank, bank). With len[b] entries in bank b, the entry of
-// rank r in bank b comes after  first[r] = sum over banks of min(len, r)  entries of lower rank and
-// after the lower banks that have more than r entries: popc(longer[r] & lower banks).
+// One warp puts a tile's entries in order, lane b working through the queue of bank b, while other
+// CTAs use the rest of the SM.
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(DenseMatrix dense, const int32_t* __restrict__ offsets,
                 uint32_t* __restrict__ entries) {
-  __shared__ uint16_t values[kTileElems];  // by place
-  __shared__ uint32_t present[kNumBanks][kBankPlaces / 32];
-  __shared__ int length[kNumBanks];
-  __shared__ int first[kBankPlaces];
-  __shared__ uint32_t longer[kBankPlaces];
+  __shared__ uint16_t values[kTileElems];                    // by place
+  __shared__ uint32_t present[kBankPlaces / 32][kNumBanks];  // bit i % 32: place i of the bank
 
   const TileOrigin tile(dense.m, dense.k);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -71,59 +66,59 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  // Bank b's places in rising order: row after row, low half before high half.
+  // A bank's places in rising order: row after row, the two halves of one word.
   const auto place_in_bank = [](int bank, int i) { return i / 2 * kTileK + bank * 2 + i % 2; };
   for (int bank = warp; bank < kNumBanks; bank += kWarps) {
-    int count = 0;
-    for (int word = 0; word < kBankPlaces / 32; ++word) {
-      const uint16_t value = values[place_in_bank(bank, word * 32 + lane)];
+    for (int part = 0; part < kBankPlaces / 32; ++part) {
+      const uint16_t value = values[place_in_bank(bank, part * 32 + lane)];
       const uint32_t mask = __ballot_sync(~0U, is_nonzero(value));
-      if (lane == 0) present[bank][word] = mask;
-      count += __popc(mask);
+      if (lane == 0) present[part][bank] = mask;
     }
-    if (lane == 0) length[bank] = count;
   }
   __syncthreads();
-  int nnz = 0;
-  for (int bank = 0; bank < kNumBanks; ++bank) nnz += length[bank];
-  for (int rank = threadIdx.x; rank < kBankPlaces; rank += kThreads) {
-    int before = 0;
-    uint32_t mask = 0;
-    for (int bank = 0; bank < kNumBanks; ++bank) {
-      before += min(length[bank], rank);
-      mask |= static_cast<uint32_t>(length[bank] > rank) << bank;
-    }
-    first[rank] = before;
-    longer[rank] = mask;
-  }
-  __syncthreads();
+  if (warp > 0) return;
 
   const int num_entries = (offsets[blockIdx.x + 1] - offsets[blockIdx.x]) * kVectorEntries;
   uint32_t* out = entries + int64_t{offsets[blockIdx.x]} * kVectorEntries;
-  for (int bank = warp; bank < kNumBanks; bank += kWarps) {
-    int rank_base = 0;
-    for (int word = 0; word < kBankPlaces / 32; ++word) {
-      const uint32_t mask = present[bank][word];
-      if (mask >> lane & 1U) {
-        const int place = place_in_bank(bank, word * 32 + lane);
-        const int rank = rank_base + __popc(mask & ((1U << lane) - 1U));
-        const int pos = first[rank] + __popc(longer[rank] & ((1U << bank) - 1U));
-        out[storage_index(pos, num_entries)] =
-            static_cast<uint32_t>(place) << 16 | static_cast<uint32_t>(values[place]);
-      }
-      rank_base += __popc(mask);
-    }
+  const auto emit = [&](int pos, int place) {
+    out[storage_index(pos, num_entries)] =
+        static_cast<uint32_t>(place) << 16 | static_cast<uint32_t>(values[place]);
+  };
+  int words = 0, count = 0;  // of this bank: words and entries to come
+  for (int part = 0; part < kBankPlaces / 32; ++part) {
+    const uint32_t mask = present[part][lane];
+    words += __popc((mask | mask >> 1) & 0x55555555U);
+    count += __popc(mask);
   }
-  if (warp == 0) {  // padding takes the lowest free places
-    int pos = nnz;
-    for (int place0 = 0; pos < num_entries; place0 += 32) {
-      const uint32_t free = ~__ballot_sync(~0U, is_nonzero(values[place0 + lane]));
-      const int mine = pos + __popc(free & ((1U << lane) - 1U));
-      if ((free >> lane & 1U) && mine < num_entries) {
-        out[storage_index(mine, num_entries)] = static_cast<uint32_t>(place0 + lane) << 16;
-      }
-      pos += __popc(free);
+  const int nnz = __reduce_add_sync(~0U, count);
+  int pos = 0, part = 0;
+  uint32_t mask = present[0][lane];  // what is left of this part of the bank's places
+  while (pos < nnz) {                // one round
+    while (mask == 0 && part + 1 < kBankPlaces / 32) mask = present[++part][lane];
+    const int first = __ffs(static_cast<int>(mask)) - 1;
+    const int word = mask == 0 ? 0 : __popc(mask >> (first & ~1) & 3U);  // its entries
+    // The longest queue gives first, then the lowest bank: keys are all different.
+    const int key = words << 7 | (31 - lane) << 2 | word;
+    int before = 0;
+    for (int bank = 0; bank < kNumBanks; ++bank) {
+      const int other = __shfl_sync(~0U, key, bank);
+      if (other > key) before += other & 3;
     }
+    const int taken = min(word, max(0, store_room(pos, num_entries) - before));
+    for (int i = 0; i < taken; ++i) {
+      emit(pos + before + i, place_in_bank(lane, part * 32 + __ffs(static_cast<int>(mask)) - 1));
+      mask &= mask - 1;
+    }
+    if (word > 0 && taken == word) --words;
+    pos += __reduce_add_sync(~0U, taken);
+  }
+  for (int place0 = 0; pos < num_entries; place0 += 32) {  // padding takes the lowest free places
+    const uint32_t free = ~__ballot_sync(~0U, is_nonzero(values[place0 + lane]));
+    const int mine = pos + __popc(free & ((1U << lane) - 1U));
+    if ((free >> lane & 1U) && mine < num_entries) {
+      out[storage_index(mine, num_entries)] = static_cast<uint32_t>(place0 + lane) << 16;
+    }
+    pos += __popc(free);
   }
 }
 
