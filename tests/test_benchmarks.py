@@ -13,6 +13,7 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_pack  # noqa: E402
 import bench_spmm  # noqa: E402
 import fp8  # noqa: E402
 import plot_spmm  # noqa: E402
@@ -35,8 +36,21 @@ FOUND = bench_spmm.Measurement(
 )
 
 
+PACK_CASE = bench_pack.Case(WEIGHT, "bitmap")
+PACK_FOUND = bench_pack.Measurement(
+    pack=timing.Timing(32.768, 32.0, 33.0),
+    unpack=timing.Timing(16.0, 15.0, 17.0),
+    packed_bytes=30000,
+)
+
+
 def fake_row(**changes):
     return {**bench_spmm.make_row(CASE, FOUND, "h200", "0123abc"), **changes}
+
+
+def fake_pack_row(**changes):
+    row = bench_pack.make_row(PACK_CASE, PACK_FOUND, "h200", "cuda", "0123abc")
+    return {**row, **changes}
 
 
 @pytest.fixture
@@ -71,6 +85,22 @@ def test_row_has_exactly_the_agreed_fields():
     assert bench_spmm.make_row(CASE, without_fp8, "a100", "0123abc")["fp8_us"] is None
 
 
+def test_pack_row_has_exactly_the_agreed_fields():
+    row = fake_pack_row()
+    assert list(row) == (
+        "bench gpu device M K sparsity mask dtype format us gb_s unpack_us packed_bytes torch cuda "
+        "commit".split()
+    )
+    assert (row["bench"], row["gpu"], row["device"], row["M"], row["K"]) == (
+        *("pack", "h200", "cuda"),
+        *(256, 128),
+    )
+    # 256 * 128 * 2 bytes in 32.77 us.
+    assert (row["us"], row["gb_s"], row["unpack_us"]) == (32.77, 2.0, 16.0)
+    assert (row["format"], row["packed_bytes"]) == ("bitmap", 30000)
+    assert json.loads(json.dumps(row)) == row
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -92,31 +122,70 @@ def test_row_has_exactly_the_agreed_fields():
 )
 def test_rows_off_the_schema_are_refused(changes):
     with pytest.raises(ValueError):
-        rows.check_spmm_row(fake_row(**changes))
+        rows.check_row(fake_row(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gb_s": 0.0},
+        {"unpack_us": None},
+        {"device": None},
+        {"packed_bytes": 0},
+        {"N": 8},
+        {"mask": "diagonal"},
+        {"bench": "spmm"},
+        {"bench": "unpack"},
+        {"bench": None},
+    ],
+    ids=str,
+)
+def test_pack_rows_off_the_schema_are_refused(changes):
+    rows.check_row(fake_pack_row())
+    with pytest.raises(ValueError):
+        rows.check_row(fake_pack_row(**changes))
 
 
 def test_what_was_not_measured_is_null():
-    rows.check_spmm_row(fake_row(fp8_us=None, packed_bytes=None))
+    rows.check_row(fake_row(fp8_us=None, packed_bytes=None))
 
 
 def test_committed_rows_follow_the_schema():
-    paths = list((BENCHMARKS / "results").glob("spmm-*.jsonl"))
-    assert paths
+    paths = list((BENCHMARKS / "results").glob("*.jsonl"))
+    assert any(path.name.startswith("spmm-") for path in paths)
     for path in paths:
         found = rows.read_rows(path)
         assert found
         for row in found:
-            rows.check_spmm_row(row)
-            assert f"spmm-{row['gpu']}.jsonl" == path.name
-            assert row["rel_err"] <= bench_spmm.MAX_REL_ERR[row["dtype"]]
-        cases = [tuple(row[field] for field in rows.CASE_FIELDS) for row in found]
-        assert len(set(cases)) == len(cases)
+            rows.check_row(row)
+            assert f"{row['bench']}-{row['gpu']}.jsonl" == path.name
+            if row["bench"] == "spmm":
+                assert row["rel_err"] <= bench_spmm.MAX_REL_ERR[row["dtype"]]
+        assert len({rows.case_of(row) for row in found}) == len(found)
 
 
 def test_the_readme_of_the_benchmarks_names_every_field():
     text = (BENCHMARKS / "README.md").read_text()
-    listed = re.search(r'`\{("bench".*?)\}`', text, re.DOTALL)[1]
-    assert re.findall(r'"(\w+)"', listed) == list(rows.SPMM_FIELDS)
+    listed = re.findall(r'`\{("bench".*?)\}`', text, re.DOTALL)
+    assert [re.findall(r'"(\w+)"', fields) for fields in listed] == [
+        list(fields) for fields in rows.FIELDS.values()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("model name\t: AMD EPYC 9654 96-Core Processor\nmodel name: x\n", "amd-epyc-9654"),
+        (
+            "processor: 0\nmodel name : Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz\n",
+            "intel-xeon-platinum-8481c",
+        ),
+        ("Features: asimd\n", "cpu"),
+        ("", "cpu"),
+    ],
+)
+def test_cpu_names_become_file_names(text, name):
+    assert rows.cpu_name(text) == name
 
 
 def test_masks_and_prefetch_make_cases_of_their_own(tmp_path):
@@ -325,6 +394,40 @@ def test_the_whole_benchmark_on_the_cpu(dtype, capsys, prefetches):
     assert set(prefetches) == {True, False}
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_whole_benchmark_of_packing_on_the_cpu(dtype, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "ROTATION_BYTES", 2**17)
+    quick = functools.partial(timing.time_cpu, min_seconds=0.001)
+    monkeypatch.setattr(bench_pack, "time_cpu", quick)
+    out = tmp_path / "results" / "pack.jsonl"
+    arguments = "--device cpu --shapes 256x300 --sparsity 0.5 0.9 --mask uniform --commit test"
+    arguments += f" --dtype {dtype} --out {out}"
+    for _ in range(2):  # the second run replaces the rows of the first
+        assert bench_pack.main(arguments.split()) == 0
+    table = capsys.readouterr().out.splitlines()[:5]
+    assert table[0].split()[:7] == "M K sparsity mask dtype format us".split()
+    assert [line.split()[:6] for line in table[1:]] == [
+        ["256", "300", sparsity, "uniform", dtype, fmt]
+        for sparsity in ("0.5", "0.9")
+        for fmt in ("tiled_csl", "bitmap")
+    ]
+    found = rows.read_rows(out)
+    assert len(found) == 4
+    for row in found:
+        rows.check_row(row)
+        assert (row["device"], row["commit"], row["dtype"]) == ("cpu", "test", dtype)
+        assert row["gb_s"] == pytest.approx(256 * 300 * 2 / row["us"] / 1e3, rel=1e-2)
+        assert row["packed_bytes"] < 256 * 300 * 2 * 1.1
+
+
+def test_packing_that_loses_something_is_not_timed(monkeypatch):
+    pack = bench_pack.flash_llm.pack
+    monkeypatch.setattr(bench_pack.flash_llm, "pack", lambda w, fmt: pack(w.flip(0), fmt))
+    monkeypatch.setattr(bench_pack, "time_cpu", lambda *_, **__: pytest.fail("was timed"))
+    with pytest.raises(RuntimeError, match="does not give back what was packed"):
+        list(bench_pack.measure(WEIGHT, ["bitmap"], "cpu"))
+
+
 @pytest.mark.parametrize(("pdl", "expected"), [("on", {True}), ("off", {False})])
 def test_one_kind_of_prefetch_can_be_asked_for(pdl, expected, capsys, prefetches):
     arguments = f"--device cpu --shapes 128x64 --n 2 --sparsity 0.5 --pdl {pdl}"
@@ -431,6 +534,8 @@ def test_bad_arguments_are_refused(arguments, capsys):
         bench_spmm.main(["--device", "cpu", *arguments.split()])
     assert caught.value.code == 2
     assert "error:" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench_pack.main(["--device", "cpu", *arguments.split()])
 
 
 def test_several_values_are_taken_for_each_option():
@@ -494,11 +599,26 @@ def test_gpu_rows_are_written_and_plausible(tmp_path):
     found = rows.read_rows(out)
     assert [(row["N"], row["pdl"]) for row in found] == [(n, p) for n in (1, 8) for p in (0, 1)]
     for row in found:
-        rows.check_spmm_row(row)
+        rows.check_row(row)
         assert (row["commit"], row["mask"]) == ("test", "blocks")
         assert (row["fp8_us"] is not None) == (torch.cuda.get_device_capability() >= (8, 9))
         # 0.8 MB of payload: no GPU reads it in less than 50 ns, none needs a millisecond.
         assert 0.05 < row["stream_floor_us"] < 1000
+
+
+@pytest.mark.gpu
+def test_gpu_rows_of_packing_are_written_and_plausible(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    arguments = "--shapes 1024x1024 --sparsity 0.6 0.9 --commit test --out"
+    assert bench_pack.main([*arguments.split(), str(out)]) == 0
+    found = rows.read_rows(out)
+    assert [(row["sparsity"], row["format"]) for row in found] == [
+        (sparsity, fmt) for sparsity in (0.6, 0.9) for fmt in ("bitmap", "tiled_csl")
+    ]
+    for row in found:
+        rows.check_row(row)
+        assert row["device"] == "cuda"
+        assert 0.5 < row["unpack_us"] < 1000
 
 
 @pytest.mark.gpu

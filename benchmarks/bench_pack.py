@@ -1,0 +1,207 @@
+"""Packing and unpacking, one JSON row per case. See README.md here.
+
+    python benchmarks/bench_pack.py --shapes opt-30b.fc1 7168x7168 --sparsity 0.6 --format bitmap
+
+Rows go to ``benchmarks/results/pack-<gpu>.jsonl`` unless ``--out`` says otherwise; a case that was
+measured before has its row replaced. With ``--device cpu`` the name is the CPU's.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rows import RESULTS, check_row, commit_hash, cpu_name, gpu_name, print_table, write_rows
+from timing import REPLAYS, Timing, copies_to_rotate, time_cpu, time_cuda
+from torch import Tensor
+from weights import DTYPES, Weight, add_weight_options, make_weight, rotated, weights_of
+
+import flash_llm
+
+
+@dataclass(frozen=True)
+class Case:
+    """One weight in one format."""
+
+    weight: Weight
+    format: str
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that packing reads and unpacking writes."""
+        return self.weight.m * self.weight.k * DTYPES[self.weight.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was found out about a case.
+
+    Attributes:
+        pack: time of ``flash_llm.pack``, with its allocations and its wait for the device.
+        unpack: time of ``flash_llm.unpack``.
+        packed_bytes: bytes of the packed weight, header and offsets included.
+    """
+
+    pack: Timing
+    unpack: Timing
+    packed_bytes: int
+
+
+def gigabytes_per_second(case: Case, timing: Timing) -> float:
+    """Return dense bytes over time."""
+    return case.dense_bytes / timing.us / 1e3
+
+
+def pack_calls(dense: Sequence[Tensor], fmt: str) -> list[Callable[[], object]]:
+    """Return packing of each copy, until it is done."""
+
+    def pack(weight: Tensor) -> None:
+        flash_llm.pack(weight, fmt)
+        if weight.is_cuda:
+            torch.cuda.synchronize()
+
+    return [lambda w=w: pack(w) for w in dense]
+
+
+def measure(
+    weight: Weight,
+    formats: Sequence[str],
+    device: str,
+    replays: int = REPLAYS,
+    real: Path | None = None,
+) -> Iterator[tuple[Case, Measurement]]:
+    """Check and time packing and unpacking a weight in each format.
+
+    Args:
+        weight: which weight.
+        formats: names of the packed formats.
+        device: ``"cuda"`` or ``"cpu"``.
+        replays: timed turns; see :mod:`timing`.
+        real: see :func:`weights.make_weight`.
+
+    Raises:
+        RuntimeError: unpacking does not give back what was packed.
+    """
+    dense = make_weight(
+        weight.m, weight.k, weight.sparsity, weight.mask, DTYPES[weight.dtype], device, real
+    )
+    packed = {fmt: flash_llm.pack(dense, fmt) for fmt in formats}
+    for fmt, w in packed.items():
+        if not torch.equal(w.to_dense(), dense):
+            raise RuntimeError(f"{weight} as {fmt}: unpacking does not give back what was packed")
+    copies = [dense.clone() for _ in range(copies_to_rotate(dense.nbytes))]
+    # By the clock: packing waits for the device, so no graph can hold it.
+    packing = time_cpu({fmt: pack_calls(copies, fmt) for fmt in formats}, replays=replays)
+    time_calls = time_cuda if device == "cuda" else time_cpu
+    unpacking = time_calls(
+        {fmt: [lambda w=w: flash_llm.unpack(w) for w in rotated(packed[fmt])] for fmt in formats},
+        replays=replays,
+    )
+    for fmt in formats:
+        yield (
+            Case(weight, fmt),
+            Measurement(packing[fmt], unpacking[fmt], packed[fmt].nbytes),
+        )
+
+
+def make_row(
+    case: Case, found: Measurement, gpu: str, device: str, commit: str
+) -> dict[str, object]:
+    """Return the checked JSON row of a measurement."""
+    row: dict[str, object] = {
+        "bench": "pack",
+        "gpu": gpu,
+        "device": device,
+        "M": case.weight.m,
+        "K": case.weight.k,
+        "sparsity": case.weight.sparsity,
+        "mask": case.weight.mask,
+        "dtype": case.weight.dtype,
+        "format": case.format,
+        "us": round(found.pack.us, 2),
+        "gb_s": float(f"{gigabytes_per_second(case, found.pack):.4g}"),
+        "unpack_us": round(found.unpack.us, 2),
+        "packed_bytes": found.packed_bytes,
+        "torch": str(torch.__version__),
+        "cuda": str(torch.version.cuda),
+        "commit": commit,
+    }
+    check_row(row)
+    return row
+
+
+HEADINGS = (
+    *("M", "K", "sparsity", "mask", "dtype", "format", "us", "±%", "GB/s"),
+    *("unpack us", "±%", "unpack GB/s", "of dense"),
+)
+
+
+def table_line(case: Case, found: Measurement) -> tuple[str, ...]:
+    """Return the cells under :data:`HEADINGS`; ± is the spread of the turns."""
+    weight = case.weight
+    return (
+        str(weight.m),
+        str(weight.k),
+        f"{weight.sparsity:g}",
+        weight.mask,
+        weight.dtype,
+        case.format,
+        f"{found.pack.us:.1f}",
+        f"{50 * found.pack.spread:.1f}",
+        f"{gigabytes_per_second(case, found.pack):.4g}",
+        f"{found.unpack.us:.1f}",
+        f"{50 * found.unpack.spread:.1f}",
+        f"{gigabytes_per_second(case, found.unpack):.4g}",
+        f"{found.packed_bytes / case.dense_bytes:.3f}",
+    )
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_weight_options(parser)
+    parser.add_argument("--format", nargs="+", default=["tiled_csl", "bitmap"], help="formats")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--replays", type=int, default=REPLAYS)
+    parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/pack-<gpu>.jsonl")
+    arguments = parser.parse_args(argv)
+    try:
+        list(weights_of(arguments))
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA GPU here; --device cpu measures the CPU")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    arguments = parse_arguments(argv)
+    device = arguments.device
+    commit = commit_hash(arguments.commit)
+    gpu = (
+        gpu_name(torch.cuda.get_device_name())
+        if device == "cuda"
+        else cpu_name(Path("/proc/cpuinfo").read_text())
+    )
+    out = arguments.out or RESULTS / f"pack-{gpu}.jsonl"
+    lines = []
+    with torch.inference_mode():
+        for weight in weights_of(arguments):
+            rows = []
+            for case, found in measure(
+                weight, arguments.format, device, arguments.replays, arguments.real
+            ):
+                lines.append(table_line(case, found))
+                print(f"{case}: {found.pack.us:.1f} us", file=sys.stderr, flush=True)
+                rows.append(make_row(case, found, gpu, device, commit))
+            write_rows(out, rows)  # a run that is cut short keeps what it measured
+    print_table(HEADINGS, lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
