@@ -47,6 +47,12 @@ int find_config(const std::vector<Config>& configs, const std::string& name) {
   return -1;
 }
 
+template <typename Config>
+std::string name_of(const std::vector<Config>& configs, int idx) {
+  const bool exists = idx >= 0 && idx < static_cast<int>(configs.size());
+  return exists ? configs[static_cast<size_t>(idx)].name : "unknown";
+}
+
 // The narrowest configuration that covers n tokens, else the widest.
 template <typename Config>
 int config_for(const std::vector<Config>& configs, int64_t n) {
@@ -102,12 +108,8 @@ Status plan_lscd(const SpmmProblem& problem, const DeviceInfo& device, int confi
   out->route = SpmmRoute::kLscd;
   out->config = config_idx;
   out->ctas = ctas;
-  if (config.packed_x) {
-    out->packed_x_bytes = col_blocks * config.tile_n * num_tile_cols(problem.k) * kTileK * 2;
-  }
-  // A CTA leaves at most two partial tile rows behind: its first and its last.
-  out->workspace_bytes =
-      2 * ctas * kTileM * config.tile_n * static_cast<int64_t>(sizeof(float)) + out->packed_x_bytes;
+  out->packed_x_bytes = lscd_packed_x_bytes(config, problem.n, problem.k);
+  out->workspace_bytes = lscd_sums_bytes(config, ctas) + out->packed_x_bytes;
   out->reason = std::move(reason);
   return Status::success();
 }
@@ -144,8 +146,7 @@ Status plan_bitmap(const SpmmProblem& problem, const DeviceInfo& device, int con
   const int step = kChunkUnitBytes * config.rings();
   out->ring_bytes =
       std::max(room - bitmap_smem_bytes(config, 0), bitmap_min_ring_bytes(config)) / step * step;
-  out->workspace_bytes = bitmap_slots(config.tile_n, clusters, rows) * config.block_m() *
-                         config.tile_n * static_cast<int64_t>(sizeof(float));
+  out->workspace_bytes = bitmap_sums_bytes(config, clusters, rows);
   out->rounds_before_activation = !bitmap_finishes_all(config.tile_n);
   out->reason = std::move(reason);
   return Status::success();
@@ -227,9 +228,9 @@ std::string SpmmPlan::name() const {
     case SpmmRoute::kDense:
       return "dense";
     case SpmmRoute::kLscd:
-      return lscd_configs()[static_cast<size_t>(config)].name;
+      return name_of(lscd_configs(), config);
     case SpmmRoute::kBitmap:
-      return bitmap_configs()[static_cast<size_t>(config)].name;
+      return name_of(bitmap_configs(), config);
   }
   return "unknown";
 }
@@ -242,6 +243,26 @@ std::string SpmmPlan::to_string() const {
   }
   if (workspace_bytes > 0) text += " workspace_bytes=" + std::to_string(workspace_bytes);
   return text + " (" + reason + ")";
+}
+
+Status check_plan(const SpmmPlan& plan, SpmmRoute route, const SpmmArgs& args,
+                  int64_t workspace_bytes) {
+  const Format format = route == SpmmRoute::kLscd ? Format::kTiledCsl : Format::kBitmap;
+  if (plan.route != route || args.format != format) {
+    return Status::invalid_value("plan " + plan.to_string() + " and a weight in format \"" +
+                                 packed_format(args.format).name + "\" came to a kernel for \"" +
+                                 packed_format(format).name + "\"");
+  }
+  if (plan.workspace_bytes < workspace_bytes) {
+    return Status::invalid_value("plan " + plan.to_string() + " has a workspace of " +
+                                 std::to_string(plan.workspace_bytes) + " bytes, needed are " +
+                                 std::to_string(workspace_bytes));
+  }
+  if (plan.rounds_before_activation && args.activation != Activation::kNone) {
+    return Status::invalid_value("plan " + plan.to_string() +
+                                 " leaves the activation to the caller, but one was given");
+  }
+  return Status::success();
 }
 
 std::vector<std::string> plan_names(Format format, bool cuda) {

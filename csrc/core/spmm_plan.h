@@ -65,6 +65,18 @@ constexpr int lscd_smem_bytes(const LscdConfig& config) {
   return kLscdCtaWarps / config.warps_per_tile * kTileBytes;
 }
 
+// Bytes of sums in the workspace: a CTA leaves at most two partial tile rows behind, its first and
+// its last.
+constexpr int64_t lscd_sums_bytes(const LscdConfig& config, int64_t ctas) {
+  return 2 * ctas * kTileM * config.tile_n * static_cast<int64_t>(sizeof(float));
+}
+
+// Bytes of X in fragment order, which follow the sums.
+constexpr int64_t lscd_packed_x_bytes(const LscdConfig& config, int64_t n, int64_t k) {
+  const int64_t tokens = (n + config.tile_n - 1) / config.tile_n * config.tile_n;
+  return config.packed_x ? tokens * num_tile_cols(k) * kTileK * 2 : 0;
+}
+
 // The same for the bitmap kernel, one CTA per SM:
 //   name, columns of X per CTA, warps that multiply, strips of 16 rows per warp (2 is a whole
 //   chunk; with 1 two warps share a chunk, which leaves registers for more columns), CTAs in a
@@ -103,11 +115,12 @@ const std::vector<BitmapConfig>& bitmap_configs();
 // on the dense route.
 constexpr bool bitmap_finishes_all(int tile_n) { return tile_n <= 64; }
 
-// Slots of the workspace, each for the sums of a row of blocks: where all sums are finished
-// elsewhere, from one cluster's to the next either the cluster or the row is another; else a
+// Bytes of sums in the workspace. A slot holds those of a row of blocks: where all sums are
+// finished elsewhere, from one slot to the next either the cluster or the row is another; else a
 // cluster leaves at most two rows behind, its first and its last.
-constexpr int64_t bitmap_slots(int tile_n, int64_t clusters, int64_t rows) {
-  return bitmap_finishes_all(tile_n) ? clusters + rows : 2 * clusters;
+constexpr int64_t bitmap_sums_bytes(const BitmapConfig& config, int64_t clusters, int64_t rows) {
+  const int64_t slots = bitmap_finishes_all(config.tile_n) ? clusters + rows : 2 * clusters;
+  return slots * config.block_m() * config.tile_n * static_cast<int64_t>(sizeof(float));
 }
 
 // Whether plain chunks are multiplied by wgmma or by mma.sync. A wgmma with its A in registers
@@ -183,6 +196,11 @@ struct SpmmPlan {
   std::string name() const;
   std::string to_string() const;
 };
+
+// Refuses to run a kernel of `route`, which needs `workspace_bytes`, by a plan that was not made
+// for it, or for arguments that the plan does not fit.
+Status check_plan(const SpmmPlan& plan, SpmmRoute route, const SpmmArgs& args,
+                  int64_t workspace_bytes);
 
 // Names that the operator's `config` argument takes for a format on this kind of device, "auto"
 // excepted.

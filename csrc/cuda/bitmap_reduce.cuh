@@ -18,7 +18,7 @@ __device__ __forceinline__ float4* partial_strip(float4* partial, int slot, int 
   return partial + (int64_t{slot} * strips + strip) * blocks_n * 32;
 }
 
-// The slot of what `cluster` leaves of a row, see bitmap_slots. Where it stores
+// The slot of what `cluster` leaves of a row, see bitmap_sums_bytes. Where it stores
 // rows itself, it has two: one for a row that began before it, one for a row that begins in it.
 template <bool kFinishesAll>
 __device__ __forceinline__ int partial_slot(int cluster, int row, bool begins_row) {

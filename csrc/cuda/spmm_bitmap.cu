@@ -214,9 +214,9 @@ Status launch_config(int config, const BitmapParams& params, const SpmmArgs& arg
 Status cuda::spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                          cudaStream_t stream) {
   const PackedView& weight = args.weight;
-  if (plan.route != SpmmRoute::kBitmap || plan.config < 0 ||
-      plan.config >= static_cast<int>(bitmap_configs().size())) {
-    return Status::invalid_value("plan " + plan.to_string() + " names no bitmap kernel");
+  if (plan.config < 0 || plan.config >= static_cast<int>(bitmap_configs().size())) {
+    return Status::invalid_value("no bitmap configuration has index " +
+                                 std::to_string(plan.config));
   }
   const BitmapConfig& config = bitmap_configs()[static_cast<size_t>(plan.config)];
   const int64_t token_blocks = (args.n + config.tile_n - 1) / config.tile_n;
@@ -229,6 +229,10 @@ Status cuda::spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* works
     return Status::invalid_value("plan " + plan.to_string() + " does not fit " +
                                  std::to_string(units) + " units of work");
   }
+  const int64_t clusters = plan.ctas / config.cluster, rows = token_blocks * row_blocks;
+  const Status fits =
+      check_plan(plan, SpmmRoute::kBitmap, args, bitmap_sums_bytes(config, clusters, rows));
+  if (!fits.ok()) return fits;
   BitmapParams params;
   params.payload = weight.payload;
   params.offsets = weight.offsets;
@@ -236,10 +240,10 @@ Status cuda::spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* works
   params.chunk_rows = static_cast<int>(num_chunk_rows(weight.m));
   params.chunk_cols = static_cast<int>(num_chunk_cols(weight.k));
   params.row_blocks = static_cast<int>(row_blocks);
-  params.schedule_rows = static_cast<int>(token_blocks * row_blocks);
+  params.schedule_rows = static_cast<int>(rows);
   params.ring_units = plan.ring_bytes / config.rings() / kChunkUnitBytes;
   params.unit_cols = plan.unit_cols;
-  params.schedule = StreamK(token_blocks * row_blocks, unit_columns, plan.ctas / config.cluster);
+  params.schedule = StreamK(rows, unit_columns, clusters);
   params.partial = static_cast<float4*>(workspace);
   params.epilogue = {args.bias, args.y, weight.m, args.n, args.activation};
   const int smem_bytes = bitmap_smem_bytes(config, plan.ring_bytes);

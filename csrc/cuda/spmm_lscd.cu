@@ -526,9 +526,8 @@ Status end_weight_writes(void* scratch, cudaStream_t stream) {
 Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                  cudaStream_t stream) {
   const PackedView& weight = args.weight;
-  if (plan.route != SpmmRoute::kLscd || plan.config < 0 ||
-      plan.config >= static_cast<int>(lscd_configs().size())) {
-    return Status::invalid_value("plan " + plan.to_string() + " names no LSCD kernel");
+  if (plan.config < 0 || plan.config >= static_cast<int>(lscd_configs().size())) {
+    return Status::invalid_value("no LSCD configuration has index " + std::to_string(plan.config));
   }
   const LscdConfig& config = lscd_configs()[static_cast<size_t>(plan.config)];
   const int64_t col_blocks = (args.n + config.tile_n - 1) / config.tile_n;
@@ -537,6 +536,10 @@ Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bo
     return Status::invalid_value("plan has " + std::to_string(plan.ctas) + " CTAs for " +
                                  std::to_string(units) + " tiles of work");
   }
+  const int64_t sums_bytes = lscd_sums_bytes(config, plan.ctas);
+  const int64_t packed_x_bytes = lscd_packed_x_bytes(config, args.n, weight.k);
+  const Status fits = check_plan(plan, SpmmRoute::kLscd, args, sums_bytes + packed_x_bytes);
+  if (!fits.ok()) return fits;
   LscdParams params;
   params.x = args.x;
   params.x_stride = args.x_stride;
@@ -548,8 +551,7 @@ Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bo
       StreamK(col_blocks * num_tile_rows(weight.m), num_tile_cols(weight.k), plan.ctas);
   params.k = weight.k;
   params.workspace = static_cast<float*>(workspace);
-  params.packed_x = reinterpret_cast<uint4*>(static_cast<char*>(workspace) + plan.workspace_bytes -
-                                             plan.packed_x_bytes);
+  params.packed_x = reinterpret_cast<uint4*>(static_cast<char*>(workspace) + sums_bytes);
   params.epilogue = {args.bias, args.y, weight.m, args.n, args.activation};
   return args.value_type == ValueType::kFloat16
              ? launch_config<ValueType::kFloat16>(plan.config, params, prefetch, stream)

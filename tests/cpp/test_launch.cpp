@@ -1,0 +1,123 @@
+// Plans that do not fit are refused before anything is launched, so these tests need no GPU.
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "core/spmm_plan.h"
+#include "cuda/launch.h"
+
+namespace flash_llm {
+namespace {
+
+constexpr DeviceInfo kH200{90, 132, 228 * 1024, true};
+
+struct Call {
+  SpmmPlan plan;
+  SpmmArgs args;
+};
+
+// A call that would be launched: the pointers are null, because nothing here may get that far.
+Call call_of(Format format, int64_t n, const std::string& config) {
+  Call call;
+  SpmmProblem problem{4096, n, 4096, 4096 * 2048, format, ValueType::kFloat16};
+  const Status planned = select_plan(problem, kH200, config, 0, &call.plan);
+  EXPECT_TRUE(planned.ok()) << planned.message;
+  call.args.format = format;
+  call.args.weight.m = call.args.weight.k = 4096;
+  call.args.n = n;
+  return call;
+}
+
+void expect_refused(const Call& call, const std::string& part) {
+  const auto spmm = call.args.format == Format::kBitmap ? cuda::spmm_bitmap : cuda::spmm_lscd;
+  const Status status = spmm(call.plan, call.args, nullptr, true, nullptr);
+  EXPECT_EQ(status.code, StatusCode::kInvalidValue);
+  EXPECT_NE(status.message.find(part), std::string::npos) << status.message;
+}
+
+struct Kernel {
+  Format format;
+  std::string config;
+  int64_t n;
+};
+
+class EveryKernel : public testing::TestWithParam<Kernel> {
+ protected:
+  Call call() const { return call_of(GetParam().format, GetParam().n, GetParam().config); }
+};
+
+std::vector<Kernel> every_kernel() {
+  std::vector<Kernel> kernels;
+  for (const auto& config : lscd_configs()) {
+    kernels.push_back({Format::kTiledCsl, config.name, config.tile_n});
+  }
+  for (const auto& config : bitmap_configs()) {
+    kernels.push_back({Format::kBitmap, config.name, config.tile_n});
+  }
+  return kernels;
+}
+
+INSTANTIATE_TEST_SUITE_P(Configurations, EveryKernel, testing::ValuesIn(every_kernel()),
+                         [](const auto& kernel) { return kernel.param.config; });
+
+TEST_P(EveryKernel, RefusesAWorkspaceThatIsTooSmall) {
+  Call small = call();
+  --small.plan.workspace_bytes;
+  expect_refused(small, std::to_string(small.plan.workspace_bytes) + " bytes, needed are " +
+                            std::to_string(small.plan.workspace_bytes + 1));
+}
+
+TEST_P(EveryKernel, RefusesAPlanForMoreWorkThanThereIs) {
+  Call few = call();
+  few.args.weight.m = few.args.weight.k = 1;
+  expect_refused(few, "work");
+}
+
+TEST_P(EveryKernel, RefusesThePlanOfAnotherRoute) {
+  for (const SpmmRoute route :
+       {SpmmRoute::kDense, SpmmRoute::kCpuTiles, SpmmRoute::kCpuReference}) {
+    Call other = call();
+    other.plan.route = route;
+    expect_refused(other, other.plan.name());
+  }
+}
+
+TEST_P(EveryKernel, RefusesAWeightOfAnotherFormat) {
+  Call other = call();
+  const bool bitmap = other.args.format == Format::kBitmap;
+  const auto spmm = bitmap ? cuda::spmm_bitmap : cuda::spmm_lscd;
+  other.args.format = bitmap ? Format::kTiledCsl : Format::kBitmap;
+  const Status status = spmm(other.plan, other.args, nullptr, true, nullptr);
+  EXPECT_EQ(status.code, StatusCode::kInvalidValue);
+  EXPECT_NE(status.message.find("tiled_csl"), std::string::npos) << status.message;
+  EXPECT_NE(status.message.find("bitmap"), std::string::npos) << status.message;
+}
+
+TEST_P(EveryKernel, RefusesConfigurationsThatDoNotExist) {
+  for (const int config : {-1, 100}) {
+    Call other = call();
+    other.plan.config = config;
+    expect_refused(other, "configuration has index " + std::to_string(config));
+  }
+}
+
+TEST(BitmapLaunch, RefusesAnActivationThatItsKernelLeavesToTheCaller) {
+  Call call = call_of(Format::kBitmap, 128, "n128");
+  call.args.activation = Activation::kGelu;
+  expect_refused(call, "leaves the activation to the caller");
+}
+
+TEST(BitmapLaunch, RefusesAPlanForFewerRowsWhereEachHasItsSums) {
+  Call call = call_of(Format::kBitmap, 8, "n8");
+  call.args.weight.m *= 2;
+  expect_refused(call, "bytes, needed are");
+}
+
+TEST(BitmapLaunch, RefusesRingsThatHoldNoFullChunks) {
+  Call call = call_of(Format::kBitmap, 8, "n8");
+  call.plan.ring_bytes = 64;
+  expect_refused(call, "does not fit");
+}
+
+}  // namespace
+}  // namespace flash_llm
