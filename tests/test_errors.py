@@ -181,6 +181,18 @@ def test_mixed_devices(where, format):
         flash_llm.spmm(x, w, bias)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_a_graph_of_one_device_refuses_inputs_on_another(format):
+    w, x, bias = good("cuda:1", format)
+    flash_llm.spmm(x, w, bias)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.zeros(1, device="cuda:0")  # torch warns of graphs that are empty
+        with raises(ValueError, "x is on cuda:1", "captured on cuda:0"):
+            flash_llm.spmm(x, w, bias)
+
+
 # ---- the packed weight, at every operator that takes one ----
 
 OPERATORS = {

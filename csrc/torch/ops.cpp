@@ -20,6 +20,7 @@
 
 #ifdef FLASH_LLM_WITH_CUDA
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 
 #include "cuda/launch.h"
@@ -508,12 +509,23 @@ Tensor kernel_ready(const Tensor& x, int64_t multiple) {
   return padded;
 }
 
+// A graph that is captured on one device would leave out, silently, what is launched on another.
+void check_capture(const char* op, const Tensor& x) {
+  const c10::DeviceIndex current = c10::cuda::current_device();
+  if (x.device().index() == current) return;
+  const auto status = c10::cuda::currentStreamCaptureStatusMayInitCtx();
+  TORCH_CHECK_VALUE(status == c10::cuda::CaptureStatus::None, "flash_llm::", op, ": x is on ",
+                    x.device(), ", but a CUDA graph is being captured on cuda:",
+                    static_cast<int>(current));
+}
+
 Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
                  const Tensor& payload, const std::optional<Tensor>& bias,
                  c10::string_view activation, c10::string_view config, int64_t ctas,
                  bool prefetch) {
   // Checked before the guard: any one argument on a GPU brings a call here.
   SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation);
+  check_capture("spmm", x);
   const c10::cuda::CUDAGuard guard(x.device());
   SpmmPlan plan;
   raise_if_error(
