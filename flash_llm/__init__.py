@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from flash_llm import _extension
+from flash_llm import _extension, hf
 from flash_llm.bitmap import Bitmap
+from flash_llm.checkpoint import load, save
 from flash_llm.evaluate import perplexity
+from flash_llm.hf import from_pretrained
 from flash_llm.linear import SparseLinear
 from flash_llm.ops import PackedWeight, explain_format, pack, prune_pack, spmm, unpack
 from flash_llm.prune.calibrate import prune_
@@ -19,6 +21,8 @@ from flash_llm.sparsify import SparsifyReport, sparsify_
 from flash_llm.tiled_csl import TiledCSL
 
 __version__ = "0.1.0"
+
+hf.register_when_imported()
 
 __all__ = [
     "Bitmap",
@@ -31,10 +35,13 @@ __all__ = [
     "configs",
     "explain_format",
     "explain_plan",
+    "from_pretrained",
+    "load",
     "pack",
     "perplexity",
     "prune_",
     "prune_pack",
+    "save",
     "sparsify_",
     "spmm",
     "unpack",

@@ -316,9 +316,17 @@ class SparseLinear(nn.Linear):
                 self._header = self._header._replace(value_type=ops.value_type_of(new_dtype))
             else:
                 self._install(ops.pack(self.weight.to(new_dtype), self.format))
-        elif self.weight_payload.device.type != old_device.type and self._wants_other_format():
-            self._install(ops.pack(self.weight, self.format))
+        elif self.weight_payload.device.type != old_device.type:
+            self.refit()
         return self
+
+    def refit(self) -> None:
+        """Pack the weight anew if ``format="auto"`` would choose another format where it is now.
+
+        Moving the layer does so by itself; this is for code that puts buffers in place.
+        """
+        if self._wants_other_format():
+            self._install(ops.pack(self.weight, self.format))
 
     def _wants_other_format(self) -> bool:
         """Whether ``format="auto"`` would choose another one on the device where the layer is."""

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.prune import BasePruningMethod
 from tqdm.auto import tqdm
 
-from flash_llm import ops
+from flash_llm import hf, ops
 from flash_llm.linear import SparseLinear, is_conv1d, pack_layer
 from flash_llm.ops import PackedWeight
 
@@ -185,6 +185,7 @@ def sparsify_(
     name from its beginning. A pattern that matches a container means everything inside it. Of the
     modules that match, ``nn.Linear`` and the Conv1D of transformers are packed.
 
+    Models of transformers can be saved afterwards with their ``save_pretrained``.
     Forward and backward hooks and the bias parameter move to the new layer;
     ``torch.nn.utils.prune`` masks are folded. Reported as skipped: ignored layers, layers whose
     class only derives from ``nn.Linear``, layers already sparse, with a replaced ``forward``
@@ -257,6 +258,7 @@ def sparsify_(
         for child_name, child in parent._modules.items():
             if child in swaps:
                 parent._modules[child_name] = swaps[child]
+    hf.adopt(model)
     return SparsifyReport(tuple(rows))
 
 

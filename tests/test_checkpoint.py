@@ -1,0 +1,235 @@
+"""Packed layers in safetensors files: what is saved comes back, what is broken is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import flash_llm
+from flash_llm import SparseLinear
+from flash_llm.checkpoint import CHECKPOINT_VERSION, Checkpoint, checkpoint_files
+
+
+def build(dtype=torch.float16, device=None):
+    torch.manual_seed(1)
+    with torch.device(device or "cpu"):
+        model = nn.Sequential(nn.Linear(200, 300), nn.ReLU(), nn.Linear(300, 90, bias=False))
+        model.add_module("norm", nn.LayerNorm(90))
+        model.register_buffer("steps", torch.arange(5))
+    return model.to(dtype)
+
+
+def packed(format="auto", dtype=torch.float16):
+    model = build(dtype)
+    flash_llm.sparsify_(model, sparsity=0.8, format=format, pack_unprofitable=True)
+    nn.init.normal_(model[0].bias)
+    nn.init.normal_(model.norm.weight)
+    return model
+
+
+def same(model, other):
+    state, others = model.state_dict(), other.state_dict()
+    return state.keys() == others.keys() and all(torch.equal(state[k], others[k]) for k in state)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("max_shard_size", ["5GB", 20_000])
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path, format, dtype, max_shard_size, device):
+    model = packed(format, dtype)
+    flash_llm.save(model, tmp_path, max_shard_size=max_shard_size)
+    files = checkpoint_files(tmp_path)
+    assert (len(files) > 1) == (max_shard_size != "5GB")
+    empty = build(dtype, device)
+    empty.eval()
+    again = flash_llm.load(empty, tmp_path)
+    assert again is empty and isinstance(again[2], SparseLinear) and not again[2].training
+    for name in ("0", "2"):
+        loaded, saved = again.get_submodule(name), model.get_submodule(name)
+        assert loaded.format == "auto" and torch.equal(loaded.weight, saved.weight)
+    x = torch.randn(3, 200, dtype=dtype)
+    assert torch.equal(again[0].bias, model[0].bias) and torch.equal(again.steps, model.steps)
+    torch.testing.assert_close(again(x), model(x))
+    assert same(again, model) or again[0].packed.FORMAT != model[0].packed.FORMAT
+
+
+def test_models_without_packed_layers_and_with_tied_ones(tmp_path):
+    def tied():
+        model = nn.Sequential(
+            nn.Embedding(70, 64), nn.Linear(64, 64), nn.Linear(64, 70, bias=False)
+        )
+        model = model.half()
+        model[2].weight = model[0].weight
+        return model
+
+    for sparse in (False, True):
+        model, folder = tied(), tmp_path / str(sparse)
+        if sparse:
+            flash_llm.sparsify_(model, ["1"], sparsity=0.9, pack_unprofitable=True)
+        flash_llm.save(model, folder)
+        again = flash_llm.load(tied(), folder)
+        assert again[2].weight is again[0].weight and same(again, model)
+
+
+def test_the_files_say_what_is_packed(tmp_path, format):
+    model = packed(format)
+    flash_llm.save(model, tmp_path)
+    checkpoint = Checkpoint(checkpoint_files(tmp_path))
+    assert set(checkpoint.packed) == {"0", "2"} and "0.bias" in checkpoint.tensors
+    assert checkpoint.packed["0"] == model[0].packed.header
+    assert checkpoint.weight("0").to_dense().equal(model[0].weight)
+    placeholder = checkpoint.placeholder("2")
+    assert placeholder.device.type == "meta" and placeholder.nbytes == model[2].packed.nbytes
+
+
+def edit(folder, change, metadata=None):
+    """Rewrite the only file of a checkpoint with its tensors changed."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata=metadata)
+
+
+BROKEN = {
+    "missing part": (
+        lambda t: t.pop("2.weight_offsets"),
+        ValueError,
+        r"2\.weight_offsets is missing",
+    ),
+    "two weights": (
+        lambda t: t.update({"2.weight": torch.zeros(90, 300).half()}),
+        ValueError,
+        r"2 is packed in .*model\.safetensors, but 2\.weight is in",
+    ),
+    "header dtype": (
+        lambda t: t.update({"0.weight_header": t["0.weight_header"].int()}),
+        TypeError,
+        r"0\.weight_header in .* must be I64, got I32",
+    ),
+    "header shape": (
+        lambda t: t.update({"0.weight_header": torch.zeros(9, dtype=torch.int64)}),
+        ValueError,
+        r"0\.weight_header in .* must have shape \[8\], got \[9\]",
+    ),
+    "magic": (
+        lambda t: t["0.weight_header"].__setitem__(0, 5),
+        ValueError,
+        r"0\.weight_header in .* is wrong: magic number must be",
+    ),
+    "newer format": (
+        lambda t: t["0.weight_header"].__setitem__(1, 99),
+        NotImplementedError,
+        r"0\.weight_header in .* has version 99",
+    ),
+    "unknown format": (
+        lambda t: t["0.weight_header"].__setitem__(2, 77),
+        NotImplementedError,
+        r"0\.weight_header in .* names format 77",
+    ),
+    "unknown dtype": (
+        lambda t: t["0.weight_header"].__setitem__(3, 77),
+        TypeError,
+        r"0\.weight_header in .* no value type has number 77",
+    ),
+    "negative size": (
+        lambda t: t["0.weight_header"].__setitem__(4, -1),
+        ValueError,
+        r"0\.weight_header in .* is wrong: .*negative",
+    ),
+    "huge claim": (
+        lambda t: t["0.weight_header"].__setitem__(7, 1 << 40),
+        ValueError,
+        r"0\.weight_payload in .* must have shape \[1099511627776\], .* got",
+    ),
+    "payload too short": (
+        lambda t: t.update({"0.weight_payload": t["0.weight_payload"][:-1].clone()}),
+        ValueError,
+        r"0\.weight_payload in .* must have shape",
+    ),
+    "malformed offsets": (
+        lambda t: t["0.weight_offsets"].__setitem__(1, -7),
+        ValueError,
+        r"0 in .*model\.safetensors is malformed",
+    ),
+    "tensor that the model lacks": (
+        lambda t: t.update({"more": torch.zeros(1)}),
+        ValueError,
+        r"the checkpoint has more, the model has not",
+    ),
+    "tensor that the file lacks": (
+        lambda t: t.pop("norm.bias"),
+        ValueError,
+        r"the model has norm\.bias, the checkpoint has not",
+    ),
+    "bias that the file lacks": (
+        lambda t: t.pop("0.bias"),
+        ValueError,
+        r"0 has a bias, but the checkpoint has no 0\.bias",
+    ),
+    "another shape": (
+        lambda t: t.update({"norm.bias": torch.zeros(91).half()}),
+        ValueError,
+        r"norm\.bias must have shape \[90\], the checkpoint has \[91\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoints_are_refused_and_change_nothing(tmp_path, format, case):
+    change, error, message = BROKEN[case]
+    flash_llm.save(packed(format), tmp_path)
+    edit(tmp_path, change)
+    model = build()
+    with pytest.raises(error, match=message):
+        flash_llm.load(model, tmp_path)
+    assert same(model, build()) and type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_files_that_are_cut_short_are_refused_by_name(tmp_path, size):
+    flash_llm.save(packed(), tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
+        flash_llm.load(build(), tmp_path)
+
+
+def test_newer_files_are_refused(tmp_path):
+    flash_llm.save(packed(), tmp_path)
+    edit(tmp_path, lambda t: None, metadata={"flash_llm": str(CHECKPOINT_VERSION + 1)})
+    with pytest.raises(NotImplementedError, match="has packed layers in version '2'"):
+        flash_llm.load(build(), tmp_path)
+
+
+def test_folders_without_a_whole_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor"):
+        flash_llm.load(build(), tmp_path)
+    flash_llm.save(packed(), tmp_path, max_shard_size=20_000)
+    first, *_ = checkpoint_files(tmp_path)
+    shutil.move(first, tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"index.json names {first.name}, which is missing"):
+        flash_llm.load(build(), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": 3}))
+    with pytest.raises(ValueError, match="is no index of safetensors files"):
+        flash_llm.load(build(), tmp_path)
+
+
+def test_models_of_another_architecture(tmp_path):
+    flash_llm.save(packed(), tmp_path)
+    for change, error, message in [
+        (lambda m: setattr(m, "0", nn.Linear(201, 300).half()), ValueError, r"\[300, 201\]"),
+        (lambda m: setattr(m, "0", nn.Identity()), TypeError, "must be nn.Linear or Conv1D"),
+        (lambda m: m.__delattr__("0"), ValueError, "the model has no layer 0"),
+        (lambda m: m.bfloat16(), TypeError, "0 is torch.bfloat16, but packed as torch.float16"),
+    ]:
+        model = build()
+        change(model)
+        with pytest.raises(error, match=message):
+            flash_llm.load(model, tmp_path)
+
+
+def test_meta_tensors_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="is on the meta device and has no values"):
+        flash_llm.save(build(device="meta"), tmp_path)
