@@ -9,7 +9,9 @@ is checked before memory of the claimed size is asked for, and errors name the f
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +29,8 @@ have versions of their own, in their headers."""
 METADATA = {"flash_llm": str(CHECKPOINT_VERSION)}
 """What the safetensors metadata of a file with packed layers holds."""
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+"""Names of a folder's only file, and of the list of several."""
 _HEADER, _OFFSETS, _PAYLOAD = ".weight_header", ".weight_offsets", ".weight_payload"
 
 
@@ -35,6 +38,11 @@ class _Stored(NamedTuple):
     file: Path
     dtype: str  # as safetensors spells it
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        bits = re.match(r"[A-Z]+(\d+)", self.dtype)  # "BF16", "F8_E4M3"; "BOOL" has none
+        return math.prod(self.shape) * (int(bits[1]) if bits else 8) // 8
 
 
 def checkpoint_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -48,11 +56,13 @@ def checkpoint_files(folder: str | os.PathLike[str]) -> list[Path]:
         ValueError: the index is not what it should be.
     """
     folder = Path(folder)
-    index = folder / _INDEX
+    index = folder / INDEX_NAME
     if not index.is_file():
-        if not (folder / _SINGLE).is_file():
-            raise FileNotFoundError(f"flash_llm: {folder} has neither {_SINGLE} nor {_INDEX}")
-        return [folder / _SINGLE]
+        if not (folder / SINGLE_NAME).is_file():
+            raise FileNotFoundError(
+                f"flash_llm: {folder} has neither {SINGLE_NAME} nor {INDEX_NAME}"
+            )
+        return [folder / SINGLE_NAME]
     try:
         places: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
         files = [folder / name for name in dict.fromkeys(places.values())]
@@ -98,9 +108,22 @@ class Checkpoint:
         """The files, in the order given."""
         return list(dict.fromkeys(stored.file for stored in self._stored.values()))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(stored.nbytes for stored in self._stored.values())
+
+    def names(self, file: Path) -> list[str]:
+        """Names of the tensors in a file."""
+        return [name for name, stored in self._stored.items() if stored.file == file]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
         return self._stored[name].shape
+
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor as safetensors spells it, such as ``"BF16"``."""
+        return self._stored[name].dtype
 
     def tensor(self, name: str) -> Tensor:
         """Load one tensor, to the CPU."""

@@ -242,7 +242,7 @@ def sparsify_(
             rows.append(_skipped_row(name, module, skip[module]))
             continue
         packed = pack_layer(module, sparsity=sparsity, scope=scope, format=format)
-        row = _decide(name, packed, pack_unprofitable)
+        row = decide(name, packed, pack_unprofitable)
         rows.append(row)
         if row.decision == "packed":
             assert module.bias is None or isinstance(module.bias, nn.Parameter)
@@ -458,7 +458,14 @@ def _refuse_dtype(name: str, module: nn.Module) -> None:
             )
 
 
-def _decide(name: str, packed: PackedWeight, pack_unprofitable: bool) -> LayerReport:
+def decide(name: str, packed: PackedWeight, pack_unprofitable: bool) -> LayerReport:
+    """Decide whether a layer is better packed, and say why.
+
+    Args:
+        name: of the layer, for the report.
+        packed: its weight.
+        pack_unprofitable: pack it even if that takes more bytes.
+    """
     if packed.dense_nbytes:
         size = f"{packed.nbytes / packed.dense_nbytes:.2f}x the dense bytes"
     else:

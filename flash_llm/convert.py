@@ -1,0 +1,372 @@
+"""Pack a dense checkpoint file by file, without building the model.
+
+Any folder of safetensors will do in whose weights a pruner has left zeros. One tensor of each file
+is in memory at a time. The new folder is built under a temporary name and renamed when it is whole;
+files that were finished before an interruption are kept and not made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from flash_llm import ops
+from flash_llm.checkpoint import (
+    CHECKPOINT_VERSION,
+    INDEX_NAME,
+    METADATA,
+    Checkpoint,
+    checkpoint_files,
+)
+from flash_llm.sparsify import LayerReport, SparsifyReport, decide
+
+CONVERT_IGNORE = (
+    r"re:.*(embed|wte$|wpe$|lm_head$|shared$)",
+    r"re:.*(router|gate)$",
+)
+"""Weights that are no linear layers of their own in the models of transformers: embeddings, heads
+that are tied to them, and the routers of experts."""
+
+# Models whose layers are Conv1D, which keeps its weight as [K, M], and the names of those layers.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
+
+# As safetensors spells the dtypes of what is not copied.
+_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What decides the bytes of the result; an unfinished folder is continued by the same only."""
+
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...]
+    format: str
+    dtype: str | None
+    pack_unprofitable: bool
+    conv1d: bool
+
+
+def convert_checkpoint(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    targets: str | Sequence[str] = "re:.*",
+    ignore: str | Sequence[str] = CONVERT_IGNORE,
+    format: str = "auto",
+    dtype: torch.dtype | None = None,
+    pack_unprofitable: bool = False,
+    workers: int = 1,
+    dry_run: bool = False,
+    progress: bool = False,
+) -> SparsifyReport:
+    """Pack the pruned weights of a dense safetensors folder into another folder.
+
+    Two-dimensional tensors called ``….weight`` are packed where that makes them smaller; all else
+    is copied, the other files of the folder too. ``config.json`` gets a ``quantization_config``, so
+    that transformers loads the result once flash_llm is imported.
+
+    Args:
+        src: folder with ``model.safetensors`` or an index of several files.
+        dst: folder to make; it must not be there. Until it is whole it is called ``dst.partial``,
+            and calling again with the same arguments goes on with that.
+        targets: patterns of the layers to pack: a layer's name or the end of one, or ``"re:"`` and
+            a regular expression that matches the name from its beginning.
+        ignore: patterns of the layers to leave alone; wins over ``targets``.
+        format: ``"auto"`` (the fastest on the CPU; a layer is packed anew when it is loaded on a
+            device that wants another one), or a format's name.
+        dtype: cast float32 weights to this one first, float16 or bfloat16. None leaves them
+            dense.
+        pack_unprofitable: also pack what that does not shrink.
+        workers: files to work on at once; each needs memory for about two tensors.
+        dry_run: only say what would be done; nothing is written.
+        progress: show a tqdm bar over the files.
+
+    Returns:
+        The decision and its reason for each layer.
+
+    Raises:
+        FileNotFoundError: ``src`` holds no checkpoint.
+        FileExistsError: ``dst`` is there, or ``dst.partial`` is of another conversion.
+        ValueError: a file is broken; a target matches nothing; a layer is packed already;
+            ``format``, ``dtype`` or ``workers`` is wrong.
+        OSError: the disk is full or cannot be written; ``src`` is untouched, and what is finished
+            stays in ``dst.partial``.
+
+    Example:
+        >>> import tempfile, torch, flash_llm
+        >>> from pathlib import Path
+        >>> model = torch.nn.Sequential(torch.nn.Linear(512, 256)).bfloat16()
+        >>> model[0].weight.data.masked_fill_(torch.rand(256, 512) < 0.8, 0)
+        tensor(...)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     flash_llm.save(model, Path(folder, "dense"))
+        ...     report = flash_llm.convert_checkpoint(Path(folder, "dense"), Path(folder, "packed"))
+        >>> report.rows[0].decision
+        'packed'
+    """
+    src, dst = Path(src), Path(dst)
+    ops.check_format(format)
+    if dtype is not None and dtype not in ops.VALUE_DTYPES.values():
+        raise ValueError(
+            "flash_llm.convert_checkpoint: dtype must be torch.float16 or torch.bfloat16, got "
+            f"{dtype}"
+        )
+    if workers < 1:
+        raise ValueError(f"flash_llm.convert_checkpoint: workers must be positive, got {workers}")
+    files = checkpoint_files(src)
+    source = Checkpoint(files)
+    if source.packed:
+        raise ValueError(
+            f"flash_llm.convert_checkpoint: {next(iter(source.packed))} in {src} is packed already"
+        )
+    config = _read_config(src)
+    options = _Options(
+        targets=(targets,) if isinstance(targets, str) else tuple(targets),
+        ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+        format=format,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        pack_unprofitable=pack_unprofitable,
+        conv1d=(config or {}).get("model_type") in _CONV1D_MODELS,
+    )
+    chosen = _choose_layers(source, options)
+    if dst.exists():
+        raise FileExistsError(f"flash_llm.convert_checkpoint: {dst} is there already")
+    partial = dst.with_name(dst.name + ".partial")
+    if not dry_run:
+        _begin(partial, src, options)
+
+    def convert(file: Path) -> list[LayerReport]:
+        if dry_run:
+            return _convert_file(source, file, None, chosen, options)
+        done = partial / f"{file.name}.json"
+        if done.is_file():
+            noted = json.loads(done.read_text())
+            return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in noted]
+        with _replacing(partial / file.name) as temporary:
+            rows = _convert_file(source, file, temporary, chosen, options)
+        with _replacing(done) as temporary:
+            temporary.write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
+        return rows
+
+    rows: list[LayerReport] = []
+    with ThreadPoolExecutor(workers) as pool:
+        converted = pool.map(convert, files)
+        for found in tqdm(converted, "convert", len(files), unit="file", disable=not progress):
+            rows.extend(found)
+    if not dry_run:
+        _finish(partial, src, dst, files, config)
+    return SparsifyReport(tuple(rows))
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"flash_llm.convert_checkpoint: {path} is no JSON: {error}") from None
+    if config.get("quantization_config") is not None:
+        method = config["quantization_config"].get("quant_method")
+        raise ValueError(
+            f"flash_llm.convert_checkpoint: {folder} is quantised by {method!r}; it must be dense"
+        )
+    return dict(config)
+
+
+def _choose_layers(source: Checkpoint, options: _Options) -> set[str]:
+    """The layers that may be packed."""
+    layers = {
+        name.removesuffix(".weight")
+        for name in source.tensors
+        if name.endswith(".weight") and len(source.shape(name)) == 2
+    }
+    for pattern in options.targets:
+        if not any(_matches(pattern, name) for name in layers):
+            raise ValueError(
+                f'flash_llm.convert_checkpoint: target "{pattern}" matches no two-dimensional '
+                "weight"
+            )
+    return {
+        name
+        for name in layers
+        if any(_matches(pattern, name) for pattern in options.targets)
+        and not any(_matches(pattern, name) for pattern in options.ignore)
+    }
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], name) is not None
+        except re.error as error:
+            raise ValueError(
+                f'flash_llm.convert_checkpoint: "{pattern}" is no regular expression: {error}'
+            ) from None
+    return name == pattern or name.endswith("." + pattern)
+
+
+def _begin(partial: Path, src: Path, options: _Options) -> None:
+    """Make the unfinished folder, or see that it is of the same conversion."""
+    made_from = {
+        "src": str(src.resolve()),
+        "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in checkpoint_files(src)},
+        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()},
+    }
+    note = partial / "conversion.json"
+    if partial.exists():
+        if not note.is_file() or json.loads(note.read_text()) != made_from:
+            raise FileExistsError(
+                f"flash_llm.convert_checkpoint: {partial} is of another conversion, or {src} has "
+                "changed since; remove it to begin anew"
+            )
+        return
+    # Under another name first: a folder without the note would be nobody's.
+    fresh = partial.with_name(partial.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    (fresh / note.name).write_text(json.dumps(made_from))
+    fresh.rename(partial)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name, which becomes ``path`` if all goes well and vanishes if not."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _convert_file(
+    source: Checkpoint, file: Path, out: Path | None, chosen: set[str], options: _Options
+) -> list[LayerReport]:
+    """Convert one file to ``out``, or nowhere."""
+    rows = []
+    with contextlib.ExitStack() as stack:
+        names = source.names(file)
+        writer = None if out is None else stack.enter_context(_Writer(out, 3 * len(names)))
+        for key in names:
+            tensor = source.tensor(key)
+            layer = key.removesuffix(".weight")
+            if layer not in chosen or not key.endswith(".weight"):
+                if writer is not None:
+                    writer.add(key, tensor, source.dtype(key))
+                continue
+            row, parts = _convert_tensor(layer, tensor, options)
+            rows.append(row)
+            if writer is not None:
+                for name, part in parts.items():
+                    writer.add(name, part, _DTYPES.get(part.dtype, source.dtype(key)))
+    return rows
+
+
+def _convert_tensor(
+    name: str, tensor: Tensor, options: _Options
+) -> tuple[LayerReport, dict[str, Tensor]]:
+    """Pack a weight if that pays, else give it back."""
+    transposed = options.conv1d and name.rpartition(".")[2] in _CONV1D_LAYERS
+    shape = tuple(tensor.t().shape if transposed else tensor.shape)
+    if tensor.dtype == torch.float32 and options.dtype is not None:
+        tensor = tensor.to(getattr(torch, options.dtype))
+    if tensor.dtype not in ops.VALUE_DTYPES.values():
+        reason = f"{tensor.dtype} cannot be packed; for float32 pass dtype="
+        row = LayerReport(name, shape, None, tensor.nbytes, None, None, "skipped", reason)
+        return row, {f"{name}.weight": tensor}
+    packed = ops.pack(tensor.t() if transposed else tensor, options.format)
+    row = decide(name, packed, options.pack_unprofitable)
+    if row.decision != "packed":
+        return row, {f"{name}.weight": tensor}
+    return row, {
+        f"{name}.weight_header": packed.header.to_tensor(),
+        f"{name}.weight_offsets": packed.offsets,
+        f"{name}.weight_payload": packed.payload,
+    }
+
+
+def _finish(
+    partial: Path, src: Path, dst: Path, files: list[Path], config: Mapping[str, Any] | None
+) -> None:
+    """Write the index and the config, copy the other files, and give the folder its name."""
+    converted = Checkpoint(partial / file.name for file in files)
+    if (src / INDEX_NAME).is_file():
+        index = {
+            "metadata": {"total_size": converted.nbytes},
+            "weight_map": {
+                name: file.name for file in converted.files for name in converted.names(file)
+            },
+        }
+        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2))
+    for path in src.iterdir():
+        if path.is_file() and path not in files and path.name != INDEX_NAME:
+            shutil.copyfile(path, partial / path.name)
+    if config is not None:
+        method = {"quant_method": "flash_llm", "version": CHECKPOINT_VERSION}
+        changed = {**config, "quantization_config": method} if converted.packed else dict(config)
+        (partial / "config.json").write_text(json.dumps(changed, indent=2))
+    for file in files:
+        (partial / f"{file.name}.json").unlink()
+    (partial / "conversion.json").unlink()
+    partial.rename(dst)
+
+
+class _Writer:
+    """Writes a safetensors file tensor by tensor: room for its header is left at the beginning.
+
+    The library's own functions want all tensors at once. (The format: 8 bytes of length, a JSON
+    header of names, dtypes, shapes and offsets, which may end in spaces, then the data.)
+    """
+
+    def __init__(self, path: Path, most_tensors: int) -> None:
+        self._path = path
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._header_bytes = 4096 + 512 * most_tensors
+        self._position = 0
+        self._file: BinaryIO
+
+    def __enter__(self) -> _Writer:
+        self._file = self._path.open("wb")
+        self._file.seek(8 + self._header_bytes)
+        return self
+
+    def add(self, name: str, tensor: Tensor, dtype: str) -> None:
+        """Append a tensor's bytes; ``dtype`` as safetensors spells it."""
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        begin, self._position = self._position, self._position + tensor.nbytes
+        self._entries[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, self._position],
+        }
+        self._file.write(data.data)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._file:
+            if kind is not None:
+                return
+            header = json.dumps({"__metadata__": {"format": "pt", **METADATA}, **self._entries})
+            encoded = header.encode()
+            if len(encoded) > self._header_bytes:
+                raise ValueError(
+                    f"flash_llm.convert_checkpoint: the names of the tensors in {self._path} take "
+                    f"{len(encoded)} bytes, there is room for {self._header_bytes}"
+                )
+            self._file.seek(0)
+            self._file.write(struct.pack("<Q", self._header_bytes))
+            self._file.write(encoded.ljust(self._header_bytes))

@@ -1,0 +1,273 @@
+"""Dense checkpoints packed file by file: what comes out loads, and nothing is lost on the way."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_hf import IDS, auto_class, dense, output, sparse_layers
+from torch import nn
+
+import flash_llm
+from flash_llm import convert, convert_checkpoint
+from flash_llm.checkpoint import Checkpoint, checkpoint_files
+
+FAMILIES = ("llama", "qwen2", "opt", "gpt2", "bert")
+
+
+def pruned(family, folder, max_shard_size="5GB"):
+    """A dense model with zeros, saved, as pruners leave it."""
+    model = dense(family, folder / "before")
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
+            # Not the head, which may be the embedding.
+            if layer is not model.get_output_embeddings():
+                layer.weight.data.masked_fill_(torch.rand(layer.weight.shape) < 0.8, 0)
+    model.save_pretrained(folder / "dense", max_shard_size=max_shard_size)
+    return model
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "60KB"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_result_loads_and_computes_the_same(tmp_path, family, max_shard_size, workers):
+    model = pruned(family, tmp_path, max_shard_size)
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    report = convert_checkpoint(
+        tmp_path / "dense", tmp_path / "packed", workers=workers, pack_unprofitable=True
+    )
+    again = auto_class(family).from_pretrained(tmp_path / "packed")
+    assert sparse_layers(again) == {row.name for row in report.packed} or family == "bert"
+    # As the same model packed in memory: sums in another order than a dense product's.
+    flash_llm.sparsify_(model, pack_unprofitable=True)
+    assert sparse_layers(again) == sparse_layers(model)
+    assert torch.equal(output(again), output(model))
+    assert (tmp_path / "packed" / "tokenizer.json").read_text() == "{}"
+    names = {path.name for path in (tmp_path / "dense").iterdir()}
+    assert {path.name for path in (tmp_path / "packed").iterdir()} == names
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_an_index_names_every_tensor_and_the_bytes(tmp_path):
+    pruned("llama", tmp_path, "60KB")
+    convert_checkpoint(tmp_path / "dense", tmp_path / "packed", pack_unprofitable=True)
+    index = json.loads((tmp_path / "packed" / "model.safetensors.index.json").read_text())
+    checkpoint = Checkpoint(checkpoint_files(tmp_path / "packed"))
+    assert set(index["weight_map"]) == checkpoint.tensors
+    size = sum(checkpoint.tensor(name).nbytes for name in checkpoint.tensors)
+    assert index["metadata"]["total_size"] == checkpoint.nbytes == size
+
+
+def save_tensors(folder, tensors, config=None):
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+def zeros_among(*shape, dtype=torch.float16, sparsity=0.8):
+    tensor = torch.randn(shape).to(dtype)
+    return tensor.masked_fill_(torch.rand(shape) < sparsity, 0)
+
+
+def test_what_is_no_pruned_weight_is_copied_bit_for_bit(tmp_path):
+    tensors = {
+        "a.weight": zeros_among(256, 256),
+        "b.weight": torch.randn(256, 256).bfloat16(),
+        "norm.weight": torch.randn(256),
+        "experts.weight": zeros_among(2, 64, 64),
+        "embed_tokens.weight": zeros_among(256, 256),
+        "ids": torch.arange(7),
+        "flag": torch.tensor(True),
+        "none": torch.zeros(0, 3),
+        "small": torch.ones(3, 2, dtype=torch.float8_e4m3fn),
+    }
+    save_tensors(tmp_path / "dense", tensors)
+    report = convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    rows = {row.name: row.decision for row in report.rows}
+    assert rows == {"a": "packed", "b": "dense"}
+    found = load_file(tmp_path / "packed" / "model.safetensors")
+    assert found.keys() == (tensors.keys() - {"a.weight"}) | {
+        "a.weight_header",
+        "a.weight_offsets",
+        "a.weight_payload",
+    }
+    for name in tensors.keys() & found.keys():
+        assert found[name].dtype == tensors[name].dtype, name
+        assert torch.equal(found[name].float(), tensors[name].float()), name
+    packed = Checkpoint(checkpoint_files(tmp_path / "packed")).weight("a")
+    assert torch.equal(packed.to_dense(), tensors["a.weight"])
+    with safe_open(tmp_path / "packed" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"flash_llm": "1", "format": "pt"}
+
+
+def test_float32_is_cast_only_when_asked_for(tmp_path):
+    save_tensors(tmp_path / "dense", {"a.weight": zeros_among(256, 256, dtype=torch.float32)})
+    report = convert_checkpoint(tmp_path / "dense", tmp_path / "same")
+    assert report.rows[0].decision == "skipped" and "pass dtype=" in report.rows[0].reason
+    report = convert_checkpoint(tmp_path / "dense", tmp_path / "half", dtype=torch.bfloat16)
+    assert report.rows[0].decision == "packed"
+    packed = Checkpoint(checkpoint_files(tmp_path / "half")).weight("a")
+    dense = load_file(tmp_path / "dense" / "model.safetensors")["a.weight"]
+    assert torch.equal(packed.to_dense(), dense.bfloat16())
+
+
+def test_patterns(tmp_path):
+    save_tensors(tmp_path / "dense", {f"l.{n}.weight": zeros_among(256, 256) for n in "abc"})
+    for arguments, names in [
+        ({"targets": "a"}, {"l.a"}),
+        ({"targets": ["l.a", "re:.*b$"]}, {"l.a", "l.b"}),
+        ({"ignore": "c"}, {"l.a", "l.b"}),
+        ({"ignore": ()}, {"l.a", "l.b", "l.c"}),
+    ]:
+        report = convert_checkpoint(tmp_path / "dense", tmp_path / "p", dry_run=True, **arguments)
+        assert {row.name for row in report.rows} == names
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_dry_run_reports_what_a_run_does(tmp_path):
+    pruned("llama", tmp_path)
+    dry = convert_checkpoint(tmp_path / "dense", tmp_path / "packed", dry_run=True)
+    assert not (tmp_path / "packed").exists()
+    assert dry == convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
+
+
+# ---- interruptions ----
+
+
+def interrupt(monkeypatch, after, error):
+    """Make the conversion of a weight fail after so many."""
+    count, original = [0], convert._convert_tensor
+
+    def fail(*arguments):
+        count[0] += 1
+        if count[0] > after:
+            raise error
+        return original(*arguments)
+
+    monkeypatch.setattr(convert, "_convert_tensor", fail)
+
+
+@pytest.mark.parametrize("after", [0, 3, 9])
+def test_an_interrupted_conversion_goes_on_where_it_was(tmp_path, monkeypatch, after):
+    pruned("llama", tmp_path, "60KB")
+    source = {p: p.read_bytes() for p in (tmp_path / "dense").iterdir()}
+    with monkeypatch.context() as patch:
+        interrupt(patch, after, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            convert_checkpoint(tmp_path / "dense", tmp_path / "packed", pack_unprofitable=True)
+    partial = tmp_path / "packed.partial"
+    done = {p: p.stat().st_mtime_ns for p in partial.glob("*.safetensors")}
+    assert not (tmp_path / "packed").exists() and not list(partial.glob("*.tmp"))
+    assert len(done) < len(checkpoint_files(tmp_path / "dense"))
+    report = convert_checkpoint(tmp_path / "dense", tmp_path / "packed", pack_unprofitable=True)
+    for path, time in done.items():
+        assert (tmp_path / "packed" / path.name).stat().st_mtime_ns == time
+    whole = convert_checkpoint(tmp_path / "dense", tmp_path / "whole", pack_unprofitable=True)
+    assert report == whole
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "packed" / path.name).read_bytes()
+    assert source == {p: p.read_bytes() for p in (tmp_path / "dense").iterdir()}
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    pruned("llama", tmp_path)
+
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(convert._Writer, "add", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    assert {p.name for p in (tmp_path / "packed.partial").iterdir()} == {"conversion.json"}
+
+
+def test_an_unfinished_folder_of_another_conversion_is_left_alone(tmp_path, monkeypatch):
+    pruned("llama", tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 0, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    with pytest.raises(FileExistsError, match="packed.partial is of another conversion"):
+        convert_checkpoint(tmp_path / "dense", tmp_path / "packed", ignore=())
+    file = tmp_path / "dense" / "model.safetensors"
+    file.write_bytes(file.read_bytes())
+    with pytest.raises(FileExistsError, match="has changed since"):
+        convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
+
+
+# ---- memory ----
+
+PEAK = """
+import resource, sys
+from flash_llm import convert_checkpoint
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert_checkpoint(sys.argv[1], sys.argv[2])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_memory_is_that_of_a_few_tensors(tmp_path):
+    weight = zeros_among(2048, 2048)  # 8 MiB
+    save_tensors(tmp_path / "dense", {f"l{i}.weight": weight.clone() for i in range(24)})
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "dense"), str(tmp_path / "packed")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 10 * weight.nbytes, done.stdout
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"src": "nowhere"}, FileNotFoundError, "has neither model.safetensors nor"),
+        ({"dst": "dense"}, FileExistsError, "dense is there already"),
+        ({"format": "csr"}, ValueError, "format"),
+        ({"dtype": torch.float64}, ValueError, "dtype must be torch.float16 or torch.bfloat16"),
+        ({"workers": 0}, ValueError, "workers must be positive, got 0"),
+        ({"targets": "q_prj"}, ValueError, 'target "q_prj" matches no two-dimensional weight'),
+        ({"targets": "re:("}, ValueError, "is no regular expression"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, error, message):
+    save_tensors(tmp_path / "dense", {"a.weight": zeros_among(64, 64)})
+    arguments = {"src": "dense", "dst": "packed", **arguments}
+    src, dst = (tmp_path / arguments.pop(name) for name in ("src", "dst"))
+    with pytest.raises(error, match=message):
+        convert_checkpoint(src, dst, **arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+def test_sources_that_are_no_dense_checkpoint(tmp_path):
+    save_tensors(tmp_path / "dense", {"a.weight": zeros_among(256, 256)})
+    convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    with pytest.raises(ValueError, match="a in .* is packed already"):
+        convert_checkpoint(tmp_path / "packed", tmp_path / "again")
+    config = {"quantization_config": {"quant_method": "awq"}}
+    save_tensors(tmp_path / "awq", {"a.weight": zeros_among(64, 64)}, config)
+    with pytest.raises(ValueError, match="is quantised by 'awq'; it must be dense"):
+        convert_checkpoint(tmp_path / "awq", tmp_path / "again")
+    (tmp_path / "awq" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+        convert_checkpoint(tmp_path / "awq", tmp_path / "again")
+    file = tmp_path / "dense" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
+        convert_checkpoint(tmp_path / "dense", tmp_path / "again")
+    assert not Path(tmp_path, "again").exists()
+
+
+def test_generation_after_a_conversion(tmp_path):
+    model = pruned("llama", tmp_path)
+    convert_checkpoint(tmp_path / "dense", tmp_path / "packed", pack_unprofitable=True)
+    again = flash_llm.from_pretrained(tmp_path / "packed")
+    flash_llm.sparsify_(model, pack_unprofitable=True)
+    expected = model.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert torch.equal(again.generate(IDS, max_new_tokens=3, do_sample=False), expected)
