@@ -12,7 +12,7 @@ from typing import Any
 from flash_llm import _extension, hf
 from flash_llm.bitmap import Bitmap
 from flash_llm.checkpoint import load, save
-from flash_llm.convert import convert_checkpoint
+from flash_llm.convert import convert_checkpoint, inspect_checkpoint
 from flash_llm.evaluate import perplexity
 from flash_llm.hf import from_pretrained
 from flash_llm.linear import SparseLinear
@@ -38,6 +38,7 @@ __all__ = [
     "explain_format",
     "explain_plan",
     "from_pretrained",
+    "inspect_checkpoint",
     "load",
     "pack",
     "perplexity",

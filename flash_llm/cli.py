@@ -2,13 +2,15 @@
 
 # No postponed annotations here: typer is imported inside, and reads the annotations that it finds.
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 
 def build_app() -> Any:
-    """Build the typer application with the commands ``demo`` and ``doctor``.
+    """Build the typer application with its commands.
 
     Raises:
         ImportError: typer (extra ``demo``) is not installed.
@@ -20,6 +22,7 @@ def build_app() -> Any:
             "the command line needs typer, which is not installed; run: "
             "pip install 'flash-llm[demo]'"
         ) from error
+    from flash_llm import convert as convert_module
     from flash_llm import demo as demo_module
     from flash_llm import doctor as doctor_module
 
@@ -29,6 +32,15 @@ def build_app() -> Any:
         no_args_is_help=True,
         add_completion=False,
     )
+
+    @contextlib.contextmanager
+    def reported(command: str) -> Iterator[None]:
+        """Print an expected error as one line and exit with 1."""
+        try:
+            yield
+        except (ImportError, OSError, RuntimeError, ValueError, TypeError) as error:
+            typer.echo(f"flash-llm {command}: {error}", err=True)
+            raise typer.Exit(1) from None
 
     @app.command()
     def demo(
@@ -49,7 +61,7 @@ def build_app() -> Any:
         ] = None,
     ) -> None:
         """Prune and pack SmolLM2-135M-Instruct, and show what that costs and saves."""
-        try:
+        with reported("demo"):
             agrees = demo_module.main(
                 sparsity=sparsity,
                 windows=windows,
@@ -58,11 +70,54 @@ def build_app() -> Any:
                 question=question,
                 json_path=json_path,
             )
-        except (ImportError, RuntimeError, ValueError) as error:
-            typer.echo(f"flash-llm demo: {error}", err=True)
-            raise typer.Exit(1) from None
         if not agrees:
             raise typer.Exit(1)
+
+    @app.command()
+    def convert(
+        source: Annotated[Path, typer.Argument(help="Folder of safetensors, pruned and dense.")],
+        target: Annotated[Path, typer.Argument(help="Folder to make; it must not be there.")],
+        targets: Annotated[
+            list[str] | None, typer.Option(help="Layers to pack: a name's end, or re:…")
+        ] = None,
+        ignore: Annotated[
+            list[str] | None, typer.Option(help="Layers to leave alone; instead of the default.")
+        ] = None,
+        format: Annotated[str, typer.Option(help="auto, or a format's name.")] = "auto",
+        dtype: Annotated[
+            str | None, typer.Option(help="float16 or bfloat16: cast float32 weights first.")
+        ] = None,
+        workers: Annotated[int, typer.Option(min=1, help="Files to work on at once.")] = 1,
+        dry_run: Annotated[bool, typer.Option(help="Only say what would be done.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    ) -> None:
+        """Pack the pruned weights of a checkpoint; an interrupted run goes on when repeated."""
+        with reported("convert"):
+            report = convert_module.convert_checkpoint(
+                source,
+                target,
+                targets=targets or convert_module.EVERY_LAYER,
+                ignore=convert_module.CONVERT_IGNORE if ignore is None else ignore,
+                format=format,
+                dtype=convert_module.parse_dtype(dtype),
+                workers=workers,
+                dry_run=dry_run,
+                progress=sys.stderr.isatty(),
+            )
+            typer.echo(report.to_json() if as_json else str(report))
+
+    @app.command()
+    def inspect(
+        folder: Annotated[Path, typer.Argument(help="Folder of safetensors, dense or packed.")],
+        format: Annotated[
+            str, typer.Option(help="What dense weights would be packed in.")
+        ] = "auto",
+        as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    ) -> None:
+        """Show the sparsity of every weight, and what packing gives or would give."""
+        with reported("inspect"):
+            report = convert_module.inspect_checkpoint(folder, format=format)
+            typer.echo(report.to_json() if as_json else str(report))
 
     @app.command()
     def doctor(

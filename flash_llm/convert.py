@@ -33,6 +33,7 @@ from flash_llm.checkpoint import (
 )
 from flash_llm.sparsify import LayerReport, SparsifyReport, decide
 
+EVERY_LAYER = "re:.*"
 CONVERT_IGNORE = (
     r"re:.*(embed|wte$|wpe$|lm_head$|shared$)",
     r"re:.*(router|gate)$",
@@ -64,7 +65,7 @@ def convert_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
-    targets: str | Sequence[str] = "re:.*",
+    targets: str | Sequence[str] = EVERY_LAYER,
     ignore: str | Sequence[str] = CONVERT_IGNORE,
     format: str = "auto",
     dtype: torch.dtype | None = None,
@@ -172,6 +173,50 @@ def convert_checkpoint(
     return SparsifyReport(tuple(rows))
 
 
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """Return the dtype of a name such as ``"bfloat16"``; None for None.
+
+    Raises:
+        ValueError: it is neither ``"float16"`` nor ``"bfloat16"``.
+    """
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in ops.VALUE_DTYPES.values()}
+    if name is not None and name not in dtypes:
+        raise ValueError(f"dtype must be {' or '.join(dtypes)}, got {name!r}")
+    return None if name is None else dtypes[name]
+
+
+def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") -> SparsifyReport:
+    """Say what a safetensors folder holds: sparsities, and what packing gives or would give.
+
+    Args:
+        folder: dense or packed, of this package or any other.
+        format: what dense weights would be packed in; ``"auto"`` as :func:`convert_checkpoint`.
+
+    Returns:
+        A row for each packed layer and each two-dimensional dense weight: ``decision`` says how it
+        is stored, ``packed_bytes`` what it takes packed.
+
+    Raises:
+        FileNotFoundError: ``folder`` holds no checkpoint.
+        ValueError: a file is broken, or ``format`` unknown.
+    """
+    ops.check_format(format)
+    source = Checkpoint(checkpoint_files(folder))
+    options = _Options((EVERY_LAYER,), (), format, None, True, conv1d=False)
+    rows = []
+    for name in sorted(source.packed):
+        packed = source.placeholder(name)
+        row = decide(name, packed, pack_unprofitable=True)
+        rows.append(dataclasses.replace(row, reason=f"stored so: {row.reason}"))
+    for name in sorted(_choose_layers(source, options)):
+        tensor = source.tensor(f"{name}.weight")
+        row, _ = _convert_tensor(name, tensor, options)
+        if row.decision == "packed":
+            row = dataclasses.replace(row, decision="dense", reason=f"would be {row.reason}")
+        rows.append(row)
+    return SparsifyReport(tuple(rows))
+
+
 def _read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.is_file():
@@ -196,7 +241,7 @@ def _choose_layers(source: Checkpoint, options: _Options) -> set[str]:
         if name.endswith(".weight") and len(source.shape(name)) == 2
     }
     for pattern in options.targets:
-        if not any(_matches(pattern, name) for name in layers):
+        if pattern != EVERY_LAYER and not any(_matches(pattern, name) for name in layers):
             raise ValueError(
                 f'flash_llm.convert_checkpoint: target "{pattern}" matches no two-dimensional '
                 "weight"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from formats import FORMATS
+from safetensors.torch import save_file
 
 from flash_llm import cli, demo, doctor, ops
 
@@ -75,6 +76,48 @@ def test_demo_reports_errors_without_a_traceback(monkeypatch, error):
 def test_demo_fails_when_the_packed_model_disagrees(monkeypatch):
     monkeypatch.setattr(demo, "main", lambda **options: False)
     assert invoke("demo").exit_code == 1
+
+
+def pruned_checkpoint(folder):
+    weight = torch.randn(256, 256).half().masked_fill_(torch.rand(256, 256) < 0.8, 0)
+    folder.mkdir()
+    save_file({"a.weight": weight, "b.bias": torch.ones(3)}, folder / "model.safetensors")
+    return folder
+
+
+def test_convert_and_inspect(tmp_path):
+    source, target = pruned_checkpoint(tmp_path / "dense"), tmp_path / "packed"
+    dry = invoke("convert", str(source), str(target), "--dry-run", "--json")
+    assert dry.exit_code == 0 and not target.exists()
+    (row,) = json.loads(dry.stdout)["rows"]
+    assert row["name"] == "a" and row["decision"] == "packed" and row["shape"] == [256, 256]
+    before = invoke("inspect", str(source), "--json")
+    (before,) = json.loads(before.stdout)["rows"]
+    assert before["decision"] == "dense" and before["packed_bytes"] == row["packed_bytes"]
+    assert before["reason"] == f"would be {row['reason']}"
+    done = invoke("convert", str(source), str(target), "--targets", "a", "--workers", "2")
+    assert done.exit_code == 0 and "1 of 1 layers packed" in done.stdout
+    after = invoke("inspect", str(target), "--json")
+    (after,) = json.loads(after.stdout)["rows"]
+    assert after == {**row, "reason": f"stored so: {row['reason']}"}
+    assert "stored so" in invoke("inspect", str(target)).stdout
+
+
+def test_convert_and_inspect_report_errors_without_a_traceback(tmp_path):
+    source, target = pruned_checkpoint(tmp_path / "dense"), tmp_path / "packed"
+    for arguments, message in [
+        (("convert", str(source), str(source)), "is there already"),
+        (("convert", str(source), str(target), "--dtype", "float64"), "dtype must be float16 or"),
+        (("convert", str(source), str(target), "--targets", "no"), 'target "no" matches no'),
+        (("convert", str(tmp_path), str(target)), "has neither model.safetensors nor"),
+        (("inspect", str(tmp_path)), "has neither model.safetensors nor"),
+        (("inspect", str(source), "--format", "csr"), "format must be"),
+    ]:
+        result = invoke(*arguments)
+        assert result.exit_code == 1
+        assert result.output.startswith(f"flash-llm {arguments[0]}: ") and message in result.output
+    assert invoke("convert", str(source)).exit_code == 2
+    assert not target.exists()
 
 
 def test_doctor_finds_nothing_wrong_here():
