@@ -1,7 +1,8 @@
 """Pack a dense checkpoint file by file, without building the model.
 
-Any folder of safetensors will do in whose weights a pruner has left zeros. One tensor of each file
-is in memory at a time. The new folder is built under a temporary name and renamed when it is whole;
+Any folder of safetensors will do in whose weights a pruner has left zeros, and so will what
+compressed-tensors wrote as ``sparse-bitmask``. One tensor of each file is in memory at a time. The
+new folder is built under a temporary name and renamed when it is whole;
 files that were finished before an interruption are kept and not made again.
 """
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flash_llm import ops
+from flash_llm import ops, sparse_bitmask
 from flash_llm.checkpoint import (
     CHECKPOINT_VERSION,
     INDEX_NAME,
@@ -129,11 +130,10 @@ def convert_checkpoint(
     if workers < 1:
         raise ValueError(f"flash_llm.convert_checkpoint: workers must be positive, got {workers}")
     files = checkpoint_files(src)
-    source = Checkpoint(files)
-    if source.packed:
-        raise ValueError(
-            f"flash_llm.convert_checkpoint: {next(iter(source.packed))} in {src} is packed already"
-        )
+    source = _Source(files)
+    if source.checkpoint.packed:
+        name = next(iter(source.checkpoint.packed))
+        raise ValueError(f"flash_llm.convert_checkpoint: {name} in {src} is packed already")
     config = _read_config(src)
     options = _Options(
         targets=(targets,) if isinstance(targets, str) else tuple(targets),
@@ -201,16 +201,15 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") 
         ValueError: a file is broken, or ``format`` unknown.
     """
     ops.check_format(format)
-    source = Checkpoint(checkpoint_files(folder))
+    source = _Source(checkpoint_files(folder))
     options = _Options((EVERY_LAYER,), (), format, None, True, conv1d=False)
     rows = []
-    for name in sorted(source.packed):
-        packed = source.placeholder(name)
+    for name in sorted(source.checkpoint.packed):
+        packed = source.checkpoint.placeholder(name)
         row = decide(name, packed, pack_unprofitable=True)
         rows.append(dataclasses.replace(row, reason=f"stored so: {row.reason}"))
     for name in sorted(_choose_layers(source, options)):
-        tensor = source.tensor(f"{name}.weight")
-        row, _ = _convert_tensor(name, tensor, options)
+        row, _ = _convert_tensor(name, source.weight(name), options)
         if row.decision == "packed":
             row = dataclasses.replace(row, decision="dense", reason=f"would be {row.reason}")
         rows.append(row)
@@ -225,21 +224,51 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"flash_llm.convert_checkpoint: {path} is no JSON: {error}") from None
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"].get("quant_method")
-        raise ValueError(
-            f"flash_llm.convert_checkpoint: {folder} is quantised by {method!r}; it must be dense"
-        )
+    for key in ("quantization_config", "compression_config"):
+        found = config.pop(key, None) or {}
+        sparse = (found.get("sparsity_config") or {}).get("format") == sparse_bitmask.FORMAT
+        if found and not (sparse and not found.get("config_groups")):
+            raise ValueError(
+                f"flash_llm.convert_checkpoint: {folder} is quantised by "
+                f"{found.get('quant_method')!r}; it must be dense"
+            )
     return dict(config)
 
 
-def _choose_layers(source: Checkpoint, options: _Options) -> set[str]:
+class _Source:
+    """A dense checkpoint: weights in the old sparse-bitmask format look dense."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.checkpoint = Checkpoint(files)
+        self.bitmasks = sparse_bitmask.find_weights(self.checkpoint)
+        dense = {
+            key.removesuffix(".weight"): self.checkpoint.shape(key)
+            for key in self.checkpoint.tensors
+            if key.endswith(".weight")
+        }
+        self.shapes = {**dense, **self.bitmasks}  # of weights, by layer
+
+    def tensors(self, file: Path) -> Iterator[tuple[str, Tensor, str]]:
+        """Name, tensor and dtype of everything in a file, one after the other."""
+        for key in self.checkpoint.names(file):
+            name, dot, part = key.rpartition(".")
+            dtype = self.checkpoint.dtype(key)
+            if name not in self.bitmasks or dot + part not in sparse_bitmask.PARTS:
+                yield key, self.checkpoint.tensor(key), dtype
+            elif part == "compressed":  # the others may be in other files
+                weight = sparse_bitmask.read_weight(self.checkpoint, name, self.bitmasks[name])
+                yield f"{name}.weight", weight, dtype
+
+    def weight(self, layer: str) -> Tensor:
+        """The dense weight of a layer."""
+        if layer in self.bitmasks:
+            return sparse_bitmask.read_weight(self.checkpoint, layer, self.bitmasks[layer])
+        return self.checkpoint.tensor(f"{layer}.weight")
+
+
+def _choose_layers(source: _Source, options: _Options) -> set[str]:
     """The layers that may be packed."""
-    layers = {
-        name.removesuffix(".weight")
-        for name in source.tensors
-        if name.endswith(".weight") and len(source.shape(name)) == 2
-    }
+    layers = {name for name, shape in source.shapes.items() if len(shape) == 2}
     for pattern in options.targets:
         if pattern != EVERY_LAYER and not any(_matches(pattern, name) for name in layers):
             raise ValueError(
@@ -300,25 +329,24 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _convert_file(
-    source: Checkpoint, file: Path, out: Path | None, chosen: set[str], options: _Options
+    source: _Source, file: Path, out: Path | None, chosen: set[str], options: _Options
 ) -> list[LayerReport]:
     """Convert one file to ``out``, or nowhere."""
     rows = []
     with contextlib.ExitStack() as stack:
-        names = source.names(file)
-        writer = None if out is None else stack.enter_context(_Writer(out, 3 * len(names)))
-        for key in names:
-            tensor = source.tensor(key)
+        most = 3 * len(source.checkpoint.names(file))
+        writer = None if out is None else stack.enter_context(_Writer(out, most))
+        for key, tensor, dtype in source.tensors(file):
             layer = key.removesuffix(".weight")
             if layer not in chosen or not key.endswith(".weight"):
                 if writer is not None:
-                    writer.add(key, tensor, source.dtype(key))
+                    writer.add(key, tensor, dtype)
                 continue
             row, parts = _convert_tensor(layer, tensor, options)
             rows.append(row)
             if writer is not None:
                 for name, part in parts.items():
-                    writer.add(name, part, _DTYPES.get(part.dtype, source.dtype(key)))
+                    writer.add(name, part, _DTYPES.get(part.dtype, dtype))
     return rows
 
 

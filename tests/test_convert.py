@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -135,6 +136,90 @@ def test_a_dry_run_reports_what_a_run_does(tmp_path):
     dry = convert_checkpoint(tmp_path / "dense", tmp_path / "packed", dry_run=True)
     assert not (tmp_path / "packed").exists()
     assert dry == convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
+
+
+# ---- the old format of compressed-tensors ----
+
+
+def as_sparse_bitmask(name, weight):
+    """What compressed-tensors 0.9.4 writes for a weight (checked against it)."""
+    mask = weight != 0
+    counts = mask.sum(-1)
+    bits = np.packbits(mask.numpy(), axis=-1, bitorder="little")
+    return {
+        f"{name}.shape": torch.tensor(weight.shape),
+        f"{name}.compressed": weight[mask],
+        f"{name}.bitmask": torch.from_numpy(bits),
+        f"{name}.row_offsets": torch.cumsum(counts, 0) - counts,
+    }
+
+
+BITMASK_CONFIG = {
+    "quant_method": "compressed-tensors",
+    "sparsity_config": {"format": "sparse-bitmask"},
+}
+
+
+@pytest.mark.parametrize("cols", [1, 63, 64, 65, 200])
+def test_sparse_bitmask_files_are_read(tmp_path, cols):
+    weights = {"a": zeros_among(130, cols), "b": zeros_among(64, cols, dtype=torch.bfloat16)}
+    norm = torch.randn(cols).half()
+    tensors = {**as_sparse_bitmask("norm", norm), "a.bias": torch.ones(130).half()}
+    for name, weight in weights.items():
+        tensors |= as_sparse_bitmask(name, weight)
+    save_tensors(tmp_path / "old", tensors, {"quantization_config": BITMASK_CONFIG})
+    assert {row.name for row in flash_llm.inspect_checkpoint(tmp_path / "old").rows} == {"a", "b"}
+    convert_checkpoint(tmp_path / "old", tmp_path / "packed", pack_unprofitable=True)
+    checkpoint = Checkpoint(checkpoint_files(tmp_path / "packed"))
+    for name, weight in weights.items():
+        assert torch.equal(checkpoint.weight(name).to_dense(), weight)
+    assert torch.equal(checkpoint.tensor("norm.weight"), norm)
+    assert torch.equal(checkpoint.tensor("a.bias"), tensors["a.bias"])
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "flash_llm"
+
+
+def test_parts_of_a_sparse_bitmask_may_be_in_several_files(tmp_path):
+    weight = zeros_among(256, 256)
+    parts = as_sparse_bitmask("a", weight)
+    folder = tmp_path / "old"
+    folder.mkdir()
+    places = {}
+    for i, (name, tensor) in enumerate(parts.items()):
+        save_file({name: tensor}, folder / f"{i}.safetensors")
+        places[name] = f"{i}.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    convert_checkpoint(folder, tmp_path / "packed")
+    checkpoint = Checkpoint(checkpoint_files(tmp_path / "packed"))
+    assert torch.equal(checkpoint.weight("a").to_dense(), weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("a.compressed"), "has a.bitmask, but no a.compressed"),
+        (
+            lambda t: t.update({"a.shape": torch.tensor([64, 99])}),
+            r"a\.bitmask of a weight of shape",
+        ),
+        (lambda t: t.update({"a.shape": torch.tensor([[64]])}), r"a\.shape must be one-dim"),
+        (lambda t: t.update({"a.compressed": torch.ones(3).half()}), r"a\.compressed must have"),
+    ],
+)
+def test_broken_sparse_bitmask_files_are_refused(tmp_path, change, message):
+    tensors = as_sparse_bitmask("a", zeros_among(64, 64))
+    change(tensors)
+    save_tensors(tmp_path / "old", tensors)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(tmp_path / "old", tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_quantised_values_under_a_sparse_bitmask_are_refused(tmp_path):
+    config = {"quantization_config": {**BITMASK_CONFIG, "config_groups": {"group_0": {}}}}
+    save_tensors(tmp_path / "old", as_sparse_bitmask("a", zeros_among(64, 64)), config)
+    with pytest.raises(ValueError, match="is quantised by 'compressed-tensors'; it must be dense"):
+        convert_checkpoint(tmp_path / "old", tmp_path / "packed")
 
 
 # ---- interruptions ----

@@ -37,6 +37,7 @@ PYTHON_RANKS = {
     "hf_quantizer": 5,
     "hf": 6,
     "sparsify": 7,
+    "sparse_bitmask": 5,
     "convert": 8,
     "evaluate": 8,
     "prune": 9,
