@@ -20,6 +20,7 @@ from flash_llm.ops import PackedWeight, explain_format, pack, prune_pack, spmm, 
 from flash_llm.prune.calibrate import prune_
 from flash_llm.sparsify import SparsifyReport, sparsify_
 from flash_llm.tiled_csl import TiledCSL
+from flash_llm.verify import verify_checkpoint
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ __all__ = [
     "sparsify_",
     "spmm",
     "unpack",
+    "verify_checkpoint",
 ]
 
 

@@ -31,7 +31,12 @@ METADATA = {"flash_llm": str(CHECKPOINT_VERSION)}
 
 SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 """Names of a folder's only file, and of the list of several."""
-_HEADER, _OFFSETS, _PAYLOAD = ".weight_header", ".weight_offsets", ".weight_payload"
+PACKED_PARTS = _HEADER, _OFFSETS, _PAYLOAD = (
+    ".weight_header",
+    ".weight_offsets",
+    ".weight_payload",
+)
+"""What follows a packed layer's name, instead of ``".weight"``."""
 
 
 class _Stored(NamedTuple):
@@ -98,7 +103,7 @@ class Checkpoint:
         self.tensors = frozenset(self._stored)
         self.packed: dict[str, PackedHeader] = {}
         for key in self._stored:
-            for suffix in (_HEADER, _OFFSETS, _PAYLOAD):
+            for suffix in PACKED_PARTS:
                 name = key.removesuffix(suffix)
                 if name != key and name not in self.packed:
                     self.packed[name] = self._packed_header(name)
@@ -387,8 +392,7 @@ def _swap(model: nn.Module, layers: Mapping[str, SparseLinear]) -> None:
 
 def _plain_tensors(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The model's tensors that the checkpoint holds as they are, after both have been compared."""
-    parts = (_HEADER, _OFFSETS, _PAYLOAD)
-    packed = {name + part for name in checkpoint.packed for part in parts}
+    packed = {name + part for name in checkpoint.packed for part in PACKED_PARTS}
     model_state = model.state_dict(keep_vars=True)
     owners: dict[int, list[str]] = {}  # names of one tensor: a file holds it once
     for name, tensor in model_state.items():

@@ -25,6 +25,7 @@ def build_app() -> Any:
     from flash_llm import convert as convert_module
     from flash_llm import demo as demo_module
     from flash_llm import doctor as doctor_module
+    from flash_llm import verify as verify_module
 
     app = typer.Typer(
         name="flash-llm",
@@ -118,6 +119,22 @@ def build_app() -> Any:
         with reported("inspect"):
             report = convert_module.inspect_checkpoint(folder, format=format)
             typer.echo(report.to_json() if as_json else str(report))
+
+    @app.command()
+    def verify(
+        folder: Annotated[Path, typer.Argument(help="Folder of safetensors, packed or dense.")],
+        reference: Annotated[Path, typer.Option(help="The dense folder that it was made from.")],
+        max_error: Annotated[
+            float, typer.Option(min=0.0, help="Exit with 1 above this relative error.")
+        ] = float("inf"),
+        as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    ) -> None:
+        """Show how far every tensor is from that of a reference."""
+        with reported("verify"):
+            report = verify_module.verify_checkpoint(folder, reference)
+            typer.echo(report.to_json() if as_json else str(report))
+        if report.max_relative_error > max_error:
+            raise typer.Exit(1)
 
     @app.command()
     def doctor(

@@ -29,6 +29,7 @@ from flash_llm.checkpoint import (
     CHECKPOINT_VERSION,
     INDEX_NAME,
     METADATA,
+    PACKED_PARTS,
     Checkpoint,
     checkpoint_files,
 )
@@ -130,7 +131,7 @@ def convert_checkpoint(
     if workers < 1:
         raise ValueError(f"flash_llm.convert_checkpoint: workers must be positive, got {workers}")
     files = checkpoint_files(src)
-    source = _Source(files)
+    source = DenseView(files)
     if source.checkpoint.packed:
         name = next(iter(source.checkpoint.packed))
         raise ValueError(f"flash_llm.convert_checkpoint: {name} in {src} is packed already")
@@ -201,7 +202,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") 
         ValueError: a file is broken, or ``format`` unknown.
     """
     ops.check_format(format)
-    source = _Source(checkpoint_files(folder))
+    source = DenseView(checkpoint_files(folder))
     options = _Options((EVERY_LAYER,), (), format, None, True, conv1d=False)
     rows = []
     for name in sorted(source.checkpoint.packed):
@@ -209,7 +210,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") 
         row = decide(name, packed, pack_unprofitable=True)
         rows.append(dataclasses.replace(row, reason=f"stored so: {row.reason}"))
     for name in sorted(_choose_layers(source, options)):
-        row, _ = _convert_tensor(name, source.weight(name), options)
+        row, _ = _convert_tensor(name, source.tensor(f"{name}.weight"), options)
         if row.decision == "packed":
             row = dataclasses.replace(row, decision="dense", reason=f"would be {row.reason}")
         rows.append(row)
@@ -235,8 +236,18 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     return dict(config)
 
 
-class _Source:
-    """A dense checkpoint: weights in the old sparse-bitmask format look dense."""
+class DenseView:
+    """A checkpoint as if it were dense: what is packed is unpacked when it is asked for.
+
+    Args:
+        files: all files of the checkpoint.
+
+    Attributes:
+        checkpoint: what the files hold.
+        bitmasks: shapes of the weights in the format sparse-bitmask, by layer.
+        shapes: of all dense and sparse-bitmask weights, by layer.
+        names: of all tensors, a packed weight's being ``….weight``.
+    """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.checkpoint = Checkpoint(files)
@@ -246,27 +257,32 @@ class _Source:
             for key in self.checkpoint.tensors
             if key.endswith(".weight")
         }
-        self.shapes = {**dense, **self.bitmasks}  # of weights, by layer
+        self.shapes = {**dense, **self.bitmasks}
+        parts = {name + p for name in self.checkpoint.packed for p in PACKED_PARTS}
+        parts |= {name + p for name in self.bitmasks for p in sparse_bitmask.PARTS}
+        weights = {f"{name}.weight" for name in (*self.checkpoint.packed, *self.bitmasks)}
+        self.names = frozenset((self.checkpoint.tensors - parts) | weights)
 
-    def tensors(self, file: Path) -> Iterator[tuple[str, Tensor, str]]:
-        """Name, tensor and dtype of everything in a file, one after the other."""
+    def tensor(self, name: str) -> Tensor:
+        """Load a tensor, dense, to the CPU."""
+        layer = name.removesuffix(".weight")
+        if name.endswith(".weight") and layer in self.checkpoint.packed:
+            return self.checkpoint.weight(layer).to_dense()
+        if name.endswith(".weight") and layer in self.bitmasks:
+            return sparse_bitmask.read_weight(self.checkpoint, layer, self.bitmasks[layer])
+        return self.checkpoint.tensor(name)
+
+    def in_file(self, file: Path) -> Iterator[tuple[str, str]]:
+        """Names of the tensors that begin in a file, and their dtypes."""
         for key in self.checkpoint.names(file):
             name, dot, part = key.rpartition(".")
-            dtype = self.checkpoint.dtype(key)
             if name not in self.bitmasks or dot + part not in sparse_bitmask.PARTS:
-                yield key, self.checkpoint.tensor(key), dtype
+                yield key, self.checkpoint.dtype(key)
             elif part == "compressed":  # the others may be in other files
-                weight = sparse_bitmask.read_weight(self.checkpoint, name, self.bitmasks[name])
-                yield f"{name}.weight", weight, dtype
-
-    def weight(self, layer: str) -> Tensor:
-        """The dense weight of a layer."""
-        if layer in self.bitmasks:
-            return sparse_bitmask.read_weight(self.checkpoint, layer, self.bitmasks[layer])
-        return self.checkpoint.tensor(f"{layer}.weight")
+                yield f"{name}.weight", self.checkpoint.dtype(key)
 
 
-def _choose_layers(source: _Source, options: _Options) -> set[str]:
+def _choose_layers(source: DenseView, options: _Options) -> set[str]:
     """The layers that may be packed."""
     layers = {name for name, shape in source.shapes.items() if len(shape) == 2}
     for pattern in options.targets:
@@ -329,14 +345,15 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _convert_file(
-    source: _Source, file: Path, out: Path | None, chosen: set[str], options: _Options
+    source: DenseView, file: Path, out: Path | None, chosen: set[str], options: _Options
 ) -> list[LayerReport]:
     """Convert one file to ``out``, or nowhere."""
     rows = []
     with contextlib.ExitStack() as stack:
         most = 3 * len(source.checkpoint.names(file))
         writer = None if out is None else stack.enter_context(_Writer(out, most))
-        for key, tensor, dtype in source.tensors(file):
+        for key, dtype in source.in_file(file):
+            tensor = source.tensor(key)
             layer = key.removesuffix(".weight")
             if layer not in chosen or not key.endswith(".weight"):
                 if writer is not None:

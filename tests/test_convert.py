@@ -34,7 +34,7 @@ def pruned(family, folder, max_shard_size="5GB"):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("max_shard_size", ["5GB", "60KB"])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "30KB"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_result_loads_and_computes_the_same(tmp_path, family, max_shard_size, workers):
     model = pruned(family, tmp_path, max_shard_size)
@@ -55,7 +55,7 @@ def test_the_result_loads_and_computes_the_same(tmp_path, family, max_shard_size
 
 
 def test_an_index_names_every_tensor_and_the_bytes(tmp_path):
-    pruned("llama", tmp_path, "60KB")
+    pruned("llama", tmp_path, "30KB")
     convert_checkpoint(tmp_path / "dense", tmp_path / "packed", pack_unprofitable=True)
     index = json.loads((tmp_path / "packed" / "model.safetensors.index.json").read_text())
     checkpoint = Checkpoint(checkpoint_files(tmp_path / "packed"))
@@ -240,7 +240,7 @@ def interrupt(monkeypatch, after, error):
 
 @pytest.mark.parametrize("after", [0, 3, 9])
 def test_an_interrupted_conversion_goes_on_where_it_was(tmp_path, monkeypatch, after):
-    pruned("llama", tmp_path, "60KB")
+    pruned("llama", tmp_path, "30KB")
     source = {p: p.read_bytes() for p in (tmp_path / "dense").iterdir()}
     with monkeypatch.context() as patch:
         interrupt(patch, after, KeyboardInterrupt())

@@ -67,7 +67,7 @@ def sparse_layers(model):
     return {n for n, m in model.named_modules() if isinstance(m, SparseLinear)}
 
 
-@pytest.mark.parametrize("max_shard_size", ["5GB", "60KB"])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "30KB"])
 def test_outputs_after_the_round_trip_are_bit_equal(tmp_path, family, max_shard_size):
     model = packed(family, tmp_path)
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
@@ -103,7 +103,7 @@ def test_config_and_files_name_the_method_and_its_version(tmp_path):
 
 def test_a_model_that_was_not_packed_is_saved_as_ever(tmp_path):
     model = dense("llama", tmp_path / "dense")
-    flash_llm.sparsify_(model, sparsity=0.1)  # packing would not shrink it
+    flash_llm.sparsify_(model, sparsity=0.0)  # packing would not shrink it
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert torch.equal(output(flash_llm.from_pretrained(tmp_path)), output(model))

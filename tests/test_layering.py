@@ -39,6 +39,7 @@ PYTHON_RANKS = {
     "sparsify": 7,
     "sparse_bitmask": 5,
     "convert": 8,
+    "verify": 9,
     "evaluate": 8,
     "prune": 9,
     "doctor": 10,
