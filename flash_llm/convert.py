@@ -43,6 +43,20 @@ CONVERT_IGNORE = (
 """Weights that are no linear layers of their own in the models of transformers: embeddings, heads
 that are tied to them, and the routers of experts."""
 
+CARD_NOTE = """
+## Packed by flash_llm
+
+Some weights of this checkpoint are packed. Import flash_llm before you load them: transformers does
+not find it by itself, and would go on with **random weights** in their place.
+
+```python
+import flash_llm
+
+model = flash_llm.from_pretrained("this folder")  # or AutoModelForCausalLM.from_pretrained
+```
+"""
+"""What a model card says of packed weights."""
+
 # Models whose layers are Conv1D, which keeps its weight as [K, M], and the names of those layers.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
@@ -80,7 +94,7 @@ def convert_checkpoint(
 
     Two-dimensional tensors called ``….weight`` are packed where that makes them smaller; all else
     is copied, the other files of the folder too. ``config.json`` gets a ``quantization_config``, so
-    that transformers loads the result once flash_llm is imported.
+    that transformers loads the result once flash_llm is imported, and the model card says so.
 
     Args:
         src: folder with ``model.safetensors`` or an index of several files.
@@ -410,6 +424,10 @@ def _finish(
         method = {"quant_method": "flash_llm", "version": CHECKPOINT_VERSION}
         changed = {**config, "quantization_config": method} if converted.packed else dict(config)
         (partial / "config.json").write_text(json.dumps(changed, indent=2))
+    if converted.packed:
+        card = src / "README.md"
+        text = card.read_text(errors="replace") if card.is_file() else ""
+        (partial / "README.md").write_text(text + CARD_NOTE)
     for file in files:
         (partial / f"{file.name}.json").unlink()
     (partial / "conversion.json").unlink()

@@ -49,9 +49,16 @@ def test_the_result_loads_and_computes_the_same(tmp_path, family, max_shard_size
     assert sparse_layers(again) == sparse_layers(model)
     assert torch.equal(output(again), output(model))
     assert (tmp_path / "packed" / "tokenizer.json").read_text() == "{}"
-    names = {path.name for path in (tmp_path / "dense").iterdir()}
+    names = {path.name for path in (tmp_path / "dense").iterdir()} | {"README.md"}
     assert {path.name for path in (tmp_path / "packed").iterdir()} == names
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_the_model_card_says_how_to_load(tmp_path):
+    pruned("llama", tmp_path)
+    (tmp_path / "dense" / "README.md").write_text("# Mine\n")
+    convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    assert (tmp_path / "packed" / "README.md").read_text() == "# Mine\n" + convert.CARD_NOTE
 
 
 def test_an_index_names_every_tensor_and_the_bytes(tmp_path):
