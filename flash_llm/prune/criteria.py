@@ -4,13 +4,15 @@ A mask is a boolean ``[M, K]`` tensor, True where the weight is kept. Scores are
 and of equal scores the one that comes first in row-major order is pruned first, so every mask has
 an exact count and does not depend on the device; ``csrc/core/prune.h`` (``prune_pack``) follows the
 same rules. Nothing here knows about modules: hooks and the layer-by-layer driver live in
-``calibrate.py``.
+``calibrate.py``. Methods that also change the weights that stay have a file each (``sparsegpt.py``,
+``admm.py``) and choose by the functions at the end of this one.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -86,8 +88,68 @@ def magnitude_mask(weight: Tensor, sparsity: float | None, scope: str = "row") -
         >>> magnitude_mask(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), sparsity=0.5)
         tensor([[False,  True,  True, False]])
     """
-    _check_weight(weight)
-    return _largest(weight.float().abs(), sparsity, scope)
+    check_weight(weight)
+    return largest_mask(weight.float().abs(), sparsity, scope)
+
+
+def global_magnitude_masks(weights: Sequence[Tensor], sparsity: float) -> Iterator[Tensor]:
+    """Masks of the weights of largest magnitude ``|W|``, with one threshold for all matrices.
+
+    The threshold is found from two histograms of the bits of ``|W|`` in float32 (which order as
+    integers just as they do as numbers), so no copy of all weights is ever sorted or even held.
+
+    Args:
+        weights: ``[M, K]`` floating point matrices of any shapes, strides and devices.
+        sparsity: fraction of zeros in [0, 1] over all of them together.
+
+    Yields:
+        For each matrix, in order, its mask: boolean ``[M, K]`` on its device, True where the weight
+        stays. Of equal magnitudes at the threshold the first are pruned, in the order of the
+        matrices and row-major within. Masking a matrix before the next mask is drawn is fine.
+
+    Raises:
+        TypeError: a weight is not floating point, or ``sparsity`` not a number.
+        ValueError: a weight is not a matrix, or ``sparsity`` is outside [0, 1].
+
+    Example:
+        >>> weights = [torch.tensor([[1.0, -3.0]]), torch.tensor([[0.5, 0.25]])]
+        >>> [mask.tolist() for mask in global_magnitude_masks(weights, 0.5)]
+        [[[True, True]], [[False, False]]]
+    """
+    check_prune_target(sparsity, "layer")
+    for weight in weights:
+        check_weight(weight)
+    count = num_pruned(sparsity, sum(weight.numel() for weight in weights))
+
+    def bits(weight: Tensor) -> Tensor:
+        return weight.float().abs().contiguous().view(torch.int32)
+
+    def histogram(high: int | None) -> Tensor:
+        """Count the high 15 bits, or the low 16 of the elements whose high ones are given."""
+        bins = 1 << 15 if high is None else 1 << 16
+        total = torch.zeros(bins, dtype=torch.int64)
+        for weight in weights:
+            found = bits(weight).flatten()
+            found = found >> 16 if high is None else found[found >> 16 == high] & 0xFFFF
+            total += torch.bincount(found, minlength=bins).cpu()
+        return total
+
+    def split(counts: Tensor, below: int) -> tuple[int, int]:
+        """The bin that holds element number ``below``, and the elements in the bins before it."""
+        ends = counts.cumsum(0)
+        index = int(torch.searchsorted(ends, below, right=True).clamp_(max=counts.numel() - 1))
+        return index, int(ends[index] - counts[index])
+
+    high, before_high = split(histogram(None), count)
+    low, before_low = split(histogram(high), count - before_high)
+    threshold, ties = (high << 16) | low, count - before_high - before_low
+    for weight in weights:
+        magnitude = bits(weight)
+        tied = magnitude == threshold
+        # The first ``ties`` of the equal ones go; what is left of that number goes on.
+        dropped = tied & (tied.flatten().cumsum(0).view(tied.shape) <= ties)
+        ties -= int(dropped.sum())
+        yield (magnitude >= threshold) & ~dropped
 
 
 def wanda_mask(
@@ -119,7 +181,7 @@ def wanda_mask(
         >>> wanda_mask(weight, torch.tensor([9.0, 1.0, 1.0, 9.0]), sparsity=0.5)
         tensor([[ True, False, False,  True]])
     """
-    _check_weight(weight)
+    check_weight(weight)
     if not input_norm.is_floating_point():
         raise TypeError(f"input_norm must be floating point, got {input_norm.dtype}")
     if input_norm.device != weight.device:
@@ -131,37 +193,64 @@ def wanda_mask(
     norm = input_norm.float()
     if not bool(((norm >= 0) & norm.isfinite()).all()):
         raise ValueError("input_norm must be finite and not negative")
-    return _largest(weight.float().abs() * norm, sparsity, scope)
+    return largest_mask(weight.float().abs() * norm, sparsity, scope)
 
 
-def _check_weight(weight: Tensor) -> None:
+def check_weight(weight: Tensor) -> None:
+    """Check that ``weight`` is a floating point matrix.
+
+    Raises:
+        TypeError: it is not floating point.
+        ValueError: it is not a matrix.
+    """
     if not weight.is_floating_point():
         raise TypeError(f"weight must be floating point, got {weight.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"weight must be a [M, K] matrix, got shape {list(weight.shape)}")
 
 
-def _largest(score: Tensor, sparsity: float | None, scope: str) -> Tensor:
-    """Keep the largest scores (``>= 0``; NaN counts as largest) of each group of the scope."""
+def largest_mask(score: Tensor, sparsity: float | None, scope: str) -> Tensor:
+    """Mask of the largest scores of each group of the scope.
+
+    Args:
+        score: ``[M, K]``, at least -1; NaN counts as largest.
+        sparsity: fraction of zeros in [0, 1] per group of ``scope``; None only for N:M.
+        scope: ``"row"``, ``"layer"`` or ``"N:M"`` as in :func:`magnitude_mask`.
+
+    Returns:
+        Boolean ``[M, K]``, True where the score is kept.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the target is invalid (:func:`check_prune_target`).
+    """
     rows, cols = score.shape
     group = check_prune_target(sparsity, scope)
     if group is not None:
         keep, size = group
         # A shorter last group of g columns keeps min(keep, g): the padding is below every score,
         # so it takes the first places among the pruned.
-        padded = torch.nn.functional.pad(score, (0, -cols % size), value=-1.0)
-        kept = _keep_all_but(padded.reshape(-1, size), size - keep)
+        padded = torch.nn.functional.pad(score, (0, -cols % size), value=-2.0)
+        kept = drop_smallest(padded.reshape(-1, size), size - keep)
         return kept.view(padded.shape)[:, :cols].contiguous()
     assert sparsity is not None  # check_prune_target saw to it
     if scope == "layer":
-        return _keep_all_but(score.reshape(1, -1), num_pruned(sparsity, rows * cols)).reshape(
+        return drop_smallest(score.reshape(1, -1), num_pruned(sparsity, rows * cols)).reshape(
             rows, cols
         )
-    return _keep_all_but(score, num_pruned(sparsity, cols))
+    return drop_smallest(score, num_pruned(sparsity, cols))
 
 
-def _keep_all_but(score: Tensor, count: int) -> Tensor:
-    """Mask that drops the ``count`` smallest scores of each row, the first among equals."""
+def drop_smallest(score: Tensor, count: int) -> Tensor:
+    """Mask without the ``count`` smallest scores of each row, the first among equals.
+
+    Args:
+        score: ``[M, K]``; NaN counts as largest.
+        count: scores to drop, in [0, K].
+
+    Returns:
+        Boolean ``[M, K]``, True where the score is kept.
+    """
     order = score.sort(dim=1, stable=True).indices
     mask = torch.ones_like(score, dtype=torch.bool)
     return mask.scatter_(1, order[:, :count], False)

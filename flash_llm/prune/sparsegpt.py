@@ -1,0 +1,124 @@
+"""SparseGPT: prune column by column, and let the later columns make up for what was lost.
+
+Frantar and Alistarh, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot"
+(arXiv 2301.00774), section 3. With H the damped Hessian (``reconstruction.py``) and U the upper
+triangular factor of its inverse, ``H^-1 = U^T U``, optimal brain surgery on the columns from j on
+needs row j of U alone: pruning ``W_ij`` costs ``(W_ij / U_jj)^2`` and is best made up for by
+
+    W_i,j: -= (W_ij / U_jj) U_j,j:
+
+so one Cholesky factor serves all rows and all columns. Columns are taken in blocks: the mask of a
+block is chosen when the sweep reaches it, and columns behind it are updated once per block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_llm.prune.criteria import (
+    check_prune_target,
+    drop_smallest,
+    largest_mask,
+    num_pruned,
+)
+from flash_llm.prune.reconstruction import damped_problem, singular_error
+
+
+def sparsegpt(
+    weight: Tensor,
+    hessian: Tensor,
+    sparsity: float | None,
+    scope: str = "row",
+    *,
+    block_size: int = 128,
+    damping: float = 0.01,
+    preserve_mask: bool = False,
+) -> Tensor:
+    """Prune a weight and update what stays (SparseGPT, arXiv 2301.00774, algorithm 1).
+
+    The paper's unstructured mask is scope ``"layer"``: each block of columns loses the fraction
+    ``sparsity``, wherever in the block. Scope ``"row"`` takes it from every row of the block. The
+    counts of the blocks are rounded so that they add up to the count of the whole matrix or row.
+
+    Args:
+        weight: ``[M, K]`` finite floating point, any device and strides; not changed.
+        hessian: ``[K, K]`` float32 or float64 ``X X^T`` of the layer's inputs, on the weight's
+            device. The sweep runs in its dtype, the factorisation in float64.
+        sparsity: fraction of zeros in [0, 1] per group of ``scope``; None only for N:M.
+        scope: ``"row"``, ``"layer"`` or ``"N:M"`` (the N of every M neighbouring columns stay).
+        block_size: columns per block, rounded to a multiple of M for N:M.
+        damping: fraction of the mean diagonal of the Hessian that is added to its diagonal.
+        preserve_mask: weights that are zero stay zero and count as the first ones pruned.
+
+    Returns:
+        The new weight ``[M, K]``, contiguous, of the weight's dtype. Columns of dead inputs (zero
+        on the Hessian's diagonal) are zero, beyond ``sparsity`` if need be.
+
+    Raises:
+        TypeError: a dtype is wrong, the devices differ, or an argument has the wrong type.
+        ValueError: a shape or number is wrong, a value is not finite, the target is invalid
+            (:func:`flash_llm.prune.criteria.check_prune_target`), or the damped Hessian is not
+            positive definite.
+
+    Example:
+        >>> weight, inputs = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0], [1.0, 1.1]])
+        >>> sparsegpt(weight, inputs.T @ inputs, 0.5, damping=0.0)  # nearly equal inputs: 1 + 2
+        tensor([[0.0000, 2.9502]])
+    """
+    group = check_prune_target(sparsity, scope)
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    if group is not None:
+        block_size = max(1, block_size // group[1]) * group[1]
+    choose_every = block_size if group is None else group[1]
+    current, damped = damped_problem(weight, hessian, damping)
+    factor = _inverse_factor(damped, damping)
+    frozen = weight == 0 if preserve_mask else torch.zeros_like(weight, dtype=torch.bool)
+
+    # Transposed, so that the column in work is contiguous.
+    current, frozen = current.t().contiguous(), frozen.t()
+    for begin in range(0, len(current), block_size):
+        block, block_frozen = current[begin : begin + block_size], frozen[begin:][:block_size]
+        end = begin + len(block)
+        triangle = factor[begin:end, begin:end]
+        kept = torch.empty_like(block, dtype=torch.bool)
+        errors = torch.empty_like(block)
+        for j in range(len(block)):
+            if j % choose_every == 0:
+                chosen = slice(j, j + choose_every)
+                cost = (block[chosen] / triangle.diagonal()[chosen, None]).abs()
+                cost.masked_fill_(block_frozen[chosen], -1.0)
+                kept[chosen] = _dearest(cost.t(), sparsity, scope, begin).t()
+                kept[chosen] &= ~block_frozen[chosen]
+            errors[j] = (block[j] / triangle[j, j]).masked_fill(kept[j], 0.0)
+            block[j:].addr_(triangle[j, j:], errors[j], alpha=-1)
+        block.masked_fill_(~kept, 0.0)
+        current[end:].addmm_(factor[begin:end, end:].t(), errors, alpha=-1)
+    return current.t().to(weight.dtype).contiguous()
+
+
+def _inverse_factor(damped: Tensor, damping: float) -> Tensor:
+    """Upper triangular U with ``H^-1 = U^T U``, in the dtype of H.
+
+    With its rows and columns in reverse order, the lower Cholesky factor of H becomes an upper one:
+    ``H = V V^T``, and U is the inverse of V.
+    """
+    lower, failed = torch.linalg.cholesky_ex(damped.double().flip(0, 1))
+    if bool(failed):
+        raise singular_error(damping)
+    upper = lower.flip(0, 1)
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return inverse.to(damped.dtype)
+
+
+def _dearest(cost: Tensor, sparsity: float | None, scope: str, begin: int) -> Tensor:
+    """Mask of what stays of the columns from ``begin`` on, given what pruning would cost."""
+    if sparsity is None or ":" in scope:
+        return largest_mask(cost, None, scope)
+    rows, end = cost.shape[0], begin + cost.shape[1]
+    if scope == "row":
+        return drop_smallest(cost, num_pruned(sparsity, end) - num_pruned(sparsity, begin))
+    count = num_pruned(sparsity, rows * end) - num_pruned(sparsity, rows * begin)
+    return drop_smallest(cost.reshape(1, -1), count).view(cost.shape)
