@@ -1,0 +1,97 @@
+"""Allocation: how a target sparsity is shared out among the blocks of a model. Pure functions.
+
+OWL (outlier weighed layerwise sparsity: Yin et al., arXiv 2310.05175, section 3) prunes a block the
+less, the more of its Wanda scores ``|W_ij| * ||x_j||`` are outliers, that is larger than M times
+their mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from flash_llm.prune.criteria import check_weight
+
+OWL_THRESHOLD = 5.0
+"""M: a score is an outlier above so many times the mean (the paper takes 5 or 7)."""
+OWL_SPREAD = 0.08
+"""lambda: a block's sparsity differs from the target by at most this (the paper's choice)."""
+
+
+def outlier_ratio(
+    weights: Sequence[Tensor], norms: Sequence[Tensor], threshold: float = OWL_THRESHOLD
+) -> float:
+    """Fraction of outliers among the Wanda scores of all layers of a block.
+
+    Args:
+        weights: ``[M, K]`` floating point for each layer of the block.
+        norms: ``[K]`` float32 L2 norm of each input channel, on the weight's device.
+        threshold: M, the multiple of the block's mean score above which a score is an outlier.
+
+    Returns:
+        A fraction in [0, 1]; 0 for a block without weights.
+
+    Raises:
+        TypeError: a weight is not floating point.
+        ValueError: a weight is not a matrix, the numbers of weights and norms differ, or
+            ``threshold`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> outlier_ratio([torch.tensor([[1.0, 1.0, 1.0, 9.0]])], [torch.ones(4)], threshold=2.0)
+        0.25
+    """
+    if not threshold > 0:
+        raise ValueError(f"threshold must be positive, got {threshold}")
+    for weight in weights:
+        check_weight(weight)
+    count = sum(weight.numel() for weight in weights)
+    if count == 0:
+        return 0.0
+    pairs = list(zip(weights, norms, strict=True))
+    # The scores are computed twice, rather than kept for all layers at once.
+    total = sum((w.float().abs() * norm).double().sum().item() for w, norm in pairs)
+    limit = threshold * total / count
+    return sum(int((w.float().abs() * norm > limit).sum()) for w, norm in pairs) / count
+
+
+def owl_sparsities(
+    ratios: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float = OWL_SPREAD
+) -> list[float]:
+    """Sparsity of each block by its outlier ratio: ``s_b = S - c * (D_b - mean D)``.
+
+    The mean is weighted by the sizes, so the sparsity of the whole is S, and c is as large as
+    ``|s_b - S| <= spread`` allows. The authors' code scales the range of the s_b to twice lambda
+    instead, which one block that stands out carries beyond the bounds that their paper states.
+
+    Args:
+        ratios: D, the outlier ratio of each block (:func:`outlier_ratio`).
+        sizes: number of weights of each block.
+        sparsity: S, the target for all of them together, in [0, 1].
+        spread: lambda; narrowed where S is so close to 0 or 1 that it would leave [0, 1].
+
+    Returns:
+        The sparsities, in [0, 1]; all equal to S when the ratios are.
+
+    Raises:
+        ValueError: the numbers of ratios and sizes differ, a value is negative or not finite, or
+            ``sparsity`` is outside [0, 1].
+
+    Example:
+        >>> [round(s, 3) for s in owl_sparsities([0.01, 0.02, 0.06], [1, 1, 1], 0.6)]
+        [0.653, 0.627, 0.52]
+    """
+    if len(ratios) != len(sizes):
+        raise ValueError(f"there must be one size per ratio, got {len(sizes)} and {len(ratios)}")
+    if not 0.0 <= sparsity <= 1.0:
+        raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}")
+    for value in (*ratios, *sizes, spread):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"ratios, sizes and spread must be finite and not negative: {value}")
+    mean = math.fsum(r * size for r, size in zip(ratios, sizes, strict=True)) / max(sum(sizes), 1)
+    if not ratios or min(ratios) == max(ratios):
+        return [sparsity] * len(ratios)
+    slope = min(spread, sparsity, 1.0 - sparsity) / max(abs(ratio - mean) for ratio in ratios)
+    return [min(max(sparsity - slope * (ratio - mean), 0.0), 1.0) for ratio in ratios]
