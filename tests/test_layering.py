@@ -164,10 +164,15 @@ def test_the_package_itself_never_imports_tests_or_benchmarks():
             assert name.split(".")[0] != "pytest", f"{path}:{line}"
 
 
-def test_pruning_criteria_import_torch_and_the_standard_library_only():
-    for line, name in imported_modules(PACKAGE / "prune" / "criteria.py"):
-        module = name.split(".")[0]
-        assert module == "torch" or module in sys.stdlib_module_names, f"criteria.py:{line}: {name}"
+@pytest.mark.parametrize(
+    "name", ["criteria", "reconstruction", "sparsegpt", "admm", "allocation", "inputs"]
+)
+def test_pruning_methods_import_torch_and_one_another_only(name):
+    pure = ("flash_llm.prune.criteria.", "flash_llm.prune.reconstruction.")
+    for line, imported in imported_modules(PACKAGE / "prune" / f"{name}.py"):
+        module = imported.split(".")[0]
+        known = module == "torch" or module in sys.stdlib_module_names
+        assert known or imported.startswith(pure), f"{name}.py:{line}: {imported}"
 
 
 # hf_quantizer derives from classes of transformers, so it is itself what is imported lazily.

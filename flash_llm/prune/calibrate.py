@@ -13,7 +13,8 @@ for what was lost before it. No attribute path of any model family is written he
 
 What does not fit that shape (a projection outside the stacks, blocks that are called twice or not
 fed by one another) is pruned last, on the statistics of one pass of the model as it then stands;
-the report says which layers those were. The mathematics live in ``criteria.py``.
+the report says which layers those were. The mathematics live in ``criteria.py`` (magnitude, Wanda),
+``sparsegpt.py``, ``admm.py`` and ``allocation.py``, and the statistics in ``inputs.py``.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import inspect
 import itertools
 import json
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,12 +35,28 @@ from torch import Tensor, nn
 
 from flash_llm.evaluate import ProgressBar, check_token_ids, evaluation_mode, track
 from flash_llm.linear import SparseLinear
-from flash_llm.prune.criteria import check_prune_target, magnitude_mask, wanda_mask
+from flash_llm.prune.admm import admm
+from flash_llm.prune.allocation import outlier_ratio, owl_sparsities
+from flash_llm.prune.criteria import (
+    check_prune_target,
+    global_magnitude_masks,
+    magnitude_mask,
+    wanda_mask,
+)
+from flash_llm.prune.inputs import Inputs, collect_inputs, gram, squares
+from flash_llm.prune.reconstruction import relative_error
+from flash_llm.prune.sparsegpt import sparsegpt
 from flash_llm.sparsify import DEFAULT_IGNORE, DEFAULT_TARGETS, refuse_tied, select_layers
 
 logger = logging.getLogger("flash_llm")
 
-METHODS = ("magnitude", "wanda")
+RECONSTRUCTIONS = {"sparsegpt": sparsegpt, "admm": admm}
+"""The methods that turn a weight and the Gram matrix of its inputs into a new weight."""
+
+METHODS = ("magnitude", "wanda", *RECONSTRUCTIONS)
+
+DEFAULT = "_default"
+"""The key of an allocation's dict for the layers that no pattern matches."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,8 @@ class PrunedLayer:
         num_tokens: calibration tokens that reached the layer; 0 when the method needs none, or
             when no token came by (an expert that was never chosen) and magnitude had to decide.
         sequential: True when the statistics come from the outputs of already pruned blocks.
+        error: ``|W X - W' X| / |W X|`` over the calibration tokens X, the relative change of the
+            layer's outputs; None for methods that do not know it (magnitude, Wanda).
     """
 
     name: str
@@ -59,6 +79,7 @@ class PrunedLayer:
     sparsity: float
     num_tokens: int
     sequential: bool
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,7 @@ class PruneReport:
     Attributes:
         method: pruning method.
         scope: group within which the sparsity holds.
+        allocation: how the target was shared out among the layers, as it was asked for.
         layers: every pruned layer, in model order.
         num_samples: calibration samples.
         seconds: wall-clock time.
@@ -75,6 +97,7 @@ class PruneReport:
 
     method: str
     scope: str
+    allocation: str | Mapping[str, float]
     layers: tuple[PrunedLayer, ...]
     num_samples: int
     seconds: float
@@ -92,13 +115,14 @@ class PruneReport:
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [len("layer")])
-        lines = [f"{'layer':<{width}}  {'shape':>13}  sparsity  tokens  inputs"]
+        lines = [f"{'layer':<{width}}  {'shape':>13}  sparsity  tokens  inputs     error"]
         for layer in self.layers:
             shape = f"{layer.shape[0]}x{layer.shape[1]}"
             inputs = "-" if layer.num_tokens == 0 else "pruned" if layer.sequential else "one pass"
             lines.append(
                 f"{layer.name:<{width}}  {shape:>13}  {layer.sparsity:8.4f}  "
-                f"{layer.num_tokens:>6}  {inputs}"
+                f"{layer.num_tokens:>6}  {inputs:<8}  "
+                + ("-" if layer.error is None else f"{layer.error:.4f}")
             )
         lines.append(
             f"{len(self.layers)} layers pruned by {self.method} to sparsity {self.sparsity:.4f} "
@@ -113,10 +137,14 @@ def prune_(
     method: str = "wanda",
     sparsity: float | None = None,
     scope: str = "row",
+    allocation: str | Mapping[str, float] = "uniform",
     calibration: Tensor | Iterable[Tensor] | Iterable[str] | None = None,
     tokenizer: Callable[[str], Any] | None = None,
     nsamples: int | None = None,
     seqlen: int = 2048,
+    seed: int | None = None,
+    damping: float = 0.01,
+    preserve_mask: bool = False,
     targets: str | Sequence[str] = DEFAULT_TARGETS,
     ignore: str | Sequence[str] = DEFAULT_IGNORE,
     progress: bool | ProgressBar = False,
@@ -128,17 +156,31 @@ def prune_(
 
     Args:
         model: called as ``model(ids)`` with int64 token ids ``[B, L]``. Weights of any floating
-            point dtype; the forward passes run in it, scores are compared in float32.
-        method: ``"wanda"`` (``|W| * ||x||``, arXiv 2306.11695) or ``"magnitude"`` (``|W|``, needs
-            no calibration and ignores it).
-        sparsity: fraction of zeros in [0, 1]; may be left out only for an N:M scope.
-        scope: ``"row"`` (the fraction holds in every output row), ``"layer"`` or ``"N:M"``.
+            point dtype; the forward passes run in it, the mathematics of pruning in float32.
+        method: ``"magnitude"`` (``|W|``), ``"wanda"`` (``|W| * ||x||``, arXiv 2306.11695),
+            ``"sparsegpt"`` (arXiv 2301.00774) or ``"admm"`` (ALPS, arXiv 2406.07831). The last two
+            also change the weights that stay, and take longer in this order; they hold
+            ``[K, K]`` float32 per distinct input of one block.
+        sparsity: fraction of zeros in [0, 1]; may be left out for an N:M scope, and for an
+            allocation that says it for every layer.
+        scope: ``"row"`` (the fraction holds in every output row), ``"layer"``, ``"N:M"``, or, for
+            magnitude, ``"global"`` (one threshold for all targeted layers).
+        allocation: ``"uniform"``; ``"owl"`` (blocks with more outliers are pruned less, by up to
+            0.08 of sparsity, and the mean over all weights is ``sparsity``; arXiv 2310.05175); or a
+            dict from patterns, as in ``targets``, to sparsities: the first pattern that matches a
+            layer counts, ``"_default"`` (or ``sparsity``) is for layers that none matches.
         calibration: text that the model should stay good at: token ids ``[S, L]`` (each row is a
             sample), an iterable of token tensors ``[L]`` or ``[B, L]`` without padding, or an
-            iterable of strings, which needs ``tokenizer``. 128 samples are customary.
+            iterable of strings, which needs ``tokenizer``. 128 samples are customary. Magnitude
+            needs none and ignores it, unless the allocation is OWL.
         tokenizer: a Hugging Face tokenizer, or ``f(text) -> {"input_ids": [...]}``.
-        nsamples: use only so many samples from the front; None for all.
-        seqlen: cut each sample to so many tokens.
+        nsamples: use only so many samples; None for all.
+        seqlen: cut each sample to so many tokens; shorter ones are used as they are.
+        seed: None takes the first ``nsamples`` and reads no further; a number draws them at random
+            from all, without replacement. Nothing else is random.
+        damping: fraction of the mean diagonal added to the Hessian (SparseGPT and ADMM).
+        preserve_mask: weights that are zero already stay zero (SparseGPT and ADMM; with the others
+            they are the first ones pruned anyway).
         targets: patterns of the layers to prune, as in :func:`flash_llm.sparsify_`.
         ignore: patterns of the layers to leave alone; wins over ``targets``.
         progress: True for a tqdm bar over the blocks, or a callable such as
@@ -150,9 +192,12 @@ def prune_(
     Raises:
         TypeError: an argument or a sample has the wrong type, or a targeted weight is not floating
             point.
-        ValueError: unknown method; invalid sparsity or scope; calibration missing or empty; a token
-            id outside the vocabulary; a pattern that matches nothing; a targeted weight that is on
-            the meta device or tied to another module; calibration activations that are not finite.
+        ValueError: unknown method or allocation; invalid sparsity, scope or damping, or a scope and
+            an allocation that contradict one another; calibration missing or empty; a token id
+            outside the vocabulary; a pattern that matches nothing; a targeted weight that is not
+            finite, on the meta device or tied to another module; calibration activations that are
+            not finite; a Hessian that damping leaves singular, or new weights that overflow the
+            dtype of the old (the message names the layer).
 
     Example:
         >>> import transformers
@@ -168,19 +213,28 @@ def prune_(
         raise ValueError(
             f"flash_llm.prune_: method must be one of {', '.join(METHODS)}, got {method!r}"
         )
-    check_prune_target(sparsity, scope)
+    _check_allocation(method, scope, allocation)
+    if not 0.0 <= damping < math.inf:
+        raise ValueError(f"flash_llm.prune_: damping must be finite and at least 0, got {damping}")
     layers = select_layers(model, targets, ignore)
+    sparsities = _layer_sparsities(model, layers, sparsity, scope, allocation)
     _check_weights(model, layers)
     samples: list[Tensor] = []
-    if method != "magnitude":
-        samples = _token_samples(calibration, tokenizer, nsamples, seqlen)
+    if method != "magnitude" or allocation == "owl":
+        samples = _token_samples(calibration, tokenizer, nsamples, seqlen, seed)
         for sample in samples:
             check_token_ids(sample, model)
 
     start = time.perf_counter()
-    pruner = _Pruner(model, layers, method, sparsity, scope)
     with evaluation_mode(model):
-        if method == "magnitude":
+        if allocation == "owl":
+            assert sparsity is not None  # _layer_sparsities saw to it
+            sparsities = _owl_sparsities(model, layers, samples, sparsity)
+        pruner = _Pruner(model, layers, sparsities, method, scope, damping, preserve_mask)
+        if scope == "global":
+            assert sparsity is not None
+            pruner.prune_globally(sparsity, progress)
+        elif method == "magnitude":
             for name in track(list(layers), "pruning", progress):
                 pruner.prune(name, None, sequential=False)
         else:
@@ -188,45 +242,107 @@ def prune_(
     return PruneReport(
         method=method,
         scope=scope,
+        allocation=allocation,
         layers=tuple(pruner.done[name] for name in layers),
         num_samples=len(samples),
         seconds=time.perf_counter() - start,
     )
 
 
-class _InputNorm:
-    """Running L2 norm of each input channel of a layer: float32 squares, summed in float64."""
+def _check_allocation(method: str, scope: str, allocation: str | Mapping[str, float]) -> None:
+    if isinstance(allocation, str):
+        if allocation not in ("uniform", "owl"):
+            raise ValueError(
+                'flash_llm.prune_: allocation must be "uniform", "owl" or a dict from patterns to '
+                f"sparsities, got {allocation!r}"
+            )
+    elif not isinstance(allocation, Mapping):
+        raise TypeError(
+            "flash_llm.prune_: allocation must be a string or a dict, got "
+            f"{type(allocation).__name__}"
+        )
+    if scope == "global" and method != "magnitude":
+        raise ValueError(f'flash_llm.prune_: scope "global" is for magnitude, got method {method}')
+    if allocation != "uniform" and (scope == "global" or ":" in scope):
+        raise ValueError(
+            f'flash_llm.prune_: scope "{scope}" decides the sparsity of each layer; allocation '
+            f"must be uniform, got {allocation!r}"
+        )
 
-    def __init__(self) -> None:
-        self.num_tokens = 0
-        self._sum_sq: Tensor | None = None
 
-    def update(self, x: Tensor) -> None:
-        """Add the tokens ``x [..., K]``."""
-        tokens = x.detach().reshape(-1, x.shape[-1])
-        sum_sq = tokens.float().square().sum(dim=0).double()
-        self._sum_sq = sum_sq if self._sum_sq is None else self._sum_sq + sum_sq
-        self.num_tokens += tokens.shape[0]
+def _layer_sparsities(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    sparsity: float | None,
+    scope: str,
+    allocation: str | Mapping[str, float],
+) -> dict[str, float | None]:
+    """The checked target of each layer; OWL's own are not known yet, and are uniform here."""
+    scope = "layer" if scope == "global" else scope
+    if isinstance(allocation, str):
+        check_prune_target(sparsity, scope)
+        return dict.fromkeys(layers, sparsity)
+    if DEFAULT in allocation and sparsity is not None:
+        raise ValueError(
+            f'flash_llm.prune_: sparsity and allocation["{DEFAULT}"] are the same; give one of them'
+        )
+    targets: dict[str, float] = {}
+    for pattern, target in allocation.items():
+        check_prune_target(target, scope)
+        if pattern == DEFAULT:
+            continue
+        matched = set(select_layers(model, pattern, ()).values())
+        names = [name for name, layer in layers.items() if layer in matched]
+        if not names:
+            raise ValueError(
+                f'flash_llm.prune_: allocation "{pattern}" matches no layer that is to be pruned'
+            )
+        for name in names:
+            targets.setdefault(name, target)
+    default = allocation.get(DEFAULT, sparsity)
+    if default is None and len(targets) < len(layers):
+        missing = next(name for name in layers if name not in targets)
+        raise ValueError(
+            f"flash_llm.prune_: no pattern of allocation matches {missing}; give sparsity or "
+            f'"{DEFAULT}"'
+        )
+    if default is not None:
+        check_prune_target(default, scope)
+    return {name: targets.get(name, default) for name in layers}
 
-    def norm(self) -> Tensor | None:
-        """``[K]`` float32, or None when no token came by."""
-        if self._sum_sq is None or self.num_tokens == 0:
-            return None
-        return self._sum_sq.sqrt().float()
 
-
-@contextlib.contextmanager
-def _collect(layers: dict[str, nn.Module]) -> Iterator[dict[str, _InputNorm]]:
-    """Collect input norms of ``layers`` from every forward pass inside the context."""
-    norms = {name: _InputNorm() for name in layers}
-    with contextlib.ExitStack() as hooks:
-        for name, layer in layers.items():
-
-            def update(_: nn.Module, args: tuple[Any, ...], norm: _InputNorm = norms[name]) -> None:
-                norm.update(args[0])
-
-            hooks.callback(layer.register_forward_pre_hook(update).remove)
-        yield norms
+def _owl_sparsities(
+    model: nn.Module, layers: dict[str, nn.Module], samples: list[Tensor], sparsity: float
+) -> dict[str, float | None]:
+    """OWL's targets, from one pass of the dense model; a layer outside the stacks is a block."""
+    with collect_inputs(layers, squares) as inputs:
+        for sample in samples:
+            _forward(model, sample, logits_to_keep=1)
+    prefixes = [
+        f"{stack.name}.{index}."
+        for stack in _find_stacks(model, layers)
+        for index in range(len(stack.blocks))
+    ]
+    blocks: dict[str, list[str]] = {}
+    for name in inputs:
+        _check_inputs(name, inputs[name], _matrix(layers[name]))
+        block = next((prefix for prefix in prefixes if name.startswith(prefix)), name)
+        blocks.setdefault(block, []).append(name)
+    weights = [[_matrix(layers[name]) for name in names] for names in blocks.values()]
+    norms = [
+        [inputs[name].norm.to(weight.device) for name, weight in zip(names, block, strict=True)]
+        for names, block in zip(blocks.values(), weights, strict=True)
+    ]
+    targets = owl_sparsities(
+        [outlier_ratio(*pair) for pair in zip(weights, norms, strict=True)],
+        [sum(weight.numel() for weight in block) for block in weights],
+        sparsity,
+    )
+    # Layers that no token reached say nothing about outliers and stay at the mean.
+    sparsities: dict[str, float | None] = dict.fromkeys(layers, sparsity)
+    for names, target in zip(blocks.values(), targets, strict=True):
+        sparsities.update(dict.fromkeys(names, target))
+    return sparsities
 
 
 @dataclass(frozen=True)
@@ -268,42 +384,78 @@ class _Pruner:
         self,
         model: nn.Module,
         layers: dict[str, nn.Module],
+        sparsities: dict[str, float | None],
         method: str,
-        sparsity: float | None,
         scope: str,
+        damping: float,
+        preserve_mask: bool,
     ) -> None:
         self.model = model
         self.layers = layers
+        self.sparsities = sparsities
         self.method = method
-        self.sparsity = sparsity
         self.scope = scope
+        self.damping = damping
+        self.preserve_mask = preserve_mask
+        self.statistic = gram if method in RECONSTRUCTIONS else squares
         self.done: dict[str, PrunedLayer] = {}
 
-    def prune(self, name: str, statistics: _InputNorm | None, *, sequential: bool) -> None:
+    def prune(self, name: str, inputs: Inputs | None, *, sequential: bool) -> None:
         """Prune one layer and note what became of it."""
-        weight = _matrix(self.layers[name])
-        norm = None if statistics is None else statistics.norm()
-        if self.method == "wanda" and norm is not None:
-            if not bool(norm.isfinite().all()):
-                raise ValueError(
-                    f"flash_llm.prune_: the calibration inputs of {name} are not finite; the model "
-                    f"overflows in {weight.dtype} on this text"
-                )
-            mask = wanda_mask(weight, norm.to(weight.device), self.sparsity, self.scope)
-        else:
-            if self.method == "wanda":
+        weight, sparsity = _matrix(self.layers[name]), self.sparsities[name]
+        error = None
+        if self.method == "magnitude" or inputs is None:
+            if self.method != "magnitude":
                 logger.warning(
                     "flash_llm.prune_: no calibration token reached %s; pruned by magnitude",
                     name,
                 )
-            mask = magnitude_mask(weight, self.sparsity, self.scope)
-        weight.masked_fill_(~mask, 0.0)
+            weight.masked_fill_(~magnitude_mask(weight, sparsity, self.scope), 0.0)
+        elif self.method == "wanda":
+            _check_inputs(name, inputs, weight)
+            norm = inputs.norm.to(weight.device)
+            weight.masked_fill_(~wanda_mask(weight, norm, sparsity, self.scope), 0.0)
+        else:
+            _check_inputs(name, inputs, weight)
+            hessian = inputs.total.to(weight.device)
+            try:
+                pruned = RECONSTRUCTIONS[self.method](
+                    weight,
+                    hessian,
+                    sparsity,
+                    self.scope,
+                    damping=self.damping,
+                    preserve_mask=self.preserve_mask,
+                )
+            except ValueError as problem:
+                raise ValueError(f"flash_llm.prune_: {name}: {problem}") from problem
+            if not bool(pruned.isfinite().all()):
+                raise ValueError(
+                    f"flash_llm.prune_: the new weights of {name} overflow {weight.dtype}"
+                )
+            error = relative_error(weight, pruned, hessian)
+            weight.copy_(pruned)
+        self._note(name, inputs, sequential, error)
+
+    def prune_globally(self, sparsity: float, progress: bool | ProgressBar) -> None:
+        """Prune all layers by magnitude, with one threshold for all."""
+        weights = [_matrix(layer) for layer in self.layers.values()]
+        masks = global_magnitude_masks(weights, sparsity)
+        for name in track(list(self.layers), "pruning", progress):
+            _matrix(self.layers[name]).masked_fill_(~next(masks), 0.0)
+            self._note(name, None, False, None)
+
+    def _note(
+        self, name: str, inputs: Inputs | None, sequential: bool, error: float | None
+    ) -> None:
+        weight = _matrix(self.layers[name])
         self.done[name] = PrunedLayer(
             name=name,
             shape=(weight.shape[0], weight.shape[1]),
             sparsity=(weight == 0).sum().item() / max(weight.numel(), 1),
-            num_tokens=0 if statistics is None else statistics.num_tokens,
+            num_tokens=0 if inputs is None else inputs.num_tokens,
             sequential=sequential,
+            error=error,
         )
 
     def prune_calibrated(self, samples: list[Tensor], progress: bool | ProgressBar) -> None:
@@ -321,22 +473,22 @@ class _Pruner:
 
         rest = {name: layer for name, layer in self.layers.items() if name not in self.done}
         if rest:
-            with _collect(rest) as norms:
+            with collect_inputs(rest, self.statistic) as inputs:
                 for sample in samples:
                     _forward(self.model, sample)
-            for name, norm in norms.items():
-                self.prune(name, norm, sequential=False)
+            for name in rest:
+                self.prune(name, inputs.pop(name, None), sequential=False)
 
     def _prune_block(self, stack: _Stack, index: int) -> None:
         block, calls = stack.blocks[index], stack.calls[index]
         prefix = f"{stack.name}.{index}."
         inside = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
         if inside:
-            with _collect(inside) as norms:
+            with collect_inputs(inside, self.statistic) as inputs:
                 for call in calls:
                     call.run(block)
-            for name, norm in norms.items():
-                self.prune(name, norm, sequential=True)
+            for name in inside:
+                self.prune(name, inputs.pop(name, None), sequential=True)
         if index + 1 < len(stack.blocks):
             for call, following in zip(calls, stack.calls[index + 1], strict=True):
                 following.fill_links(call.run(block))
@@ -430,6 +582,14 @@ def _matrix(layer: nn.Module) -> Tensor:
     return weight.t() if type(layer).__name__ == "Conv1D" else weight
 
 
+def _check_inputs(name: str, inputs: Inputs, weight: Tensor) -> None:
+    if not bool(inputs.total.isfinite().all()):
+        raise ValueError(
+            f"flash_llm.prune_: the calibration inputs of {name} are not finite; the model "
+            f"overflows in {weight.dtype} on this text"
+        )
+
+
 def _check_weights(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
         if isinstance(layer, SparseLinear):
@@ -448,6 +608,8 @@ def _check_weights(model: nn.Module, layers: dict[str, nn.Module]) -> None:
             raise ValueError(
                 f"flash_llm.prune_: {name}.weight is on the meta device; load the weights first"
             )
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"flash_llm.prune_: {name}.weight must be finite, it holds NaN or Inf")
     refuse_tied(
         model, list(layers.items()), "flash_llm.prune_", "pruning one would prune the other"
     )
@@ -458,6 +620,7 @@ def _token_samples(
     tokenizer: Callable[[str], Any] | None,
     nsamples: int | None,
     seqlen: int,
+    seed: int | None,
 ) -> list[Tensor]:
     """Calibration data as int64 token ids ``[B, L]`` with ``L <= seqlen``."""
     if calibration is None:
@@ -476,8 +639,14 @@ def _token_samples(
     if isinstance(calibration, Tensor) and calibration.dim() == 1:
         calibration = calibration[None]
 
+    chosen: Iterable[Any] = itertools.islice(iter(calibration), nsamples)
+    if nsamples is not None and seed is not None:
+        every = list(calibration)
+        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
+        chosen = [every[index] for index in sorted(order[:nsamples].tolist())]
+
     samples = []
-    for sample in itertools.islice(iter(calibration), nsamples):
+    for sample in chosen:
         if isinstance(sample, str):
             if tokenizer is None:
                 raise ValueError(
