@@ -15,6 +15,7 @@ from flash_llm import prune_
 from flash_llm.prune.allocation import outlier_ratio, owl_sparsities
 from flash_llm.prune.calibrate import RECONSTRUCTIONS
 from flash_llm.prune.criteria import (
+    drop_smallest,
     global_magnitude_masks,
     magnitude_mask,
     num_pruned,
@@ -64,6 +65,17 @@ def test_masks_equal_brute_force(shape, scope, ties):
         assert torch.equal(magnitude_mask(weight, sparsity, scope), expected)
         expected = brute_force_mask(weight.abs() * norm, sparsity, scope)
         assert torch.equal(wanda_mask(weight, norm, sparsity, scope), expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 20, 31, 39, 40])
+def test_drop_smallest_is_a_stable_sort_in_which_nan_is_largest(count, device):
+    score = torch.randint(0, 5, (50, 40)).float()
+    score[:10, ::3] = math.nan
+    score[5:20, 1::4] = math.inf
+    score[20] = math.nan
+    order = score.sort(dim=1, stable=True).indices
+    expected = torch.ones_like(score, dtype=torch.bool).scatter_(1, order[:, :count], False)
+    assert torch.equal(drop_smallest(score.to(device), count).cpu(), expected)
 
 
 @pytest.mark.parametrize("cols", [1, 2, 5, 64, 577])

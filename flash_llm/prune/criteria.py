@@ -251,6 +251,14 @@ def drop_smallest(score: Tensor, count: int) -> Tensor:
     Returns:
         Boolean ``[M, K]``, True where the score is kept.
     """
-    order = score.sort(dim=1, stable=True).indices
-    mask = torch.ones_like(score, dtype=torch.bool)
-    return mask.scatter_(1, order[:, :count], False)
+    if count == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    # The count-th smallest is the threshold; 2 to 5 times as fast as a stable sort (576 x 1536 on
+    # one CPU core), which was half of ADMM's time.
+    smallest = score.topk(count, dim=1, largest=False, sorted=False).values
+    threshold = smallest.amax(dim=1, keepdim=True)
+    nan, all_nan = score.isnan(), threshold.isnan()
+    larger = (score > threshold) | (nan & ~all_nan)
+    tied = (score == threshold) | (nan & all_nan)
+    drop_tied = count - (score.shape[1] - (larger | tied).sum(dim=1, keepdim=True))
+    return larger | (tied & (tied.cumsum(dim=1) > drop_tied))
