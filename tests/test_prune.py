@@ -702,12 +702,21 @@ def spoiled(value):
     return model
 
 
-def test_a_singular_hessian_names_the_layer():
+@pytest.mark.parametrize("method", RECONSTRUCTIONS)
+def test_damping_is_raised_where_rounding_leaves_the_hessian_singular(method, caplog):
     model = Stack()
     rows = torch.zeros(1, 2, dtype=torch.int64)  # one distinct token for eight channels
-    prune_(copy.deepcopy(model), method="sparsegpt", sparsity=0.5, calibration=rows)
+    with caplog.at_level(logging.WARNING, "flash_llm"):
+        prune_(copy.deepcopy(model), method=method, sparsity=0.5, calibration=rows)
+        assert not caplog.text
+        report = prune_(
+            copy.deepcopy(model), method=method, sparsity=0.5, calibration=rows, damping=1e-9
+        )
+    assert "blocks.0.up: hessian must be positive definite after a damping of 1e-09" in caplog.text
+    assert "now with a damping of 1e-08" in caplog.text
+    assert report.sparsity == 0.5 and all(layer.error < 1 for layer in report.layers)
     with pytest.raises(ValueError, match=r"blocks\.0\.up: hessian must be positive definite"):
-        prune_(model, method="sparsegpt", sparsity=0.5, calibration=rows, damping=0.0)
+        prune_(model, method=method, sparsity=0.5, calibration=rows, damping=0.0)
 
 
 def test_new_weights_that_overflow_name_the_layer():

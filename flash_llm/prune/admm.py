@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flash_llm.prune.criteria import check_prune_target, largest_mask
-from flash_llm.prune.reconstruction import damped_problem, singular_error
+from flash_llm.prune.reconstruction import SingularHessianError, damped_problem
 
 FIRST_RHO = 0.1
 """Penalty at the start, relative to the unit diagonal (paper, section 3.2)."""
@@ -72,7 +72,7 @@ def admm(
         TypeError: a dtype is wrong, the devices differ, or an argument has the wrong type.
         ValueError: a shape or number is wrong, a value is not finite, the target is invalid
             (:func:`flash_llm.prune.criteria.check_prune_target`), or the damped Hessian is not
-            positive definite.
+            positive definite (:class:`flash_llm.prune.reconstruction.SingularHessianError`).
 
     Example:
         >>> weight = torch.tensor([[1.0, 2.0, 0.5]])
@@ -103,7 +103,7 @@ def _find_support(
     """Mask ``[M, K]`` of what stays, by ADMM."""
     eigenvalues, vectors = torch.linalg.eigh(unit.double())
     if bool((eigenvalues <= 0).any()):
-        raise singular_error(damping)
+        raise SingularHessianError(damping)
 
     def shifted_inverse(rho: float) -> Tensor:
         inverse: Tensor = (vectors / (eigenvalues + rho)) @ vectors.t()

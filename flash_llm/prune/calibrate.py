@@ -44,7 +44,7 @@ from flash_llm.prune.criteria import (
     wanda_mask,
 )
 from flash_llm.prune.inputs import Inputs, collect_inputs, gram, squares
-from flash_llm.prune.reconstruction import relative_error
+from flash_llm.prune.reconstruction import SingularHessianError, relative_error
 from flash_llm.prune.sparsegpt import sparsegpt
 from flash_llm.sparsify import DEFAULT_IGNORE, DEFAULT_TARGETS, refuse_tied, select_layers
 
@@ -54,6 +54,9 @@ RECONSTRUCTIONS = {"sparsegpt": sparsegpt, "admm": admm}
 """The methods that turn a weight and the Gram matrix of its inputs into a new weight."""
 
 METHODS = ("magnitude", "wanda", *RECONSTRUCTIONS)
+
+LARGEST_DAMPING = 1.0
+"""Damping is raised tenfold where a Hessian is singular, but not beyond this."""
 
 DEFAULT = "_default"
 """The key of an allocation's dict for the layers that no pattern matches."""
@@ -97,7 +100,7 @@ class PruneReport:
 
     method: str
     scope: str
-    allocation: str | Mapping[str, float]
+    allocation: str | dict[str, float]
     layers: tuple[PrunedLayer, ...]
     num_samples: int
     seconds: float
@@ -178,7 +181,9 @@ def prune_(
         seqlen: cut each sample to so many tokens; shorter ones are used as they are.
         seed: None takes the first ``nsamples`` and reads no further; a number draws them at random
             from all, without replacement. Nothing else is random.
-        damping: fraction of the mean diagonal added to the Hessian (SparseGPT and ADMM).
+        damping: fraction of the mean diagonal added to the Hessian (SparseGPT and ADMM). Where
+            rounding still leaves it singular, tenfold, with a warning that names the layer, up to
+            1; 0 is never raised.
         preserve_mask: weights that are zero already stay zero (SparseGPT and ADMM; with the others
             they are the first ones pruned anyway).
         targets: patterns of the layers to prune, as in :func:`flash_llm.sparsify_`.
@@ -242,7 +247,7 @@ def prune_(
     return PruneReport(
         method=method,
         scope=scope,
-        allocation=allocation,
+        allocation=allocation if isinstance(allocation, str) else dict(allocation),
         layers=tuple(pruner.done[name] for name in layers),
         num_samples=len(samples),
         seconds=time.perf_counter() - start,
@@ -418,17 +423,7 @@ class _Pruner:
         else:
             _check_inputs(name, inputs, weight)
             hessian = inputs.total.to(weight.device)
-            try:
-                pruned = RECONSTRUCTIONS[self.method](
-                    weight,
-                    hessian,
-                    sparsity,
-                    self.scope,
-                    damping=self.damping,
-                    preserve_mask=self.preserve_mask,
-                )
-            except ValueError as problem:
-                raise ValueError(f"flash_llm.prune_: {name}: {problem}") from problem
+            pruned = self._reconstruct(name, weight, hessian)
             if not bool(pruned.isfinite().all()):
                 raise ValueError(
                     f"flash_llm.prune_: the new weights of {name} overflow {weight.dtype}"
@@ -436,6 +431,31 @@ class _Pruner:
             error = relative_error(weight, pruned, hessian)
             weight.copy_(pruned)
         self._note(name, inputs, sequential, error)
+
+    def _reconstruct(self, name: str, weight: Tensor, hessian: Tensor) -> Tensor:
+        """The new weight; where rounding leaves the Hessian singular, with ten times the damping.
+
+        Channels that are large on the same few tokens only (massive activations) are collinear, and
+        damping, a fraction of the mean, may be below what float32 resolves of them.
+        """
+        damping = self.damping
+        while True:
+            try:
+                return RECONSTRUCTIONS[self.method](
+                    weight,
+                    hessian,
+                    self.sparsities[name],
+                    self.scope,
+                    damping=damping,
+                    preserve_mask=self.preserve_mask,
+                )
+            except SingularHessianError as problem:
+                if damping == 0 or 10 * damping > LARGEST_DAMPING:
+                    raise ValueError(f"flash_llm.prune_: {name}: {problem}") from problem
+                damping *= 10
+                logger.warning(
+                    "flash_llm.prune_: %s: %s; now with a damping of %g", name, problem, damping
+                )
 
     def prune_globally(self, sparsity: float, progress: bool | ProgressBar) -> None:
         """Prune all layers by magnitude, with one threshold for all."""

@@ -60,12 +60,14 @@ def damped_problem(weight: Tensor, hessian: Tensor, damping: float) -> tuple[Ten
     return weight.to(hessian.dtype).masked_fill(dead, 0.0), damped
 
 
-def singular_error(damping: float) -> ValueError:
-    """The error for a Hessian that is not positive definite although it was damped."""
-    return ValueError(
-        f"hessian must be positive definite after a damping of {damping}; raise damping, or "
-        "calibrate on more tokens"
-    )
+class SingularHessianError(ValueError):
+    """A Hessian is not positive definite although it was damped."""
+
+    def __init__(self, damping: float) -> None:
+        super().__init__(
+            f"hessian must be positive definite after a damping of {damping}; raise damping, or "
+            "calibrate on more tokens"
+        )
 
 
 def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:

@@ -22,7 +22,7 @@ from flash_llm.prune.criteria import (
     largest_mask,
     num_pruned,
 )
-from flash_llm.prune.reconstruction import damped_problem, singular_error
+from flash_llm.prune.reconstruction import SingularHessianError, damped_problem
 
 
 def sparsegpt(
@@ -59,7 +59,7 @@ def sparsegpt(
         TypeError: a dtype is wrong, the devices differ, or an argument has the wrong type.
         ValueError: a shape or number is wrong, a value is not finite, the target is invalid
             (:func:`flash_llm.prune.criteria.check_prune_target`), or the damped Hessian is not
-            positive definite.
+            positive definite (:class:`flash_llm.prune.reconstruction.SingularHessianError`).
 
     Example:
         >>> weight, inputs = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0], [1.0, 1.1]])
@@ -106,7 +106,7 @@ def _inverse_factor(damped: Tensor, damping: float) -> Tensor:
     """
     lower, failed = torch.linalg.cholesky_ex(damped.double().flip(0, 1))
     if bool(failed):
-        raise singular_error(damping)
+        raise SingularHessianError(damping)
     upper = lower.flip(0, 1)
     identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
     inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
