@@ -5,7 +5,8 @@ and ``flash_llm.prune.sparsegpt.sparsegpt`` and ``flash_llm.prune.admm.admm``, w
 weights.
 """
 
-from flash_llm.prune.calibrate import PrunedLayer, PruneReport, prune_
+from flash_llm.prune.calibrate import prune_
 from flash_llm.prune.criteria import magnitude_mask, wanda_mask
+from flash_llm.prune.report import PrunedLayer, PruneReport
 
 __all__ = ["PruneReport", "PrunedLayer", "magnitude_mask", "prune_", "wanda_mask"]
