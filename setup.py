@@ -46,10 +46,16 @@ CORE_SOURCES = [
     "csrc/core/packed_header.cpp",
     "csrc/core/packed_format.cpp",
     "csrc/core/bitmap.cpp",
+    "csrc/core/cpu_isa.cpp",
+    "csrc/core/row_bitmap.cpp",
+    "csrc/core/row_bitmap_avx2.cpp",
+    "csrc/core/row_bitmap_avx512.cpp",
+    "csrc/core/row_bitmap_portable.cpp",
     "csrc/core/tiled_csl.cpp",
     "csrc/core/prune.cpp",
     "csrc/core/spmm_plan.cpp",
     "csrc/core/spmm_reference.cpp",
+    "csrc/core/spmm_rows.cpp",
     "csrc/core/spmm_tiles.cpp",
 ]
 CUDA_SOURCES = [

@@ -18,6 +18,7 @@ from flash_llm.hf import from_pretrained
 from flash_llm.linear import SparseLinear
 from flash_llm.ops import PackedWeight, explain_format, pack, prune_pack, spmm, unpack
 from flash_llm.prune.calibrate import prune_
+from flash_llm.row_bitmap import RowBitmap
 from flash_llm.sparsify import SparsifyReport, sparsify_
 from flash_llm.tiled_csl import TiledCSL
 from flash_llm.verify import verify_checkpoint
@@ -29,6 +30,7 @@ hf.register_when_imported()
 __all__ = [
     "Bitmap",
     "PackedWeight",
+    "RowBitmap",
     "SparseLinear",
     "SparsifyReport",
     "TiledCSL",

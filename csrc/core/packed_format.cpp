@@ -1,6 +1,7 @@
 #include "core/packed_format.h"
 
 #include "core/bitmap.h"
+#include "core/row_bitmap.h"
 #include "core/tiled_csl.h"
 
 namespace flash_llm {
@@ -11,6 +12,9 @@ constexpr PackedFormat kFormats[] = {
      tiled_csl_pack, tiled_csl_unpack_tile_row, tiled_csl_check_sizes, tiled_csl_validate},
     {Format::kBitmap, "bitmap", kChunkM, kChunkK, kChunkUnitWords, bitmap_count, bitmap_pack,
      bitmap_unpack_tile_row, bitmap_check_sizes, bitmap_validate},
+    // A tile is a block of whole rows, however long.
+    {Format::kRowBitmap, "row_bitmap", kBlockRows, INT32_MAX, kBlockUnitWords, row_bitmap_count,
+     row_bitmap_pack, row_bitmap_unpack_block, row_bitmap_check_sizes, row_bitmap_validate},
 };
 
 }  // namespace

@@ -26,9 +26,10 @@ Status PackedHeader::from_ints(const int64_t* ints, int64_t count, PackedHeader*
                                  std::to_string(kPackedMagic) + ", got " + std::to_string(ints[0]));
   }
   if (ints[2] != static_cast<int64_t>(Format::kTiledCsl) &&
-      ints[2] != static_cast<int64_t>(Format::kBitmap)) {
+      ints[2] != static_cast<int64_t>(Format::kBitmap) &&
+      ints[2] != static_cast<int64_t>(Format::kRowBitmap)) {
     return Status::unsupported("header names format " + std::to_string(ints[2]) +
-                               ", this build knows 1 (tiled_csl), 2 (bitmap)");
+                               ", this build knows 1 (tiled_csl), 2 (bitmap), 3 (row_bitmap)");
   }
   const int64_t newest = packed_version(static_cast<Format>(ints[2]));
   if (ints[1] < 1 || ints[1] > newest) {

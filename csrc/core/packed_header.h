@@ -15,7 +15,7 @@ namespace flash_llm {
 inline constexpr int64_t kPackedMagic = 0x4D4C4C4853414C46;
 inline constexpr int kPackedHeaderInts = 8;
 
-enum class Format : int64_t { kTiledCsl = 1, kBitmap = 2 };
+enum class Format : int64_t { kTiledCsl = 1, kBitmap = 2, kRowBitmap = 3 };
 
 // The version of a format that is written, raised when the meaning of any of its bytes changes.
 // Readers know all versions from 1 up to it and refuse others.

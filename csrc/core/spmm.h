@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "core/cpu_isa.h"
 #include "core/packed_format.h"
 #include "core/packed_header.h"
 #include "core/parallel.h"
@@ -46,5 +47,14 @@ void spmm_cpu_reference(const SpmmArgs& args, const ParallelFor& parallel_for);
 // blocks of up to 8, decoding the weight once per block. x_stride >= k. Results do not depend on
 // the thread count.
 void spmm_cpu_tiles(const SpmmArgs& args, const ParallelFor& parallel_for);
+
+// Row bitmap only. As above, with the kernels of `isa`, which this CPU must have: over row blocks,
+// in blocks of as many tokens as a kernel's registers hold.
+void spmm_cpu_rows(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for);
+
+// Row bitmap only. Decodes rows first_row ... last_row (multiples of 4, the last may be m) with the
+// kernels of `isa` into dense[rows, k], contiguous.
+void row_bitmap_decode(const PackedView& weight, int64_t first_row, int64_t last_row, CpuIsa isa,
+                       const ParallelFor& parallel_for, uint16_t* dense);
 
 }  // namespace flash_llm

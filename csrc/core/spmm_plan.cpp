@@ -5,11 +5,15 @@
 #include <cstddef>
 #include <limits>
 
+#include "core/row_bitmap.h"
+
 namespace flash_llm {
 namespace {
 
 // Above this many tokens the CPU unpacks the weight and calls the dense GEMM.
 constexpr int64_t kCpuTilesMaxTokens = 16;
+constexpr int64_t kCpuRowsMaxTokens = 16;
+constexpr int64_t kCpuBlockBytes = int64_t{2} << 20;
 // The LSCD kernel against unpack + cuBLAS on an H200, 28672x7168, fp16, in microseconds
 // (2026-11-23):
 //   N = 64    50 % 200 / 352   70 % 170 / 339   80 % 127 / 314   90 % 119 / 295
@@ -183,6 +187,14 @@ Status plan_bitmap_auto(const SpmmProblem& problem, const DeviceInfo& device, in
                      "the narrowest tile that covers N decodes each weight once", out);
 }
 
+Status plan_cpu_rows(const SpmmProblem& problem, const std::string& config, SpmmPlan* out) {
+  const bool forced = config != "auto";
+  const bool rows = forced ? config == "cpu_rows" : problem.n <= kCpuRowsMaxTokens;
+  out->route = rows ? SpmmRoute::kCpuRows : SpmmRoute::kCpuBlocks;
+  out->reason = forced ? "forced" : rows ? "TODO" : "TODO";
+  return Status::success();
+}
+
 }  // namespace
 
 const std::vector<LscdConfig>& lscd_configs() {
@@ -207,7 +219,7 @@ const std::vector<BitmapConfig>& bitmap_configs() {
 
 FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, const DeviceInfo& device) {
   if (device.compute_capability == 0) {
-    return {Format::kTiledCsl, "the format that has a CPU kernel"};
+    return {Format::kRowBitmap, "a CPU decodes it as fast as memory brings it"};
   }
   if (!device.has_sm90a) {
     return {Format::kTiledCsl, "the bitmap kernel needs a Hopper GPU and a build for sm_90a"};
@@ -219,12 +231,21 @@ FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, const DeviceInfo& 
   return {Format::kBitmap, "fewer bytes, and decoded straight into tensor-core registers"};
 }
 
+int64_t cpu_block_rows(int64_t k) {
+  const int64_t rows = kCpuBlockBytes / (2 * std::max<int64_t>(k, 1)) / kBlockRows * kBlockRows;
+  return std::max<int64_t>(rows, kBlockRows);
+}
+
 std::string SpmmPlan::name() const {
   switch (route) {
     case SpmmRoute::kCpuReference:
       return "cpu_reference";
     case SpmmRoute::kCpuTiles:
       return "cpu_tiles";
+    case SpmmRoute::kCpuRows:
+      return "cpu_rows";
+    case SpmmRoute::kCpuBlocks:
+      return "cpu_blocks";
     case SpmmRoute::kDense:
       return "dense";
     case SpmmRoute::kLscd:
@@ -269,7 +290,10 @@ std::vector<std::string> plan_names(Format format, bool cuda) {
   std::vector<std::string> names;
   if (!cuda) {
     if (format == Format::kTiledCsl) names.emplace_back("cpu_tiles");
+    if (format == Format::kRowBitmap) names.insert(names.end(), {"cpu_rows", "cpu_blocks"});
     names.emplace_back("cpu_reference");
+  } else if (format == Format::kRowBitmap) {
+    return names;
   } else if (format == Format::kTiledCsl) {
     for (const auto& config : lscd_configs()) names.emplace_back(config.name);
   } else {
@@ -307,6 +331,11 @@ Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const s
                                std::to_string(device.compute_capability / 10) + "." +
                                std::to_string(device.compute_capability % 10));
   }
+  if (cuda && problem.format == Format::kRowBitmap) {
+    return Status::unsupported(
+        "format \"row_bitmap\" is multiplied on the CPU only; unpack the weight and pack it again "
+        "for this GPU");
+  }
   const std::vector<std::string> names = plan_names(problem.format, cuda);
   const bool forced = config != "auto";
   if (forced && std::find(names.begin(), names.end(), config) == names.end()) {
@@ -329,6 +358,7 @@ Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const s
     out->reason = "forced";
     return Status::success();
   }
+  if (problem.format == Format::kRowBitmap) return plan_cpu_rows(problem, config, out);
   if (problem.format == Format::kBitmap) {
     return plan_dense(problem, "the bitmap format has no CPU kernel yet", out);
   }

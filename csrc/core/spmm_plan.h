@@ -26,6 +26,8 @@ struct DeviceInfo {
 enum class SpmmRoute {
   kCpuReference,  // spmm_cpu_reference
   kCpuTiles,      // spmm_cpu_tiles
+  kCpuRows,       // spmm_cpu_rows
+  kCpuBlocks,     // Row bitmap: blocks of rows are decoded, and multiplied by the dense GEMM
   kLscd,          // Tiled-CSL on CUDA: load as sparse, compute as dense
   kBitmap,        // Bitmap on sm_90a
   kDense,         // unpack, then the vendor's dense GEMM; CPU and CUDA
@@ -178,6 +180,9 @@ struct FormatChoice {
 
 FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, const DeviceInfo& device);
 
+// Rows that the route kCpuBlocks decodes at a time.
+int64_t cpu_block_rows(int64_t k);
+
 struct SpmmPlan {
   SpmmRoute route = SpmmRoute::kCpuTiles;
   int config = -1;     // index into the route's configurations, or -1
@@ -192,7 +197,7 @@ struct SpmmPlan {
   int64_t packed_x_bytes = 0;  // the second part of it
   std::string reason;          // one sentence, with the measurement behind it
 
-  // "w1n8", "n8", "dense", "cpu_tiles" or "cpu_reference": what `config` of the operator takes.
+  // "w1n8", "n8", "dense", "cpu_tiles", "cpu_rows", "cpu_blocks" or "cpu_reference": what `config` of the operator takes.
   std::string name() const;
   std::string to_string() const;
 };

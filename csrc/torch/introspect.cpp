@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/cpu_isa.h"
 #include "core/packed_format.h"
 #include "core/packed_header.h"
 #include "core/spmm_plan.h"
@@ -102,6 +103,21 @@ std::string explain_plan(int64_t m, int64_t n, int64_t k, int64_t nnz,
   return plan.to_string();
 }
 
+// The instruction set of the CPU kernels now, and all that this CPU has.
+std::string current_cpu_isa() {
+  CpuIsa isa{};
+  raise_if_error("cpu_isa", select_cpu_isa(&isa));
+  return cpu_isa_name(isa);
+}
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const CpuIsa isa : kCpuIsas) {
+    if (has_cpu_isa(isa)) names.emplace_back(cpu_isa_name(isa));
+  }
+  return names;
+}
+
 py::tuple explain_format(int64_t m, int64_t k, int64_t nnz, int compute_capability) {
   const DeviceInfo device{compute_capability, 0, 0, compute_capability == 90};
   const FormatChoice choice = select_format(m, k, nnz, device);
@@ -125,8 +141,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("col_of_place", &col_of_place, py::arg("place"));
   m.def("explain_format", &explain_format, py::arg("m"), py::arg("k"), py::arg("nnz"),
         py::arg("compute_capability"));
+  m.def("cpu_isa", &current_cpu_isa);
+  m.def("cpu_isas", &cpu_isas);
   py::dict formats;
-  for (const Format id : {Format::kTiledCsl, Format::kBitmap}) {
+  for (const Format id : {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap}) {
     const PackedFormat& format = packed_format(id);
     py::dict row;
     row["version"] = packed_version(id);

@@ -12,9 +12,11 @@
 #include <tuple>
 #include <vector>
 
+#include "core/cpu_isa.h"
 #include "core/packed_format.h"
 #include "core/packed_header.h"
 #include "core/prune.h"
+#include "core/row_bitmap.h"
 #include "core/spmm.h"
 #include "core/spmm_plan.h"
 
@@ -329,20 +331,49 @@ Packed prune_pack_cpu(const Tensor& dense, std::optional<double> sparsity, c10::
                         choose_format("prune_pack", format, kept, DeviceInfo{}));
 }
 
-Tensor unpack_weight_cpu(const PackedWeight& weight) {
+CpuIsa cpu_isa(const char* op) {
+  CpuIsa isa{};
+  raise_if_error(op, select_cpu_isa(&isa));
+  return isa;
+}
+
+Tensor unpack_weight_cpu(const char* op, const PackedWeight& weight) {
   const PackedHeader& h = weight.header;
   Tensor dense = at::empty({h.m, h.k}, weight.payload.options().dtype(scalar_type(h.value_type)));
-  unpack(weight.format(), weight.view(), parallel_for, mutable_raw(dense));
+  if (h.format == Format::kRowBitmap && dense.numel() > 0) {
+    row_bitmap_decode(weight.view(), 0, h.m, cpu_isa(op), parallel_for, mutable_raw(dense));
+  } else {
+    unpack(weight.format(), weight.view(), parallel_for, mutable_raw(dense));
+  }
   return dense;
 }
 
 Tensor unpack_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
-  return unpack_weight_cpu(check_packed("unpack", header, offsets, payload));
+  return unpack_weight_cpu("unpack", check_packed("unpack", header, offsets, payload));
 }
 
 void validate_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
   const PackedWeight weight = check_packed("validate", header, offsets, payload);
   raise_if_error("validate", weight.format().validate(weight.view(), parallel_for));
+}
+
+// The dense route a block of rows at a time: what is decoded is multiplied while it is in the cache.
+Tensor spmm_cpu_blocks(const SpmmCall& call) {
+  const PackedHeader& h = call.weight.header;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const CpuIsa isa = cpu_isa("spmm");
+  const int64_t rows = std::min(h.m, cpu_block_rows(h.k));
+  const Tensor dense = at::empty({rows, h.k}, call.x.options());
+  Tensor y = at::empty({call.n, h.m}, call.x.options());
+  for (int64_t row = 0; row < h.m; row += rows) {
+    const int64_t count = std::min(rows, h.m - row);
+    row_bitmap_decode(call.weight.view(), row, row + count, isa, parallel_for, mutable_raw(dense));
+    std::optional<Tensor> bias;
+    if (call.bias) bias = call.bias->narrow(0, row, count);
+    y.narrow(1, row, count).copy_(at::linear(call.x, dense.narrow(0, 0, count), bias));
+  }
+  activate_(y, call.activation);
+  return y.view(call.y_sizes);
 }
 
 Tensor spmm_cpu(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
@@ -354,10 +385,15 @@ Tensor spmm_cpu(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
   raise_if_error("spmm",
                  select_plan(call.problem(), DeviceInfo{}, std::string(config), ctas, &plan));
   if (is_degenerate(call)) return spmm_degenerate(call);
-  if (plan.route == SpmmRoute::kDense) return spmm_dense(call, unpack_weight_cpu(call.weight));
+  if (plan.route == SpmmRoute::kDense) {
+    return spmm_dense(call, unpack_weight_cpu("spmm", call.weight));
+  }
+  if (plan.route == SpmmRoute::kCpuBlocks) return spmm_cpu_blocks(call);
   const Tensor y = at::empty(call.y_sizes, call.x.options());
   if (plan.route == SpmmRoute::kCpuReference) {
     spmm_cpu_reference(spmm_args(call, y), parallel_for);
+  } else if (plan.route == SpmmRoute::kCpuRows) {
+    spmm_cpu_rows(spmm_args(call, y), cpu_isa("spmm"), parallel_for);
   } else {
     spmm_cpu_tiles(spmm_args(call, y), parallel_for);
   }
@@ -385,7 +421,17 @@ cuda::PackKernels pack_kernels(Format format) {
   return format == Format::kTiledCsl ? cuda::tiled_csl_kernels() : cuda::bitmap_kernels();
 }
 
+// A format without kernels here is packed on the host.
+Packed pack_dense_on_host(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
+  const Tensor host = dense.tensor.cpu();
+  const auto [header, offsets, payload] = pack_dense_cpu(
+      op, {host, dense.value_type, dense.m, dense.k, host.stride(0)}, format);
+  const auto device = dense.tensor.device();
+  return {header, offsets.to(device), payload.to(device)};
+}
+
 Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
+  if (format.id == Format::kRowBitmap) return pack_dense_on_host(op, dense, format);
   const cuda::PackKernels kernels = pack_kernels(format.id);
   const int64_t tiles = format.tiles(dense.m, dense.k);
   const auto int_options = dense.tensor.options().dtype(at::kInt);
@@ -478,6 +524,12 @@ Packed prune_pack_cuda(const Tensor& dense, std::optional<double> sparsity, c10:
 
 Tensor unpack_weight_cuda(const char* op, const PackedWeight& weight) {
   const PackedHeader& h = weight.header;
+  if (h.format == Format::kRowBitmap) {
+    PackedWeight host = weight;
+    host.offsets = weight.offsets.cpu();
+    host.payload = weight.payload.cpu();
+    return unpack_weight_cpu(op, host).to(weight.payload.device());
+  }
   Tensor dense = at::empty({h.m, h.k}, weight.payload.options().dtype(scalar_type(h.value_type)));
   raise_if_error(
       op, pack_kernels(h.format).unpack(weight.view(), mutable_raw(dense), current_stream()));

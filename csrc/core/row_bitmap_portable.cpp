@@ -1,0 +1,92 @@
+// The row bitmap's kernels in C++, for CPUs that have no others; and the choice between them.
+#include <algorithm>
+#include <bitset>
+#include <cstddef>
+
+#include "core/element.h"
+#include "core/row_bitmap_kernels.h"
+
+namespace flash_llm {
+namespace {
+
+constexpr int kMaxTokens = 4;
+
+// One sum for each column of a group: a loop over them is one over vectors, of any width.
+using Lanes = float[kGroupCols];
+
+// The elements of the next group of a row. Zeros count, too: infinity times zero is NaN.
+template <ValueType kType>
+void decode_group(uint32_t mask, const uint16_t*& values, const uint16_t* end, Lanes& elements) {
+  std::fill_n(elements, kGroupCols, 0.0F);
+  for (size_t col = 0; mask != 0; ++col, mask >>= 1) {
+    if ((mask & 1U) != 0 && values != end) elements[col] = to_float<kType>(*values++);
+  }
+}
+
+template <ValueType kType>
+void multiply_block(const RowBitmapProduct& product, RowBlock block, float* out) {
+  const auto tokens = static_cast<size_t>(product.tokens);
+  Lanes sums[kBlockRows][kMaxTokens] = {};
+  const auto* x = static_cast<const float*>(product.x);
+  for (int64_t group = 0; group < num_groups(product.weight.k); ++group) {
+    for (auto& row : sums) {
+      Lanes w;
+      decode_group<kType>(*block.masks++, block.values, block.end, w);
+      for (size_t token = 0; token < tokens; ++token) {
+        for (size_t i = 0; i < kGroupCols; ++i) row[token][i] += w[i] * x[token * kGroupCols + i];
+      }
+    }
+    x += tokens * kGroupCols;
+  }
+  for (size_t token = 0; token < tokens; ++token) {
+    for (auto& row : sums) {
+      float sum = 0.0F;
+      for (const float lane : row[token]) sum += lane;
+      *out++ = sum;
+    }
+  }
+}
+
+template <ValueType kType>
+void multiply(const RowBitmapProduct& product) {
+  float* out = product.sums;
+  for (int64_t i = product.first; i < product.last; ++i, out += product.tokens * kBlockRows) {
+    const RowBlock block = row_block(product.weight, i);
+    if (block.masks == nullptr) {
+      for (int j = 0; j < product.tokens * kBlockRows; ++j) out[j] = product.empty[j / kBlockRows];
+    } else {
+      multiply_block<kType>(product, block, out);
+    }
+  }
+}
+
+void decode(const PackedView& weight, int64_t first, int64_t last, uint16_t* dense) {
+  for (int64_t block = first; block < last; ++block, dense += kBlockRows * weight.k) {
+    row_bitmap_unpack_block(weight, block, dense);
+  }
+}
+
+}  // namespace
+
+RowBitmapKernel row_bitmap_portable(ValueType type) {
+  return {true, kMaxTokens,
+          type == ValueType::kFloat16 ? multiply<ValueType::kFloat16>
+                                      : multiply<ValueType::kBfloat16>,
+          decode};
+}
+
+RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type) {
+  switch (isa) {
+    case CpuIsa::kPortable:
+      break;
+    case CpuIsa::kAvx2:
+      return row_bitmap_avx2(type);
+    case CpuIsa::kAvx512:
+      return row_bitmap_avx512(type, false);
+    case CpuIsa::kAvx512Bf16:
+      return row_bitmap_avx512(type, true);
+  }
+  return row_bitmap_portable(type);
+}
+
+}  // namespace flash_llm
