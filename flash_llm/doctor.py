@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flash_llm import _extension, ops
 from flash_llm.bitmap import Bitmap
+from flash_llm.row_bitmap import RowBitmap
 from flash_llm.tiled_csl import TiledCSL
 
 
@@ -200,7 +201,7 @@ def _test_spmm(format: str, device: str) -> None:
 
 _TESTS: dict[str, Callable[[str], None]] = {
     f"{cls.FORMAT}: {name}": functools.partial(test, cls.FORMAT)
-    for cls in (TiledCSL, Bitmap)
+    for cls in (TiledCSL, Bitmap, RowBitmap)
     for name, test in (
         ("pack, validate, unpack", _test_pack),
         ("prune_pack", _test_prune_pack),

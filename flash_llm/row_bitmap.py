@@ -43,8 +43,8 @@ class RowBitmap(PackedWeight):
     """A weight packed as row bitmap: ``offsets`` int32[blocks + 1] in units of 16 bytes.
 
     About ``2 (1 - sparsity) + 0.13`` bytes per element, so it is smaller than dense 16-bit from a
-    sparsity of 0.07 upwards. Only the CPU multiplies it: a GPU packs and unpacks it through the
-    host, and refuses to multiply.
+    sparsity of 0.07 upwards. It is for CPUs: on a GPU the host packs and unpacks it, at each
+    multiplication, too.
 
     Example:
         >>> import torch, flash_llm

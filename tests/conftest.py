@@ -10,7 +10,7 @@ import os
 import hypothesis
 import pytest
 import torch
-from formats import FORMATS, has_hopper
+from formats import FORMATS, GPU_FORMATS, has_hopper
 
 from flash_llm import _extension
 
@@ -69,6 +69,11 @@ def dtype(request):
 
 @pytest.fixture(params=FORMATS)
 def format(request):
+    return request.param
+
+
+@pytest.fixture(params=GPU_FORMATS)
+def gpu_format(request):
     return request.param
 
 

@@ -1,7 +1,7 @@
 """What tests know of packed formats: names, plans, and a reading of their bytes of our own.
 
-The readers and the writer follow the comments in csrc/core/tiled_csl.h and csrc/core/bitmap.h
-alone, and call nothing of flash_llm.
+The readers and the writers follow the comments in csrc/core/tiled_csl.h, csrc/core/bitmap.h and
+csrc/core/row_bitmap.h alone, and call nothing of flash_llm.
 """
 
 import itertools
@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from flash_llm import _extension
 
-FORMATS = ("tiled_csl", "bitmap")
+FORMATS = ("tiled_csl", "bitmap", "row_bitmap")
+# Those that a GPU has kernels for. The host packs and unpacks the others, which cannot be captured.
+GPU_FORMATS = ("tiled_csl", "bitmap")
 
 SPECIAL = {
     # zero, -0, smallest and largest subnormal, smallest normal, 1, largest finite, Inf, NaNs
@@ -29,7 +31,7 @@ SPECIAL = {
 
 
 def other_format(format):
-    return FORMATS[1 - FORMATS.index(format)]
+    return "tiled_csl" if format == "bitmap" else "bitmap"
 
 
 # ---- plans ----
@@ -62,6 +64,8 @@ def every_plan(*devices, auto=False):
     """Parameters (device, format, config): each kernel on its device."""
     params = []
     for device, format in itertools.product(devices, FORMATS):
+        if device == "cuda" and format not in GPU_FORMATS:
+            continue
         for config in ["auto"] * auto + plan_names(format, device):
             marks = [pytest.mark.gpu] if device == "cuda" else []
             if needs_hopper(format, device, config):
@@ -392,7 +396,57 @@ def write_bitmap(bits):
     return [chunks[place] for place in chunk_places(m, k)]
 
 
-READERS = {"tiled_csl": read_tiled_csl, "bitmap": read_bitmap}
+# ---- Row bitmap ----
+
+
+def blocks_of(packed):
+    """The halfwords of each block of a row bitmap."""
+    halves = packed.payload.cpu().numpy().view("<u2")
+    offsets = packed.offsets.cpu().numpy().astype(np.int64) * 8
+    assert offsets[0] == 0 and offsets[-1] == len(halves)
+    return [halves[first:last] for first, last in itertools.pairwise(offsets)]
+
+
+def read_row_bitmap(packed):
+    m, k = packed.shape
+    groups = -(-k // 32)
+    dense = np.zeros((-(-m // 4) * 4, groups * 32), np.uint16)
+    for row, block in zip(range(0, m, 4), blocks_of(packed), strict=bool(k)):
+        if not len(block):
+            continue
+        smallest, masks, values = np.split(block, [2, 2 + 8 * groups])
+        # Axes: group, row of the block, column of the group; the order of the values.
+        bits = masks.view("<u4").reshape(groups, 4, 1) >> np.arange(32, dtype=np.uint32) & 1
+        stored = bits.astype(bool)
+        elements = np.zeros(stored.shape, np.uint16)
+        elements[stored] = values[: stored.sum()]
+        assert not values[stored.sum() :].any() and len(values) - stored.sum() < 8
+        assert smallest.view("<u4")[0] == (elements[stored] & 0x7FFF).min()
+        dense[row : row + 4] = elements.transpose(1, 0, 2).reshape(4, -1)
+    assert not dense[m:].any() and not dense[:, k:].any()
+    return dense[:m, :k]
+
+
+def write_row_bitmap(bits):
+    """The halfwords of every block of a matrix of bit patterns."""
+    m, k = bits.shape
+    padded = np.pad(without_negative_zero(bits), [(0, -m % 4), (0, -k % 32)])
+    blocks = []
+    for row in range(0, m, 4) if k else ():
+        elements = padded[row : row + 4].reshape(4, -1, 32).transpose(1, 0, 2)
+        stored = elements != 0
+        values = elements[stored]
+        if not len(values):
+            blocks.append(values)
+            continue
+        masks = (stored.astype("<u4") << np.arange(32, dtype="<u4")).sum(axis=-1, dtype="<u4")
+        smallest = np.array([(values & 0x7FFF).min()], "<u4")
+        halves = np.concatenate([smallest.view("<u2"), masks.reshape(-1).view("<u2"), values])
+        blocks.append(np.pad(halves, (0, -len(halves) % 8)))
+    return blocks
+
+
+READERS = {"tiled_csl": read_tiled_csl, "bitmap": read_bitmap, "row_bitmap": read_row_bitmap}
 
 
 def read(packed):

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from formats import FORMATS, other_format, plan_names, runs_here
+from formats import FORMATS, blocks_of, other_format, plan_names, runs_here
 from torch import nn
 
 import flash_llm
@@ -127,17 +127,17 @@ def test_more_tokens_than_31_bits_count(tokens, format, device):
 
 def test_kernels_of_the_other_device_are_refused(format, device):
     w, x, _ = good(device, format)
-    other = plan_names(format, "cpu" if device == "cuda" else "cuda")[0]
     here = "on CUDA" if device == "cuda" else "on the CPU"
-    with raises(ValueError, "flash_llm::spmm: config must be", here, f'got "{other}"'):
-        flash_llm.spmm(x, w, config=other)
+    for other in set(plan_names(format, "cpu" if device == "cuda" else "cuda")) - {"dense"}:
+        with raises(ValueError, "flash_llm::spmm: config must be", here, f'got "{other}"'):
+            flash_llm.spmm(x, w, config=other)
 
 
 def test_kernels_of_the_other_format_are_refused_with_the_names_of_this_one(format, device):
     w, x, _ = good(device, format)
     names = plan_names(format, device)
     others = [n for n in plan_names(other_format(format), device) if n not in names]
-    assert others or (format, device) == ("tiled_csl", "cpu")  # which has all that bitmap has
+    assert others or (format != "bitmap" and device == "cpu")  # bitmap has no kernel of its own
     known = [f'"{name}"' for name in names]
     for config in others:
         parts = (*known, f'for format "{format}"', f'got "{config}"')
@@ -216,7 +216,7 @@ MALFORMED = {
     "format": (
         lambda w: changed(w, format=9),
         NotImplementedError,
-        ("format 9", "knows 1 (tiled_csl), 2 (bitmap)"),
+        ("format 9", "knows 1 (tiled_csl), 2 (bitmap), 3 (row_bitmap)"),
     ),
     "the other format": (
         lambda w: changed(w, format=3 - w.header.format, version=1),
@@ -289,6 +289,7 @@ def test_malformed_weights_are_refused_by_every_operator(op, case, format, devic
         # More chunks' worth of payload than there are chunks; 137 units are a full one.
         ("bitmap", {"payload_words": 16 * (5 * 137 + 2), "nnz": 1}, ("nnz = 1", "5 chunks")),
         ("bitmap", {"payload_words": 16 * 11, "nnz": 11 * 32 + 1}, ("nnz = 353", "176 words")),
+        ("row_bitmap", {"payload_words": 400, "nnz": 801}, ("nnz = 801", "400 words", "33 blocks")),
     ],
 )
 def test_sizes_that_contradict_each_other_are_refused(op, format, changes, parts, device):
@@ -300,7 +301,7 @@ def test_sizes_that_contradict_each_other_are_refused(op, format, changes, parts
 
 
 def test_offsets_are_counted_in_the_tiles_of_the_format(device):
-    for format, count in (("tiled_csl", 5), ("bitmap", 6)):
+    for format, count in (("tiled_csl", 5), ("bitmap", 6), ("row_bitmap", 34)):
         w, _, _ = good(device, format)
         with raises(ValueError, f"offsets must hold {count} elements", f"got {count - 1}"):
             changed(w, offsets=w.offsets[1:]).validate()
@@ -586,12 +587,71 @@ def test_validate_reads_every_invariant_of_two_four_chunks(case, device):
         torch.cuda.synchronize()
 
 
+def with_noise_after_the_values(w):
+    """A row bitmap whose first block that has room for it ends with a halfword that is not 0."""
+    for block, last in zip(blocks_of(w), w.offsets[1:].tolist(), strict=True):
+        if block[-1] == 0:
+            return changed(w, payload=set_word(w.payload, 4 * last - 1, 1 << 16))
+    raise AssertionError("every block of this weight is full")
+
+
+# The same for a row bitmap of 33 blocks, of which the last has 2 rows, and 3 groups, of which the
+# last has 6 columns: 1 + 12 words come before the values of a block.
+ROW_BITMAP_CONTENTS = {
+    "first offset": (lambda w: changed(w, offsets=w.offsets + 1), ("offsets[0] must be 0",)),
+    "decreasing": (
+        lambda w: changed(w, offsets=set_word(w.offsets, 2, 0)),
+        ("offsets must never decrease",),
+    ),
+    "too short for masks": (
+        lambda w: changed(w, offsets=set_word(w.offsets, 1, 3)),
+        ("block 0 holds 3 units", "masks alone need more"),
+    ),
+    "past the end": (
+        lambda w: changed(w, offsets=set_word(w.offsets, -1, int(w.offsets[-1]) + 1)),
+        ("offsets must end at",),
+    ),
+    "units of another block": (
+        lambda w: changed(w, offsets=set_word(w.offsets, 1, int(w.offsets[1]) - 1)),
+        ("block 0: holds", "units, but"),
+    ),
+    "masks of nothing": (
+        lambda w: changed(w, payload=set_word(w.payload, slice(1, 13), w.payload[1:13] & 0)),
+        ("block 0: holds", "but 0 are what its bits say"),
+    ),
+    "bit beyond the columns": (
+        lambda w: changed(w, payload=set_word(w.payload, 9, int(w.payload[9]) | 1 << 6)),
+        ("block 0: row 0, group 2: a bit lies outside the matrix",),
+    ),
+    "bit beyond the rows": (
+        lambda w: changed(w, payload=set_word(w.payload, 4 * int(w.offsets[-2]) + 1 + 2, 1)),
+        ("block 32: row 2, group 0: a bit lies outside the matrix",),
+    ),
+    "stored zero": (
+        lambda w: changed(w, payload=set_word(w.payload, 13, int(w.payload[13]) & ~0xFFFF)),
+        ("block 0: value 0 is zero",),
+    ),
+    "negative zero": (
+        lambda w: changed(w, payload=set_word(w.payload, 13, int(w.payload[13]) & ~0x7FFF | 0x8000)),
+        ("block 0: value 0 is zero",),
+    ),
+    "smallest value": (
+        lambda w: changed(w, payload=set_word(w.payload, 0, int(w.payload[0]) + 1)),
+        ("block 0: says that", "is its smallest value"),
+    ),
+    "padding": (with_noise_after_the_values, ("what follows its last value must be 0",)),
+    "wrong count": (lambda w: changed(w, nnz=w.nnz - 1), ("header says nnz = ", "holds")),
+}
+
+CONTENTS_OF = {"tiled_csl": CONTENTS, "bitmap": BITMAP_CONTENTS, "row_bitmap": ROW_BITMAP_CONTENTS}
+
+
 @pytest.mark.parametrize(
     ("format", "case"),
-    [*(("tiled_csl", case) for case in CONTENTS), *(("bitmap", case) for case in BITMAP_CONTENTS)],
+    [(format, case) for format, cases in CONTENTS_OF.items() for case in cases],
 )
 def test_validate_reads_every_invariant(format, case, device):
-    change, parts = (CONTENTS if format == "tiled_csl" else BITMAP_CONTENTS)[case]
+    change, parts = CONTENTS_OF[format][case]
     w, x, _ = good(device, format)
     broken = change(w)
     with raises(ValueError, "flash_llm::validate: ", *parts):
@@ -709,7 +769,7 @@ def test_auto_is_no_format_of_a_weight():
         assert f'"{known}"' in str(caught.value)
     with raises(NotImplementedError, "format 9", "1 (tiled_csl)"):
         PackedWeight.class_for(9)
-    with raises(NotImplementedError, "format 9", "2 (bitmap)"):
+    with raises(NotImplementedError, "format 9", "2 (bitmap)", "3 (row_bitmap)"):
         PackedWeight.class_for(9)
 
 

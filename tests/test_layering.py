@@ -30,6 +30,7 @@ PYTHON_RANKS = {
     "_extension": 0,
     "ops": 1,
     "bitmap": 2,
+    "row_bitmap": 2,
     "tiled_csl": 2,
     "testing": 3,
     "linear": 3,

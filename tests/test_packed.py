@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flash_llm
-from flash_llm import Bitmap, TiledCSL, ops, testing
+from flash_llm import Bitmap, RowBitmap, TiledCSL, ops, testing
 from flash_llm.ops import PackedHeader, PackedWeight
 
 SIZES = (0, 1, 7, 8, 63, 64, 65, 127, 129, 200, 576)
@@ -137,11 +137,11 @@ def test_cpu_and_cuda_pack_the_same_specials(format, dtype):
 # ---- format="auto" ----
 
 
-def test_auto_takes_the_format_that_has_a_cpu_kernel():
+def test_auto_takes_the_format_of_a_cpu():
     dense = testing.random_sparse(130, 70)
-    assert type(flash_llm.pack(dense)) is type(flash_llm.prune_pack(dense, 0.5)) is TiledCSL
+    assert type(flash_llm.pack(dense)) is type(flash_llm.prune_pack(dense, 0.5)) is RowBitmap
     assert_same_weight(flash_llm.pack(dense), flash_llm.pack(dense, "auto"))
-    assert_same_weight(flash_llm.pack(dense), TiledCSL.from_dense(dense))
+    assert_same_weight(flash_llm.pack(dense), RowBitmap.from_dense(dense))
 
 
 @pytest.mark.gpu
@@ -239,11 +239,12 @@ def test_from_tensors_takes_what_the_buffers_hold(format, device):
 
 def test_classes_pack_into_their_own_format(device):
     dense = testing.random_sparse(130, 70, device=device)
-    for cls in (TiledCSL, Bitmap):
+    for cls in (TiledCSL, Bitmap, RowBitmap):
         assert PackedWeight.class_for(cls.FORMAT) is PackedWeight.class_for(cls.FORMAT_ID) is cls
         assert type(cls.from_dense(dense)) is cls
         assert_same_weight(cls.from_dense(dense), flash_llm.pack(dense, cls.FORMAT))
-    assert [PackedWeight.class_for(format) for format in FORMATS] == [TiledCSL, Bitmap]
+    classes = [PackedWeight.class_for(format) for format in FORMATS]
+    assert classes == [TiledCSL, Bitmap, RowBitmap]
 
 
 def test_buffers_may_be_views_into_larger_ones(format, device):
@@ -355,7 +356,7 @@ def test_property_corruption_is_refused_or_harmless(weight, format, data):
             with contextlib.suppress(*refused):
                 broken.to_dense()
             x = torch.ones(9, header.k, dtype=broken.dtype)
-            for config in ("cpu_tiles", "cpu_reference", "dense"):
+            for config in plan_names(format, "cpu"):
                 with contextlib.suppress(*refused):
                     flash_llm.spmm(x, broken, config=config)
         return

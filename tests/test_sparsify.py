@@ -93,7 +93,7 @@ def test_swaps_in_place_and_the_model_answers_the_same(format, device):
 def test_the_default_format_is_auto(device):
     model = Model().to(device)
     report = sparsify_(model)
-    wanted = "bitmap" if device == "cuda" and has_hopper() else "tiled_csl"
+    wanted = "row_bitmap" if device == "cpu" else "bitmap" if has_hopper() else "tiled_csl"
     assert {row.format for row in report.packed} == {wanted}
     for name in ALL:
         layer = model.get_submodule(name)
@@ -151,7 +151,7 @@ def test_report_prints_as_an_aligned_table_and_as_html(format):
 
 
 @pytest.mark.parametrize(
-    ("format", "sparsity", "factor"), [("tiled_csl", 0.3, "1.4"), ("bitmap", 0.0, "1.0")]
+    ("format", "sparsity", "factor"), [("tiled_csl", 0.3, "1.4"), ("bitmap", 0.0, "1.0"), ("row_bitmap", 0.0, "1.0")]
 )
 def test_layer_that_would_not_shrink_stays_dense(format, sparsity, factor):
     model = nn.Sequential(linear(sparsity=0.8), linear(128, 256, sparsity=sparsity), linear(0, 5))

@@ -30,7 +30,8 @@ def exact(x, weight, bias=None, activation=None):
 def rounds_sum(format, config):
     """Whether a plan rounds the sum before its activation, as kernels for many tokens do."""
     widths = {row["name"]: row["tile_n"] for row in flash_llm.configs()}
-    return config == "dense" or (format == "bitmap" and widths.get(config, 0) > 64)
+    dense = config in ("dense", "cpu_blocks")
+    return dense or (format == "bitmap" and widths.get(config, 0) > 64)
 
 
 def integers(m, k, n, dtype, device, sparsity=0.6, seed=0):
@@ -318,7 +319,7 @@ def test_single_products_of_every_bit_pattern_round_correctly(device, format, co
     expected = (x.double() * weight.double().t()).float().to(dtype)
     assert torch.equal(y.isnan(), expected.isnan())
     y, expected = y.nan_to_num(nan=0), expected.nan_to_num(nan=0)
-    if config == "dense" and dtype == torch.bfloat16:
+    if config in ("dense", "cpu_blocks") and dtype == torch.bfloat16:
         # Vendors' bf16 GEMMs flush subnormals, as torch.nn.functional.linear does.
         tiny = torch.finfo(dtype).tiny
         normal = (expected.abs() > tiny) & (weight.t().abs() >= tiny)
@@ -337,7 +338,10 @@ def test_subnormal_weights_and_inputs_count(format, device):
 
 @pytest.mark.parametrize(
     ("format", "config"),
-    [("tiled_csl", "cpu_tiles"), ("tiled_csl", "cpu_reference"), ("bitmap", "cpu_reference")],
+    [
+        *(("tiled_csl", "cpu_tiles"), ("tiled_csl", "cpu_reference"), ("bitmap", "cpu_reference")),
+        *(("row_bitmap", "cpu_rows"), ("row_bitmap", "cpu_reference")),
+    ],
 )
 def test_thread_count_does_not_change_a_bit(format, config):
     weight = testing.random_sparse(1000, 300, 0.5)
@@ -455,10 +459,10 @@ def test_captured_graph_replays_with_new_inputs(device, format, config, k):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [8, 32, 64, 100, 200])
-def test_chained_calls_see_each_others_results(n, format):
+def test_chained_calls_see_each_others_results(n, gpu_format):
     """A call's kernels overlap their launches; each must still wait for what it reads."""
     weights = [
-        flash_llm.pack(testing.random_sparse(512, 512, 0.8, device="cuda", seed=seed), format)
+        flash_llm.pack(testing.random_sparse(512, 512, 0.8, device="cuda", seed=seed), gpu_format)
         for seed in range(3)
     ]
 
@@ -762,11 +766,11 @@ def test_an_input_that_another_stream_makes(device, format, prefetch):
 @ON_HOPPER
 @WITH_AND_WITHOUT_PREFETCH
 @pytest.mark.parametrize("source", ["cuda", "pinned"])
-def test_a_weight_that_is_replaced_by_a_copy_between_calls(device, source, format, prefetch):
+def test_a_weight_that_is_replaced_by_a_copy_between_calls(device, source, gpu_format, prefetch):
     """load_state_dict copies in place; copies are no kernels, so prefetching waits for them."""
     x, weight, _ = integers(1100, 700, 8, torch.float16, device)
-    w = flash_llm.pack(weight, format)
-    payloads = [w.payload.clone(), flash_llm.pack(-weight, format).payload]
+    w = flash_llm.pack(weight, gpu_format)
+    payloads = [w.payload.clone(), flash_llm.pack(-weight, gpu_format).payload]
     if source == "pinned":
         payloads = [payload.cpu().pin_memory() for payload in payloads]
 

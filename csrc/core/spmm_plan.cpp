@@ -292,11 +292,9 @@ std::vector<std::string> plan_names(Format format, bool cuda) {
     if (format == Format::kTiledCsl) names.emplace_back("cpu_tiles");
     if (format == Format::kRowBitmap) names.insert(names.end(), {"cpu_rows", "cpu_blocks"});
     names.emplace_back("cpu_reference");
-  } else if (format == Format::kRowBitmap) {
-    return names;
   } else if (format == Format::kTiledCsl) {
     for (const auto& config : lscd_configs()) names.emplace_back(config.name);
-  } else {
+  } else if (format == Format::kBitmap) {
     for (const auto& config : bitmap_configs()) names.emplace_back(config.name);
   }
   names.emplace_back("dense");
@@ -331,11 +329,6 @@ Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const s
                                std::to_string(device.compute_capability / 10) + "." +
                                std::to_string(device.compute_capability % 10));
   }
-  if (cuda && problem.format == Format::kRowBitmap) {
-    return Status::unsupported(
-        "format \"row_bitmap\" is multiplied on the CPU only; unpack the weight and pack it again "
-        "for this GPU");
-  }
   const std::vector<std::string> names = plan_names(problem.format, cuda);
   const bool forced = config != "auto";
   if (forced && std::find(names.begin(), names.end(), config) == names.end()) {
@@ -345,6 +338,12 @@ Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const s
   }
 
   if (config == "dense") return plan_dense(problem, "forced", out);
+  if (cuda && problem.format == Format::kRowBitmap) {
+    return plan_dense(problem,
+                      "a row bitmap is for CPUs, and unpacked by the CPU at each call: pack the "
+                      "weight again on this GPU",
+                      out);
+  }
   if (cuda && problem.format == Format::kTiledCsl) {
     if (!forced) return plan_lscd_auto(problem, device, ctas, out);
     return plan_lscd(problem, device, find_config(lscd_configs(), config), ctas, "forced", out);

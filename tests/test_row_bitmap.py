@@ -1,0 +1,258 @@
+"""Row bitmap: what only this format has: its bytes, and a kernel for each instruction set."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from formats import bits_of, blocks_of, from_bits, weights, write_row_bitmap
+from hypothesis import given
+
+import flash_llm
+from flash_llm import RowBitmap, _extension, testing
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ROUTES = ("cpu_rows", "cpu_blocks")
+# Around the 32 columns of a group, and the 64 bytes of a load.
+AWKWARD_K = (1, 2, 31, 32, 33, 63, 64, 65, 95, 127, 129, 300, 1031, 4099)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    """Force the kernels of an instruction set."""
+    if request.param not in _extension.require().cpu_isas():
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setenv("FLASH_LLM_CPU_ISA", request.param)
+    assert _extension.require().cpu_isa() == request.param
+    return request.param
+
+
+def exact(x, weight, bias=None, activation=None):
+    return testing.spmm_reference(x, weight, bias, activation).float().to(x.dtype)
+
+
+def bits_at(m, k, columns, dtype):
+    """A weight of small integers in these columns alone."""
+    weight = torch.zeros(m, k, dtype=dtype)
+    values = testing.small_integers(m, len(columns), dtype=dtype, seed=k)
+    weight[:, columns] = values
+    return weight
+
+
+# ---- bytes ----
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (3, 31), (4, 32), (5, 33), (130, 70), (200, 576)])
+def test_bytes_are_as_described(m, k, sparsity, dtype):
+    dense = testing.random_sparse(m, k, sparsity, dtype=dtype)
+    blocks, written = blocks_of(RowBitmap.from_dense(dense)), write_row_bitmap(bits_of(dense))
+    assert len(blocks) == len(written) == -(-m // 4)
+    for block, expected in zip(blocks, written, strict=True):
+        np.testing.assert_array_equal(block, expected)
+
+
+@given(weights())
+def test_property_bytes_are_as_described(weight):
+    bits, dtype = weight
+    blocks, written = blocks_of(RowBitmap.from_dense(from_bits(bits, dtype))), write_row_bitmap(bits)
+    for block, expected in itertools.zip_longest(blocks, written, fillvalue=None):
+        np.testing.assert_array_equal(block, expected)
+
+
+def test_stats_count_what_a_dense_count_counts(dtype):
+    dense = testing.random_sparse(301, 200, 0.6, dtype=dtype)
+    dense[8:12] = 0
+    stats = RowBitmap.from_dense(dense).stats()
+    assert stats.nnz == int((dense != 0).sum()) and stats.dense_bytes == dense.nbytes
+    assert stats.exact_bytes == 301 * 25 + 2 * stats.nnz
+    assert stats.empty_blocks == 1
+    rows = torch.nn.functional.pad(dense.float() != 0, (0, 0, 0, 3)).view(76, -1).sum(1)
+    assert stats.block_bytes_max == int(-(-(4 + 16 * 7 + 2 * rows.max()) // 16) * 16)
+    assert stats.packed_bytes == 64 + 77 * 4 + RowBitmap.from_dense(dense).payload.nbytes
+
+
+def test_a_large_weight_is_as_large_as_its_bits_and_values():
+    stats = RowBitmap.from_dense(testing.random_sparse(512, 4096, 0.5)).stats()
+    assert stats.packed_bytes < 1.002 * stats.exact_bytes
+
+
+# ---- every instruction set ----
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("k", AWKWARD_K)
+def test_small_integers_are_exact(k, route, isa, dtype):
+    for m, sparsity in itertools.product((1, 2, 3, 4, 5, 67), (0.0, 0.5, 0.9)):
+        weight = testing.small_integers(m, k, sparsity=sparsity, dtype=dtype, seed=m)
+        w = RowBitmap.from_dense(weight)
+        bias = testing.small_integers(m, dtype=dtype, seed=3)
+        for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 33) if m == 67 else (1, 5, 8):
+            x = testing.small_integers(n, k, dtype=dtype, seed=n)
+            y = flash_llm.spmm(x, w, bias, activation="relu", config=route)
+            assert torch.equal(y, exact(x, weight, bias, "relu")), (m, n, sparsity)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("pattern", testing.PATTERNS)
+def test_results_stay_within_the_float64_bound(pattern, sparsity, isa, dtype):
+    weight = testing.random_sparse(131, 1100, sparsity, pattern=pattern, dtype=dtype)
+    w, bias = RowBitmap.from_dense(weight), torch.randn(131).to(dtype)
+    for n, activation in itertools.product((1, 4, 7, 16), (None, "silu")):
+        x = torch.randn(n, 1100).to(dtype)
+        y = flash_llm.spmm(x, w, bias, activation=activation, config="cpu_rows")
+        testing.assert_spmm_close(y, x, weight, bias, activation)
+
+
+@pytest.mark.parametrize("k", [64, 70, 129])
+def test_masks_of_one_bit_anywhere(k, isa, dtype):
+    """The first and the last column of a group, and of the matrix, each on its own."""
+    x = testing.small_integers(9, k, dtype=dtype)
+    for column in range(k):
+        weight = bits_at(6, k, [column], dtype)
+        y = flash_llm.spmm(x, RowBitmap.from_dense(weight), config="cpu_rows")
+        assert torch.equal(y, exact(x, weight)), column
+        assert torch.equal(RowBitmap.from_dense(weight).to_dense(), weight), column
+
+
+def test_full_and_empty_rows_next_to_each_other(isa, dtype):
+    weight = testing.small_integers(64, 200, dtype=dtype)
+    for period in (2, 3, 5, 8):
+        mixed = weight.clone()
+        mixed[::period] = 0
+        mixed[(torch.arange(64) // 4) % period == 1] = 0
+        for n in (1, 8):
+            x = testing.small_integers(n, 200, dtype=dtype, seed=1)
+            y = flash_llm.spmm(x, RowBitmap.from_dense(mixed), config="cpu_rows")
+            assert torch.equal(y, exact(x, mixed)), (period, n)
+
+
+def test_unpacking_keeps_every_bit(isa, dtype):
+    rng = np.random.default_rng(0)
+    for m, k, density in itertools.product((1, 4, 7, 66), (1, 31, 32, 33, 70, 161), (0.1, 1.0)):
+        bits = rng.integers(1, 1 << 15, (m, k), dtype=np.uint16)
+        bits[rng.random((m, k)) >= density] = 0
+        np.testing.assert_array_equal(
+            bits_of(RowBitmap.from_dense(from_bits(bits, dtype)).to_dense()), bits
+        )
+
+
+def test_infinity_and_nan_meet_absent_zeros(isa, dtype):
+    """In x, in the weight, in a group that stores nothing and in a block that stores nothing."""
+    weight = testing.small_integers(24, 150, sparsity=0.7, dtype=dtype)
+    weight[:, 32:64], weight[8:12] = 0, 0
+    weight[1, 70], weight[23, 149] = float("inf"), float("nan")
+    x = testing.small_integers(9, 150, dtype=dtype, seed=1)
+    x[0, 40], x[3, 149], x[5, 0], x[8, 32] = float("inf"), float("nan"), -float("inf"), float("nan")
+    for n in (1, 4, 6, 9):
+        y = flash_llm.spmm(x[:n], RowBitmap.from_dense(weight), config="cpu_rows")
+        expected = torch.nn.functional.linear(x[:n].float(), weight.float())
+        assert torch.equal(y.isnan(), expected.isnan())
+        finite = ~expected.isnan()
+        assert torch.equal(y[finite], expected[finite].to(dtype))
+
+
+@pytest.mark.parametrize("n", [1, 8])
+@pytest.mark.parametrize("where", ["weight", "x", "product", "sum"])
+def test_tiny_bf16_numbers_count(where, n, isa):
+    """An instruction that flushes subnormals is used only where there can be none."""
+    weight, x = torch.zeros(16, 96), torch.zeros(n, 96)
+    if where == "weight":
+        weight[3, 5], x[:, 5] = 2.0**-130, 2.0**100
+    elif where == "x":
+        weight[3, 5], x[:, 5] = 2.0**100, 2.0**-130
+    elif where == "product":
+        weight[3, 5], x[:, 5] = 2.0**-70, 2.0**-60
+    else:  # of two neighbours, or of products of different steps
+        weight[3, 4:6], x[:, 4:6] = torch.tensor([1.0, -1.0]), 2.0**-120
+        x[:, 5] *= 1 + 2.0**-7
+        weight[7, 4], weight[7, 70], x[:, 70] = 1.0, -1.0, 2.0**-120 * (1 + 2.0**-7)
+    weight, x = weight.bfloat16(), x.bfloat16()
+    expected = exact(x, weight)
+    assert int((expected != 0).sum()) == (2 * n if where == "sum" else n)
+    y = flash_llm.spmm(x, RowBitmap.from_dense(weight), config="cpu_rows")
+    assert torch.equal(y, expected)
+
+
+def test_a_tiny_number_in_one_block_changes_no_other(isa):
+    weight = testing.random_sparse(64, 300, 0.5, dtype=torch.bfloat16)
+    weight[20, 7] = 2.0**-130
+    x = torch.randn(5, 300).bfloat16()
+    y = flash_llm.spmm(x, RowBitmap.from_dense(weight), config="cpu_rows")
+    testing.assert_spmm_close(y, x, weight)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("n", [1, 9])
+def test_thread_count_does_not_change_a_bit(n, route, isa, dtype):
+    weight = testing.random_sparse(1003, 700, 0.5, dtype=dtype)
+    w, x = RowBitmap.from_dense(weight), torch.randn(n, 700).to(dtype)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one, dense = flash_llm.spmm(x, w, config="cpu_rows"), w.to_dense()
+        for count in (2, 3, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(flash_llm.spmm(x, w, config="cpu_rows"), one), count
+            assert torch.equal(w.to_dense(), dense), count
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(dense, weight)
+
+
+def test_malformed_weights_stay_within_their_memory(isa, dtype):
+    """Masks that promise more values than the payload has, at its very end."""
+    weight = testing.random_sparse(37, 200, 0.8, dtype=dtype)
+    w = RowBitmap.from_dense(weight)
+    for n in (1, 3, 8):
+        x = torch.randn(n, 200).to(dtype)
+        for count in range(0, w.payload.numel() - 1, 4):
+            payload = w.payload.clone()
+            payload[count:] = -1
+            broken = RowBitmap(w.header, w.offsets, payload)
+            for route in ROUTES:
+                assert flash_llm.spmm(x, broken, config=route).shape == (n, 37)
+    with pytest.raises(ValueError, match="flash_llm::validate"):
+        broken.validate()
+
+
+# ---- choosing one ----
+
+
+def test_results_of_all_instruction_sets_agree(monkeypatch, dtype):
+    weight = testing.random_sparse(300, 500, 0.5, dtype=dtype)
+    w, x = RowBitmap.from_dense(weight), torch.randn(5, 500).to(dtype)
+    for name in _extension.require().cpu_isas():
+        monkeypatch.setenv("FLASH_LLM_CPU_ISA", name)
+        testing.assert_spmm_close(flash_llm.spmm(x, w), x, weight)
+
+
+def test_the_best_is_taken_unless_one_is_forced(monkeypatch):
+    monkeypatch.delenv("FLASH_LLM_CPU_ISA", raising=False)
+    extension = _extension.require()
+    isas = extension.cpu_isas()
+    assert isas[0] == "portable" and isas == [name for name in ISAS if name in isas]
+    assert extension.cpu_isa() == isas[-1]
+    monkeypatch.setenv("FLASH_LLM_CPU_ISA", "")
+    assert extension.cpu_isa() == isas[-1]
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    w, x = RowBitmap.from_dense(torch.eye(8).half()), torch.ones(1, 8).half()
+    monkeypatch.setenv("FLASH_LLM_CPU_ISA", "sse9")
+    known = '"portable", "avx2", "avx512", "avx512_bf16", got "sse9"'
+    for route in (*ROUTES, "dense"):
+        with pytest.raises(ValueError, match=f"flash_llm::spmm: FLASH_LLM_CPU_ISA must .*{known}"):
+            flash_llm.spmm(x, w, config=route)
+    with pytest.raises(ValueError, match="flash_llm::unpack: FLASH_LLM_CPU_ISA"):
+        w.to_dense()
+
+
+def test_an_instruction_set_that_this_cpu_lacks_is_refused(monkeypatch):
+    lacking = [name for name in ISAS if name not in _extension.require().cpu_isas()]
+    if not lacking:
+        pytest.skip("this CPU has all of them")
+    monkeypatch.setenv("FLASH_LLM_CPU_ISA", lacking[-1])
+    w, x = RowBitmap.from_dense(torch.eye(8).half()), torch.ones(1, 8).half()
+    with pytest.raises(NotImplementedError, match="this CPU lacks"):
+        flash_llm.spmm(x, w)
