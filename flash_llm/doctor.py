@@ -114,7 +114,17 @@ def _facts() -> dict[str, str]:
         for key, value in _extension.require().build_info().items():
             if value not in ("", None):
                 facts[f"built: {key}"] = str(value)
+        facts["CPU kernels"] = _cpu_kernels()
     return facts
+
+
+def _cpu_kernels() -> str:
+    extension = _extension.require()
+    known = ", ".join(extension.cpu_isas())
+    try:
+        return f"{extension.cpu_isa()} (this CPU has {known})"
+    except (ValueError, NotImplementedError) as error:
+        return f"none: {error} (this CPU has {known})"
 
 
 def _nvcc_version() -> str:

@@ -42,8 +42,9 @@ class SparseLinear(nn.Linear):
         dtype: float16 or bfloat16.
         payload_words: meta device only: length of the payload placeholder, so that tools which
             size a model before loading see the real one.
-        format: ``"tiled_csl"``, ``"bitmap"`` or ``"auto"``: whenever a dense weight is packed, or
-            the layer moves between CPU and GPU, the format that multiplies fastest there.
+        format: ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"`` or ``"auto"``: whenever a dense
+            weight is packed, or the layer moves between CPU and GPU, the format that multiplies
+            fastest there.
 
     Raises:
         ValueError: a size is negative, ``format`` is unknown, or ``payload_words`` is not 0 off the

@@ -199,8 +199,8 @@ def sparsify_(
         sparsity: None packs the zeros that are there. Otherwise each layer is pruned by magnitude
             to this fraction of zeros in [0, 1]; a layer that stays dense keeps its weight.
         scope: ``"row"``, ``"layer"`` or ``"N:M"`` (which prunes even when ``sparsity`` is None).
-        format: ``"auto"`` (what multiplies fastest where the layer is), ``"tiled_csl"`` or
-            ``"bitmap"``.
+        format: ``"auto"`` (what multiplies fastest where the layer is), ``"row_bitmap"``,
+            ``"tiled_csl"`` or ``"bitmap"``.
         pack_unprofitable: also swap layers that packing does not shrink.
         progress: show a tqdm bar.
 

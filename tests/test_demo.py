@@ -73,6 +73,7 @@ def test_the_whole_job_on_a_tiny_model(tiny_weights, tmp_path, capsys, device):
     assert packed["perplexity"] == pytest.approx(pruned["perplexity"], rel=0.01)
     assert dense["weight_bytes"] == pruned["weight_bytes"] > packed["weight_bytes"]
     assert dense["tokens_per_second"] > 0 and packed["tokens_per_second"] > 0
+    assert (numbers["dense_float32_tokens_per_second"] is not None) == (device == "cpu")
     assert dense["answer"] and packed["answer"]
     decisions = {row["name"]: row["decision"] for row in numbers["sparsify"]["rows"]}
     assert decisions.pop("lm_head") == "skipped"
@@ -128,6 +129,10 @@ def test_findings_say_what_the_numbers_say():
     for rate, verdict in [(50.0, "slower than"), (150.0, "faster than"), (100.0, "no faster")]:
         run.tokens_per_second["packed"] = rate
         assert verdict in run.findings(report)[3]
+    run.tokens_per_second[demo.FLOAT32] = 50.0
+    assert run.findings(report)[3].endswith("in float32 the dense one makes 50.0 (2.00 times).")
+    del run.tokens_per_second[demo.FLOAT32]
+    assert run.findings(report)[3].endswith("per second (1.00 times).")
     assert "1.0 MB instead of 4.0 MB (0.25 times)" in run.findings(report)[2]
 
 

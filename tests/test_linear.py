@@ -504,9 +504,9 @@ BROKEN = {
         lambda s: s["mlp.weight_offsets"].__setitem__(1, -1),
         "offsets must never decrease",
     ),
-    "duplicate place": (
+    "other bits": (
         lambda s: s["mlp.weight_payload"].__setitem__(1, s["mlp.weight_payload"][0].item()),
-        "occurs twice",
+        "block 0: ",
     ),
     "integer type": (
         lambda s: s.update({"mlp.weight_payload": s["mlp.weight_payload"].long()}),

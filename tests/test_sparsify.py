@@ -194,7 +194,7 @@ def test_prunes_while_packing(sparsity, scope, format):
 def test_a_layer_that_stays_dense_is_not_pruned():
     model = nn.Sequential(linear(sparsity=0.0))
     before = model[0].weight.clone()
-    assert sparsify_(model, sparsity=0.2).rows[0].decision == "dense"
+    assert sparsify_(model, sparsity=0.05).rows[0].decision == "dense"
     assert torch.equal(model[0].weight, before)
 
 

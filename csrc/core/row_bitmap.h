@@ -57,6 +57,7 @@ struct RowBlock {
 };
 
 inline RowBlock row_block(const PackedView& view, int64_t block) {
+  if (view.k == 0) return {};  // and so no offsets
   const int64_t begin = int64_t{view.offsets[block]} * kBlockUnitWords;
   const int64_t mask_words = num_groups(view.k) * kBlockRows;
   if (view.offsets[block + 1] <= view.offsets[block] || begin < 0 ||

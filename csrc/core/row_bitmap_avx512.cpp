@@ -53,6 +53,18 @@ struct Values {
   }
 };
 
+// Blocks follow each other, so what lies ahead of the values is what will be read, masks too. The
+// CPU's own prefetcher, which sees streams begin and end every few kilobytes and stops at each page,
+// brings 4096x4096 at 50 % zeros in 960 us; with these it takes 830 (on huge pages 630), at 90 %
+// 360 instead of 490 us. Two lines per step of four groups are what is read at 50 %.
+FLASH_LLM_AVX512 inline void prefetch(const uint16_t* values) {
+  const auto* bytes = reinterpret_cast<const char*>(values);
+  _mm_prefetch(bytes + 1024, _MM_HINT_T0);
+  _mm_prefetch(bytes + 1024 + 64, _MM_HINT_T0);
+  _mm_prefetch(bytes + 8192, _MM_HINT_T1);
+  _mm_prefetch(bytes + 8192 + 64, _MM_HINT_T1);
+}
+
 // Groups that may be read 64 bytes at a time in each of their rows.
 int64_t groups_before_end(const uint16_t* next, const uint16_t* end) {
   return (end - next) / (kBlockRows * kGroupCols);
@@ -136,6 +148,7 @@ struct Rows {
   template <bool kNearEnd>
   FLASH_LLM_AVX512 inline void add_group(const uint32_t* masks, const typename Math::X* x,
                                          __m512i zero, Values<kNearEnd>& values) {
+    if (!kNearEnd && kFirst == 0) prefetch(values.next);
     typename Math::Vector w[kCount];
 #pragma GCC unroll 4
     for (int row = 0; row < kBlockRows; ++row) {

@@ -329,12 +329,15 @@ Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const s
                                std::to_string(device.compute_capability / 10) + "." +
                                std::to_string(device.compute_capability % 10));
   }
-  const std::vector<std::string> names = plan_names(problem.format, cuda);
   const bool forced = config != "auto";
-  if (forced && std::find(names.begin(), names.end(), config) == names.end()) {
-    return Status::invalid_value("config must be \"auto\" or one of " + join(names) +
-                                 " for format \"" + packed_format(problem.format).name + "\" on " +
-                                 (cuda ? "CUDA" : "the CPU") + ", got \"" + config + "\"");
+  if (forced) {
+    const std::vector<std::string> names = plan_names(problem.format, cuda);
+    if (std::find(names.begin(), names.end(), config) == names.end()) {
+      return Status::invalid_value(
+          "config must be \"auto\" or one of " + join(names) + " for format \"" +
+          packed_format(problem.format).name + "\" on " + (cuda ? "CUDA" : "the CPU") +
+          ", got \"" + config + "\"");
+    }
   }
 
   if (config == "dense") return plan_dense(problem, "forced", out);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "core/cpu_isa.h"
+#include "core/huge_pages.h"
 #include "core/packed_format.h"
 #include "core/packed_header.h"
 #include "core/prune.h"
@@ -306,6 +307,7 @@ Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, const PackedForm
                                   offsets_data, &nnz));
   const int64_t words = int64_t{offsets_data[offsets.numel() - 1]} * format.unit_words;
   Tensor payload = at::empty({words}, offsets.options());
+  prefer_huge_pages(payload.mutable_data_ptr(), static_cast<size_t>(words) * sizeof(uint32_t));
   format.pack(raw(dense.tensor), dense.ld, dense.m, dense.k, offsets_data, parallel_for,
               reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()));
   return {header_tensor(make_header(dense, format.id, nnz, words)), offsets, payload};

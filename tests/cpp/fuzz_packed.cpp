@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/cpu_isa.h"
 #include "core/packed_format.h"
 #include "core/packed_header.h"
 #include "core/spmm.h"
@@ -28,7 +29,7 @@
 namespace flash_llm::testing {
 namespace {
 
-constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap};
+constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap};
 
 struct Outcomes {
   uint64_t accepted = 0;
@@ -46,7 +47,7 @@ class Fuzzer {
     DenseMatrix dense = random_patterns(m, k, pick_of(0.0, 0.3, 0.7, 0.97, 1.0),
                                         static_cast<uint32_t>(rng_()), below(3));
     if (below(2)) thin_out(dense);
-    const Format format = kFormats[below(2)];
+    const Format format = kFormats[below(3)];
     Packed packed;
     require(pack(dense, format, serial_for, &packed).ok(), "pack refused a small matrix");
 
@@ -255,7 +256,7 @@ class Fuzzer {
     SpmmArgs args;
     args.format = packed.header.format;
     args.weight = packed.view();
-    args.n = below(3);
+    args.n = below(10);
     args.x_stride = packed.header.k;
     args.value_type = packed.header.value_type;
     std::vector<uint16_t> x(static_cast<size_t>(args.n * args.x_stride));
@@ -265,6 +266,16 @@ class Fuzzer {
     args.y = y.data();
     if (args.format == Format::kTiledCsl) {
       spmm_cpu_tiles(args, serial_for);
+    } else if (args.format == Format::kRowBitmap) {
+      for (const CpuIsa isa : kCpuIsas) {
+        if (!has_cpu_isa(isa)) continue;
+        spmm_cpu_rows(args, isa, serial_for);
+        std::vector<uint16_t> dense(static_cast<size_t>(packed.header.m * packed.header.k));
+        if (!dense.empty()) {
+          row_bitmap_decode(args.weight, 0, packed.header.m, isa, serial_for, dense.data());
+        }
+        require(dense == unpack(packed, serial_for), "an instruction set unpacks differently");
+      }
     } else {
       spmm_cpu_reference(args, serial_for);
     }

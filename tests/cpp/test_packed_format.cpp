@@ -16,7 +16,7 @@
 namespace flash_llm::testing {
 namespace {
 
-constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap};
+constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap};
 
 std::string name_of(Format format) { return packed_format(format).name; }
 
@@ -31,7 +31,7 @@ TEST(Formats, EachHasARowAndANameOfItsOwn) {
   }
   Format parsed{};
   EXPECT_EQ(parse_format("csr", &parsed).message,
-            "format must be \"auto\" or \"tiled_csl\" or \"bitmap\", got \"csr\"");
+            "format must be \"auto\" or \"tiled_csl\" or \"bitmap\" or \"row_bitmap\", got \"csr\"");
 }
 
 TEST(Header, MagicSpellsTheName) {
@@ -66,7 +66,8 @@ TEST(Header, ReadsWhatItWrites) {
 }
 
 TEST(Header, EveryVersionUpToTheNewestIsReadAndNoOther) {
-  const std::pair<Format, int64_t> newest_of[] = {{Format::kTiledCsl, 1}, {Format::kBitmap, 2}};
+  const std::pair<Format, int64_t> newest_of[] = {
+      {Format::kTiledCsl, 1}, {Format::kBitmap, 2}, {Format::kRowBitmap, 1}};
   for (const auto& [format, newest] : newest_of) {
     PackedHeader header = PackedHeader::of(format), back;
     EXPECT_EQ(header.version, newest);

@@ -305,7 +305,8 @@ TEST(SelectFormat, FollowsTheDeviceAndTheDensity) {
   EXPECT_EQ(name(0.9, kH200), Format::kBitmap);
   EXPECT_EQ(name(0.99, kH200), Format::kTiledCsl);
   EXPECT_EQ(name(0.5, kA100), Format::kTiledCsl);
-  EXPECT_EQ(name(0.5, kCpu), Format::kTiledCsl);
+  EXPECT_EQ(name(0.5, kCpu), Format::kRowBitmap);
+  EXPECT_EQ(name(0.99, kCpu), Format::kRowBitmap);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/cpu_isa.h"
 #include "core/element.h"
 #include "core/spmm.h"
 #include "testing.h"
@@ -119,10 +120,34 @@ struct Kernel {
   void (*multiply)(const SpmmArgs&, const ParallelFor&);
 };
 
-constexpr Kernel kReference{"reference", Format::kTiledCsl, spmm_cpu_reference};
-constexpr Kernel kBitmapReference{"reference, bitmap", Format::kBitmap, spmm_cpu_reference};
-constexpr Kernel kTiles{"tiles", Format::kTiledCsl, spmm_cpu_tiles};
-constexpr Kernel kKernels[] = {kReference, kBitmapReference, kTiles};
+template <CpuIsa kIsa>
+void spmm_cpu_rows_of(const SpmmArgs& args, const ParallelFor& parallel_for) {
+  spmm_cpu_rows(args, kIsa, parallel_for);
+}
+
+const Kernel kReference{"reference", Format::kTiledCsl, spmm_cpu_reference};
+const Kernel kBitmapReference{"reference, bitmap", Format::kBitmap, spmm_cpu_reference};
+const Kernel kRowsReference{"reference, row bitmap", Format::kRowBitmap, spmm_cpu_reference};
+
+// Those that sum in fp32, one for each instruction set that this CPU has.
+std::vector<Kernel> fast_kernels() {
+  std::vector<Kernel> kernels{{"tiles", Format::kTiledCsl, spmm_cpu_tiles}};
+  const auto add = [&](CpuIsa isa, auto* multiply) {
+    if (has_cpu_isa(isa)) kernels.push_back({cpu_isa_name(isa), Format::kRowBitmap, multiply});
+  };
+  add(CpuIsa::kPortable, spmm_cpu_rows_of<CpuIsa::kPortable>);
+  add(CpuIsa::kAvx2, spmm_cpu_rows_of<CpuIsa::kAvx2>);
+  add(CpuIsa::kAvx512, spmm_cpu_rows_of<CpuIsa::kAvx512>);
+  add(CpuIsa::kAvx512Bf16, spmm_cpu_rows_of<CpuIsa::kAvx512Bf16>);
+  return kernels;
+}
+
+const std::vector<Kernel> kFast = fast_kernels();
+const std::vector<Kernel> kKernels = [] {
+  std::vector<Kernel> kernels = kFast;
+  kernels.insert(kernels.end(), {kReference, kBitmapReference, kRowsReference});
+  return kernels;
+}();
 
 // One product: weight, strided x, optional bias, and the output between guard bands.
 struct Product {
@@ -258,9 +283,11 @@ TEST_P(SpmmCpu, RealsStayWithinRounding) {
     Product product = make(false, true);
     product.activation = activation;
     const auto reference = product.run(kReference);
-    const auto tiles = product.run(kTiles);
+    std::vector<std::vector<uint16_t>> fast;
+    for (const Kernel& kernel : kFast) fast.push_back(product.run(kernel));
     // One order of summation, whatever the format.
     EXPECT_EQ(product.run(kBitmapReference), reference);
+    EXPECT_EQ(product.run(kRowsReference), reference);
     // Half an ulp of the output; its smallest subnormal; and for fp32 sums the classical bound
     // (K + 2) u sum|w x|. No activation here has a slope above 1.13. GELU in torch's form,
     // v (1 + erf) / 2, cancels for negative v: that leaves |v| times the unit roundoff.
@@ -278,9 +305,11 @@ TEST_P(SpmmCpu, RealsStayWithinRounding) {
         ASSERT_NEAR(pattern_value(reference[i], product.type), expected,
                     rounding + 1e-6 * std::abs(expected) + std::ldexp(std::abs(sum), -52))
             << "reference, token " << token << ", row " << row;
-        ASSERT_NEAR(pattern_value(tiles[i], product.type), expected,
-                    rounding * (1.0 + output_ulp) + fp32 * magnitude + 2e-6 * std::abs(expected))
-            << "tiles, token " << token << ", row " << row;
+        for (size_t j = 0; j < kFast.size(); ++j) {
+          ASSERT_NEAR(pattern_value(fast[j][i], product.type), expected,
+                      rounding * (1.0 + output_ulp) + fp32 * magnitude + 2e-6 * std::abs(expected))
+              << kFast[j].name << ", token " << token << ", row " << row;
+        }
       }
     }
   }
@@ -298,7 +327,8 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Combine(::testing::Values(Shape{1, 1, 1}, Shape{128, 8, 64}, Shape{127, 7, 63},
                                          Shape{129, 9, 65}, Shape{300, 2, 200}, Shape{40, 65, 33},
                                          Shape{200, 0, 100}, Shape{0, 3, 64}, Shape{64, 3, 0},
-                                         Shape{257, 5, 130}),
+                                         Shape{257, 5, 130}, Shape{5, 3, 31}, Shape{7, 17, 32},
+                                         Shape{33, 6, 300}),
                        ::testing::Values(0.0, 0.5, 0.95, 1.0),
                        ::testing::Values(ValueType::kFloat16, ValueType::kBfloat16)));
 
