@@ -38,6 +38,25 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "cuda": (str,),
         "commit": (str,),
     },
+    "cpu": {
+        "bench": (str,),
+        "cpu": (str,),
+        "isa": (str,),
+        "threads": (int,),
+        "M": (int,),
+        "K": (int,),
+        "N": (int,),
+        "sparsity": (float,),
+        "mask": (str,),
+        "dtype": (str,),
+        "format": (str,),
+        "us": (float,),
+        "dense_us": (dict,),  # fp32, bf16, fp16; null where it was not measured
+        "stream_floor_us": (float,),
+        "rel_err": (float,),
+        "torch": (str,),
+        "commit": (str,),
+    },
     "pack": {
         "bench": (str,),
         "gpu": (str,),
@@ -64,6 +83,10 @@ POSITIVE_FIELDS = (
 # What tells one case from another; a new row replaces the old row of its case.
 CASE_FIELDS = {
     "spmm": ("bench", "gpu", "M", "K", "N", "sparsity", "mask", "dtype", "format", "pdl"),
+    "cpu": (
+        *("bench", "cpu", "isa", "threads", "M", "K", "N"),
+        *("sparsity", "mask", "dtype", "format"),
+    ),
     "pack": ("bench", "gpu", "device", "M", "K", "sparsity", "mask", "dtype", "format"),
 }
 

@@ -8,6 +8,7 @@ import pytest
 from formats import FORMATS, GPU_FORMATS, other_format, plan_names
 
 import flash_llm
+from flash_llm import _extension
 
 H200 = {"compute_capability": 90, "num_sms": 132, "smem_per_sm_bytes": 228 * 1024}
 A100 = {"compute_capability": 80, "num_sms": 108, "smem_per_sm_bytes": 164 * 1024}
@@ -111,6 +112,21 @@ def test_bitmap_kernels_cannot_be_forced_off_hopper(capability, named):
         assert message.startswith(f'flash_llm::explain_plan: config "{config}" needs a Hopper GPU')
         assert "compute capability 9.0" in message and f"has {named}" in message
         assert '"dense"' in message
+
+
+def test_many_tokens_on_a_cpu(monkeypatch):
+    for isa, dtype, most in (
+        ("avx512_bf16", "bfloat16", 128),
+        ("portable", "bfloat16", 16),
+        ("portable", "float16", 16),
+    ):
+        if isa not in _extension.require().cpu_isas():
+            continue
+        monkeypatch.setenv("FLASH_LLM_CPU_ISA", isa)
+        text = flash_llm.explain_plan(M, most, K, NNZ, dtype)
+        assert chosen(text) == "cpu_rows" and f"N <= {most}" in text
+        text = flash_llm.explain_plan(M, most + 1, K, NNZ, dtype)
+        assert chosen(text) == "cpu_blocks" and f"N > {most}" in text
 
 
 # ---- choosing a format ----

@@ -147,13 +147,13 @@ void row_bitmap_unpack_block(const PackedView& view, int64_t block, uint16_t* de
   if (parts.masks == nullptr) return;
   for (int64_t group = 0; group < num_groups(view.k); ++group) {
     for (int row = 0; row < kBlockRows; ++row) {
-      const uint32_t mask = *parts.masks++;
-      for (int col = 0; col < kGroupCols; ++col) {
-        if ((mask >> col & 1U) == 0 || parts.values == parts.end) continue;
+      const int cols = row < rows ? cols_of(view.k, group) : 0;
+      uint16_t* to = dense + row * view.k + group * kGroupCols;
+      for (uint32_t mask = *parts.masks++; mask != 0 && parts.values != parts.end;
+           mask &= mask - 1) {
         const uint16_t value = *parts.values++;
-        if (row < rows && col < cols_of(view.k, group)) {
-          dense[row * view.k + group * kGroupCols + col] = value;
-        }
+        const int col = __builtin_ctz(mask);
+        if (col < cols) to[col] = value;
       }
     }
   }

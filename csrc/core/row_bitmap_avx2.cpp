@@ -144,16 +144,19 @@ struct Block {
 
 template <ValueType kType>
 void multiply(const RowBitmapProduct& product) {
-  const auto multiply_block =
-      product.tokens == 1 ? Block<kType, 1>::multiply : Block<kType, kMaxTokens>::multiply;
   const int64_t groups = num_groups(product.weight.k);
   float* out = product.sums;
-  for (int64_t i = product.first; i < product.last; ++i, out += product.tokens * kBlockRows) {
-    const RowBlock block = row_block(product.weight, i);
-    if (block.masks == nullptr) {
-      for (int j = 0; j < product.tokens * kBlockRows; ++j) out[j] = product.empty[j / kBlockRows];
-    } else {
-      multiply_block(block, groups, static_cast<const float*>(product.x), out);
+  for (int64_t j = 0; j < product.token_blocks; ++j) {
+    const RowBitmapTokens& tokens = product.tokens[j];
+    const auto multiply_block =
+        tokens.count == 1 ? Block<kType, 1>::multiply : Block<kType, kMaxTokens>::multiply;
+    for (int64_t i = product.first; i < product.last; ++i, out += tokens.count * kBlockRows) {
+      const RowBlock block = row_block(product.weight, i);
+      if (block.masks == nullptr) {
+        sum_nothing(tokens, out);
+      } else {
+        multiply_block(block, groups, static_cast<const float*>(tokens.x), out);
+      }
     }
   }
 }
@@ -212,7 +215,7 @@ void decode(const PackedView& weight, int64_t first, int64_t last, uint16_t* den
 }  // namespace
 
 RowBitmapKernel row_bitmap_avx2(ValueType type) {
-  return {true, kMaxTokens,
+  return {true, kMaxTokens, kMaxTokens,
           type == ValueType::kFloat16 ? multiply<ValueType::kFloat16>
                                       : multiply<ValueType::kBfloat16>,
           decode};

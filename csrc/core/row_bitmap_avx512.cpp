@@ -245,20 +245,151 @@ MultiplyBlock multiply_block_of(int tokens) {
   return kByTokens[tokens - 1];
 }
 
-// Blocks that have normal products only are multiplied by Normal, the others by Any.
+// One block of tokens. Blocks that have normal products only are multiplied by Normal, the others
+// by Any.
 template <typename Normal, typename Any>
-void multiply(const RowBitmapProduct& product) {
-  const MultiplyBlock normal = multiply_block_of<Normal>(product.tokens);
-  const MultiplyBlock any = multiply_block_of<Any>(product.tokens);
+void multiply_few(const RowBitmapProduct& product) {
+  const RowBitmapTokens& tokens = product.tokens[0];
+  const MultiplyBlock normal = multiply_block_of<Normal>(tokens.count);
+  const MultiplyBlock any = multiply_block_of<Any>(tokens.count);
   const int64_t groups = num_groups(product.weight.k);
   float* out = product.sums;
-  for (int64_t i = product.first; i < product.last; ++i, out += product.tokens * kBlockRows) {
+  for (int64_t i = product.first; i < product.last; ++i, out += tokens.count * kBlockRows) {
     const RowBlock block = row_block(product.weight, i);
     if (block.masks == nullptr) {
-      for (int j = 0; j < product.tokens * kBlockRows; ++j) out[j] = product.empty[j / kBlockRows];
+      sum_nothing(tokens, out);
     } else {
-      (block.smallest >= product.smallest_normal ? normal : any)(block, groups, product.x, out);
+      (block.smallest >= tokens.smallest_normal ? normal : any)(block, groups, tokens.x, out);
     }
+  }
+}
+
+// Many tokens: a panel of two blocks of rows times some groups is decoded into the first-level
+// cache and meets all tokens there, four at a time. In registers are the sums of four rows times
+// four tokens, which are kept in memory from one panel to the next.
+constexpr int64_t kPanelBlocks = 2;
+constexpr int64_t kPanelGroups = 32;
+constexpr int kPanelTokens = 6;
+constexpr int kPanelSums = kBlockRows * kPanelTokens;
+constexpr int64_t kGroupElems = kBlockRows * kGroupCols;
+
+struct alignas(64) Panel {
+  uint16_t elements[kPanelBlocks][kPanelGroups * kGroupElems];  // [groups][4 rows][32 columns]
+  __m512 sums[kMaxRowTokenBlocks][kPanelBlocks][kPanelSums];    // [4 rows][tokens]
+};
+
+FLASH_LLM_AVX512 void decode_panel(const uint32_t* masks, int64_t groups, RowBlock& block,
+                                   uint16_t* elements) {
+  const __m512i zero = opaque_zero();
+  const uint32_t* const end = masks + groups * kBlockRows;
+  if (groups_before_end(block.values, block.end) >= groups) {
+    Values<false> values{block.values, block.end};
+    for (; masks != end; ++masks, elements += kGroupCols) {
+      prefetch(values.next);
+      _mm512_store_si512(elements, _mm512_mask_expand_epi16(zero, *masks, values.load()));
+      values.skip(*masks);
+    }
+    block.values = values.next;
+  } else {
+    Values<true> values{block.values, block.end};
+    for (; masks != end; ++masks, elements += kGroupCols) {
+      _mm512_store_si512(elements, _mm512_mask_expand_epi16(zero, *masks, values.load()));
+      values.skip(*masks);
+    }
+    block.values = values.next;
+  }
+}
+
+template <typename Math, int kTokens>
+FLASH_LLM_AVX512 void multiply_panel(const uint16_t* elements, int64_t groups, const void* x_of_groups,
+                                     bool begins, __m512* kept, float* out) {
+  const auto* x = static_cast<const typename Math::X*>(x_of_groups);
+  __m512 sums[kBlockRows][kTokens];
+#pragma GCC unroll 4
+  for (int row = 0; row < kBlockRows; ++row) {
+#pragma GCC unroll 6
+    for (int token = 0; token < kTokens; ++token) {
+      sums[row][token] = begins ? _mm512_setzero_ps() : kept[row * kTokens + token];
+    }
+  }
+  for (; groups > 0; --groups, elements += kGroupElems, x += kTokens * kGroupCols) {
+    typename Math::Vector w[kBlockRows];
+#pragma GCC unroll 4
+    for (int row = 0; row < kBlockRows; ++row) {
+      w[row] = Math::weight(_mm512_load_si512(elements + row * kGroupCols));
+    }
+#pragma GCC unroll 6
+    for (int token = 0; token < kTokens; ++token) {
+      const typename Math::Vector input = Math::input(x + token * kGroupCols);
+#pragma GCC unroll 4
+      for (int row = 0; row < kBlockRows; ++row) {
+        Math::add(w[row], input, sums[row][token], sums[row][token]);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int token = 0; token < kTokens; ++token) {
+    if (out != nullptr) {
+      _mm_storeu_ps(out + token * kBlockRows, add_up(sums[0][token], sums[1][token],
+                                                     sums[2][token], sums[3][token]));
+      continue;
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < kBlockRows; ++row) kept[row * kTokens + token] = sums[row][token];
+  }
+}
+
+using MultiplyPanel = void (*)(const uint16_t*, int64_t groups, const void* x, bool begins,
+                               __m512* kept, float* out);
+
+template <typename Math>
+constexpr MultiplyPanel kMultiplyPanel[kPanelTokens] = {
+    multiply_panel<Math, 1>, multiply_panel<Math, 2>, multiply_panel<Math, 3>,
+    multiply_panel<Math, 4>, multiply_panel<Math, 5>, multiply_panel<Math, 6>};
+
+template <typename Normal, typename Any>
+void multiply_many(const RowBitmapProduct& product) {
+  constexpr size_t kXBytes = sizeof(typename Normal::X);
+  const int64_t groups = num_groups(product.weight.k);
+  Panel panel;
+  for (int64_t first = product.first; first < product.last; first += kPanelBlocks) {
+    const int64_t blocks = std::min(kPanelBlocks, product.last - first);
+    RowBlock rows[kPanelBlocks];
+    for (int64_t i = 0; i < blocks; ++i) rows[i] = row_block(product.weight, first + i);
+    for (int64_t group = 0; group < groups; group += kPanelGroups) {
+      const int64_t count = std::min(kPanelGroups, groups - group);
+      const bool ends = group + count == groups;
+      for (int64_t i = 0; i < blocks; ++i) {
+        if (rows[i].masks == nullptr) continue;
+        decode_panel(rows[i].masks + group * kBlockRows, count, rows[i], panel.elements[i]);
+      }
+      float* sums = product.sums;
+      for (int64_t j = 0; j < product.token_blocks; ++j) {
+        const RowBitmapTokens& tokens = product.tokens[j];
+        const auto* x = static_cast<const char*>(tokens.x) +
+                        static_cast<size_t>(group * tokens.count * kGroupCols) * kXBytes;
+        for (int64_t i = 0; i < blocks; ++i) {
+          float* out = sums + (first + i - product.first) * tokens.count * kBlockRows;
+          if (rows[i].masks == nullptr) {
+            sum_nothing(tokens, out);
+            continue;
+          }
+          const bool normal = rows[i].smallest >= tokens.smallest_normal;
+          const auto multiply = (normal ? kMultiplyPanel<Normal> : kMultiplyPanel<Any>)[tokens.count - 1];
+          multiply(panel.elements[i], count, x, group == 0, panel.sums[j][i], ends ? out : nullptr);
+        }
+        sums += (product.last - product.first) * tokens.count * kBlockRows;
+      }
+    }
+  }
+}
+
+template <typename Normal, typename Any>
+void multiply(const RowBitmapProduct& product) {
+  if (product.token_blocks == 1) {
+    multiply_few<Normal, Any>(product);
+  } else {
+    multiply_many<Normal, Any>(product);
   }
 }
 
@@ -315,9 +446,11 @@ void decode(const PackedView& weight, int64_t first, int64_t last, uint16_t* den
 }  // namespace
 
 RowBitmapKernel row_bitmap_avx512(ValueType type, bool bf16) {
-  if (type == ValueType::kFloat16) return {true, 4, multiply<WideHalf, WideHalf>, decode};
-  if (!bf16) return {false, 4, multiply<WideBf16, WideBf16>, decode};
-  return {false, kMaxRowTokens, multiply<Dot, WideBf16>, decode};
+  if (type == ValueType::kFloat16) {
+    return {true, 4, 4, multiply<WideHalf, WideHalf>, decode};
+  }
+  if (!bf16) return {false, 4, 4, multiply<WideBf16, WideBf16>, decode};
+  return {false, kMaxRowTokens, kPanelTokens, multiply<Dot, WideBf16>, decode};
 }
 
 }  // namespace flash_llm

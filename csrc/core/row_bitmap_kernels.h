@@ -15,26 +15,41 @@
 
 namespace flash_llm {
 
+// Tokens that a kernel takes at a time, and how many times of them in one call.
 inline constexpr int kMaxRowTokens = 8;
+inline constexpr int64_t kMaxRowTokenBlocks = 32;
+
+// A few tokens as a kernel wants them.
+struct RowBitmapTokens {
+  // [groups][count][32 columns], zero beyond column k, 64-byte aligned unless it is the caller's
+  // own row: raw patterns, or fp32 where the kernel wants that.
+  const void* x = nullptr;
+  int count = 0;
+  // Blocks whose smallest value is at least this have only products that a kernel which takes
+  // subnormals for zeros multiplies right.
+  uint32_t smallest_normal = 0;
+  float empty[kMaxRowTokens] = {};  // what an empty block's rows sum up to, 0 or NaN
+};
 
 // Some tokens times some blocks.
 struct RowBitmapProduct {
   PackedView weight;
-  // [groups][tokens][32 columns], zero beyond column k, 64-byte aligned unless it is the caller's
-  // own row: raw patterns, or fp32 where the kernel wants that.
-  const void* x = nullptr;
-  int tokens = 0;                  // 1 ... the kernel's max_tokens
-  int64_t first = 0, last = 0;     // blocks
-  // Blocks whose smallest value is at least this have only products that a kernel which takes
-  // subnormals for zeros multiplies right.
-  uint32_t smallest_normal = 0;
-  const float* empty = nullptr;    // [tokens]: what an empty block's rows sum up to, 0 or NaN
-  float* sums = nullptr;           // [last - first][tokens][4 rows]
+  int64_t first = 0, last = 0;  // blocks
+  const RowBitmapTokens* tokens = nullptr;
+  int64_t token_blocks = 0;
+  float* sums = nullptr;  // token block after token block, each [last - first][count][4 rows]
 };
+
+// What an empty block's rows sum up to.
+inline void sum_nothing(const RowBitmapTokens& tokens, float* out) {
+  for (int i = 0; i < tokens.count * kBlockRows; ++i) out[i] = tokens.empty[i / kBlockRows];
+}
 
 struct RowBitmapKernel {
   bool float_x = false;
+  // Tokens of a block where one holds all, and where there are more.
   int max_tokens = 0;
+  int tokens_of_many = 0;
   void (*multiply)(const RowBitmapProduct& product) = nullptr;
   // Decodes blocks first ... last into dense[rows, k] (contiguous, from row 4 first on).
   void (*decode)(const PackedView& weight, int64_t first, int64_t last, uint16_t* dense) = nullptr;

@@ -1,6 +1,5 @@
 // The row bitmap's kernels in C++, for CPUs that have no others; and the choice between them.
 #include <algorithm>
-#include <bitset>
 #include <cstddef>
 
 #include "core/element.h"
@@ -18,17 +17,18 @@ using Lanes = float[kGroupCols];
 template <ValueType kType>
 void decode_group(uint32_t mask, const uint16_t*& values, const uint16_t* end, Lanes& elements) {
   std::fill_n(elements, kGroupCols, 0.0F);
-  for (size_t col = 0; mask != 0; ++col, mask >>= 1) {
-    if ((mask & 1U) != 0 && values != end) elements[col] = to_float<kType>(*values++);
+  for (; mask != 0 && values != end; mask &= mask - 1) {
+    elements[__builtin_ctz(mask)] = to_float<kType>(*values++);
   }
 }
 
 template <ValueType kType>
-void multiply_block(const RowBitmapProduct& product, RowBlock block, float* out) {
-  const auto tokens = static_cast<size_t>(product.tokens);
+void multiply_block(const RowBitmapTokens& block_tokens, int64_t groups, RowBlock block,
+                    float* out) {
+  const auto tokens = static_cast<size_t>(block_tokens.count);
   Lanes sums[kBlockRows][kMaxTokens] = {};
-  const auto* x = static_cast<const float*>(product.x);
-  for (int64_t group = 0; group < num_groups(product.weight.k); ++group) {
+  const auto* x = static_cast<const float*>(block_tokens.x);
+  for (int64_t group = 0; group < groups; ++group) {
     for (auto& row : sums) {
       Lanes w;
       decode_group<kType>(*block.masks++, block.values, block.end, w);
@@ -50,12 +50,15 @@ void multiply_block(const RowBitmapProduct& product, RowBlock block, float* out)
 template <ValueType kType>
 void multiply(const RowBitmapProduct& product) {
   float* out = product.sums;
-  for (int64_t i = product.first; i < product.last; ++i, out += product.tokens * kBlockRows) {
-    const RowBlock block = row_block(product.weight, i);
-    if (block.masks == nullptr) {
-      for (int j = 0; j < product.tokens * kBlockRows; ++j) out[j] = product.empty[j / kBlockRows];
-    } else {
-      multiply_block<kType>(product, block, out);
+  for (int64_t j = 0; j < product.token_blocks; ++j) {
+    const RowBitmapTokens& tokens = product.tokens[j];
+    for (int64_t i = product.first; i < product.last; ++i, out += tokens.count * kBlockRows) {
+      const RowBlock block = row_block(product.weight, i);
+      if (block.masks == nullptr) {
+        sum_nothing(tokens, out);
+      } else {
+        multiply_block<kType>(tokens, num_groups(product.weight.k), block, out);
+      }
     }
   }
 }
@@ -69,7 +72,7 @@ void decode(const PackedView& weight, int64_t first, int64_t last, uint16_t* den
 }  // namespace
 
 RowBitmapKernel row_bitmap_portable(ValueType type) {
-  return {true, kMaxTokens,
+  return {true, kMaxTokens, kMaxTokens,
           type == ValueType::kFloat16 ? multiply<ValueType::kFloat16>
                                       : multiply<ValueType::kBfloat16>,
           decode};

@@ -12,8 +12,18 @@ namespace {
 
 // Above this many tokens the CPU unpacks the weight and calls the dense GEMM.
 constexpr int64_t kCpuTilesMaxTokens = 16;
-constexpr int64_t kCpuRowsMaxTokens = 16;
-constexpr int64_t kCpuBlockBytes = int64_t{2} << 20;
+
+// The row bitmap's own kernels against blocks of decoded rows and torch's product, and against
+// torch's product of the dense weight, on 2 cores of an EPYC (Zen 4), 4096x4096 at 50 % zeros, in
+// milliseconds (2026-11-24):
+//   bf16  N = 16   2.1 / 3.8 / 2.5     64   6.2 / 6.8 / 5.9    128   11.5 / 11.7 / 10.5
+//         N = 256  22.6 / 21.3 / 19.8  512  44.8 / 41.6 / 39.2
+//   fp16  N = 16   3.5 / 12.6 / 11.7   32   5.7 / 24 / 23      512   89 / 406 / 726
+// Without AVX-512 BF16 that CPU's torch is no measure for bf16; there torch widens, too.
+constexpr int64_t kCpuRowsMaxTokensBf16 = 128;
+constexpr int64_t kCpuRowsMaxTokensSlow = 16;
+// What is decoded at a time: a part of the last-level cache, and enough rows for torch's product.
+constexpr int64_t kCpuBlockBytes = int64_t{8} << 20;
 // The LSCD kernel against unpack + cuBLAS on an H200, 28672x7168, fp16, in microseconds
 // (2026-11-23):
 //   N = 64    50 % 200 / 352   70 % 170 / 339   80 % 127 / 314   90 % 119 / 295
@@ -187,11 +197,27 @@ Status plan_bitmap_auto(const SpmmProblem& problem, const DeviceInfo& device, in
                      "the narrowest tile that covers N decodes each weight once", out);
 }
 
-Status plan_cpu_rows(const SpmmProblem& problem, const std::string& config, SpmmPlan* out) {
-  const bool forced = config != "auto";
-  const bool rows = forced ? config == "cpu_rows" : problem.n <= kCpuRowsMaxTokens;
-  out->route = rows ? SpmmRoute::kCpuRows : SpmmRoute::kCpuBlocks;
-  out->reason = forced ? "forced" : rows ? "TODO" : "TODO";
+Status plan_cpu_rows(const SpmmProblem& problem, CpuIsa isa, const std::string& config,
+                     SpmmPlan* out) {
+  if (config != "auto") {
+    out->route = config == "cpu_rows" ? SpmmRoute::kCpuRows : SpmmRoute::kCpuBlocks;
+    out->reason = "forced";
+    return Status::success();
+  }
+  if (problem.value_type == ValueType::kFloat16 && isa != CpuIsa::kPortable) {
+    out->route = SpmmRoute::kCpuRows;
+    out->reason = "each weight is decoded once, and torch's float16 product takes longer at any N";
+    return Status::success();
+  }
+  const bool fast = isa == CpuIsa::kAvx512Bf16 && problem.value_type == ValueType::kBfloat16;
+  const int64_t most = fast ? kCpuRowsMaxTokensBf16 : kCpuRowsMaxTokensSlow;
+  if (problem.n <= most) {
+    out->route = SpmmRoute::kCpuRows;
+    out->reason = "N <= " + std::to_string(most) + ": each weight is decoded once for several tokens";
+  } else {
+    out->route = SpmmRoute::kCpuBlocks;
+    out->reason = "N > " + std::to_string(most) + ": decoding blocks and the dense product cost less";
+  }
   return Status::success();
 }
 
@@ -360,7 +386,7 @@ Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const s
     out->reason = "forced";
     return Status::success();
   }
-  if (problem.format == Format::kRowBitmap) return plan_cpu_rows(problem, config, out);
+  if (problem.format == Format::kRowBitmap) return plan_cpu_rows(problem, device.cpu_isa, config, out);
   if (problem.format == Format::kBitmap) {
     return plan_dense(problem, "the bitmap format has no CPU kernel yet", out);
   }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/bitmap.h"
+#include "core/cpu_isa.h"
 #include "core/spmm.h"
 #include "core/status.h"
 #include "core/tiled_csl.h"
@@ -21,6 +22,8 @@ struct DeviceInfo {
   // Whether code for sm_90a, which no other device runs, can run here: the GPU is a Hopper and the
   // build has such code.
   bool has_sm90a = false;
+  // Of the CPU's kernels.
+  CpuIsa cpu_isa = CpuIsa::kPortable;
 };
 
 enum class SpmmRoute {

@@ -1,7 +1,6 @@
 // The row bitmap's products on the CPU: prepares X for the kernels (row_bitmap_kernels.h), cuts the
 // work, and finishes what they have summed.
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstring>
 #include <limits>
@@ -28,15 +27,7 @@ constexpr int kBf16MantissaBits = 7;
 constexpr uint32_t kNormalExponents = 2 * 127 - 112;
 constexpr uint32_t kNever = std::numeric_limits<uint32_t>::max();
 
-// Tokens first ... first + count - 1 of X as a kernel wants them.
-struct TokenBlock {
-  int64_t first = 0;
-  int count = 0;
-  const void* x = nullptr;
-  std::vector<uint32_t> buffer;  // behind x, unless x is the caller's
-  uint32_t smallest_normal = 0;
-  std::array<float, kMaxRowTokens> empty{};
-};
+using Buffer = std::vector<uint32_t>;  // behind RowBitmapTokens::x, unless that is the caller's
 
 // The smallest magnitude that is not zero, and the largest, as integers.
 struct Magnitudes {
@@ -63,30 +54,31 @@ uint32_t smallest_normal_weight(const Magnitudes& x) {
   return std::max(needed, 1U) << kBf16MantissaBits;
 }
 
+// block.count tokens of X from `token0` on.
 template <ValueType kType>
-void prepare(const SpmmArgs& args, bool float_x, TokenBlock& block) {
+void prepare(const SpmmArgs& args, bool float_x, int64_t token0, RowBitmapTokens& block,
+             Buffer& buffer) {
   const int64_t k = args.weight.k, groups = num_groups(k);
   const uint16_t infinity = kType == ValueType::kFloat16 ? 0x7C00 : 0x7F80;
   Magnitudes all;
   for (int token = 0; token < block.count; ++token) {
     Magnitudes own;
-    own.add(args.x + (block.first + token) * args.x_stride, k);
-    block.empty[static_cast<size_t>(token)] =
-        own.largest < infinity ? 0.0F : std::numeric_limits<float>::quiet_NaN();
+    own.add(args.x + (token0 + token) * args.x_stride, k);
+    block.empty[token] = own.largest < infinity ? 0.0F : std::numeric_limits<float>::quiet_NaN();
     all.smallest_less_1 = std::min(all.smallest_less_1, own.smallest_less_1);
   }
   block.smallest_normal = smallest_normal_weight(all);
 
-  const uint16_t* first = args.x + block.first * args.x_stride;
+  const uint16_t* first = args.x + token0 * args.x_stride;
   if (!float_x && block.count == 1 && k % kGroupCols == 0) {
     block.x = first;
     return;
   }
   constexpr size_t kLineWords = 16;
   const auto elems = static_cast<size_t>(groups * block.count * kGroupCols);
-  block.buffer.assign((float_x ? elems : elems / 2) + kLineWords, 0);
-  const auto address = reinterpret_cast<uintptr_t>(block.buffer.data());
-  uint32_t* aligned = block.buffer.data() + (64 - address % 64) % 64 / sizeof(uint32_t);
+  buffer.assign((float_x ? elems : elems / 2) + kLineWords, 0);
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+  uint32_t* aligned = buffer.data() + (64 - address % 64) % 64 / sizeof(uint32_t);
   block.x = aligned;
   for (int token = 0; token < block.count; ++token) {
     const uint16_t* row = first + token * args.x_stride;
@@ -106,15 +98,15 @@ void prepare(const SpmmArgs& args, bool float_x, TokenBlock& block) {
 }
 
 template <ValueType kType>
-void finish(const SpmmArgs& args, const TokenBlock& tokens, int64_t first_block, int64_t last_block,
-            const float* sums) {
+void finish(const SpmmArgs& args, int64_t token0, int tokens, int64_t first_block,
+            int64_t last_block, const float* sums) {
   const int64_t m = args.weight.m;
   const int64_t row0 = first_block * kBlockRows, rows = std::min(m, last_block * kBlockRows) - row0;
-  for (int token = 0; token < tokens.count; ++token) {
-    uint16_t* y = args.y + (tokens.first + token) * m + row0;
+  for (int token = 0; token < tokens; ++token) {
+    uint16_t* y = args.y + (token0 + token) * m + row0;
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t block = row / kBlockRows;
-      const float sum = sums[(block * tokens.count + token) * kBlockRows + row % kBlockRows];
+      const float sum = sums[(block * tokens + token) * kBlockRows + row % kBlockRows];
       const float bias = args.bias ? to_float<kType>(args.bias[row0 + row]) : 0.0F;
       y[row] = from_float<kType>(apply_activation(sum + bias, args.activation));
     }
@@ -124,30 +116,36 @@ void finish(const SpmmArgs& args, const TokenBlock& tokens, int64_t first_block,
 template <ValueType kType>
 void multiply(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for) {
   const RowBitmapKernel kernel = row_bitmap_kernel(isa, kType);
-  // Blocks of tokens as equal as can be.
-  const int64_t token_blocks = (args.n + kernel.max_tokens - 1) / kernel.max_tokens;
-  std::vector<TokenBlock> tokens(static_cast<size_t>(token_blocks));
-  for (int64_t i = 0; i < token_blocks; ++i) {
-    TokenBlock& block = tokens[static_cast<size_t>(i)];
-    block.first = i * args.n / token_blocks;
-    block.count = static_cast<int>((i + 1) * args.n / token_blocks - block.first);
-  }
+  const int64_t at_a_time = args.n <= kernel.max_tokens ? kernel.max_tokens : kernel.tokens_of_many;
+  const int64_t token_blocks = (args.n + at_a_time - 1) / at_a_time;
+  // Blocks as equal as can be.
+  const auto first_token = [&](int64_t i) { return i * args.n / token_blocks; };
+  std::vector<RowBitmapTokens> tokens(static_cast<size_t>(token_blocks));
+  std::vector<Buffer> buffers(tokens.size());
   parallel_for(token_blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      prepare<kType>(args, kernel.float_x, tokens[static_cast<size_t>(i)]);
+      RowBitmapTokens& block = tokens[static_cast<size_t>(i)];
+      block.count = static_cast<int>(first_token(i + 1) - first_token(i));
+      prepare<kType>(args, kernel.float_x, first_token(i), block, buffers[static_cast<size_t>(i)]);
     }
   });
 
   const int64_t block_work = std::max<int64_t>(1, kBlockRows * args.weight.k * args.n);
   const int64_t grain = std::max<int64_t>(1, kGrainElems / block_work);
   parallel_for(num_row_blocks(args.weight.m), grain, [&](int64_t begin, int64_t end) {
-    std::array<float, kCallBlocks * kMaxRowTokens * kBlockRows> sums;
+    const int64_t most_tokens = std::min(args.n, kMaxRowTokenBlocks * at_a_time);
+    std::vector<float> sums(static_cast<size_t>(kCallBlocks * kBlockRows * most_tokens));
     for (int64_t first = begin; first < end; first += kCallBlocks) {
       const int64_t last = std::min(end, first + kCallBlocks);
-      for (const TokenBlock& block : tokens) {
-        kernel.multiply({args.weight, block.x, block.count, first, last, block.smallest_normal,
-                         block.empty.data(), sums.data()});
-        finish<kType>(args, block, first, last, sums.data());
+      for (int64_t i = 0; i < token_blocks; i += kMaxRowTokenBlocks) {
+        const int64_t count = std::min(kMaxRowTokenBlocks, token_blocks - i);
+        kernel.multiply({args.weight, first, last, tokens.data() + i, count, sums.data()});
+        const float* found = sums.data();
+        for (int64_t j = i; j < i + count; ++j) {
+          const int num_tokens = tokens[static_cast<size_t>(j)].count;
+          finish<kType>(args, first_token(j), num_tokens, first, last, found);
+          found += (last - first) * num_tokens * kBlockRows;
+        }
       }
     }
   });

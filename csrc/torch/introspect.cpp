@@ -90,7 +90,8 @@ std::string explain_plan(int64_t m, int64_t n, int64_t k, int64_t nnz,
         value_type + "\"");
   }
   // As a build with the default list of architectures would answer.
-  const DeviceInfo device{compute_capability, num_sms, smem_per_sm_bytes, compute_capability == 90};
+  DeviceInfo device{compute_capability, num_sms, smem_per_sm_bytes, compute_capability == 90};
+  raise_if_error("explain_plan", select_cpu_isa(&device.cpu_isa));
   SpmmProblem problem{m, n, k, nnz};
   problem.value_type = value_type == "float16" ? ValueType::kFloat16 : ValueType::kBfloat16;
   if (format == "auto") {
@@ -119,7 +120,7 @@ std::vector<std::string> cpu_isas() {
 }
 
 py::tuple explain_format(int64_t m, int64_t k, int64_t nnz, int compute_capability) {
-  const DeviceInfo device{compute_capability, 0, 0, compute_capability == 90};
+  const DeviceInfo device{compute_capability, 0, 0, compute_capability == 90, CpuIsa::kPortable};
   const FormatChoice choice = select_format(m, k, nnz, device);
   return py::make_tuple(packed_format(choice.format).name, choice.reason);
 }

@@ -294,6 +294,39 @@ TEST(SelectPlanBitmap, AKernelOfTheOtherFormatIsRefusedByName) {
             StatusCode::kInvalidValue);
 }
 
+TEST(SelectPlanRows, KernelOrBlocksByTokensTypeAndInstructionSet) {
+  const auto most_tokens = [](ValueType type, CpuIsa isa) {
+    DeviceInfo device;
+    device.cpu_isa = isa;
+    int64_t most = 0;
+    for (int64_t n = 1; n <= 4096; n *= 2) {
+      SpmmProblem p = problem(4096, n, 4096, 0.5);
+      p.format = Format::kRowBitmap;
+      p.value_type = type;
+      SpmmPlan plan;
+      EXPECT_TRUE(select_plan(p, device, "auto", 0, &plan).ok());
+      EXPECT_FALSE(plan.reason.empty());
+      EXPECT_EQ(plan.name(), plan.route == SpmmRoute::kCpuRows ? "cpu_rows" : "cpu_blocks");
+      if (plan.route == SpmmRoute::kCpuRows) most = n;
+    }
+    return most;
+  };
+  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx512Bf16), 128);
+  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx512), 16);
+  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kPortable), 16);
+  EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx512Bf16), 4096);
+  EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx2), 4096);
+  EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kPortable), 16);
+}
+
+TEST(CpuBlockRows, AreWholeBlocksOfAtLeastOne) {
+  for (const int64_t k : {0, 1, 31, 4096, 28672, INT32_MAX}) {
+    EXPECT_GE(cpu_block_rows(k), 4) << k;
+    EXPECT_EQ(cpu_block_rows(k) % 4, 0) << k;
+  }
+  EXPECT_EQ(cpu_block_rows(4096), 1024);
+}
+
 TEST(SelectFormat, FollowsTheDeviceAndTheDensity) {
   const auto name = [](double sparsity, const DeviceInfo& device) {
     const SpmmProblem p = problem(4096, 1, 4096, sparsity);

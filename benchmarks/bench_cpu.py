@@ -1,0 +1,241 @@
+"""SpMM on the CPU against torch's dense products and the stream floor; one JSON row per case.
+
+    python benchmarks/bench_cpu.py --shapes llama-8b 576x576 --n 1 8 --dtype bfloat16
+
+Dense are ``F.linear`` in float32, bfloat16 and float16, the fastest of which is what a user would
+take. All contenders take turns, over weights that are rotated through more than the caches hold.
+Rows go to ``benchmarks/results/cpu.jsonl``; a case that was measured before has its row replaced.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from bench_spmm import MAX_REL_ERR, exact_product, relative_error
+from rows import RESULTS, check_row, commit_hash, cpu_name, print_table, write_rows
+from stream_floor_cpu import CpuStreamFloor
+from timing import REPLAYS, Timing, copies_to_rotate, time_cpu
+from torch import Tensor
+from weights import DTYPES, Weight, add_weight_options, make_weight, weights_of
+
+import flash_llm
+from flash_llm import _extension
+
+DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What torch multiplies at the dtype of the weight.
+NAME_OF = {"bfloat16": "bf16", "float16": "fp16"}
+FORMAT = "row_bitmap"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product Y[N, M] = X[N, K] . W^T."""
+
+    weight: Weight
+    n: int
+    config: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was found out about a case.
+
+    Attributes:
+        ours: our time.
+        dense: torch's, by the names of :data:`DENSE`.
+        floor: time of reading the payload.
+        rel_err: of our result.
+        isa: instruction set of our kernel.
+    """
+
+    ours: Timing
+    dense: dict[str, Timing]
+    floor: Timing
+    rel_err: float
+    isa: str
+
+
+# Above this many tokens two copies are enough: what counts is no longer where the weight comes from.
+MANY_TOKENS = 16
+
+
+class Operands:
+    """A weight in every form that is timed, and the tokens of the largest N.
+
+    Packed copies are packed one by one, for cloning would not give them huge pages, as packing does.
+
+    Args:
+        weight: which weight.
+        max_n: the largest N, whose first tokens are those of any other.
+        real: see :func:`weights.make_weight`.
+    """
+
+    def __init__(self, weight: Weight, max_n: int, real: Path | None) -> None:
+        dtype = DTYPES[weight.dtype]
+        generator = torch.Generator().manual_seed(weight.k)
+        dense = make_weight(weight.m, weight.k, weight.sparsity, weight.mask, dtype, "cpu", real)
+        self.x = torch.randn(max_n, weight.k, generator=generator).to(dtype)
+        self.exact = exact_product(self.x, dense)
+        first = flash_llm.pack(dense, FORMAT)
+        others = copies_to_rotate(first.nbytes) - 1
+        self.packed = [first, *(flash_llm.pack(dense, FORMAT) for _ in range(others))]
+        self.dense = {}
+        for name, to in DENSE.items():
+            copies = copies_to_rotate(dense.numel() * to.itemsize)
+            self.dense[name] = [dense.to(to, copy=True) for _ in range(copies)]
+
+    def dense_calls(self, name: str, n: int) -> list[Callable[[], Tensor]]:
+        """Return torch's product in one dtype, on each copy."""
+        x = self.x[:n].to(DENSE[name])
+        return [lambda w=w: F.linear(x, w) for w in self.dense[name]]
+
+    def sparse_calls(self, n: int, config: str) -> list[Callable[[], Tensor]]:
+        """Return ours on each copy."""
+        x = self.x[:n]
+        return [lambda w=w: flash_llm.spmm(x, w, config=config) for w in self.packed]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How cases are measured.
+
+    Attributes:
+        floor: reads bytes.
+        config: the route to force, or ``"auto"``.
+        dense: names of the dense dtypes to time with more than :data:`MANY_TOKENS` tokens, besides
+            that of the weight; with fewer all are.
+        replays: timed turns; see :mod:`timing`.
+        real: file of real matrices for the mask "real".
+    """
+
+    floor: CpuStreamFloor
+    config: str = "auto"
+    dense: Sequence[str] = ()
+    replays: int = REPLAYS
+    real: Path | None = None
+
+    def measure(self, weight: Weight, tokens: Sequence[int]) -> Iterator[tuple[Case, Measurement]]:
+        """Check and time a weight with each N of ``tokens``.
+
+        Raises:
+            RuntimeError: a result is wrong.
+        """
+        operands = Operands(weight, max(tokens), self.real)
+        for n in tokens:
+            case = Case(weight, n, self.config)
+            ours = operands.sparse_calls(n, self.config)
+            rel_err = relative_error(ours[0](), operands.exact[:n])
+            if not rel_err <= MAX_REL_ERR[weight.dtype]:  # NaN too
+                raise RuntimeError(f"{case}: relative error {rel_err:.3g}")
+            names = list(DENSE) if n <= MANY_TOKENS else [*self.dense, NAME_OF[weight.dtype]]
+            contenders: dict[Hashable, Sequence[Callable[[], object]]] = {
+                "ours": ours,
+                **{name: operands.dense_calls(name, n) for name in names},
+                "floor": [lambda w=w: self.floor.read(w.payload) for w in operands.packed],
+            }
+            if n > MANY_TOKENS:
+                contenders = {name: calls[:2] for name, calls in contenders.items()}
+            timings = time_cpu(contenders, replays=self.replays)
+            dense = {name: timings[name] for name in DENSE if name in timings}
+            isa = _extension.require().cpu_isa()
+            yield case, Measurement(timings["ours"], dense, timings["floor"], rel_err, isa)
+
+
+def make_row(case: Case, found: Measurement, cpu: str, commit: str) -> dict[str, object]:
+    """Return the checked JSON row of a measurement."""
+    row = {
+        "bench": "cpu",
+        "cpu": cpu,
+        "isa": found.isa,
+        "threads": torch.get_num_threads(),
+        "M": case.weight.m,
+        "K": case.weight.k,
+        "N": case.n,
+        "sparsity": case.weight.sparsity,
+        "mask": case.weight.mask,
+        "dtype": case.weight.dtype,
+        "format": FORMAT,
+        "us": round(found.ours.us, 2),
+        "dense_us": {
+            name: round(found.dense[name].us, 2) if name in found.dense else None for name in DENSE
+        },
+        "stream_floor_us": round(found.floor.us, 2),
+        "rel_err": float(f"{found.rel_err:.3g}"),
+        "torch": str(torch.__version__),
+        "commit": commit,
+    }
+    check_row(row)
+    return row
+
+
+HEADINGS = (
+    *("M", "K", "N", "sparsity", "dtype", "us", "±%"),
+    *(f"{name} us" for name in DENSE),
+    *("x own", "x fastest", "of floor"),
+)
+
+
+def table_line(case: Case, found: Measurement) -> tuple[str, ...]:
+    """Return the cells under :data:`HEADINGS`; ± is the spread of our turns."""
+    ours, own = found.ours.us, found.dense[NAME_OF[case.weight.dtype]].us
+    return (
+        *(str(case.weight.m), str(case.weight.k), str(case.n), f"{case.weight.sparsity:g}"),
+        *(case.weight.dtype, f"{ours:.1f}", f"{50 * found.ours.spread:.0f}"),
+        *(f"{found.dense[name].us:.1f}" if name in found.dense else "-" for name in DENSE),
+        f"{own / ours:.2f}",
+        f"{min(dense.us for dense in found.dense.values()) / ours:.2f}",
+        f"{found.floor.us / ours:.2f}",
+    )
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_weight_options(parser)
+    parser.set_defaults(shapes=["llama-8b", "576x576", "1536x576", "576x1536"], dtype=["bfloat16"])
+    parser.add_argument("--n", nargs="+", type=int, default=[1, 8], help="tokens")
+    parser.add_argument("--config", default="auto", help="force a route, see plan_names")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dense", nargs="+", choices=list(DENSE), default=[], help="also above 16")
+    parser.add_argument("--replays", type=int, default=REPLAYS)
+    parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.jsonl")
+    arguments = parser.parse_args(argv)
+    try:
+        list(weights_of(arguments))
+    except ValueError as error:
+        parser.error(str(error))
+    if min(arguments.n) < 1:
+        parser.error(f"N must be positive, got {min(arguments.n)}")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    arguments = parse_arguments(argv)
+    torch.set_num_threads(arguments.threads)
+    commit = commit_hash(arguments.commit)
+    cpu = cpu_name(Path("/proc/cpuinfo").read_text())
+    bench = Bench(
+        CpuStreamFloor(), arguments.config, arguments.dense, arguments.replays, arguments.real
+    )
+    lines = []
+    with torch.inference_mode():
+        for weight in weights_of(arguments):
+            rows = []
+            for case, found in bench.measure(weight, arguments.n):
+                lines.append(table_line(case, found))
+                print(" ".join(lines[-1]), file=sys.stderr, flush=True)
+                rows.append(make_row(case, found, cpu, commit))
+            if arguments.config == "auto":  # weight by weight: what was measured is kept
+                write_rows(arguments.out, rows)
+    print_table(HEADINGS, lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
