@@ -59,14 +59,14 @@ class Measurement:
     isa: str
 
 
-# Above this many tokens two copies are enough: what counts is no longer where the weight comes from.
+# Above this many tokens two copies are enough: it hardly counts where the weight comes from.
 MANY_TOKENS = 16
 
 
 class Operands:
     """A weight in every form that is timed, and the tokens of the largest N.
 
-    Packed copies are packed one by one, for cloning would not give them huge pages, as packing does.
+    Packed copies are packed one by one: clones would not have the huge pages that packing asks for.
 
     Args:
         weight: which weight.

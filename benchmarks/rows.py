@@ -110,6 +110,9 @@ def check_row(row: dict[str, object]) -> None:
     for field in POSITIVE_FIELDS:
         if row.get(field) is not None and not row[field] > 0:
             raise ValueError(f"{field} must be positive, got {row[field]!r}")
+    for name, us in row.get("dense_us", {}).items():
+        if us is not None and not (type(us) is float and us > 0):
+            raise ValueError(f"dense_us of {name} must be a positive number or null, got {us!r}")
     if row["mask"] not in MASKS:
         raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {row['mask']!r}")
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,15 +14,19 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_cpu  # noqa: E402
 import bench_pack  # noqa: E402
 import bench_spmm  # noqa: E402
 import fp8  # noqa: E402
+import plot_cpu  # noqa: E402
 import plot_spmm  # noqa: E402
 import rows  # noqa: E402
 import shapes  # noqa: E402
 import stream_floor  # noqa: E402
 import timing  # noqa: E402
 import weights  # noqa: E402
+
+from flash_llm import _extension  # noqa: E402
 
 WEIGHT = bench_spmm.Weight(256, 128, 0.8, "uniform", "float16")
 CASE = bench_spmm.Case(WEIGHT, 8, "tiled_csl", "auto", True)
@@ -158,10 +163,54 @@ def test_committed_rows_follow_the_schema():
         assert found
         for row in found:
             rows.check_row(row)
-            assert f"{row['bench']}-{row['gpu']}.jsonl" == path.name
-            if row["bench"] == "spmm":
+            assert path.stem == ("cpu" if row["bench"] == "cpu" else f"{row['bench']}-{row['gpu']}")
+            if row["bench"] in ("spmm", "cpu"):
                 assert row["rel_err"] <= bench_spmm.MAX_REL_ERR[row["dtype"]]
         assert len({rows.case_of(row) for row in found}) == len(found)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_whole_benchmark_of_the_cpu(dtype, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "ROTATION_BYTES", 2**20)
+    if shutil.which("g++") is None:
+        pytest.skip("the stream floor needs g++")
+    out = tmp_path / "cpu.jsonl"
+    arguments = ["--shapes", "64x96", "--sparsity", "0.5", "0.9", "--dtype", dtype, "--n", "1", "8"]
+    assert bench_cpu.main([*arguments, "33", "--commit", "0123abc", "--out", str(out)]) == 0
+    found = rows.read_rows(out)
+    assert [(row["sparsity"], row["N"]) for row in found] == [
+        (s, n) for n in (1, 8, 33) for s in (0.5, 0.9)
+    ]
+    isa = _extension.require().cpu_isa()
+    for row in found:
+        rows.check_row(row)
+        assert (row["dtype"], row["format"], row["isa"]) == (dtype, "row_bitmap", isa)
+        own = bench_cpu.NAME_OF[dtype]
+        measured = {name for name, us in row["dense_us"].items() if us is not None}
+        assert measured == ({"fp32", "bf16", "fp16"} if row["N"] <= 16 else {own})
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 7 and table[0].split()[:4] == ["M", "K", "N", "sparsity"]
+    with pytest.raises(ValueError, match="dense_us of bf16 must be a positive number"):
+        rows.check_row({**found[0], "dense_us": {**found[0]["dense_us"], "bf16": 0.0}})
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    assert plot_cpu.main(["--dtype", dtype, "--results", str(tmp_path)]) == 0
+    assert (tmp_path / "cpu-speedup.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        plot_cpu.main(["--results", str(tmp_path / "nowhere")])
+
+
+def test_a_wrong_result_on_the_cpu_is_not_timed(monkeypatch):
+    monkeypatch.setattr(timing, "ROTATION_BYTES", 2**16)
+    spmm = bench_cpu.flash_llm.spmm
+    monkeypatch.setattr(bench_cpu.flash_llm, "spmm", lambda x, w, **k: spmm(x, w, **k).flip(-1))
+    with pytest.raises(RuntimeError, match="relative error"):
+        list(bench_cpu.Bench(FakeFloor()).measure(WEIGHT, [1]))
+
+
+@pytest.mark.parametrize("arguments", ["--shapes 4y4", "--sparsity 1.5", "--n 0"])
+def test_bad_arguments_of_the_cpu_benchmark_are_refused(arguments):
+    with pytest.raises(SystemExit):
+        bench_cpu.main(arguments.split())
 
 
 def test_the_readme_of_the_benchmarks_names_every_field():

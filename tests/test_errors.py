@@ -632,7 +632,9 @@ ROW_BITMAP_CONTENTS = {
         ("block 0: value 0 is zero",),
     ),
     "negative zero": (
-        lambda w: changed(w, payload=set_word(w.payload, 13, int(w.payload[13]) & ~0x7FFF | 0x8000)),
+        lambda w: changed(
+            w, payload=set_word(w.payload, 13, int(w.payload[13]) & ~0x7FFF | 0x8000)
+        ),
         ("block 0: value 0 is zero",),
     ),
     "smallest value": (

@@ -55,7 +55,10 @@ def test_bytes_are_as_described(m, k, sparsity, dtype):
 @given(weights())
 def test_property_bytes_are_as_described(weight):
     bits, dtype = weight
-    blocks, written = blocks_of(RowBitmap.from_dense(from_bits(bits, dtype))), write_row_bitmap(bits)
+    blocks, written = (
+        blocks_of(RowBitmap.from_dense(from_bits(bits, dtype))),
+        write_row_bitmap(bits),
+    )
     for block, expected in itertools.zip_longest(blocks, written, fillvalue=None):
         np.testing.assert_array_equal(block, expected)
 

@@ -151,7 +151,8 @@ def test_report_prints_as_an_aligned_table_and_as_html(format):
 
 
 @pytest.mark.parametrize(
-    ("format", "sparsity", "factor"), [("tiled_csl", 0.3, "1.4"), ("bitmap", 0.0, "1.0"), ("row_bitmap", 0.0, "1.0")]
+    ("format", "sparsity", "factor"),
+    [("tiled_csl", 0.3, "1.4"), ("bitmap", 0.0, "1.0"), ("row_bitmap", 0.0, "1.0")],
 )
 def test_layer_that_would_not_shrink_stays_dense(format, sparsity, factor):
     model = nn.Sequential(linear(sparsity=0.8), linear(128, 256, sparsity=sparsity), linear(0, 5))

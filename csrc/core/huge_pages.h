@@ -1,6 +1,6 @@
 // Large buffers that are read from one end to the other are read faster from huge pages: on an EPYC
-// (Zen 4) 35 instead of 27 GB/s, because fewer pages have to be looked up. Linux gives them where it
-// is asked to, in most distributions' setting ("madvise").
+// (Zen 4) 35 instead of 27 GB/s, because fewer pages have to be looked up. Linux gives them where
+// it is asked to, in most distributions' setting ("madvise").
 #pragma once
 
 #include <cstddef>

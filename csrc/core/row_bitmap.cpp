@@ -134,8 +134,8 @@ void row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
     for (int64_t block = begin; block < end; ++block) {
       const int64_t units = int64_t{offsets[block + 1]} - offsets[block];
       if (units == 0) continue;
-      pack_block(dense + block * kBlockRows * ld, ld, rows_of(m, block), k,
-                 units * kBlockUnitWords, payload + int64_t{offsets[block]} * kBlockUnitWords);
+      pack_block(dense + block * kBlockRows * ld, ld, rows_of(m, block), k, units * kBlockUnitWords,
+                 payload + int64_t{offsets[block]} * kBlockUnitWords);
     }
   });
 }

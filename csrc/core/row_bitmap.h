@@ -11,7 +11,8 @@
 //              word 0   the smallest of its values without their signs, as an integer
 //              masks    uint32[groups][4 rows]: bit c of group j of a row says whether the element
 //                       of column 32 j + c is stored
-//              values   uint16, group by group, in each row by row, in each by rising column: in the
+//              values   uint16, group by group, in each row by row, in each by rising column: in
+//              the
 //                       order of the masks
 //              zeros    up to the next unit
 //
@@ -27,8 +28,8 @@
 //
 // Invariants (row_bitmap_validate checks all of them): a block is as long as its masks say, word 0
 // is right, bits outside the matrix are 0, no stored value is ±0, halfwords after the last value
-// are 0, a block with words has a bit, and the number of bits is nnz. Packing is canonical: a matrix
-// has one packed form.
+// are 0, a block with words has a bit, and the number of bits is nnz. Packing is canonical: a
+// matrix has one packed form.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +49,8 @@ constexpr int64_t num_row_blocks(int64_t m) { return (m + kBlockRows - 1) / kBlo
 constexpr int64_t num_groups(int64_t k) { return (k + kGroupCols - 1) / kGroupCols; }
 
 // A block's parts. One that has no words, or, in a malformed weight, none that could be read, has
-// no masks. There may be fewer values up to `end`, the payload's, than the masks say: readers check.
+// no masks. There may be fewer values up to `end`, the payload's, than the masks say: readers
+// check.
 struct RowBlock {
   const uint32_t* masks = nullptr;  // [groups][kBlockRows]
   const uint16_t* values = nullptr;

@@ -122,8 +122,7 @@ struct Block {
     while (masks != masks_end) {
       const int64_t safe = groups_before_end(values.next, values.end);
       if (safe == 0) break;
-      const uint32_t* const stop =
-          masks + std::min<int64_t>(masks_end - masks, safe * kBlockRows);
+      const uint32_t* const stop = masks + std::min<int64_t>(masks_end - masks, safe * kBlockRows);
       for (; masks != stop; masks += kBlockRows, x += kTokens * kGroupCols) {
         sums.add_group(masks, x, values);
       }
@@ -136,8 +135,8 @@ struct Block {
       const __m256 ab = _mm256_hadd_ps(sums.sums[0][token], sums.sums[1][token]);
       const __m256 cd = _mm256_hadd_ps(sums.sums[2][token], sums.sums[3][token]);
       const __m256 abcd = _mm256_hadd_ps(ab, cd);
-      _mm_storeu_ps(out + token * kBlockRows, _mm_add_ps(_mm256_castps256_ps128(abcd),
-                                                         _mm256_extractf128_ps(abcd, 1)));
+      _mm_storeu_ps(out + token * kBlockRows,
+                    _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
     }
   }
 };
@@ -215,10 +214,10 @@ void decode(const PackedView& weight, int64_t first, int64_t last, uint16_t* den
 }  // namespace
 
 RowBitmapKernel row_bitmap_avx2(ValueType type) {
-  return {true, kMaxTokens, kMaxTokens,
-          type == ValueType::kFloat16 ? multiply<ValueType::kFloat16>
-                                      : multiply<ValueType::kBfloat16>,
-          decode};
+  return {
+      true, kMaxTokens, kMaxTokens,
+      type == ValueType::kFloat16 ? multiply<ValueType::kFloat16> : multiply<ValueType::kBfloat16>,
+      decode};
 }
 
 }  // namespace flash_llm

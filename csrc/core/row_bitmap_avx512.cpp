@@ -54,9 +54,9 @@ struct Values {
 };
 
 // Blocks follow each other, so what lies ahead of the values is what will be read, masks too. The
-// CPU's own prefetcher, which sees streams begin and end every few kilobytes and stops at each page,
-// brings 4096x4096 at 50 % zeros in 960 us; with these it takes 830 (on huge pages 630), at 90 %
-// 360 instead of 490 us. Two lines per step of four groups are what is read at 50 %.
+// CPU's own prefetcher, which sees streams begin and end every few kilobytes and stops at each
+// page, brings 4096x4096 at 50 % zeros in 960 us; with these it takes 830 (on huge pages 630), at
+// 90 % 360 instead of 490 us. Two lines per step of four groups are what is read at 50 %.
 FLASH_LLM_AVX512 inline void prefetch(const uint16_t* values) {
   const auto* bytes = reinterpret_cast<const char*>(values);
   _mm_prefetch(bytes + 1024, _MM_HINT_T0);
@@ -190,8 +190,7 @@ struct Rows {
     while (masks != masks_end) {
       const int64_t safe = groups_before_end(values.next, values.end);
       if (safe == 0) break;
-      const uint32_t* const stop =
-          masks + std::min<int64_t>(masks_end - masks, safe * kBlockRows);
+      const uint32_t* const stop = masks + std::min<int64_t>(masks_end - masks, safe * kBlockRows);
       for (; masks != stop; masks += kBlockRows, x += kTokens * kGroupCols) {
         rows.add_group(masks, x, zero, values);
       }
@@ -301,8 +300,9 @@ FLASH_LLM_AVX512 void decode_panel(const uint32_t* masks, int64_t groups, RowBlo
 }
 
 template <typename Math, int kTokens>
-FLASH_LLM_AVX512 void multiply_panel(const uint16_t* elements, int64_t groups, const void* x_of_groups,
-                                     bool begins, __m512* kept, float* out) {
+FLASH_LLM_AVX512 void multiply_panel(const uint16_t* elements, int64_t groups,
+                                     const void* x_of_groups, bool begins, __m512* kept,
+                                     float* out) {
   const auto* x = static_cast<const typename Math::X*>(x_of_groups);
   __m512 sums[kBlockRows][kTokens];
 #pragma GCC unroll 4
@@ -330,8 +330,8 @@ FLASH_LLM_AVX512 void multiply_panel(const uint16_t* elements, int64_t groups, c
 #pragma GCC unroll 6
   for (int token = 0; token < kTokens; ++token) {
     if (out != nullptr) {
-      _mm_storeu_ps(out + token * kBlockRows, add_up(sums[0][token], sums[1][token],
-                                                     sums[2][token], sums[3][token]));
+      _mm_storeu_ps(out + token * kBlockRows,
+                    add_up(sums[0][token], sums[1][token], sums[2][token], sums[3][token]));
       continue;
     }
 #pragma GCC unroll 4
@@ -375,7 +375,8 @@ void multiply_many(const RowBitmapProduct& product) {
             continue;
           }
           const bool normal = rows[i].smallest >= tokens.smallest_normal;
-          const auto multiply = (normal ? kMultiplyPanel<Normal> : kMultiplyPanel<Any>)[tokens.count - 1];
+          const auto multiply =
+              (normal ? kMultiplyPanel<Normal> : kMultiplyPanel<Any>)[tokens.count - 1];
           multiply(panel.elements[i], count, x, group == 0, panel.sums[j][i], ends ? out : nullptr);
         }
         sums += (product.last - product.first) * tokens.count * kBlockRows;

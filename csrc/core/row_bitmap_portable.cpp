@@ -72,10 +72,10 @@ void decode(const PackedView& weight, int64_t first, int64_t last, uint16_t* den
 }  // namespace
 
 RowBitmapKernel row_bitmap_portable(ValueType type) {
-  return {true, kMaxTokens, kMaxTokens,
-          type == ValueType::kFloat16 ? multiply<ValueType::kFloat16>
-                                      : multiply<ValueType::kBfloat16>,
-          decode};
+  return {
+      true, kMaxTokens, kMaxTokens,
+      type == ValueType::kFloat16 ? multiply<ValueType::kFloat16> : multiply<ValueType::kBfloat16>,
+      decode};
 }
 
 RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type) {

@@ -366,7 +366,8 @@ void validate_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& p
   raise_if_error("validate", weight.format().validate(weight.view(), parallel_for));
 }
 
-// The dense route a block of rows at a time: what is decoded is multiplied while it is in the cache.
+// The dense route a block of rows at a time: what is decoded is multiplied while it is in the
+// cache.
 Tensor spmm_cpu_blocks(const SpmmCall& call, CpuIsa isa) {
   const PackedHeader& h = call.weight.header;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -434,8 +435,8 @@ cuda::PackKernels pack_kernels(Format format) {
 // A format without kernels here is packed on the host.
 Packed pack_dense_on_host(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
   const Tensor host = dense.tensor.cpu();
-  const auto [header, offsets, payload] = pack_dense_cpu(
-      op, {host, dense.value_type, dense.m, dense.k, host.stride(0)}, format);
+  const auto [header, offsets, payload] =
+      pack_dense_cpu(op, {host, dense.value_type, dense.m, dense.k, host.stride(0)}, format);
   const auto device = dense.tensor.device();
   return {header, offsets.to(device), payload.to(device)};
 }

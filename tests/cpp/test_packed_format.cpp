@@ -30,8 +30,9 @@ TEST(Formats, EachHasARowAndANameOfItsOwn) {
     EXPECT_EQ(parsed, format);
   }
   Format parsed{};
-  EXPECT_EQ(parse_format("csr", &parsed).message,
-            "format must be \"auto\" or \"tiled_csl\" or \"bitmap\" or \"row_bitmap\", got \"csr\"");
+  EXPECT_EQ(
+      parse_format("csr", &parsed).message,
+      "format must be \"auto\" or \"tiled_csl\" or \"bitmap\" or \"row_bitmap\", got \"csr\"");
 }
 
 TEST(Header, MagicSpellsTheName) {
