@@ -41,8 +41,8 @@
 
 namespace flash_llm {
 
-inline constexpr int kBlockRows = 4;
-inline constexpr int kGroupCols = 32;
+inline constexpr int64_t kBlockRows = 4;
+inline constexpr int64_t kGroupCols = 32;
 inline constexpr int kBlockUnitWords = 4;
 
 constexpr int64_t num_row_blocks(int64_t m) { return (m + kBlockRows - 1) / kBlockRows; }
@@ -59,7 +59,7 @@ struct RowBlock {
 };
 
 inline RowBlock row_block(const PackedView& view, int64_t block) {
-  if (view.k == 0) return {};  // and so no offsets
+  if (view.k == 0 || view.payload == nullptr) return {};  // without columns there are no offsets
   const int64_t begin = int64_t{view.offsets[block]} * kBlockUnitWords;
   const int64_t mask_words = num_groups(view.k) * kBlockRows;
   if (view.offsets[block + 1] <= view.offsets[block] || begin < 0 ||

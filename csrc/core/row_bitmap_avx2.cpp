@@ -19,8 +19,8 @@ namespace flash_llm {
 namespace {
 
 constexpr int kMaxTokens = 2;  // times four rows: half of the registers
-constexpr int kPartCols = 8;
-constexpr int kParts = kGroupCols / kPartCols;
+constexpr int64_t kPartCols = 8;
+constexpr int64_t kParts = kGroupCols / kPartCols;
 
 // Row `bits`: for each column the two bytes of its value among the packed ones, or 0x80 for none.
 using Shuffles = std::array<std::array<uint8_t, 2 * kPartCols>, 256>;
