@@ -89,8 +89,26 @@ def test_the_layer_order_is_the_one_that_is_tested():
     assert len(ranks) >= 8
 
 
+def test_cpu_table_is_what_the_rows_say():
+    measured = README[README.index("### On a CPU") : README.index("## Environment variables")]
+    commit = re.search(r"commit\s+`(\w+)`", measured)[1]
+    rows = {}
+    for line in (ROOT / "benchmarks/results/cpu.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["dtype"] == "bfloat16":
+            rows[row["M"], row["K"], row["N"], row["sparsity"]] = row
+    lines = re.findall(r"^\| (\d+)×(\d+) \| (\d+) \| (.+) \|$", measured, re.MULTILINE)
+    assert len(lines) == 12
+    for m, k, n, cells in lines:
+        for sparsity, cell in zip((0.5, 0.6, 0.7, 0.8, 0.9), cells.split(" | "), strict=True):
+            row = rows[int(m), int(k), int(n), sparsity]
+            fastest = min(row["dense_us"].values())
+            assert cell == f"{row['dense_us']['bf16'] / row['us']:.2f} / {fastest / row['us']:.2f}"
+            assert row["commit"].startswith(commit)
+
+
 def test_measured_table_is_what_the_rows_say():
-    measured = README[README.index("### Measured") : README.index("## Environment variables")]
+    measured = README[README.index("### Measured") : README.index("### On a CPU")]
     commit = re.search(r"commit\s+`(\w+)`", measured)[1]
     rows = {}
     for line in (ROOT / "benchmarks/results/spmm-h200.jsonl").read_text().splitlines():

@@ -213,10 +213,12 @@ Status plan_cpu_rows(const SpmmProblem& problem, CpuIsa isa, const std::string& 
   const int64_t most = fast ? kCpuRowsMaxTokensBf16 : kCpuRowsMaxTokensSlow;
   if (problem.n <= most) {
     out->route = SpmmRoute::kCpuRows;
-    out->reason = "N <= " + std::to_string(most) + ": each weight is decoded once for several tokens";
+    out->reason =
+        "N <= " + std::to_string(most) + ": each weight is decoded once for several tokens";
   } else {
     out->route = SpmmRoute::kCpuBlocks;
-    out->reason = "N > " + std::to_string(most) + ": decoding blocks and the dense product cost less";
+    out->reason =
+        "N > " + std::to_string(most) + ": decoding blocks and the dense product cost less";
   }
   return Status::success();
 }
