@@ -434,7 +434,7 @@ cuda::PackKernels pack_kernels(Format format) {
 
 // A format without kernels here is packed on the host.
 Packed pack_dense_on_host(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
-  const Tensor host = dense.tensor.cpu();
+  const Tensor host = dense.tensor.contiguous().cpu();
   const auto [header, offsets, payload] =
       pack_dense_cpu(op, {host, dense.value_type, dense.m, dense.k, host.stride(0)}, format);
   const auto device = dense.tensor.device();
