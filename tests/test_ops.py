@@ -164,8 +164,8 @@ def test_compiles_with_inductor(format, device, fresh_dynamo):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_compiles_with_cuda_graphs(format, fresh_dynamo):
-    w, _ = packed_and_dense(format, device="cuda")
+def test_compiles_with_cuda_graphs(gpu_format, fresh_dynamo):
+    w, _ = packed_and_dense(gpu_format, device="cuda")
     compiled = torch.compile(
         lambda x: flash_llm.spmm(x + 1, w), fullgraph=True, mode="reduce-overhead"
     )

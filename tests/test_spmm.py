@@ -407,7 +407,11 @@ def test_repeated_calls_agree_bit_for_bit(format, device, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("format", "config"), [("tiled_csl", "cpu_tiles"), ("tiled_csl", "dense"), ("bitmap", "dense")]
+    ("format", "config"),
+    [
+        *(("tiled_csl", "cpu_tiles"), ("tiled_csl", "dense"), ("bitmap", "dense")),
+        *(("row_bitmap", "cpu_rows"), ("row_bitmap", "cpu_blocks"), ("row_bitmap", "dense")),
+    ],
 )
 def test_a_layer_of_a_real_model(format, config):
     weight = testing.random_sparse(4096, 4096, 0.8, dtype=torch.bfloat16)
