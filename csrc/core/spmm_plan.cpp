@@ -361,10 +361,10 @@ Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const s
   if (forced) {
     const std::vector<std::string> names = plan_names(problem.format, cuda);
     if (std::find(names.begin(), names.end(), config) == names.end()) {
-      return Status::invalid_value(
-          "config must be \"auto\" or one of " + join(names) + " for format \"" +
-          packed_format(problem.format).name + "\" on " + (cuda ? "CUDA" : "the CPU") +
-          ", got \"" + config + "\"");
+      return Status::invalid_value("config must be \"auto\" or one of " + join(names) +
+                                   " for format \"" + packed_format(problem.format).name +
+                                   "\" on " + (cuda ? "CUDA" : "the CPU") + ", got \"" + config +
+                                   "\"");
     }
   }
 
@@ -388,7 +388,9 @@ Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const s
     out->reason = "forced";
     return Status::success();
   }
-  if (problem.format == Format::kRowBitmap) return plan_cpu_rows(problem, device.cpu_isa, config, out);
+  if (problem.format == Format::kRowBitmap) {
+    return plan_cpu_rows(problem, device.cpu_isa, config, out);
+  }
   if (problem.format == Format::kBitmap) {
     return plan_dense(problem, "the bitmap format has no CPU kernel yet", out);
   }
