@@ -200,7 +200,8 @@ struct SpmmPlan {
   int64_t packed_x_bytes = 0;  // the second part of it
   std::string reason;          // one sentence, with the measurement behind it
 
-  // "w1n8", "n8", "dense", "cpu_tiles", "cpu_rows", "cpu_blocks" or "cpu_reference": what `config` of the operator takes.
+  // "w1n8", "n8", "dense", "cpu_tiles", "cpu_rows", "cpu_blocks" or "cpu_reference": what `config`
+  // of the operator takes.
   std::string name() const;
   std::string to_string() const;
 };
