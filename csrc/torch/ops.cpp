@@ -578,8 +578,8 @@ void check_capture(const char* op, const Tensor& x) {
   if (x.device().index() == current) return;
   const auto status = c10::cuda::currentStreamCaptureStatusMayInitCtx();
   TORCH_CHECK_VALUE(status == c10::cuda::CaptureStatus::None, "flash_llm::", op, ": x is on ",
-                    x.device(), ", but a CUDA graph is being captured on cuda:",
-                    static_cast<int>(current));
+                    x.device(),
+                    ", but a CUDA graph is being captured on cuda:", static_cast<int>(current));
 }
 
 Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
