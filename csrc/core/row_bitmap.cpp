@@ -22,10 +22,7 @@ int64_t block_units(int64_t groups, int64_t nnz) {
   return (words + kBlockUnitWords - 1) / kBlockUnitWords;
 }
 
-// Rows and columns of a block's group that lie inside the matrix.
-int rows_of(int64_t m, int64_t block) {
-  return static_cast<int>(std::min<int64_t>(kBlockRows, m - block * kBlockRows));
-}
+// Columns of a group that lie inside the matrix.
 int cols_of(int64_t k, int64_t group) {
   return static_cast<int>(std::min<int64_t>(kGroupCols, k - group * kGroupCols));
 }
@@ -71,7 +68,7 @@ std::string check_block(const PackedView& view, int64_t block, int64_t* nnz) {
     const int64_t group = i / kBlockRows, row = i % kBlockRows;
     const int cols = cols_of(view.k, group);
     const uint32_t inside = cols == kGroupCols ? ~0U : (1U << cols) - 1;
-    if ((parts.masks[i] & ~(row < rows_of(view.m, block) ? inside : 0U)) != 0) {
+    if ((parts.masks[i] & ~(row < rows_of_block(view.m, block) ? inside : 0U)) != 0) {
       return "row " + std::to_string(row) + ", group " + std::to_string(group) +
              ": a bit lies outside the matrix";
     }
@@ -111,7 +108,7 @@ Status row_bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
   parallel_for(blocks, 16, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       int64_t count = 0;
-      for (int row = 0; row < rows_of(m, block); ++row) {
+      for (int row = 0; row < rows_of_block(m, block); ++row) {
         const uint16_t* from = dense + (block * kBlockRows + row) * ld;
         count += std::count_if(from, from + k, [](uint16_t value) { return !is_zero(value); });
       }
@@ -140,28 +137,36 @@ void row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
     for (int64_t block = begin; block < end; ++block) {
       const int64_t units = int64_t{offsets[block + 1]} - offsets[block];
       if (units == 0) continue;
-      pack_block(dense + block * kBlockRows * ld, ld, rows_of(m, block), k, units * kBlockUnitWords,
-                 payload + int64_t{offsets[block]} * kBlockUnitWords);
+      pack_block(dense + block * kBlockRows * ld, ld, rows_of_block(m, block), k,
+                 units * kBlockUnitWords, payload + int64_t{offsets[block]} * kBlockUnitWords);
     }
   });
 }
 
-void row_bitmap_unpack_block(const PackedView& view, int64_t block, uint16_t* dense) {
-  const int rows = rows_of(view.m, block);
-  std::fill_n(dense, rows * view.k, uint16_t{0});
-  RowBlock parts = row_block(view, block);
-  if (parts.masks == nullptr) return;
-  for (int64_t group = 0; group < num_groups(view.k); ++group) {
+void row_bitmap_decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense) {
+  std::fill_n(dense, rows * k, uint16_t{0});
+  const uint32_t* masks = block.masks;
+  const uint16_t* values = block.values;
+  for (int64_t group = 0; group < num_groups(k); ++group) {
     for (int row = 0; row < kBlockRows; ++row) {
-      const int cols = row < rows ? cols_of(view.k, group) : 0;
-      uint16_t* to = dense + row * view.k + group * kGroupCols;
-      for (uint32_t mask = *parts.masks++; mask != 0 && parts.values != parts.end;
-           mask &= mask - 1) {
-        const uint16_t value = *parts.values++;
+      const int cols = row < rows ? cols_of(k, group) : 0;
+      uint16_t* to = dense + row * k + group * kGroupCols;
+      for (uint32_t mask = *masks++; mask != 0 && values != block.end; mask &= mask - 1) {
+        const uint16_t value = *values++;
         const int col = __builtin_ctz(mask);
         if (col < cols) to[col] = value;
       }
     }
+  }
+}
+
+void row_bitmap_unpack_block(const PackedView& view, int64_t block, uint16_t* dense) {
+  const int rows = rows_of_block(view.m, block);
+  const RowBlock parts = row_block(view, block);
+  if (parts.masks == nullptr) {
+    std::fill_n(dense, rows * view.k, uint16_t{0});
+  } else {
+    row_bitmap_decode_block(parts, rows, view.k, dense);
   }
 }
 

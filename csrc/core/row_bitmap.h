@@ -48,6 +48,12 @@ inline constexpr int kBlockUnitWords = 4;
 constexpr int64_t num_row_blocks(int64_t m) { return (m + kBlockRows - 1) / kBlockRows; }
 constexpr int64_t num_groups(int64_t k) { return (k + kGroupCols - 1) / kGroupCols; }
 
+// Rows of a block that lie inside the matrix.
+constexpr int rows_of_block(int64_t m, int64_t block) {
+  const int64_t left = m - block * kBlockRows;
+  return static_cast<int>(left < kBlockRows ? left : kBlockRows);
+}
+
 // A block's parts. One that has no words, or, in a malformed weight, none that could be read, has
 // no masks. There may be fewer values up to `end`, the payload's, than the masks say: readers
 // check.
@@ -76,6 +82,8 @@ Status row_bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
                         const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz);
 void row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
                      const int32_t* offsets, const ParallelFor& parallel_for, uint32_t* payload);
+// Decodes a block that has masks into dense[rows, k], contiguous.
+void row_bitmap_decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense);
 void row_bitmap_unpack_block(const PackedView& view, int64_t block, uint16_t* dense);
 Status row_bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets,
                               int64_t payload_words);

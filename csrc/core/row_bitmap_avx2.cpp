@@ -199,25 +199,13 @@ FLASH_LLM_AVX2 void decode_block(const RowBlock& block, int rows, int64_t k, uin
   }
 }
 
-void decode(const PackedView& weight, int64_t first, int64_t last, uint16_t* dense) {
-  for (int64_t i = first; i < last; ++i, dense += kBlockRows * weight.k) {
-    const auto rows = static_cast<int>(std::min<int64_t>(kBlockRows, weight.m - i * kBlockRows));
-    const RowBlock block = row_block(weight, i);
-    if (block.masks == nullptr) {
-      std::fill_n(dense, rows * weight.k, uint16_t{0});
-    } else {
-      decode_block(block, rows, weight.k, dense);
-    }
-  }
-}
-
 }  // namespace
 
 RowBitmapKernel row_bitmap_avx2(ValueType type) {
   return {
       true, kMaxTokens, kMaxTokens,
       type == ValueType::kFloat16 ? multiply<ValueType::kFloat16> : multiply<ValueType::kBfloat16>,
-      decode};
+      decode_block};
 }
 
 }  // namespace flash_llm

@@ -432,26 +432,14 @@ FLASH_LLM_AVX512 void decode_block(const RowBlock& block, int rows, int64_t k, u
   }
 }
 
-void decode(const PackedView& weight, int64_t first, int64_t last, uint16_t* dense) {
-  for (int64_t i = first; i < last; ++i, dense += kBlockRows * weight.k) {
-    const auto rows = static_cast<int>(std::min<int64_t>(kBlockRows, weight.m - i * kBlockRows));
-    const RowBlock block = row_block(weight, i);
-    if (block.masks == nullptr) {
-      std::fill_n(dense, rows * weight.k, uint16_t{0});
-    } else {
-      decode_block(block, rows, weight.k, dense);
-    }
-  }
-}
-
 }  // namespace
 
 RowBitmapKernel row_bitmap_avx512(ValueType type, bool bf16) {
   if (type == ValueType::kFloat16) {
-    return {true, 4, 4, multiply<WideHalf, WideHalf>, decode};
+    return {true, 4, 4, multiply<WideHalf, WideHalf>, decode_block};
   }
-  if (!bf16) return {false, 4, 4, multiply<WideBf16, WideBf16>, decode};
-  return {false, kMaxRowTokens, kPanelTokens, multiply<Dot, WideBf16>, decode};
+  if (!bf16) return {false, 4, 4, multiply<WideBf16, WideBf16>, decode_block};
+  return {false, kMaxRowTokens, kPanelTokens, multiply<Dot, WideBf16>, decode_block};
 }
 
 }  // namespace flash_llm

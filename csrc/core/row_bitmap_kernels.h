@@ -51,8 +51,8 @@ struct RowBitmapKernel {
   int max_tokens = 0;
   int tokens_of_many = 0;
   void (*multiply)(const RowBitmapProduct& product) = nullptr;
-  // Decodes blocks first ... last into dense[rows, k] (contiguous, from row 4 first on).
-  void (*decode)(const PackedView& weight, int64_t first, int64_t last, uint16_t* dense) = nullptr;
+  // Decodes a block that has masks into dense[rows, k], contiguous.
+  void (*decode_block)(const RowBlock& block, int rows, int64_t k, uint16_t* dense) = nullptr;
 };
 
 // `isa` must be one that this CPU has.

@@ -63,19 +63,13 @@ void multiply(const RowBitmapProduct& product) {
   }
 }
 
-void decode(const PackedView& weight, int64_t first, int64_t last, uint16_t* dense) {
-  for (int64_t block = first; block < last; ++block, dense += kBlockRows * weight.k) {
-    row_bitmap_unpack_block(weight, block, dense);
-  }
-}
-
 }  // namespace
 
 RowBitmapKernel row_bitmap_portable(ValueType type) {
   return {
       true, kMaxTokens, kMaxTokens,
       type == ValueType::kFloat16 ? multiply<ValueType::kFloat16> : multiply<ValueType::kBfloat16>,
-      decode};
+      row_bitmap_decode_block};
 }
 
 RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type) {

@@ -167,7 +167,16 @@ void row_bitmap_decode(const PackedView& weight, int64_t first_row, int64_t last
   const RowBitmapKernel kernel = row_bitmap_kernel(isa, ValueType::kBfloat16);
   const int64_t first = first_row / kBlockRows;
   parallel_for(num_row_blocks(last_row) - first, 4, [&](int64_t begin, int64_t end) {
-    kernel.decode(weight, first + begin, first + end, dense + begin * kBlockRows * weight.k);
+    for (int64_t i = begin; i < end; ++i) {
+      const RowBlock block = row_block(weight, first + i);
+      const int rows = rows_of_block(weight.m, first + i);
+      uint16_t* to = dense + i * kBlockRows * weight.k;
+      if (block.masks == nullptr) {
+        std::fill_n(to, rows * weight.k, uint16_t{0});
+      } else {
+        kernel.decode_block(block, rows, weight.k, to);
+      }
+    }
   });
 }
 
