@@ -76,10 +76,6 @@ __device__ __forceinline__ void store_shared_zero16(uint32_t smem) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(smem), "r"(0) : "memory");
 }
 
-__device__ __forceinline__ void store_shared_u32(uint32_t smem, uint32_t value) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem), "r"(value) : "memory");
-}
-
 __device__ __forceinline__ void store_shared_v2(uint32_t smem, uint32_t first, uint32_t second) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(smem), "r"(first), "r"(second) : "memory");
 }
