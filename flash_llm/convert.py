@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +32,13 @@ from flash_llm.checkpoint import (
     Checkpoint,
     checkpoint_files,
 )
-from flash_llm.sparsify import LayerReport, SparsifyReport, decide
+from flash_llm.sparsify import (
+    LayerReport,
+    SparsifyReport,
+    decide,
+    matches_name,
+    parse_patterns,
+)
 
 EVERY_LAYER = "re:.*"
 CONVERT_IGNORE = (
@@ -151,8 +156,8 @@ def convert_checkpoint(
         raise ValueError(f"flash_llm.convert_checkpoint: {name} in {src} is packed already")
     config = _read_config(src)
     options = _Options(
-        targets=(targets,) if isinstance(targets, str) else tuple(targets),
-        ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+        targets=parse_patterns("targets", targets),
+        ignore=parse_patterns("ignore", ignore),
         format=format,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         pack_unprofitable=pack_unprofitable,
@@ -300,7 +305,7 @@ def _choose_layers(source: DenseView, options: _Options) -> set[str]:
     """The layers that may be packed."""
     layers = {name for name, shape in source.shapes.items() if len(shape) == 2}
     for pattern in options.targets:
-        if pattern != EVERY_LAYER and not any(_matches(pattern, name) for name in layers):
+        if pattern != EVERY_LAYER and not any(matches_name(pattern, name) for name in layers):
             raise ValueError(
                 f'flash_llm.convert_checkpoint: target "{pattern}" matches no two-dimensional '
                 "weight"
@@ -308,20 +313,9 @@ def _choose_layers(source: DenseView, options: _Options) -> set[str]:
     return {
         name
         for name in layers
-        if any(_matches(pattern, name) for pattern in options.targets)
-        and not any(_matches(pattern, name) for pattern in options.ignore)
+        if any(matches_name(pattern, name) for pattern in options.targets)
+        and not any(matches_name(pattern, name) for pattern in options.ignore)
     }
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        try:
-            return re.match(pattern[3:], name) is not None
-        except re.error as error:
-            raise ValueError(
-                f'flash_llm.convert_checkpoint: "{pattern}" is no regular expression: {error}'
-            ) from None
-    return name == pattern or name.endswith("." + pattern)
 
 
 def _begin(partial: Path, src: Path, options: _Options) -> None:

@@ -308,8 +308,8 @@ def _match(
     model: nn.Module, targets: str | Sequence[str], ignore: str | Sequence[str]
 ) -> list[tuple[str, nn.Module, str | None]]:
     """The linear layers that targets match: first name, module, and the ignore pattern if any."""
-    target_patterns = _patterns("targets", targets)
-    ignore_patterns = _patterns("ignore", ignore)
+    target_patterns = parse_patterns("targets", targets)
+    ignore_patterns = parse_patterns("ignore", ignore)
     layers: dict[nn.Module, tuple[str, str | None]] = {}
     hit: dict[str, set[str]] = {}  # name -> patterns that match the module or one around it
     seen: dict[str, nn.Module] = {}  # pattern -> the first module that it matched
@@ -348,7 +348,17 @@ def _match(
     return [(name, module, ignored_by) for module, (name, ignored_by) in layers.items()]
 
 
-def _patterns(label: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
+def parse_patterns(label: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one pattern or several as a tuple.
+
+    Args:
+        label: name of the argument, for errors.
+        patterns: as :func:`sparsify_` takes them.
+
+    Raises:
+        ValueError: what follows ``"re:"`` is no regular expression.
+        TypeError: a pattern is not a string.
+    """
     listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in listed:
         if not isinstance(pattern, str):
@@ -363,11 +373,18 @@ def _patterns(label: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
     return listed
 
 
-def _matches(pattern: str, name: str, module: nn.Module) -> bool:
+def matches_name(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a module's dotted name; the model's own, "", matches none."""
     if pattern.startswith("re:"):
         return bool(name) and re.match(pattern[3:], name) is not None
-    if name == pattern or name.endswith("." + pattern):
-        return bool(name)
+    return bool(name) and (name == pattern or name.endswith("." + pattern))
+
+
+def _matches(pattern: str, name: str, module: nn.Module) -> bool:
+    if matches_name(pattern, name):
+        return True
+    if pattern.startswith("re:"):
+        return False
     # Every module derives from nn.Module, which therefore says nothing.
     classes = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
     return any(cls.__name__ == pattern for cls in classes)
