@@ -85,11 +85,7 @@ class Bitmap(PackedWeight):
         unit_bytes = 4 * int(_extension.require().FORMATS[self.FORMAT]["unit_words"])
         elements = self.header.m * self.header.k
         return BitmapStats(
-            nnz=self.nnz,
-            sparsity=self.sparsity,
-            dense_bytes=self.dense_nbytes,
-            packed_bytes=self.nbytes,
-            bytes_per_element=self.nbytes / elements if elements else 0.0,
+            **self._sizes(),
             exact_bytes=(elements + 7) // 8 + 2 * self.nnz,
             two_four_pairs=int(two_four.sum()),
             empty_chunks=int(((units == 0) & ~is_part).sum()),

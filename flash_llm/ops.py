@@ -282,6 +282,17 @@ class PackedWeight:
         """Return the dense ``[M, K]`` weight; see :func:`unpack`."""
         return unpack(self)
 
+    def _sizes(self) -> dict[str, Any]:
+        """The fields with which every format's statistics begin."""
+        elements = self.header.m * self.header.k
+        return {
+            "nnz": self.nnz,
+            "sparsity": self.sparsity,
+            "dense_bytes": self.dense_nbytes,
+            "packed_bytes": self.nbytes,
+            "bytes_per_element": self.nbytes / elements if elements else 0.0,
+        }
+
     def validate(self) -> None:
         """Check every invariant of the format; see :func:`validate`."""
         validate(self)

@@ -72,11 +72,7 @@ class RowBitmap(PackedWeight):
         unit_bytes = 4 * int(_extension.require().FORMATS[self.FORMAT]["unit_words"])
         elements = self.header.m * self.header.k
         return RowBitmapStats(
-            nnz=self.nnz,
-            sparsity=self.sparsity,
-            dense_bytes=self.dense_nbytes,
-            packed_bytes=self.nbytes,
-            bytes_per_element=self.nbytes / elements if elements else 0.0,
+            **self._sizes(),
             exact_bytes=(elements + 7) // 8 + 2 * self.nnz,
             empty_blocks=int((units == 0).sum()),
             block_bytes_max=int(units.max()) * unit_bytes if units.numel() else 0,

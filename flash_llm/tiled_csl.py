@@ -79,13 +79,8 @@ class TiledCSL(PackedWeight):
         )  # offsets count in vectors
         tile_nnz = running[self.offsets.long() * vector_entries].diff()
         num_tiles = tile_nnz.numel()
-        elements = self.header.m * self.header.k
         return TiledCSLStats(
-            nnz=self.nnz,
-            sparsity=self.sparsity,
-            dense_bytes=self.dense_nbytes,
-            packed_bytes=self.nbytes,
-            bytes_per_element=self.nbytes / elements if elements else 0.0,
+            **self._sizes(),
             padding_entries=self.header.payload_words - self.nnz,
             tile_nnz_min=int(tile_nnz.min()) if num_tiles else 0,
             tile_nnz_mean=self.nnz / num_tiles if num_tiles else 0.0,
