@@ -20,7 +20,7 @@ from rows import RESULTS, check_row, commit_hash, cpu_name, print_table, write_r
 from stream_floor_cpu import CpuStreamFloor
 from timing import REPLAYS, Timing, copies_to_rotate, time_cpu
 from torch import Tensor
-from weights import DTYPES, Weight, add_weight_options, make_weight, weights_of
+from weights import DTYPES, Weight, add_weight_options, make_weight, parse_with_weights, weights_of
 
 import flash_llm
 from flash_llm import _extension
@@ -204,11 +204,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--replays", type=int, default=REPLAYS)
     parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu.jsonl")
-    arguments = parser.parse_args(argv)
-    try:
-        list(weights_of(arguments))
-    except ValueError as error:
-        parser.error(str(error))
+    arguments = parse_with_weights(parser, argv)
     if min(arguments.n) < 1:
         parser.error(f"N must be positive, got {min(arguments.n)}")
     return arguments

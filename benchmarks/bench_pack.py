@@ -16,7 +16,15 @@ import torch
 from rows import RESULTS, check_row, commit_hash, cpu_name, gpu_name, print_table, write_rows
 from timing import REPLAYS, Timing, copies_to_rotate, time_cpu, time_cuda
 from torch import Tensor
-from weights import DTYPES, Weight, add_weight_options, make_weight, rotated, weights_of
+from weights import (
+    DTYPES,
+    Weight,
+    add_weight_options,
+    make_weight,
+    parse_with_weights,
+    rotated,
+    weights_of,
+)
 
 import flash_llm
 
@@ -167,11 +175,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--replays", type=int, default=REPLAYS)
     parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/pack-<gpu>.jsonl")
-    arguments = parser.parse_args(argv)
-    try:
-        list(weights_of(arguments))
-    except ValueError as error:
-        parser.error(str(error))
+    arguments = parse_with_weights(parser, argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA GPU here; --device cpu measures the CPU")
     return arguments

