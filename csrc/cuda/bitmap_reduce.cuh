@@ -1,6 +1,6 @@
 // Sums of the bitmap kernel that are not yet results, because clusters share a row of blocks
 // (stream_k.cuh). They wait in the workspace, in slots of float4[block_m / 16 strips][8-token
-// blocks][32 lanes], in fragment order, for a second small kernel that adds them in the order of K,
+// blocks][32 lanes], in fragment order, for a second small kernel that adds them in a fixed order,
 // so results are repeatable bit for bit. Up to 64 tokens all rows go that way, shared or not.
 #pragma once
 
@@ -63,26 +63,37 @@ __device__ __forceinline__ void store_sums(const BitmapParams& p, uint32_t flags
 #endif  // FLASH_LLM_SM90A
 
 constexpr int kFinishWarps = 4;
+constexpr int kFinishInFlight = 4;  // with more the first would not fit beside the main kernel
 
-// Finishes each row of blocks: one warp per 16 rows and 8 tokens, CTAs with equal x per row. Where
-// the main kernel stores rows, only those that clusters share are left: CTAs with x = b look at the
-// cut before cluster b + 1, and act if it is the first within its row.
-template <ValueType kType, bool kFinishesAll>
+// Finishes each row of blocks: kParts warps per 16 rows and 8 tokens, CTAs with equal x per row. As
+// many lanes share a sum, and take every kParts-th cluster: many clusters, which small weights
+// have, would else be a chain of round trips to L2. Where the main kernel stores rows, only those
+// that clusters share are left.
+template <ValueType kType, bool kFinishesAll, int kParts>
 __global__ void __launch_bounds__(kFinishWarps * 32)
     bitmap_finish_kernel(const __grid_constant__ BitmapParams p, int strips) {
   allow_next_kernel();
   int row = blockIdx.x;
   if constexpr (!kFinishesAll) {
-    const int unit = p.schedule.first_unit(blockIdx.x + 1);
-    row = unit / p.schedule.tile_cols;
-    const int row_begin = row * p.schedule.tile_cols;
-    if (unit == row_begin || p.schedule.first_unit(blockIdx.x) > row_begin) return;
+    // Of the cuts or of all rows, whichever are fewer: the first cut within a row stands for it.
+    if (gridDim.x < static_cast<unsigned>(p.schedule_rows)) {
+      const int unit = p.schedule.first_unit(blockIdx.x + 1);
+      row = unit / p.schedule.tile_cols;
+      if (unit == row * p.schedule.tile_cols ||
+          p.schedule.first_unit(blockIdx.x) > row * p.schedule.tile_cols) {
+        return;
+      }
+    }
   }
   const int row_begin = row * p.schedule.tile_cols;
   const int first = p.schedule.cta_of(row_begin);
   const int last = p.schedule.cta_of(row_begin + p.schedule.tile_cols - 1);
+  if (!kFinishesAll && first == last) return;
 
-  const int lane = threadIdx.x % 32, strip = blockIdx.y * kFinishWarps + threadIdx.x / 32;
+  constexpr int kPartLanes = 32 / kParts;
+  const int warp = blockIdx.y * kFinishWarps + threadIdx.x / 32, strip = warp / kParts;
+  const int part = threadIdx.x % 32 / kPartLanes;
+  const int lane = warp % kParts * kPartLanes + threadIdx.x % kPartLanes;  // of the fragment
   const int block_n = blockIdx.z, blocks_n = gridDim.z;
   const auto sums_of = [&](int cluster) {
     const int slot = partial_slot<kFinishesAll>(cluster, row, cluster == first);
@@ -90,23 +101,30 @@ __global__ void __launch_bounds__(kFinishWarps * 32)
   };
   wait_for_previous_kernel();  // the sums are complete
 
-  constexpr int kInFlight = 4;  // with more the first would not fit beside the main kernel
   float4 total = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-  for (int cluster = first; cluster <= last; cluster += kInFlight) {
-    float4 sums[kInFlight];
+  for (int begin = first + part; begin <= last; begin += kFinishInFlight * kParts) {
+    float4 sums[kFinishInFlight];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      sums[i] =
-          cluster + i <= last ? __ldcg(sums_of(cluster + i)) : make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+    for (int i = 0; i < kFinishInFlight; ++i) {
+      const int cluster = begin + i * kParts;
+      sums[i] = cluster <= last ? __ldcg(sums_of(cluster)) : make_float4(0.0F, 0.0F, 0.0F, 0.0F);
     }
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
+    for (int i = 0; i < kFinishInFlight; ++i) {
       total.x += sums[i].x;
       total.y += sums[i].y;
       total.z += sums[i].z;
       total.w += sums[i].w;
     }
   }
+#pragma unroll
+  for (int step = kPartLanes; step < 32; step *= 2) {
+    total.x += __shfl_xor_sync(~0U, total.x, step);
+    total.y += __shfl_xor_sync(~0U, total.y, step);
+    total.z += __shfl_xor_sync(~0U, total.z, step);
+    total.w += __shfl_xor_sync(~0U, total.w, step);
+  }
+  if (part != 0) return;
   const int64_t row0 = (int64_t{row % p.row_blocks} * strips + strip) * kStripM + lane / 4;
   const int64_t token0 = (int64_t{row / p.row_blocks} * blocks_n + block_n) * 8 + lane % 4 * 2;
   p.epilogue.store_fragment<kType>(token0, row0, total);
