@@ -1,7 +1,9 @@
 """The examples run, and their results are right; the quickstart has its tests in test_demo.py."""
 
+import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,46 @@ def test_the_operators_library_needs_no_python():
     symbols = run("nm", "-D", "--undefined-only", LIBRARY).stdout
     assert "c10" in symbols
     assert not [line for line in symbols.splitlines() if line.split()[-1].startswith(("Py", "_Py"))]
+
+
+# ---- offline scripts ----
+
+
+def run_script(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.hf
+def test_a_model_is_pruned_and_packed_offline(tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    from test_hf import dense, output, sparse_layers
+    from test_hf_models import tokenizer
+
+    source, pruned, packed = (tmp_path / name for name in ("source", "pruned", "packed"))
+    model = dense("llama", source)
+    tokenizer().save_pretrained(source)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i * i % 96}" for i in range(400)))
+    options = ["--text", text, "--sparsity", 0.75, "--samples", 4, "--seqlen", 32]
+    run_script(monkeypatch, "prune_offline.py", source, pruned, *options)
+    assert "14" in capsys.readouterr().out
+
+    # Another call of the same method gives the same weights.
+    ids = torch.tensor(tokenizer()(text.read_text())["input_ids"])
+    starts = torch.linspace(0, len(ids) - 32, 4).long().tolist()
+    samples = torch.stack([ids[start : start + 32] for start in starts])
+    flash_llm.prune_(model, method="sparsegpt", sparsity=0.75, calibration=samples)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(pruned)
+    assert torch.equal(output(expected), output(model))
+    weight = model.model.layers[1].mlp.up_proj.weight
+    assert (weight == 0).double().mean() == 0.75
+
+    run_script(monkeypatch, "pack_offline.py", pruned, packed, "--prompt", "w5 w6")
+    printed = capsys.readouterr().out
+    again = flash_llm.from_pretrained(packed)
+    assert sparse_layers(again) and "w5 w6" in printed
+    for name in sparse_layers(again):
+        assert torch.equal(again.get_submodule(name).weight, model.get_submodule(name).weight)
+    with pytest.raises(FileExistsError):
+        run_script(monkeypatch, "pack_offline.py", pruned, packed)

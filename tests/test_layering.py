@@ -20,6 +20,7 @@ TOP_LEVEL = {
     "tests",
     "examples",
     "benchmarks",
+    "notebooks",
     "README.md",
     "LICENSE",
 }
