@@ -248,4 +248,5 @@ def test_minilm_pruned_to_half_keeps_sentence_similarities():
     correlation = torch.corrcoef(torch.stack([before, after]))[0, 1].item()
     difference = (before - after).abs().mean().item()
     print(f"correlation {correlation:.3f}, mean difference {difference:.3f}")
-    assert correlation > 0.9 and difference < 0.1
+    # Measured: 0.922 and 0.048; Wanda's are 0.906 and 0.093, magnitude's 0.821 and 0.144.
+    assert correlation > 0.91 and difference < 0.06
