@@ -1,4 +1,5 @@
-"""Builds ``flash_llm._C``: host core, torch bindings and, where there is nvcc, the CUDA kernels.
+"""Builds ``libflash_llm.so`` (host core, the operators and, where there is nvcc, the CUDA kernels),
+which C++ programs load without Python, and the Python module ``flash_llm._C``, which links to it.
 
 Environment:
     FLASH_LLM_BUILD_CUDA: ``auto`` (default: with CUDA when nvcc and a CUDA build of torch agree on
@@ -7,7 +8,7 @@ Environment:
         what lets GPUs newer than both run at all.
     MAX_JOBS: compilers that run at once, the number of CPUs by default.
 
-``python setup.py check_spills`` reads the built extension and fails if a hot kernel spills.
+``python setup.py check_spills`` reads the built library and fails if a hot kernel spills.
 """
 
 import os
@@ -65,7 +66,9 @@ CUDA_SOURCES = [
     "csrc/cuda/spmm_lscd.cu",
     "csrc/cuda/spmm_bitmap.cu",
 ]
-TORCH_SOURCES = ["csrc/torch/ops.cpp", "csrc/torch/introspect.cpp"]
+OPERATOR_SOURCES = ["csrc/torch/ops.cpp"]
+MODULE_SOURCES = ["csrc/torch/introspect.cpp"]
+LIBRARY = "libflash_llm"
 
 DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"
 MIN_CUDA_ARCH = (8, 0)
@@ -132,8 +135,8 @@ def string_macro(name, text):
     return f'-D{name}="{plain}"'
 
 
-def make_extension():
-    """Decides what is built and returns the extension, printing the decision once."""
+def make_extensions():
+    """Decides what is built, says it once, and returns (library, Python module, with CUDA?)."""
     mode = os.environ.get("FLASH_LLM_BUILD_CUDA", "auto")
     if mode not in ("auto", "0", "1"):
         raise SystemExit(
@@ -155,11 +158,11 @@ def make_extension():
     cxx = ["-O3", "-std=c++17", "-fopenmp", "-g0", "-Wall", "-Wextra"]
     nvcc = ["-O3", "-std=c++17", "-lineinfo", "--ptxas-options=-v"]
     link = ["-fopenmp"]
-    sources = CORE_SOURCES + TORCH_SOURCES
+    sources = CORE_SOURCES + OPERATOR_SOURCES
     if with_cuda:
         archs = cuda_archs()
         os.environ["TORCH_CUDA_ARCH_LIST"] = archs
-        sources = CORE_SOURCES + CUDA_SOURCES + TORCH_SOURCES
+        sources += CUDA_SOURCES
         cxx += [
             "-DFLASH_LLM_WITH_CUDA",
             string_macro("FLASH_LLM_CUDA_ARCHS", archs),
@@ -171,19 +174,29 @@ def make_extension():
         say(f"building for the CPU only: {reason}")
 
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
-    extension = make(
-        "flash_llm._C",
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h"))
+    operators = make(
+        f"flash_llm.{LIBRARY}",
         sources,
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-        extra_link_args=link,
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")),
+        extra_link_args=[*link, f"-Wl,-soname,{LIBRARY}.so"],
+        depends=headers,
+    )
+    operators.libraries.remove("torch_python")  # it would want a Python in the process
+    module = cpp_extension.CppExtension(
+        "flash_llm._C",
+        MODULE_SOURCES,
+        extra_compile_args={"cxx": cxx},
+        extra_link_args=[f"-l:{LIBRARY}.so", "-Wl,-rpath,$ORIGIN"],
+        depends=headers,
     )
     # Torch's headers do not pass -Wextra; as system headers they need not.
-    system_flags = [flag for path in extension.include_dirs for flag in ("-isystem", path)]
-    extension.include_dirs = [str(ROOT / "csrc")]
+    system_flags = [flag for path in operators.include_dirs for flag in ("-isystem", path)]
+    for extension in (operators, module):
+        extension.include_dirs = [str(ROOT / "csrc")]
     cxx += system_flags
     nvcc += system_flags
-    return extension, with_cuda
+    return operators, module, with_cuda
 
 
 def find_cuobjdump():
@@ -237,7 +250,7 @@ def find_spills(library, cuobjdump):
     return [f"{name} ({arch}) spills {stack} bytes" for arch, name, _, stack, _ in hot if stack]
 
 
-EXTENSION, WITH_CUDA = make_extension()
+OPERATORS, MODULE, WITH_CUDA = make_extensions()
 
 
 class BuildExtension(cpp_extension.BuildExtension):
@@ -254,18 +267,33 @@ class BuildExtension(cpp_extension.BuildExtension):
         tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-{kind}"
         self.build_temp = str(ROOT / "build" / tag)
 
+    def get_ext_filename(self, name):
+        filename = super().get_ext_filename(name)
+        # Whatever its Python, so without that one's tag.
+        library = name.rpartition(".")[2] == LIBRARY
+        return str(Path(filename).with_name(f"{LIBRARY}.so")) if library else filename
+
     def build_extensions(self):
+        library = self.get_ext_fullpath(OPERATORS.name)
+        MODULE.library_dirs.append(str(Path(library).parent))
         super().build_extensions()
         # A warning only: another nvcc than CI's may spill a register and still be right.
         if WITH_CUDA and (cuobjdump := find_cuobjdump()):
-            for spill in find_spills(self.get_ext_fullpath(EXTENSION.name), cuobjdump):
+            for spill in find_spills(library, cuobjdump):
                 say(f"WARNING: {spill}")
+
+    def build_extension(self, extension):
+        # Each has a folder of its own: ninja forgets what its file there no longer names.
+        whole = self.build_temp
+        self.build_temp = str(Path(whole) / extension.name)
+        super().build_extension(extension)
+        self.build_temp = whole
 
 
 class CheckSpills(Command):
-    """``setup.py check_spills``: the spill check on the extension built in place."""
+    """``setup.py check_spills``: the spill check on the library built in place."""
 
-    description = "fail if a hot kernel of the built extension spills registers"
+    description = "fail if a hot kernel of the built library spills registers"
     user_options = []
 
     def initialize_options(self):
@@ -281,7 +309,7 @@ class CheckSpills(Command):
             raise SystemExit("flash_llm: cuobjdump is neither in the CUDA toolkit nor in triton")
         build = self.get_finalized_command("build_ext")
         build.inplace = True
-        if spills := find_spills(build.get_ext_fullpath(EXTENSION.name), cuobjdump):
+        if spills := find_spills(build.get_ext_fullpath(OPERATORS.name), cuobjdump):
             raise SystemExit("flash_llm: spill check failed:\n    " + "\n    ".join(spills))
         say("spill check: no hot kernel spills")
 
@@ -293,7 +321,7 @@ os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
 setup(
     packages=find_packages(include=["flash_llm", "flash_llm.*"]),
     package_data={"flash_llm": ["py.typed"]},
-    ext_modules=[EXTENSION],
+    ext_modules=[OPERATORS, MODULE],
     cmdclass={"build_ext": BuildExtension, "check_spills": CheckSpills},
     # The extension runs with this torch and no other: the C++ interface has no stable ABI.
     install_requires=[

@@ -1,7 +1,8 @@
-"""Packed models in transformers' own ``save_pretrained`` and ``from_pretrained``.
+"""Packed models in transformers' own ``save_pretrained`` and ``from_pretrained``, and in PEFT.
 
-Importing flash_llm makes transformers know packed checkpoints (:mod:`flash_llm.hf_quantizer`),
-whichever of the two is imported first, and without importing transformers, which takes seconds.
+Importing flash_llm makes transformers know packed checkpoints (:mod:`flash_llm.hf_quantizer`) and
+PEFT merge adapters of packed layers (:mod:`flash_llm.lora`), whichever is imported first, and
+without importing either, which takes seconds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib.machinery
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +23,8 @@ from flash_llm.linear import SparseLinear
 
 logger = logging.getLogger("flash_llm")
 
-_REGISTRY = "transformers.quantizers.auto"
+_QUANTIZERS = "transformers.quantizers.auto"
+_LORA = "peft.tuners.lora.model"
 
 
 def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> Any:
@@ -86,38 +88,55 @@ def register() -> None:
     importlib.import_module("flash_llm.hf_quantizer")  # which registers its classes
 
 
+def register_lora() -> None:
+    """Tell PEFT how adapters of packed layers are merged; imports it."""
+    importlib.import_module("flash_llm.lora")
+
+
 def register_when_imported() -> None:
-    """Call :func:`register` now if transformers has its registry, else as soon as it does."""
-    if _REGISTRY in sys.modules:
-        _try_to_register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Register with transformers and PEFT now where they are imported, else as soon as they are."""
+    _when_imported(_QUANTIZERS, register, "packed checkpoints cannot be loaded")
+    _when_imported(_LORA, register_lora, "adapters of packed layers must not be merged")
 
 
-def _try_to_register() -> None:
-    # A transformers that is too old or too new must stay importable.
-    try:
-        register()
-    except Exception as error:
-        logger.warning("flash_llm: packed checkpoints cannot be loaded: %s", error)
+def _when_imported(module: str, action: Callable[[], None], consequence: str) -> None:
+    """Act now if ``module`` is there, else after it is imported; ``consequence`` is of failing."""
+
+    def act() -> None:
+        # A package that is too old or too new must stay importable.
+        try:
+            action()
+        except Exception as error:
+            logger.warning("flash_llm: %s: %s", consequence, error)
+
+    if module in sys.modules:
+        act()
+    elif not any(
+        isinstance(finder, _Finder) and finder.module == module for finder in sys.meta_path
+    ):
+        sys.meta_path.insert(0, _Finder(module, act))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the module with the registry where it is, and adds a call to its end."""
+    """Finds ``module`` where it is, and adds a call to its end."""
+
+    def __init__(self, module: str, act: Callable[[], None]) -> None:
+        self.module = module
+        self._act = act
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _REGISTRY:
+        if name != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_register(module: ModuleType) -> None:
+            def execute_and_act(module: ModuleType) -> None:
                 execute(module)
-                _try_to_register()
+                self._act()
 
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec

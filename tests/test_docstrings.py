@@ -13,7 +13,8 @@ import flash_llm
 
 def module_names():
     found = pkgutil.walk_packages(flash_llm.__path__, "flash_llm.")
-    return ["flash_llm", *(m.name for m in found if not m.name.endswith("._C"))]
+    compiled = ("._C", ".libflash_llm")
+    return ["flash_llm", *(m.name for m in found if not m.name.endswith(compiled))]
 
 
 @pytest.mark.parametrize("name", module_names())

@@ -20,6 +20,7 @@ TOP_LEVEL = {
     "tests",
     "examples",
     "benchmarks",
+    "notebooks",
     "README.md",
     "LICENSE",
 }
@@ -36,6 +37,7 @@ PYTHON_RANKS = {
     "linear": 3,
     "checkpoint": 4,
     "hf_quantizer": 5,
+    "lora": 5,
     "hf": 6,
     "sparsify": 7,
     "sparse_bitmask": 5,
@@ -47,6 +49,9 @@ PYTHON_RANKS = {
     "demo": 10,
     "cli": 11,
 }
+
+# Optional packages that a module may import at its top, because it is itself imported lazily.
+OWNERS = {("transformers", "hf_quantizer.py"), ("peft", "lora.py"), ("lora", "lora.py")}
 
 FOREIGN_INCLUDE = {
     "torch": re.compile(r"^(ATen|c10|torch|pybind11|Python\.h)\b"),
@@ -176,10 +181,12 @@ def test_pruning_methods_import_torch_and_one_another_only(name):
         assert known or imported.startswith(pure), f"{name}.py:{line}: {imported}"
 
 
-# hf_quantizer derives from classes of transformers, so it is itself what is imported lazily.
+# hf_quantizer and lora derive from classes of transformers and PEFT, so they are themselves what is
+# imported lazily.
 @pytest.mark.parametrize(
     "name",
-    ["transformers", "accelerate", "gguf", "rich", "typer", "huggingface_hub", "hf_quantizer"],
+    ["transformers", "peft", "accelerate", "gguf", "rich", "typer", "huggingface_hub"]
+    + ["hf_quantizer", "lora"],
 )
 def test_optional_packages_are_imported_lazily(name):
     for path in PACKAGE.rglob("*.py"):
@@ -190,7 +197,7 @@ def test_optional_packages_are_imported_lazily(name):
             elif isinstance(node, ast.ImportFrom):
                 modules = [f"{node.module}.{alias.name}" for alias in node.names]
             parts = {part for module in modules for part in module.split(".")}
-            allowed = name == "transformers" and path.name == "hf_quantizer.py"
+            allowed = (name, path.name) in OWNERS
             assert allowed or name not in parts, f"{path}:{node.lineno}"
 
 

@@ -1,4 +1,5 @@
-// flash_llm._C: what is not a tensor. Loading the module also registers the operators of ops.cpp.
+// flash_llm._C: what is not a tensor. It links to the library that holds the operators of ops.cpp,
+// so loading the module registers them too.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>

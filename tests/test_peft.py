@@ -1,0 +1,189 @@
+"""LoRA adapters of PEFT over packed layers: training, merging, and back."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import flash_llm
+from flash_llm import SparseLinear
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.hf
+
+IDS = torch.arange(24).view(2, 12)
+
+
+def packed_model():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    auto = transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.bfloat16).eval()
+    assert len(flash_llm.sparsify_(model, sparsity=0.8).packed) == 14
+    return model
+
+
+def with_adapter(model, **options):
+    """Give q_proj and down_proj adapters whose second factor is not zero, as after training."""
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"], **options}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits.float()
+
+
+def expected_weights(adapted):
+    """By layer: packed weight plus ``alpha / r * B @ A`` in float64, and its rounding error."""
+    weights = {}
+    for name, layer in adapted.get_base_model().named_modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            delta = (layer.scaling["default"] * (b.double() @ a.double())).detach()
+            merged = layer.base_layer.weight.double() + delta
+            # The product is rounded to bfloat16 at most once, and so is the sum.
+            weights[name] = merged, 2**-8 * (1.01 * delta.abs() + merged.abs())
+    assert len(weights) == 4
+    return weights
+
+
+def test_an_adapter_trains_while_the_base_stays():
+    model = packed_model()
+    before, expected = copy.deepcopy(model.state_dict()), logits(model)
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    assert torch.equal(logits(adapted), expected)  # B starts as zero
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=5e-2)
+    losses = []
+    for _ in range(12):
+        loss = adapted(IDS, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    after = adapted.unload().state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merge_and_unload_gives_dense_layers_with_the_sum(safe_merge):
+    adapted = with_adapter(packed_model())
+    expected, before = expected_weights(adapted), logits(adapted)
+    merged = adapted.merge_and_unload(safe_merge=safe_merge)
+    for name, layer in merged.named_modules():
+        if name in expected:
+            assert type(layer) is torch.nn.Linear
+            weight, bound = expected[name]
+            assert ((layer.weight.double() - weight).abs() <= bound).all()
+    sparse = [m for m in merged.modules() if isinstance(m, SparseLinear)]
+    assert len(sparse) == 10  # those without an adapter
+    assert (logits(merged) - before).abs().max() < 0.05 * before.abs().max()
+
+
+def test_integers_merge_exactly():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 32, dtype=torch.float16)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randint(-3, 4, (32, 64)) * (torch.rand(32, 64) < 0.3))
+    model = torch.nn.Sequential(torch.nn.Identity(), SparseLinear.from_linear(linear))
+    adapted = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=2, lora_alpha=4, target_modules=["1"]),
+        autocast_adapter_dtype=False,
+    )
+    layer = adapted.base_model.model[1]
+    a, b = torch.randint(-2, 3, (2, 64)).half(), torch.randint(-2, 3, (32, 2)).half()
+    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = a, b
+    merged = adapted.merge_and_unload()
+    assert torch.equal(merged[1].weight, linear.weight + 2 * (b @ a))
+    assert merged[1].bias is linear.bias
+
+
+def test_unmerging_brings_the_packed_layer_back_bit_for_bit():
+    model = packed_model()
+    before = copy.deepcopy(model.state_dict())
+    adapted = with_adapter(model)
+    expected = logits(adapted)
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    for _ in range(2):
+        adapted.merge_adapter()
+        assert type(layer.base_layer) is torch.nn.Linear
+        assert not any("_packed" in name for name, _ in adapted.named_modules())
+        adapted.unmerge_adapter()
+        assert isinstance(layer.base_layer, SparseLinear)
+        assert torch.equal(logits(adapted), expected)
+    after = adapted.unload().state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_two_adapters_are_merged_into_the_same_dense_layer():
+    adapted = with_adapter(packed_model())
+    adapted.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(layer.lora_B["second"].weight, std=0.1)
+    packed = layer.base_layer.weight
+    expected = packed + layer.get_delta_weight("default")
+    expected = (expected.to(packed.dtype) + layer.get_delta_weight("second")).to(packed.dtype)
+    adapted.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="additionally merging second"):
+        adapted.merge_adapter(["second"])
+    assert torch.equal(layer.base_layer.weight, expected)
+    adapted.unmerge_adapter()
+    assert torch.equal(layer.base_layer.weight, packed)
+
+
+def test_a_broken_adapter_is_refused_and_the_base_stays_packed():
+    adapted = with_adapter(packed_model())
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_B["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected"):
+        adapted.merge_adapter(safe_merge=True)
+    assert isinstance(layer.base_layer, SparseLinear) and not layer.merged
+
+
+def test_dora_adapters_and_dense_models_are_left_to_peft():
+    dora = with_adapter(packed_model(), use_dora=True)
+    before = logits(dora)
+    assert (logits(dora.merge_and_unload()) - before).abs().max() < 0.05 * before.abs().max()
+    dense = with_adapter(packed_model().dequantize())
+    layer = dense.base_model.model.model.layers[0].self_attn.q_proj
+    assert type(layer) is peft.tuners.lora.Linear
+
+
+def test_an_adapter_is_saved_and_loaded_over_a_packed_checkpoint(tmp_path):
+    model = packed_model()
+    model.save_pretrained(tmp_path / "base")
+    adapted = with_adapter(model)
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(
+        flash_llm.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
+    assert torch.equal(logits(again), expected)
+    merged = again.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(flash_llm.from_pretrained(tmp_path / "merged")), logits(merged))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", ["import peft, flash_llm", "import flash_llm, peft"])
+def test_either_package_may_be_imported_first(imports):
+    code = imports + "; print(peft.tuners.lora.model.dispatch_default.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "flash_llm.lora\n", done.stderr
