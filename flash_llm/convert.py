@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ from tqdm.auto import tqdm
 from flash_llm import ops, sparse_bitmask
 from flash_llm.checkpoint import (
     CHECKPOINT_VERSION,
+    DTYPES,
     INDEX_NAME,
     METADATA,
     PACKED_PARTS,
@@ -66,8 +68,7 @@ model = flash_llm.from_pretrained("this folder")  # or AutoModelForCausalLM.from
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 
-# As safetensors spells the dtypes of what is not copied.
-_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}
+_SPELLINGS = {dtype: spelling for spelling, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,24 +171,31 @@ def convert_checkpoint(
     if not dry_run:
         _begin(partial, src, options)
 
+    stop = threading.Event()
+
     def convert(file: Path) -> list[LayerReport]:
         if dry_run:
-            return _convert_file(source, file, None, chosen, options)
+            return _convert_file(source, file, None, chosen, options, stop)
         done = partial / f"{file.name}.json"
         if done.is_file():
             noted = json.loads(done.read_text())
             return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in noted]
         with _replacing(partial / file.name) as temporary:
-            rows = _convert_file(source, file, temporary, chosen, options)
+            rows = _convert_file(source, file, temporary, chosen, options, stop)
         with _replacing(done) as temporary:
             temporary.write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
         return rows
 
     rows: list[LayerReport] = []
     with ThreadPoolExecutor(workers) as pool:
-        converted = pool.map(convert, files)
-        for found in tqdm(converted, "convert", len(files), unit="file", disable=not progress):
-            rows.extend(found)
+        try:
+            converted = pool.map(convert, files)
+            for found in tqdm(converted, "convert", len(files), unit="file", disable=not progress):
+                rows.extend(found)
+        except BaseException:  # Ctrl-C too: the files in work are given up at their next tensor
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
     if not dry_run:
         _finish(partial, src, dst, files, config)
     return SparsifyReport(tuple(rows))
@@ -282,14 +290,19 @@ class DenseView:
         weights = {f"{name}.weight" for name in (*self.checkpoint.packed, *self.bitmasks)}
         self.names = frozenset((self.checkpoint.tensors - parts) | weights)
 
-    def tensor(self, name: str) -> Tensor:
-        """Load a tensor, dense, to the CPU."""
+    def tensor(self, name: str, buffer: Tensor | None = None) -> Tensor:
+        """Load a tensor, dense, to the CPU; one that is stored so to ``buffer``, if there is one.
+
+        Args:
+            name: one of :attr:`names`.
+            buffer: see :meth:`flash_llm.checkpoint.Checkpoint.tensor`.
+        """
         layer = name.removesuffix(".weight")
         if name.endswith(".weight") and layer in self.checkpoint.packed:
             return self.checkpoint.weight(layer).to_dense()
         if name.endswith(".weight") and layer in self.bitmasks:
             return sparse_bitmask.read_weight(self.checkpoint, layer, self.bitmasks[layer])
-        return self.checkpoint.tensor(name)
+        return self.checkpoint.tensor(name, buffer)
 
     def in_file(self, file: Path) -> Iterator[tuple[str, str]]:
         """Names of the tensors that begin in a file, and their dtypes."""
@@ -353,25 +366,32 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _convert_file(
-    source: DenseView, file: Path, out: Path | None, chosen: set[str], options: _Options
+    source: DenseView,
+    file: Path,
+    out: Path | None,
+    chosen: set[str],
+    options: _Options,
+    stop: threading.Event,
 ) -> list[LayerReport]:
-    """Convert one file to ``out``, or nowhere."""
+    """Convert one file to ``out``, or nowhere; raises InterruptedError when ``stop`` is set."""
     rows = []
+    names = source.checkpoint.names(file)
+    buffer = torch.empty(max(map(source.checkpoint.nbytes_of, names), default=0), dtype=torch.uint8)
     with contextlib.ExitStack() as stack:
-        most = 3 * len(source.checkpoint.names(file))
-        writer = None if out is None else stack.enter_context(_Writer(out, most))
+        writer = None if out is None else stack.enter_context(_Writer(out, 3 * len(names)))
         for key, dtype in source.in_file(file):
-            tensor = source.tensor(key)
+            if stop.is_set():
+                raise InterruptedError(f"flash_llm.convert_checkpoint: {file} was given up")
             layer = key.removesuffix(".weight")
             if layer not in chosen or not key.endswith(".weight"):
                 if writer is not None:
-                    writer.add(key, tensor, dtype)
+                    writer.add(key, source.tensor(key, buffer), dtype)
                 continue
-            row, parts = _convert_tensor(layer, tensor, options)
+            row, parts = _convert_tensor(layer, source.tensor(key, buffer), options)
             rows.append(row)
             if writer is not None:
                 for name, part in parts.items():
-                    writer.add(name, part, _DTYPES.get(part.dtype, dtype))
+                    writer.add(name, part, _SPELLINGS.get(part.dtype, dtype))
     return rows
 
 
