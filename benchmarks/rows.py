@@ -75,9 +75,33 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "cuda": (str,),
         "commit": (str,),
     },
+    "convert": {
+        "bench": (str,),
+        "cpu": (str,),
+        "bytes": (int,),
+        "shards": (int,),
+        "M": (int,),
+        "K": (int,),
+        "sparsity": (float,),
+        "mask": (str,),
+        "dtype": (str,),
+        "format": (str,),
+        "workers": (int,),
+        "threads": (int,),
+        "runs": (int,),
+        "seconds": (float,),
+        "cpu_seconds": (float,),
+        "gb_s": (float,),
+        "gb_s_core": (float,),
+        "packed_bytes": (int,),
+        "peak_bytes": (int,),
+        "torch": (str,),
+        "commit": (str,),
+    },
 }
 POSITIVE_FIELDS = (
     *("packed_bytes", "us", "gb_s", "unpack_us"),
+    *("bytes", "workers", "threads", "seconds", "cpu_seconds", "gb_s_core", "peak_bytes"),
     *("cublas_us", "fp8_us", "stream_floor_us"),
 )
 # What tells one case from another; a new row replaces the old row of its case.
@@ -88,6 +112,10 @@ CASE_FIELDS = {
         *("sparsity", "mask", "dtype", "format"),
     ),
     "pack": ("bench", "gpu", "device", "M", "K", "sparsity", "mask", "dtype", "format"),
+    "convert": (
+        *("bench", "cpu", "bytes", "shards", "M", "K", "sparsity", "mask", "dtype", "format"),
+        *("workers", "threads"),
+    ),
 }
 
 

@@ -53,7 +53,7 @@ DTYPES = {
     "I64": torch.int64,
     "F64": torch.float64,
 }
-"""The dtypes of tensors that are read without safetensors' memory map, as safetensors spells them."""
+"""The dtypes of tensors that can be read into a buffer, as safetensors spells them."""
 
 
 class _Stored(NamedTuple):

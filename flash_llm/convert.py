@@ -164,7 +164,7 @@ def convert_checkpoint(
         pack_unprofitable=pack_unprofitable,
         conv1d=(config or {}).get("model_type") in _CONV1D_MODELS,
     )
-    chosen = _choose_layers(source, options)
+    chosen = choose_layers(source, options.targets, options.ignore)
     if dst.exists():
         raise FileExistsError(f"flash_llm.convert_checkpoint: {dst} is there already")
     partial = dst.with_name(dst.name + ".partial")
@@ -236,7 +236,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") 
         packed = source.checkpoint.placeholder(name)
         row = decide(name, packed, pack_unprofitable=True)
         rows.append(dataclasses.replace(row, reason=f"stored so: {row.reason}"))
-    for name in sorted(_choose_layers(source, options)):
+    for name in sorted(choose_layers(source, options.targets, options.ignore)):
         row, _ = _convert_tensor(name, source.tensor(f"{name}.weight"), options)
         if row.decision == "packed":
             row = dataclasses.replace(row, decision="dense", reason=f"would be {row.reason}")
@@ -314,10 +314,19 @@ class DenseView:
                 yield f"{name}.weight", self.checkpoint.dtype(key)
 
 
-def _choose_layers(source: DenseView, options: _Options) -> set[str]:
-    """The layers that may be packed."""
+def choose_layers(source: DenseView, targets: Sequence[str], ignore: Sequence[str]) -> set[str]:
+    """Return the dense layers that may be packed: two-dimensional weights that patterns choose.
+
+    Args:
+        source: a checkpoint.
+        targets: parsed patterns of the layers to pack.
+        ignore: parsed patterns of the layers to leave alone; wins over ``targets``.
+
+    Raises:
+        ValueError: a target matches nothing.
+    """
     layers = {name for name, shape in source.shapes.items() if len(shape) == 2}
-    for pattern in options.targets:
+    for pattern in targets:
         if pattern != EVERY_LAYER and not any(matches_name(pattern, name) for name in layers):
             raise ValueError(
                 f'flash_llm.convert_checkpoint: target "{pattern}" matches no two-dimensional '
@@ -326,8 +335,8 @@ def _choose_layers(source: DenseView, options: _Options) -> set[str]:
     return {
         name
         for name in layers
-        if any(matches_name(pattern, name) for pattern in options.targets)
-        and not any(matches_name(pattern, name) for pattern in options.ignore)
+        if any(matches_name(pattern, name) for pattern in targets)
+        and not any(matches_name(pattern, name) for pattern in ignore)
     }
 
 

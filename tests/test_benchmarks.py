@@ -23,10 +23,9 @@ import plot_spmm  # noqa: E402
 import rows  # noqa: E402
 import shapes  # noqa: E402
 import stream_floor  # noqa: E402
-import timing  # noqa: E402
 import weights  # noqa: E402
 
-from flash_llm import _extension  # noqa: E402
+from flash_llm import _extension, timing  # noqa: E402
 
 WEIGHT = bench_spmm.Weight(256, 128, 0.8, "uniform", "float16")
 CASE = bench_spmm.Case(WEIGHT, 8, "tiled_csl", "auto", True)
