@@ -15,7 +15,7 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -64,9 +64,15 @@ model = flash_llm.from_pretrained("this folder")  # or AutoModelForCausalLM.from
 """
 """What a model card says of packed weights."""
 
+NOTE_NAME = "unfinished.json"
+"""Says in an unfinished folder what it is made from."""
+
 # Models whose layers are Conv1D, which keeps its weight as [K, M], and the names of those layers.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
+
+# Other copies of a checkpoint's weights, which would be dense beside packed ones.
+_WEIGHT_SUFFIXES = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
 
 _SPELLINGS = {dtype: spelling for spelling, dtype in DTYPES.items()}
 
@@ -99,8 +105,9 @@ def convert_checkpoint(
     """Pack the pruned weights of a dense safetensors folder into another folder.
 
     Two-dimensional tensors called ``….weight`` are packed where that makes them smaller; all else
-    is copied, the other files of the folder too. ``config.json`` gets a ``quantization_config``, so
-    that transformers loads the result once flash_llm is imported, and the model card says so.
+    is copied, the other files of the folder too, but no weights in other forms, such as ``.bin``.
+    ``config.json`` gets a ``quantization_config``, so that transformers loads the result once
+    flash_llm is imported, and the model card says so.
 
     Args:
         src: folder with ``model.safetensors`` or an index of several files.
@@ -123,9 +130,9 @@ def convert_checkpoint(
 
     Raises:
         FileNotFoundError: ``src`` holds no checkpoint.
-        FileExistsError: ``dst`` is there, or ``dst.partial`` is of another conversion.
-        ValueError: a file is broken; a target matches nothing; a layer is packed already;
-            ``format``, ``dtype`` or ``workers`` is wrong.
+        FileExistsError: ``dst`` is there, or ``dst.partial`` is of other work.
+        ValueError: a file is broken, or not directly in ``src``; a target matches nothing; a layer
+            is packed already; ``format``, ``dtype`` or ``workers`` is wrong.
         OSError: the disk is full or cannot be written; ``src`` is untouched, and what is finished
             stays in ``dst.partial``.
 
@@ -155,7 +162,13 @@ def convert_checkpoint(
     if source.checkpoint.packed:
         name = next(iter(source.checkpoint.packed))
         raise ValueError(f"flash_llm.convert_checkpoint: {name} in {src} is packed already")
-    config = _read_config(src)
+    for file in files:
+        if file.parent != src:
+            raise ValueError(
+                f"flash_llm.convert_checkpoint: the index of {src} names {file}, which is not "
+                "directly in that folder"
+            )
+    config = read_config(src, "flash_llm.convert_checkpoint")
     options = _Options(
         targets=parse_patterns("targets", targets),
         ignore=parse_patterns("ignore", ignore),
@@ -169,7 +182,7 @@ def convert_checkpoint(
         raise FileExistsError(f"flash_llm.convert_checkpoint: {dst} is there already")
     partial = dst.with_name(dst.name + ".partial")
     if not dry_run:
-        _begin(partial, src, options)
+        begin(partial, src, vars(options), "flash_llm.convert_checkpoint")
 
     stop = threading.Event()
 
@@ -236,31 +249,46 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") 
         packed = source.checkpoint.placeholder(name)
         row = decide(name, packed, pack_unprofitable=True)
         rows.append(dataclasses.replace(row, reason=f"stored so: {row.reason}"))
+    buffer = _buffer(source.checkpoint, source.checkpoint.tensors)
     for name in sorted(choose_layers(source, options.targets, options.ignore)):
-        row, _ = _convert_tensor(name, source.tensor(f"{name}.weight"), options)
+        row, _ = _convert_tensor(name, source.tensor(f"{name}.weight", buffer), options)
         if row.decision == "packed":
             row = dataclasses.replace(row, decision="dense", reason=f"would be {row.reason}")
         rows.append(row)
     return SparsifyReport(tuple(rows))
 
 
-def _read_config(folder: Path) -> dict[str, Any] | None:
+def read_config(folder: Path, caller: str) -> dict[str, Any] | None:
+    """Return what ``config.json`` of a dense checkpoint holds, without what it says of sparsity.
+
+    Args:
+        folder: of the checkpoint.
+        caller: function named in errors.
+
+    Returns:
+        The JSON object; None if there is no such file.
+
+    Raises:
+        ValueError: it is no JSON object, or the checkpoint is quantised.
+    """
     path = folder / "config.json"
     if not path.is_file():
         return None
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"flash_llm.convert_checkpoint: {path} is no JSON: {error}") from None
+        raise ValueError(f"{caller}: {path} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{caller}: {path} must hold a JSON object")
     for key in ("quantization_config", "compression_config"):
         found = config.pop(key, None) or {}
         sparse = (found.get("sparsity_config") or {}).get("format") == sparse_bitmask.FORMAT
         if found and not (sparse and not found.get("config_groups")):
             raise ValueError(
-                f"flash_llm.convert_checkpoint: {folder} is quantised by "
-                f"{found.get('quant_method')!r}; it must be dense"
+                f"{caller}: {folder} is quantised by {found.get('quant_method')!r}; it must be "
+                "dense"
             )
-    return dict(config)
+    return config
 
 
 class DenseView:
@@ -340,19 +368,31 @@ def choose_layers(source: DenseView, targets: Sequence[str], ignore: Sequence[st
     }
 
 
-def _begin(partial: Path, src: Path, options: _Options) -> None:
-    """Make the unfinished folder, or see that it is of the same conversion."""
+def begin(partial: Path, src: Path, options: Mapping[str, Any], caller: str) -> None:
+    """Make an unfinished folder with a note of what it is, or see that it is of the same work.
+
+    Args:
+        partial: the folder.
+        src: checkpoint that the work begins with.
+        options: what else decides the result, for JSON.
+        caller: function named in errors.
+
+    Raises:
+        FileExistsError: it is of other work, or the checkpoint has changed since.
+        OSError: it cannot be made.
+    """
     made_from = {
+        "by": caller,
         "src": str(src.resolve()),
         "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in checkpoint_files(src)},
-        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()},
+        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
     }
-    note = partial / "conversion.json"
+    note = partial / NOTE_NAME
     if partial.exists():
         if not note.is_file() or json.loads(note.read_text()) != made_from:
             raise FileExistsError(
-                f"flash_llm.convert_checkpoint: {partial} is of another conversion, or {src} has "
-                "changed since; remove it to begin anew"
+                f"{caller}: {partial} is of other work, or {src} has changed since; remove it to "
+                "begin anew"
             )
         return
     # Under another name first: a folder without the note would be nobody's.
@@ -361,6 +401,27 @@ def _begin(partial: Path, src: Path, options: _Options) -> None:
     fresh.mkdir(parents=True)
     (fresh / note.name).write_text(json.dumps(made_from))
     fresh.rename(partial)
+
+
+def copy_other_files(src: Path, folder: Path, files: Sequence[Path]) -> None:
+    """Copy what holds no weights: tokenizer, configuration, model card.
+
+    Args:
+        src: folder of a checkpoint.
+        folder: where the files go.
+        files: those of its weights.
+    """
+    for path in src.iterdir():
+        weights = path in files or path.suffix in _WEIGHT_SUFFIXES
+        if path.is_file() and not weights and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+
+
+def write_card(src: Path, folder: Path) -> None:
+    """Write the model card of a checkpoint with packed weights: that of ``src`` and a note."""
+    card = src / "README.md"
+    text = card.read_text(errors="replace") if card.is_file() else ""
+    (folder / "README.md").write_text(text + CARD_NOTE)
 
 
 @contextlib.contextmanager
@@ -374,6 +435,11 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _buffer(checkpoint: Checkpoint, names: Iterable[str]) -> Tensor:
+    """Memory for any of these tensors, one at a time."""
+    return torch.empty(max(map(checkpoint.nbytes_of, names), default=0), dtype=torch.uint8)
+
+
 def _convert_file(
     source: DenseView,
     file: Path,
@@ -385,7 +451,7 @@ def _convert_file(
     """Convert one file to ``out``, or nowhere; raises InterruptedError when ``stop`` is set."""
     rows = []
     names = source.checkpoint.names(file)
-    buffer = torch.empty(max(map(source.checkpoint.nbytes_of, names), default=0), dtype=torch.uint8)
+    buffer = _buffer(source.checkpoint, names)
     with contextlib.ExitStack() as stack:
         writer = None if out is None else stack.enter_context(_Writer(out, 3 * len(names)))
         for key, dtype in source.in_file(file):
@@ -440,20 +506,16 @@ def _finish(
             },
         }
         (partial / INDEX_NAME).write_text(json.dumps(index, indent=2))
-    for path in src.iterdir():
-        if path.is_file() and path not in files and path.name != INDEX_NAME:
-            shutil.copyfile(path, partial / path.name)
+    copy_other_files(src, partial, files)
     if config is not None:
         method = {"quant_method": "flash_llm", "version": CHECKPOINT_VERSION}
         changed = {**config, "quantization_config": method} if converted.packed else dict(config)
         (partial / "config.json").write_text(json.dumps(changed, indent=2))
     if converted.packed:
-        card = src / "README.md"
-        text = card.read_text(errors="replace") if card.is_file() else ""
-        (partial / "README.md").write_text(text + CARD_NOTE)
+        write_card(src, partial)
     for file in files:
         (partial / f"{file.name}.json").unlink()
-    (partial / "conversion.json").unlink()
+    (partial / NOTE_NAME).unlink()
     partial.rename(dst)
 
 

@@ -1,0 +1,39 @@
+"""Options that several commands have in common."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DryRun = Annotated[bool, typer.Option(help="Only say what would be done.")]
+Dtype = Annotated[str | None, typer.Option(help="float16 or bfloat16: cast float32 weights first.")]
+Format = Annotated[str, typer.Option(help="Of packed weights: auto, or a format's name.")]
+Ignore = Annotated[
+    list[str] | None, typer.Option(help="Layers to leave alone; instead of the default.")
+]
+Target = Annotated[Path, typer.Argument(help="Folder to make; it must not be there.")]
+Targets = Annotated[list[str] | None, typer.Option(help="Layers to work on: a name's end, or re:…")]
+
+
+@contextlib.contextmanager
+def resumable(target: Path) -> Iterator[None]:
+    """Say after Ctrl-C where the unfinished result is and how to go on.
+
+    Args:
+        target: folder that is being made.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        partial = target.with_name(target.name + ".partial")
+        if not partial.is_dir():
+            raise
+        raise KeyboardInterrupt(
+            f"; what is finished is kept in {partial}. To go on, run the same command again."
+        ) from None
