@@ -41,6 +41,7 @@ from flash_llm.sparsify import (
     matches_name,
     parse_patterns,
 )
+from flash_llm.unfinished import UnfinishedFolder, refuse_existing, replacing
 
 EVERY_LAYER = "re:.*"
 CONVERT_IGNORE = (
@@ -63,9 +64,6 @@ model = flash_llm.from_pretrained("this folder")  # or AutoModelForCausalLM.from
 ```
 """
 """What a model card says of packed weights."""
-
-NOTE_NAME = "unfinished.json"
-"""Says in an unfinished folder what it is made from."""
 
 # Models whose layers are Conv1D, which keeps its weight as [K, M], and the names of those layers.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -178,24 +176,22 @@ def convert_checkpoint(
         conv1d=(config or {}).get("model_type") in _CONV1D_MODELS,
     )
     chosen = choose_layers(source, options.targets, options.ignore)
-    if dst.exists():
-        raise FileExistsError(f"flash_llm.convert_checkpoint: {dst} is there already")
-    partial = dst.with_name(dst.name + ".partial")
-    if not dry_run:
-        begin(partial, src, vars(options), "flash_llm.convert_checkpoint")
+    caller = "flash_llm.convert_checkpoint"
+    refuse_existing(dst, caller)
+    unfinished = None if dry_run else UnfinishedFolder(dst, src, vars(options), caller)
 
     stop = threading.Event()
 
     def convert(file: Path) -> list[LayerReport]:
-        if dry_run:
+        if unfinished is None:
             return _convert_file(source, file, None, chosen, options, stop)
-        done = partial / f"{file.name}.json"
-        if done.is_file():
+        out, done = unfinished.content / file.name, unfinished.path / f"{file.name}.json"
+        if out.is_file() and done.is_file():
             noted = json.loads(done.read_text())
             return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in noted]
-        with _replacing(partial / file.name) as temporary:
+        with replacing(out) as temporary:
             rows = _convert_file(source, file, temporary, chosen, options, stop)
-        with _replacing(done) as temporary:
+        with replacing(done) as temporary:
             temporary.write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
         return rows
 
@@ -209,8 +205,9 @@ def convert_checkpoint(
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    if not dry_run:
-        _finish(partial, src, dst, files, config)
+    if unfinished is not None:
+        _complete(unfinished.content, src, files, config)
+        unfinished.finish()
     return SparsifyReport(tuple(rows))
 
 
@@ -368,41 +365,6 @@ def choose_layers(source: DenseView, targets: Sequence[str], ignore: Sequence[st
     }
 
 
-def begin(partial: Path, src: Path, options: Mapping[str, Any], caller: str) -> None:
-    """Make an unfinished folder with a note of what it is, or see that it is of the same work.
-
-    Args:
-        partial: the folder.
-        src: checkpoint that the work begins with.
-        options: what else decides the result, for JSON.
-        caller: function named in errors.
-
-    Raises:
-        FileExistsError: it is of other work, or the checkpoint has changed since.
-        OSError: it cannot be made.
-    """
-    made_from = {
-        "by": caller,
-        "src": str(src.resolve()),
-        "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in checkpoint_files(src)},
-        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
-    }
-    note = partial / NOTE_NAME
-    if partial.exists():
-        if not note.is_file() or json.loads(note.read_text()) != made_from:
-            raise FileExistsError(
-                f"{caller}: {partial} is of other work, or {src} has changed since; remove it to "
-                "begin anew"
-            )
-        return
-    # Under another name first: a folder without the note would be nobody's.
-    fresh = partial.with_name(partial.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    (fresh / note.name).write_text(json.dumps(made_from))
-    fresh.rename(partial)
-
-
 def copy_other_files(src: Path, folder: Path, files: Sequence[Path]) -> None:
     """Copy what holds no weights: tokenizer, configuration, model card.
 
@@ -422,17 +384,6 @@ def write_card(src: Path, folder: Path) -> None:
     card = src / "README.md"
     text = card.read_text(errors="replace") if card.is_file() else ""
     (folder / "README.md").write_text(text + CARD_NOTE)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name, which becomes ``path`` if all goes well and vanishes if not."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _buffer(checkpoint: Checkpoint, names: Iterable[str]) -> Tensor:
@@ -493,11 +444,9 @@ def _convert_tensor(
     }
 
 
-def _finish(
-    partial: Path, src: Path, dst: Path, files: list[Path], config: Mapping[str, Any] | None
-) -> None:
-    """Write the index and the config, copy the other files, and give the folder its name."""
-    converted = Checkpoint(partial / file.name for file in files)
+def _complete(folder: Path, src: Path, files: list[Path], config: Mapping[str, Any] | None) -> None:
+    """Write the index, the config and the model card, and copy the other files."""
+    converted = Checkpoint(folder / file.name for file in files)
     if (src / INDEX_NAME).is_file():
         index = {
             "metadata": {"total_size": converted.nbytes},
@@ -505,18 +454,14 @@ def _finish(
                 name: file.name for file in converted.files for name in converted.names(file)
             },
         }
-        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2))
-    copy_other_files(src, partial, files)
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2))
+    copy_other_files(src, folder, files)
     if config is not None:
         method = {"quant_method": "flash_llm", "version": CHECKPOINT_VERSION}
         changed = {**config, "quantization_config": method} if converted.packed else dict(config)
-        (partial / "config.json").write_text(json.dumps(changed, indent=2))
+        (folder / "config.json").write_text(json.dumps(changed, indent=2))
     if converted.packed:
-        write_card(src, partial)
-    for file in files:
-        (partial / f"{file.name}.json").unlink()
-    (partial / NOTE_NAME).unlink()
-    partial.rename(dst)
+        write_card(src, folder)
 
 
 class _Writer:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flash_llm import hf, ops
 from flash_llm.checkpoint import Checkpoint, checkpoint_files
-from flash_llm.convert import begin, copy_other_files, read_config, write_card
+from flash_llm.convert import copy_other_files, read_config, write_card
 from flash_llm.evaluate import ProgressBar
 from flash_llm.prune.calibrate import prune_
 from flash_llm.prune.report import PruneReport
@@ -30,10 +30,11 @@ from flash_llm.sparsify import (
     select_layers,
     sparsify_,
 )
+from flash_llm.unfinished import UnfinishedFolder, partial_path, refuse_existing
 
 _CALLER = "flash_llm.prune_checkpoint"
-# In the unfinished folder: what prune_ keeps, and the model as it is saved.
-_STATE, _MODEL = "state", "model"
+# In the unfinished folder, what prune_ keeps to go on.
+_STATE = "state"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,37 +171,27 @@ def prune_checkpoint(
         )
     if calibration is not None and not Path(calibration).is_file():
         raise FileNotFoundError(f"{_CALLER}: calibration {calibration} is no file")
-    if dst.exists():
-        raise FileExistsError(f"{_CALLER}: {dst} is there already")
+    refuse_existing(dst, _CALLER)
     if calibration is not None:
         options |= {"calibration": Path(calibration), "tokenizer": _load_tokenizer(src)}
-    partial = dst.with_name(dst.name + ".partial")
-    if not resume and (partial / _STATE).is_dir():  # a folder of our own
-        shutil.rmtree(partial)
-    begin(partial, src, {"dtype": plan.dtype}, _CALLER)
+    if not resume and (partial_path(dst) / _STATE).is_dir():  # one of our own
+        shutil.rmtree(partial_path(dst))
+    unfinished = UnfinishedFolder(dst, src, {"dtype": plan.dtype}, _CALLER)
+    state = unfinished.path / _STATE
+    state.mkdir(exist_ok=True)
 
-    (partial / _STATE).mkdir(exist_ok=True)
     model = hf.from_pretrained(src, dtype=dtype or "auto").to(device)
     report = prune_(
-        model,
-        targets=targets,
-        ignore=ignore,
-        progress=progress,
-        resume_dir=partial / _STATE,
-        **options,
+        model, targets=targets, ignore=ignore, progress=progress, resume_dir=state, **options
     )
     if pack:
         sparsify_(model, targets, ignore, format=format)
-    folder = partial / _MODEL
-    shutil.rmtree(folder, ignore_errors=True)  # half of a model, from a run that was killed
-    folder.mkdir()
-    copy_other_files(src, folder, checkpoint_files(src))
-    model.save_pretrained(folder)
-    if Checkpoint(checkpoint_files(folder)).packed:
-        write_card(src, folder)
-    report.save(folder)
-    folder.rename(dst)
-    shutil.rmtree(partial)
+    copy_other_files(src, unfinished.content, checkpoint_files(src))
+    model.save_pretrained(unfinished.content)
+    if Checkpoint(checkpoint_files(unfinished.content)).packed:
+        write_card(src, unfinished.content)
+    report.save(unfinished.content)
+    unfinished.finish()
     return report
 
 

@@ -16,8 +16,9 @@ from formats import FORMATS
 from safetensors.torch import save_file
 
 import flash_llm
-from flash_llm import bench, convert, demo, doctor, ops, timing
+from flash_llm import bench, demo, doctor, ops, timing
 from flash_llm.prune.calibrate import METHODS
+from flash_llm.unfinished import NOTE_NAME
 
 pytest.importorskip("typer")
 from typer.testing import CliRunner  # noqa: E402
@@ -281,7 +282,9 @@ def test_ctrl_c_leaves_a_resumable_state(tmp_path):
         f"flash-llm convert: interrupted; what is finished is kept in {partial}. To go on, run the "
         "same command again.\n"
     )
-    assert not target.exists() and [path.name for path in partial.iterdir()] == [convert.NOTE_NAME]
+    assert not target.exists()
+    assert {path.name for path in partial.iterdir()} == {NOTE_NAME, "model"}
+    assert list((partial / "model").iterdir()) == []
     assert invoke("convert", source, target).exit_code == 0
     assert not partial.exists()
     assert invoke("verify", target, "--reference", source, "--max-error", "0").exit_code == 0

@@ -254,8 +254,8 @@ def test_an_interrupted_conversion_goes_on_where_it_was(tmp_path, monkeypatch, a
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(tmp_path / "dense", tmp_path / "packed", pack_unprofitable=True)
     partial = tmp_path / "packed.partial"
-    done = {p: p.stat().st_mtime_ns for p in partial.glob("*.safetensors")}
-    assert not (tmp_path / "packed").exists() and not list(partial.glob("*.tmp"))
+    done = {p: p.stat().st_mtime_ns for p in partial.glob("model/*.safetensors")}
+    assert not (tmp_path / "packed").exists() and not list(partial.rglob("*.tmp"))
     assert len(done) < len(checkpoint_files(tmp_path / "dense"))
     report = convert_checkpoint(tmp_path / "dense", tmp_path / "packed", pack_unprofitable=True)
     for path, time in done.items():
@@ -277,7 +277,8 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
-    assert {p.name for p in (tmp_path / "packed.partial").iterdir()} == {"conversion.json"}
+    partial = tmp_path / "packed.partial"
+    assert {p.name for p in partial.rglob("*")} == {"unfinished.json", "model"}
 
 
 def test_an_unfinished_folder_of_another_conversion_is_left_alone(tmp_path, monkeypatch):
@@ -286,7 +287,7 @@ def test_an_unfinished_folder_of_another_conversion_is_left_alone(tmp_path, monk
         interrupt(patch, 0, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
-    with pytest.raises(FileExistsError, match="packed.partial is of another conversion"):
+    with pytest.raises(FileExistsError, match="packed.partial is of other work"):
         convert_checkpoint(tmp_path / "dense", tmp_path / "packed", ignore=())
     file = tmp_path / "dense" / "model.safetensors"
     file.write_bytes(file.read_bytes())

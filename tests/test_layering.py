@@ -40,6 +40,7 @@ PYTHON_RANKS = {
     "hf": 6,
     "sparsify": 7,
     "sparse_bitmask": 5,
+    "unfinished": 5,
     "convert": 8,
     "verify": 9,
     "evaluate": 8,

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from flash_llm.unfinished import partial_path
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DryRun = Annotated[bool, typer.Option(help="Only say what would be done.")]
@@ -31,7 +33,7 @@ def resumable(target: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        partial = target.with_name(target.name + ".partial")
+        partial = partial_path(target)
         if not partial.is_dir():
             raise
         raise KeyboardInterrupt(
