@@ -186,6 +186,8 @@ def prune_checkpoint(
     )
     if pack:
         sparsify_(model, targets, ignore, format=format)
+    shutil.rmtree(unfinished.content)  # half of a model, from a run that was killed
+    unfinished.content.mkdir()
     copy_other_files(src, unfinished.content, checkpoint_files(src))
     model.save_pretrained(unfinished.content)
     if Checkpoint(checkpoint_files(unfinished.content)).packed:

@@ -64,8 +64,12 @@ class UnfinishedFolder:
             fresh = self.path.with_name(self.path.name + ".new")
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
-            (fresh / NOTE_NAME).write_text(json.dumps(made_from))
-            fresh.rename(self.path)
+            try:
+                (fresh / NOTE_NAME).write_text(json.dumps(made_from))
+                fresh.rename(self.path)
+            except BaseException:
+                shutil.rmtree(fresh)
+                raise
         self.content.mkdir(exist_ok=True)
 
     def finish(self) -> None:

@@ -14,6 +14,7 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_convert  # noqa: E402
 import bench_cpu  # noqa: E402
 import bench_pack  # noqa: E402
 import bench_spmm  # noqa: E402
@@ -466,6 +467,54 @@ def test_the_whole_benchmark_of_packing_on_the_cpu(dtype, tmp_path, monkeypatch,
         assert (row["device"], row["commit"], row["dtype"]) == ("cpu", "test", dtype)
         assert row["gb_s"] == pytest.approx(256 * 300 * 2 / row["us"] / 1e3, rel=1e-2)
         assert row["packed_bytes"] < 256 * 300 * 2 * 1.1
+
+
+CONVERT_ARGUMENTS = ["--gigabytes", "0.0002", "--shards", "2", "--shape", "128", "128"]
+
+
+def test_the_whole_benchmark_of_converting(tmp_path, capsys):
+    out = tmp_path / "pack.jsonl"
+    arguments = [*CONVERT_ARGUMENTS, "--workers", "2", "--runs", "1", "--commit", "0123abc"]
+    work = tmp_path / "work"
+    work.mkdir()
+    assert bench_convert.main([*arguments, "--folder", str(work), "--out", str(out)]) == 0
+    (row,) = rows.read_rows(out)
+    rows.check_row(row)
+    # Three weights of 32 KiB fit into each half of 200 kB.
+    assert (row["bytes"], row["shards"], row["workers"]) == (6 * 2**15, 2, 2)
+    assert 0.4 < row["packed_bytes"] / row["bytes"] < 0.6
+    assert row["gb_s"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9, rel=0.05)
+    assert row["gb_s_core"] == pytest.approx(row["bytes"] / row["cpu_seconds"] / 1e9, rel=0.05)
+    assert row["peak_bytes"] > 2**26  # torch's libraries alone
+    assert list(work.iterdir()) == []
+    assert "GB/s per core" in capsys.readouterr().out
+
+
+def test_the_conversion_with_the_least_processor_time_counts(tmp_path, monkeypatch):
+    found = [bench_convert.Conversion(1.0, cpu, 1, 1) for cpu in (3.0, 1.0, 2.0)]
+    turns = iter(found)
+
+    def convert(source, target, workers, threads):
+        target.mkdir()
+        return next(turns)
+
+    monkeypatch.setattr(bench_convert, "convert", convert)
+    assert bench_convert.measure(tmp_path, tmp_path / "packed", 1, 1, 3) == found[1]
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_conversion_that_fails_is_not_timed(tmp_path):
+    with pytest.raises(RuntimeError, match="has neither model.safetensors nor"):
+        bench_convert.convert(tmp_path, tmp_path / "packed", 1, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--gigabytes", "0"], ["--workers", "0"], ["--runs", "0"], ["--shards", "-1"]],
+)
+def test_bad_arguments_of_the_conversion_benchmark_are_refused(arguments):
+    with pytest.raises(SystemExit, match="2"):
+        bench_convert.parse_arguments([*CONVERT_ARGUMENTS, *arguments])
 
 
 def test_packing_that_loses_something_is_not_timed(monkeypatch):
