@@ -18,6 +18,7 @@ from flash_llm.hf import from_pretrained
 from flash_llm.linear import SparseLinear
 from flash_llm.ops import PackedWeight, explain_format, pack, prune_pack, spmm, unpack
 from flash_llm.prune.calibrate import prune_
+from flash_llm.prune.report import PruneReport
 from flash_llm.row_bitmap import RowBitmap
 from flash_llm.sparsify import SparsifyReport, sparsify_
 from flash_llm.tiled_csl import TiledCSL
@@ -30,6 +31,7 @@ hf.register_when_imported()
 __all__ = [
     "Bitmap",
     "PackedWeight",
+    "PruneReport",
     "RowBitmap",
     "SparseLinear",
     "SparsifyReport",

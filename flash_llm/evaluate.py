@@ -46,6 +46,13 @@ def track(items: Sequence[Any], description: str, progress: bool | ProgressBar) 
     return bar
 
 
+def remark(bar: Iterable[Any], text: str) -> None:
+    """Show a short text at the end of a bar of :func:`track`, where the bar can do that (tqdm)."""
+    show = getattr(bar, "set_postfix_str", None)
+    if show is not None:
+        show(text)
+
+
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every submodule in ``eval()`` and disable gradients; on exit restore each one's flag."""

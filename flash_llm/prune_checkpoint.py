@@ -121,7 +121,7 @@ def prune_checkpoint(
     pack: bool = True,
     format: str = "auto",
     dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     resume: bool = True,
     progress: bool | ProgressBar = False,
     **options: Any,
@@ -142,7 +142,7 @@ def prune_checkpoint(
         format: of the packed weights, as in :func:`flash_llm.sparsify_`.
         dtype: load the model in this dtype; None in that of its weights. Packed weights are float16
             or bfloat16.
-        device: where the model is pruned.
+        device: where the blocks are pruned, one at a time; the model stays on the CPU.
         resume: False removes a ``dst.partial`` of an earlier call and begins anew.
         progress: as in :func:`flash_llm.prune_`.
         options: ``method``, ``sparsity``, ``scope``, ``allocation``, ``nsamples``, ``seqlen``,
@@ -180,9 +180,15 @@ def prune_checkpoint(
     state = unfinished.path / _STATE
     state.mkdir(exist_ok=True)
 
-    model = hf.from_pretrained(src, dtype=dtype or "auto").to(device)
+    model = hf.from_pretrained(src, dtype=dtype or "auto")
     report = prune_(
-        model, targets=targets, ignore=ignore, progress=progress, resume_dir=state, **options
+        model,
+        targets=targets,
+        ignore=ignore,
+        device=device,
+        resume_dir=state,
+        progress=progress,
+        **options,
     )
     if pack:
         sparsify_(model, targets, ignore, format=format)
