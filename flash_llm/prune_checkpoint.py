@@ -97,6 +97,8 @@ def plan_pruning(
     _check_source(src)
     model, dtype = _empty_model(src, dtype)
     layers = select_layers(model, targets, ignore)
+    if not layers:
+        raise ValueError(f"{_CALLER}: ignore={ignore!r} leaves nothing of targets={targets!r}")
     refuse_tied(model, list(layers.items()), _CALLER, "pruning one would prune the other")
     shapes = {}
     for name, layer in layers.items():
@@ -180,16 +182,21 @@ def prune_checkpoint(
     state = unfinished.path / _STATE
     state.mkdir(exist_ok=True)
 
-    model = hf.from_pretrained(src, dtype=dtype or "auto")
-    report = prune_(
-        model,
-        targets=targets,
-        ignore=ignore,
-        device=device,
-        resume_dir=state,
-        progress=progress,
-        **options,
-    )
+    try:
+        model = hf.from_pretrained(src, dtype=dtype or "auto")
+        report = prune_(
+            model,
+            targets=targets,
+            ignore=ignore,
+            device=device,
+            resume_dir=state,
+            progress=progress,
+            **options,
+        )
+    except BaseException:
+        if not any(state.glob("*.safetensors")):  # no layer is done: nothing to go on with
+            unfinished.discard()
+        raise
     if pack:
         sparsify_(model, targets, ignore, format=format)
     shutil.rmtree(unfinished.content)  # half of a model, from a run that was killed

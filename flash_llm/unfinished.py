@@ -72,6 +72,10 @@ class UnfinishedFolder:
                 raise
         self.content.mkdir(exist_ok=True)
 
+    def discard(self) -> None:
+        """Remove all of it."""
+        shutil.rmtree(self.path)
+
     def finish(self) -> None:
         """Give the result its name and remove the rest."""
         self.content.rename(self._dst)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +35,6 @@ def evaluate(
         stride=stride,
         max_windows=max_windows,
         device=pick_device(device)[0],
-        progress=sys.stderr.isatty(),
+        progress=options.transformers_progress(),
     )
     typer.echo(report.to_json() if as_json else str(report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,20 @@ Ignore = Annotated[
 ]
 Target = Annotated[Path, typer.Argument(help="Folder to make; it must not be there.")]
 Targets = Annotated[list[str] | None, typer.Option(help="Layers to work on: a name's end, or re:…")]
+
+
+def transformers_progress() -> bool:
+    """Whether to draw bars, which is on a terminal; elsewhere transformers is told to draw none.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    import transformers
+
+    shown = sys.stderr.isatty()
+    if not shown:
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return shown
 
 
 @contextlib.contextmanager

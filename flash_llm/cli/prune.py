@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,7 +82,7 @@ def prune(
             format=format,
             device=pick_device(device)[0],
             resume=resume,
-            progress=sys.stderr.isatty(),
+            progress=options.transformers_progress(),
             **chosen,
         )
     typer.echo(report.to_json() if as_json else str(report))
