@@ -18,6 +18,7 @@ from flash_llm.hf import from_pretrained
 from flash_llm.linear import SparseLinear
 from flash_llm.ops import PackedWeight, explain_format, pack, prune_pack, spmm, unpack
 from flash_llm.prune.calibrate import prune_
+from flash_llm.prune.checkpoint import prune_checkpoint
 from flash_llm.prune.report import PruneReport
 from flash_llm.row_bitmap import RowBitmap
 from flash_llm.sparsify import SparsifyReport, sparsify_
@@ -48,6 +49,7 @@ __all__ = [
     "pack",
     "perplexity",
     "prune_",
+    "prune_checkpoint",
     "prune_pack",
     "save",
     "sparsify_",

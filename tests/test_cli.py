@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from flash_llm import bench, demo, doctor, ops, timing
 from flash_llm.prune.calibrate import METHODS
 from flash_llm.unfinished import NOTE_NAME
 
-pytest.importorskip("typer")
+typer = pytest.importorskip("typer")
 from typer.testing import CliRunner  # noqa: E402
 
 from flash_llm.cli.app import COMMANDS, EXIT_CODES, build_app  # noqa: E402
@@ -150,6 +151,26 @@ def test_doctor_finds_nothing_wrong_here():
     assert result.exit_code == 0, result.output
     assert torch.__version__ in result.output
     assert "checks passed" in result.output and "FAIL" not in result.output
+
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def readme_commands():
+    lines = re.findall(r"^\$ (flash-llm .*)", README, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+def test_the_commands_of_the_readme_are_understood(words):
+    command = typer.main.get_command(build_app()).commands[words[1]]
+    command.make_context(words[1], words[2:])
+
+
+def test_the_readme_shows_every_command_and_exit_code():
+    assert {words[1] for words in readme_commands()} == set(COMMANDS)
+    listed = re.findall(r"^\| (\d+) \| [a-z]", README, re.MULTILINE)
+    assert listed == re.findall(r"(\d+) [a-z]", EXIT_CODES)
 
 
 def registered_operators():

@@ -49,7 +49,6 @@ PYTHON_RANKS = {
     "demo": 10,
     "report": 10,
     "bench": 10,
-    "prune_checkpoint": 10,
     "cli": 11,
 }
 

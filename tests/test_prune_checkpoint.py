@@ -14,9 +14,9 @@ from test_cli import ENVIRONMENT, SCRIPT, invoke
 from test_hf import SIZES, dense, output, sparse_layers
 
 import flash_llm
-from flash_llm import evaluate, prune_checkpoint
+from flash_llm import evaluate
 from flash_llm.checkpoint import Checkpoint, checkpoint_files
-from flash_llm.prune import calibrate
+from flash_llm.prune import calibrate, checkpoint
 from flash_llm.prune.report import PruneReport
 from flash_llm.unfinished import NOTE_NAME
 
@@ -113,7 +113,7 @@ def test_options_reach_prune(tmp_path, source, text, monkeypatch):
     seen = {}
     original = calibrate.prune_
     monkeypatch.setattr(
-        prune_checkpoint, "prune_", lambda model, **o: seen.update(o) or original(model, **o)
+        checkpoint, "prune_", lambda model, **o: seen.update(o) or original(model, **o)
     )
     allocation = tmp_path / "allocation.json"
     allocation.write_text('{"up_proj": 0.9, "_default": 0.5}')
@@ -152,7 +152,7 @@ def test_a_dry_run_says_what_would_be_pruned(tmp_path, source):
 
 def test_conv1d_shapes_are_those_of_the_product(tmp_path):
     dense("gpt2", tmp_path / "dense")
-    plan = prune_checkpoint.plan_pruning(tmp_path / "dense")
+    plan = checkpoint.plan_pruning(tmp_path / "dense")
     assert plan.shapes["transformer.h.0.attn.c_attn"] == (192, 64)
 
 
@@ -180,7 +180,7 @@ def test_tied_weights_are_left_alone_or_refused(tmp_path):
 
 SLOW = """
 import time
-from flash_llm.prune import calibrate
+from flash_llm.prune import calibrate, checkpoint
 original = calibrate.magnitude_mask
 def slow(*arguments):
     print("at work", flush=True)
@@ -216,7 +216,7 @@ def test_an_interrupted_run_goes_on(tmp_path, source, sent):
     done = {p: p.stat().st_mtime_ns for p in (partial / "state").glob("layer-*.safetensors")}
     assert len(done) == 2
     times = {}
-    original = prune_checkpoint.prune_
+    original = checkpoint.prune_
 
     def watched(*args, **options):
         report = original(*args, **options)
@@ -224,7 +224,7 @@ def test_an_interrupted_run_goes_on(tmp_path, source, sent):
         return report
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prune_checkpoint, "prune_", watched)
+        patch.setattr(checkpoint, "prune_", watched)
         result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     assert times == done, "a layer that was done was pruned again"
@@ -242,7 +242,7 @@ def interrupt(monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(prune_checkpoint, "sparsify_", fail)
+    monkeypatch.setattr(checkpoint, "sparsify_", fail)
 
 
 def test_an_unfinished_run_is_continued_by_the_same_only(tmp_path, source, text):
@@ -305,7 +305,7 @@ def test_bad_options(tmp_path, source, text, options, message):
 def test_bad_allocation_files(tmp_path, content, message):
     (tmp_path / "allocation.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        prune_checkpoint.parse_allocation(str(tmp_path / "allocation.json"))
+        checkpoint.parse_allocation(str(tmp_path / "allocation.json"))
 
 
 def test_sources_that_cannot_be_pruned(tmp_path, source, text):

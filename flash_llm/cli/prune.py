@@ -10,7 +10,7 @@ import typer
 from flash_llm.cli import options
 from flash_llm.convert import parse_dtype
 from flash_llm.demo import pick_device
-from flash_llm.prune_checkpoint import parse_allocation, plan_pruning, prune_checkpoint
+from flash_llm.prune.checkpoint import parse_allocation, plan_pruning, prune_checkpoint
 from flash_llm.sparsify import DEFAULT_IGNORE, DEFAULT_TARGETS
 
 
