@@ -123,6 +123,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of each")
     parser.add_argument("--seed", type=int, default=0, help="draws the samples")
     parser.add_argument("--windows", type=int, default=16, help="held-out windows of 512 tokens")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--missing", action="store_true", help="leave out what has a row already")
     parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads)
     commit = commit_hash(arguments.commit)
-    model, tokenizer = load_smollm2()
+    model, tokenizer = load_smollm2(arguments.device)
     calibration, heldout = (
         torch.tensor(tokenizer(text, verbose=False)["input_ids"]) for text in pydoc_text()
     )

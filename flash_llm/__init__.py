@@ -19,6 +19,7 @@ from flash_llm.linear import SparseLinear
 from flash_llm.ops import PackedWeight, explain_format, pack, prune_pack, spmm, unpack
 from flash_llm.prune.calibrate import prune_
 from flash_llm.prune.report import PruneReport
+from flash_llm.prune.sensitivity import SensitivityReport, sensitivity
 from flash_llm.row_bitmap import RowBitmap
 from flash_llm.sparsify import SparsifyReport, sparsify_
 from flash_llm.tiled_csl import TiledCSL
@@ -33,6 +34,7 @@ __all__ = [
     "PackedWeight",
     "PruneReport",
     "RowBitmap",
+    "SensitivityReport",
     "SparseLinear",
     "SparsifyReport",
     "TiledCSL",
@@ -50,6 +52,7 @@ __all__ = [
     "prune_",
     "prune_pack",
     "save",
+    "sensitivity",
     "sparsify_",
     "spmm",
     "unpack",

@@ -19,7 +19,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class Stack:
     blocks: list[nn.Module]
     home: torch.device
     device: torch.device
-    calls: list[list[Call]]
+    calls: list[list[Call]] = field(default_factory=list)
     chained: bool = True
 
     def prefix(self, index: int) -> str:
@@ -89,13 +89,14 @@ class Stack:
         return _as_list(block(*args, **kwargs))
 
     def advance(self, index: int) -> None:
-        """Run a block, which is on the compute device, and hand its outputs to the next one.
+        """Run a block, which is on the compute device, and hand its outputs to the next, if any.
 
         The calls of the block are dropped.
         """
-        if index + 1 < len(self.blocks):
-            for call, following in zip(self.calls[index], self.calls[index + 1], strict=True):
-                following.fill_links(_to(self.home, self.run(self.blocks[index], call)))
+        for number, call in enumerate(self.calls[index]):
+            outputs = self.run(self.blocks[index], call)
+            if index + 1 < len(self.blocks):
+                self.calls[index + 1][number].fill_links(_to(self.home, outputs))
         self.calls[index].clear()
 
     def with_same_calls(self) -> Stack:
@@ -123,8 +124,7 @@ def find_stacks(
         inside = any(name.startswith(f"{stack.name}.") for stack in stacks)
         if isinstance(module, nn.ModuleList) and not inside:
             if any(layer.startswith(f"{name}.") for layer in layers):
-                blocks = list(module)
-                stacks.append(Stack(name, blocks, home, device or home, [[] for _ in blocks]))
+                stacks.append(Stack(name, list(module), home, device or home))
     return stacks
 
 
@@ -137,6 +137,8 @@ def record_calls(model: nn.Module, stacks: list[Stack], samples: list[Tensor]) -
         samples: int64 token ids ``[B, L]``.
     """
     outputs: dict[nn.Module, list[Any]] = {}
+    for stack in stacks:
+        stack.calls, stack.chained = [[] for _ in stack.blocks], True
     with contextlib.ExitStack() as hooks:
         for stack in stacks:
             for index, block in enumerate(stack.blocks):
