@@ -18,6 +18,7 @@ from flash_llm.hf import from_pretrained
 from flash_llm.linear import SparseLinear
 from flash_llm.ops import PackedWeight, explain_format, pack, prune_pack, spmm, unpack
 from flash_llm.prune.calibrate import prune_
+from flash_llm.prune.recover import RecoveryReport, recover_
 from flash_llm.prune.report import PruneReport
 from flash_llm.prune.sensitivity import SensitivityReport, sensitivity
 from flash_llm.row_bitmap import RowBitmap
@@ -33,6 +34,7 @@ __all__ = [
     "Bitmap",
     "PackedWeight",
     "PruneReport",
+    "RecoveryReport",
     "RowBitmap",
     "SensitivityReport",
     "SparseLinear",
@@ -51,6 +53,7 @@ __all__ = [
     "perplexity",
     "prune_",
     "prune_pack",
+    "recover_",
     "save",
     "sensitivity",
     "sparsify_",
