@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from flash_llm import PruneReport, perplexity, prune_
 from flash_llm.demo import load_smollm2, pydoc_text
-from flash_llm.prune.calibrate import METHODS
+from flash_llm.prune.calibrate import ALLOCATIONS, METHODS
 
 MODEL = "SmolLM2-135M-Instruct"
-ALLOCATIONS = ("uniform", "owl")
 # Tokens per window of held-out text.
 WINDOW = 512
 
@@ -90,7 +89,7 @@ class Bench:
             "nsamples": case.nsamples,
             "seqlen": case.seqlen,
             "seed": case.seed,
-            "seconds": round(seconds, 1),
+            "seconds": float(f"{seconds:.3g}"),
             "commit": commit,
         }
         check_row(row)
@@ -117,12 +116,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--allocation", nargs="+", choices=ALLOCATIONS, default=ALLOCATIONS)
+    parser.add_argument("--allocation", nargs="+", choices=ALLOCATIONS, default=["uniform", "owl"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5, 0.6, 0.7])
     parser.add_argument("--nsamples", type=int, default=32, help="calibration samples")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of each")
     parser.add_argument("--seed", type=int, default=0, help="draws the samples")
     parser.add_argument("--windows", type=int, default=16, help="held-out windows of 512 tokens")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--missing", action="store_true", help="leave out what has a row already")
     parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads)
     commit = commit_hash(arguments.commit)
-    model, tokenizer = load_smollm2()
+    model, tokenizer = load_smollm2(arguments.device)
     calibration, heldout = (
         torch.tensor(tokenizer(text, verbose=False)["input_ids"]) for text in pydoc_text()
     )

@@ -19,7 +19,9 @@ from flash_llm.linear import SparseLinear
 from flash_llm.ops import PackedWeight, explain_format, pack, prune_pack, spmm, unpack
 from flash_llm.prune.calibrate import prune_
 from flash_llm.prune.checkpoint import prune_checkpoint
+from flash_llm.prune.recover import RecoveryReport, recover_
 from flash_llm.prune.report import PruneReport
+from flash_llm.prune.sensitivity import SensitivityReport, sensitivity
 from flash_llm.row_bitmap import RowBitmap
 from flash_llm.sparsify import SparsifyReport, sparsify_
 from flash_llm.tiled_csl import TiledCSL
@@ -33,7 +35,9 @@ __all__ = [
     "Bitmap",
     "PackedWeight",
     "PruneReport",
+    "RecoveryReport",
     "RowBitmap",
+    "SensitivityReport",
     "SparseLinear",
     "SparsifyReport",
     "TiledCSL",
@@ -51,7 +55,9 @@ __all__ = [
     "prune_",
     "prune_checkpoint",
     "prune_pack",
+    "recover_",
     "save",
+    "sensitivity",
     "sparsify_",
     "spmm",
     "unpack",

@@ -14,11 +14,13 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import accuracy  # noqa: E402
 import bench_convert  # noqa: E402
 import bench_cpu  # noqa: E402
 import bench_pack  # noqa: E402
 import bench_spmm  # noqa: E402
 import fp8  # noqa: E402
+import plot_accuracy  # noqa: E402
 import plot_cpu  # noqa: E402
 import plot_spmm  # noqa: E402
 import rows  # noqa: E402
@@ -163,7 +165,8 @@ def test_committed_rows_follow_the_schema():
         assert found
         for row in found:
             rows.check_row(row)
-            assert path.stem == ("cpu" if row["bench"] == "cpu" else f"{row['bench']}-{row['gpu']}")
+            of_one_file = row["bench"] in ("cpu", "accuracy")
+            assert path.stem == (row["bench"] if of_one_file else f"{row['bench']}-{row['gpu']}")
             if row["bench"] in ("spmm", "cpu"):
                 assert row["rel_err"] <= bench_spmm.MAX_REL_ERR[row["dtype"]]
         assert len({rows.case_of(row) for row in found}) == len(found)
@@ -197,6 +200,104 @@ def test_the_whole_benchmark_of_the_cpu(dtype, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "cpu-speedup.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
         plot_cpu.main(["--results", str(tmp_path / "nowhere")])
+
+
+class CharTokenizer:
+    """One token per character."""
+
+    def __call__(self, text, verbose=True):
+        return {"input_ids": [ord(character) % 128 for character in text]}
+
+
+@pytest.fixture
+def tiny_weights(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=1024,
+    )
+    model = transformers.LlamaForCausalLM(config).bfloat16().eval()
+    monkeypatch.setattr(
+        accuracy, "load_smollm2", lambda device: (model.to(device), CharTokenizer())
+    )
+
+
+ACCURACY = "--nsamples 2 --seqlen 64 --windows 2 --seed 3 --commit 0123abc"
+
+
+@pytest.mark.hf
+def test_the_whole_benchmark_of_accuracy(tiny_weights, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "accuracy.jsonl"
+    arguments = [*ACCURACY.split(), "--out", str(out)]
+    assert accuracy.main([*arguments, "--sparsity", "0.5", "0.75"]) == 0
+    found = rows.read_rows(out)
+    assert len(found) == 4 * 2 * 2
+    for row in found:
+        rows.check_row(row)
+        assert row["model"] == "SmolLM2-135M-Instruct" and row["seed"] == 3
+        assert row["text"] == "topics of Python's help(), held out, 2x512"
+        assert row["perplexity"] != row["dense_perplexity"] == found[0]["dense_perplexity"]
+    assert list(found[0]) == (
+        "bench model method allocation sparsity perplexity dense_perplexity text nsamples seqlen "
+        "seed seconds commit".split()
+    )
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 17 and table[0].split()[:4] == (
+        ["method", "allocation", "sparsity", "perplexity"]
+    )
+
+    # A stopped run goes on: with one row missing, one case is measured.
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:5] + lines[6:]))
+    measured = []
+    measure = accuracy.Bench.measure
+    monkeypatch.setattr(
+        accuracy.Bench, "measure", lambda *a: (measured.append(a[1]), measure(*a))[1]
+    )
+    assert accuracy.main([*arguments, "--sparsity", "0.5", "0.75", "--missing"]) == 0
+    assert len(measured) == 1
+    again = rows.read_rows(out)
+    without_seconds = [[{**row, "seconds": 0.0} for row in each] for each in (found, again)]
+    assert without_seconds[0] == without_seconds[1]  # the same numbers again
+    with pytest.raises(ValueError, match="perplexity must be positive"):
+        rows.check_row({**found[0], "perplexity": 0.0})
+
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    assert plot_accuracy.main(["--results", str(tmp_path)]) == 0
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        plot_accuracy.main(["--results", str(tmp_path / "nowhere")])
+
+
+def test_perplexities_are_compared_under_the_same_conditions_only(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    case = accuracy.Case("wanda", "uniform", 0.5, 8, 512, 0)
+    bench = object.__new__(accuracy.Bench)
+    bench.dense_perplexity, bench.text = 10.0, "text"
+    several = [
+        bench.make_row(dataclasses.replace(case, **changes), 20.0, 1.0, "0123abc")
+        for changes in ({"nsamples": 32}, {}, {"sparsity": 0.6}, {"method": "admm"})
+    ]
+    rows.write_rows(tmp_path / "accuracy.jsonl", several)
+    drawn = []
+    monkeypatch.setattr(plot_accuracy, "draw", lambda *a: drawn.append(a))
+    plot_accuracy.main(["--results", str(tmp_path)])
+    ((chosen, title, _),) = drawn
+    assert {row["nsamples"] for row in chosen} == {8} and len(chosen) == 3
+    assert "8x512" in title
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--nsamples 0", "--windows 0", "--sparsity 1.5", "--method obs"]
+)
+def test_bad_arguments_of_the_accuracy_benchmark_are_refused(arguments):
+    with pytest.raises(SystemExit):
+        accuracy.main(arguments.split())
 
 
 def test_a_wrong_result_on_the_cpu_is_not_timed(monkeypatch):

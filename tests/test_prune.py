@@ -750,7 +750,11 @@ def packed():
             ValueError,
             "method must be one of magnitude, wanda, sparsegpt, admm, got 'obs'",
         ),
-        ({"allocation": "best"}, ValueError, 'allocation must be "uniform", "owl" or a dict'),
+        (
+            {"allocation": "best"},
+            ValueError,
+            "allocation must be one of uniform, owl, sensitivity or a dict",
+        ),
         ({"allocation": 0.5}, TypeError, "allocation must be a string or a dict, got float"),
         ({"allocation": {"nothing": 0.5}}, ValueError, '"nothing" must match a linear layer'),
         (

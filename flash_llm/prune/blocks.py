@@ -18,8 +18,8 @@ import contextlib
 import copy
 import inspect
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,18 @@ class Call:
 
     args: list[Any]
     kwargs: dict[str, Any]
+
+    def on(self, device: torch.device) -> Call:
+        """The same call with its tensors on a device."""
+        return Call(on(device, self.args), on(device, self.kwargs))
+
+    def float(self) -> Call:
+        """The same call with its floating point tensors in float32."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.float() if tensor.is_floating_point() else tensor
+
+        return Call(_map(cast, self.args), _map(cast, self.kwargs))
 
     def fill_links(self, outputs: list[Any]) -> None:
         """Put the outputs of the block before in the places of the links."""
@@ -67,12 +79,23 @@ class Stack:
     blocks: list[nn.Module]
     home: torch.device
     device: torch.device
-    calls: list[list[Call]]
+    calls: list[list[Call]] = field(default_factory=list)
     chained: bool = True
 
     def prefix(self, index: int) -> str:
         """What the name of everything inside a block begins with."""
         return f"{self.name}.{index}."
+
+    def passed_on(self) -> list[int]:
+        """Numbers of a block's outputs that the next one takes; of a single block, the first.
+
+        Recorded calls tell, as long as no link has been filled.
+        """
+        if len(self.blocks) == 1:
+            return [0]
+        call = self.calls[1][0]
+        arguments = [*call.args, *call.kwargs.values()]
+        return sorted({a.index for a in arguments if isinstance(a, Link)})
 
     @contextlib.contextmanager
     def on_device(self, index: int) -> Iterator[nn.Module]:
@@ -85,17 +108,18 @@ class Stack:
 
     def run(self, block: nn.Module, call: Call) -> list[Any]:
         """Call a block on the compute device; its outputs stay there."""
-        args, kwargs = _to(self.device, call.args), _to(self.device, call.kwargs)
-        return _as_list(block(*args, **kwargs))
+        moved = call.on(self.device)
+        return as_list(block(*moved.args, **moved.kwargs))
 
     def advance(self, index: int) -> None:
-        """Run a block, which is on the compute device, and hand its outputs to the next one.
+        """Run a block, which is on the compute device, and hand its outputs to the next, if any.
 
         The calls of the block are dropped.
         """
-        if index + 1 < len(self.blocks):
-            for call, following in zip(self.calls[index], self.calls[index + 1], strict=True):
-                following.fill_links(_to(self.home, self.run(self.blocks[index], call)))
+        for number, call in enumerate(self.calls[index]):
+            outputs = self.run(self.blocks[index], call)
+            if index + 1 < len(self.blocks):
+                self.calls[index + 1][number].fill_links(on(self.home, outputs))
         self.calls[index].clear()
 
     def with_same_calls(self) -> Stack:
@@ -123,8 +147,7 @@ def find_stacks(
         inside = any(name.startswith(f"{stack.name}.") for stack in stacks)
         if isinstance(module, nn.ModuleList) and not inside:
             if any(layer.startswith(f"{name}.") for layer in layers):
-                blocks = list(module)
-                stacks.append(Stack(name, blocks, home, device or home, [[] for _ in blocks]))
+                stacks.append(Stack(name, list(module), home, device or home))
     return stacks
 
 
@@ -137,6 +160,8 @@ def record_calls(model: nn.Module, stacks: list[Stack], samples: list[Tensor]) -
         samples: int64 token ids ``[B, L]``.
     """
     outputs: dict[nn.Module, list[Any]] = {}
+    for stack in stacks:
+        stack.calls, stack.chained = [[] for _ in stack.blocks], True
     with contextlib.ExitStack() as hooks:
         for stack in stacks:
             for index, block in enumerate(stack.blocks):
@@ -161,7 +186,7 @@ def record_calls(model: nn.Module, stacks: list[Stack], samples: list[Tensor]) -
             for block in stack.blocks:
 
                 def keep(block: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-                    outputs[block] = _as_list(output)
+                    outputs[block] = as_list(output)
 
                 hooks.callback(block.register_forward_hook(keep).remove)
         for sample in samples:
@@ -194,13 +219,13 @@ def taking_turns(stacks: list[Stack]) -> Iterator[None]:
                 stack: Stack = stack,
             ) -> tuple[Any, Any]:
                 block.to(stack.device)
-                return _to(stack.device, args), _to(stack.device, kwargs)
+                return on(stack.device, args), on(stack.device, kwargs)
 
             def bring_back(
                 block: nn.Module, _: tuple[Any, ...], output: Any, stack: Stack = stack
             ) -> Any:
                 block.to(stack.home)
-                return _to(stack.home, output)
+                return on(stack.home, output)
 
             for block in stack.blocks:
                 hooks.callback(block.register_forward_pre_hook(fetch, with_kwargs=True).remove)
@@ -240,16 +265,21 @@ def forward(model: nn.Module, sample: Tensor, **wanted: Any) -> None:
     model(sample.to(next(model.parameters()).device), **options)
 
 
-def _as_list(output: Any) -> list[Any]:
+def as_list(output: Any) -> list[Any]:
+    """What a block returned, as a list of its outputs."""
     return list(output) if isinstance(output, (tuple, list)) else [output]
 
 
-def _to(device: torch.device, value: Any) -> Any:
+def on(device: torch.device, value: Any) -> Any:
     """The tensors in nested tuples, lists and dicts on a device; all else as it is."""
+    return _map(lambda tensor: tensor.to(device), value)
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return function(value)
     if type(value) in (tuple, list):
-        return type(value)(_to(device, item) for item in value)
+        return type(value)(_map(function, item) for item in value)
     if type(value) is dict:
-        return {key: _to(device, item) for key, item in value.items()}
+        return {key: _map(function, item) for key, item in value.items()}
     return value

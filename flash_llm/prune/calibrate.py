@@ -39,6 +39,7 @@ from flash_llm.prune.reconstruction import SingularHessianError, relative_error
 from flash_llm.prune.report import PrunedLayer, PruneRecipe, PruneReport
 from flash_llm.prune.resume import ResumeFolder
 from flash_llm.prune.samples import Calibration, Tokenizer, token_samples
+from flash_llm.prune.sensitivity import LEVELS, allocate, measure_layers
 from flash_llm.prune.sparsegpt import sparsegpt
 from flash_llm.sparsify import (
     DEFAULT_IGNORE,
@@ -53,6 +54,9 @@ RECONSTRUCTIONS = {"sparsegpt": sparsegpt, "admm": admm}
 """The methods that turn a weight and the Gram matrix of its inputs into a new weight."""
 
 METHODS = ("magnitude", "wanda", *RECONSTRUCTIONS)
+
+ALLOCATIONS = ("uniform", "owl", "sensitivity")
+"""The allocations that have a name; all but the first are measured on the calibration text."""
 
 LARGEST_DAMPING = 1.0
 """Damping is raised tenfold where a Hessian is singular, but not beyond this."""
@@ -99,7 +103,9 @@ def prune_(
         scope: ``"row"`` (the fraction holds in every output row), ``"layer"``, ``"N:M"``, or, for
             magnitude, ``"global"`` (one threshold for all targeted layers).
         allocation: ``"uniform"``; ``"owl"`` (blocks with more outliers are pruned less, by up to
-            0.08 of sparsity, and the mean over all weights is ``sparsity``; arXiv 2310.05175); or a
+            0.08 of sparsity, and the mean over all weights is ``sparsity``; arXiv 2310.05175);
+            ``"sensitivity"`` (layers whose outputs change more are pruned less, as
+            :func:`flash_llm.sensitivity` measures it with Wanda and its report allocates); or a
             dict from patterns, as in ``targets``, to sparsities: the first pattern that matches a
             layer counts, ``"_default"`` (or ``sparsity``) is for layers that none matches.
         calibration: text that the model should stay good at: the name of a ``.txt`` or ``.jsonl``
@@ -107,7 +113,7 @@ def prune_(
             iterable, such as a list or a DataLoader, of strings, of token tensors ``[L]`` or
             ``[B, L]``, or of dicts with ``"input_ids"`` and perhaps ``"attention_mask"``
             (:func:`flash_llm.prune.samples.token_samples`). 128 samples are customary. Magnitude
-            needs none and ignores it, unless the allocation is OWL.
+            needs none and ignores it, unless the allocation is measured.
         tokenizer: a Hugging Face tokenizer, or ``f(text) -> {"input_ids": [...]}``; for files and
             strings.
         nsamples: use only so many samples; None for all.
@@ -181,7 +187,8 @@ def prune_(
     sparsities = _layer_sparsities(model, layers, sparsity, scope, allocation)
     check_weights(model, layers)
     samples: list[Tensor] = []
-    if method != "magnitude" or allocation == "owl":
+    measured = isinstance(allocation, str) and allocation != "uniform"
+    if method != "magnitude" or measured:
         samples = token_samples(calibration, tokenizer, nsamples, seqlen, seed)
         for sample in samples:
             check_token_ids(sample, model)
@@ -192,11 +199,14 @@ def prune_(
         done = ResumeFolder(Path(resume_dir), model, layers, recipe, samples)
     with evaluation_mode(model):
         stacks = find_stacks(model, layers, None if device is None else torch.device(device))
-        if allocation == "owl":
+        if measured:
 
             def measure() -> dict[str, float | None]:
                 assert sparsity is not None  # _layer_sparsities saw to it
-                return _owl_sparsities(model, stacks, layers, samples, sparsity)
+                if allocation == "owl":
+                    return _owl_sparsities(model, stacks, layers, samples, sparsity)
+                found = measure_layers(model, stacks, layers, samples, LEVELS, "wanda", scope)
+                return {**allocate(LEVELS, found, sparsity)}
 
             sparsities = measure() if done is None else done.allocation(measure)
         pruner = _Pruner(model, layers, sparsities, recipe, done)
@@ -219,10 +229,10 @@ def prune_(
 
 def _check_allocation(method: str, scope: str, allocation: str | Mapping[str, float]) -> None:
     if isinstance(allocation, str):
-        if allocation not in ("uniform", "owl"):
+        if allocation not in ALLOCATIONS:
             raise ValueError(
-                'flash_llm.prune_: allocation must be "uniform", "owl" or a dict from patterns to '
-                f"sparsities, got {allocation!r}"
+                f"flash_llm.prune_: allocation must be one of {', '.join(ALLOCATIONS)} or a dict "
+                f"from patterns to sparsities, got {allocation!r}"
             )
     elif not isinstance(allocation, Mapping):
         raise TypeError(
@@ -245,7 +255,7 @@ def _layer_sparsities(
     scope: str,
     allocation: str | Mapping[str, float],
 ) -> dict[str, float | None]:
-    """The checked target of each layer; OWL's own are not known yet, and are uniform here."""
+    """The checked target of each layer; measured ones are not known yet, and uniform here."""
     scope = "layer" if scope == "global" else scope
     if isinstance(allocation, str):
         check_prune_target(sparsity, scope)
@@ -453,5 +463,6 @@ class _Pruner:
                         stack.run(block, call)
             for name in inside:
                 self.prune(name, inputs.pop(name, None), sequential=True)
-            stack.advance(index)
+            if index + 1 < len(stack.blocks):
+                stack.advance(index)
         return inside

@@ -29,7 +29,9 @@ def check_weights(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     """
     for name, layer in layers.items():
         if isinstance(layer, SparseLinear):
-            raise TypeError(f"flash_llm: {name} is packed already; prune before packing")
+            raise TypeError(
+                f"flash_llm: {name} is packed already; prune and recover before packing"
+            )
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
             found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
