@@ -625,6 +625,56 @@ def test_a_layer_that_no_token_reaches_is_pruned_by_magnitude(called, caplog):
     assert torch.equal(model.unused.weight, expected)
 
 
+class MovingBlock(Block):
+    """Notes where it is sent, and that what it is called with is there too."""
+
+    sent = []
+
+    def to(self, device):
+        MovingBlock.sent.append((id(self), str(device)))
+        return super().to(device)
+
+    def forward(self, x, *, scale=1.0):
+        assert MovingBlock.sent[-1] == (id(self), "cpu:0")
+        return super().forward(x, scale=scale)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=["chained", "one pass"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("allocation", ["uniform", "owl", "sensitivity"])
+def test_one_block_at_a_time_is_on_the_compute_device(order, method, allocation):
+    model = Stack(order=order)
+    expected = copy.deepcopy(model)
+    model.blocks = nn.ModuleList(MovingBlock() for _ in range(3))
+    model.load_state_dict(expected.state_dict())
+    MovingBlock.sent.clear()
+    options = {"method": method, "sparsity": 0.5, "allocation": allocation, "seqlen": 16}
+    prune_(expected, calibration=tokens(), **options)
+    # To torch another name of the same device, to the driver another device than home.
+    prune_(model, calibration=tokens(), device="cpu:0", **options)
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+    assert MovingBlock.sent
+    pairs = zip(MovingBlock.sent[::2], MovingBlock.sent[1::2], strict=True)
+    for (block, there), (same, back) in pairs:
+        assert (block, there, back) == (same, "cpu:0", "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.hf
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
+def test_a_model_on_the_host_is_pruned_on_the_gpu(method):
+    model, _ = tiny("llama")
+    expected = copy.deepcopy(model)
+    options = {"method": method, "sparsity": 0.5, "calibration": tokens(), "seqlen": 16}
+    report = prune_(model, device="cuda", **options)
+    assert all(p.device.type == "cpu" for p in model.parameters())
+    on_host = prune_(expected, **options)
+    found = [layer.error or 0.0 for layer in report.layers]
+    assert found == pytest.approx([layer.error or 0.0 for layer in on_host.layers], rel=0.1)
+    first, other = (next(iter(linear_layers(m).values())) for m in (model, expected))
+    assert ((first.weight == 0) == (other.weight == 0)).float().mean() > 0.99
+
+
 def test_n_of_m_scope():
     model = Stack()
     report = prune_(model, scope="2:4", calibration=tokens())

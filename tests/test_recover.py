@@ -171,6 +171,28 @@ def test_layers_that_are_ignored_are_trained_freely():
         assert zeros < 0.1 if name.endswith("down") else zeros >= 0.6
 
 
+def test_one_block_at_a_time_is_on_the_compute_device():
+    dense = Stack()
+    model = pruned(dense)
+    expected = copy.deepcopy(model)
+    options = {"calibration": tokens(), "seqlen": 16, "epochs": 2, "learning_rate": 1e-2}
+    recover_(expected, dense, **options)
+    # To torch another name of the same device, to the driver another device than home.
+    recover_(model, dense, **options, device="cpu:0")
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+
+
+@pytest.mark.gpu
+def test_a_model_on_the_host_is_recovered_on_the_gpu():
+    dense = Stack()
+    model = pruned(dense)
+    report = recover_(
+        model, dense, calibration=tokens(), seqlen=16, epochs=4, learning_rate=1e-2, device="cuda"
+    )
+    assert all(p.device.type == "cpu" for p in model.parameters())
+    assert all(block.after < block.before for block in report.blocks)
+
+
 def test_modes_and_hooks_are_left_as_they_were():
     dense = Stack()
     model = pruned(dense).train()
