@@ -165,8 +165,10 @@ def test_committed_rows_follow_the_schema():
         assert found
         for row in found:
             rows.check_row(row)
-            of_one_file = row["bench"] in ("cpu", "accuracy")
-            assert path.stem == (row["bench"] if of_one_file else f"{row['bench']}-{row['gpu']}")
+            of_one_file = {"cpu": "cpu", "accuracy": "accuracy", "convert": "pack"}
+            assert path.stem == (
+                of_one_file.get(row["bench"]) or f"{row['bench']}-{row.get('gpu')}"
+            )
             if row["bench"] in ("spmm", "cpu"):
                 assert row["rel_err"] <= bench_spmm.MAX_REL_ERR[row["dtype"]]
         assert len({rows.case_of(row) for row in found}) == len(found)
@@ -589,6 +591,19 @@ def test_the_whole_benchmark_of_converting(tmp_path, capsys):
     assert row["peak_bytes"] > 2**26  # torch's libraries alone
     assert list(work.iterdir()) == []
     assert "GB/s per core" in capsys.readouterr().out
+
+
+def test_the_readme_quotes_the_measured_conversion():
+    one, two = (
+        row for row in rows.read_rows(rows.RESULTS / "pack.jsonl") if row["bench"] == "convert"
+    )
+    assert (one["workers"], two["workers"]) == (1, 2)
+    text = " ".join((BENCHMARKS.parent / "README.md").read_text().split())
+    assert (
+        f"A synthetic checkpoint of {one['bytes'] / 1e9:.1f} GB was converted with a peak of "
+        f"{one['peak_bytes'] / 1e9:.2f} GB of memory, or {two['peak_bytes'] / 1e9:.2f} GB with two "
+        f"workers, at {one['gb_s_core']:.2f} GB/s of dense input"
+    ) in text
 
 
 def test_the_conversion_with_the_least_processor_time_counts(tmp_path, monkeypatch):

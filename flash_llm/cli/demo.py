@@ -19,7 +19,7 @@ def demo(
         int, typer.Option(min=1, help="Held-out windows of 512 tokens for the perplexity.")
     ] = demo_module.WINDOWS,
     calibration_samples: Annotated[
-        int, typer.Option(min=1, help="Samples of 512 tokens for Wanda.")
+        int, typer.Option(min=1, help="Calibration samples of 512 tokens.")
     ] = demo_module.CALIBRATION_SAMPLES,
     device: options.Device = "auto",
     question: Annotated[str, typer.Option(help="Asked of both models.")] = demo_module.QUESTION,
