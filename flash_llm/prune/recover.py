@@ -116,7 +116,7 @@ def recover_(
     seqlen: int = 2048,
     seed: int = 0,
     epochs: int = 8,
-    learning_rate: float = 1e-4,
+    learning_rate: float = 5e-4,
     targets: str | Sequence[str] = DEFAULT_TARGETS,
     ignore: str | Sequence[str] = DEFAULT_IGNORE,
     device: torch.device | str | None = None,
@@ -140,7 +140,8 @@ def recover_(
         seqlen: tokens per sample.
         seed: draws the samples, as in :func:`flash_llm.prune_`, and their order in each epoch.
         epochs: passes over the samples per block, at least 1.
-        learning_rate: of Adam at the beginning; it falls to 0 along a cosine.
+        learning_rate: of Adam at the beginning; it falls to 0 along a cosine. On five blocks of
+            SmolLM2 (SparseGPT at 0.6, 1536 tokens) 5e-4 did better than 1e-4, held out too.
         targets: patterns of the layers whose zeros must stay, as in :func:`flash_llm.sparsify_`.
         ignore: patterns of the layers that are trained freely; wins over ``targets``.
         device: where blocks are trained, one at a time; None means where the model is.
