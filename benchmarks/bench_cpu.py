@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from bench_spmm import MAX_REL_ERR, exact_product, relative_error
 from rows import RESULTS, check_row, commit_hash, cpu_name, print_table, write_rows
 from stream_floor_cpu import CpuStreamFloor
-from timing import REPLAYS, Timing, copies_to_rotate, time_cpu
 from torch import Tensor
 from weights import DTYPES, Weight, add_weight_options, make_weight, parse_with_weights, weights_of
 
 import flash_llm
 from flash_llm import _extension
+from flash_llm.timing import REPLAYS, Timing, copies_to_rotate, time_cpu
 
 DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What torch multiplies at the dtype of the weight.
@@ -108,7 +108,7 @@ class Bench:
         config: the route to force, or ``"auto"``.
         dense: names of the dense dtypes to time with more than :data:`MANY_TOKENS` tokens, besides
             that of the weight; with fewer all are.
-        replays: timed turns; see :mod:`timing`.
+        replays: timed turns; see :mod:`flash_llm.timing`.
         real: file of real matrices for the mask "real".
     """
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from rows import RESULTS, check_row, commit_hash, cpu_name, gpu_name, print_table, write_rows
-from timing import REPLAYS, Timing, copies_to_rotate, time_cpu, time_cuda
 from torch import Tensor
 from weights import (
     DTYPES,
@@ -27,6 +26,7 @@ from weights import (
 )
 
 import flash_llm
+from flash_llm.timing import REPLAYS, Timing, copies_to_rotate, time_cpu, time_cuda
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def measure(
         weight: which weight.
         formats: names of the packed formats.
         device: ``"cuda"`` or ``"cpu"``.
-        replays: timed turns; see :mod:`timing`.
+        replays: timed turns; see :mod:`flash_llm.timing`.
         real: see :func:`weights.make_weight`.
 
     Raises:

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from rows import RESULTS, check_row, commit_hash, gpu_name, print_table, write_rows
 from stream_floor import StreamFloor
-from timing import REPLAYS, Timing, copies_to_rotate, time_cpu, time_cuda
 from torch import Tensor
 from weights import (
     DTYPES,
@@ -32,6 +31,7 @@ from weights import (
 
 import flash_llm
 from flash_llm import PackedWeight
+from flash_llm.timing import REPLAYS, Timing, copies_to_rotate, time_cpu, time_cuda
 
 PDL = {"both": (True, False), "on": (True,), "off": (False,)}
 # Largest relative error (Frobenius norms): each output may be rounded once, by at most the unit
@@ -196,7 +196,7 @@ class Bench:
         formats: names of the packed formats.
         pdl: whether weights are prefetched: one of the values of :data:`PDL`.
         config: the kernel to force, or ``"auto"``.
-        replays: timed replays; see :mod:`timing`.
+        replays: timed replays; see :mod:`flash_llm.timing`.
         floor: None on the CPU.
         real: file of real matrices for the mask "real".
     """

@@ -75,10 +75,50 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "cuda": (str,),
         "commit": (str,),
     },
+    "convert": {
+        "bench": (str,),
+        "cpu": (str,),
+        "bytes": (int,),
+        "shards": (int,),
+        "M": (int,),
+        "K": (int,),
+        "sparsity": (float,),
+        "mask": (str,),
+        "dtype": (str,),
+        "format": (str,),
+        "workers": (int,),
+        "threads": (int,),
+        "runs": (int,),
+        "seconds": (float,),
+        "cpu_seconds": (float,),
+        "gb_s": (float,),
+        "gb_s_core": (float,),
+        "packed_bytes": (int,),
+        "peak_bytes": (int,),
+        "torch": (str,),
+        "commit": (str,),
+    },
+    "accuracy": {
+        "bench": (str,),
+        "model": (str,),
+        "method": (str,),
+        "allocation": (str,),
+        "sparsity": (float,),
+        "perplexity": (float,),
+        "dense_perplexity": (float,),
+        "text": (str,),
+        "nsamples": (int,),
+        "seqlen": (int,),
+        "seed": (int,),
+        "seconds": (float,),
+        "commit": (str,),
+    },
 }
 POSITIVE_FIELDS = (
     *("packed_bytes", "us", "gb_s", "unpack_us"),
+    *("bytes", "workers", "threads", "cpu_seconds", "gb_s_core", "peak_bytes"),
     *("cublas_us", "fp8_us", "stream_floor_us"),
+    *("perplexity", "dense_perplexity", "nsamples", "seqlen", "seconds"),
 )
 # What tells one case from another; a new row replaces the old row of its case.
 CASE_FIELDS = {
@@ -88,6 +128,14 @@ CASE_FIELDS = {
         *("sparsity", "mask", "dtype", "format"),
     ),
     "pack": ("bench", "gpu", "device", "M", "K", "sparsity", "mask", "dtype", "format"),
+    "convert": (
+        *("bench", "cpu", "bytes", "shards", "M", "K", "sparsity", "mask", "dtype", "format"),
+        *("workers", "threads"),
+    ),
+    "accuracy": (
+        *("bench", "model", "method", "allocation", "sparsity"),
+        *("text", "nsamples", "seqlen", "seed"),
+    ),
 }
 
 
@@ -113,7 +161,7 @@ def check_row(row: dict[str, object]) -> None:
     for name, us in row.get("dense_us", {}).items():
         if us is not None and not (type(us) is float and us > 0):
             raise ValueError(f"dense_us of {name} must be a positive number or null, got {us!r}")
-    if row["mask"] not in MASKS:
+    if "mask" in fields and row["mask"] not in MASKS:
         raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {row['mask']!r}")
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from rows import MASKS
 from shapes import model_shapes, parse_shape
-from timing import copies_to_rotate
 from torch import Tensor
 
 import flash_llm
 from flash_llm import PackedWeight
+from flash_llm.timing import copies_to_rotate
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # Rows of the mask "rows" differ from the target by up to this (less where 0 or 1 is nearer).

@@ -18,6 +18,10 @@ from flash_llm.hf import from_pretrained
 from flash_llm.linear import SparseLinear
 from flash_llm.ops import PackedWeight, explain_format, pack, prune_pack, spmm, unpack
 from flash_llm.prune.calibrate import prune_
+from flash_llm.prune.checkpoint import prune_checkpoint
+from flash_llm.prune.recover import RecoveryReport, recover_
+from flash_llm.prune.report import PruneReport
+from flash_llm.prune.sensitivity import SensitivityReport, sensitivity
 from flash_llm.row_bitmap import RowBitmap
 from flash_llm.sparsify import SparsifyReport, sparsify_
 from flash_llm.tiled_csl import TiledCSL
@@ -30,7 +34,10 @@ hf.register_when_imported()
 __all__ = [
     "Bitmap",
     "PackedWeight",
+    "PruneReport",
+    "RecoveryReport",
     "RowBitmap",
+    "SensitivityReport",
     "SparseLinear",
     "SparsifyReport",
     "TiledCSL",
@@ -46,8 +53,11 @@ __all__ = [
     "pack",
     "perplexity",
     "prune_",
+    "prune_checkpoint",
     "prune_pack",
+    "recover_",
     "save",
+    "sensitivity",
     "sparsify_",
     "spmm",
     "unpack",

@@ -9,13 +9,13 @@ is checked before memory of the claimed size is asked for, and errors name the f
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -39,15 +39,33 @@ PACKED_PARTS = _HEADER, _OFFSETS, _PAYLOAD = (
 """What follows a packed layer's name, instead of ``".weight"``."""
 
 
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
+"""The dtypes of tensors that can be read into a buffer, as safetensors spells them."""
+
+
 class _Stored(NamedTuple):
     file: Path
     dtype: str  # as safetensors spells it
     shape: tuple[int, ...]
+    begin: int  # of its bytes in the file
+    end: int
 
     @property
     def nbytes(self) -> int:
-        bits = re.match(r"[A-Z]+(\d+)", self.dtype)  # "BF16", "F8_E4M3"; "BOOL" has none
-        return math.prod(self.shape) * (int(bits[1]) if bits else 8) // 8
+        return self.end - self.begin
 
 
 def checkpoint_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -130,11 +148,37 @@ class Checkpoint:
         """Dtype of a tensor as safetensors spells it, such as ``"BF16"``."""
         return self._stored[name].dtype
 
-    def tensor(self, name: str) -> Tensor:
-        """Load one tensor, to the CPU."""
-        with _open(self._stored[name].file) as handle:
-            tensor: Tensor = handle.get_tensor(name)
-        return tensor
+    def nbytes_of(self, name: str) -> int:
+        """Bytes of a tensor."""
+        return self._stored[name].nbytes
+
+    def tensor(self, name: str, buffer: Tensor | None = None) -> Tensor:
+        """Load one tensor, to the CPU.
+
+        Args:
+            name: of the tensor.
+            buffer: uint8, contiguous, as long as the tensor or longer; it is read into, and the
+                result is a view of it. For one tensor after another this is several times as fast
+                as the memory map that safetensors makes, whose pages are faulted in one by one.
+
+        Raises:
+            ValueError: the file has been cut short since it was opened.
+        """
+        stored = self._stored[name]
+        if buffer is None or stored.dtype not in DTYPES:
+            with _open(stored.file) as handle:
+                tensor: Tensor = handle.get_tensor(name)
+            return tensor
+        raw = buffer[: stored.nbytes]
+        left = memoryview(raw.numpy())
+        with stored.file.open("rb", buffering=0) as file:
+            file.seek(stored.begin)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise ValueError(f"flash_llm: {stored.file} ends within {name}")
+                left = left[count:]
+        return raw.view(DTYPES[stored.dtype]).reshape(stored.shape)
 
     def weight(self, name: str) -> PackedWeight:
         """Load the packed weight of a layer, to the CPU, and check it in depth.
@@ -161,13 +205,16 @@ class Checkpoint:
                     f"flash_llm: {file} has packed layers in version {version!r}, this flash_llm "
                     f"reads up to {CHECKPOINT_VERSION}"
                 )
-            for key in handle.keys():  # noqa: SIM118
-                if key in self._stored:
-                    raise ValueError(
-                        f"flash_llm: {key} is in {file} and in {self._stored[key].file}"
-                    )
-                part = handle.get_slice(key)
-                self._stored[key] = _Stored(file, part.get_dtype(), tuple(part.get_shape()))
+        # safetensors has checked the header; it does not say where in the file a tensor is.
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            entries = json.loads(opened.read(length))
+        entries.pop("__metadata__", None)
+        for key, entry in sorted(entries.items()):
+            if key in self._stored:
+                raise ValueError(f"flash_llm: {key} is in {file} and in {self._stored[key].file}")
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            self._stored[key] = _Stored(file, entry["dtype"], tuple(entry["shape"]), begin, end)
 
     def _packed_header(self, name: str) -> PackedHeader:
         dtypes = {_HEADER: "I64", _OFFSETS: "I32", _PAYLOAD: "I32"}

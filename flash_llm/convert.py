@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +27,7 @@ from tqdm.auto import tqdm
 from flash_llm import ops, sparse_bitmask
 from flash_llm.checkpoint import (
     CHECKPOINT_VERSION,
+    DTYPES,
     INDEX_NAME,
     METADATA,
     PACKED_PARTS,
@@ -39,6 +41,7 @@ from flash_llm.sparsify import (
     matches_name,
     parse_patterns,
 )
+from flash_llm.unfinished import UnfinishedFolder, refuse_existing, replacing
 
 EVERY_LAYER = "re:.*"
 CONVERT_IGNORE = (
@@ -66,8 +69,10 @@ model = flash_llm.from_pretrained("this folder")  # or AutoModelForCausalLM.from
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 
-# As safetensors spells the dtypes of what is not copied.
-_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}
+# Other copies of a checkpoint's weights, which would be dense beside packed ones.
+_WEIGHT_SUFFIXES = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
+
+_SPELLINGS = {dtype: spelling for spelling, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +103,9 @@ def convert_checkpoint(
     """Pack the pruned weights of a dense safetensors folder into another folder.
 
     Two-dimensional tensors called ``….weight`` are packed where that makes them smaller; all else
-    is copied, the other files of the folder too. ``config.json`` gets a ``quantization_config``, so
-    that transformers loads the result once flash_llm is imported, and the model card says so.
+    is copied, the other files of the folder too, but no weights in other forms, such as ``.bin``.
+    ``config.json`` gets a ``quantization_config``, so that transformers loads the result once
+    flash_llm is imported, and the model card says so.
 
     Args:
         src: folder with ``model.safetensors`` or an index of several files.
@@ -122,9 +128,9 @@ def convert_checkpoint(
 
     Raises:
         FileNotFoundError: ``src`` holds no checkpoint.
-        FileExistsError: ``dst`` is there, or ``dst.partial`` is of another conversion.
-        ValueError: a file is broken; a target matches nothing; a layer is packed already;
-            ``format``, ``dtype`` or ``workers`` is wrong.
+        FileExistsError: ``dst`` is there, or ``dst.partial`` is of other work.
+        ValueError: a file is broken, or not directly in ``src``; a target matches nothing; a layer
+            is packed already; ``format``, ``dtype`` or ``workers`` is wrong.
         OSError: the disk is full or cannot be written; ``src`` is untouched, and what is finished
             stays in ``dst.partial``.
 
@@ -154,7 +160,13 @@ def convert_checkpoint(
     if source.checkpoint.packed:
         name = next(iter(source.checkpoint.packed))
         raise ValueError(f"flash_llm.convert_checkpoint: {name} in {src} is packed already")
-    config = _read_config(src)
+    for file in files:
+        if file.parent != src:
+            raise ValueError(
+                f"flash_llm.convert_checkpoint: the index of {src} names {file}, which is not "
+                "directly in that folder"
+            )
+    config = read_config(src, "flash_llm.convert_checkpoint")
     options = _Options(
         targets=parse_patterns("targets", targets),
         ignore=parse_patterns("ignore", ignore),
@@ -163,33 +175,39 @@ def convert_checkpoint(
         pack_unprofitable=pack_unprofitable,
         conv1d=(config or {}).get("model_type") in _CONV1D_MODELS,
     )
-    chosen = _choose_layers(source, options)
-    if dst.exists():
-        raise FileExistsError(f"flash_llm.convert_checkpoint: {dst} is there already")
-    partial = dst.with_name(dst.name + ".partial")
-    if not dry_run:
-        _begin(partial, src, options)
+    chosen = choose_layers(source, options.targets, options.ignore)
+    caller = "flash_llm.convert_checkpoint"
+    refuse_existing(dst, caller)
+    unfinished = None if dry_run else UnfinishedFolder(dst, src, vars(options), caller)
+
+    stop = threading.Event()
 
     def convert(file: Path) -> list[LayerReport]:
-        if dry_run:
-            return _convert_file(source, file, None, chosen, options)
-        done = partial / f"{file.name}.json"
-        if done.is_file():
+        if unfinished is None:
+            return _convert_file(source, file, None, chosen, options, stop)
+        out, done = unfinished.content / file.name, unfinished.path / f"{file.name}.json"
+        if out.is_file() and done.is_file():
             noted = json.loads(done.read_text())
             return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in noted]
-        with _replacing(partial / file.name) as temporary:
-            rows = _convert_file(source, file, temporary, chosen, options)
-        with _replacing(done) as temporary:
+        with replacing(out) as temporary:
+            rows = _convert_file(source, file, temporary, chosen, options, stop)
+        with replacing(done) as temporary:
             temporary.write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
         return rows
 
     rows: list[LayerReport] = []
     with ThreadPoolExecutor(workers) as pool:
-        converted = pool.map(convert, files)
-        for found in tqdm(converted, "convert", len(files), unit="file", disable=not progress):
-            rows.extend(found)
-    if not dry_run:
-        _finish(partial, src, dst, files, config)
+        try:
+            converted = pool.map(convert, files)
+            for found in tqdm(converted, "convert", len(files), unit="file", disable=not progress):
+                rows.extend(found)
+        except BaseException:  # Ctrl-C too: the files in work are given up at their next tensor
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    if unfinished is not None:
+        _complete(unfinished.content, src, files, config)
+        unfinished.finish()
     return SparsifyReport(tuple(rows))
 
 
@@ -228,31 +246,46 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") 
         packed = source.checkpoint.placeholder(name)
         row = decide(name, packed, pack_unprofitable=True)
         rows.append(dataclasses.replace(row, reason=f"stored so: {row.reason}"))
-    for name in sorted(_choose_layers(source, options)):
-        row, _ = _convert_tensor(name, source.tensor(f"{name}.weight"), options)
+    buffer = _buffer(source.checkpoint, source.checkpoint.tensors)
+    for name in sorted(choose_layers(source, options.targets, options.ignore)):
+        row, _ = _convert_tensor(name, source.tensor(f"{name}.weight", buffer), options)
         if row.decision == "packed":
             row = dataclasses.replace(row, decision="dense", reason=f"would be {row.reason}")
         rows.append(row)
     return SparsifyReport(tuple(rows))
 
 
-def _read_config(folder: Path) -> dict[str, Any] | None:
+def read_config(folder: Path, caller: str) -> dict[str, Any] | None:
+    """Return what ``config.json`` of a dense checkpoint holds, without what it says of sparsity.
+
+    Args:
+        folder: of the checkpoint.
+        caller: function named in errors.
+
+    Returns:
+        The JSON object; None if there is no such file.
+
+    Raises:
+        ValueError: it is no JSON object, or the checkpoint is quantised.
+    """
     path = folder / "config.json"
     if not path.is_file():
         return None
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"flash_llm.convert_checkpoint: {path} is no JSON: {error}") from None
+        raise ValueError(f"{caller}: {path} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{caller}: {path} must hold a JSON object")
     for key in ("quantization_config", "compression_config"):
         found = config.pop(key, None) or {}
         sparse = (found.get("sparsity_config") or {}).get("format") == sparse_bitmask.FORMAT
         if found and not (sparse and not found.get("config_groups")):
             raise ValueError(
-                f"flash_llm.convert_checkpoint: {folder} is quantised by "
-                f"{found.get('quant_method')!r}; it must be dense"
+                f"{caller}: {folder} is quantised by {found.get('quant_method')!r}; it must be "
+                "dense"
             )
-    return dict(config)
+    return config
 
 
 class DenseView:
@@ -282,14 +315,19 @@ class DenseView:
         weights = {f"{name}.weight" for name in (*self.checkpoint.packed, *self.bitmasks)}
         self.names = frozenset((self.checkpoint.tensors - parts) | weights)
 
-    def tensor(self, name: str) -> Tensor:
-        """Load a tensor, dense, to the CPU."""
+    def tensor(self, name: str, buffer: Tensor | None = None) -> Tensor:
+        """Load a tensor, dense, to the CPU; one that is stored so to ``buffer``, if there is one.
+
+        Args:
+            name: one of :attr:`names`.
+            buffer: see :meth:`flash_llm.checkpoint.Checkpoint.tensor`.
+        """
         layer = name.removesuffix(".weight")
         if name.endswith(".weight") and layer in self.checkpoint.packed:
             return self.checkpoint.weight(layer).to_dense()
         if name.endswith(".weight") and layer in self.bitmasks:
             return sparse_bitmask.read_weight(self.checkpoint, layer, self.bitmasks[layer])
-        return self.checkpoint.tensor(name)
+        return self.checkpoint.tensor(name, buffer)
 
     def in_file(self, file: Path) -> Iterator[tuple[str, str]]:
         """Names of the tensors that begin in a file, and their dtypes."""
@@ -301,10 +339,19 @@ class DenseView:
                 yield f"{name}.weight", self.checkpoint.dtype(key)
 
 
-def _choose_layers(source: DenseView, options: _Options) -> set[str]:
-    """The layers that may be packed."""
+def choose_layers(source: DenseView, targets: Sequence[str], ignore: Sequence[str]) -> set[str]:
+    """Return the dense layers that may be packed: two-dimensional weights that patterns choose.
+
+    Args:
+        source: a checkpoint.
+        targets: parsed patterns of the layers to pack.
+        ignore: parsed patterns of the layers to leave alone; wins over ``targets``.
+
+    Raises:
+        ValueError: a target matches nothing.
+    """
     layers = {name for name, shape in source.shapes.items() if len(shape) == 2}
-    for pattern in options.targets:
+    for pattern in targets:
         if pattern != EVERY_LAYER and not any(matches_name(pattern, name) for name in layers):
             raise ValueError(
                 f'flash_llm.convert_checkpoint: target "{pattern}" matches no two-dimensional '
@@ -313,65 +360,64 @@ def _choose_layers(source: DenseView, options: _Options) -> set[str]:
     return {
         name
         for name in layers
-        if any(matches_name(pattern, name) for pattern in options.targets)
-        and not any(matches_name(pattern, name) for pattern in options.ignore)
+        if any(matches_name(pattern, name) for pattern in targets)
+        and not any(matches_name(pattern, name) for pattern in ignore)
     }
 
 
-def _begin(partial: Path, src: Path, options: _Options) -> None:
-    """Make the unfinished folder, or see that it is of the same conversion."""
-    made_from = {
-        "src": str(src.resolve()),
-        "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in checkpoint_files(src)},
-        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()},
-    }
-    note = partial / "conversion.json"
-    if partial.exists():
-        if not note.is_file() or json.loads(note.read_text()) != made_from:
-            raise FileExistsError(
-                f"flash_llm.convert_checkpoint: {partial} is of another conversion, or {src} has "
-                "changed since; remove it to begin anew"
-            )
-        return
-    # Under another name first: a folder without the note would be nobody's.
-    fresh = partial.with_name(partial.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    (fresh / note.name).write_text(json.dumps(made_from))
-    fresh.rename(partial)
+def copy_other_files(src: Path, folder: Path, files: Sequence[Path]) -> None:
+    """Copy what holds no weights: tokenizer, configuration, model card.
+
+    Args:
+        src: folder of a checkpoint.
+        folder: where the files go.
+        files: those of its weights.
+    """
+    for path in src.iterdir():
+        weights = path in files or path.suffix in _WEIGHT_SUFFIXES
+        if path.is_file() and not weights and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name, which becomes ``path`` if all goes well and vanishes if not."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_card(src: Path, folder: Path) -> None:
+    """Write the model card of a checkpoint with packed weights: that of ``src`` and a note."""
+    card = src / "README.md"
+    text = card.read_text(errors="replace") if card.is_file() else ""
+    (folder / "README.md").write_text(text + CARD_NOTE)
+
+
+def _buffer(checkpoint: Checkpoint, names: Iterable[str]) -> Tensor:
+    """Memory for any of these tensors, one at a time."""
+    return torch.empty(max(map(checkpoint.nbytes_of, names), default=0), dtype=torch.uint8)
 
 
 def _convert_file(
-    source: DenseView, file: Path, out: Path | None, chosen: set[str], options: _Options
+    source: DenseView,
+    file: Path,
+    out: Path | None,
+    chosen: set[str],
+    options: _Options,
+    stop: threading.Event,
 ) -> list[LayerReport]:
-    """Convert one file to ``out``, or nowhere."""
+    """Convert one file to ``out``, or nowhere; raises InterruptedError when ``stop`` is set."""
     rows = []
+    names = source.checkpoint.names(file)
+    buffer = _buffer(source.checkpoint, names)
     with contextlib.ExitStack() as stack:
-        most = 3 * len(source.checkpoint.names(file))
-        writer = None if out is None else stack.enter_context(_Writer(out, most))
+        writer = None if out is None else stack.enter_context(_Writer(out, 3 * len(names)))
         for key, dtype in source.in_file(file):
-            tensor = source.tensor(key)
+            if stop.is_set():
+                raise InterruptedError(f"flash_llm.convert_checkpoint: {file} was given up")
             layer = key.removesuffix(".weight")
             if layer not in chosen or not key.endswith(".weight"):
                 if writer is not None:
-                    writer.add(key, tensor, dtype)
+                    writer.add(key, source.tensor(key, buffer), dtype)
                 continue
-            row, parts = _convert_tensor(layer, tensor, options)
+            row, parts = _convert_tensor(layer, source.tensor(key, buffer), options)
             rows.append(row)
             if writer is not None:
                 for name, part in parts.items():
-                    writer.add(name, part, _DTYPES.get(part.dtype, dtype))
+                    writer.add(name, part, _SPELLINGS.get(part.dtype, dtype))
     return rows
 
 
@@ -398,11 +444,9 @@ def _convert_tensor(
     }
 
 
-def _finish(
-    partial: Path, src: Path, dst: Path, files: list[Path], config: Mapping[str, Any] | None
-) -> None:
-    """Write the index and the config, copy the other files, and give the folder its name."""
-    converted = Checkpoint(partial / file.name for file in files)
+def _complete(folder: Path, src: Path, files: list[Path], config: Mapping[str, Any] | None) -> None:
+    """Write the index, the config and the model card, and copy the other files."""
+    converted = Checkpoint(folder / file.name for file in files)
     if (src / INDEX_NAME).is_file():
         index = {
             "metadata": {"total_size": converted.nbytes},
@@ -410,22 +454,14 @@ def _finish(
                 name: file.name for file in converted.files for name in converted.names(file)
             },
         }
-        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2))
-    for path in src.iterdir():
-        if path.is_file() and path not in files and path.name != INDEX_NAME:
-            shutil.copyfile(path, partial / path.name)
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2))
+    copy_other_files(src, folder, files)
     if config is not None:
         method = {"quant_method": "flash_llm", "version": CHECKPOINT_VERSION}
         changed = {**config, "quantization_config": method} if converted.packed else dict(config)
-        (partial / "config.json").write_text(json.dumps(changed, indent=2))
+        (folder / "config.json").write_text(json.dumps(changed, indent=2))
     if converted.packed:
-        card = src / "README.md"
-        text = card.read_text(errors="replace") if card.is_file() else ""
-        (partial / "README.md").write_text(text + CARD_NOTE)
-    for file in files:
-        (partial / f"{file.name}.json").unlink()
-    (partial / "conversion.json").unlink()
-    partial.rename(dst)
+        write_card(src, folder)
 
 
 class _Writer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -10,19 +11,19 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flash_llm import _extension, ops
 from flash_llm.bitmap import Bitmap
+from flash_llm.prune.calibrate import METHODS, prune_
 from flash_llm.row_bitmap import RowBitmap
 from flash_llm.tiled_csl import TiledCSL
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Check:
     """One self-test.
 
@@ -39,7 +40,7 @@ class Check:
     detail: str
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Diagnosis:
     """Everything that a bug report needs.
 
@@ -58,7 +59,7 @@ class Diagnosis:
 
     def to_json(self) -> str:
         """The diagnosis as a JSON object."""
-        return json.dumps({**asdict(self), "ok": self.ok}, indent=2)
+        return json.dumps({**dataclasses.asdict(self), "ok": self.ok}, indent=2)
 
     def __str__(self) -> str:
         width = max(map(len, self.facts))
@@ -79,6 +80,8 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Collect the facts and run one tiny self-test per operator and format on each device.
+
+    The methods of pruning are tested likewise.
 
     Returns:
         The diagnosis. Nothing raises: a test that fails, or an extension that is missing, is a
@@ -184,8 +187,23 @@ def _test_pack(format: str, device: str) -> None:
     weight = _weight(device)
     packed = ops.pack(weight, format)
     _expect(packed.nnz == int((weight != 0).sum()), f"pack stored {packed.nnz} values")
+    _expect(packed.shape == weight.shape, f"pack stored a shape of {packed.shape}")
+
+
+def _test_unpack(format: str, device: str) -> None:
+    weight = _weight(device)
+    _expect(torch.equal(ops.unpack(ops.pack(weight, format)), weight), "unpack(pack(w)) is not w")
+
+
+def _test_validate(format: str, device: str) -> None:
+    packed = ops.pack(_weight(device), format)
     packed.validate()
-    _expect(torch.equal(packed.to_dense(), weight), "unpack(pack(w)) differs from w")
+    broken = dataclasses.replace(packed, offsets=packed.offsets.flip(0))
+    try:
+        broken.validate()
+    except ValueError:
+        return
+    raise AssertionError("validate accepted offsets in reverse")
 
 
 def _test_prune_pack(format: str, device: str) -> None:
@@ -209,12 +227,30 @@ def _test_spmm(format: str, device: str) -> None:
         )
 
 
+def _test_prune(method: str, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(32, 16)
+    model = nn.Sequential(nn.Embedding(64, 32), linear)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    model.to(device)
+    prune_(model, method=method, sparsity=0.75, calibration=torch.arange(64).view(4, 16))
+    zeros = linear.weight.eq(0).sum(dim=1).tolist()
+    _expect(zeros == [24] * 16, f"rows of 32 have {zeros} zeros, not 24 each")
+
+
+_FORMAT_TESTS = {
+    "pack": _test_pack,
+    "unpack": _test_unpack,
+    "validate": _test_validate,
+    "prune_pack": _test_prune_pack,
+    "spmm": _test_spmm,
+}
 _TESTS: dict[str, Callable[[str], None]] = {
-    f"{cls.FORMAT}: {name}": functools.partial(test, cls.FORMAT)
-    for cls in (TiledCSL, Bitmap, RowBitmap)
-    for name, test in (
-        ("pack, validate, unpack", _test_pack),
-        ("prune_pack", _test_prune_pack),
-        ("spmm", _test_spmm),
-    )
+    **{
+        f"{cls.FORMAT}: {name}": functools.partial(test, cls.FORMAT)
+        for cls in (TiledCSL, Bitmap, RowBitmap)
+        for name, test in _FORMAT_TESTS.items()
+    },
+    **{f"prune_: {method}": functools.partial(_test_prune, method) for method in METHODS},
 }

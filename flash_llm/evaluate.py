@@ -7,12 +7,19 @@ into windows of a fixed length, and each token is scored once, in the first wind
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import math
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from flash_llm import hf
 
 ProgressBar = Callable[[Sequence[Any], str], Iterable[Any]]
 """Wraps a sequence, given a description, into an iterable that draws; ``rich.progress.track``."""
@@ -37,6 +44,13 @@ def track(items: Sequence[Any], description: str, progress: bool | ProgressBar) 
 
     bar: Iterable[Any] = tqdm(items, desc=description)
     return bar
+
+
+def remark(bar: Iterable[Any], text: str) -> None:
+    """Show a short text at the end of a bar of :func:`track`, where the bar can do that (tqdm)."""
+    show = getattr(bar, "set_postfix_str", None)
+    if show is not None:
+        show(text)
 
 
 @contextlib.contextmanager
@@ -155,6 +169,132 @@ def perplexity(
         return math.exp(nll / num_scored)
     except OverflowError:
         return math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPerplexity:
+    """What one model makes of the text.
+
+    Attributes:
+        model: its folder.
+        perplexity: see :func:`perplexity`.
+        num_tokens: of the text, by the model's own tokenizer.
+        seconds: wall-clock time of the passes.
+    """
+
+    model: str
+    perplexity: float
+    num_tokens: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityReport:
+    """Perplexities of models on one text; prints as a table.
+
+    Attributes:
+        text: the file.
+        window: tokens per window.
+        stride: tokens between the starts of two windows.
+        models: in the order given.
+    """
+
+    text: str
+    window: int
+    stride: int
+    models: tuple[ModelPerplexity, ...]
+
+    def to_json(self) -> str:
+        """Return the fields as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        """A line for each model; "to the first" is the ratio to the first one's perplexity."""
+        table = [("model", "perplexity", "to the first", "tokens", "seconds")]
+        for row in self.models:
+            table.append(
+                (
+                    row.model,
+                    f"{row.perplexity:.4g}",
+                    f"{row.perplexity / self.models[0].perplexity:.4f}",
+                    str(row.num_tokens),
+                    f"{row.seconds:.1f}",
+                )
+            )
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in table
+        ]
+        return "\n".join(
+            [*lines, f"On {self.text}, windows of {self.window} tokens, stride {self.stride}."]
+        )
+
+
+def evaluate_checkpoints(
+    folders: Sequence[str | os.PathLike[str]],
+    text: str | os.PathLike[str],
+    *,
+    window: int = 512,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool | ProgressBar = False,
+) -> PerplexityReport:
+    """Perplexity of saved language models on a text file, one model in memory at a time.
+
+    Args:
+        folders: of models with their tokenizers, dense or packed.
+        text: a UTF-8 file.
+        window: as in :func:`perplexity`.
+        stride: as in :func:`perplexity`.
+        max_windows: as in :func:`perplexity`.
+        device: where the models run.
+        progress: as in :func:`perplexity`.
+
+    Returns:
+        A perplexity for each folder. Those of models with different tokenizers cannot be compared.
+
+    Raises:
+        ImportError: transformers is not installed.
+        OSError: a folder or the text cannot be read, or a folder has no tokenizer.
+        ValueError: there is no folder; the text is not UTF-8 or has fewer than two tokens; a number
+            is out of range; a checkpoint is broken.
+    """
+    if not folders:
+        raise ValueError("flash_llm.evaluate_checkpoints: there must be a folder")
+    try:
+        content = Path(text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"flash_llm.evaluate_checkpoints: {text} is not UTF-8: {error}") from None
+    for folder in folders:  # before the first one is loaded; a name would be looked up on the hub
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"flash_llm.evaluate_checkpoints: {folder} is no folder")
+    import transformers
+
+    models = []
+    for folder in folders:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        ids = torch.tensor(tokenizer(content, verbose=False)["input_ids"], dtype=torch.int64)
+        model = hf.from_pretrained(folder).to(device)
+        start = time.perf_counter()
+        found = perplexity(
+            model,
+            ids,
+            window=window,
+            stride=stride,
+            max_windows=max_windows,
+            progress=progress,
+        )
+        seconds = time.perf_counter() - start
+        models.append(ModelPerplexity(os.fspath(folder), found, ids.numel(), seconds))
+        del model  # before the next one is loaded
+    return PerplexityReport(
+        os.fspath(text), window, window if stride is None else stride, tuple(models)
+    )
 
 
 def _windows(num_tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:

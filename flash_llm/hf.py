@@ -48,6 +48,20 @@ def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> Any:
             weight is broken.
         NotImplementedError: it was written by a newer flash_llm.
     """
+    cls, _ = model_class(folder)
+    return cls.from_pretrained(folder, **{"dtype": "auto", **options})
+
+
+def model_class(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """Return the class of transformers that a folder's ``config.json`` names, and the config.
+
+    Args:
+        folder: a folder, or a name on the hub.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: the config names no architecture that transformers knows.
+    """
     import transformers
 
     register()
@@ -59,7 +73,7 @@ def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> Any:
             f"flash_llm.from_pretrained: the config of {folder} names architecture "
             f"{architecture!r}, which transformers {transformers.__version__} does not have"
         )
-    return cls.from_pretrained(folder, **{"dtype": "auto", **options})
+    return cls, config
 
 
 def adopt(model: nn.Module) -> None:

@@ -14,19 +14,21 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import accuracy  # noqa: E402
+import bench_convert  # noqa: E402
 import bench_cpu  # noqa: E402
 import bench_pack  # noqa: E402
 import bench_spmm  # noqa: E402
 import fp8  # noqa: E402
+import plot_accuracy  # noqa: E402
 import plot_cpu  # noqa: E402
 import plot_spmm  # noqa: E402
 import rows  # noqa: E402
 import shapes  # noqa: E402
 import stream_floor  # noqa: E402
-import timing  # noqa: E402
 import weights  # noqa: E402
 
-from flash_llm import _extension  # noqa: E402
+from flash_llm import _extension, timing  # noqa: E402
 
 WEIGHT = bench_spmm.Weight(256, 128, 0.8, "uniform", "float16")
 CASE = bench_spmm.Case(WEIGHT, 8, "tiled_csl", "auto", True)
@@ -163,7 +165,10 @@ def test_committed_rows_follow_the_schema():
         assert found
         for row in found:
             rows.check_row(row)
-            assert path.stem == ("cpu" if row["bench"] == "cpu" else f"{row['bench']}-{row['gpu']}")
+            of_one_file = {"cpu": "cpu", "accuracy": "accuracy", "convert": "pack"}
+            assert path.stem == (
+                of_one_file.get(row["bench"]) or f"{row['bench']}-{row.get('gpu')}"
+            )
             if row["bench"] in ("spmm", "cpu"):
                 assert row["rel_err"] <= bench_spmm.MAX_REL_ERR[row["dtype"]]
         assert len({rows.case_of(row) for row in found}) == len(found)
@@ -197,6 +202,104 @@ def test_the_whole_benchmark_of_the_cpu(dtype, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "cpu-speedup.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
         plot_cpu.main(["--results", str(tmp_path / "nowhere")])
+
+
+class CharTokenizer:
+    """One token per character."""
+
+    def __call__(self, text, verbose=True):
+        return {"input_ids": [ord(character) % 128 for character in text]}
+
+
+@pytest.fixture
+def tiny_weights(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=1024,
+    )
+    model = transformers.LlamaForCausalLM(config).bfloat16().eval()
+    monkeypatch.setattr(
+        accuracy, "load_smollm2", lambda device: (model.to(device), CharTokenizer())
+    )
+
+
+ACCURACY = "--nsamples 2 --seqlen 64 --windows 2 --seed 3 --commit 0123abc"
+
+
+@pytest.mark.hf
+def test_the_whole_benchmark_of_accuracy(tiny_weights, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "accuracy.jsonl"
+    arguments = [*ACCURACY.split(), "--out", str(out)]
+    assert accuracy.main([*arguments, "--sparsity", "0.5", "0.75"]) == 0
+    found = rows.read_rows(out)
+    assert len(found) == 4 * 2 * 2
+    for row in found:
+        rows.check_row(row)
+        assert row["model"] == "SmolLM2-135M-Instruct" and row["seed"] == 3
+        assert row["text"] == "topics of Python's help(), held out, 2x512"
+        assert row["perplexity"] != row["dense_perplexity"] == found[0]["dense_perplexity"]
+    assert list(found[0]) == (
+        "bench model method allocation sparsity perplexity dense_perplexity text nsamples seqlen "
+        "seed seconds commit".split()
+    )
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 17 and table[0].split()[:4] == (
+        ["method", "allocation", "sparsity", "perplexity"]
+    )
+
+    # A stopped run goes on: with one row missing, one case is measured.
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:5] + lines[6:]))
+    measured = []
+    measure = accuracy.Bench.measure
+    monkeypatch.setattr(
+        accuracy.Bench, "measure", lambda *a: (measured.append(a[1]), measure(*a))[1]
+    )
+    assert accuracy.main([*arguments, "--sparsity", "0.5", "0.75", "--missing"]) == 0
+    assert len(measured) == 1
+    again = rows.read_rows(out)
+    without_seconds = [[{**row, "seconds": 0.0} for row in each] for each in (found, again)]
+    assert without_seconds[0] == without_seconds[1]  # the same numbers again
+    with pytest.raises(ValueError, match="perplexity must be positive"):
+        rows.check_row({**found[0], "perplexity": 0.0})
+
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    assert plot_accuracy.main(["--results", str(tmp_path)]) == 0
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        plot_accuracy.main(["--results", str(tmp_path / "nowhere")])
+
+
+def test_perplexities_are_compared_under_the_same_conditions_only(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    case = accuracy.Case("wanda", "uniform", 0.5, 8, 512, 0)
+    bench = object.__new__(accuracy.Bench)
+    bench.dense_perplexity, bench.text = 10.0, "text"
+    several = [
+        bench.make_row(dataclasses.replace(case, **changes), 20.0, 1.0, "0123abc")
+        for changes in ({"nsamples": 32}, {}, {"sparsity": 0.6}, {"method": "admm"})
+    ]
+    rows.write_rows(tmp_path / "accuracy.jsonl", several)
+    drawn = []
+    monkeypatch.setattr(plot_accuracy, "draw", lambda *a: drawn.append(a))
+    plot_accuracy.main(["--results", str(tmp_path)])
+    ((chosen, title, _),) = drawn
+    assert {row["nsamples"] for row in chosen} == {8} and len(chosen) == 3
+    assert "8x512" in title
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--nsamples 0", "--windows 0", "--sparsity 1.5", "--method obs"]
+)
+def test_bad_arguments_of_the_accuracy_benchmark_are_refused(arguments):
+    with pytest.raises(SystemExit):
+        accuracy.main(arguments.split())
 
 
 def test_a_wrong_result_on_the_cpu_is_not_timed(monkeypatch):
@@ -467,6 +570,67 @@ def test_the_whole_benchmark_of_packing_on_the_cpu(dtype, tmp_path, monkeypatch,
         assert (row["device"], row["commit"], row["dtype"]) == ("cpu", "test", dtype)
         assert row["gb_s"] == pytest.approx(256 * 300 * 2 / row["us"] / 1e3, rel=1e-2)
         assert row["packed_bytes"] < 256 * 300 * 2 * 1.1
+
+
+CONVERT_ARGUMENTS = ["--gigabytes", "0.0002", "--shards", "2", "--shape", "128", "128"]
+
+
+def test_the_whole_benchmark_of_converting(tmp_path, capsys):
+    out = tmp_path / "pack.jsonl"
+    arguments = [*CONVERT_ARGUMENTS, "--workers", "2", "--runs", "1", "--commit", "0123abc"]
+    work = tmp_path / "work"
+    work.mkdir()
+    assert bench_convert.main([*arguments, "--folder", str(work), "--out", str(out)]) == 0
+    (row,) = rows.read_rows(out)
+    rows.check_row(row)
+    # Three weights of 32 KiB fit into each half of 200 kB.
+    assert (row["bytes"], row["shards"], row["workers"]) == (6 * 2**15, 2, 2)
+    assert 0.4 < row["packed_bytes"] / row["bytes"] < 0.6
+    assert row["gb_s"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9, rel=0.05)
+    assert row["gb_s_core"] == pytest.approx(row["bytes"] / row["cpu_seconds"] / 1e9, rel=0.05)
+    assert row["peak_bytes"] > 2**26  # torch's libraries alone
+    assert list(work.iterdir()) == []
+    assert "GB/s per core" in capsys.readouterr().out
+
+
+def test_the_readme_quotes_the_measured_conversion():
+    one, two = (
+        row for row in rows.read_rows(rows.RESULTS / "pack.jsonl") if row["bench"] == "convert"
+    )
+    assert (one["workers"], two["workers"]) == (1, 2)
+    text = " ".join((BENCHMARKS.parent / "README.md").read_text().split())
+    assert (
+        f"A synthetic checkpoint of {one['bytes'] / 1e9:.1f} GB was converted with a peak of "
+        f"{one['peak_bytes'] / 1e9:.2f} GB of memory, or {two['peak_bytes'] / 1e9:.2f} GB with two "
+        f"workers, at {one['gb_s_core']:.2f} GB/s of dense input"
+    ) in text
+
+
+def test_the_conversion_with_the_least_processor_time_counts(tmp_path, monkeypatch):
+    found = [bench_convert.Conversion(1.0, cpu, 1, 1) for cpu in (3.0, 1.0, 2.0)]
+    turns = iter(found)
+
+    def convert(source, target, workers, threads):
+        target.mkdir()
+        return next(turns)
+
+    monkeypatch.setattr(bench_convert, "convert", convert)
+    assert bench_convert.measure(tmp_path, tmp_path / "packed", 1, 1, 3) == found[1]
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_conversion_that_fails_is_not_timed(tmp_path):
+    with pytest.raises(RuntimeError, match="has neither model.safetensors nor"):
+        bench_convert.convert(tmp_path, tmp_path / "packed", 1, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--gigabytes", "0"], ["--workers", "0"], ["--runs", "0"], ["--shards", "-1"]],
+)
+def test_bad_arguments_of_the_conversion_benchmark_are_refused(arguments):
+    with pytest.raises(SystemExit, match="2"):
+        bench_convert.parse_arguments([*CONVERT_ARGUMENTS, *arguments])
 
 
 def test_packing_that_loses_something_is_not_timed(monkeypatch):

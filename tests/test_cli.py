@@ -1,8 +1,14 @@
 """The command line: parsing, exit codes, and the doctor behind it."""
 
+import functools
 import json
+import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,20 +16,40 @@ import torch
 from formats import FORMATS
 from safetensors.torch import save_file
 
-from flash_llm import cli, demo, doctor, ops
+import flash_llm
+from flash_llm import bench, demo, doctor, ops, timing
+from flash_llm.prune.calibrate import METHODS
+from flash_llm.unfinished import NOTE_NAME
 
-pytest.importorskip("typer")
+typer = pytest.importorskip("typer")
 from typer.testing import CliRunner  # noqa: E402
+
+from flash_llm.cli.app import COMMANDS, EXIT_CODES, build_app  # noqa: E402
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(flash_llm.__file__).parents[1])}
+SCRIPT = [sys.executable, "-c", "from flash_llm.cli import main; main()"]
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(cli.build_app(), arguments)
+    # Wide enough that no line of the help is broken.
+    return CliRunner().invoke(build_app(), [*map(str, arguments)], env={"COLUMNS": "200"})
 
 
 def test_help_lists_the_commands():
     result = invoke("--help")
     assert result.exit_code == 0
-    assert "demo" in result.output and "doctor" in result.output
+    for command in COMMANDS:
+        assert f" {command} " in result.output
+    assert EXIT_CODES in result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_prints_json_and_says_its_exit_codes(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert "--json" in result.output and EXIT_CODES in result.output
+    # What makes a folder can say beforehand what it would do.
+    assert ("--dry-run" in result.output) == ("target" in result.output)
 
 
 def test_demo_passes_its_options_on(monkeypatch, tmp_path):
@@ -127,6 +153,32 @@ def test_doctor_finds_nothing_wrong_here():
     assert "checks passed" in result.output and "FAIL" not in result.output
 
 
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def readme_commands():
+    lines = re.findall(r"^\$ (flash-llm .*)", README, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+def test_the_commands_of_the_readme_are_understood(words):
+    command = typer.main.get_command(build_app()).commands[words[1]]
+    command.make_context(words[1], words[2:])
+
+
+def test_the_readme_shows_every_command_and_exit_code():
+    assert {words[1] for words in readme_commands()} == set(COMMANDS)
+    listed = re.findall(r"^\| (\d+) \| [a-z]", README, re.MULTILINE)
+    assert listed == re.findall(r"(\d+) [a-z]", EXIT_CODES)
+
+
+def registered_operators():
+    """The public operators of the extension: those that are no variants of others."""
+    names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    return {name for name in names if name.startswith("flash_llm::") and "::_" not in name}
+
+
 def test_doctor_prints_json():
     diagnosis = json.loads(invoke("doctor", "--json").stdout)
     assert diagnosis["ok"] is True
@@ -136,9 +188,12 @@ def test_doctor_prints_json():
         devices |= {f"cuda:{index}" for index in range(torch.cuda.device_count())}
     expected = {(device, name) for device in devices for name in doctor._TESTS}
     assert tested == expected | {("-", "extension loads")}
-    for operator in ("pack", "prune_pack", "spmm"):
-        for format in FORMATS:
-            assert any(name.startswith(f"{format}: {operator}") for _, name in tested)
+    operators = {name.removeprefix("flash_llm::") for name in registered_operators()}
+    assert operators == {"pack", "prune_pack", "spmm", "unpack", "validate"}
+    for format in FORMATS:
+        assert {f"{format}: {operator}" for operator in operators} <= {name for _, name in tested}
+    for method in METHODS:
+        assert ("cpu", f"prune_: {method}") in tested
     assert "python" in diagnosis["facts"] and "CUDA toolkit" in diagnosis["facts"]
 
 
@@ -175,19 +230,185 @@ def test_doctor_finds_the_toolkit_by_cuda_home(monkeypatch, tmp_path):
     assert doctor.diagnose().facts["CUDA toolkit"] == f"12.9 ({nvcc})"
 
 
+@pytest.mark.parametrize(
+    ("name", "broken", "message"),
+    [
+        ("unpack", lambda packed: torch.zeros(packed.shape), "unpack(pack(w)) is not w"),
+        ("prune_", lambda model, **_: None, "rows of 32 have [0, 0"),
+    ],
+)
+def test_doctor_fails_when_a_step_is_wrong(monkeypatch, name, broken, message):
+    monkeypatch.setattr(doctor if name == "prune_" else ops, name, broken)
+    result = invoke("doctor")
+    assert result.exit_code == 1 and message in result.output
+
+
+def test_doctor_fails_when_validate_accepts_anything(monkeypatch):
+    monkeypatch.setattr(ops.PackedWeight, "validate", lambda packed: None)
+    result = invoke("doctor")
+    assert result.exit_code == 1 and "validate accepted offsets in reverse" in result.output
+
+
 def test_the_script_runs():
     script = Path(sys.executable).parent / "flash-llm"
-    command = (
-        [str(script)]
-        if script.exists()
-        else [sys.executable, "-c", "import flash_llm.cli as c; c.main()"]
+    command = [str(script)] if script.exists() else SCRIPT
+    done = subprocess.run(
+        [*command, "doctor"], capture_output=True, text=True, timeout=120, env=ENVIRONMENT
     )
-    done = subprocess.run([*command, "doctor"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "checks passed" in done.stdout
 
 
-def test_without_typer_the_script_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "typer", None)
-    with pytest.raises(SystemExit, match=r"needs typer.*pip install 'flash-llm\[demo\]'"):
-        cli.main()
+def test_without_typer_the_script_names_the_extra():
+    code = f"import sys; sys.modules['typer'] = None; {SCRIPT[-1]}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 1
+    assert "needs typer, which is not installed; run: pip install 'flash-llm[demo]'" in done.stderr
+
+
+# ---- Ctrl-C ----
+
+# Converts so slowly that the signal comes in between; says when it has begun.
+SLOW = """
+import time
+from flash_llm import convert
+original = convert._convert_tensor
+def slow(*arguments):
+    print("at work", flush=True)
+    time.sleep(0.3)
+    return original(*arguments)
+convert._convert_tensor = slow
+"""
+
+
+def test_ctrl_c_leaves_a_resumable_state(tmp_path):
+    source, target = tmp_path / "dense", tmp_path / "packed"
+    source.mkdir()
+    weights = {f"l{i}.weight": torch.eye(128).half() for i in range(40)}
+    save_file(weights, source / "model.safetensors")
+    command = [sys.executable, "-c", SLOW + SCRIPT[-1], "convert", str(source), str(target)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        assert process.stdout.readline() == "at work\n"
+        process.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert time.monotonic() - begin < 40 * 0.3, "the whole file was converted first"
+    partial = tmp_path / "packed.partial"
+    assert errors == (
+        f"flash-llm convert: interrupted; what is finished is kept in {partial}. To go on, run the "
+        "same command again.\n"
+    )
+    assert not target.exists()
+    assert {path.name for path in partial.iterdir()} == {NOTE_NAME, "model"}
+    assert list((partial / "model").iterdir()) == []
+    assert invoke("convert", source, target).exit_code == 0
+    assert not partial.exists()
+    assert invoke("verify", target, "--reference", source, "--max-error", "0").exit_code == 0
+
+
+def test_ctrl_c_where_nothing_is_kept(monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "_run", interrupted)
+    result = invoke("doctor")
+    assert (result.exit_code, result.output) == (130, "flash-llm doctor: interrupted\n")
+
+
+# ---- bench ----
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few copies and short turns: the times say nothing, but they are there."""
+    monkeypatch.setattr(timing, "ROTATION_BYTES", 2**16)
+    monkeypatch.setattr(bench, "time_cpu", functools.partial(timing.time_cpu, min_seconds=1e-4))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bench_times_every_shape_once(tmp_path, quick, packed):
+    tensors = {
+        "a.weight": torch.randn(128, 64).bfloat16(),
+        "b.weight": torch.randn(128, 64).bfloat16(),
+        "c.weight": torch.randn(32, 128).bfloat16(),
+        "norm.weight": torch.ones(64).bfloat16(),
+        "embed_tokens.weight": torch.randn(300, 64).bfloat16(),
+    }
+    for name in ("a", "b", "c"):
+        tensors[f"{name}.weight"].view(-1)[::2] = 0
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    if packed:
+        assert invoke("convert", folder, tmp_path / "packed").exit_code == 0
+        folder = tmp_path / "packed"
+    result = invoke("bench", folder, "--device", "cpu", "--n", "8", "--n", "1", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["device"], found["dtype"]) == ("cpu", "bfloat16")
+    first, second = found["shapes"]
+    assert (first["shape"], first["num_layers"], first["layer"]) == ([128, 64], 2, "a")
+    assert (second["shape"], second["num_layers"]) == ([32, 128], 1)
+    for shape in found["shapes"]:
+        assert shape["sparsity"] == 0.5 and shape["format"] == "row_bitmap"
+        assert shape["packed_bytes"] < shape["dense_bytes"]
+        assert [product["num_tokens"] for product in shape["products"]] == [1, 8]
+        assert all(p["sparse_us"] > 0 and p["dense_us"] > 0 for p in shape["products"])
+
+
+def test_bench_prunes_dense_weights_first(tmp_path, quick):
+    save_file({"a.weight": torch.randn(128, 64)}, tmp_path / "model.safetensors")
+    result = invoke("bench", tmp_path, "--device", "cpu", "--n", "1", "--sparsity", "0.75")
+    assert result.exit_code == 0, result.output
+    assert "0.7500" in result.stdout and "128x64" in result.stdout
+    assert "threads, bfloat16." in result.stdout  # what float32 is cast to
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ([(1, 1, 2), (8, 1, 2)], None),
+        ([(1, 1, 2), (8, 3, 2)], 8),
+        ([(1, 3, 2), (8, 3, 2)], 1),
+        ([(1, 3, 2), (8, 1, 2), (16, 3, 2)], 16),
+        ([(1, 3, 2), (8, 1, 2)], None),
+        ([(1, 2, 2)], None),
+    ],
+)
+def test_dense_wins_from_the_last_crossover(times, expected):
+    products = tuple(bench.ProductTiming(*row) for row in times)
+    shape = bench.ShapeTiming("a", 1, (2, 2), 0.5, "row_bitmap", 8, 8, products)
+    assert shape.dense_wins_from == expected
+    report = bench.BenchReport("cpu", "float16", 1, (shape,))
+    assert json.loads(report.to_json())["shapes"][0]["dense_wins_from"] == expected
+    assert (f"dense wins from N = {expected}" in str(report)) == (expected is not None)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "arguments", "message"),
+    [
+        ({"a.weight": torch.ones(4, 4)}, (), "a of .* has no zeros; pass sparsity"),
+        ({"a.bias": torch.ones(4)}, (), "has no linear layer"),
+        ({"a.weight": torch.ones(4, 4).long()}, (), "a.weight must be floating point"),
+        ({"a.weight": torch.eye(4)}, ("--n", "0"), r"tokens must be positive, got \[0\]"),
+        ({"a.weight": torch.eye(4)}, ("--format", "csr"), "format must be"),
+        ({"a.weight": torch.eye(4)}, ("--device", "tpu"), "device must be auto, cpu"),
+    ],
+)
+def test_bench_refuses(tmp_path, quick, tensors, arguments, message):
+    save_file(tensors, tmp_path / "model.safetensors")
+    result = invoke("bench", tmp_path, *arguments)
+    assert result.exit_code == 1
+    assert re.match(f"flash-llm bench: .*{message}", result.output), result.output
+
+
+def test_bench_refuses_to_prune_packed_weights(tmp_path):
+    pruned_checkpoint(tmp_path / "dense")
+    invoke("convert", tmp_path / "dense", tmp_path / "packed")
+    result = invoke("bench", tmp_path / "packed", "--sparsity", "0.9")
+    assert result.exit_code == 1 and "are packed; sparsity is for dense ones" in result.output

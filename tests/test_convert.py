@@ -2,6 +2,7 @@
 
 import errno
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -254,8 +255,8 @@ def test_an_interrupted_conversion_goes_on_where_it_was(tmp_path, monkeypatch, a
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(tmp_path / "dense", tmp_path / "packed", pack_unprofitable=True)
     partial = tmp_path / "packed.partial"
-    done = {p: p.stat().st_mtime_ns for p in partial.glob("*.safetensors")}
-    assert not (tmp_path / "packed").exists() and not list(partial.glob("*.tmp"))
+    done = {p: p.stat().st_mtime_ns for p in partial.glob("model/*.safetensors")}
+    assert not (tmp_path / "packed").exists() and not list(partial.rglob("*.tmp"))
     assert len(done) < len(checkpoint_files(tmp_path / "dense"))
     report = convert_checkpoint(tmp_path / "dense", tmp_path / "packed", pack_unprofitable=True)
     for path, time in done.items():
@@ -277,7 +278,115 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
-    assert {p.name for p in (tmp_path / "packed.partial").iterdir()} == {"conversion.json"}
+    partial = tmp_path / "packed.partial"
+    assert {p.name for p in partial.rglob("*")} == {"unfinished.json", "model"}
+
+
+# Converts in children that kill themselves, each at a later line of the modules that write; after
+# each kill another child goes on. Forked, because importing torch takes seconds. Says how many
+# were killed, and stops where the conversion ends before the line.
+KILLED = """
+import os, signal, sys, threading
+from pathlib import Path
+import torch
+from flash_llm import convert, convert_checkpoint, unfinished
+torch.set_num_threads(1)
+source, folder, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+
+def run(target, moment=None):
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    lines = 0
+    def trace(frame, event, argument):
+        nonlocal lines
+        if frame.f_code.co_filename not in (convert.__file__, unfinished.__file__):
+            return None
+        lines += event == "line"
+        if lines == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+    if moment is not None:
+        threading.settrace(trace)
+        sys.settrace(trace)
+    convert_checkpoint(source, target)
+    os._exit(0)
+
+def content(target):
+    return {path.name: path.read_bytes() for path in target.iterdir()}
+
+assert run(folder / "whole") == 0
+whole = content(folder / "whole")
+moment = 1
+while True:
+    target = folder / "packed"
+    status = run(target, moment)
+    assert status in (0, signal.SIGKILL), (moment, status)
+    if target.exists():
+        assert content(target) == whole, moment
+    else:
+        assert run(target) == 0, moment
+        assert content(target) == whole, moment
+    if status == 0:
+        break
+    convert.shutil.rmtree(target)
+    convert.shutil.rmtree(unfinished.partial_path(target), ignore_errors=True)
+    moment += step
+print(moment // step)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_leaves_nothing_half(tmp_path):
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    places = {}
+    for shard in range(2):
+        names = [f"l{shard}.weight", f"l{shard}.bias"]
+        tensors = dict(zip(names, (zeros_among(64, 64), torch.ones(64)), strict=True))
+        save_file(tensors, dense / f"{shard}.safetensors")
+        places.update(dict.fromkeys(names, f"{shard}.safetensors"))
+    (dense / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (dense / "config.json").write_text("{}")
+    source = {path: path.read_bytes() for path in dense.iterdir()}
+    command = [sys.executable, "-c", KILLED, str(dense), str(tmp_path), "5"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50
+    assert source == {path: path.read_bytes() for path in dense.iterdir()}
+
+
+# A limit on the size of files is what a full disk looks like without having one.
+LIMITED = """
+import resource, sys
+from flash_llm import convert_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+try:
+    convert_checkpoint(sys.argv[1], sys.argv[2])
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 20_000])  # no room for the note; for a part of the file
+def test_a_write_that_fails_leaves_no_half_file(tmp_path, limit):
+    save_tensors(tmp_path / "dense", {"a.weight": zeros_among(256, 256)})
+    before = (tmp_path / "dense" / "model.safetensors").read_bytes()
+    command = [sys.executable, "-c", LIMITED, *(str(tmp_path / n) for n in ("dense", "packed"))]
+    done = subprocess.run([*command, str(limit)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[Errno 27] File too large\n"), done.stderr
+    kept = {"unfinished.json"} if limit > 100 else set()
+    found = {path.name for path in tmp_path.glob("packed*/**/*") if path.is_file()}
+    assert not (tmp_path / "packed").exists() and found == kept
+    assert (tmp_path / "dense" / "model.safetensors").read_bytes() == before
+    convert_checkpoint(tmp_path / "dense", tmp_path / "packed")  # there is room again
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    save_tensors(tmp_path / "dense", {"a.weight": zeros_among(256, 256)})
+    # Not even root makes folders there.
+    with pytest.raises(OSError, match="/sys/packed.partial"):
+        convert_checkpoint(tmp_path / "dense", "/sys/packed")
 
 
 def test_an_unfinished_folder_of_another_conversion_is_left_alone(tmp_path, monkeypatch):
@@ -286,7 +395,7 @@ def test_an_unfinished_folder_of_another_conversion_is_left_alone(tmp_path, monk
         interrupt(patch, 0, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
-    with pytest.raises(FileExistsError, match="packed.partial is of another conversion"):
+    with pytest.raises(FileExistsError, match="packed.partial is of other work"):
         convert_checkpoint(tmp_path / "dense", tmp_path / "packed", ignore=())
     file = tmp_path / "dense" / "model.safetensors"
     file.write_bytes(file.read_bytes())
@@ -296,12 +405,15 @@ def test_an_unfinished_folder_of_another_conversion_is_left_alone(tmp_path, monk
 
 # ---- memory ----
 
+# Not ru_maxrss, which begins with that of the process that started this one.
 PEAK = """
-import resource, sys
+import re, sys
 from flash_llm import convert_checkpoint
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    return int(re.search("VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+before = peak()
 convert_checkpoint(sys.argv[1], sys.argv[2])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak() - before)
 """
 
 
@@ -310,7 +422,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     save_tensors(tmp_path / "dense", {f"l{i}.weight": weight.clone() for i in range(24)})
     command = [sys.executable, "-c", PEAK, str(tmp_path / "dense"), str(tmp_path / "packed")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 10 * weight.nbytes, done.stdout
+    assert weight.nbytes < int(done.stdout) < 4 * weight.nbytes, done.stdout
 
 
 # ---- bad input ----
@@ -354,6 +466,92 @@ def test_sources_that_are_no_dense_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
         convert_checkpoint(tmp_path / "dense", tmp_path / "again")
     assert not Path(tmp_path, "again").exists()
+
+
+def with_header(folder, header, size):
+    """A file by hand: safetensors would not write what is wrong with it."""
+    folder.mkdir()
+    encoded = json.dumps(header).encode()
+    data = struct.pack("<Q", len(encoded)) + encoded + bytes(size)
+    (folder / "model.safetensors").write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # Two names for the same bytes, as in a pickled file with tied weights.
+        ({"b.weight": {"data_offsets": [0, 8]}}, "is no whole safetensors file"),
+        # More than there is, before memory is asked for.
+        ({"b.weight": {"shape": [2**40, 2**20], "data_offsets": [8, 16]}}, "is no whole safe"),
+        ({"b.weight": {"data_offsets": [8, 2**50]}}, "is no whole safetensors file"),
+        ({"b.weight": {"dtype": "F12"}}, "is no whole safetensors file"),
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path, change, message):
+    entry = {"dtype": "F16", "shape": [2, 2]}
+    header = {
+        "a.weight": {**entry, "data_offsets": [0, 8]},
+        "b.weight": {**entry, "data_offsets": [8, 16]},
+    }
+    convert_checkpoint(with_header(tmp_path / "right", header, 16), tmp_path / "packed")
+    for name, changes in change.items():
+        header[name] |= changes
+    source = with_header(tmp_path / "wrong", header, 16)
+    with pytest.raises(ValueError, match=f"{source}/model.safetensors {message}"):
+        convert_checkpoint(source, tmp_path / "again")
+    assert not (tmp_path / "again").exists() and not (tmp_path / "again.partial").exists()
+
+
+def test_a_newer_version_is_refused(tmp_path):
+    (tmp_path / "new").mkdir()
+    tensors = {"a.weight": zeros_among(64, 64)}
+    save_file(tensors, tmp_path / "new" / "model.safetensors", {"flash_llm": "2"})
+    with pytest.raises(NotImplementedError, match="version '2', this flash_llm reads up to 1"):
+        convert_checkpoint(tmp_path / "new", tmp_path / "packed")
+
+
+def test_a_file_that_is_cut_short_meanwhile_is_noticed(tmp_path):
+    save_tensors(tmp_path / "dense", {"a.weight": zeros_among(256, 256)})
+    file = tmp_path / "dense" / "model.safetensors"
+    checkpoint = Checkpoint([file])
+    buffer = torch.empty(checkpoint.nbytes_of("a.weight"), dtype=torch.uint8)
+    assert torch.equal(checkpoint.tensor("a.weight", buffer), checkpoint.tensor("a.weight"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors ends within a\.weight"):
+        checkpoint.tensor("a.weight", buffer)
+
+
+def test_files_elsewhere_are_refused(tmp_path):
+    save_tensors(tmp_path / "other", {"a.weight": zeros_among(64, 64)})
+    (tmp_path / "dense").mkdir()
+    index = {"weight_map": {"a.weight": "../other/model.safetensors"}}
+    (tmp_path / "dense" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="not directly in that folder"):
+        convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
+
+
+def test_weights_in_other_forms_are_left_behind(tmp_path):
+    save_tensors(tmp_path / "dense", {"a.weight": zeros_among(256, 256)})
+    for name in ("pytorch_model.bin", "old.safetensors", "pytorch_model.bin.index.json", "merges"):
+        (tmp_path / "dense" / name).write_text("x")
+    convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    found = {path.name for path in (tmp_path / "packed").iterdir()}
+    assert found == {"model.safetensors", "README.md", "merges"}
+
+
+def test_a_tied_head_stays_with_its_embedding(tmp_path):
+    """A file holds tied weights once, under the embedding's name, which is left alone."""
+    model = pruned("qwen2", tmp_path)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    report = convert_checkpoint(tmp_path / "dense", tmp_path / "packed", pack_unprofitable=True)
+    assert not any("embed" in row.name or "lm_head" in row.name for row in report.rows)
+    again = flash_llm.from_pretrained(tmp_path / "packed")
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    # Packed all the same, it is refused when it is loaded, not silently wrong.
+    convert_checkpoint(tmp_path / "dense", tmp_path / "all", ignore=(), pack_unprofitable=True)
+    with pytest.raises(TypeError, match="must be nn.Linear or Conv1D to be packed, got Embedding"):
+        flash_llm.from_pretrained(tmp_path / "all")
 
 
 def test_generation_after_a_conversion(tmp_path):

@@ -68,6 +68,7 @@ def test_the_whole_job_on_a_tiny_model(tiny_weights, tmp_path, capsys, device):
     )
     numbers = json.loads(out.read_text())
     assert numbers["agrees"] and numbers["sparsity"] == 0.8
+    assert numbers["method"] == "sparsegpt"
     dense, pruned, packed = (numbers["stages"][name] for name in ("dense", "pruned", "packed"))
     assert dense["perplexity"] != pruned["perplexity"]
     assert packed["perplexity"] == pytest.approx(pruned["perplexity"], rel=0.01)
@@ -236,6 +237,7 @@ def test_pick_device_says_why(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"method": "obs"}, "method must be one of magnitude, wanda, sparsegpt, admm"),
         ({"sparsity": 1.2}, "sparsity must lie in"),
         ({"windows": 0}, "windows must be at least 1"),
         ({"calibration_samples": 0}, "calibration samples must be at least 1"),
@@ -254,11 +256,11 @@ def test_real_weights(device, tmp_path):
     assert demo.main(windows=4, calibration_samples=4, device=device, json_path=out)
     numbers = json.loads(out.read_text())
     dense, pruned, packed = (numbers["stages"][name] for name in ("dense", "pruned", "packed"))
-    # Measured on this text: dense 12.8 to 15.2 depending on the windows, Wanda at 0.6 about 4.2
-    # times that, plain magnitude pruning at 0.5 already 18 times.
+    # Measured on this text: dense 12.8 to 15.2 depending on the windows, SparseGPT at 0.5 about 1.6
+    # times that with 4 samples, Wanda 1.9 times, plain magnitude pruning 19 times.
     assert 11 < dense["perplexity"] < 17
-    assert pruned["perplexity"] < 6 * dense["perplexity"]
+    assert pruned["perplexity"] < 1.8 * dense["perplexity"]
     assert packed["perplexity"] == pytest.approx(pruned["perplexity"], rel=0.01)
     assert "Paris" in dense["answer"]
-    # 106 of 135 million weights at 4 bytes * 0.4 instead of 2
+    # 106 of 135 million weights at 2 bytes * 0.5 and a bit instead of 2 bytes
     assert packed["weight_bytes"] < 0.85 * dense["weight_bytes"]

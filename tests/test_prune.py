@@ -625,6 +625,56 @@ def test_a_layer_that_no_token_reaches_is_pruned_by_magnitude(called, caplog):
     assert torch.equal(model.unused.weight, expected)
 
 
+class MovingBlock(Block):
+    """Notes where it is sent, and that what it is called with is there too."""
+
+    sent = []
+
+    def to(self, device):
+        MovingBlock.sent.append((id(self), str(device)))
+        return super().to(device)
+
+    def forward(self, x, *, scale=1.0):
+        assert MovingBlock.sent[-1] == (id(self), "cpu:0")
+        return super().forward(x, scale=scale)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=["chained", "one pass"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("allocation", ["uniform", "owl", "sensitivity"])
+def test_one_block_at_a_time_is_on_the_compute_device(order, method, allocation):
+    model = Stack(order=order)
+    expected = copy.deepcopy(model)
+    model.blocks = nn.ModuleList(MovingBlock() for _ in range(3))
+    model.load_state_dict(expected.state_dict())
+    MovingBlock.sent.clear()
+    options = {"method": method, "sparsity": 0.5, "allocation": allocation, "seqlen": 16}
+    prune_(expected, calibration=tokens(), **options)
+    # To torch another name of the same device, to the driver another device than home.
+    prune_(model, calibration=tokens(), device="cpu:0", **options)
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+    assert MovingBlock.sent
+    pairs = zip(MovingBlock.sent[::2], MovingBlock.sent[1::2], strict=True)
+    for (block, there), (same, back) in pairs:
+        assert (block, there, back) == (same, "cpu:0", "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.hf
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
+def test_a_model_on_the_host_is_pruned_on_the_gpu(method):
+    model, _ = tiny("llama")
+    expected = copy.deepcopy(model)
+    options = {"method": method, "sparsity": 0.5, "calibration": tokens(), "seqlen": 16}
+    report = prune_(model, device="cuda", **options)
+    assert all(p.device.type == "cpu" for p in model.parameters())
+    on_host = prune_(expected, **options)
+    found = [layer.error or 0.0 for layer in report.layers]
+    assert found == pytest.approx([layer.error or 0.0 for layer in on_host.layers], rel=0.1)
+    first, other = (next(iter(linear_layers(m).values())) for m in (model, expected))
+    assert ((first.weight == 0) == (other.weight == 0)).float().mean() > 0.99
+
+
 def test_n_of_m_scope():
     model = Stack()
     report = prune_(model, scope="2:4", calibration=tokens())
@@ -676,7 +726,7 @@ def test_owl_prunes_blocks_with_outliers_less(method):
         else:
             target = expected[int(layer.name.split(".")[1])]
             assert layer.sparsity == num_pruned(target, layer.shape[1]) / layer.shape[1]
-    assert report.allocation == "owl"
+    assert report.recipe.allocation == "owl"
 
 
 def test_an_allocation_may_be_a_dict_of_patterns():
@@ -687,7 +737,7 @@ def test_an_allocation_may_be_a_dict_of_patterns():
     assert found["blocks.1.up"] == 0.75  # the first that matches
     assert found["blocks.0.up"] == found["blocks.2.up"] == 0.25
     assert {found[f"blocks.{index}.down"] for index in range(3)} == {0.5}
-    assert json.loads(report.to_json())["allocation"] == allocation
+    assert json.loads(report.to_json())["recipe"]["allocation"] == allocation
 
     twin = Stack()
     report = prune_(twin, sparsity=0.5, allocation={"blocks.1": 0.75}, calibration=tokens())
@@ -707,7 +757,7 @@ def test_damping_is_raised_where_rounding_leaves_the_hessian_singular(method, ca
     model = Stack()
     rows = torch.zeros(1, 2, dtype=torch.int64)  # one distinct token for eight channels
     with caplog.at_level(logging.WARNING, "flash_llm"):
-        prune_(copy.deepcopy(model), method=method, sparsity=0.5, calibration=rows)
+        prune_(copy.deepcopy(model), method=method, sparsity=0.5, calibration=rows, seqlen=2)
         assert not caplog.text
         report = prune_(
             copy.deepcopy(model), method=method, sparsity=0.5, calibration=rows, damping=1e-9
@@ -750,7 +800,11 @@ def packed():
             ValueError,
             "method must be one of magnitude, wanda, sparsegpt, admm, got 'obs'",
         ),
-        ({"allocation": "best"}, ValueError, 'allocation must be "uniform", "owl" or a dict'),
+        (
+            {"allocation": "best"},
+            ValueError,
+            "allocation must be one of uniform, owl, sensitivity or a dict",
+        ),
         ({"allocation": 0.5}, TypeError, "allocation must be a string or a dict, got float"),
         ({"allocation": {"nothing": 0.5}}, ValueError, '"nothing" must match a linear layer'),
         (
@@ -766,7 +820,7 @@ def packed():
         (
             {"allocation": "owl", "method": "magnitude", "calibration": None},
             ValueError,
-            "needs calibration",
+            "calibration text is needed",
         ),
         ({"scope": "global"}, ValueError, "is for magnitude, got method wanda"),
         ({"damping": -1.0}, ValueError, "damping must be finite and at least 0, got -1.0"),
@@ -775,14 +829,14 @@ def packed():
         ({"sparsity": 1.1}, ValueError, "sparsity must lie in"),
         ({"sparsity": None}, ValueError, "sparsity must be given"),
         ({"scope": "tile"}, ValueError, "scope must be"),
-        ({"calibration": None}, ValueError, "needs calibration"),
+        ({"calibration": None}, ValueError, "calibration text is needed"),
         ({"calibration": []}, ValueError, "holds no tokens"),
         ({"calibration": torch.empty(2, 0, dtype=torch.int64)}, ValueError, "holds no tokens"),
         ({"calibration": torch.rand(2, 8)}, TypeError, "must be int32 or int64, got torch.float32"),
         ({"calibration": torch.ones(1, 2, 3).long()[None]}, ValueError, r"\[L\] or \[B, L\]"),
-        ({"calibration": "some text"}, TypeError, "list of strings, not one string"),
+        ({"calibration": "some text"}, ValueError, "must end in .txt or .jsonl, got .some text."),
         ({"calibration": ["some text"]}, ValueError, "need a tokenizer"),
-        ({"calibration": 7}, TypeError, "token tensors or strings, got int"),
+        ({"calibration": 7}, TypeError, "a file.s name, token tensors or strings, got int"),
         ({"calibration": [[1, 2]]}, TypeError, "got list"),
         ({"nsamples": 0}, ValueError, "nsamples must be at least 1"),
         ({"seqlen": 0}, ValueError, "seqlen must be at least 1"),

@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+# What rows of accuracy.jsonl must have in common for their methods to be compared.
+SAME_CONDITIONS = ("model", "allocation", "sparsity", "text", "nsamples", "seqlen", "seed")
 
 
 def fences(language):
@@ -87,6 +89,46 @@ def test_the_layer_order_is_the_one_that_is_tested():
     ranks = [PYTHON_RANKS[name] for name in names if not name.startswith("csrc")]
     assert ranks == sorted(ranks)
     assert len(ranks) >= 8
+
+
+def test_accuracy_table_is_what_the_rows_say():
+    section = README[README.index("### What it costs") : README.index("## Save and load")]
+    commit = re.search(r"commit\s+`(\w+)`", section)[1]
+    dense, windows, samples = re.search(
+        r"\(dense: ([\d.]+)\).*\((\d+) windows.*calibrated on (\d+) samples", section, re.DOTALL
+    ).groups()
+    rows = {}
+    for line in (ROOT / "benchmarks/results/accuracy.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if (row["nsamples"], row["seqlen"]) == (int(samples), 512):
+            assert row["text"].endswith(f"{windows}x512")
+            assert f"{row['dense_perplexity']:.2f}" == dense and row["commit"].startswith(commit)
+            rows[row["method"], row["allocation"], row["sparsity"]] = f"{row['perplexity']:.2f}"
+    lines = re.findall(r"^\| (\w+) \| (uniform|owl) \| (.+) \|$", section, re.MULTILINE)
+    assert {method for method, *_ in lines} == {"magnitude", "wanda", "sparsegpt", "admm"}
+    shown = {
+        (method, allocation, sparsity): cell
+        for method, allocation, cells in lines
+        for sparsity, cell in zip((0.3, 0.5, 0.55, 0.6, 0.7), cells.split(" | "), strict=True)
+        if cell != "–"
+    }
+    assert shown == rows  # every row is shown
+
+
+def test_accuracy_has_the_published_order():
+    rows = [
+        json.loads(line)
+        for line in (ROOT / "benchmarks/results/accuracy.jsonl").read_text().splitlines()
+    ]
+    compared = 0
+    for row in rows:
+        same = [other for other in rows if all(other[f] == row[f] for f in SAME_CONDITIONS)]
+        found = {other["method"]: other["perplexity"] for other in same}
+        order = [found[m] for m in ("admm", "sparsegpt", "wanda", "magnitude") if m in found]
+        if row["sparsity"] >= 0.5:
+            assert order == sorted(order), (row["sparsity"], row["allocation"], found)
+            compared += len(order) - 1
+    assert compared > 0
 
 
 def test_cpu_table_is_what_the_rows_say():

@@ -130,6 +130,23 @@ def test_full_and_empty_rows_next_to_each_other(isa, dtype):
             assert torch.equal(y, exact(x, mixed)), (period, n)
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (3, 31), (4, 32), (6, 33), (9, 200)])
+def test_every_instruction_set_packs_the_same_bytes(m, k, sparsity, isa, dtype, monkeypatch):
+    # Every pattern of 16 bits may come: subnormals, infinities, NaN, and both zeros among them.
+    bits = torch.randint(-(2**15), 2**15, (m, k + 1), dtype=torch.int16)
+    bits[torch.rand(m, k + 1) < sparsity] = 0
+    bits[torch.rand(m, k + 1) < 0.1] = -(2**15)  # -0, which is not stored
+    dense = bits.view(dtype)[:, 1:]  # rows apart, beginning anywhere
+    packed = flash_llm.pack(dense, "row_bitmap")
+    monkeypatch.setenv("FLASH_LLM_CPU_ISA", "portable")
+    expected = flash_llm.pack(dense, "row_bitmap")
+    assert packed.header == expected.header
+    assert torch.equal(packed.offsets, expected.offsets)
+    assert torch.equal(packed.payload, expected.payload)
+    packed.validate()
+
+
 def test_unpacking_keeps_every_bit(isa, dtype):
     rng = np.random.default_rng(0)
     for m, k, density in itertools.product((1, 4, 7, 66), (1, 31, 32, 33, 70, 161), (0.1, 1.0)):

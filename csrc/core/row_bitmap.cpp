@@ -7,8 +7,10 @@
 #include <string>
 #include <vector>
 
+#include "core/cpu_isa.h"
 #include "core/element.h"
 #include "core/packed_checks.h"
+#include "core/row_bitmap_kernels.h"
 
 namespace flash_llm {
 namespace {
@@ -25,35 +27,6 @@ int64_t block_units(int64_t groups, int64_t nnz) {
 // Columns of a group that lie inside the matrix.
 int cols_of(int64_t k, int64_t group) {
   return static_cast<int>(std::min<int64_t>(kGroupCols, k - group * kGroupCols));
-}
-
-void pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k, int64_t words,
-                uint32_t* block) {
-  const int64_t groups = num_groups(k);
-  std::fill_n(block, words, 0U);
-  uint32_t* masks = block + 1;
-  auto* values = reinterpret_cast<uint16_t*>(masks + groups * kBlockRows);
-  uint16_t below = kMagnitudeMask;  // one less than the smallest value
-  for (int64_t group = 0; group < groups; ++group) {
-    for (int row = 0; row < rows; ++row) {
-      const uint16_t* from = dense + row * ld + group * kGroupCols;
-      // Without a branch per element, which no CPU foresees: three times as fast. Hence one place
-      // more than is kept.
-      uint16_t kept[kGroupCols + 1];
-      uint32_t mask = 0, count = 0;
-      for (int col = 0; col < cols_of(k, group); ++col) {
-        const int magnitude = from[col] & kMagnitudeMask;
-        const uint32_t stored = magnitude != 0 ? 1 : 0;
-        kept[count] = from[col];
-        count += stored;
-        mask |= stored << col;
-        below = std::min(below, static_cast<uint16_t>(magnitude - 1));  // of 0 the largest
-      }
-      values = std::copy_n(kept, count, values);
-      masks[group * kBlockRows + row] = mask;
-    }
-  }
-  block[0] = below + 1U;
 }
 
 // Adds the block's nonzeros to *nnz; "" if nothing is wrong with it.
@@ -131,14 +104,47 @@ Status row_bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
   return Status::success();
 }
 
+uint32_t row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
+                               uint32_t* masks, uint16_t* values) {
+  uint16_t below = kMagnitudeMask;  // one less than the smallest value
+  for (int64_t group = 0; group < num_groups(k); ++group) {
+    for (int row = 0; row < rows; ++row) {
+      const uint16_t* from = dense + row * ld + group * kGroupCols;
+      // Without a branch per element, which no CPU foresees: three times as fast. Hence one place
+      // more than is kept.
+      uint16_t kept[kGroupCols + 1];
+      uint32_t mask = 0, count = 0;
+      for (int col = 0; col < cols_of(k, group); ++col) {
+        const int magnitude = from[col] & kMagnitudeMask;
+        const uint32_t stored = magnitude != 0 ? 1 : 0;
+        kept[count] = from[col];
+        count += stored;
+        mask |= stored << col;
+        below = std::min(below, static_cast<uint16_t>(magnitude - 1));  // of 0 the largest
+      }
+      values = std::copy_n(kept, count, values);
+      masks[group * kBlockRows + row] = mask;
+    }
+  }
+  return below + 1U;
+}
+
 void row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
                      const int32_t* offsets, const ParallelFor& parallel_for, uint32_t* payload) {
+  CpuIsa isa = CpuIsa::kPortable;
+  // All give the same bytes; a name that is none is an error where a product would use it.
+  if (!select_cpu_isa(&isa).ok()) isa = CpuIsa::kPortable;
+  const auto pack_block = row_bitmap_kernel(isa, ValueType::kBfloat16).pack_block;
   parallel_for(k == 0 ? 0 : num_row_blocks(m), 16, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t units = int64_t{offsets[block + 1]} - offsets[block];
       if (units == 0) continue;
-      pack_block(dense + block * kBlockRows * ld, ld, rows_of_block(m, block), k,
-                 units * kBlockUnitWords, payload + int64_t{offsets[block]} * kBlockUnitWords);
+      uint32_t* words = payload + int64_t{offsets[block]} * kBlockUnitWords;
+      std::fill_n(words, units * kBlockUnitWords, 0U);
+      uint32_t* masks = words + 1;
+      auto* values = reinterpret_cast<uint16_t*>(masks + num_groups(k) * kBlockRows);
+      words[0] = pack_block(dense + block * kBlockRows * ld, ld, rows_of_block(m, block), k, masks,
+                            values);
     }
   });
 }

@@ -84,6 +84,9 @@ void row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
                      const int32_t* offsets, const ParallelFor& parallel_for, uint32_t* payload);
 // Decodes a block that has masks into dense[rows, k], contiguous.
 void row_bitmap_decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense);
+// Packs a block's rows; see RowBitmapKernel::pack_block.
+uint32_t row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
+                               uint32_t* masks, uint16_t* values);
 void row_bitmap_unpack_block(const PackedView& view, int64_t block, uint16_t* dense);
 Status row_bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets,
                               int64_t payload_words);

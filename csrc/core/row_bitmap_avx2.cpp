@@ -41,6 +41,23 @@ constexpr Shuffles make_shuffles() {
 
 alignas(64) constexpr Shuffles kShuffles = make_shuffles();
 
+// The other way: row `bits` moves the stored columns to the front.
+constexpr Shuffles make_gathers() {
+  Shuffles table{};
+  for (size_t bits = 0; bits < table.size(); ++bits) {
+    size_t rank = 0;
+    for (size_t col = 0; col < kPartCols; ++col) {
+      if ((bits >> col & 1U) == 0) continue;
+      table[bits][2 * rank] = static_cast<uint8_t>(2 * col);
+      table[bits][2 * rank + 1] = static_cast<uint8_t>(2 * col + 1);
+      ++rank;
+    }
+  }
+  return table;
+}
+
+alignas(64) constexpr Shuffles kGathers = make_gathers();
+
 // Where the next values of a row are; near the payload's end they are copied before they are read.
 template <bool kNearEnd>
 struct Values {
@@ -199,13 +216,60 @@ FLASH_LLM_AVX2 void decode_block(const RowBlock& block, int rows, int64_t k, uin
   }
 }
 
+// The bits of 32 columns, whose stored values go to kept[0], kept[1], ...; eight more may be
+// overwritten. `below` keeps one less than the smallest magnitudes, of zeros the largest number.
+FLASH_LLM_AVX2 inline uint32_t pack_group(const uint16_t* from, uint16_t* kept, __m128i& below) {
+  uint32_t mask = 0;
+#pragma GCC unroll 4
+  for (int part = 0; part < kParts; ++part) {
+    const __m128i values =
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + part * kPartCols));
+    const __m128i magnitudes = _mm_and_si128(values, _mm_set1_epi16(kMagnitudeMask));
+    const __m128i zeros = _mm_cmpeq_epi16(magnitudes, _mm_setzero_si128());
+    below = _mm_min_epu16(below, _mm_sub_epi16(magnitudes, _mm_set1_epi16(1)));
+    const auto bits =
+        ~static_cast<uint32_t>(_mm_movemask_epi8(_mm_packs_epi16(zeros, zeros))) & 0xFFU;
+    const auto* gather = reinterpret_cast<const __m128i*>(kGathers[bits].data());
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(kept),
+                     _mm_shuffle_epi8(values, _mm_load_si128(gather)));
+    kept += __builtin_popcount(bits);
+    mask |= bits << (part * kPartCols);
+  }
+  return mask;
+}
+
 }  // namespace
+
+FLASH_LLM_AVX2 uint32_t row_bitmap_avx2_pack_block(const uint16_t* dense, int64_t ld, int rows,
+                                                   int64_t k, uint32_t* masks, uint16_t* values) {
+  __m128i below = _mm_set1_epi16(kMagnitudeMask);
+  for (int64_t group = 0; group < num_groups(k); ++group) {
+    const int64_t cols = std::min<int64_t>(kGroupCols, k - group * kGroupCols);
+    for (int row = 0; row < rows; ++row) {
+      const uint16_t* from = dense + row * ld + group * kGroupCols;
+      uint16_t padded[kGroupCols] = {};
+      if (cols < kGroupCols) {
+        std::memcpy(padded, from, static_cast<size_t>(cols) * sizeof(uint16_t));
+        from = padded;
+      }
+      // Not at once to their place: another thread may be writing what follows the block.
+      uint16_t kept[kGroupCols + kPartCols];
+      const uint32_t mask = pack_group(from, kept, below);
+      values = std::copy_n(kept, __builtin_popcount(mask), values);
+      masks[group * kBlockRows + row] = mask;
+    }
+  }
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(below)) & 0xFFFF) + 1U;
+}
 
 RowBitmapKernel row_bitmap_avx2(ValueType type) {
   return {
-      true, kMaxTokens, kMaxTokens,
+      true,
+      kMaxTokens,
+      kMaxTokens,
       type == ValueType::kFloat16 ? multiply<ValueType::kFloat16> : multiply<ValueType::kBfloat16>,
-      decode_block};
+      decode_block,
+      row_bitmap_avx2_pack_block};
 }
 
 }  // namespace flash_llm
@@ -215,6 +279,10 @@ RowBitmapKernel row_bitmap_avx2(ValueType type) {
 namespace flash_llm {
 
 RowBitmapKernel row_bitmap_avx2(ValueType) { return {}; }
+
+uint32_t row_bitmap_avx2_pack_block(const uint16_t*, int64_t, int, int64_t, uint32_t*, uint16_t*) {
+  return 0;
+}
 
 }  // namespace flash_llm
 

@@ -436,10 +436,14 @@ FLASH_LLM_AVX512 void decode_block(const RowBlock& block, int rows, int64_t k, u
 
 RowBitmapKernel row_bitmap_avx512(ValueType type, bool bf16) {
   if (type == ValueType::kFloat16) {
-    return {true, 4, 4, multiply<WideHalf, WideHalf>, decode_block};
+    return {true, 4, 4, multiply<WideHalf, WideHalf>, decode_block, row_bitmap_avx2_pack_block};
   }
-  if (!bf16) return {false, 4, 4, multiply<WideBf16, WideBf16>, decode_block};
-  return {false, kMaxRowTokens, kPanelTokens, multiply<Dot, WideBf16>, decode_block};
+  if (!bf16) {
+    return {false, 4, 4, multiply<WideBf16, WideBf16>, decode_block, row_bitmap_avx2_pack_block};
+  }
+  return {false,        kMaxRowTokens,
+          kPanelTokens, multiply<Dot, WideBf16>,
+          decode_block, row_bitmap_avx2_pack_block};
 }
 
 }  // namespace flash_llm

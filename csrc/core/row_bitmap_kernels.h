@@ -53,6 +53,11 @@ struct RowBitmapKernel {
   void (*multiply)(const RowBitmapProduct& product) = nullptr;
   // Decodes a block that has masks into dense[rows, k], contiguous.
   void (*decode_block)(const RowBlock& block, int rows, int64_t k, uint16_t* dense) = nullptr;
+  // Packs `rows` rows of k columns, `ld` apart: masks[groups][4 rows], which is all zero before,
+  // and the values, as many as there are nonzeros. Returns the smallest value, as word 0 of a block
+  // keeps it.
+  uint32_t (*pack_block)(const uint16_t* dense, int64_t ld, int rows, int64_t k, uint32_t* masks,
+                         uint16_t* values) = nullptr;
 };
 
 // `isa` must be one that this CPU has.
@@ -62,5 +67,9 @@ RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type);
 RowBitmapKernel row_bitmap_portable(ValueType type);
 RowBitmapKernel row_bitmap_avx2(ValueType type);
 RowBitmapKernel row_bitmap_avx512(ValueType type, bool bf16);
+
+// That of AVX2, which AVX-512 takes too.
+uint32_t row_bitmap_avx2_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
+                                    uint32_t* masks, uint16_t* values);
 
 }  // namespace flash_llm

@@ -67,9 +67,12 @@ void multiply(const RowBitmapProduct& product) {
 
 RowBitmapKernel row_bitmap_portable(ValueType type) {
   return {
-      true, kMaxTokens, kMaxTokens,
+      true,
+      kMaxTokens,
+      kMaxTokens,
       type == ValueType::kFloat16 ? multiply<ValueType::kFloat16> : multiply<ValueType::kBfloat16>,
-      row_bitmap_decode_block};
+      row_bitmap_decode_block,
+      row_bitmap_pack_block};
 }
 
 RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type) {

@@ -7,6 +7,6 @@ weights.
 
 from flash_llm.prune.calibrate import prune_
 from flash_llm.prune.criteria import magnitude_mask, wanda_mask
-from flash_llm.prune.report import PrunedLayer, PruneReport
+from flash_llm.prune.report import PrunedLayer, PruneRecipe, PruneReport
 
-__all__ = ["PruneReport", "PrunedLayer", "magnitude_mask", "prune_", "wanda_mask"]
+__all__ = ["PruneRecipe", "PruneReport", "PrunedLayer", "magnitude_mask", "prune_", "wanda_mask"]

@@ -1,12 +1,14 @@
-"""Allocation: how a target sparsity is shared out among the blocks of a model. Pure functions.
+"""Allocation: how a target sparsity is shared out among the parts of a model. Pure functions.
 
 OWL (outlier weighed layerwise sparsity: Yin et al., arXiv 2310.05175, section 3) prunes a block the
 less, the more of its Wanda scores ``|W_ij| * ||x_j||`` are outliers, that is larger than M times
-their mean.
+their mean. The other way here takes the error that each layer was measured to have at several
+sparsities, and makes the sum least.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -95,3 +97,72 @@ def owl_sparsities(
         return [sparsity] * len(ratios)
     slope = min(spread, sparsity, 1.0 - sparsity) / max(abs(ratio - mean) for ratio in ratios)
     return [min(max(sparsity - slope * (ratio - mean), 0.0), 1.0) for ratio in ratios]
+
+
+def least_error_sparsities(
+    levels: Sequence[float],
+    errors: Sequence[Sequence[float]],
+    sizes: Sequence[int],
+    sparsity: float,
+) -> list[float]:
+    """Sparsity of each layer so that ``sum_l e_l(s_l)^2`` is least and the whole has the target.
+
+    ``e_l`` is the relative error of a layer's outputs. Its square is known at the levels, is 0 for
+    a dense layer and 1 for an empty one, and is replaced by the largest convex piecewise linear
+    function below those points. Of that the least sum is exact: weights go where they cost least,
+    segment by segment, until enough are gone.
+
+    Args:
+        levels: rising sparsities in (0, 1).
+        errors: per layer, the error at each level, finite and at least 0.
+        sizes: number of weights of each layer, at least 1.
+        sparsity: the target for all of them together, in [0, 1].
+
+    Returns:
+        The sparsities, in [0, 1].
+
+    Raises:
+        ValueError: a length or a value is wrong.
+
+    Example:
+        >>> least_error_sparsities([0.5], [[0.1], [0.6]], [10, 10], 0.25)
+        [0.5, 0.0]
+    """
+    points = [0.0, *levels, 1.0]
+    if any(not low < high for low, high in itertools.pairwise(points)):
+        raise ValueError(f"levels must rise within (0, 1), got {list(levels)}")
+    if not 0.0 <= sparsity <= 1.0:
+        raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}")
+    if len(errors) != len(sizes) or any(size < 1 for size in sizes):
+        raise ValueError("there must be one size of at least 1 per layer")
+    segments = []
+    for layer, (known, size) in enumerate(zip(errors, sizes, strict=True)):
+        if len(known) != len(levels) or not all(0.0 <= error < math.inf for error in known):
+            raise ValueError(
+                f"a layer must have {len(levels)} finite errors, not negative, got {list(known)}"
+            )
+        hull = _lower_hull([*zip(points, [0.0, *(e * e for e in known), 1.0], strict=True)])
+        for (low, before), (high, after) in itertools.pairwise(hull):
+            num_weights = (high - low) * size
+            segments.append(((after - before) / num_weights, layer, low, high))
+    left = sparsity * sum(sizes)
+    found = [0.0] * len(sizes)
+    for _, layer, low, high in sorted(segments):
+        taken = min((high - low) * sizes[layer], left)
+        left -= taken
+        if taken > 0:
+            found[layer] = min(low + taken / sizes[layer], 1.0)
+    return found
+
+
+def _lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Corners of the lower convex hull of points in rising order (Andrew's monotone chain)."""
+    hull: list[tuple[float, float]] = []
+    for x, y in points:
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (x1 - x0) * (y - y0) > (y1 - y0) * (x - x0):
+                break
+            hull.pop()
+        hull.append((x, y))
+    return hull

@@ -257,6 +257,9 @@ def drop_smallest(score: Tensor, count: int) -> Tensor:
     # one CPU core), which was half of ADMM's time.
     smallest = score.topk(count, dim=1, largest=False, sorted=False).values
     threshold = smallest.amax(dim=1, keepdim=True)
+    larger = score > threshold
+    if bool((larger.sum(dim=1) == score.shape[1] - count).all()):
+        return larger  # no ties at the threshold, and no NaN
     nan, all_nan = score.isnan(), threshold.isnan()
     larger = (score > threshold) | (nan & ~all_nan)
     tied = (score == threshold) | (nan & all_nan)

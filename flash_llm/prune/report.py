@@ -1,9 +1,45 @@
-"""What pruning did to a model: a table, or JSON to keep beside it."""
+"""What pruning was asked for and what it did: a table, or a JSON file to keep beside the model."""
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
+
+REPORT_NAME = "prune_report.json"
+"""The file that :meth:`PruneReport.save` writes."""
+
+
+@dataclass(frozen=True)
+class PruneRecipe:
+    """What :func:`flash_llm.prune_` was asked for, under the names of its arguments.
+
+    Attributes:
+        method: pruning method.
+        sparsity: target fraction of zeros; None where scope or allocation say it.
+        scope: group within which the sparsity holds.
+        allocation: how the target is shared out among the layers.
+        nsamples: calibration samples to use at most.
+        seqlen: tokens of a sample at most.
+        seed: what the samples were drawn with.
+        damping: fraction of the mean diagonal added to the Hessian.
+        preserve_mask: whether zeros stay zeros.
+        targets: patterns of the layers to prune.
+        ignore: patterns of the layers to leave alone.
+    """
+
+    method: str
+    sparsity: float | None
+    scope: str
+    allocation: str | dict[str, float]
+    nsamples: int | None
+    seqlen: int
+    seed: int | None
+    damping: float
+    preserve_mask: bool
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -34,19 +70,17 @@ class PruneReport:
     """What :func:`flash_llm.prune_` did; ``print`` it for a table.
 
     Attributes:
-        method: pruning method.
-        scope: group within which the sparsity holds.
-        allocation: how the target was shared out among the layers, as it was asked for.
+        recipe: what was asked for.
         layers: every pruned layer, in model order.
         num_samples: calibration samples.
-        seconds: wall-clock time.
+        num_tokens: tokens of all of them.
+        seconds: wall-clock time; of a run that was resumed, since then.
     """
 
-    method: str
-    scope: str
-    allocation: str | dict[str, float]
+    recipe: PruneRecipe
     layers: tuple[PrunedLayer, ...]
     num_samples: int
+    num_tokens: int
     seconds: float
 
     @property
@@ -58,7 +92,49 @@ class PruneReport:
 
     def to_json(self) -> str:
         """The report as a JSON object."""
-        return json.dumps({**asdict(self), "sparsity": self.sparsity})
+        return json.dumps({**asdict(self), "sparsity": self.sparsity}, indent=2)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``prune_report.json``, with the recipe in it, beside a saved model.
+
+        Args:
+            folder: made if it is not there; an earlier report in it is replaced.
+
+        Returns:
+            The file.
+
+        Raises:
+            OSError: it cannot be written; an earlier one is left as it was.
+        """
+        path = Path(folder) / REPORT_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, self.to_json().encode())
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> PruneReport:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            folder: of the saved model.
+
+        Raises:
+            OSError: there is no report, or it cannot be read.
+            ValueError: it is no report of this version.
+        """
+        path = Path(folder) / REPORT_NAME
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored.pop("sparsity")
+            recipe = stored.pop("recipe")
+            recipe.update({name: tuple(recipe[name]) for name in ("targets", "ignore")})
+            layers = tuple(
+                PrunedLayer(**{**layer, "shape": tuple(layer["shape"])})
+                for layer in stored.pop("layers")
+            )
+            return cls(recipe=PruneRecipe(**recipe), layers=layers, **stored)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is no report of prune_: {error!r}") from None
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [len("layer")])
@@ -72,7 +148,21 @@ class PruneReport:
                 + ("-" if layer.error is None else f"{layer.error:.4f}")
             )
         lines.append(
-            f"{len(self.layers)} layers pruned by {self.method} to sparsity {self.sparsity:.4f} "
-            f"({self.num_samples} calibration samples) in {self.seconds:.1f} s"
+            f"{len(self.layers)} layers pruned by {self.recipe.method} to sparsity "
+            f"{self.sparsity:.4f} ({self.num_samples} calibration samples) in {self.seconds:.1f} s"
         )
         return "\n".join(lines)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name and rename it: whole, or as it was before.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of the attempt.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""How every benchmark here measures time.
+"""How every benchmark measures time: those of ``benchmarks`` and ``flash-llm bench``.
 
 On CUDA: the calls are captured into one graph, so that no Python or launch time is counted; each
 call works on other weights, rotated through more than L2 can hold, so that weights come from memory
@@ -81,7 +81,7 @@ def time_cuda(
         ValueError: fewer than 7 replays, or a contender without calls.
     """
     _check(contenders, replays)
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())  # which made the copies
     graphs = {}
     for name, calls in contenders.items():
@@ -155,7 +155,11 @@ def time_cpu(
 
 
 def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
+    return start, end
 
 
 def _check(contenders: dict[Hashable, Sequence[Callable[[], object]]], replays: int) -> None:

@@ -1,0 +1,172 @@
+"""What pruning costs: perplexity of SmolLM2 after each method, one JSON row per case.
+
+    python benchmarks/accuracy.py --sparsity 0.3 0.5 0.6 0.7 --nsamples 32
+
+Each case prunes a copy of the dense model and measures its perplexity on held-out text, both in
+float32. Rows go to ``benchmarks/results/accuracy.jsonl``; a case that was measured before has its
+row replaced, or is left out with ``--missing``, so a run that was stopped goes on.
+"""
+
+import argparse
+import copy
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rows import RESULTS, case_of, check_row, commit_hash, print_table, read_rows, write_rows
+from torch import Tensor, nn
+
+from flash_llm import PruneReport, perplexity, prune_
+from flash_llm.demo import load_smollm2, pydoc_text
+from flash_llm.prune.calibrate import ALLOCATIONS, METHODS
+
+MODEL = "SmolLM2-135M-Instruct"
+# Tokens per window of held-out text.
+WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to prune the model."""
+
+    method: str
+    allocation: str
+    sparsity: float
+    nsamples: int
+    seqlen: int
+    seed: int
+
+
+class Bench:
+    """The dense model and the text that it is pruned and measured with.
+
+    Args:
+        model: causal language model; each case works on a copy.
+        calibration: token ids ``[T]`` to draw calibration samples from.
+        heldout: token ids ``[T]`` to take the perplexity over.
+        windows: of held-out text, each of :data:`WINDOW` tokens.
+    """
+
+    def __init__(self, model: nn.Module, calibration: Tensor, heldout: Tensor, windows: int):
+        self.model = model
+        self.calibration = calibration
+        self.heldout = heldout[: windows * WINDOW]
+        self.text = f"topics of Python's help(), held out, {windows}x{WINDOW}"
+        self.dense_perplexity = perplexity(model, self.heldout, window=WINDOW)
+
+    def measure(self, case: Case) -> tuple[PruneReport, float]:
+        """Prune a copy; returns the report and the perplexity of the copy."""
+        model = copy.deepcopy(self.model)
+        whole = len(self.calibration) // case.seqlen * case.seqlen
+        report = prune_(
+            model,
+            method=case.method,
+            allocation=case.allocation,
+            sparsity=case.sparsity,
+            calibration=self.calibration[:whole].view(-1, case.seqlen),
+            nsamples=case.nsamples,
+            seqlen=case.seqlen,
+            seed=case.seed,
+        )
+        return report, perplexity(model, self.heldout, window=WINDOW)
+
+    def make_row(
+        self, case: Case, quality: float, seconds: float, commit: str
+    ) -> dict[str, object]:
+        """Return the checked JSON row of a measurement."""
+        row = {
+            "bench": "accuracy",
+            "model": MODEL,
+            "method": case.method,
+            "allocation": case.allocation,
+            "sparsity": case.sparsity,
+            "perplexity": round(quality, 3),
+            "dense_perplexity": round(self.dense_perplexity, 3),
+            "text": self.text,
+            "nsamples": case.nsamples,
+            "seqlen": case.seqlen,
+            "seed": case.seed,
+            "seconds": float(f"{seconds:.3g}"),
+            "commit": commit,
+        }
+        check_row(row)
+        return row
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[Case]:
+    """Yield what the command line asks for."""
+    for method, allocation, sparsity in itertools.product(
+        arguments.method, arguments.allocation, arguments.sparsity
+    ):
+        yield Case(
+            method, allocation, sparsity, arguments.nsamples, arguments.seqlen, arguments.seed
+        )
+
+
+def is_measured(case: Case, text: str, rows: list[dict[str, object]]) -> bool:
+    """Whether a row of the case is there, of whatever commit."""
+    wanted = {"bench": "accuracy", "model": MODEL, "text": text, **vars(case)}
+    return case_of(wanted) in map(case_of, rows)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--allocation", nargs="+", choices=ALLOCATIONS, default=["uniform", "owl"])
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5, 0.6, 0.7])
+    parser.add_argument("--nsamples", type=int, default=32, help="calibration samples")
+    parser.add_argument("--seqlen", type=int, default=512, help="tokens of each")
+    parser.add_argument("--seed", type=int, default=0, help="draws the samples")
+    parser.add_argument("--windows", type=int, default=16, help="held-out windows of 512 tokens")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--missing", action="store_true", help="leave out what has a row already")
+    parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
+    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.jsonl")
+    arguments = parser.parse_args(argv)
+    for name in ("nsamples", "seqlen", "windows", "threads"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be positive, got {getattr(arguments, name)}")
+    for sparsity in arguments.sparsity:
+        if not 0 <= sparsity <= 1:
+            parser.error(f"--sparsity must lie in [0, 1], got {sparsity}")
+    return arguments
+
+
+HEADINGS = ("method", "allocation", "sparsity", "perplexity", "dense", "seconds")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    arguments = parse_arguments(argv)
+    torch.set_num_threads(arguments.threads)
+    commit = commit_hash(arguments.commit)
+    model, tokenizer = load_smollm2(arguments.device)
+    calibration, heldout = (
+        torch.tensor(tokenizer(text, verbose=False)["input_ids"]) for text in pydoc_text()
+    )
+    bench = Bench(model.float(), calibration, heldout, arguments.windows)
+    lines = []
+    for case in cases(arguments):
+        if arguments.missing and is_measured(case, bench.text, read_rows(arguments.out)):
+            continue
+        report, quality = bench.measure(case)
+        row = bench.make_row(case, quality, report.seconds, commit)
+        write_rows(arguments.out, [row])  # one by one: what was measured is kept
+        lines.append(
+            (
+                *(case.method, case.allocation, f"{case.sparsity:g}", f"{quality:.2f}"),
+                *(f"{bench.dense_perplexity:.2f}", f"{report.seconds:.0f}"),
+            )
+        )
+        print(" ".join(lines[-1]), file=sys.stderr, flush=True)
+    print_table(HEADINGS, lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""``flash-llm convert``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flash_llm.cli import options
+from flash_llm.convert import CONVERT_IGNORE, EVERY_LAYER, convert_checkpoint, parse_dtype
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of safetensors, pruned and dense.")],
+    target: options.Target,
+    targets: options.Targets = None,
+    ignore: options.Ignore = None,
+    format: options.Format = "auto",
+    dtype: options.Dtype = None,
+    workers: Annotated[int, typer.Option(min=1, help="Files to work on at once.")] = 1,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Pack the pruned weights of a checkpoint; an interrupted run goes on when repeated."""
+    with options.resumable(target):
+        report = convert_checkpoint(
+            source,
+            target,
+            targets=targets or EVERY_LAYER,
+            ignore=CONVERT_IGNORE if ignore is None else ignore,
+            format=format,
+            dtype=parse_dtype(dtype),
+            workers=workers,
+            dry_run=dry_run,
+            progress=sys.stderr.isatty(),
+        )
+    typer.echo(report.to_json() if as_json else str(report))

@@ -1,0 +1,21 @@
+"""``flash-llm inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flash_llm.cli import options
+from flash_llm.convert import inspect_checkpoint
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder of safetensors, dense or packed.")],
+    format: Annotated[str, typer.Option(help="What dense weights would be packed in.")] = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Show the sparsity of every weight, and what packing gives or would give."""
+    report = inspect_checkpoint(folder, format=format)
+    typer.echo(report.to_json() if as_json else str(report))

@@ -1,0 +1,56 @@
+"""Options that several commands have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flash_llm.unfinished import partial_path
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DryRun = Annotated[bool, typer.Option(help="Only say what would be done.")]
+Dtype = Annotated[str | None, typer.Option(help="float16 or bfloat16: cast float32 weights first.")]
+Format = Annotated[str, typer.Option(help="Of packed weights: auto, or a format's name.")]
+Ignore = Annotated[
+    list[str] | None, typer.Option(help="Layers to leave alone; instead of the default.")
+]
+Target = Annotated[Path, typer.Argument(help="Folder to make; it must not be there.")]
+Targets = Annotated[list[str] | None, typer.Option(help="Layers to work on: a name's end, or re:…")]
+
+
+def transformers_progress() -> bool:
+    """Whether to draw bars, which is on a terminal; elsewhere transformers is told to draw none.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    import transformers
+
+    shown = sys.stderr.isatty()
+    if not shown:
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return shown
+
+
+@contextlib.contextmanager
+def resumable(target: Path) -> Iterator[None]:
+    """Say after Ctrl-C where the unfinished result is and how to go on.
+
+    Args:
+        target: folder that is being made.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        partial = partial_path(target)
+        if not partial.is_dir():
+            raise
+        raise KeyboardInterrupt(
+            f"; what is finished is kept in {partial}. To go on, run the same command again."
+        ) from None

@@ -1,0 +1,88 @@
+"""``flash-llm prune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flash_llm.cli import options
+from flash_llm.convert import parse_dtype
+from flash_llm.demo import pick_device
+from flash_llm.prune.checkpoint import parse_allocation, plan_pruning, prune_checkpoint
+from flash_llm.sparsify import DEFAULT_IGNORE, DEFAULT_TARGETS
+
+
+def prune(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of a dense model of transformers, as safetensors.")
+    ],
+    target: options.Target,
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or admm.")] = "wanda",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of zeros in [0, 1]; not needed for N:M.")
+    ] = None,
+    scope: Annotated[str, typer.Option(help="row, layer, N:M or (magnitude) global.")] = "row",
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help="uniform, owl, sensitivity, or a .json file with an object from patterns to "
+            "sparsities."
+        ),
+    ] = "uniform",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help='A .txt file, or .jsonl with the key "text"; magnitude needs none.'),
+    ] = None,
+    nsamples: Annotated[
+        int | None, typer.Option(min=1, help="Calibration samples; all by default.")
+    ] = None,
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens of each sample.")] = 2048,
+    seed: Annotated[
+        int | None, typer.Option(help="Draw the samples at random; else the first are taken.")
+    ] = None,
+    targets: options.Targets = None,
+    ignore: options.Ignore = None,
+    pack: Annotated[
+        bool, typer.Option(help="Save packed weights, or dense ones with zeros.")
+    ] = True,
+    format: options.Format = "auto",
+    dtype: options.Dtype = None,
+    device: options.Device = "auto",
+    resume: Annotated[
+        bool, typer.Option(help="Go on with TARGET.partial if it is there, or begin anew.")
+    ] = True,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Prune a model and save it, packed; an interrupted run goes on when repeated."""
+    chosen: dict[str, Any] = {
+        "targets": targets or DEFAULT_TARGETS,
+        "ignore": DEFAULT_IGNORE if ignore is None else ignore,
+        "dtype": parse_dtype(dtype),
+    }
+    if dry_run:
+        plan = plan_pruning(source, **chosen)
+        typer.echo(plan.to_json() if as_json else str(plan))
+        return
+    with options.resumable(target):
+        report = prune_checkpoint(
+            source,
+            target,
+            method=method,
+            sparsity=sparsity,
+            scope=scope,
+            allocation=parse_allocation(allocation),
+            calibration=calibration,
+            nsamples=nsamples,
+            seqlen=seqlen,
+            seed=seed,
+            pack=pack,
+            format=format,
+            device=pick_device(device)[0],
+            resume=resume,
+            progress=options.transformers_progress(),
+            **chosen,
+        )
+    typer.echo(report.to_json() if as_json else str(report))

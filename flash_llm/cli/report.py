@@ -1,0 +1,20 @@
+"""``flash-llm report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flash_llm.cli import options
+from flash_llm.report import report_checkpoint
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that flash-llm prune or convert made.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Show how a model was pruned, and its sizes, formats and sparsities."""
+    found = report_checkpoint(folder)
+    typer.echo(found.to_json() if as_json else str(found))

@@ -1,0 +1,156 @@
+"""What makes pruning resumable: a folder that holds every layer that is done, and of which run.
+
+``run.json`` identifies the run: the recipe, and digests of the calibration samples and of every
+tensor of the dense model. ``allocation.json`` holds each layer's target where it had to be
+measured. ``layer-00007.safetensors`` is the new weight of the layer of that number, and in its
+metadata what the report says of it. Every file is written under a temporary name and renamed, so a
+kill at any moment loses the layer in work and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from flash_llm.prune.report import PrunedLayer, PruneRecipe, write_whole
+
+RUN_NAME = "run.json"
+ALLOCATION_NAME = "allocation.json"
+
+
+class ResumeFolder:
+    """The layers of one pruning run that are done.
+
+    Args:
+        folder: made if it is not there.
+        model: dense, as the run began with it.
+        layers: names of the layers that are to be pruned, in order.
+        recipe: what was asked for.
+        samples: calibration samples.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+        ValueError: it is of another run; the message names the first difference.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        layers: Iterable[str],
+        recipe: PruneRecipe,
+        samples: list[Tensor],
+    ) -> None:
+        self._folder = folder
+        self._files = {
+            name: folder / f"layer-{number:05d}.safetensors" for number, name in enumerate(layers)
+        }
+        run = {
+            "recipe": asdict(recipe),
+            "layers": list(self._files),
+            "calibration": digest(samples),
+            "model": {name: digest([tensor]) for name, tensor in model.state_dict().items()},
+        }
+        run = json.loads(json.dumps(run))  # tuples become lists, as they do in the file
+        path = folder / RUN_NAME
+        if path.exists():
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"flash_llm.prune_: {path} cannot be read: {error}") from None
+            _refuse_difference(folder, stored, run)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(run, indent=1).encode())
+
+    def allocation(self, measure: Callable[[], dict[str, float | None]]) -> dict[str, float | None]:
+        """Each layer's target as the run found it, or as ``measure`` finds it now."""
+        path = self._folder / ALLOCATION_NAME
+        if path.exists():
+            stored: dict[str, float | None] = json.loads(path.read_text(encoding="utf-8"))
+            return stored
+        found = measure()
+        write_whole(path, json.dumps(found).encode())
+        return found
+
+    def holds(self, name: str) -> bool:
+        """Whether a layer is done."""
+        return self._files[name].exists()
+
+    def restore(self, name: str, weight: Tensor) -> PrunedLayer:
+        """Copy a layer that is done into its weight.
+
+        Raises:
+            ValueError: the file is broken, or of another shape or dtype.
+        """
+        path = self._files[name]
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                stored = file.get_tensor("weight")
+                entry = json.loads(file.metadata()["layer"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"flash_llm.prune_: {path} is broken ({error}); remove it to prune {name} again"
+            ) from None
+        if stored.shape != weight.shape or stored.dtype != weight.dtype:
+            raise ValueError(
+                f"flash_llm.prune_: {path} must hold {weight.dtype} {list(weight.shape)}, got "
+                f"{stored.dtype} {list(stored.shape)}"
+            )
+        weight.copy_(stored)
+        return PrunedLayer(**{**entry, "shape": tuple(entry["shape"])})
+
+    def keep(self, entry: PrunedLayer, weight: Tensor) -> None:
+        """Write down that a layer is done.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        tensors = {"weight": weight.contiguous()}
+        metadata = {"layer": json.dumps(asdict(entry))}
+        write_whole(self._files[entry.name], safetensors.torch.save(tensors, metadata))
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of dtypes, shapes and values; of tensors on the meta device without values."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+        if not tensor.is_meta and tensor.numel():
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _refuse_difference(folder: Path, stored: dict[str, Any], run: dict[str, Any]) -> None:
+    for name, value in run["recipe"].items():
+        before = stored["recipe"].get(name)
+        if before != value:
+            _refuse(folder, f"{name} was {before!r} and is {value!r} now")
+    if stored["layers"] != run["layers"]:
+        _refuse(folder, f"it prunes {len(stored['layers'])} layers, not these {len(run['layers'])}")
+    if stored["calibration"] != run["calibration"]:
+        _refuse(folder, "the calibration samples are others")
+    for name, value in run["model"].items():
+        if stored["model"].get(name) != value:
+            _refuse(
+                folder,
+                f"{name} of the model is not what it was; a model that is partly pruned must be "
+                "loaded again first",
+            )
+
+
+def _refuse(folder: Path, difference: str) -> None:
+    raise ValueError(
+        f"flash_llm.prune_: resume_dir {folder} is of another run: {difference}. Name another "
+        "folder, or remove this one to begin anew"
+    )

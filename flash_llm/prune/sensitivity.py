@@ -1,0 +1,363 @@
+"""Sensitivity: how much each layer's outputs change when it alone is pruned.
+
+A layer is pruned to one level after another, by Wanda or magnitude, on the inputs that it has in
+the dense model, and the relative change of its outputs on the calibration tokens is noted. No
+weight of the model changes. :meth:`SensitivityReport.allocate` shares a target sparsity out so that
+the sum of the squared changes is least.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flash_llm.evaluate import ProgressBar, check_token_ids, evaluation_mode, track
+from flash_llm.prune.allocation import least_error_sparsities
+from flash_llm.prune.blocks import Stack, find_stacks, forward, record_calls, taking_turns
+from flash_llm.prune.criteria import check_prune_target, magnitude_mask, wanda_mask
+from flash_llm.prune.inputs import Inputs, collect_inputs, gram
+from flash_llm.prune.layers import check_inputs, check_weights, matrix
+from flash_llm.prune.reconstruction import relative_error
+from flash_llm.prune.report import write_whole
+from flash_llm.prune.samples import Calibration, Tokenizer, token_samples
+from flash_llm.sparsify import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
+
+logger = logging.getLogger("flash_llm")
+
+LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Sparsities that are measured unless others are asked for."""
+
+REPORT_NAME = "sensitivity_report.json"
+"""The file that :meth:`SensitivityReport.save` writes."""
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """How much pruning one layer changes its outputs.
+
+    Attributes:
+        name: qualified module name.
+        shape: ``(M, K)`` = (out_features, in_features).
+        num_tokens: calibration tokens that reached the layer; 0 means that nothing is known.
+        errors: per level, ``|W X - W' X| / |W X|`` over the calibration tokens X; empty when no
+            token reached the layer.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    num_tokens: int
+    errors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """What :func:`flash_llm.sensitivity` measured; ``print`` it for a table.
+
+    Attributes:
+        method: what chose the weights to prune.
+        levels: the sparsities, rising.
+        layers: every layer, in model order.
+        num_samples: calibration samples.
+        seconds: wall-clock time.
+    """
+
+    method: str
+    levels: tuple[float, ...]
+    layers: tuple[LayerSensitivity, ...]
+    num_samples: int
+    seconds: float
+
+    def allocate(self, sparsity: float) -> dict[str, float]:
+        """Each layer's sparsity such that the whole has the target and the least error.
+
+        What is least is the sum over the layers of the squared relative errors, interpolated
+        between the levels (:func:`flash_llm.prune.allocation.least_error_sparsities`). A layer that
+        no token reached gets the target.
+
+        Args:
+            sparsity: target fraction of zeros over all weights, in [0, 1].
+
+        Returns:
+            Sparsities in [0, 1] by layer; a dict that :func:`flash_llm.prune_` takes as
+            ``allocation``.
+
+        Raises:
+            ValueError: ``sparsity`` is outside [0, 1].
+        """
+        return allocate(self.levels, self.layers, sparsity)
+
+    def to_json(self) -> str:
+        """The report as a JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``sensitivity_report.json``.
+
+        Args:
+            folder: made if it is not there; an earlier report in it is replaced.
+
+        Returns:
+            The file.
+
+        Raises:
+            OSError: it cannot be written; an earlier one is left as it was.
+        """
+        path = Path(folder) / REPORT_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, self.to_json().encode())
+        return path
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draw error against sparsity, a line per kind of layer: the median over the blocks.
+
+        The band around a line is the range. Layers are of a kind that have the last part of their
+        names in common.
+
+        Args:
+            path: where to write the figure; its ending says the format.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib (extra ``plot``) is not installed.
+            ValueError: there is nothing to draw.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "plots need matplotlib, which is not installed; run: pip install 'flash-llm[plot]'"
+            ) from error
+        drawn = [layer for layer in self.layers if layer.errors]
+        if not drawn:
+            raise ValueError("there is nothing to plot: no calibration token reached a layer")
+        figure = Figure(figsize=(7.0, 4.5), layout="constrained")
+        axis = figure.subplots()
+        for kind in dict.fromkeys(_kind(layer.name) for layer in drawn):
+            alike = [layer.errors for layer in drawn if _kind(layer.name) == kind]
+            errors = torch.tensor(alike, dtype=torch.float64)
+            (line,) = axis.plot(self.levels, errors.median(dim=0).values, marker="o", label=kind)
+            axis.fill_between(
+                self.levels,
+                errors.amin(dim=0).tolist(),
+                errors.amax(dim=0).tolist(),
+                color=line.get_color(),
+                alpha=0.1,
+            )
+        axis.set_xlabel("sparsity of the layer")
+        axis.set_ylabel("relative change of its outputs (median, range)")
+        axis.set_title(f"Sensitivity to pruning by {self.method}")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+        if path is not None:
+            figure.savefig(path, dpi=110)
+        return figure
+
+    def __str__(self) -> str:
+        width = max([len(layer.name) for layer in self.layers] + [len("layer")])
+        heading = "  ".join(f"{level:6.3g}" for level in self.levels)
+        lines = [f"{'layer':<{width}}  {'shape':>13}  {heading}"]
+        for layer in self.layers:
+            shape = f"{layer.shape[0]}x{layer.shape[1]}"
+            errors = "  ".join(f"{error:6.4f}" for error in layer.errors) or "no token reached it"
+            lines.append(f"{layer.name:<{width}}  {shape:>13}  {errors}")
+        lines.append(
+            f"Relative change of the outputs of {len(self.layers)} layers, pruned by {self.method} "
+            f"to each sparsity ({self.num_samples} calibration samples), in {self.seconds:.1f} s"
+        )
+        return "\n".join(lines)
+
+
+def sensitivity(
+    model: nn.Module,
+    calibration: Calibration,
+    levels: Sequence[float] = LEVELS,
+    *,
+    method: str = "wanda",
+    scope: str = "row",
+    tokenizer: Tokenizer | None = None,
+    nsamples: int | None = None,
+    seqlen: int = 2048,
+    seed: int | None = None,
+    targets: str | Sequence[str] = DEFAULT_TARGETS,
+    ignore: str | Sequence[str] = DEFAULT_IGNORE,
+    device: torch.device | str | None = None,
+    progress: bool | ProgressBar = False,
+) -> SensitivityReport:
+    """Measure how much each layer's outputs change when it alone is pruned; changes no weight.
+
+    For each layer and level: ``|W X - W' X| / |W X|`` in the Frobenius norm, X being the inputs of
+    the layer in the dense model on the calibration tokens and W' the weight pruned to that level.
+
+    Args:
+        model: dense; called as ``model(ids)`` with int64 token ids ``[B, L]``.
+        calibration: text, as in :func:`flash_llm.prune_`.
+        levels: sparsities to measure, in (0, 1), each once.
+        method: ``"wanda"`` or ``"magnitude"``, which leave the weights that stay as they are.
+        scope: ``"row"`` or ``"layer"``.
+        tokenizer: for files and strings.
+        nsamples: use only so many samples; None for all.
+        seqlen: tokens per sample.
+        seed: draws the samples, as in :func:`flash_llm.prune_`.
+        targets: patterns of the layers to measure, as in :func:`flash_llm.sparsify_`.
+        ignore: patterns of the layers to leave out; wins over ``targets``.
+        device: where blocks run, one at a time; None means where the model is.
+        progress: True for a tqdm bar, or a callable such as ``rich.progress.track``.
+
+    Returns:
+        A :class:`SensitivityReport`, which prints, saves, plots and allocates.
+
+    Raises:
+        TypeError: an argument or a sample has the wrong type, or a weight is not floating point.
+        ValueError: a level is outside (0, 1) or given twice, or there is none; unknown method or
+            scope; calibration missing or empty; a weight or an activation is not finite; a pattern
+            matches nothing.
+        OSError: the calibration file cannot be read.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...     num_attention_heads=2, max_position_embeddings=64)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> tokens = torch.arange(64).view(2, 32)
+        >>> report = sensitivity(model, tokens, levels=(0.5, 0.7), seqlen=32)
+        >>> len(report.layers), report.layers[0].errors[0] < report.layers[0].errors[1]
+        (14, True)
+    """
+    if method not in ("wanda", "magnitude"):
+        raise ValueError(f'method must be "wanda" or "magnitude", got {method!r}')
+    if scope not in ("row", "layer"):
+        raise ValueError(f'scope must be "row" or "layer", got {scope!r}')
+    steps = tuple(sorted(levels))
+    for level in steps:
+        check_prune_target(level, scope)
+    if not steps or len(set(steps)) < len(steps) or steps[0] <= 0 or steps[-1] >= 1:
+        raise ValueError(f"levels must be different sparsities in (0, 1), got {list(levels)}")
+    layers = select_layers(model, targets, ignore)
+    check_weights(model, layers)
+    samples = token_samples(calibration, tokenizer, nsamples, seqlen, seed)
+    for sample in samples:
+        check_token_ids(sample, model)
+
+    start = time.perf_counter()
+    with evaluation_mode(model):
+        found = measure_layers(
+            model,
+            find_stacks(model, layers, None if device is None else torch.device(device)),
+            layers,
+            samples,
+            steps,
+            method,
+            scope,
+            progress,
+        )
+    return SensitivityReport(
+        method=method,
+        levels=steps,
+        layers=tuple(found),
+        num_samples=len(samples),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def measure_layers(
+    model: nn.Module,
+    stacks: list[Stack],
+    layers: dict[str, nn.Module],
+    samples: list[Tensor],
+    levels: Sequence[float],
+    method: str = "wanda",
+    scope: str = "row",
+    progress: bool | ProgressBar = False,
+) -> list[LayerSensitivity]:
+    """Measure checked layers of a model that is in evaluation mode, without gradients.
+
+    Args:
+        model: dense.
+        stacks: of the model; their calls are used up.
+        layers: linear layers by name.
+        samples: int64 token ids ``[1, L]``.
+        levels: rising sparsities.
+        method: ``"wanda"`` or ``"magnitude"``.
+        scope: ``"row"`` or ``"layer"``.
+        progress: as in :func:`sensitivity`.
+
+    Returns:
+        One entry per layer, in their order.
+    """
+    found: dict[str, LayerSensitivity] = {}
+
+    def measure(name: str, inputs: Inputs | None) -> None:
+        weight = matrix(layers[name])
+        errors = []
+        if inputs is None:
+            logger.warning("flash_llm.sensitivity: no calibration token reached %s", name)
+        else:
+            check_inputs(name, inputs, weight)
+            hessian = inputs.total.to(weight.device)
+            norm = inputs.norm.to(weight.device)
+            for level in levels:
+                if method == "wanda":
+                    mask = wanda_mask(weight, norm, level, scope)
+                else:
+                    mask = magnitude_mask(weight, level, scope)
+                errors.append(relative_error(weight, weight * mask, hessian))
+        found[name] = LayerSensitivity(
+            name=name,
+            shape=(weight.shape[0], weight.shape[1]),
+            num_tokens=0 if inputs is None else inputs.num_tokens,
+            errors=tuple(errors),
+        )
+
+    if stacks:
+        record_calls(model, stacks, samples)
+    blocks = [
+        (stack, index) for stack in stacks if stack.chained for index in range(len(stack.blocks))
+    ]
+    for stack, index in track(blocks, "measuring", progress):
+        inside = {n: layer for n, layer in layers.items() if n.startswith(stack.prefix(index))}
+        with stack.on_device(index), collect_inputs(inside, gram) as inputs:
+            stack.advance(index)  # also the last, whose outputs nobody takes
+            for name in inside:
+                measure(name, inputs.pop(name, None))
+    rest = {name: layer for name, layer in layers.items() if name not in found}
+    if rest:
+        with taking_turns(stacks), collect_inputs(rest, gram) as inputs:
+            for sample in samples:
+                forward(model, sample)
+        for name in rest:
+            measure(name, inputs.pop(name, None))
+    return [found[name] for name in layers]
+
+
+def allocate(
+    levels: Sequence[float], layers: Sequence[LayerSensitivity], sparsity: float
+) -> dict[str, float]:
+    """Each layer's sparsity, as :meth:`SensitivityReport.allocate` says."""
+    known = [layer for layer in layers if layer.errors]
+    found = least_error_sparsities(
+        levels,
+        [layer.errors for layer in known],
+        [layer.shape[0] * layer.shape[1] for layer in known],
+        sparsity,
+    )
+    shares = dict.fromkeys((layer.name for layer in layers), sparsity)
+    shares.update(zip((layer.name for layer in known), found, strict=True))
+    return shares
+
+
+def _kind(name: str) -> str:
+    """The last part of a layer's name."""
+    return name.rpartition(".")[2]

@@ -1,0 +1,89 @@
+"""What a folder of weights holds and how it was pruned: what ``flash-llm report`` shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+from flash_llm.checkpoint import Checkpoint, checkpoint_files
+from flash_llm.convert import inspect_checkpoint
+from flash_llm.prune.report import REPORT_NAME, PruneReport
+from flash_llm.sparsify import SparsifyReport
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointReport:
+    """Sizes, formats and sparsities of a checkpoint, and the report of its pruning.
+
+    Attributes:
+        folder: of the checkpoint.
+        num_files: safetensors files.
+        nbytes: of all tensors.
+        formats: number of weights by how they are stored: the name of a packed format, or
+            ``"dense"``.
+        weights: a row for each of them, as of :func:`flash_llm.inspect_checkpoint`.
+        pruning: what ``flash-llm prune`` saved beside the model; None where there is nothing.
+    """
+
+    folder: str
+    num_files: int
+    nbytes: int
+    formats: dict[str, int]
+    weights: SparsifyReport
+    pruning: PruneReport | None
+
+    def to_json(self) -> str:
+        """Return the fields as indented JSON."""
+        return json.dumps(
+            {
+                "folder": self.folder,
+                "num_files": self.num_files,
+                "nbytes": self.nbytes,
+                "formats": self.formats,
+                "weights": json.loads(self.weights.to_json()),
+                "pruning": json.loads(self.pruning.to_json()) if self.pruning else None,
+            },
+            indent=2,
+        )
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {format}" for format, count in self.formats.items())
+        parts = [
+            f"{self.folder}: {self.nbytes / 1e6:.3f} MB in {self.num_files} files; "
+            f"weights: {counts or 'none'}",
+            str(self.weights),
+        ]
+        if self.pruning is None:
+            parts.append("There is no report of its pruning.")
+        else:
+            parts.append(str(self.pruning))
+        return "\n\n".join(parts)
+
+
+def report_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
+    """Say what a safetensors folder holds, and how it was pruned if that was saved beside it.
+
+    Args:
+        folder: packed or dense.
+
+    Raises:
+        FileNotFoundError: the folder holds no checkpoint.
+        ValueError: a file, or the report of the pruning, is broken.
+    """
+    folder = Path(folder)
+    files = checkpoint_files(folder)
+    weights = inspect_checkpoint(folder)
+    formats = Counter(
+        str(row.format) if row.decision == "packed" else "dense" for row in weights.rows
+    )
+    return CheckpointReport(
+        folder=str(folder),
+        num_files=len(files),
+        nbytes=Checkpoint(files).nbytes,
+        formats=dict(formats),
+        weights=weights,
+        pruning=PruneReport.load(folder) if (folder / REPORT_NAME).is_file() else None,
+    )
