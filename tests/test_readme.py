@@ -131,6 +131,23 @@ def test_accuracy_has_the_published_order():
     assert compared > 0
 
 
+def test_admm_at_60_percent_is_no_worse_than_sparsegpt_at_55():
+    rows = [
+        json.loads(line)
+        for line in (ROOT / "benchmarks/results/accuracy.jsonl").read_text().splitlines()
+    ]
+    conditions = [field for field in SAME_CONDITIONS if field != "sparsity"]
+    pairs = [
+        (admm["perplexity"], other["perplexity"])
+        for admm in rows
+        for other in rows
+        if (admm["method"], admm["sparsity"]) == ("admm", 0.6)
+        and (other["method"], other["sparsity"]) == ("sparsegpt", 0.55)
+        and all(admm[field] == other[field] for field in conditions)
+    ]
+    assert pairs and all(admm <= sparsegpt for admm, sparsegpt in pairs)
+
+
 def test_cpu_table_is_what_the_rows_say():
     measured = README[README.index("### On a CPU") : README.index("## Environment variables")]
     commit = re.search(r"commit\s+`(\w+)`", measured)[1]
