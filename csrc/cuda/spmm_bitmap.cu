@@ -46,7 +46,7 @@ namespace {
 template <typename C>
 __device__ __forceinline__ void sync() {
   if constexpr (C::kCluster == 1) {
-    __syncthreads();
+    ptx::named_barrier_sync(1, C::kThreads);  // not __syncthreads: warps come from several places
   } else {
     __syncwarp();
     ptx::cluster_sync();
