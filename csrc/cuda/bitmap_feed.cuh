@@ -21,7 +21,7 @@
 
 namespace flash_llm {
 
-// One warp: brings the chunks that go through one ring. Constructed before the barriers are ready,
+// One warp: brings the chunks that go through one ring. It begins before the barriers are ready,
 // because where the first chunks lie takes the longest to find out.
 template <typename C>
 class ChunkFeeder {
@@ -32,11 +32,13 @@ class ChunkFeeder {
         smem_(smem),
         ring_(ring),
         lane_(lane),
-        ring_bytes_(smem.ring() + ring * p.ring_units * kChunkUnitBytes),
-        at_(p, p.schedule.first_unit(cluster_idx<C>())),
-        end_(p, p.schedule.first_unit(cluster_idx<C>() + 1)),
-        next_(at_),
-        pair_(load_pair()) {
+        ring_bytes_(smem.ring() + ring * p.ring_units * kChunkUnitBytes) {}
+
+  __device__ __forceinline__ void begin() {
+    at_ = ColumnPlace(p_, p_.schedule.first_unit(cluster_idx<C>()));
+    end_ = ColumnPlace(p_, p_.schedule.first_unit(cluster_idx<C>() + 1));
+    next_ = at_;
+    pair_ = load_pair();
 #pragma unroll 1
     for (int i = 0; i < kBitmapPairsAhead; ++i) ask_for_pair();
   }
@@ -247,14 +249,14 @@ class ChunkFeeder {
   int ring_, lane_;
   uint32_t ring_bytes_;  // where it begins
 
-  ColumnPlace at_, end_;
+  ColumnPlace at_{0, 0}, end_{0, 0};
 
   // The next pair whose offsets will be asked for, and this lane's chunk there, if own_col_ exists.
-  ColumnPlace next_;
-  int own_col_;
-  const int32_t* own_offset_;
-  int pair_chunks_;  // from there to the lane's chunk in the next pair
-  ChunkRange pair_;  // which at_ is in
+  ColumnPlace next_{0, 0};
+  int own_col_ = 0;
+  const int32_t* own_offset_ = nullptr;
+  int pair_chunks_ = 0;   // from there to the lane's chunk in the next pair
+  ChunkRange pair_ = {};  // which at_ is in
   int asked_stage_ = 0;
 
   int head_ = 0;           // where the next chunk goes, in the ring

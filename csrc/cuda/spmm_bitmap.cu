@@ -46,7 +46,7 @@ namespace {
 template <typename C>
 __device__ __forceinline__ void sync() {
   if constexpr (C::kCluster == 1) {
-    ptx::named_barrier_sync(1, C::kThreads);  // not __syncthreads: warps come from several places
+    __syncthreads();
   } else {
     __syncwarp();
     ptx::cluster_sync();
@@ -94,20 +94,19 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int warp = __shfl_sync(~0U, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = threadIdx.x % 32;
   allow_next_kernel();
-  if (warp >= C::kWarps) {
-    const int number = warp - C::kWarps;
-    if (number < C::kRings) {
-      ChunkFeeder<C> feeder(p, smem, number, lane);
-      init_smem(smem, warp);
-      ptx::give_registers<C::kFeedRegisters>();
+  int ring = warp - C::kWarps;  // of a warp that feeds chunks
+  ChunkFeeder<C> feeder(p, smem, ring, lane);
+  if (ring >= 0 && ring < C::kRings) feeder.begin();
+  init_smem(smem, warp);
+  ring = static_cast<int>(ptx::opaque(ring));  // else each role gets a barrier of its own
+  if (ring >= 0) {
+    ptx::give_registers<C::kFeedRegisters>();
+    if (ring < C::kRings) {
       feeder.run();
-    } else {
-      init_smem(smem, warp);
-      ptx::give_registers<C::kFeedRegisters>();
-      if (number == C::kRings && lane == 0) feed_x(p, map, smem);
+    } else if (ring == C::kRings && lane == 0) {
+      feed_x(p, map, smem);
     }
   } else {
-    init_smem(smem, warp);
     ptx::take_registers<C::kMultiplyRegisters>();
     multiply<C>(p, smem, warp, lane);
   }
