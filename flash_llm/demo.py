@@ -34,7 +34,7 @@ SPARSITY = 0.5
 """Default fraction of zeros; Tiled-CSL, which GPUs other than Hopper's take, only breaks even."""
 WINDOW = 512
 """Tokens per calibration sample and per perplexity window."""
-WINDOWS = 16
+WINDOWS = 8
 """Held-out windows that the perplexity is taken over by default."""
 CALIBRATION_SAMPLES = 8
 """Default number of calibration samples."""
