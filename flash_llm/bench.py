@@ -21,6 +21,7 @@ from flash_llm.checkpoint import checkpoint_files
 from flash_llm.convert import CONVERT_IGNORE, EVERY_LAYER, DenseView, choose_layers
 from flash_llm.evaluate import ProgressBar, track
 from flash_llm.ops import PackedWeight
+from flash_llm.table import aligned
 from flash_llm.timing import copies_to_rotate, time_cpu, time_cuda
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256)
@@ -125,12 +126,7 @@ class BenchReport:
                         f"{product.dense_us / product.sparse_us:.2f}",
                     )
                 )
-        widths = [max(len(line[i]) for line in table) for i in range(len(titles))]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-            for line in table
-        ]
-        lines.append("")
+        lines = [*aligned(table), ""]
         for shape in self.shapes:
             wins = shape.dense_wins_from
             lines.append(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_llm import hf
+from flash_llm.table import aligned
 
 ProgressBar = Callable[[Sequence[Any], str], Iterable[Any]]
 """Wraps a sequence, given a description, into an iterable that draws; ``rich.progress.track``."""
@@ -221,16 +222,11 @@ class PerplexityReport:
                     f"{row.seconds:.1f}",
                 )
             )
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in table
-        ]
         return "\n".join(
-            [*lines, f"On {self.text}, windows of {self.window} tokens, stride {self.stride}."]
+            [
+                *aligned(table, left={0}),
+                f"On {self.text}, windows of {self.window} tokens, stride {self.stride}.",
+            ]
         )
 
 

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from flash_llm import hf, ops
 from flash_llm.linear import SparseLinear, is_conv1d, pack_layer
 from flash_llm.ops import PackedWeight
+from flash_llm.table import aligned
 
 DEFAULT_TARGETS: tuple[str, ...] = ("Linear", "Conv1D")
 DEFAULT_IGNORE: tuple[str, ...] = ("lm_head",)
@@ -109,15 +110,8 @@ class SparsifyReport:
     def __str__(self) -> str:
         """Aligned plain text; sizes in MB of 10^6 bytes."""
         table = [self._titles(), *self._cells()]
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        lines = [
-            "  ".join(
-                # Numbers (sparsity, dense MB, packed MB) align right, words left.
-                cell.rjust(width) if 2 <= i <= 4 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        ]
+        # Numbers (sparsity, dense MB, packed MB) align right, words left.
+        lines = aligned(table, left=set(range(len(table[0]))) - {2, 3, 4})
         lines.insert(1, "-" * max(map(len, lines)))
         return "\n".join([*lines, self._summary()])
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flash_llm.checkpoint import checkpoint_files
 from flash_llm.convert import DenseView
+from flash_llm.table import aligned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +78,7 @@ class VerifyReport:
                     f"{row.max_abs_error:.3g}",
                 )
             )
-        widths = [max(len(line[i]) for line in table) for i in range(len(titles))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in table
-        ]
+        lines = aligned(table, left=range(len(titles)))
         equal = len(self.rows) - sum(row.relative_error > 0 for row in self.rows)
         lines.append(
             f"{equal} of {len(self.rows)} tensors are equal; largest relative error "
