@@ -195,8 +195,12 @@ Status plan_bitmap_auto(const SpmmProblem& problem, const DeviceInfo& device, in
   }
   // At 90 % zeros, 28672x7168 on an H100: N = 128 in 135 us by two passes of 64 tokens, 159 by one
   // of 128; N = 256 269 by four, 301 by one (2026-11-26).
-  const int64_t tokens = two_four ? std::min<int64_t>(problem.n, 64) : problem.n;
-  return plan_bitmap(problem, device, config_for(bitmap_configs(), tokens), ctas,
+  constexpr int64_t kPassTokens = 64;
+  if (two_four && problem.n > kPassTokens) {
+    return plan_bitmap(problem, device, config_for(bitmap_configs(), kPassTokens), ctas,
+                       "above 83 % zeros passes of 64 tokens cost less than wider tiles", out);
+  }
+  return plan_bitmap(problem, device, config_for(bitmap_configs(), problem.n), ctas,
                      "the narrowest tile that covers N decodes each weight once", out);
 }
 

@@ -173,18 +173,19 @@ Status launch_finish(const BitmapParams& params, cudaStream_t stream) {
   constexpr unsigned kStripsOfBlock = C::kCluster * C::kStripsOfCta;
   static_assert(kStripsOfBlock % kFinishWarps == 0,
                 "a warp of the finishing kernel takes one strip");
-  const int ctas = params.schedule.ctas * C::kCluster;  // one on each SM
-  const int rows = C::kFinishesAll ? params.schedule_rows
-                                   : std::min(params.schedule_rows, ctas / C::kCluster - 1);
+  const int clusters = params.schedule.ctas;
+  const int rows =
+      C::kFinishesAll ? params.schedule_rows : std::min(params.schedule_rows, clusters - 1);
   const dim3 grid(static_cast<unsigned>(rows), kStripsOfBlock / kFinishWarps, C::kBlocksN);
   if constexpr (C::kTileN <= 32) {
     // Measured on an H100: while all CTAs fit beside the main kernel's, one more part pays only if
     // they still do; if they do not, four parts pay (4096x4096, N = 8: 13.4, 11.9 and 13.3 us with
     // one, two and four; N = 32: 18.1, 17.1 and 16.5; 7168x7168, N = 8: 16.1, 18.8 and 17.7).
+    static_assert(C::kCluster == 1, "as many CTAs as clusters, one on each SM");
     const int finish_ctas = static_cast<int>(grid.x * grid.y * grid.z);
-    if (params.schedule.ctas > 2 * kFinishInFlight * params.schedule_rows) {
-      if (finish_ctas * 2 <= ctas) return launch_finish<C, 2>(params, grid, stream);
-      if (finish_ctas > ctas) return launch_finish<C, 4>(params, grid, stream);
+    if (clusters > 2 * kFinishInFlight * rows) {
+      if (finish_ctas * 2 <= clusters) return launch_finish<C, 2>(params, grid, stream);
+      if (finish_ctas > clusters) return launch_finish<C, 4>(params, grid, stream);
     }
   }
   return launch_finish<C, 1>(params, grid, stream);
