@@ -1,4 +1,4 @@
-"""Folders of weights that are built under a temporary name and renamed when they are whole.
+"""Files and folders that are built under a temporary name and renamed when they are whole.
 
 A kill at any moment leaves either no folder of the final name or a whole one, and beside it what is
 finished, so that the same call goes on with that.
@@ -97,3 +97,13 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole, or leave it as it was.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of the attempt.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)

@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_prune import Block, Stack, linear_layers, tiny, tokens
+from test_prune import Block, Stack, linear_layers, packed, tiny, tokens
 from torch import nn
 
-import flash_llm
 from flash_llm import prune_, recover_
 
 
@@ -236,13 +235,6 @@ def infinite():
     dense = Stack()
     dense.blocks[1].up.bias.data[0] = math.inf
     return dense
-
-
-def packed():
-    model = Stack().bfloat16()
-    up = nn.Linear(8, 16).bfloat16()
-    model.blocks[0].up = flash_llm.SparseLinear.from_linear(up)
-    return model
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flash_llm.evaluate import ProgressBar, check_token_ids, evaluation_mode, remark, track
+from flash_llm.evaluate import ProgressBar, evaluation_mode, remark, track
 from flash_llm.prune.admm import admm
 from flash_llm.prune.allocation import outlier_ratio, owl_sparsities
 from flash_llm.prune.blocks import Stack, find_stacks, forward, record_calls, taking_turns
@@ -38,7 +38,7 @@ from flash_llm.prune.layers import check_inputs, check_weights, matrix
 from flash_llm.prune.reconstruction import SingularHessianError, relative_error
 from flash_llm.prune.report import PrunedLayer, PruneRecipe, PruneReport
 from flash_llm.prune.resume import ResumeFolder
-from flash_llm.prune.samples import Calibration, Tokenizer, token_samples
+from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
 from flash_llm.prune.sensitivity import LEVELS, allocate, measure_layers
 from flash_llm.prune.sparsegpt import sparsegpt
 from flash_llm.sparsify import (
@@ -189,9 +189,7 @@ def prune_(
     samples: list[Tensor] = []
     measured = isinstance(allocation, str) and allocation != "uniform"
     if method != "magnitude" or measured:
-        samples = token_samples(calibration, tokenizer, nsamples, seqlen, seed)
-        for sample in samples:
-            check_token_ids(sample, model)
+        samples = samples_for(model, calibration, tokenizer, nsamples, seqlen, seed)
 
     start = time.perf_counter()
     done = None

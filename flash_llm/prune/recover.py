@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from flash_llm.checkpoint import Checkpoint, checkpoint_files
-from flash_llm.evaluate import ProgressBar, check_token_ids, evaluation_mode, remark, track
+from flash_llm.evaluate import ProgressBar, evaluation_mode, remark, track
 from flash_llm.prune.blocks import Call, Stack, as_list, find_stacks, on, record_calls
 from flash_llm.prune.layers import check_weights
-from flash_llm.prune.report import write_whole
-from flash_llm.prune.samples import Calibration, Tokenizer, token_samples
+from flash_llm.prune.report import save_report
+from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
 from flash_llm.sparsify import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
 
 REPORT_NAME = "recovery_report.json"
@@ -87,10 +87,7 @@ class RecoveryReport:
         Raises:
             OSError: it cannot be written; an earlier one is left as it was.
         """
-        path = Path(folder) / REPORT_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, self.to_json().encode())
-        return path
+        return save_report(folder, REPORT_NAME, self.to_json())
 
     def __str__(self) -> str:
         width = max([len(block.name) for block in self.blocks] + [len("block")])
@@ -178,9 +175,7 @@ def recover_(
     check_weights(model, layers)
     stacks = find_stacks(model, layers, None if device is None else torch.device(device))
     read = _dense_tensors(dense, model, stacks)
-    samples = token_samples(calibration, tokenizer, nsamples, seqlen, seed)
-    for sample in samples:
-        check_token_ids(sample, model)
+    samples = samples_for(model, calibration, tokenizer, nsamples, seqlen, seed)
 
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)

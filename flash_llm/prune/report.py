@@ -7,6 +7,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from flash_llm.unfinished import write_whole
+
 REPORT_NAME = "prune_report.json"
 """The file that :meth:`PruneReport.save` writes."""
 
@@ -106,10 +108,7 @@ class PruneReport:
         Raises:
             OSError: it cannot be written; an earlier one is left as it was.
         """
-        path = Path(folder) / REPORT_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, self.to_json().encode())
-        return path
+        return save_report(folder, REPORT_NAME, self.to_json())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> PruneReport:
@@ -154,15 +153,13 @@ class PruneReport:
         return "\n".join(lines)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it: whole, or as it was before.
+def save_report(folder: str | os.PathLike[str], name: str, text: str) -> Path:
+    """Write a report whole into a folder, which is made if it is not there; returns the file.
 
     Raises:
-        OSError: it cannot be written; nothing is left of the attempt.
+        OSError: it cannot be written; an earlier one is left as it was.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text.encode())
+    return path

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from flash_llm.evaluate import check_token_ids
 
 logger = logging.getLogger("flash_llm")
 
@@ -97,6 +99,25 @@ def _draw(rows: Iterator[Any], nsamples: int | None, seed: int | None) -> list[A
     every = list(rows)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
     return [every[index] for index in sorted(order[:nsamples].tolist())]
+
+
+def samples_for(
+    model: nn.Module,
+    calibration: Calibration | None,
+    tokenizer: Tokenizer | None,
+    nsamples: int | None,
+    seqlen: int,
+    seed: int | None,
+) -> list[Tensor]:
+    """:func:`token_samples`, checked against the model's vocabulary.
+
+    Raises:
+        ValueError: also if a token id is outside the vocabulary.
+    """
+    samples = token_samples(calibration, tokenizer, nsamples, seqlen, seed)
+    for sample in samples:
+        check_token_ids(sample, model)
+    return samples
 
 
 def _rows(item: Any) -> Iterator[str | Tensor]:

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_llm.evaluate import ProgressBar, check_token_ids, evaluation_mode, track
+from flash_llm.evaluate import ProgressBar, evaluation_mode, track
 from flash_llm.prune.allocation import least_error_sparsities
 from flash_llm.prune.blocks import Stack, find_stacks, forward, record_calls, taking_turns
 from flash_llm.prune.criteria import check_prune_target, magnitude_mask, wanda_mask
 from flash_llm.prune.inputs import Inputs, collect_inputs, gram
 from flash_llm.prune.layers import check_inputs, check_weights, matrix
 from flash_llm.prune.reconstruction import relative_error
-from flash_llm.prune.report import write_whole
-from flash_llm.prune.samples import Calibration, Tokenizer, token_samples
+from flash_llm.prune.report import save_report
+from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
 from flash_llm.sparsify import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
 
 logger = logging.getLogger("flash_llm")
@@ -111,10 +111,7 @@ class SensitivityReport:
         Raises:
             OSError: it cannot be written; an earlier one is left as it was.
         """
-        path = Path(folder) / REPORT_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, self.to_json().encode())
-        return path
+        return save_report(folder, REPORT_NAME, self.to_json())
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draw error against sparsity, a line per kind of layer: the median over the blocks.
@@ -247,9 +244,7 @@ def sensitivity(
         raise ValueError(f"levels must be different sparsities in (0, 1), got {list(levels)}")
     layers = select_layers(model, targets, ignore)
     check_weights(model, layers)
-    samples = token_samples(calibration, tokenizer, nsamples, seqlen, seed)
-    for sample in samples:
-        check_token_ids(sample, model)
+    samples = samples_for(model, calibration, tokenizer, nsamples, seqlen, seed)
 
     start = time.perf_counter()
     with evaluation_mode(model):
