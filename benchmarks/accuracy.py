@@ -2,9 +2,10 @@
 
     python benchmarks/accuracy.py --sparsity 0.3 0.5 0.6 0.7 --nsamples 32
 
-Each case prunes a copy of the dense model and measures its perplexity on held-out text, both in
-float32. Rows go to ``benchmarks/results/accuracy.jsonl``; a case that was measured before has its
-row replaced, or is left out with ``--missing``, so a run that was stopped goes on.
+Each case prunes a copy of the dense model, recovers it for as many epochs as ``--recover-epochs``
+says, and measures its perplexity on held-out text, all in float32. Rows go to
+``benchmarks/results/accuracy.jsonl``; a case that was measured before has its row replaced, or is
+left out with ``--missing``, so a run that was stopped goes on.
 """
 
 import argparse
@@ -14,12 +15,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rows import RESULTS, case_of, check_row, commit_hash, print_table, read_rows, write_rows
 from torch import Tensor, nn
 
-from flash_llm import PruneReport, perplexity, prune_
+from flash_llm import perplexity, prune_, recover_
 from flash_llm.demo import load_smollm2, pydoc_text
 from flash_llm.prune.calibrate import ALLOCATIONS, METHODS
 
@@ -30,11 +32,12 @@ WINDOW = 512
 
 @dataclass(frozen=True)
 class Case:
-    """One way to prune the model."""
+    """One way to prune the model; without epochs of recovery it stays as it is pruned."""
 
     method: str
     allocation: str
     sparsity: float
+    recover_epochs: int
     nsamples: int
     seqlen: int
     seed: int
@@ -57,21 +60,26 @@ class Bench:
         self.text = f"topics of Python's help(), held out, {windows}x{WINDOW}"
         self.dense_perplexity = perplexity(model, self.heldout, window=WINDOW)
 
-    def measure(self, case: Case) -> tuple[PruneReport, float]:
-        """Prune a copy; returns the report and the perplexity of the copy."""
+    def measure(self, case: Case) -> tuple[float, float]:
+        """Prune a copy; returns the seconds that it took and the perplexity of the copy."""
         model = copy.deepcopy(self.model)
         whole = len(self.calibration) // case.seqlen * case.seqlen
-        report = prune_(
+        samples: dict[str, Any] = {
+            "calibration": self.calibration[:whole].view(-1, case.seqlen),
+            "nsamples": case.nsamples,
+            "seqlen": case.seqlen,
+            "seed": case.seed,
+        }
+        seconds = prune_(
             model,
             method=case.method,
             allocation=case.allocation,
             sparsity=case.sparsity,
-            calibration=self.calibration[:whole].view(-1, case.seqlen),
-            nsamples=case.nsamples,
-            seqlen=case.seqlen,
-            seed=case.seed,
-        )
-        return report, perplexity(model, self.heldout, window=WINDOW)
+            **samples,
+        ).seconds
+        if case.recover_epochs:
+            seconds += recover_(model, self.model, epochs=case.recover_epochs, **samples).seconds
+        return seconds, perplexity(model, self.heldout, window=WINDOW)
 
     def make_row(
         self, case: Case, quality: float, seconds: float, commit: str
@@ -83,6 +91,7 @@ class Bench:
             "method": case.method,
             "allocation": case.allocation,
             "sparsity": case.sparsity,
+            "recover_epochs": case.recover_epochs,
             "perplexity": round(quality, 3),
             "dense_perplexity": round(self.dense_perplexity, 3),
             "text": self.text,
@@ -102,7 +111,8 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
         arguments.method, arguments.allocation, arguments.sparsity
     ):
         yield Case(
-            method, allocation, sparsity, arguments.nsamples, arguments.seqlen, arguments.seed
+            *(method, allocation, sparsity, arguments.recover_epochs),
+            *(arguments.nsamples, arguments.seqlen, arguments.seed),
         )
 
 
@@ -118,6 +128,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--allocation", nargs="+", choices=ALLOCATIONS, default=["uniform", "owl"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5, 0.6, 0.7])
+    parser.add_argument("--recover-epochs", type=int, default=0, help="of recover_; 0 for none")
     parser.add_argument("--nsamples", type=int, default=32, help="calibration samples")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of each")
     parser.add_argument("--seed", type=int, default=0, help="draws the samples")
@@ -131,13 +142,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("nsamples", "seqlen", "windows", "threads"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be positive, got {getattr(arguments, name)}")
+    if arguments.recover_epochs < 0:
+        parser.error(f"--recover-epochs must not be negative, got {arguments.recover_epochs}")
     for sparsity in arguments.sparsity:
         if not 0 <= sparsity <= 1:
             parser.error(f"--sparsity must lie in [0, 1], got {sparsity}")
     return arguments
 
 
-HEADINGS = ("method", "allocation", "sparsity", "perplexity", "dense", "seconds")
+HEADINGS = ("method", "allocation", "sparsity", "epochs", "perplexity", "dense", "seconds")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -154,13 +167,13 @@ def main(argv: list[str] | None = None) -> int:
     for case in cases(arguments):
         if arguments.missing and is_measured(case, bench.text, read_rows(arguments.out)):
             continue
-        report, quality = bench.measure(case)
-        row = bench.make_row(case, quality, report.seconds, commit)
+        seconds, quality = bench.measure(case)
+        row = bench.make_row(case, quality, seconds, commit)
         write_rows(arguments.out, [row])  # one by one: what was measured is kept
         lines.append(
             (
-                *(case.method, case.allocation, f"{case.sparsity:g}", f"{quality:.2f}"),
-                *(f"{bench.dense_perplexity:.2f}", f"{report.seconds:.0f}"),
+                *(case.method, case.allocation, f"{case.sparsity:g}", str(case.recover_epochs)),
+                *(f"{quality:.2f}", f"{bench.dense_perplexity:.2f}", f"{seconds:.0f}"),
             )
         )
         print(" ".join(lines[-1]), file=sys.stderr, flush=True)

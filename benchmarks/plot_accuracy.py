@@ -19,7 +19,9 @@ STYLES = dict(zip(ALLOCATIONS, ("-", "--", ":"), strict=True))
 
 def conditions(row: dict) -> tuple:
     """Return what rows must have in common to be compared."""
-    return row["model"], row["text"], row["nsamples"], row["seqlen"], row["seed"]
+    return tuple(
+        row[field] for field in ("model", "text", "nsamples", "seqlen", "seed", "recover_epochs")
+    )
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{source} holds no rows")
     # Of the conditions that occur, those with most rows.
     (chosen, _), *_ = Counter(map(conditions, rows)).most_common(1)
-    model, text, nsamples, seqlen, _ = chosen
+    model, text, nsamples, seqlen, *_ = chosen
     path = source.with_name("accuracy.png")
     title = f"{model}, calibrated on {nsamples}x{seqlen} tokens\n{text}"
     draw([row for row in rows if conditions(row) == chosen], title, path)

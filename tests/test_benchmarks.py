@@ -18,6 +18,7 @@ import accuracy  # noqa: E402
 import bench_convert  # noqa: E402
 import bench_cpu  # noqa: E402
 import bench_pack  # noqa: E402
+import bench_prune  # noqa: E402
 import bench_spmm  # noqa: E402
 import fp8  # noqa: E402
 import plot_accuracy  # noqa: E402
@@ -165,7 +166,7 @@ def test_committed_rows_follow_the_schema():
         assert found
         for row in found:
             rows.check_row(row)
-            of_one_file = {"cpu": "cpu", "accuracy": "accuracy", "convert": "pack"}
+            of_one_file = {"cpu": "cpu", "accuracy": "accuracy", "convert": "pack", "prune": "pack"}
             assert path.stem == (
                 of_one_file.get(row["bench"]) or f"{row['bench']}-{row.get('gpu')}"
             )
@@ -224,9 +225,10 @@ def tiny_weights(monkeypatch):
         max_position_embeddings=1024,
     )
     model = transformers.LlamaForCausalLM(config).bfloat16().eval()
-    monkeypatch.setattr(
-        accuracy, "load_smollm2", lambda device: (model.to(device), CharTokenizer())
-    )
+    for bench in (accuracy, bench_prune):
+        monkeypatch.setattr(
+            bench, "load_smollm2", lambda device: (model.to(device), CharTokenizer())
+        )
 
 
 ACCURACY = "--nsamples 2 --seqlen 64 --windows 2 --seed 3 --commit 0123abc"
@@ -245,12 +247,12 @@ def test_the_whole_benchmark_of_accuracy(tiny_weights, tmp_path, monkeypatch, ca
         assert row["text"] == "topics of Python's help(), held out, 2x512"
         assert row["perplexity"] != row["dense_perplexity"] == found[0]["dense_perplexity"]
     assert list(found[0]) == (
-        "bench model method allocation sparsity perplexity dense_perplexity text nsamples seqlen "
-        "seed seconds commit".split()
+        "bench model method allocation sparsity recover_epochs perplexity dense_perplexity text "
+        "nsamples seqlen seed seconds commit".split()
     )
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 17 and table[0].split()[:4] == (
-        ["method", "allocation", "sparsity", "perplexity"]
+    assert len(table) == 17 and table[0].split()[:5] == (
+        ["method", "allocation", "sparsity", "epochs", "perplexity"]
     )
 
     # A stopped run goes on: with one row missing, one case is measured.
@@ -269,6 +271,16 @@ def test_the_whole_benchmark_of_accuracy(tiny_weights, tmp_path, monkeypatch, ca
     with pytest.raises(ValueError, match="perplexity must be positive"):
         rows.check_row({**found[0], "perplexity": 0.0})
 
+    # Recovery makes another case of it.
+    recovered = ["--method", "wanda", "--allocation", "uniform", "--recover-epochs", "2"]
+    assert accuracy.main([*arguments, "--sparsity", "0.75", *recovered]) == 0
+    (row,) = [row for row in rows.read_rows(out) if row["recover_epochs"]]
+    rows.check_row(row)
+    assert row["recover_epochs"] == 2 and len(rows.read_rows(out)) == 17
+    same = ("method", "allocation", "sparsity")
+    (pruned,) = [other for other in found if all(other[f] == row[f] for f in same)]
+    assert row["perplexity"] != pruned["perplexity"]
+
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     assert plot_accuracy.main(["--results", str(tmp_path)]) == 0
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
@@ -276,14 +288,37 @@ def test_the_whole_benchmark_of_accuracy(tiny_weights, tmp_path, monkeypatch, ca
         plot_accuracy.main(["--results", str(tmp_path / "nowhere")])
 
 
+@pytest.mark.hf
+def test_the_whole_benchmark_of_pruning(tiny_weights, tmp_path, capsys):
+    out = tmp_path / "pack.jsonl"
+    arguments = "--nsamples 2 --seqlen 64 --sparsity 0.6 --commit 0123abc --out".split()
+    assert bench_prune.main([*arguments, str(out)]) == 0
+    found = rows.read_rows(out)
+    assert {row["method"] for row in found} == {"magnitude", "wanda", "sparsegpt", "admm"}
+    for row in found:
+        rows.check_row(row)
+        assert (row["sparsity"], row["nsamples"], row["seqlen"]) == (0.6, 2, 64)
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 5 and table[0].split()[0] == "method"
+    for wrong in (["--nsamples", "0"], ["--sparsity", "1.5"]):
+        with pytest.raises(SystemExit):
+            bench_prune.main(wrong)
+
+
 def test_perplexities_are_compared_under_the_same_conditions_only(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
-    case = accuracy.Case("wanda", "uniform", 0.5, 8, 512, 0)
+    case = accuracy.Case("wanda", "uniform", 0.5, 0, 8, 512, 0)
     bench = object.__new__(accuracy.Bench)
     bench.dense_perplexity, bench.text = 10.0, "text"
     several = [
         bench.make_row(dataclasses.replace(case, **changes), 20.0, 1.0, "0123abc")
-        for changes in ({"nsamples": 32}, {}, {"sparsity": 0.6}, {"method": "admm"})
+        for changes in (
+            {"nsamples": 32},
+            {},
+            {"sparsity": 0.6},
+            {"method": "admm"},
+            {"recover_epochs": 8},
+        )
     ]
     rows.write_rows(tmp_path / "accuracy.jsonl", several)
     drawn = []
@@ -295,7 +330,8 @@ def test_perplexities_are_compared_under_the_same_conditions_only(tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--nsamples 0", "--windows 0", "--sparsity 1.5", "--method obs"]
+    "arguments",
+    ["--nsamples 0", "--windows 0", "--sparsity 1.5", "--method obs", "--recover-epochs -1"],
 )
 def test_bad_arguments_of_the_accuracy_benchmark_are_refused(arguments):
     with pytest.raises(SystemExit):

@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 # What rows of accuracy.jsonl must have in common for their methods to be compared.
-SAME_CONDITIONS = ("model", "allocation", "sparsity", "text", "nsamples", "seqlen", "seed")
+SAME_CONDITIONS = (
+    *("model", "allocation", "sparsity", "recover_epochs"),
+    *("text", "nsamples", "seqlen", "seed"),
+)
 
 
 def fences(language):

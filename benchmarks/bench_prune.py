@@ -1,0 +1,92 @@
+"""How long pruning takes on the CPU: SmolLM2 by each method, one JSON row per method.
+
+    python benchmarks/bench_prune.py --nsamples 32 --seqlen 512
+
+Each method prunes a copy of the model in float32, all of it, calibration included; what the results
+are worth is what ``accuracy.py`` measures. Rows go to ``benchmarks/results/pack.jsonl``.
+"""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from accuracy import MODEL
+from rows import RESULTS, check_row, commit_hash, cpu_name, print_table, write_rows
+
+from flash_llm import prune_
+from flash_llm.demo import load_smollm2, pydoc_text
+from flash_llm.prune.calibrate import METHODS
+
+HEADINGS = ("method", "sparsity", "samples", "threads", "seconds")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros")
+    parser.add_argument("--nsamples", type=int, default=32, help="calibration samples")
+    parser.add_argument("--seqlen", type=int, default=512, help="tokens of each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
+    parser.add_argument("--out", type=Path, default=RESULTS / "pack.jsonl")
+    arguments = parser.parse_args(argv)
+    for name in ("nsamples", "seqlen", "threads"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be positive, got {getattr(arguments, name)}")
+    if not 0 <= arguments.sparsity <= 1:
+        parser.error(f"--sparsity must lie in [0, 1], got {arguments.sparsity}")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    arguments = parse_arguments(argv)
+    torch.set_num_threads(arguments.threads)
+    commit = commit_hash(arguments.commit)
+    cpu = cpu_name(Path("/proc/cpuinfo").read_text())
+    model, tokenizer = load_smollm2("cpu")
+    model = model.float()
+    tokens = torch.tensor(tokenizer(pydoc_text()[0], verbose=False)["input_ids"])
+    whole = len(tokens) // arguments.seqlen * arguments.seqlen
+    calibration = tokens[:whole].view(-1, arguments.seqlen)
+    lines = []
+    for method in arguments.method:
+        report = prune_(
+            copy.deepcopy(model),
+            method=method,
+            sparsity=arguments.sparsity,
+            calibration=calibration,
+            nsamples=arguments.nsamples,
+            seqlen=arguments.seqlen,
+        )
+        row: dict[str, object] = {
+            "bench": "prune",
+            "cpu": cpu,
+            "threads": arguments.threads,
+            "model": MODEL,
+            "method": method,
+            "sparsity": arguments.sparsity,
+            "nsamples": arguments.nsamples,
+            "seqlen": arguments.seqlen,
+            "seconds": float(f"{report.seconds:.3g}"),
+            "torch": str(torch.__version__),
+            "commit": commit,
+        }
+        check_row(row)
+        write_rows(arguments.out, [row])  # one by one: what was measured is kept
+        lines.append(
+            (
+                *(method, f"{arguments.sparsity:g}", str(arguments.nsamples)),
+                *(str(arguments.threads), f"{report.seconds:.1f}"),
+            )
+        )
+        print(" ".join(lines[-1]), file=sys.stderr, flush=True)
+    print_table(HEADINGS, lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
