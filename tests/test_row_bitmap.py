@@ -1,6 +1,7 @@
 """Row bitmap: what only this format has: its bytes, and a kernel for each instruction set."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,8 +203,18 @@ def test_a_tiny_number_in_one_block_changes_no_other(isa):
     testing.assert_spmm_close(y, x, weight)
 
 
+@pytest.mark.parametrize("n", [6, 97, 130])
+def test_many_tokens_columns_and_blocks_at_once(n, isa, dtype):
+    # More of each than a kernel takes in one go: 96 tokens, 1024 columns and 64 rows.
+    weight = testing.small_integers(201, 2100, sparsity=0.5, dtype=dtype)
+    weight[64:72] = 0
+    x = testing.small_integers(n, 2100, dtype=dtype, seed=1)
+    y = flash_llm.spmm(x, RowBitmap.from_dense(weight), config="cpu_rows")
+    assert torch.equal(y, exact(x, weight))
+
+
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("n", [1, 9])
+@pytest.mark.parametrize("n", [1, 9, 100])
 def test_thread_count_does_not_change_a_bit(n, route, isa, dtype):
     weight = testing.random_sparse(1003, 700, 0.5, dtype=dtype)
     w, x = RowBitmap.from_dense(weight), torch.randn(n, 700).to(dtype)
@@ -252,9 +263,12 @@ def test_the_best_is_taken_unless_one_is_forced(monkeypatch):
     extension = _extension.require()
     isas = extension.cpu_isas()
     assert isas[0] == "portable" and isas == [name for name in ISAS if name in isas]
-    assert extension.cpu_isa() == isas[-1]
+    # Intel's BF16 is slower than its fp32 (cpu_isa.cpp).
+    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    best = [isa for isa in isas if not (intel and isa == "avx512_bf16")][-1]
+    assert extension.cpu_isa() == best
     monkeypatch.setenv("FLASH_LLM_CPU_ISA", "")
-    assert extension.cpu_isa() == isas[-1]
+    assert extension.cpu_isa() == best
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):

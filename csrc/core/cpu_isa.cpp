@@ -11,10 +11,20 @@ namespace flash_llm {
 namespace {
 
 #if defined(__x86_64__)
-// Not among the names that every compiler's __builtin_cpu_supports knows.
+// What follows is not among the names that every compiler's __builtin_cpu_supports knows.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+
+// A bit of leaf 7 that is there, and of which the operating system saves the registers.
+bool has_leaf_7(unsigned edx_bit, unsigned states) {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kOsxsave = 1U << 27;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0 || (ecx & kOsxsave) == 0) return false;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & edx_bit) == 0) return false;
+  __asm__("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  return (eax & states) == states;
 }
 #endif
 
@@ -39,9 +49,21 @@ bool detect(CpuIsa isa) {
   return isa == CpuIsa::kPortable;
 }
 
+// Intel's CPUs have BF16, but multiply 32 elements with it in 2.1 cycles and as fp32 in 1: on a
+// Xeon (Emerald Rapids), 4096x4096 at 90 % zeros and 8 tokens took 2.0 ms with it and 1.3 ms
+// without (2026-11-26). AMD's (Zen 4) take one cycle and two.
+bool has_fast_bf16() {
+#if defined(__x86_64__)
+  return !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 CpuIsa fastest() {
   CpuIsa best = CpuIsa::kPortable;
   for (const CpuIsa isa : kCpuIsas) {
+    if (isa == CpuIsa::kAvx512Bf16 && !has_fast_bf16()) continue;
     if (detect(isa)) best = isa;
   }
   return best;
@@ -64,6 +86,26 @@ const char* cpu_isa_name(CpuIsa isa) {
 }
 
 bool has_cpu_isa(CpuIsa isa) { return detect(isa); }
+
+bool has_fast_dense_bf16() {
+#if defined(__x86_64__)
+  constexpr unsigned kAmxBf16 = 1U << 22, kTiles = 3U << 17;
+  static const bool has = has_leaf_7(kAmxBf16, kTiles);
+  return has;
+#else
+  return false;
+#endif
+}
+
+bool has_fast_dense_fp16() {
+#if defined(__x86_64__)
+  constexpr unsigned kAvx512Fp16 = 1U << 23, kZmm = 7U << 5;
+  static const bool has = has_leaf_7(kAvx512Fp16, kZmm);
+  return has;
+#else
+  return false;
+#endif
+}
 
 Status select_cpu_isa(CpuIsa* out) {
   static const CpuIsa best = fastest();

@@ -6,7 +6,7 @@
 
 namespace flash_llm {
 
-// From what every CPU has to the fastest.
+// From what every CPU has to what few have, which mostly is the fastest.
 enum class CpuIsa {
   kPortable,    // C++
   kAvx2,        // AVX2, FMA, F16C
@@ -23,8 +23,13 @@ const char* cpu_isa_name(CpuIsa isa);
 // Whether this CPU has it, and this build code for it.
 bool has_cpu_isa(CpuIsa isa);
 
-// The one that FLASH_LLM_CPU_ISA names, else the fastest that this CPU has. Fails for a name that
+// The one that FLASH_LLM_CPU_ISA names, else the fastest on this CPU. Fails for a name that
 // is none, and for one that this CPU lacks.
 Status select_cpu_isa(CpuIsa* out);
+
+// Whether this CPU multiplies dense matrices of a type faster than it does fp32: AMX for bf16,
+// AVX-512 FP16 for fp16. Libraries use these; we have nothing of the kind.
+bool has_fast_dense_bf16();
+bool has_fast_dense_fp16();
 
 }  // namespace flash_llm

@@ -98,6 +98,14 @@ FLASH_LLM_AVX2 inline __m256 widen(__m128i elements) {
   }
 }
 
+template <ValueType kType>
+FLASH_LLM_AVX2 void widen_group(const uint16_t* group, float* widened) {
+  for (int64_t col = 0; col < kGroupCols; col += kPartCols) {
+    const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group + col));
+    _mm256_storeu_ps(widened + col, widen<kType>(part));
+  }
+}
+
 template <ValueType kType, int kTokens>
 struct Block {
   __m256 sums[kBlockRows][kTokens];
@@ -264,9 +272,10 @@ FLASH_LLM_AVX2 uint32_t row_bitmap_avx2_pack_block(const uint16_t* dense, int64_
 
 RowBitmapKernel row_bitmap_avx2(ValueType type) {
   return {
-      true,
+      type == ValueType::kFloat16 ? widen_group<ValueType::kFloat16>
+                                  : widen_group<ValueType::kBfloat16>,
       kMaxTokens,
-      kMaxTokens,
+      false,
       type == ValueType::kFloat16 ? multiply<ValueType::kFloat16> : multiply<ValueType::kBfloat16>,
       decode_block,
       row_bitmap_avx2_pack_block};

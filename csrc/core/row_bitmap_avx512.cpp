@@ -1,8 +1,10 @@
 // The row bitmap's kernels for AVX-512 VBMI2: one vpexpandw makes the 32 elements of a group.
 //
-// The sums of four rows (or two, for many tokens) times all tokens stay in registers, so that what
-// is decoded meets several tokens and each load of X several rows. On a Zen 4 (EPYC at 3.7 GHz) a
-// group takes 3 cycles for one bf16 token, of which the expansion is 1.3 and the product 1.
+// The sums of four rows times some tokens stay in registers, so that what is decoded meets several
+// tokens and each load of X several rows. For one bf16 token a group takes 3 cycles on a Zen 4
+// (EPYC at 3.7 GHz), of which the expansion is 1.3 and the product 1, and 4 on an Emerald Rapids
+// (Xeon at 3 GHz), whose port for the mask and the expansion is busy for 3. More tokens cost it
+// 1.1 cycles each, of which 1 is the product.
 //
 // NOTE: vpexpandw with zero masking waits there for the register that it overwrites (6.4 cycles a
 // group instead of 3). Merging into a copy of a zero register waits for nothing.
@@ -55,12 +57,16 @@ struct Values {
 
 // Blocks follow each other, so what lies ahead of the values is what will be read, masks too. The
 // CPU's own prefetcher, which sees streams begin and end every few kilobytes and stops at each
-// page, brings 4096x4096 at 50 % zeros in 960 us; with these it takes 830 (on huge pages 630), at
-// 90 % 360 instead of 490 us. Two lines per step of four groups are what is read at 50 %.
-FLASH_LLM_AVX512 inline void prefetch(const uint16_t* values) {
+// page, brings 4096x4096 at 50 % zeros in 960 us (Zen 4); with these it takes 830 (on huge pages
+// 630), at 90 % 360 instead of 490 us. Two lines per step of four groups are what is read at 50 %.
+FLASH_LLM_AVX512 inline void prefetch_soon(const uint16_t* values) {
   const auto* bytes = reinterpret_cast<const char*>(values);
   _mm_prefetch(bytes + 1024, _MM_HINT_T0);
   _mm_prefetch(bytes + 1024 + 64, _MM_HINT_T0);
+}
+
+FLASH_LLM_AVX512 inline void prefetch_later(const uint16_t* values) {
+  const auto* bytes = reinterpret_cast<const char*>(values);
   _mm_prefetch(bytes + 8192, _MM_HINT_T1);
   _mm_prefetch(bytes + 8192 + 64, _MM_HINT_T1);
 }
@@ -70,62 +76,93 @@ int64_t groups_before_end(const uint16_t* next, const uint16_t* end) {
   return (end - next) / (kBlockRows * kGroupCols);
 }
 
-// What follows says how 32 elements of a row are multiplied by those of a token, into 16 sums or
-// twice 16, which may be the same.
+// What follows says how 32 elements of a row are multiplied by those of a token: kStored vectors
+// keep them decoded, kParts vectors are multiplied and added to 16 sums.
 
 // bf16 whose subnormals are taken for zeros.
 struct Dot {
   using X = uint16_t;
   using Vector = __m512i;
+  static constexpr int kStored = 1;
   static constexpr int kParts = 1;
 
-  FLASH_LLM_AVX512 static inline Vector weight(__m512i raw) { return raw; }
-  FLASH_LLM_AVX512 static inline Vector input(const X* x) { return _mm512_loadu_si512(x); }
-  FLASH_LLM_AVX512 static inline void add(const Vector& w, const Vector& x, __m512& sum, __m512&) {
+  FLASH_LLM_AVX512 static inline void store(__m512i raw, Vector* w) { w[0] = raw; }
+  FLASH_LLM_AVX512 static inline Vector weight(const Vector* w, int) { return w[0]; }
+  FLASH_LLM_AVX512 static inline Vector input(const X* x, int) { return _mm512_loadu_si512(x); }
+  FLASH_LLM_AVX512 static inline void add(const Vector& w, const Vector& x, __m512& sum) {
     sum = _mm512_dpbf16_ps(sum, reinterpret_cast<const __m512bh&>(w),
                            reinterpret_cast<const __m512bh&>(x));
   }
 };
 
-// 32 elements as fp32.
-struct Halves {
-  __m512 low, high;
-};
-
+// As fp32.
 struct Wide {
-  using Vector = Halves;
+  using X = float;
+  using Vector = __m512;
+  static constexpr int kStored = 2;
   static constexpr int kParts = 2;
 
-  FLASH_LLM_AVX512 static inline void add(const Vector& w, const Vector& x, __m512& low,
-                                          __m512& high) {
-    low = _mm512_fmadd_ps(w.low, x.low, low);
-    high = _mm512_fmadd_ps(w.high, x.high, high);
+  FLASH_LLM_AVX512 static inline Vector weight(const Vector* w, int part) { return w[part]; }
+  FLASH_LLM_AVX512 static inline Vector input(const X* x, int part) {
+    return _mm512_loadu_ps(x + part * 16);
+  }
+  FLASH_LLM_AVX512 static inline void add(const Vector& w, const Vector& x, __m512& sum) {
+    sum = _mm512_fmadd_ps(w, x, sum);
   }
 };
+
+FLASH_LLM_AVX512 inline __m512 even_bf16(__m512i raw) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
+}
+
+FLASH_LLM_AVX512 inline __m512 odd_bf16(__m512i raw) {
+  return _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(-0x10000)));
+}
 
 // bf16, any: the even elements and the odd ones.
 struct WideBf16 : Wide {
-  using X = uint16_t;
-
-  FLASH_LLM_AVX512 static inline Vector weight(__m512i raw) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)),
-            _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(-0x10000)))};
+  FLASH_LLM_AVX512 static inline void store(__m512i raw, Vector* w) {
+    w[0] = even_bf16(raw);
+    w[1] = odd_bf16(raw);
   }
-  FLASH_LLM_AVX512 static inline Vector input(const X* x) { return weight(_mm512_loadu_si512(x)); }
+};
+
+FLASH_LLM_AVX512 void widen_bf16(const uint16_t* group, float* widened) {
+  const __m512i raw = _mm512_loadu_si512(group);
+  _mm512_storeu_ps(widened, even_bf16(raw));
+  _mm512_storeu_ps(widened + 16, odd_bf16(raw));
+}
+
+// The same with what Dot reads and keeps: for the few blocks that Dot must not multiply.
+struct WideDot : Wide {
+  using X = uint16_t;
+  using Vector = __m512i;
+  static constexpr int kStored = 1;
+
+  FLASH_LLM_AVX512 static inline void store(__m512i raw, Vector* w) { w[0] = raw; }
+  FLASH_LLM_AVX512 static inline __m512 weight(const Vector* w, int part) {
+    return part == 0 ? even_bf16(w[0]) : odd_bf16(w[0]);
+  }
+  FLASH_LLM_AVX512 static inline __m512 input(const X* x, int part) {
+    const __m512i raw = _mm512_loadu_si512(x);
+    return weight(&raw, part);
+  }
 };
 
 // fp16: the first 16 elements and the others.
 struct WideHalf : Wide {
-  using X = float;
-
-  FLASH_LLM_AVX512 static inline Vector weight(__m512i raw) {
-    return {_mm512_cvtph_ps(_mm512_castsi512_si256(raw)),
-            _mm512_cvtph_ps(_mm512_extracti64x4_epi64(raw, 1))};
-  }
-  FLASH_LLM_AVX512 static inline Vector input(const X* x) {
-    return {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)};
+  FLASH_LLM_AVX512 static inline void store(__m512i raw, Vector* w) {
+    w[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(raw));
+    w[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(raw, 1));
   }
 };
+
+FLASH_LLM_AVX512 void widen_half(const uint16_t* group, float* widened) {
+  __m512 parts[2];
+  WideHalf::store(_mm512_loadu_si512(group), parts);
+  _mm512_storeu_ps(widened, parts[0]);
+  _mm512_storeu_ps(widened + 16, parts[1]);
+}
 
 // Each of four vectors added up.
 FLASH_LLM_AVX512 inline __m128 add_up(__m512 a, __m512 b, __m512 c, __m512 d) {
@@ -138,49 +175,55 @@ FLASH_LLM_AVX512 inline __m128 add_up(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// Rows kFirst ... kFirst + kCount - 1 of a block, times all tokens.
-template <typename Math, int kFirst, int kCount, int kTokens>
-struct Rows {
+// Few tokens: the four rows of a block are decoded and multiplied in registers.
+constexpr int kFewTokens = 4;
+
+template <typename Math, int kTokens>
+struct FewTokens {
   // A chain of additions is as slow as their latency unless enough of them are under way.
-  static constexpr int kParts = kCount * kTokens <= 8 ? Math::kParts : 1;
-  __m512 sums[kCount][kTokens][kParts];
+  static constexpr int kSums = kTokens <= 2 ? Math::kParts : 1;
+  __m512 sums[kBlockRows][kTokens][kSums];
 
   template <bool kNearEnd>
   FLASH_LLM_AVX512 inline void add_group(const uint32_t* masks, const typename Math::X* x,
                                          __m512i zero, Values<kNearEnd>& values) {
-    if (!kNearEnd && kFirst == 0) prefetch(values.next);
-    typename Math::Vector w[kCount];
+    if (!kNearEnd) {
+      prefetch_soon(values.next);
+      prefetch_later(values.next);
+    }
+    typename Math::Vector w[kBlockRows][Math::kStored];
 #pragma GCC unroll 4
     for (int row = 0; row < kBlockRows; ++row) {
-      if (row >= kFirst && row < kFirst + kCount) {
-        w[row - kFirst] = Math::weight(_mm512_mask_expand_epi16(zero, masks[row], values.load()));
-      }
+      Math::store(_mm512_mask_expand_epi16(zero, masks[row], values.load()), w[row]);
       values.skip(masks[row]);
     }
-#pragma GCC unroll 8
-    for (int token = 0; token < kTokens; ++token) {
-      const typename Math::Vector input = Math::input(x + token * kGroupCols);
 #pragma GCC unroll 4
-      for (int row = 0; row < kCount; ++row) {
-        Math::add(w[row], input, sums[row][token][0], sums[row][token][kParts - 1]);
+    for (int token = 0; token < kTokens; ++token) {
+#pragma GCC unroll 2
+      for (int part = 0; part < Math::kParts; ++part) {
+        const auto input = Math::input(x + token * kGroupCols, part);
+#pragma GCC unroll 4
+        for (int row = 0; row < kBlockRows; ++row) {
+          Math::add(Math::weight(w[row], part), input, sums[row][token][part % kSums]);
+        }
       }
     }
   }
 
   FLASH_LLM_AVX512 inline __m512 sum_of(int row, int token) const {
-    return kParts == 1 ? sums[row][token][0]
-                       : _mm512_add_ps(sums[row][token][0], sums[row][token][kParts - 1]);
+    const auto& parts = sums[row][token];
+    return kSums == 1 ? parts[0] : _mm512_add_ps(parts[0], parts[kSums - 1]);
   }
 
-  FLASH_LLM_AVX512 static inline void multiply(const RowBlock& block, int64_t groups,
-                                               const typename Math::X* x, float* out) {
-    Rows rows;
+  FLASH_LLM_AVX512 static void multiply(const RowBlock& block, int64_t groups, const void* x_tokens,
+                                        float* out) {
+    const auto* x = static_cast<const typename Math::X*>(x_tokens);
+    FewTokens rows;
 #pragma GCC unroll 4
-    for (int row = 0; row < kCount; ++row) {
-#pragma GCC unroll 8
+    for (int row = 0; row < kBlockRows; ++row) {
+#pragma GCC unroll 4
       for (int token = 0; token < kTokens; ++token) {
-        rows.sums[row][token][0] = _mm512_setzero_ps();
-        rows.sums[row][token][kParts - 1] = _mm512_setzero_ps();
+        for (auto& sum : rows.sums[row][token]) sum = _mm512_setzero_ps();
       }
     }
     const __m512i zero = opaque_zero();
@@ -199,58 +242,27 @@ struct Rows {
     for (; masks != masks_end; masks += kBlockRows, x += kTokens * kGroupCols) {
       rows.add_group(masks, x, zero, last);
     }
-
-    if constexpr (kCount == kBlockRows) {
-#pragma GCC unroll 8
-      for (int token = 0; token < kTokens; ++token) {
-        _mm_storeu_ps(out + token * kBlockRows,
-                      add_up(rows.sum_of(0, token), rows.sum_of(1, token), rows.sum_of(2, token),
-                             rows.sum_of(3, token)));
-      }
-    } else {
-      static_assert(kCount == 2);
-#pragma GCC unroll 8
-      for (int token = 0; token < kTokens; ++token) {
-        const __m512 a = rows.sum_of(0, token), b = rows.sum_of(1, token);
-        _mm_storel_pi(reinterpret_cast<__m64*>(out + token * kBlockRows + kFirst),
-                      add_up(a, b, a, b));
-      }
+#pragma GCC unroll 4
+    for (int token = 0; token < kTokens; ++token) {
+      _mm_storeu_ps(out + token * kBlockRows, add_up(rows.sum_of(0, token), rows.sum_of(1, token),
+                                                     rows.sum_of(2, token), rows.sum_of(3, token)));
     }
   }
 };
 
-template <typename Math, int kTokens>
-FLASH_LLM_AVX512 void multiply_block(const RowBlock& block, int64_t groups, const void* x,
-                                     float* out) {
-  const auto* typed = static_cast<const typename Math::X*>(x);
-  // Sums, weights and an input must fit 32 registers; two rows read X twice as often as four.
-  constexpr int kVectorRegisters = Math::kParts;
-  if constexpr (kBlockRows * kTokens + (kBlockRows + 1) * kVectorRegisters <= 30) {
-    Rows<Math, 0, kBlockRows, kTokens>::multiply(block, groups, typed, out);
-  } else {
-    Rows<Math, 0, 2, kTokens>::multiply(block, groups, typed, out);
-    Rows<Math, 2, 2, kTokens>::multiply(block, groups, typed, out);
-  }
-}
-
 using MultiplyBlock = void (*)(const RowBlock&, int64_t groups, const void* x, float* out);
 
 template <typename Math>
-MultiplyBlock multiply_block_of(int tokens) {
-  static constexpr MultiplyBlock kByTokens[kMaxRowTokens] = {
-      multiply_block<Math, 1>, multiply_block<Math, 2>, multiply_block<Math, 3>,
-      multiply_block<Math, 4>, multiply_block<Math, 5>, multiply_block<Math, 6>,
-      multiply_block<Math, 7>, multiply_block<Math, 8>};
-  return kByTokens[tokens - 1];
-}
+constexpr MultiplyBlock kMultiplyFew[kFewTokens] = {
+    FewTokens<Math, 1>::multiply, FewTokens<Math, 2>::multiply, FewTokens<Math, 3>::multiply,
+    FewTokens<Math, 4>::multiply};
 
-// One block of tokens. Blocks that have normal products only are multiplied by Normal, the others
-// by Any.
+// Blocks that have normal products only are multiplied by Normal, the others by Any.
 template <typename Normal, typename Any>
 void multiply_few(const RowBitmapProduct& product) {
   const RowBitmapTokens& tokens = product.tokens[0];
-  const MultiplyBlock normal = multiply_block_of<Normal>(tokens.count);
-  const MultiplyBlock any = multiply_block_of<Any>(tokens.count);
+  const MultiplyBlock normal = kMultiplyFew<Normal>[tokens.count - 1];
+  const MultiplyBlock any = kMultiplyFew<Any>[tokens.count - 1];
   const int64_t groups = num_groups(product.weight.k);
   float* out = product.sums;
   for (int64_t i = product.first; i < product.last; ++i, out += tokens.count * kBlockRows) {
@@ -263,69 +275,86 @@ void multiply_few(const RowBitmapProduct& product) {
   }
 }
 
-// Many tokens: a panel of two blocks of rows times some groups is decoded into the first-level
-// cache and meets all tokens there, four at a time. In registers are the sums of four rows times
-// four tokens, which are kept in memory from one panel to the next.
-constexpr int64_t kPanelBlocks = 2;
-constexpr int64_t kPanelGroups = 32;
+// More tokens: some columns of two blocks of rows, a panel, are decoded into the first-level cache
+// and meet all tokens there, whose same columns stay in a cache from one panel to the next below
+// it. In registers are the sums of four rows times some tokens; they are kept in memory until the
+// panels with the next columns. Meanwhile the blocks of the next call are fetched, for as streams
+// that begin again every two kilobytes no prefetcher sees them: 4096x4096 at 90 % and 8 tokens
+// takes 1.29 ms with and 1.45 without (Emerald Rapids).
 constexpr int kPanelTokens = 6;
-constexpr int kPanelSums = kBlockRows * kPanelTokens;
-constexpr int64_t kGroupElems = kBlockRows * kGroupCols;
+constexpr int64_t kPanelBlocks = 2;
+constexpr int64_t kPanelStored = 32;  // vectors per row of a panel: 8 KB per block
 
-struct alignas(64) Panel {
-  uint16_t elements[kPanelBlocks][kPanelGroups * kGroupElems];  // [groups][4 rows][32 columns]
-  __m512 sums[kMaxRowTokenBlocks][kPanelBlocks][kPanelSums];    // [4 rows][tokens]
+template <typename Math>
+constexpr int64_t kPanelGroups = kPanelStored / Math::kStored;
+
+// Bytes that will be read, to be fetched meanwhile: `step` of them at a time.
+struct Ahead {
+  const char* next = nullptr;
+  const char* stop = nullptr;
+  int64_t step = 0;
+
+  FLASH_LLM_AVX512 inline void fetch() {
+    for (stop += step; next < stop; next += 64) _mm_prefetch(next, _MM_HINT_T1);
+  }
 };
 
-FLASH_LLM_AVX512 void decode_panel(const uint32_t* masks, int64_t groups, RowBlock& block,
-                                   uint16_t* elements) {
+template <typename Math, bool kNearEnd>
+FLASH_LLM_AVX512 inline void decode_rows(const uint32_t* masks, const uint32_t* masks_end,
+                                         RowBlock& block, typename Math::Vector* elements) {
   const __m512i zero = opaque_zero();
+  Values<kNearEnd> values{block.values, block.end};
+  for (; masks != masks_end; masks += kBlockRows) {
+    if (!kNearEnd) prefetch_soon(values.next);
+#pragma GCC unroll 4
+    for (int row = 0; row < kBlockRows; ++row, elements += Math::kStored) {
+      Math::store(_mm512_mask_expand_epi16(zero, masks[row], values.load()), elements);
+      values.skip(masks[row]);
+    }
+  }
+  block.values = values.next;
+}
+
+// elements[groups][4 rows][kStored]
+template <typename Math>
+FLASH_LLM_AVX512 void decode_panel(const uint32_t* masks, int64_t groups, RowBlock& block,
+                                   typename Math::Vector* elements) {
   const uint32_t* const end = masks + groups * kBlockRows;
   if (groups_before_end(block.values, block.end) >= groups) {
-    Values<false> values{block.values, block.end};
-    for (; masks != end; ++masks, elements += kGroupCols) {
-      prefetch(values.next);
-      _mm512_store_si512(elements, _mm512_mask_expand_epi16(zero, *masks, values.load()));
-      values.skip(*masks);
-    }
-    block.values = values.next;
+    decode_rows<Math, false>(masks, end, block, elements);
   } else {
-    Values<true> values{block.values, block.end};
-    for (; masks != end; ++masks, elements += kGroupCols) {
-      _mm512_store_si512(elements, _mm512_mask_expand_epi16(zero, *masks, values.load()));
-      values.skip(*masks);
-    }
-    block.values = values.next;
+    decode_rows<Math, true>(masks, end, block, elements);
   }
 }
 
 template <typename Math, int kTokens>
-FLASH_LLM_AVX512 void multiply_panel(const uint16_t* elements, int64_t groups,
-                                     const void* x_of_groups, bool begins, __m512* kept,
-                                     float* out) {
+FLASH_LLM_AVX512 void multiply_panel(const void* decoded, int64_t groups, const void* x_of_groups,
+                                     bool begins, Ahead& ahead, float* kept, float* out) {
+  const auto* elements = static_cast<const typename Math::Vector*>(decoded);
   const auto* x = static_cast<const typename Math::X*>(x_of_groups);
   __m512 sums[kBlockRows][kTokens];
 #pragma GCC unroll 4
   for (int row = 0; row < kBlockRows; ++row) {
 #pragma GCC unroll 6
     for (int token = 0; token < kTokens; ++token) {
-      sums[row][token] = begins ? _mm512_setzero_ps() : kept[row * kTokens + token];
+      sums[row][token] = begins ? _mm512_setzero_ps()
+                                : _mm512_load_ps(kept + (row * kTokens + token) * kKeptLanes);
     }
   }
-  for (; groups > 0; --groups, elements += kGroupElems, x += kTokens * kGroupCols) {
-    typename Math::Vector w[kBlockRows];
-#pragma GCC unroll 4
-    for (int row = 0; row < kBlockRows; ++row) {
-      w[row] = Math::weight(_mm512_load_si512(elements + row * kGroupCols));
-    }
+  for (; groups > 0; --groups, x += kTokens * kGroupCols) {
+    ahead.fetch();
+#pragma GCC unroll 2
+    for (int part = 0; part < Math::kParts; ++part) {
 #pragma GCC unroll 6
-    for (int token = 0; token < kTokens; ++token) {
-      const typename Math::Vector input = Math::input(x + token * kGroupCols);
+      for (int token = 0; token < kTokens; ++token) {
+        const auto input = Math::input(x + token * kGroupCols, part);
 #pragma GCC unroll 4
-      for (int row = 0; row < kBlockRows; ++row) {
-        Math::add(w[row], input, sums[row][token], sums[row][token]);
+        for (int row = 0; row < kBlockRows; ++row) {
+          Math::add(Math::weight(elements + row * Math::kStored, part), input, sums[row][token]);
+        }
       }
     }
+    elements += kBlockRows * Math::kStored;
   }
 #pragma GCC unroll 6
   for (int token = 0; token < kTokens; ++token) {
@@ -335,51 +364,75 @@ FLASH_LLM_AVX512 void multiply_panel(const uint16_t* elements, int64_t groups,
       continue;
     }
 #pragma GCC unroll 4
-    for (int row = 0; row < kBlockRows; ++row) kept[row * kTokens + token] = sums[row][token];
+    for (int row = 0; row < kBlockRows; ++row) {
+      _mm512_store_ps(kept + (row * kTokens + token) * kKeptLanes, sums[row][token]);
+    }
   }
 }
 
-using MultiplyPanel = void (*)(const uint16_t*, int64_t groups, const void* x, bool begins,
-                               __m512* kept, float* out);
+using MultiplyPanel = void (*)(const void* elements, int64_t groups, const void* x, bool begins,
+                               Ahead& ahead, float* kept, float* out);
 
 template <typename Math>
 constexpr MultiplyPanel kMultiplyPanel[kPanelTokens] = {
     multiply_panel<Math, 1>, multiply_panel<Math, 2>, multiply_panel<Math, 3>,
     multiply_panel<Math, 4>, multiply_panel<Math, 5>, multiply_panel<Math, 6>};
 
+// All words of a block, spread over the groups and token blocks of a call for another one.
+Ahead ahead_of(const RowBitmapProduct& product, int64_t block) {
+  if (block >= num_row_blocks(product.weight.m)) return {};
+  const RowBlock row = row_block(product.weight, block);
+  if (row.masks == nullptr) return {};
+  constexpr int64_t kUnitBytes = kBlockUnitWords * sizeof(uint32_t);
+  const int32_t* offsets = product.weight.offsets + block;
+  const auto* begin = reinterpret_cast<const char*>(row.masks);
+  const int64_t bytes = std::min<int64_t>((int64_t{offsets[1]} - offsets[0]) * kUnitBytes,
+                                          reinterpret_cast<const char*>(row.end) - begin);
+  return {begin, begin, bytes / (num_groups(product.weight.k) * product.token_blocks)};
+}
+
 template <typename Normal, typename Any>
 void multiply_many(const RowBitmapProduct& product) {
-  constexpr size_t kXBytes = sizeof(typename Normal::X);
-  const int64_t groups = num_groups(product.weight.k);
-  Panel panel;
-  for (int64_t first = product.first; first < product.last; first += kPanelBlocks) {
-    const int64_t blocks = std::min(kPanelBlocks, product.last - first);
-    RowBlock rows[kPanelBlocks];
-    for (int64_t i = 0; i < blocks; ++i) rows[i] = row_block(product.weight, first + i);
-    for (int64_t group = 0; group < groups; group += kPanelGroups) {
-      const int64_t count = std::min(kPanelGroups, groups - group);
-      const bool ends = group + count == groups;
-      for (int64_t i = 0; i < blocks; ++i) {
+  static_assert(Normal::kStored == Any::kStored, "one panel serves both");
+  using Vector = typename Normal::Vector;
+  const int64_t groups = num_groups(product.weight.k), blocks = product.last - product.first;
+  alignas(64) Vector elements[kPanelBlocks][kPanelStored * kBlockRows];
+  RowBlock rows[kCallBlocks];
+  Ahead ahead[kCallBlocks];  // of the next call
+  for (int64_t i = 0; i < blocks; ++i) {
+    rows[i] = row_block(product.weight, product.first + i);
+    ahead[i] = ahead_of(product, product.last + i);
+  }
+  for (int64_t group = 0; group < groups; group += kPanelGroups<Normal>) {
+    const int64_t count = std::min(kPanelGroups<Normal>, groups - group);
+    const bool ends = group + count == groups;
+    for (int64_t first = 0; first < blocks; first += kPanelBlocks) {
+      const int64_t last = std::min(blocks, first + kPanelBlocks);
+      for (int64_t i = first; i < last; ++i) {
         if (rows[i].masks == nullptr) continue;
-        decode_panel(rows[i].masks + group * kBlockRows, count, rows[i], panel.elements[i]);
+        decode_panel<Normal>(rows[i].masks + group * kBlockRows, count, rows[i],
+                             elements[i - first]);
       }
       float* sums = product.sums;
+      float* kept = product.kept;
       for (int64_t j = 0; j < product.token_blocks; ++j) {
         const RowBitmapTokens& tokens = product.tokens[j];
-        const auto* x = static_cast<const char*>(tokens.x) +
-                        static_cast<size_t>(group * tokens.count * kGroupCols) * kXBytes;
-        for (int64_t i = 0; i < blocks; ++i) {
-          float* out = sums + (first + i - product.first) * tokens.count * kBlockRows;
+        const int64_t num_sums = tokens.count * kBlockRows;
+        const auto* x =
+            static_cast<const typename Normal::X*>(tokens.x) + group * tokens.count * kGroupCols;
+        for (int64_t i = first; i < last; ++i) {
+          float* out = sums + i * num_sums;
           if (rows[i].masks == nullptr) {
             sum_nothing(tokens, out);
             continue;
           }
           const bool normal = rows[i].smallest >= tokens.smallest_normal;
-          const auto multiply =
-              (normal ? kMultiplyPanel<Normal> : kMultiplyPanel<Any>)[tokens.count - 1];
-          multiply(panel.elements[i], count, x, group == 0, panel.sums[j][i], ends ? out : nullptr);
+          (normal ? kMultiplyPanel<Normal> : kMultiplyPanel<Any>)[tokens.count - 1](
+              elements[i - first], count, x, group == 0, ahead[i], kept + i * num_sums * kKeptLanes,
+              ends ? out : nullptr);
         }
-        sums += (product.last - product.first) * tokens.count * kBlockRows;
+        sums += blocks * num_sums;
+        kept += blocks * num_sums * kKeptLanes;
       }
     }
   }
@@ -387,7 +440,7 @@ void multiply_many(const RowBitmapProduct& product) {
 
 template <typename Normal, typename Any>
 void multiply(const RowBitmapProduct& product) {
-  if (product.token_blocks == 1) {
+  if (product.token_blocks == 1 && product.tokens[0].count <= kFewTokens) {
     multiply_few<Normal, Any>(product);
   } else {
     multiply_many<Normal, Any>(product);
@@ -435,15 +488,17 @@ FLASH_LLM_AVX512 void decode_block(const RowBlock& block, int rows, int64_t k, u
 }  // namespace
 
 RowBitmapKernel row_bitmap_avx512(ValueType type, bool bf16) {
-  if (type == ValueType::kFloat16) {
-    return {true, 4, 4, multiply<WideHalf, WideHalf>, decode_block, row_bitmap_avx2_pack_block};
-  }
-  if (!bf16) {
-    return {false, 4, 4, multiply<WideBf16, WideBf16>, decode_block, row_bitmap_avx2_pack_block};
-  }
-  return {false,        kMaxRowTokens,
-          kPanelTokens, multiply<Dot, WideBf16>,
-          decode_block, row_bitmap_avx2_pack_block};
+  const bool half = type == ValueType::kFloat16;
+  RowBitmapKernel kernel;
+  kernel.widen = half ? widen_half : bf16 ? nullptr : widen_bf16;
+  kernel.max_tokens = kPanelTokens;
+  kernel.keeps_sums = true;
+  kernel.multiply = half   ? multiply<WideHalf, WideHalf>
+                    : bf16 ? multiply<Dot, WideDot>
+                           : multiply<WideBf16, WideBf16>;
+  kernel.decode_block = decode_block;
+  kernel.pack_block = row_bitmap_avx2_pack_block;
+  return kernel;
 }
 
 }  // namespace flash_llm

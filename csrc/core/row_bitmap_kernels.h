@@ -15,14 +15,18 @@
 
 namespace flash_llm {
 
-// Tokens that a kernel takes at a time, and how many times of them in one call.
+// Tokens that a kernel takes at a time, how many times of them in one call, and of how many blocks.
 inline constexpr int kMaxRowTokens = 8;
-inline constexpr int64_t kMaxRowTokenBlocks = 32;
+inline constexpr int64_t kMaxRowTokenBlocks = 16;
+inline constexpr int64_t kCallBlocks = 16;
+
+// fp32 lanes in which a kernel may keep a sum.
+inline constexpr int64_t kKeptLanes = 16;
 
 // A few tokens as a kernel wants them.
 struct RowBitmapTokens {
-  // [groups][count][32 columns], zero beyond column k, 64-byte aligned unless it is the caller's
-  // own row: raw patterns, or fp32 where the kernel wants that.
+  // [groups][count][32 columns], zero beyond column k: fp32, in an order of the kernel's choice and
+  // 64-byte aligned, where it widens X; else raw patterns, which may be the caller's own row.
   const void* x = nullptr;
   int count = 0;
   // Blocks whose smallest value is at least this have only products that a kernel which takes
@@ -31,13 +35,14 @@ struct RowBitmapTokens {
   float empty[kMaxRowTokens] = {};  // what an empty block's rows sum up to, 0 or NaN
 };
 
-// Some tokens times some blocks.
+// Some tokens times some blocks, kCallBlocks at most.
 struct RowBitmapProduct {
   PackedView weight;
   int64_t first = 0, last = 0;  // blocks
   const RowBitmapTokens* tokens = nullptr;
   int64_t token_blocks = 0;
   float* sums = nullptr;  // token block after token block, each [last - first][count][4 rows]
+  float* kept = nullptr;  // for the kernel's use: kKeptLanes times as much, 64-byte aligned
 };
 
 // What an empty block's rows sum up to.
@@ -46,10 +51,9 @@ inline void sum_nothing(const RowBitmapTokens& tokens, float* out) {
 }
 
 struct RowBitmapKernel {
-  bool float_x = false;
-  // Tokens of a block where one holds all, and where there are more.
-  int max_tokens = 0;
-  int tokens_of_many = 0;
+  void (*widen)(const uint16_t* group, float* widened) = nullptr;  // of X; null: raw is right
+  int max_tokens = 0;                                              // of a block
+  bool keeps_sums = false;  // whether it needs RowBitmapProduct::kept
   void (*multiply)(const RowBitmapProduct& product) = nullptr;
   // Decodes a block that has masks into dense[rows, k], contiguous.
   void (*decode_block)(const RowBlock& block, int rows, int64_t k, uint16_t* dense) = nullptr;

@@ -13,6 +13,11 @@ constexpr int kMaxTokens = 4;
 // One sum for each column of a group: a loop over them is one over vectors, of any width.
 using Lanes = float[kGroupCols];
 
+template <ValueType kType>
+void widen_group(const uint16_t* group, float* widened) {
+  for (int64_t i = 0; i < kGroupCols; ++i) widened[i] = to_float<kType>(group[i]);
+}
+
 // The elements of the next group of a row. Zeros count, too: infinity times zero is NaN.
 template <ValueType kType>
 void decode_group(uint32_t mask, const uint16_t*& values, const uint16_t* end, Lanes& elements) {
@@ -67,9 +72,10 @@ void multiply(const RowBitmapProduct& product) {
 
 RowBitmapKernel row_bitmap_portable(ValueType type) {
   return {
-      true,
+      type == ValueType::kFloat16 ? widen_group<ValueType::kFloat16>
+                                  : widen_group<ValueType::kBfloat16>,
       kMaxTokens,
-      kMaxTokens,
+      false,
       type == ValueType::kFloat16 ? multiply<ValueType::kFloat16> : multiply<ValueType::kBfloat16>,
       row_bitmap_decode_block,
       row_bitmap_pack_block};

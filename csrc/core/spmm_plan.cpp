@@ -14,14 +14,22 @@ namespace {
 constexpr int64_t kCpuTilesMaxTokens = 16;
 
 // The row bitmap's own kernels against blocks of decoded rows and torch's product, and against
-// torch's product of the dense weight, on 2 cores of an EPYC (Zen 4), 4096x4096 at 50 % zeros, in
-// milliseconds (2026-11-24):
+// torch's product of the dense weight, 4096x4096 at 50 % zeros, 2 cores, in milliseconds.
+// An EPYC (Zen 4; 2026-11-24):
 //   bf16  N = 16   2.1 / 3.8 / 2.5     64   6.2 / 6.8 / 5.9    128   11.5 / 11.7 / 10.5
 //         N = 256  22.6 / 21.3 / 19.8  512  44.8 / 41.6 / 39.2
 //   fp16  N = 16   3.5 / 12.6 / 11.7   32   5.7 / 24 / 23      512   89 / 406 / 726
-// Without AVX-512 BF16 that CPU's torch is no measure for bf16; there torch widens, too.
-constexpr int64_t kCpuRowsMaxTokensBf16 = 128;
+// A Xeon (Emerald Rapids without AMX; 2026-11-26), which multiplies as fp32 (cpu_isa.cpp):
+//   bf16  N = 16   2.5 / 6.2 / 4.8     64   8.3 / 16.0 / 13.8  128   17.7 / 28.5 / 26.6
+//         N = 256  35.2 / 53.3 / 51.7  512  70.7 / 105 / 102
+//   fp16  N = 32   4.6 / 6.8 / 5.3     64   8.9 / 12.3 / 8.3   128   18.7 / 18.3 / 15.0
+//         N = 512  73 / 57 / 55
+// With AVX2 and portable C++, from 17 tokens on, blocks cost less. So they will where the dense
+// product has matrix instructions (AMX), which has not been measured.
+constexpr int64_t kCpuRowsMaxTokensDot = 128;
+constexpr int64_t kCpuRowsMaxTokensFastDense = 128;
 constexpr int64_t kCpuRowsMaxTokensSlow = 16;
+constexpr int64_t kAnyTokens = std::numeric_limits<int64_t>::max();
 // What is decoded at a time: a part of the last-level cache, and enough rows for torch's product.
 constexpr int64_t kCpuBlockBytes = int64_t{8} << 20;
 // The LSCD kernel against unpack + cuBLAS on an H200, 28672x7168, fp16, in microseconds
@@ -204,21 +212,30 @@ Status plan_bitmap_auto(const SpmmProblem& problem, const DeviceInfo& device, in
                      "the narrowest tile that covers N decodes each weight once", out);
 }
 
-Status plan_cpu_rows(const SpmmProblem& problem, CpuIsa isa, const std::string& config,
-                     SpmmPlan* out) {
+// Tokens up to which the row bitmap's own kernels are taken.
+int64_t most_tokens_of_rows(ValueType type, const DeviceInfo& device) {
+  const bool avx512 = device.cpu_isa == CpuIsa::kAvx512 || device.cpu_isa == CpuIsa::kAvx512Bf16;
+  if (type == ValueType::kFloat16) {
+    if (device.cpu_isa == CpuIsa::kPortable) return kCpuRowsMaxTokensSlow;
+    if (!device.cpu_fast_dense_fp16) return kAnyTokens;
+    return avx512 ? kCpuRowsMaxTokensFastDense : kCpuRowsMaxTokensSlow;
+  }
+  if (!avx512 || device.cpu_fast_dense_bf16) return kCpuRowsMaxTokensSlow;
+  return device.cpu_isa == CpuIsa::kAvx512Bf16 ? kCpuRowsMaxTokensDot : kAnyTokens;
+}
+
+Status plan_cpu_rows(const SpmmProblem& problem, const DeviceInfo& device,
+                     const std::string& config, SpmmPlan* out) {
   if (config != "auto") {
     out->route = config == "cpu_rows" ? SpmmRoute::kCpuRows : SpmmRoute::kCpuBlocks;
     out->reason = "forced";
     return Status::success();
   }
-  if (problem.value_type == ValueType::kFloat16 && isa != CpuIsa::kPortable) {
+  const int64_t most = most_tokens_of_rows(problem.value_type, device);
+  if (most == kAnyTokens) {
     out->route = SpmmRoute::kCpuRows;
-    out->reason = "each weight is decoded once, and torch's float16 product takes longer at any N";
-    return Status::success();
-  }
-  const bool fast = isa == CpuIsa::kAvx512Bf16 && problem.value_type == ValueType::kBfloat16;
-  const int64_t most = fast ? kCpuRowsMaxTokensBf16 : kCpuRowsMaxTokensSlow;
-  if (problem.n <= most) {
+    out->reason = "each weight is decoded once, and torch's dense product takes longer at any N";
+  } else if (problem.n <= most) {
     out->route = SpmmRoute::kCpuRows;
     out->reason =
         "N <= " + std::to_string(most) + ": each weight is decoded once for several tokens";
@@ -231,6 +248,12 @@ Status plan_cpu_rows(const SpmmProblem& problem, CpuIsa isa, const std::string& 
 }
 
 }  // namespace
+
+Status detect_cpu(DeviceInfo* device) {
+  device->cpu_fast_dense_bf16 = has_fast_dense_bf16();
+  device->cpu_fast_dense_fp16 = has_fast_dense_fp16();
+  return select_cpu_isa(&device->cpu_isa);
+}
 
 const std::vector<LscdConfig>& lscd_configs() {
   static const std::vector<LscdConfig> configs = {
@@ -396,7 +419,7 @@ Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const s
     return Status::success();
   }
   if (problem.format == Format::kRowBitmap) {
-    return plan_cpu_rows(problem, device.cpu_isa, config, out);
+    return plan_cpu_rows(problem, device, config, out);
   }
   if (problem.format == Format::kBitmap) {
     return plan_dense(problem, "the bitmap format has no CPU kernel yet", out);

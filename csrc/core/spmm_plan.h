@@ -24,7 +24,12 @@ struct DeviceInfo {
   bool has_sm90a = false;
   // Of the CPU's kernels.
   CpuIsa cpu_isa = CpuIsa::kPortable;
+  // See cpu_isa.h.
+  bool cpu_fast_dense_bf16 = false, cpu_fast_dense_fp16 = false;
 };
+
+// Fills in what concerns the CPU. Fails as select_cpu_isa does.
+Status detect_cpu(DeviceInfo* device);
 
 enum class SpmmRoute {
   kCpuReference,  // spmm_cpu_reference

@@ -2,8 +2,9 @@
 // work, and finishes what they have summed.
 #include <algorithm>
 #include <cstddef>
-#include <cstring>
 #include <limits>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "core/activation.h"
@@ -15,9 +16,6 @@
 namespace flash_llm {
 namespace {
 
-// Blocks that a kernel is called for at once. With more tokens than it takes at a time, their words
-// stay in the second-level cache from one call to the next.
-constexpr int64_t kCallBlocks = 16;
 // Elements of the weight, times tokens, that are worth a thread: about 4 us.
 constexpr int64_t kGrainElems = int64_t{1} << 17;
 
@@ -27,7 +25,21 @@ constexpr int kBf16MantissaBits = 7;
 constexpr uint32_t kNormalExponents = 2 * 127 - 112;
 constexpr uint32_t kNever = std::numeric_limits<uint32_t>::max();
 
-using Buffer = std::vector<uint32_t>;  // behind RowBitmapTokens::x, unless that is the caller's
+// Memory that begins at a cache line and is not filled.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) : words_(new uint32_t[(bytes + kLineBytes) / sizeof(uint32_t)]) {}
+
+  template <typename T>
+  T* data() const {
+    const auto address = reinterpret_cast<uintptr_t>(words_.get());
+    return reinterpret_cast<T*>(address + (kLineBytes - address % kLineBytes) % kLineBytes);
+  }
+
+ private:
+  static constexpr size_t kLineBytes = 64;
+  std::unique_ptr<uint32_t[]> words_;
+};
 
 // The smallest magnitude that is not zero, and the largest, as integers.
 struct Magnitudes {
@@ -54,11 +66,37 @@ uint32_t smallest_normal_weight(const Magnitudes& x) {
   return std::max(needed, 1U) << kBf16MantissaBits;
 }
 
-// block.count tokens of X from `token0` on.
-template <ValueType kType>
-void prepare(const SpmmArgs& args, bool float_x, int64_t token0, RowBitmapTokens& block,
-             Buffer& buffer) {
-  const int64_t k = args.weight.k, groups = num_groups(k);
+// One group of X in the kernel's form.
+void prepare_group(const RowBitmapKernel& kernel, const uint16_t* group, float* to) {
+  kernel.widen(group, to);
+}
+
+void prepare_group(const RowBitmapKernel&, const uint16_t* group, uint16_t* to) {
+  std::copy_n(group, kGroupCols, to);
+}
+
+// tokens[groups][count][32 columns], from X[count, stride].
+template <typename T>
+void prepare_groups(const RowBitmapKernel& kernel, const uint16_t* x, int64_t stride, int64_t k,
+                    int count, T* tokens) {
+  for (int64_t first = 0; first < k; first += kGroupCols) {
+    for (int token = 0; token < count; ++token, tokens += kGroupCols) {
+      const uint16_t* group = x + token * stride + first;
+      uint16_t padded[kGroupCols] = {};
+      if (k - first < kGroupCols) {
+        std::copy_n(group, k - first, padded);
+        group = padded;
+      }
+      prepare_group(kernel, group, tokens);
+    }
+  }
+}
+
+// block.count tokens of X from `token0` on; `x` has room for them in the kernel's form.
+template <ValueType kType, typename T>
+void prepare(const SpmmArgs& args, const RowBitmapKernel& kernel, int64_t token0, T* x,
+             RowBitmapTokens& block) {
+  const int64_t k = args.weight.k;
   const uint16_t infinity = kType == ValueType::kFloat16 ? 0x7C00 : 0x7F80;
   Magnitudes all;
   for (int token = 0; token < block.count; ++token) {
@@ -70,77 +108,67 @@ void prepare(const SpmmArgs& args, bool float_x, int64_t token0, RowBitmapTokens
   block.smallest_normal = smallest_normal_weight(all);
 
   const uint16_t* first = args.x + token0 * args.x_stride;
-  if (!float_x && block.count == 1 && k % kGroupCols == 0) {
+  if (std::is_same_v<T, uint16_t> && block.count == 1 && k % kGroupCols == 0) {
     block.x = first;
     return;
   }
-  constexpr size_t kLineWords = 16;
-  const auto elems = static_cast<size_t>(groups * block.count * kGroupCols);
-  buffer.assign((float_x ? elems : elems / 2) + kLineWords, 0);
-  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-  uint32_t* aligned = buffer.data() + (64 - address % 64) % 64 / sizeof(uint32_t);
-  block.x = aligned;
-  for (int token = 0; token < block.count; ++token) {
-    const uint16_t* row = first + token * args.x_stride;
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t to = (group * block.count + token) * kGroupCols;
-      const uint16_t* from = row + group * kGroupCols;
-      const int64_t cols = std::min<int64_t>(kGroupCols, k - group * kGroupCols);
-      if (float_x) {
-        auto* out = reinterpret_cast<float*>(aligned) + to;
-        for (int64_t i = 0; i < cols; ++i) out[i] = to_float<kType>(from[i]);
-      } else {
-        std::memcpy(reinterpret_cast<uint16_t*>(aligned) + to, from,
-                    static_cast<size_t>(cols) * sizeof(uint16_t));
+  prepare_groups(kernel, first, args.x_stride, k, block.count, x);
+  block.x = x;
+}
+
+// Adds the bias, applies the activation and rounds.
+template <ValueType kType>
+void finish(const SpmmArgs& args, int64_t token0, int tokens, int64_t first_block,
+            int64_t last_block, const float* sums) {
+  for (int64_t block = first_block; block < last_block; ++block) {
+    const int64_t row0 = block * kBlockRows;
+    const int rows = rows_of_block(args.weight.m, block);
+    float bias[kBlockRows] = {};
+    for (int row = 0; args.bias != nullptr && row < rows; ++row) {
+      bias[row] = to_float<kType>(args.bias[row0 + row]);
+    }
+    for (int token = 0; token < tokens; ++token, sums += kBlockRows) {
+      uint16_t* y = args.y + (token0 + token) * args.weight.m + row0;
+      for (int row = 0; row < rows; ++row) {
+        y[row] = from_float<kType>(apply_activation(sums[row] + bias[row], args.activation));
       }
     }
   }
 }
 
-template <ValueType kType>
-void finish(const SpmmArgs& args, int64_t token0, int tokens, int64_t first_block,
-            int64_t last_block, const float* sums) {
-  const int64_t m = args.weight.m;
-  const int64_t row0 = first_block * kBlockRows, rows = std::min(m, last_block * kBlockRows) - row0;
-  for (int token = 0; token < tokens; ++token) {
-    uint16_t* y = args.y + (token0 + token) * m + row0;
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t block = row / kBlockRows;
-      const float sum = sums[(block * tokens + token) * kBlockRows + row % kBlockRows];
-      const float bias = args.bias ? to_float<kType>(args.bias[row0 + row]) : 0.0F;
-      y[row] = from_float<kType>(apply_activation(sum + bias, args.activation));
-    }
-  }
-}
-
-template <ValueType kType>
-void multiply(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for) {
-  const RowBitmapKernel kernel = row_bitmap_kernel(isa, kType);
-  const int64_t at_a_time = args.n <= kernel.max_tokens ? kernel.max_tokens : kernel.tokens_of_many;
-  const int64_t token_blocks = (args.n + at_a_time - 1) / at_a_time;
+// T: of X as the kernel wants it.
+template <ValueType kType, typename T>
+void multiply(const SpmmArgs& args, const RowBitmapKernel& kernel,
+              const ParallelFor& parallel_for) {
+  const int64_t token_blocks = (args.n + kernel.max_tokens - 1) / kernel.max_tokens;
   // Blocks as equal as can be.
   const auto first_token = [&](int64_t i) { return i * args.n / token_blocks; };
+  const int64_t token_elems = num_groups(args.weight.k) * kGroupCols;
+  const Buffer x(static_cast<size_t>(args.n * token_elems) * sizeof(T));
   std::vector<RowBitmapTokens> tokens(static_cast<size_t>(token_blocks));
-  std::vector<Buffer> buffers(tokens.size());
   parallel_for(token_blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       RowBitmapTokens& block = tokens[static_cast<size_t>(i)];
       block.count = static_cast<int>(first_token(i + 1) - first_token(i));
-      prepare<kType>(args, kernel.float_x, first_token(i), block, buffers[static_cast<size_t>(i)]);
+      prepare<kType>(args, kernel, first_token(i), x.data<T>() + first_token(i) * token_elems,
+                     block);
     }
   });
 
   const int64_t block_work = std::max<int64_t>(1, kBlockRows * args.weight.k * args.n);
   const int64_t grain = std::max<int64_t>(1, kGrainElems / block_work);
   parallel_for(num_row_blocks(args.weight.m), grain, [&](int64_t begin, int64_t end) {
-    const int64_t most_tokens = std::min(args.n, kMaxRowTokenBlocks * at_a_time);
-    std::vector<float> sums(static_cast<size_t>(kCallBlocks * kBlockRows * most_tokens));
+    const int64_t most_tokens = std::min(args.n, kMaxRowTokenBlocks * kernel.max_tokens);
+    const auto num_sums = static_cast<size_t>(kCallBlocks * kBlockRows * most_tokens);
+    const Buffer sums(num_sums * sizeof(float));
+    const Buffer kept(kernel.keeps_sums ? num_sums * kKeptLanes * sizeof(float) : 0);
     for (int64_t first = begin; first < end; first += kCallBlocks) {
       const int64_t last = std::min(end, first + kCallBlocks);
       for (int64_t i = 0; i < token_blocks; i += kMaxRowTokenBlocks) {
         const int64_t count = std::min(kMaxRowTokenBlocks, token_blocks - i);
-        kernel.multiply({args.weight, first, last, tokens.data() + i, count, sums.data()});
-        const float* found = sums.data();
+        kernel.multiply({args.weight, first, last, tokens.data() + i, count, sums.data<float>(),
+                         kept.data<float>()});
+        const float* found = sums.data<float>();
         for (int64_t j = i; j < i + count; ++j) {
           const int num_tokens = tokens[static_cast<size_t>(j)].count;
           finish<kType>(args, first_token(j), num_tokens, first, last, found);
@@ -149,6 +177,16 @@ void multiply(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for)
       }
     }
   });
+}
+
+template <ValueType kType>
+void multiply(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for) {
+  const RowBitmapKernel kernel = row_bitmap_kernel(isa, kType);
+  if (kernel.widen == nullptr) {
+    multiply<kType, uint16_t>(args, kernel, parallel_for);
+  } else {
+    multiply<kType, float>(args, kernel, parallel_for);
+  }
 }
 
 }  // namespace

@@ -92,7 +92,7 @@ std::string explain_plan(int64_t m, int64_t n, int64_t k, int64_t nnz,
   }
   // As a build with the default list of architectures would answer.
   DeviceInfo device{compute_capability, num_sms, smem_per_sm_bytes, compute_capability == 90};
-  raise_if_error("explain_plan", select_cpu_isa(&device.cpu_isa));
+  raise_if_error("explain_plan", detect_cpu(&device));
   SpmmProblem problem{m, n, k, nnz};
   problem.value_type = value_type == "float16" ? ValueType::kFloat16 : ValueType::kBfloat16;
   if (format == "auto") {

@@ -393,7 +393,7 @@ Tensor spmm_cpu(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
   const SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation);
   SpmmPlan plan;
   DeviceInfo device;
-  device.cpu_isa = cpu_isa("spmm");
+  raise_if_error("spmm", detect_cpu(&device));
   raise_if_error("spmm", select_plan(call.problem(), device, std::string(config), ctas, &plan));
   if (is_degenerate(call)) return spmm_degenerate(call);
   if (plan.route == SpmmRoute::kDense) {

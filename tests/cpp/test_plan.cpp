@@ -295,9 +295,10 @@ TEST(SelectPlanBitmap, AKernelOfTheOtherFormatIsRefusedByName) {
 }
 
 TEST(SelectPlanRows, KernelOrBlocksByTokensTypeAndInstructionSet) {
-  const auto most_tokens = [](ValueType type, CpuIsa isa) {
+  const auto most_tokens = [](ValueType type, CpuIsa isa, bool fast_dense = false) {
     DeviceInfo device;
     device.cpu_isa = isa;
+    device.cpu_fast_dense_bf16 = device.cpu_fast_dense_fp16 = fast_dense;
     int64_t most = 0;
     for (int64_t n = 1; n <= 4096; n *= 2) {
       SpmmProblem p = problem(4096, n, 4096, 0.5);
@@ -312,10 +313,15 @@ TEST(SelectPlanRows, KernelOrBlocksByTokensTypeAndInstructionSet) {
     return most;
   };
   EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx512Bf16), 128);
-  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx512), 16);
+  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx512), 4096);
+  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx512, true), 16);
+  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx512Bf16, true), 16);
+  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx2), 16);
   EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kPortable), 16);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx512Bf16), 4096);
+  EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx512, true), 128);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx2), 4096);
+  EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx2, true), 16);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kPortable), 16);
 }
 
