@@ -2,7 +2,7 @@
 
     python benchmarks/plot_cpu.py
 
-``cpu-speedup.png`` has a panel for N = 1 over torch's product in the dtype of the weight, one for
+``cpu-<cpu>-speedup.png``, one for each CPU, has a panel for N = 1 over torch's product in the dtype of the weight, one for
 N = 1 over the fastest of torch's dtypes, and one for N = 8. Needs matplotlib (extra ``plot``).
 """
 
@@ -85,15 +85,20 @@ def main(argv: list[str] | None = None) -> int:
     rows = [
         row
         for row in read_rows(source)
-        if (row["dtype"], row["mask"]) == (arguments.dtype, "uniform") and row["N"] in (1, 8)
+        if row["bench"] == "cpu"
+        and (row["dtype"], row["mask"]) == (arguments.dtype, "uniform")
+        and row["N"] in (1, 8)
     ]
     if not rows:
         parser.error(f"{source} holds no rows of {arguments.dtype}")
-    facts = {f"{row['cpu']}, {row['threads']} threads, {row['isa']}" for row in rows}
-    commits = ", ".join(sorted({str(row["commit"])[:9] for row in rows}))
-    path = source.with_name("cpu-speedup.png")
-    draw(rows, f"SpMM, {arguments.dtype}, on {'; '.join(sorted(facts))} at {commits}", path)
-    print(path)
+    for cpu in sorted({row["cpu"] for row in rows}):
+        of_cpu = [row for row in rows if row["cpu"] == cpu]
+        facts = {f"{row['threads']} threads, {row['isa']}" for row in of_cpu}
+        commits = ", ".join(sorted({str(row["commit"])[:9] for row in of_cpu}))
+        path = source.with_name(f"cpu-{cpu}-speedup.png")
+        title = f"SpMM, {arguments.dtype}, on {cpu}, {'; '.join(sorted(facts))} at {commits}"
+        draw(of_cpu, title, path)
+        print(path)
     return 0
 
 

@@ -57,6 +57,17 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "torch": (str,),
         "commit": (str,),
     },
+    "decode": {
+        "bench": (str,),
+        "cpu": (str,),
+        "isa": (str,),
+        "threads": (int,),
+        "model": (str,),
+        "sparsity": (float,),
+        "tokens_per_s": (dict,),  # packed, bf16, fp32
+        "torch": (str,),
+        "commit": (str,),
+    },
     "pack": {
         "bench": (str,),
         "gpu": (str,),
@@ -141,6 +152,7 @@ CASE_FIELDS = {
         *("bench", "cpu", "isa", "threads", "M", "K", "N"),
         *("sparsity", "mask", "dtype", "format"),
     ),
+    "decode": ("bench", "cpu", "isa", "threads", "model", "sparsity"),
     "pack": ("bench", "gpu", "device", "M", "K", "sparsity", "mask", "dtype", "format"),
     "convert": (
         *("bench", "cpu", "bytes", "shards", "M", "K", "sparsity", "mask", "dtype", "format"),
@@ -179,6 +191,9 @@ def check_row(row: dict[str, object]) -> None:
     for name, us in row.get("dense_us", {}).items():
         if us is not None and not (type(us) is float and us > 0):
             raise ValueError(f"dense_us of {name} must be a positive number or null, got {us!r}")
+    for name, speed in row.get("tokens_per_s", {}).items():
+        if not (type(speed) is float and speed > 0):
+            raise ValueError(f"tokens_per_s of {name} must be a positive number, got {speed!r}")
     if "mask" in fields and row["mask"] not in MASKS:
         raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {row['mask']!r}")
 

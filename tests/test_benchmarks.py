@@ -17,6 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import accuracy  # noqa: E402
 import bench_convert  # noqa: E402
 import bench_cpu  # noqa: E402
+import bench_decode  # noqa: E402
 import bench_pack  # noqa: E402
 import bench_prune  # noqa: E402
 import bench_spmm  # noqa: E402
@@ -166,7 +167,10 @@ def test_committed_rows_follow_the_schema():
         assert found
         for row in found:
             rows.check_row(row)
-            of_one_file = {"cpu": "cpu", "accuracy": "accuracy", "convert": "pack", "prune": "pack"}
+            of_one_file = {
+                **{"cpu": "cpu", "decode": "cpu", "accuracy": "accuracy"},
+                **{"convert": "pack", "prune": "pack"},
+            }
             assert path.stem == (
                 of_one_file.get(row["bench"]) or f"{row['bench']}-{row.get('gpu')}"
             )
@@ -200,7 +204,8 @@ def test_the_whole_benchmark_of_the_cpu(dtype, tmp_path, monkeypatch, capsys):
         rows.check_row({**found[0], "dense_us": {**found[0]["dense_us"], "bf16": 0.0}})
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     assert plot_cpu.main(["--dtype", dtype, "--results", str(tmp_path)]) == 0
-    assert (tmp_path / "cpu-speedup.png").read_bytes().startswith(b"\x89PNG")
+    picture = tmp_path / f"cpu-{found[0]['cpu']}-speedup.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
         plot_cpu.main(["--results", str(tmp_path / "nowhere")])
 
@@ -225,7 +230,7 @@ def tiny_weights(monkeypatch):
         max_position_embeddings=1024,
     )
     model = transformers.LlamaForCausalLM(config).bfloat16().eval()
-    for bench in (accuracy, bench_prune):
+    for bench in (accuracy, bench_decode, bench_prune):
         monkeypatch.setattr(
             bench, "load_smollm2", lambda device: (model.to(device), CharTokenizer())
         )
@@ -286,6 +291,24 @@ def test_the_whole_benchmark_of_accuracy(tiny_weights, tmp_path, monkeypatch, ca
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
         plot_accuracy.main(["--results", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.hf
+def test_the_whole_benchmark_of_decoding(tiny_weights, tmp_path, capsys):
+    out = tmp_path / "cpu.jsonl"
+    arguments = "--sparsity 0.5 0.75 --tokens 3 --turns 1 --commit 0123abc --out".split()
+    assert bench_decode.main([*arguments, str(out)]) == 0
+    found = rows.read_rows(out)
+    assert [row["sparsity"] for row in found] == [0.5, 0.75]
+    for row in found:
+        rows.check_row(row)
+        assert set(row["tokens_per_s"]) == {"packed", "bf16", "fp32"}
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    with pytest.raises(ValueError, match="tokens_per_s of bf16 must be a positive number"):
+        rows.check_row({**found[0], "tokens_per_s": {"bf16": 0.0}})
+    for wrong in (["--tokens", "1"], ["--turns", "0"], ["--sparsity", "2"]):
+        with pytest.raises(SystemExit):
+            bench_decode.main(wrong)
 
 
 @pytest.mark.hf
