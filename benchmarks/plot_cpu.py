@@ -2,8 +2,9 @@
 
     python benchmarks/plot_cpu.py
 
-``cpu-<cpu>-speedup.png``, one for each CPU, has a panel for N = 1 over torch's product in the dtype of the weight, one for
-N = 1 over the fastest of torch's dtypes, and one for N = 8. Needs matplotlib (extra ``plot``).
+``cpu-<cpu>-speedup.png``, one for each CPU, has a panel for N = 1 over torch's product in the dtype
+of the weight, one for N = 1 over the fastest of torch's dtypes, and one for N = 8. Needs matplotlib
+(extra ``plot``).
 """
 
 import argparse
