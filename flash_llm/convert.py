@@ -37,6 +37,7 @@ from flash_llm.checkpoint import (
 from flash_llm.sparsify import (
     LayerReport,
     SparsifyReport,
+    compared_size,
     decide,
     matches_name,
     parse_patterns,
@@ -240,12 +241,12 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") 
     """
     ops.check_format(format)
     source = DenseView(checkpoint_files(folder))
-    options = _Options((EVERY_LAYER,), (), format, None, True, conv1d=False)
+    options = _Options((EVERY_LAYER,), (), format, None, False, conv1d=False)
     rows = []
     for name in sorted(source.checkpoint.packed):
         packed = source.checkpoint.placeholder(name)
         row = decide(name, packed, pack_unprofitable=True)
-        rows.append(dataclasses.replace(row, reason=f"stored so: {row.reason}"))
+        rows.append(dataclasses.replace(row, reason=f"stored so: {compared_size(packed)}"))
     buffer = _buffer(source.checkpoint, source.checkpoint.tensors)
     for name in sorted(choose_layers(source, options.targets, options.ignore)):
         row, _ = _convert_tensor(name, source.tensor(f"{name}.weight", buffer), options)

@@ -129,6 +129,20 @@ def test_convert_and_inspect(tmp_path):
     assert "stored so" in invoke("inspect", str(target)).stdout
 
 
+def test_inspect_does_not_say_that_packing_was_asked_for(tmp_path):
+    source, target = tmp_path / "dense", tmp_path / "packed"
+    source.mkdir()
+    save_file({"a.weight": torch.randn(256, 256).half()}, source / "model.safetensors")
+    flash_llm.convert_checkpoint(source, target, pack_unprofitable=True)
+    for folder, decision, reason in [
+        (source, "dense", "packing would not shrink it: 1."),
+        (target, "packed", "stored so: 1."),
+    ]:
+        (row,) = json.loads(invoke("inspect", folder, "--json").stdout)["rows"]
+        assert row["decision"] == decision and row["reason"].startswith(reason)
+        assert row["reason"].endswith("x the dense bytes")
+
+
 def test_convert_and_inspect_report_errors_without_a_traceback(tmp_path):
     source, target = pruned_checkpoint(tmp_path / "dense"), tmp_path / "packed"
     for arguments, message in [
