@@ -21,7 +21,7 @@ from flash_llm.checkpoint import checkpoint_files
 from flash_llm.convert import CONVERT_IGNORE, EVERY_LAYER, DenseView, choose_layers
 from flash_llm.evaluate import ProgressBar, track
 from flash_llm.ops import PackedWeight
-from flash_llm.table import aligned
+from flash_llm.table import aligned, natural
 from flash_llm.timing import copies_to_rotate, time_cpu, time_cuda
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256)
@@ -213,11 +213,11 @@ def bench_checkpoint(
 def _layers_by_shape(view: DenseView) -> dict[tuple[int, int], list[str]]:
     """The layers that are packed or that a conversion would consider."""
     layers: dict[tuple[int, int], list[str]] = {}
-    for name in sorted(view.checkpoint.packed):
+    for name in sorted(view.checkpoint.packed, key=natural):
         header = view.checkpoint.packed[name]
         layers.setdefault((header.m, header.k), []).append(name)
     if not layers:
-        for name in sorted(choose_layers(view, (EVERY_LAYER,), CONVERT_IGNORE)):
+        for name in sorted(choose_layers(view, (EVERY_LAYER,), CONVERT_IGNORE), key=natural):
             m, k = view.shapes[name]
             layers.setdefault((m, k), []).append(name)
     return layers

@@ -71,7 +71,7 @@ class SparsifyReport:
     """One row for each layer that matched; prints as a table, also in a notebook.
 
     Attributes:
-        rows: in the model's order, layers before skipped 3-D parameters.
+        rows: in the model's order, layers before skipped 3-D parameters; those of a folder by name.
     """
 
     rows: tuple[LayerReport, ...]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_llm.checkpoint import checkpoint_files
 from flash_llm.convert import DenseView
-from flash_llm.table import aligned
+from flash_llm.table import aligned, natural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class VerifyReport:
     """One row for each tensor; prints as a table of those that are packed or differ.
 
     Attributes:
-        rows: by name.
+        rows: in the natural order of the names.
     """
 
     rows: tuple[TensorError, ...]
@@ -110,7 +110,7 @@ def verify_checkpoint(
     for name in sorted(names ^ expected):
         there, absent = (folder, reference) if name in names else (reference, folder)
         raise ValueError(f"flash_llm.verify_checkpoint: {there} has {name}, {absent} has not")
-    return VerifyReport(tuple(_compare(name, view, base) for name in sorted(expected)))
+    return VerifyReport(tuple(_compare(name, view, base) for name in sorted(expected, key=natural)))
 
 
 def _compare(name: str, view: DenseView, base: DenseView) -> TensorError:

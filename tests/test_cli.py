@@ -143,6 +143,24 @@ def test_inspect_does_not_say_that_packing_was_asked_for(tmp_path):
         assert row["reason"].endswith("x the dense bytes")
 
 
+def test_tables_list_layer_2_before_layer_10(tmp_path):
+    source, target = tmp_path / "dense", tmp_path / "packed"
+    source.mkdir()
+    names = ["head", "layers.1", "layers.2", "layers.02", "layers.10"]
+    tensors = {f"{name}.weight": torch.eye(128).half() for name in names}
+    save_file(tensors, source / "model.safetensors")
+    ordered = ["head", "layers.1", "layers.02", "layers.2", "layers.10"]
+    for command in [
+        ("convert", source, target),
+        ("inspect", source),
+        ("inspect", target),
+        ("verify", target, "--reference", source),
+    ]:
+        result = invoke(*command, "--json")
+        rows = json.loads(result.stdout)["rows"]
+        assert [row["name"].removesuffix(".weight") for row in rows] == ordered, command
+
+
 def test_convert_and_inspect_report_errors_without_a_traceback(tmp_path):
     source, target = pruned_checkpoint(tmp_path / "dense"), tmp_path / "packed"
     for arguments, message in [
