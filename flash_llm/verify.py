@@ -64,8 +64,7 @@ class VerifyReport:
 
     def __str__(self) -> str:
         shown = [row for row in self.rows if row.packed or row.relative_error > 0]
-        titles = ("tensor", "shape", "stored", "zeros", "before", "relative error", "largest")
-        table = [titles]
+        table = [("tensor", "shape", "stored", "zeros", "before", "relative error", "largest")]
         for row in shown:
             table.append(
                 (
@@ -74,11 +73,11 @@ class VerifyReport:
                     "packed" if row.packed else "dense",
                     f"{row.sparsity:.4f}",
                     f"{row.reference_sparsity:.4f}",
-                    f"{row.relative_error:.3g}",
-                    f"{row.max_abs_error:.3g}",
+                    f"{row.relative_error:.2e}",
+                    f"{row.max_abs_error:.2e}",
                 )
             )
-        lines = aligned(table, left=range(len(titles)))
+        lines = aligned(table, left={0, 1, 2})
         equal = len(self.rows) - sum(row.relative_error > 0 for row in self.rows)
         lines.append(
             f"{equal} of {len(self.rows)} tensors are equal; largest relative error "
