@@ -56,12 +56,14 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(demo, "main", lambda **options: calls.append(options) or True)
     out = tmp_path / "out.json"
-    options = ["--sparsity", "0.7", "--windows", "3", "--calibration-samples", "2"]
+    options = ["--method", "admm", "--sparsity", "0.7"]
+    options += ["--windows", "3", "--calibration-samples", "2"]
     options += ["--device", "cpu", "--question", "Why?", "--json", str(out)]
     assert invoke("demo", *options).exit_code == 0
     assert invoke("demo").exit_code == 0
     assert calls == [
         {
+            "method": "admm",
             "sparsity": 0.7,
             "windows": 3,
             "calibration_samples": 2,
@@ -70,6 +72,7 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path):
             "json_path": out,
         },
         {
+            "method": demo.METHOD,
             "sparsity": demo.SPARSITY,
             "windows": demo.WINDOWS,
             "calibration_samples": demo.CALIBRATION_SAMPLES,
@@ -86,6 +89,13 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path):
 )
 def test_demo_refuses_bad_options(options):
     assert invoke("demo", *options).exit_code == 2
+
+
+def test_demo_names_the_methods_that_it_knows():
+    assert "magnitude, wanda, sparsegpt or admm" in invoke("demo", "--help").output
+    result = invoke("demo", "--method", "obs")
+    assert result.exit_code == 1
+    assert "flash-llm demo: method must be one of magnitude, wanda" in result.output
 
 
 @pytest.mark.parametrize("error", [ImportError, RuntimeError, ValueError])
