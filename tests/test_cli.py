@@ -398,9 +398,23 @@ def test_bench_times_every_shape_once(tmp_path, quick, packed):
     assert (second["shape"], second["num_layers"]) == ([32, 128], 1)
     for shape in found["shapes"]:
         assert shape["sparsity"] == 0.5 and shape["format"] == "row_bitmap"
+        assert shape["stored_format"] == ("row_bitmap" if packed else "dense")
         assert shape["packed_bytes"] < shape["dense_bytes"]
         assert [product["num_tokens"] for product in shape["products"]] == [1, 8]
         assert all(p["sparse_us"] > 0 and p["dense_us"] > 0 for p in shape["products"])
+
+
+def test_bench_says_when_it_times_another_format_than_the_stored_one(tmp_path, quick):
+    pruned_checkpoint(tmp_path / "dense")
+    invoke("convert", tmp_path / "dense", tmp_path / "packed", "--format", "bitmap")
+    line = "Stored as bitmap, repacked as row_bitmap for this device."
+    command = ("bench", tmp_path / "packed", "--device", "cpu", "--n", "1")
+    assert line in invoke(*command).stdout.splitlines()
+    (shape,) = json.loads(invoke(*command, "--json").stdout)["shapes"]
+    assert (shape["stored_format"], shape["format"]) == ("bitmap", "row_bitmap")
+    assert "repacked" not in invoke(*command, "--format", "bitmap").stdout
+    dense = invoke("bench", tmp_path / "dense", "--device", "cpu", "--n", "1")
+    assert dense.exit_code == 0 and "repacked" not in dense.stdout
 
 
 def test_bench_prunes_dense_weights_first(tmp_path, quick):
@@ -424,7 +438,7 @@ def test_bench_prunes_dense_weights_first(tmp_path, quick):
 )
 def test_dense_wins_from_the_last_crossover(times, expected):
     products = tuple(bench.ProductTiming(*row) for row in times)
-    shape = bench.ShapeTiming("a", 1, (2, 2), 0.5, "row_bitmap", 8, 8, products)
+    shape = bench.ShapeTiming("a", 1, (2, 2), 0.5, "dense", "row_bitmap", 8, 8, products)
     assert shape.dense_wins_from == expected
     report = bench.BenchReport("cpu", "float16", 1, (shape,))
     assert json.loads(report.to_json())["shapes"][0]["dense_wins_from"] == expected
