@@ -362,6 +362,22 @@ def test_ctrl_c_where_nothing_is_kept(monkeypatch, tmp_path):
     assert (result.exit_code, result.output) == (130, "flash-llm doctor: interrupted\n")
 
 
+@pytest.mark.parametrize("arguments", ["--help", "convert --help", "inspect {folder} --json"])
+def test_a_reader_that_has_enough_leaves_no_message(tmp_path, arguments):
+    folder = pruned_checkpoint(tmp_path / "dense")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*SCRIPT, *arguments.format(folder=folder).split()],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 # ---- bench ----
 
 
