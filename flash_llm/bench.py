@@ -21,7 +21,7 @@ from flash_llm.checkpoint import checkpoint_files
 from flash_llm.convert import CONVERT_IGNORE, EVERY_LAYER, DenseView, choose_layers
 from flash_llm.evaluate import ProgressBar, track
 from flash_llm.ops import PackedWeight
-from flash_llm.table import aligned
+from flash_llm.table import aligned, natural
 from flash_llm.timing import copies_to_rotate, time_cpu, time_cuda
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256)
@@ -55,7 +55,8 @@ class ShapeTiming:
         num_layers: layers of this shape in the checkpoint.
         shape: ``(M, K)`` = (out_features, in_features).
         sparsity: fraction of zeros in [0, 1] of the weight.
-        format: name of its packed format.
+        stored_format: name of the packed format in the folder, or ``"dense"``.
+        format: name of the packed format that was timed.
         dense_bytes: of the dense weight.
         packed_bytes: of the packed weight.
         products: by number of tokens.
@@ -65,6 +66,7 @@ class ShapeTiming:
     num_layers: int
     shape: tuple[int, int]
     sparsity: float
+    stored_format: str
     format: str
     dense_bytes: int
     packed_bytes: int
@@ -133,6 +135,9 @@ class BenchReport:
                 f"{'x'.join(map(str, shape.shape))}: "
                 + (f"dense wins from N = {wins}" if wins else "sparse wins at the largest N")
             )
+        for stored, timed in dict.fromkeys((s.stored_format, s.format) for s in self.shapes):
+            if stored not in ("dense", timed):
+                lines.append(f"Stored as {stored}, repacked as {timed} for this device.")
         threads = f", {self.threads} threads" if self.device == "cpu" else ""
         lines.append(f"On {self.device}{threads}, {self.dtype}.")
         return "\n".join(lines)
@@ -160,7 +165,8 @@ def bench_checkpoint(
             ``rich.progress.track``.
 
     Returns:
-        The times. float32 weights are cast to bfloat16, for both ways.
+        The times. float32 weights are cast to bfloat16, for both ways; weights that are packed in
+        another format are packed anew.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
@@ -200,6 +206,7 @@ def bench_checkpoint(
                     num_layers=len(layers[shape]),
                     shape=shape,
                     sparsity=packed.sparsity,
+                    stored_format=_stored_format(view, layers[shape][0]),
                     format=packed.FORMAT,
                     dense_bytes=packed.dense_nbytes,
                     packed_bytes=packed.nbytes,
@@ -213,14 +220,20 @@ def bench_checkpoint(
 def _layers_by_shape(view: DenseView) -> dict[tuple[int, int], list[str]]:
     """The layers that are packed or that a conversion would consider."""
     layers: dict[tuple[int, int], list[str]] = {}
-    for name in sorted(view.checkpoint.packed):
+    for name in sorted(view.checkpoint.packed, key=natural):
         header = view.checkpoint.packed[name]
         layers.setdefault((header.m, header.k), []).append(name)
     if not layers:
-        for name in sorted(choose_layers(view, (EVERY_LAYER,), CONVERT_IGNORE)):
+        for name in sorted(choose_layers(view, (EVERY_LAYER,), CONVERT_IGNORE), key=natural):
             m, k = view.shapes[name]
             layers.setdefault((m, k), []).append(name)
     return layers
+
+
+def _stored_format(view: DenseView, layer: str) -> str:
+    if layer not in view.checkpoint.packed:
+        return "dense"
+    return view.checkpoint.placeholder(layer).FORMAT
 
 
 def _weight(view: DenseView, layer: str, sparsity: float | None, device: torch.device) -> Tensor:

@@ -37,10 +37,12 @@ from flash_llm.checkpoint import (
 from flash_llm.sparsify import (
     LayerReport,
     SparsifyReport,
+    compared_size,
     decide,
     matches_name,
     parse_patterns,
 )
+from flash_llm.table import natural
 from flash_llm.unfinished import UnfinishedFolder, refuse_existing, replacing
 
 EVERY_LAYER = "re:.*"
@@ -124,7 +126,7 @@ def convert_checkpoint(
         progress: show a tqdm bar over the files.
 
     Returns:
-        The decision and its reason for each layer.
+        The decision and its reason for each layer, in the natural order of the names.
 
     Raises:
         FileNotFoundError: ``src`` holds no checkpoint.
@@ -208,7 +210,7 @@ def convert_checkpoint(
     if unfinished is not None:
         _complete(unfinished.content, src, files, config)
         unfinished.finish()
-    return SparsifyReport(tuple(rows))
+    return SparsifyReport(tuple(sorted(rows, key=lambda row: natural(row.name))))
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
@@ -232,7 +234,8 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") 
 
     Returns:
         A row for each packed layer and each two-dimensional dense weight: ``decision`` says how it
-        is stored, ``packed_bytes`` what it takes packed.
+        is stored, ``packed_bytes`` what it takes packed. Both kinds are in the natural order of
+        their names, packed layers first.
 
     Raises:
         FileNotFoundError: ``folder`` holds no checkpoint.
@@ -240,14 +243,14 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") 
     """
     ops.check_format(format)
     source = DenseView(checkpoint_files(folder))
-    options = _Options((EVERY_LAYER,), (), format, None, True, conv1d=False)
+    options = _Options((EVERY_LAYER,), (), format, None, False, conv1d=False)
     rows = []
-    for name in sorted(source.checkpoint.packed):
+    for name in sorted(source.checkpoint.packed, key=natural):
         packed = source.checkpoint.placeholder(name)
         row = decide(name, packed, pack_unprofitable=True)
-        rows.append(dataclasses.replace(row, reason=f"stored so: {row.reason}"))
+        rows.append(dataclasses.replace(row, reason=f"stored so: {compared_size(packed)}"))
     buffer = _buffer(source.checkpoint, source.checkpoint.tensors)
-    for name in sorted(choose_layers(source, options.targets, options.ignore)):
+    for name in sorted(choose_layers(source, options.targets, options.ignore), key=natural):
         row, _ = _convert_tensor(name, source.tensor(f"{name}.weight", buffer), options)
         if row.decision == "packed":
             row = dataclasses.replace(row, decision="dense", reason=f"would be {row.reason}")

@@ -154,7 +154,7 @@ def perplexity(
     nll = 0.0
     num_scored = 0
     with evaluation_mode(model):
-        windows = _windows(ids.shape[0], window, stride)[:max_windows]
+        windows = _windows(ids.shape[0], window, stride, max_windows)
         for begin, end, first_scored in track(windows, "perplexity", progress):
             output = model(ids[None, begin:end])
             logits = output if isinstance(output, Tensor) else output.logits
@@ -179,7 +179,8 @@ class ModelPerplexity:
     Attributes:
         model: its folder.
         perplexity: see :func:`perplexity`.
-        num_tokens: of the text, by the model's own tokenizer.
+        num_tokens: that were scored, by the model's own tokenizer: those of the text without the
+            ones that have no context and those after the last window.
         seconds: wall-clock time of the passes.
     """
 
@@ -197,12 +198,14 @@ class PerplexityReport:
         text: the file.
         window: tokens per window.
         stride: tokens between the starts of two windows.
+        max_windows: at most so many were scored, from the start; None for all.
         models: in the order given.
     """
 
     text: str
     window: int
     stride: int
+    max_windows: int | None
     models: tuple[ModelPerplexity, ...]
 
     def to_json(self) -> str:
@@ -211,7 +214,8 @@ class PerplexityReport:
 
     def __str__(self) -> str:
         """A line for each model; "to the first" is the ratio to the first one's perplexity."""
-        table = [("model", "perplexity", "to the first", "tokens", "seconds")]
+        limit = "" if self.max_windows is None else f"at most the first {self.max_windows} "
+        table = [("model", "perplexity", "to the first", "tokens scored", "seconds")]
         for row in self.models:
             table.append(
                 (
@@ -225,7 +229,7 @@ class PerplexityReport:
         return "\n".join(
             [
                 *aligned(table, left={0}),
-                f"On {self.text}, windows of {self.window} tokens, stride {self.stride}.",
+                f"On {self.text}, {limit}windows of {self.window} tokens, stride {self.stride}.",
             ]
         )
 
@@ -271,6 +275,7 @@ def evaluate_checkpoints(
             raise FileNotFoundError(f"flash_llm.evaluate_checkpoints: {folder} is no folder")
     import transformers
 
+    stride = window if stride is None else stride
     models = []
     for folder in folders:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -286,14 +291,16 @@ def evaluate_checkpoints(
             progress=progress,
         )
         seconds = time.perf_counter() - start
-        models.append(ModelPerplexity(os.fspath(folder), found, ids.numel(), seconds))
+        windows = _windows(ids.numel(), window, stride, max_windows)
+        scored = sum(end - first_scored for _, end, first_scored in windows)
+        models.append(ModelPerplexity(os.fspath(folder), found, scored, seconds))
         del model  # before the next one is loaded
-    return PerplexityReport(
-        os.fspath(text), window, window if stride is None else stride, tuple(models)
-    )
+    return PerplexityReport(os.fspath(text), window, stride, max_windows, tuple(models))
 
 
-def _windows(num_tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+def _windows(
+    num_tokens: int, window: int, stride: int, max_windows: int | None
+) -> list[tuple[int, int, int]]:
     """Windows as ``(begin, end, first scored token)``, without those that score nothing."""
     windows = []
     scored_to = 1
@@ -305,4 +312,4 @@ def _windows(num_tokens: int, window: int, stride: int) -> list[tuple[int, int, 
         scored_to = max(scored_to, end)
         if end == num_tokens:
             break
-    return windows
+    return windows[:max_windows]

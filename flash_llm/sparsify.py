@@ -71,7 +71,7 @@ class SparsifyReport:
     """One row for each layer that matched; prints as a table, also in a notebook.
 
     Attributes:
-        rows: in the model's order, layers before skipped 3-D parameters.
+        rows: in the model's order, layers before skipped 3-D parameters; those of a folder by name.
     """
 
     rows: tuple[LayerReport, ...]
@@ -477,10 +477,7 @@ def decide(name: str, packed: PackedWeight, pack_unprofitable: bool) -> LayerRep
         packed: its weight.
         pack_unprofitable: pack it even if that takes more bytes.
     """
-    if packed.dense_nbytes:
-        size = f"{packed.nbytes / packed.dense_nbytes:.2f}x the dense bytes"
-    else:
-        size = f"{packed.nbytes} bytes instead of none"
+    size = compared_size(packed)
     if packed.nbytes < packed.dense_nbytes:
         decision, reason = "packed", size
     elif pack_unprofitable:
@@ -497,6 +494,13 @@ def decide(name: str, packed: PackedWeight, pack_unprofitable: bool) -> LayerRep
         decision=decision,
         reason=reason,
     )
+
+
+def compared_size(packed: PackedWeight) -> str:
+    """Say how many bytes a weight takes, as a multiple of what it takes dense."""
+    if packed.dense_nbytes:
+        return f"{packed.nbytes / packed.dense_nbytes:.2f}x the dense bytes"
+    return f"{packed.nbytes} bytes instead of none"
 
 
 def _skipped_row(name: str, module: nn.Module, reason: str) -> LayerReport:

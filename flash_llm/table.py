@@ -1,7 +1,8 @@
-"""Tables in plain text, as reports print them."""
+"""Tables in plain text, as reports print them, and the order of the layers in them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Sequence
 
 
@@ -20,3 +21,10 @@ def aligned(table: Sequence[Sequence[str]], left: Container[int] = ()) -> list[s
         ).rstrip()
         for line in table
     ]
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """Key to sort names with, by the values of the numbers in them: layers.2 before layers.10."""
+    parts = re.split(r"([0-9]+)", name)
+    # Text and numbers alternate, so like is compared with like. The name itself parts 01 from 1.
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_llm.checkpoint import checkpoint_files
 from flash_llm.convert import DenseView
-from flash_llm.table import aligned
+from flash_llm.table import aligned, natural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class VerifyReport:
     """One row for each tensor; prints as a table of those that are packed or differ.
 
     Attributes:
-        rows: by name.
+        rows: in the natural order of the names.
     """
 
     rows: tuple[TensorError, ...]
@@ -64,8 +64,7 @@ class VerifyReport:
 
     def __str__(self) -> str:
         shown = [row for row in self.rows if row.packed or row.relative_error > 0]
-        titles = ("tensor", "shape", "stored", "zeros", "before", "relative error", "largest")
-        table = [titles]
+        table = [("tensor", "shape", "stored", "zeros", "before", "relative error", "largest")]
         for row in shown:
             table.append(
                 (
@@ -74,11 +73,11 @@ class VerifyReport:
                     "packed" if row.packed else "dense",
                     f"{row.sparsity:.4f}",
                     f"{row.reference_sparsity:.4f}",
-                    f"{row.relative_error:.3g}",
-                    f"{row.max_abs_error:.3g}",
+                    f"{row.relative_error:.2e}",
+                    f"{row.max_abs_error:.2e}",
                 )
             )
-        lines = aligned(table, left=range(len(titles)))
+        lines = aligned(table, left={0, 1, 2})
         equal = len(self.rows) - sum(row.relative_error > 0 for row in self.rows)
         lines.append(
             f"{equal} of {len(self.rows)} tensors are equal; largest relative error "
@@ -110,7 +109,7 @@ def verify_checkpoint(
     for name in sorted(names ^ expected):
         there, absent = (folder, reference) if name in names else (reference, folder)
         raise ValueError(f"flash_llm.verify_checkpoint: {there} has {name}, {absent} has not")
-    return VerifyReport(tuple(_compare(name, view, base) for name in sorted(expected)))
+    return VerifyReport(tuple(_compare(name, view, base) for name in sorted(expected, key=natural)))
 
 
 def _compare(name: str, view: DenseView, base: DenseView) -> TensorError:

@@ -56,12 +56,14 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(demo, "main", lambda **options: calls.append(options) or True)
     out = tmp_path / "out.json"
-    options = ["--sparsity", "0.7", "--windows", "3", "--calibration-samples", "2"]
+    options = ["--method", "admm", "--sparsity", "0.7"]
+    options += ["--windows", "3", "--calibration-samples", "2"]
     options += ["--device", "cpu", "--question", "Why?", "--json", str(out)]
     assert invoke("demo", *options).exit_code == 0
     assert invoke("demo").exit_code == 0
     assert calls == [
         {
+            "method": "admm",
             "sparsity": 0.7,
             "windows": 3,
             "calibration_samples": 2,
@@ -70,6 +72,7 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path):
             "json_path": out,
         },
         {
+            "method": demo.METHOD,
             "sparsity": demo.SPARSITY,
             "windows": demo.WINDOWS,
             "calibration_samples": demo.CALIBRATION_SAMPLES,
@@ -86,6 +89,13 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path):
 )
 def test_demo_refuses_bad_options(options):
     assert invoke("demo", *options).exit_code == 2
+
+
+def test_demo_names_the_methods_that_it_knows():
+    assert "magnitude, wanda, sparsegpt or admm" in invoke("demo", "--help").output
+    result = invoke("demo", "--method", "obs")
+    assert result.exit_code == 1
+    assert "flash-llm demo: method must be one of magnitude, wanda" in result.output
 
 
 @pytest.mark.parametrize("error", [ImportError, RuntimeError, ValueError])
@@ -127,6 +137,38 @@ def test_convert_and_inspect(tmp_path):
     (after,) = json.loads(after.stdout)["rows"]
     assert after == {**row, "reason": f"stored so: {row['reason']}"}
     assert "stored so" in invoke("inspect", str(target)).stdout
+
+
+def test_inspect_does_not_say_that_packing_was_asked_for(tmp_path):
+    source, target = tmp_path / "dense", tmp_path / "packed"
+    source.mkdir()
+    save_file({"a.weight": torch.randn(256, 256).half()}, source / "model.safetensors")
+    flash_llm.convert_checkpoint(source, target, pack_unprofitable=True)
+    for folder, decision, reason in [
+        (source, "dense", "packing would not shrink it: 1."),
+        (target, "packed", "stored so: 1."),
+    ]:
+        (row,) = json.loads(invoke("inspect", folder, "--json").stdout)["rows"]
+        assert row["decision"] == decision and row["reason"].startswith(reason)
+        assert row["reason"].endswith("x the dense bytes")
+
+
+def test_tables_list_layer_2_before_layer_10(tmp_path):
+    source, target = tmp_path / "dense", tmp_path / "packed"
+    source.mkdir()
+    names = ["head", "layers.1", "layers.2", "layers.02", "layers.10"]
+    tensors = {f"{name}.weight": torch.eye(128).half() for name in names}
+    save_file(tensors, source / "model.safetensors")
+    ordered = ["head", "layers.1", "layers.02", "layers.2", "layers.10"]
+    for command in [
+        ("convert", source, target),
+        ("inspect", source),
+        ("inspect", target),
+        ("verify", target, "--reference", source),
+    ]:
+        result = invoke(*command, "--json")
+        rows = json.loads(result.stdout)["rows"]
+        assert [row["name"].removesuffix(".weight") for row in rows] == ordered, command
 
 
 def test_convert_and_inspect_report_errors_without_a_traceback(tmp_path):
@@ -320,6 +362,22 @@ def test_ctrl_c_where_nothing_is_kept(monkeypatch, tmp_path):
     assert (result.exit_code, result.output) == (130, "flash-llm doctor: interrupted\n")
 
 
+@pytest.mark.parametrize("arguments", ["--help", "convert --help", "inspect {folder} --json"])
+def test_a_reader_that_has_enough_leaves_no_message(tmp_path, arguments):
+    folder = pruned_checkpoint(tmp_path / "dense")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*SCRIPT, *arguments.format(folder=folder).split()],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 # ---- bench ----
 
 
@@ -356,9 +414,23 @@ def test_bench_times_every_shape_once(tmp_path, quick, packed):
     assert (second["shape"], second["num_layers"]) == ([32, 128], 1)
     for shape in found["shapes"]:
         assert shape["sparsity"] == 0.5 and shape["format"] == "row_bitmap"
+        assert shape["stored_format"] == ("row_bitmap" if packed else "dense")
         assert shape["packed_bytes"] < shape["dense_bytes"]
         assert [product["num_tokens"] for product in shape["products"]] == [1, 8]
         assert all(p["sparse_us"] > 0 and p["dense_us"] > 0 for p in shape["products"])
+
+
+def test_bench_says_when_it_times_another_format_than_the_stored_one(tmp_path, quick):
+    pruned_checkpoint(tmp_path / "dense")
+    invoke("convert", tmp_path / "dense", tmp_path / "packed", "--format", "bitmap")
+    line = "Stored as bitmap, repacked as row_bitmap for this device."
+    command = ("bench", tmp_path / "packed", "--device", "cpu", "--n", "1")
+    assert line in invoke(*command).stdout.splitlines()
+    (shape,) = json.loads(invoke(*command, "--json").stdout)["shapes"]
+    assert (shape["stored_format"], shape["format"]) == ("bitmap", "row_bitmap")
+    assert "repacked" not in invoke(*command, "--format", "bitmap").stdout
+    dense = invoke("bench", tmp_path / "dense", "--device", "cpu", "--n", "1")
+    assert dense.exit_code == 0 and "repacked" not in dense.stdout
 
 
 def test_bench_prunes_dense_weights_first(tmp_path, quick):
@@ -382,7 +454,7 @@ def test_bench_prunes_dense_weights_first(tmp_path, quick):
 )
 def test_dense_wins_from_the_last_crossover(times, expected):
     products = tuple(bench.ProductTiming(*row) for row in times)
-    shape = bench.ShapeTiming("a", 1, (2, 2), 0.5, "row_bitmap", 8, 8, products)
+    shape = bench.ShapeTiming("a", 1, (2, 2), 0.5, "dense", "row_bitmap", 8, 8, products)
     assert shape.dense_wins_from == expected
     report = bench.BenchReport("cpu", "float16", 1, (shape,))
     assert json.loads(report.to_json())["shapes"][0]["dense_wins_from"] == expected

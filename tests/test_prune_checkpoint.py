@@ -383,9 +383,20 @@ def test_eval_compares_models(tmp_path, source, text):
         model = flash_llm.from_pretrained(folder)
         expected = flash_llm.perplexity(model, torch.tensor(ids), window=64, stride=32)
         assert row["perplexity"] == pytest.approx(expected, rel=1e-6)
-        assert (row["model"], row["num_tokens"]) == (str(folder), 400)
+        assert (row["model"], row["num_tokens"]) == (str(folder), 399)  # the first has no context
     table = invoke("eval", source, source, "--text", text, "--max-windows", "1", "--device", "cpu")
     assert table.stdout.count(" 1.0000 ") == 2 and "stride 512" in table.stdout
+
+
+def test_tokens_after_the_last_window_do_not_count_as_scored(source, text):
+    options = ("--text", text, "--window", "64", "--max-windows", "3", "--device", "cpu")
+    found = json.loads(invoke("eval", source, *options, "--json").stdout)
+    assert found["max_windows"] == 3
+    assert found["models"][0]["num_tokens"] == 3 * 63
+    table = invoke("eval", source, *options).stdout
+    assert "tokens scored" in table and " 189 " in table
+    assert "at most the first 3 windows of 64 tokens" in table
+    assert "at most" not in str(evaluate.evaluate_checkpoints([source], text))
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tmp_path, source, text):

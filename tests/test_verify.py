@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -50,6 +51,17 @@ def test_errors_are_those_of_the_definition(tmp_path):
     assert rows["b.weight"].sparsity == 1 / 64
     assert math.isinf(rows["zero"].relative_error) and rows["zero"].max_abs_error == 2
     assert rows["a.weight"].relative_error == 0
+
+
+def test_the_table_aligns_its_numbers(tmp_path):
+    before = dense(tmp_path / "dense")
+    weights = {"a.weight": before["a.weight"] * 1.5, "b.weight": before["b.weight"] * 1.01}
+    dense(tmp_path / "changed", **weights, **{"b.bias": torch.zeros(64)})
+    lines = str(verify_checkpoint(tmp_path / "changed", tmp_path / "dense")).splitlines()[:-1]
+    assert [line.split()[0] for line in lines] == ["tensor", "a.weight", "b.bias", "b.weight"]
+    assert len({len(line) for line in lines}) == 1
+    for row in lines[1:]:
+        assert re.search(r" [01]\.\d{4} +[01]\.\d{4} +\d\.\d\de[+-]\d\d +\d\.\d\de[+-]\d\d$", row)
 
 
 def test_sparse_bitmask_folders_can_be_verified(tmp_path):

@@ -56,6 +56,8 @@ def _with_exit_codes(name: str, command: Callable[..., None]) -> Callable[..., N
     def run(*args: Any, **options: Any) -> None:
         try:
             command(*args, **options)
+        except BrokenPipeError:  # of `| head`, which has enough; typer exits in silence
+            raise
         except (ImportError, OSError, RuntimeError, ValueError, TypeError) as error:
             if isinstance(error, typer.Exit):  # which derives from RuntimeError
                 raise
