@@ -96,7 +96,7 @@ def objective(levels, errors, shares):
 def test_allocation_is_as_good_as_the_best_of_all_shares(sparsity):
     levels, sizes = [0.25, 0.5, 0.75], [100, 300, 200]
     errors = [[0.1, 0.3, 0.6], [0.05, 0.2, 0.5], [0.3, 0.45, 0.7]]
-    found = least_error_sparsities(levels, errors, sizes, sparsity)
+    found = least_error_sparsities(levels, errors, sizes, sparsity, spread=1.0)
     share = sum(s * size for s, size in zip(found, sizes, strict=True)) / sum(sizes)
     assert share == pytest.approx(sparsity, abs=1e-12)
     assert all(0 <= s <= 1 for s in found)
@@ -110,14 +110,28 @@ def test_allocation_is_as_good_as_the_best_of_all_shares(sparsity):
     assert objective(levels, errors, found) <= best + 1e-9
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.02, 0.3, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("spread", [0.0, 0.05, 0.2])
+def test_no_layer_is_pruned_far_from_the_target(sparsity, spread):
+    # On SmolLM2 errors alone put 0.8 on some layers and none on others: 10 times the perplexity.
+    levels, sizes = [0.25, 0.5, 0.75], [100, 300, 200]
+    errors = [[0.01, 0.02, 0.03], [0.5, 0.9, 0.95], [0.3, 0.45, 0.7]]
+    found = least_error_sparsities(levels, errors, sizes, sparsity, spread)
+    share = sum(s * size for s, size in zip(found, sizes, strict=True)) / sum(sizes)
+    assert share == pytest.approx(sparsity, abs=1e-12)
+    assert all(0 <= s <= 1 and abs(s - sparsity) <= spread + 1e-12 for s in found)
+    if 0.2 < sparsity <= 0.5:
+        assert found[0] == pytest.approx(sparsity + spread)  # hardly sensitive at all
+
+
 def test_alike_layers_get_alike_shares_and_dents_are_bridged():
-    assert least_error_sparsities([0.5], [[0.5], [0.5]], [10, 10], 0.25) in (
+    assert least_error_sparsities([0.5], [[0.5], [0.5]], [10, 10], 0.25, spread=1.0) in (
         [0.5, 0.0],
         [0.0, 0.5],
     )  # linear between the levels: it does not matter which
     assert least_error_sparsities([0.5], [[0.5], [0.5]], [10, 30], 0.5) == [0.5, 0.5]
     # Not convex: at 0.6 hardly worse than at 0.3, so 0.3 is no corner of the hull.
-    found = least_error_sparsities([0.3, 0.6], [[0.5, 0.51], [0.2, 0.9]], [10, 10], 0.45)
+    found = least_error_sparsities([0.3, 0.6], [[0.5, 0.51], [0.2, 0.9]], [10, 10], 0.45, 1.0)
     assert found == pytest.approx([0.6, 0.3])
     assert least_error_sparsities([0.5], [], [], 0.5) == []
 
@@ -132,6 +146,7 @@ def test_alike_layers_get_alike_shares_and_dents_are_bridged():
         (([0.5], [[0.1]], [0], 0.5), "one size of at least 1 per layer"),
         (([0.5], [[0.1, 0.2]], [1], 0.5), "must have 1 finite errors"),
         (([0.5], [[math.nan]], [1], 0.5), "must have 1 finite errors"),
+        (([0.5], [[0.1]], [1], 0.5, -0.1), "spread must be finite and not negative"),
     ],
 )
 def test_allocation_refuses(arguments, message):

@@ -105,9 +105,12 @@ def _find_support(
     if bool((eigenvalues <= 0).any()):
         raise SingularHessianError(damping)
 
+    # In the iterations' dtype from here on: the product is a third of the time of a wide layer.
+    eigenvalues, vectors = eigenvalues.to(unit.dtype), vectors.to(unit.dtype)
+
     def shifted_inverse(rho: float) -> Tensor:
         inverse: Tensor = (vectors / (eigenvalues + rho)) @ vectors.t()
-        return inverse.to(unit.dtype)
+        return inverse
 
     def project(candidate: Tensor) -> Tensor:
         score = candidate.abs().masked_fill_(frozen, -1.0)
@@ -120,11 +123,11 @@ def _find_support(
     keep, sparse, dual = start, target * start, torch.zeros_like(target)
     before, moving = start, False
     for iteration in range(1, MAX_ITERATIONS + 1):
-        dense = (gradient - dual + rho * sparse) @ inverse
-        candidate = dense + dual / rho
+        dense = (gradient - dual).add_(sparse, alpha=rho) @ inverse
+        candidate = dense.add_(dual, alpha=1.0 / rho)
         keep = project(candidate)
         sparse = candidate * keep
-        dual = rho * (candidate - sparse)
+        dual = candidate.sub_(sparse).mul_(rho)
         if iteration % RHO_EVERY:
             continue
         changed = int((keep != before).sum()) / num_kept
@@ -148,7 +151,7 @@ def _solve_on_support(target: Tensor, unit: Tensor, keep: Tensor) -> Tensor:
     """Per row, the minimiser of ``(w - t) H (w - t)^T`` among w that are zero where not kept."""
     solution = target * keep
     residual = ((target - solution) @ unit) * keep
-    direction = residual
+    direction = residual.clone()
     energy = residual.square().sum(dim=1, keepdim=True)
     tiny = torch.finfo(unit.dtype).tiny
     tolerance = torch.finfo(unit.dtype).eps * ((target @ unit) * keep).square().sum(1, keepdim=True)
@@ -157,8 +160,8 @@ def _solve_on_support(target: Tensor, unit: Tensor, keep: Tensor) -> Tensor:
             break
         image = (direction @ unit) * keep
         step = energy / (direction * image).sum(dim=1, keepdim=True).clamp(min=tiny)
-        solution = solution + step * direction
-        residual = residual - step * image
+        solution.addcmul_(step, direction)
+        residual.addcmul_(step, image, value=-1.0)
         before, energy = energy, residual.square().sum(dim=1, keepdim=True)
-        direction = residual + (energy / before.clamp(min=tiny)) * direction
+        direction.mul_(energy / before.clamp(min=tiny)).add_(residual)
     return solution

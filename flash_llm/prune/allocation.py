@@ -20,6 +20,10 @@ OWL_THRESHOLD = 5.0
 """M: a score is an outlier above so many times the mean (the paper takes 5 or 7)."""
 OWL_SPREAD = 0.08
 """lambda: a block's sparsity differs from the target by at most this (the paper's choice)."""
+SENSITIVITY_SPREAD = 0.05
+"""The same for a layer's sparsity by measured errors. On SmolLM2-135M pruned by Wanda, calibrated
+on 8 x 512 tokens, 50 | 60 % zeros: uniform 27.7 | 62.0, spread 0.05 26.9 | 64.3, 0.1 27.3 | 71.1,
+1 (only the errors count) 34.2 | 72.7."""
 
 
 def outlier_ratio(
@@ -104,19 +108,22 @@ def least_error_sparsities(
     errors: Sequence[Sequence[float]],
     sizes: Sequence[int],
     sparsity: float,
+    spread: float = SENSITIVITY_SPREAD,
 ) -> list[float]:
     """Sparsity of each layer so that ``sum_l e_l(s_l)^2`` is least and the whole has the target.
 
     ``e_l`` is the relative error of a layer's outputs. Its square is known at the levels, is 0 for
     a dense layer and 1 for an empty one, and is replaced by the largest convex piecewise linear
     function below those points. Of that the least sum is exact: weights go where they cost least,
-    segment by segment, until enough are gone.
+    segment by segment, until enough are gone. A relative error says little about what a layer's
+    error does to the model, so no sparsity may be far from the target.
 
     Args:
         levels: rising sparsities in (0, 1).
         errors: per layer, the error at each level, finite and at least 0.
         sizes: number of weights of each layer, at least 1.
         sparsity: the target for all of them together, in [0, 1].
+        spread: a layer's sparsity differs from the target by at most this, at least 0.
 
     Returns:
         The sparsities, in [0, 1].
@@ -125,8 +132,10 @@ def least_error_sparsities(
         ValueError: a length or a value is wrong.
 
     Example:
-        >>> least_error_sparsities([0.5], [[0.1], [0.6]], [10, 10], 0.25)
+        >>> least_error_sparsities([0.5], [[0.1], [0.6]], [10, 10], 0.25, spread=1.0)
         [0.5, 0.0]
+        >>> [round(s, 2) for s in least_error_sparsities([0.5], [[0.1], [0.6]], [10, 10], 0.25)]
+        [0.3, 0.2]
     """
     points = [0.0, *levels, 1.0]
     if any(not low < high for low, high in itertools.pairwise(points)):
@@ -135,24 +144,46 @@ def least_error_sparsities(
         raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}")
     if len(errors) != len(sizes) or any(size < 1 for size in sizes):
         raise ValueError("there must be one size of at least 1 per layer")
-    segments = []
-    for layer, (known, size) in enumerate(zip(errors, sizes, strict=True)):
+    if not 0.0 <= spread < math.inf:
+        raise ValueError(f"spread must be finite and not negative, got {spread}")
+    least, most = max(sparsity - spread, 0.0), min(sparsity + spread, 1.0)
+    for known in errors:
         if len(known) != len(levels) or not all(0.0 <= error < math.inf for error in known):
             raise ValueError(
                 f"a layer must have {len(levels)} finite errors, not negative, got {list(known)}"
             )
-        hull = _lower_hull([*zip(points, [0.0, *(e * e for e in known), 1.0], strict=True)])
+    if least == most:
+        return [sparsity] * len(sizes)
+    segments = []
+    for layer, (known, size) in enumerate(zip(errors, sizes, strict=True)):
+        squares = [0.0, *(error * error for error in known), 1.0]
+        hull = _between(_lower_hull([*zip(points, squares, strict=True)]), least, most)
         for (low, before), (high, after) in itertools.pairwise(hull):
             num_weights = (high - low) * size
             segments.append(((after - before) / num_weights, layer, low, high))
-    left = sparsity * sum(sizes)
-    found = [0.0] * len(sizes)
+    left = (sparsity - least) * sum(sizes)
+    found = [least] * len(sizes)
     for _, layer, low, high in sorted(segments):
         taken = min((high - low) * sizes[layer], left)
         left -= taken
         if taken > 0:
             found[layer] = min(low + taken / sizes[layer], 1.0)
     return found
+
+
+def _between(
+    corners: list[tuple[float, float]], least: float, most: float
+) -> list[tuple[float, float]]:
+    """The corners of a piecewise linear function on ``[least, most]`` alone."""
+
+    def at(x: float) -> float:
+        for (x0, y0), (x1, y1) in itertools.pairwise(corners):
+            if x <= x1:
+                return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+        return corners[-1][1]
+
+    inside = [corner for corner in corners if least < corner[0] < most]
+    return [(least, at(least)), *inside, (most, at(most))]
 
 
 def _lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -253,10 +254,7 @@ def drop_smallest(score: Tensor, count: int) -> Tensor:
     """
     if count == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    # The count-th smallest is the threshold; 2 to 5 times as fast as a stable sort (576 x 1536 on
-    # one CPU core), which was half of ADMM's time.
-    smallest = score.topk(count, dim=1, largest=False, sorted=False).values
-    threshold = smallest.amax(dim=1, keepdim=True)
+    threshold = _kth_smallest(score, count)
     larger = score > threshold
     if bool((larger.sum(dim=1) == score.shape[1] - count).all()):
         return larger  # no ties at the threshold, and no NaN
@@ -265,3 +263,16 @@ def drop_smallest(score: Tensor, count: int) -> Tensor:
     tied = (score == threshold) | (nan & all_nan)
     drop_tied = count - (score.shape[1] - (larger | tied).sum(dim=1, keepdim=True))
     return larger | (tied & (tied.cumsum(dim=1) > drop_tied))
+
+
+def _kth_smallest(score: Tensor, k: int) -> Tensor:
+    """The k-th smallest of each row of ``[M, K]``, as ``[M, 1]``; NaN counts as largest.
+
+    1536 x 576 in float32 on 2 cores of a Xeon: a stable sort takes 30 ms, torch's kthvalue 8.6,
+    topk 6.9 and numpy's partition 2.6; it is called in each iteration of ADMM.
+    """
+    if score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64):
+        ordered = np.partition(score.detach().numpy(), k - 1, axis=1)
+        return torch.from_numpy(ordered[:, k - 1 : k])
+    smallest = score.topk(k, dim=1, largest=False, sorted=False).values
+    return smallest.amax(dim=1, keepdim=True)

@@ -80,8 +80,8 @@ class SensitivityReport:
         """Each layer's sparsity such that the whole has the target and the least error.
 
         What is least is the sum over the layers of the squared relative errors, interpolated
-        between the levels (:func:`flash_llm.prune.allocation.least_error_sparsities`). A layer that
-        no token reached gets the target.
+        between the levels (:func:`flash_llm.prune.allocation.least_error_sparsities`). No layer's
+        sparsity is far from the target; one that no token reached gets it.
 
         Args:
             sparsity: target fraction of zeros over all weights, in [0, 1].
