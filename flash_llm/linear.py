@@ -28,8 +28,9 @@ class SparseLinear(nn.Linear):
     differentiable. ``weight`` reads back as a new dense tensor, so writing into what it returned
     changes nothing: assign a tensor to ``weight`` to pack it again. PEFT's LoRA is merged as
     :mod:`flash_llm.lora` says; convert with :meth:`to_linear` before merging any other adapter.
-    Loading accepts packed keys of any size and a dense ``weight`` key, which it packs. ``.half()``
-    and ``.bfloat16()`` re-encode the values.
+    Loading accepts packed keys of any size and a dense ``weight`` key, which it packs; packed keys
+    keep their format, which :meth:`refit` then changes if another one is faster on the device.
+    ``.half()`` and ``.bfloat16()`` re-encode the values.
 
     Code that fills buffers one by one on its own (a loader that does not call ``load_state_dict``)
     must set ``weight_header`` by attribute, or change the payload's length; both make the module
