@@ -34,7 +34,7 @@ class CpuStreamFloor:
         self._read.restype = ctypes.c_uint64
 
     def read(self, tensor: Tensor) -> int:
-        """Read a contiguous CPU tensor once; up to 64 KiB at its end are left out."""
+        """Read a contiguous CPU tensor once; up to 255 bytes at its end are left out."""
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise ValueError("the stream floor reads contiguous CPU tensors")
         pointer, words = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes // 8)

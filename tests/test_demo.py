@@ -68,7 +68,7 @@ def test_the_whole_job_on_a_tiny_model(tiny_weights, tmp_path, capsys, device):
     )
     numbers = json.loads(out.read_text())
     assert numbers["agrees"] and numbers["sparsity"] == 0.8
-    assert numbers["method"] == "sparsegpt"
+    assert numbers["method"] == "admm"
     dense, pruned, packed = (numbers["stages"][name] for name in ("dense", "pruned", "packed"))
     assert dense["perplexity"] != pruned["perplexity"]
     assert packed["perplexity"] == pytest.approx(pruned["perplexity"], rel=0.01)

@@ -116,7 +116,8 @@ def test_bitmap_kernels_cannot_be_forced_off_hopper(capability, named):
 
 def test_many_tokens_on_a_cpu(monkeypatch):
     for isa, dtype, most in (
-        ("avx512_bf16", "bfloat16", 128),
+        # What AVX-512 takes depends on the CPU (tests/cpp/test_plan.cpp).
+        ("avx2", "bfloat16", 16),
         ("portable", "bfloat16", 16),
         ("portable", "float16", 16),
     ):

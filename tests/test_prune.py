@@ -75,7 +75,16 @@ def test_drop_smallest_is_a_stable_sort_in_which_nan_is_largest(count, device):
     score[20] = math.nan
     order = score.sort(dim=1, stable=True).indices
     expected = torch.ones_like(score, dtype=torch.bool).scatter_(1, order[:, :count], False)
-    assert torch.equal(drop_smallest(score.to(device), count).cpu(), expected)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert torch.equal(drop_smallest(score.to(device, dtype), count).cpu(), expected), dtype
+    assert torch.equal(drop_smallest(score.to(device).requires_grad_(), count).cpu(), expected)
+    threads = torch.get_num_threads()
+    try:  # many threads and few go different ways
+        torch.set_num_threads(8)
+        assert torch.equal(drop_smallest(score.to(device), count).cpu(), expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert drop_smallest(score[:0].to(device), count).shape == (0, 40)
 
 
 @pytest.mark.parametrize("cols", [1, 2, 5, 64, 577])

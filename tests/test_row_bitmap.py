@@ -173,11 +173,12 @@ def test_infinity_and_nan_meet_absent_zeros(isa, dtype):
         assert torch.equal(y[finite], expected[finite].to(dtype))
 
 
+@pytest.mark.parametrize("k", [96, 2100])
 @pytest.mark.parametrize("n", [1, 8])
 @pytest.mark.parametrize("where", ["weight", "x", "product", "sum"])
-def test_tiny_bf16_numbers_count(where, n, isa):
+def test_tiny_bf16_numbers_count(where, n, k, isa):
     """An instruction that flushes subnormals is used only where there can be none."""
-    weight, x = torch.zeros(16, 96), torch.zeros(n, 96)
+    weight, x = torch.zeros(16, k), torch.zeros(n, k)
     if where == "weight":
         weight[3, 5], x[:, 5] = 2.0**-130, 2.0**100
     elif where == "x":
@@ -203,9 +204,9 @@ def test_a_tiny_number_in_one_block_changes_no_other(isa):
     testing.assert_spmm_close(y, x, weight)
 
 
-@pytest.mark.parametrize("n", [6, 97, 130])
+@pytest.mark.parametrize("n", [6, 97, 130, 963])
 def test_many_tokens_columns_and_blocks_at_once(n, isa, dtype):
-    # More of each than a kernel takes in one go: 96 tokens, 1024 columns and 64 rows.
+    # More of each than a kernel takes in one go: 96 or 960 tokens, 1024 columns and 64 rows.
     weight = testing.small_integers(201, 2100, sparsity=0.5, dtype=dtype)
     weight[64:72] = 0
     x = testing.small_integers(n, 2100, dtype=dtype, seed=1)
@@ -233,16 +234,17 @@ def test_thread_count_does_not_change_a_bit(n, route, isa, dtype):
 
 def test_malformed_weights_stay_within_their_memory(isa, dtype):
     """Masks that promise more values than the payload has, at its very end."""
-    weight = testing.random_sparse(37, 200, 0.8, dtype=dtype)
-    w = RowBitmap.from_dense(weight)
-    for n in (1, 3, 8):
-        x = torch.randn(n, 200).to(dtype)
-        for count in range(0, w.payload.numel() - 1, 4):
-            payload = w.payload.clone()
-            payload[count:] = -1
-            broken = RowBitmap(w.header, w.offsets, payload)
-            for route in ROUTES:
-                assert flash_llm.spmm(x, broken, config=route).shape == (n, 37)
+    for k, step in ((200, 4), (2100, 404)):
+        weight = testing.random_sparse(37, k, 0.8, dtype=dtype)
+        w = RowBitmap.from_dense(weight)
+        for n in (1, 3, 8, 100):
+            x = torch.randn(n, k).to(dtype)
+            for count in range(0, w.payload.numel() - 1, step if n < 100 else 10 * step):
+                payload = w.payload.clone()
+                payload[count:] = -1
+                broken = RowBitmap(w.header, w.offsets, payload)
+                for route in ROUTES:
+                    assert flash_llm.spmm(x, broken, config=route).shape == (n, 37)
     with pytest.raises(ValueError, match="flash_llm::validate"):
         broken.validate()
 

@@ -110,7 +110,15 @@ def test_allocation_is_as_good_as_the_best_of_all_shares(sparsity):
     assert objective(levels, errors, found) <= best + 1e-9
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.02, 0.3, 0.5, 0.97, 1.0])
+def test_a_bound_beside_a_level_by_rounding_does_not_miss_the_target():
+    # 0.65 + 0.05 is 1e-16 above the level 0.7: a segment whose slope is noise.
+    levels = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    errors = [[0.09, 0.14, 0.2, 0.33, 0.39, 0.46], [0.04, 0.08, 0.24, 0.31, 0.38, 0.55]]
+    found = least_error_sparsities(levels, errors, [1, 1], 0.65, 0.05)
+    assert sum(found) / 2 == pytest.approx(0.65, abs=1e-12)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.02, 0.3, 0.5, 0.55, 0.65, 0.85, 0.97, 1.0])
 @pytest.mark.parametrize("spread", [0.0, 0.05, 0.2])
 def test_no_layer_is_pruned_far_from_the_target(sparsity, spread):
     # On SmolLM2 errors alone put 0.8 on some layers and none on others: 10 times the perplexity.

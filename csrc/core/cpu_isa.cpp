@@ -23,7 +23,8 @@ bool has_leaf_7(unsigned edx_bit, unsigned states) {
   constexpr unsigned kOsxsave = 1U << 27;
   if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0 || (ecx & kOsxsave) == 0) return false;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & edx_bit) == 0) return false;
-  __asm__("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  // Volatile, for it must not come before what was asked above.
+  __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
   return (eax & states) == states;
 }
 #endif

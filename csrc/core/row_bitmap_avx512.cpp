@@ -282,6 +282,8 @@ void multiply_few(const RowBitmapProduct& product) {
 // that begin again every two kilobytes no prefetcher sees them: 4096x4096 at 90 % and 8 tokens
 // takes 1.29 ms with and 1.45 without (Emerald Rapids).
 constexpr int kPanelTokens = 6;
+static_assert(kPanelTokens <= kMaxRowTokens);
+constexpr int kLeastPanelTokens = 3;  // 7 tokens are 3 and 4
 constexpr int64_t kPanelBlocks = 2;
 constexpr int64_t kPanelStored = 32;  // vectors per row of a panel: 8 KB per block
 
@@ -374,11 +376,10 @@ using MultiplyPanel = void (*)(const void* elements, int64_t groups, const void*
                                Ahead& ahead, float* kept, float* out);
 
 template <typename Math>
-constexpr MultiplyPanel kMultiplyPanel[kPanelTokens] = {
-    multiply_panel<Math, 1>, multiply_panel<Math, 2>, multiply_panel<Math, 3>,
-    multiply_panel<Math, 4>, multiply_panel<Math, 5>, multiply_panel<Math, 6>};
+constexpr MultiplyPanel kMultiplyPanel[] = {multiply_panel<Math, 3>, multiply_panel<Math, 4>,
+                                            multiply_panel<Math, 5>, multiply_panel<Math, 6>};
 
-// All words of a block, spread over the groups and token blocks of a call for another one.
+// The words of a block, spread over the groups and token blocks of a call for another one.
 Ahead ahead_of(const RowBitmapProduct& product, int64_t block) {
   if (block >= num_row_blocks(product.weight.m)) return {};
   const RowBlock row = row_block(product.weight, block);
@@ -388,7 +389,8 @@ Ahead ahead_of(const RowBitmapProduct& product, int64_t block) {
   const auto* begin = reinterpret_cast<const char*>(row.masks);
   const int64_t bytes = std::min<int64_t>((int64_t{offsets[1]} - offsets[0]) * kUnitBytes,
                                           reinterpret_cast<const char*>(row.end) - begin);
-  return {begin, begin, bytes / (num_groups(product.weight.k) * product.token_blocks)};
+  const int64_t steps = num_groups(product.weight.k) * product.token_blocks;
+  return {begin, begin, (bytes + steps - 1) / steps};
 }
 
 template <typename Normal, typename Any>
@@ -402,6 +404,13 @@ void multiply_many(const RowBitmapProduct& product) {
   for (int64_t i = 0; i < blocks; ++i) {
     rows[i] = row_block(product.weight, product.first + i);
     ahead[i] = ahead_of(product, product.last + i);
+  }
+  float* sums_of_empty = product.sums;
+  for (int64_t j = 0; j < product.token_blocks; ++j) {
+    const RowBitmapTokens& tokens = product.tokens[j];
+    for (int64_t i = 0; i < blocks; ++i, sums_of_empty += tokens.count * kBlockRows) {
+      if (rows[i].masks == nullptr) sum_nothing(tokens, sums_of_empty);
+    }
   }
   for (int64_t group = 0; group < groups; group += kPanelGroups<Normal>) {
     const int64_t count = std::min(kPanelGroups<Normal>, groups - group);
@@ -421,15 +430,11 @@ void multiply_many(const RowBitmapProduct& product) {
         const auto* x =
             static_cast<const typename Normal::X*>(tokens.x) + group * tokens.count * kGroupCols;
         for (int64_t i = first; i < last; ++i) {
-          float* out = sums + i * num_sums;
-          if (rows[i].masks == nullptr) {
-            sum_nothing(tokens, out);
-            continue;
-          }
+          if (rows[i].masks == nullptr) continue;
           const bool normal = rows[i].smallest >= tokens.smallest_normal;
-          (normal ? kMultiplyPanel<Normal> : kMultiplyPanel<Any>)[tokens.count - 1](
+          (normal ? kMultiplyPanel<Normal> : kMultiplyPanel<Any>)[tokens.count - kLeastPanelTokens](
               elements[i - first], count, x, group == 0, ahead[i], kept + i * num_sums * kKeptLanes,
-              ends ? out : nullptr);
+              ends ? sums + i * num_sums : nullptr);
         }
         sums += blocks * num_sums;
         kept += blocks * num_sums * kKeptLanes;

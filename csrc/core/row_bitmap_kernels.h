@@ -16,7 +16,7 @@
 namespace flash_llm {
 
 // Tokens that a kernel takes at a time, how many times of them in one call, and of how many blocks.
-inline constexpr int kMaxRowTokens = 8;
+inline constexpr int kMaxRowTokens = 6;
 inline constexpr int64_t kMaxRowTokenBlocks = 16;
 inline constexpr int64_t kCallBlocks = 16;
 

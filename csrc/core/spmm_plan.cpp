@@ -24,8 +24,8 @@ constexpr int64_t kCpuTilesMaxTokens = 16;
 //         N = 256  35.2 / 53.3 / 51.7  512  70.7 / 105 / 102
 //   fp16  N = 32   4.6 / 6.8 / 5.3     64   8.9 / 12.3 / 8.3   128   18.7 / 18.3 / 15.0
 //         N = 512  73 / 57 / 55
-// With AVX2 and portable C++, from 17 tokens on, blocks cost less. So they will where the dense
-// product has matrix instructions (AMX), which has not been measured.
+// For bf16 with AVX2, and for portable C++, blocks cost less from 17 tokens on. So they will where
+// the dense product has matrix instructions (AMX), which has not been measured.
 constexpr int64_t kCpuRowsMaxTokensDot = 128;
 constexpr int64_t kCpuRowsMaxTokensFastDense = 128;
 constexpr int64_t kCpuRowsMaxTokensSlow = 16;

@@ -167,7 +167,7 @@ def least_error_sparsities(
         taken = min((high - low) * sizes[layer], left)
         left -= taken
         if taken > 0:
-            found[layer] = min(low + taken / sizes[layer], 1.0)
+            found[layer] = min(found[layer] + taken / sizes[layer], 1.0)
     return found
 
 
