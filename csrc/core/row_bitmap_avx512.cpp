@@ -76,6 +76,9 @@ int64_t groups_before_end(const uint16_t* next, const uint16_t* end) {
   return (end - next) / (kBlockRows * kGroupCols);
 }
 
+constexpr int64_t kLanes = 16;  // fp32 numbers in a vector
+static_assert(kLanes <= kKeptLanes);
+
 // What follows says how 32 elements of a row are multiplied by those of a token: kStored vectors
 // keep them decoded, kParts vectors are multiplied and added to 16 sums.
 
@@ -104,7 +107,7 @@ struct Wide {
 
   FLASH_LLM_AVX512 static inline Vector weight(const Vector* w, int part) { return w[part]; }
   FLASH_LLM_AVX512 static inline Vector input(const X* x, int part) {
-    return _mm512_loadu_ps(x + part * 16);
+    return _mm512_loadu_ps(x + part * kLanes);
   }
   FLASH_LLM_AVX512 static inline void add(const Vector& w, const Vector& x, __m512& sum) {
     sum = _mm512_fmadd_ps(w, x, sum);

@@ -36,7 +36,8 @@ class Buffer {
   template <typename T>
   T* data() const {
     const auto address = reinterpret_cast<uintptr_t>(words_.get());
-    return reinterpret_cast<T*>(address + (kLineBytes - address % kLineBytes) % kLineBytes);
+    return reinterpret_cast<T*>(words_.get() + (kLineBytes - address % kLineBytes) % kLineBytes /
+                                                   sizeof(uint32_t));
   }
 
  private:
