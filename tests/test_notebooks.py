@@ -72,7 +72,8 @@ def test_every_notebook_has_small_parameters_and_no_outputs():
 def test_one_layer(tmp_path):
     printed, figures = run("01_one_layer", tmp_path)
     assert figures == 3
-    assert "see flash_llm.explain_format" in printed and "(N <= " in printed
+    assert "see flash_llm.explain_format" in printed
+    assert "each weight is decoded once" in printed  # explain_plan's reason, on any CPU
 
 
 @needs_weights
