@@ -14,11 +14,11 @@ import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from rows import RESULTS, case_of, check_row, commit_hash, print_table, read_rows, write_rows
+from options import add_row_options, require_fractions, require_positive
+from rows import case_of, check_row, commit_hash, print_table, read_rows, write_rows
 from torch import Tensor, nn
 
 from flash_llm import perplexity, prune_, recover_
@@ -136,17 +136,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--missing", action="store_true", help="leave out what has a row already")
-    parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
-    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.jsonl")
+    add_row_options(parser, "accuracy.jsonl")
     arguments = parser.parse_args(argv)
-    for name in ("nsamples", "seqlen", "windows", "threads"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be positive, got {getattr(arguments, name)}")
+    require_positive(parser, arguments, "nsamples", "seqlen", "windows", "threads")
     if arguments.recover_epochs < 0:
         parser.error(f"--recover-epochs must not be negative, got {arguments.recover_epochs}")
-    for sparsity in arguments.sparsity:
-        if not 0 <= sparsity <= 1:
-            parser.error(f"--sparsity must lie in [0, 1], got {sparsity}")
+    require_fractions(parser, arguments.sparsity)
     return arguments
 
 

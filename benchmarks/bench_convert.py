@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rows import RESULTS, check_row, commit_hash, cpu_name, print_table, write_rows
+from options import add_row_options, require_positive
+from rows import check_row, commit_hash, cpu_name, print_table, write_rows
 from safetensors.torch import save_file
 from weights import DTYPES, make_weight
 
@@ -202,12 +203,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of torch, for each worker")
     parser.add_argument("--runs", type=int, default=3, help="the fastest counts")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
-    parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
-    parser.add_argument("--out", type=Path, default=RESULTS / "pack.jsonl")
+    add_row_options(parser, "pack.jsonl")
     arguments = parser.parse_args(argv)
-    for name in ("shards", "threads", "runs"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be positive, got {getattr(arguments, name)}")
+    require_positive(parser, arguments, "shards", "threads", "runs")
     if min(arguments.workers) < 1:
         parser.error(f"--workers must be positive, got {min(arguments.workers)}")
     if source_of(arguments).layers_of_shard < 1:

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from bench_spmm import MAX_REL_ERR, exact_product, relative_error
-from rows import RESULTS, check_row, commit_hash, cpu_name, print_table, write_rows
+from options import add_row_options
+from rows import check_row, commit_hash, cpu_name, print_table, write_rows
 from stream_floor_cpu import CpuStreamFloor
 from torch import Tensor
 from weights import DTYPES, Weight, add_weight_options, make_weight, parse_with_weights, weights_of
@@ -202,8 +203,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dense", nargs="+", choices=list(DENSE), default=[], help="also above 16")
     parser.add_argument("--replays", type=int, default=REPLAYS)
-    parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.jsonl")
+    add_row_options(parser, "cpu.jsonl")
     arguments = parse_with_weights(parser, argv)
     if min(arguments.n) < 1:
         parser.error(f"N must be positive, got {min(arguments.n)}")

@@ -8,16 +8,16 @@ zeros there are changes speed), write tokens in turns. Rows go to ``benchmarks/r
 
 import argparse
 import copy
-import statistics
 import sys
 from pathlib import Path
 
 import torch
 from accuracy import MODEL
-from rows import RESULTS, check_row, commit_hash, cpu_name, print_table, write_rows
+from options import add_row_options, require_fractions, require_positive
+from rows import check_row, commit_hash, cpu_name, print_table, write_rows
 
 from flash_llm import _extension, prune_, sparsify_
-from flash_llm.demo import QUESTION, greedy_decode, load_smollm2
+from flash_llm.demo import QUESTION, decoding_speeds, load_smollm2
 
 HEADINGS = ("sparsity", "threads", "packed tok/s", "bf16 tok/s", "fp32 tok/s")
 
@@ -29,31 +29,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="to write in each turn")
     parser.add_argument("--turns", type=int, default=7, help="of each model, after one to warm up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.jsonl")
+    add_row_options(parser, "cpu.jsonl")
     arguments = parser.parse_args(argv)
-    for name in ("turns", "threads"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be positive, got {getattr(arguments, name)}")
+    require_positive(parser, arguments, "turns", "threads")
     if arguments.tokens < 2:  # the first comes with the prompt
         parser.error(f"--tokens must be at least 2, got {arguments.tokens}")
-    for sparsity in arguments.sparsity:
-        if not 0 <= sparsity <= 1:
-            parser.error(f"--sparsity must lie in [0, 1], got {sparsity}")
+    require_fractions(parser, arguments.sparsity)
     return arguments
-
-
-def tokens_per_second(
-    models: dict[str, torch.nn.Module], prompt: torch.Tensor, tokens: int, turns: int
-) -> dict[str, float]:
-    """Return the median speed of each model; they take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(1 + turns):
-        for name, model in models.items():
-            _, times = greedy_decode(model, prompt, tokens)
-            if turn > 0:  # in the first, memory is allocated and kernels are chosen
-                seconds[name] += times
-    return {name: 1.0 / statistics.median(times) for name, times in seconds.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         prune_(packed, method="magnitude", sparsity=sparsity)
         sparsify_(packed)
         models = {"packed": packed, "bf16": dense, "fp32": copy.deepcopy(dense).float()}
-        found = tokens_per_second(models, prompt, arguments.tokens, arguments.turns)
+        found = decoding_speeds(models, prompt, arguments.tokens, arguments.turns)
         row: dict[str, object] = {
             "bench": "decode",
             "cpu": cpu,

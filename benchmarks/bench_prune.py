@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 from accuracy import MODEL
-from rows import RESULTS, check_row, commit_hash, cpu_name, print_table, write_rows
+from options import add_row_options, require_fractions, require_positive
+from rows import check_row, commit_hash, cpu_name, print_table, write_rows
 
 from flash_llm import prune_
-from flash_llm.demo import load_smollm2, pydoc_text
+from flash_llm.demo import load_smollm2, pydoc_tokens
 from flash_llm.prune.calibrate import METHODS
 
 HEADINGS = ("method", "sparsity", "samples", "threads", "seconds")
@@ -30,14 +31,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--nsamples", type=int, default=32, help="calibration samples")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
-    parser.add_argument("--out", type=Path, default=RESULTS / "pack.jsonl")
+    add_row_options(parser, "pack.jsonl")
     arguments = parser.parse_args(argv)
-    for name in ("nsamples", "seqlen", "threads"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be positive, got {getattr(arguments, name)}")
-    if not 0 <= arguments.sparsity <= 1:
-        parser.error(f"--sparsity must lie in [0, 1], got {arguments.sparsity}")
+    require_positive(parser, arguments, "nsamples", "seqlen", "threads")
+    require_fractions(parser, [arguments.sparsity])
     return arguments
 
 
@@ -49,9 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     cpu = cpu_name(Path("/proc/cpuinfo").read_text())
     model, tokenizer = load_smollm2("cpu")
     model = model.float()
-    tokens = torch.tensor(tokenizer(pydoc_text()[0], verbose=False)["input_ids"])
-    whole = len(tokens) // arguments.seqlen * arguments.seqlen
-    calibration = tokens[:whole].view(-1, arguments.seqlen)
+    calibration, _ = pydoc_tokens(tokenizer, arguments.nsamples, arguments.seqlen)
     lines = []
     for method in arguments.method:
         report = prune_(
@@ -59,7 +54,6 @@ def main(argv: list[str] | None = None) -> int:
             method=method,
             sparsity=arguments.sparsity,
             calibration=calibration,
-            nsamples=arguments.nsamples,
             seqlen=arguments.seqlen,
         )
         row: dict[str, object] = {

@@ -15,7 +15,7 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,30 @@ def greedy_decode(model: nn.Module, prompt: Tensor, num_tokens: int) -> tuple[Te
     return torch.tensor(tokens), seconds[1:]
 
 
+def decoding_speeds(
+    models: Mapping[str, nn.Module], prompt: Tensor, num_tokens: int, turns: int = TIMING_TURNS
+) -> dict[str, float]:
+    """Time greedy decoding at batch 1, the models in turns so that none has a warmer machine.
+
+    Args:
+        models: transformers causal language models by name.
+        prompt: ``[1, L]`` token ids, on any device.
+        num_tokens: tokens that each model writes in a turn, at least 2.
+        turns: that count; one more comes first.
+
+    Returns:
+        Tokens per second by name, the median over all tokens but those that came with the prompt.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(1 + turns):
+        for name, model in models.items():
+            there = prompt.to(next(model.parameters()).device)
+            _, times = greedy_decode(model, there, num_tokens)
+            if turn > 0:  # in the first, memory is allocated and kernels are chosen
+                seconds[name] += times
+    return {name: 1.0 / statistics.median(times) for name, times in seconds.items()}
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One stage of the model.
@@ -318,27 +342,21 @@ class Comparison:
         dense = models.get("dense")
         if dense is not None and next(dense.parameters()).device.type == "cpu":
             models[FLOAT32] = copy.deepcopy(dense).float()
-        seconds: dict[str, list[float]] = {stage: [] for stage in models}
-        for turn in range(1 + TIMING_TURNS):
-            for stage, model in models.items():
-                _, times = greedy_decode(model, self._prompt(model), self._answer_tokens)
-                if turn > 0:  # in the first, memory is allocated and kernels are chosen
-                    seconds[stage] += times
-        for stage, times in seconds.items():
-            self.tokens_per_second[stage] = 1.0 / statistics.median(times)
+        self.tokens_per_second |= decoding_speeds(models, self._prompt(), self._answer_tokens)
 
-    def _prompt(self, model: nn.Module) -> Tensor:
+    def _prompt(self) -> Tensor:
         ids: Tensor = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": self._question}],
             add_generation_prompt=True,
             return_tensors="pt",
             return_dict=True,
         )["input_ids"]
-        return ids.to(next(model.parameters()).device)
+        return ids
 
     def _ask(self, model: Any) -> str:
         """Return the greedy answer to the question."""
-        tokens, _ = greedy_decode(model, self._prompt(model), self._answer_tokens)
+        prompt = self._prompt().to(next(model.parameters()).device)
+        tokens, _ = greedy_decode(model, prompt, self._answer_tokens)
         ends = torch.tensor(model.generation_config.eos_token_id)  # one id or several
         end = torch.isin(tokens, ends).nonzero()
         answer = tokens[: int(end[0])] if len(end) else tokens

@@ -11,13 +11,13 @@ namespace flash_llm {
 namespace {
 
 #if defined(__x86_64__)
-// What follows is not among the names that every compiler's __builtin_cpu_supports knows.
+// f16c and leaf 7 are not among the names that every compiler's __builtin_cpu_supports knows.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
 
-// A bit of leaf 7 that is there, and of which the operating system saves the registers.
+// A bit of CPUID's leaf 7 that is there, and of which the operating system saves the registers.
 bool has_leaf_7(unsigned edx_bit, unsigned states) {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kOsxsave = 1U << 27;
@@ -27,6 +27,8 @@ bool has_leaf_7(unsigned edx_bit, unsigned states) {
   __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
   return (eax & states) == states;
 }
+#else
+bool has_leaf_7(unsigned, unsigned) { return false; }
 #endif
 
 bool detect(CpuIsa isa) {
@@ -89,23 +91,15 @@ const char* cpu_isa_name(CpuIsa isa) {
 bool has_cpu_isa(CpuIsa isa) { return detect(isa); }
 
 bool has_fast_dense_bf16() {
-#if defined(__x86_64__)
   constexpr unsigned kAmxBf16 = 1U << 22, kTiles = 3U << 17;
   static const bool has = has_leaf_7(kAmxBf16, kTiles);
   return has;
-#else
-  return false;
-#endif
 }
 
 bool has_fast_dense_fp16() {
-#if defined(__x86_64__)
   constexpr unsigned kAvx512Fp16 = 1U << 23, kZmm = 7U << 5;
   static const bool has = has_leaf_7(kAvx512Fp16, kZmm);
   return has;
-#else
-  return false;
-#endif
 }
 
 Status select_cpu_isa(CpuIsa* out) {

@@ -130,12 +130,6 @@ struct WideBf16 : Wide {
   }
 };
 
-FLASH_LLM_AVX512 void widen_bf16(const uint16_t* group, float* widened) {
-  const __m512i raw = _mm512_loadu_si512(group);
-  _mm512_storeu_ps(widened, even_bf16(raw));
-  _mm512_storeu_ps(widened + 16, odd_bf16(raw));
-}
-
 // The same with what Dot reads and keeps: for the few blocks that Dot must not multiply.
 struct WideDot : Wide {
   using X = uint16_t;
@@ -160,11 +154,14 @@ struct WideHalf : Wide {
   }
 };
 
-FLASH_LLM_AVX512 void widen_half(const uint16_t* group, float* widened) {
-  __m512 parts[2];
-  WideHalf::store(_mm512_loadu_si512(group), parts);
-  _mm512_storeu_ps(widened, parts[0]);
-  _mm512_storeu_ps(widened + 16, parts[1]);
+// A group of X as its weights are kept.
+template <typename Math>
+FLASH_LLM_AVX512 void widen(const uint16_t* group, float* widened) {
+  typename Math::Vector parts[Math::kStored];
+  Math::store(_mm512_loadu_si512(group), parts);
+  for (int part = 0; part < Math::kStored; ++part) {
+    _mm512_storeu_ps(widened + part * kLanes, parts[part]);
+  }
 }
 
 // Each of four vectors added up.
@@ -498,7 +495,7 @@ FLASH_LLM_AVX512 void decode_block(const RowBlock& block, int rows, int64_t k, u
 RowBitmapKernel row_bitmap_avx512(ValueType type, bool bf16) {
   const bool half = type == ValueType::kFloat16;
   RowBitmapKernel kernel;
-  kernel.widen = half ? widen_half : bf16 ? nullptr : widen_bf16;
+  kernel.widen = half ? widen<WideHalf> : bf16 ? nullptr : widen<WideBf16>;
   kernel.max_tokens = kPanelTokens;
   kernel.keeps_sums = true;
   kernel.multiply = half   ? multiply<WideHalf, WideHalf>

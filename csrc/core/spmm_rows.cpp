@@ -70,15 +70,6 @@ uint32_t smallest_normal_weight(const Magnitudes& x) {
   return std::max(needed, 1U) << kBf16MantissaBits;
 }
 
-// One group of X in the kernel's form.
-void prepare_group(const RowBitmapKernel& kernel, const uint16_t* group, float* to) {
-  kernel.widen(group, to);
-}
-
-void prepare_group(const RowBitmapKernel&, const uint16_t* group, uint16_t* to) {
-  std::copy_n(group, kGroupCols, to);
-}
-
 // tokens[groups][count][32 columns], from X[count, stride].
 template <typename T>
 void prepare_groups(const RowBitmapKernel& kernel, const uint16_t* x, int64_t stride, int64_t k,
@@ -91,7 +82,11 @@ void prepare_groups(const RowBitmapKernel& kernel, const uint16_t* x, int64_t st
         std::copy_n(group, k - first, padded);
         group = padded;
       }
-      prepare_group(kernel, group, tokens);
+      if constexpr (std::is_same_v<T, float>) {
+        kernel.widen(group, tokens);
+      } else {
+        std::copy_n(group, kGroupCols, tokens);
+      }
     }
   }
 }
