@@ -44,27 +44,36 @@ except ImportError as error:
     ) from error
 
 CORE_SOURCES = [
-    "csrc/core/packed_header.cpp",
-    "csrc/core/packed_format.cpp",
-    "csrc/core/bitmap.cpp",
-    "csrc/core/cpu_isa.cpp",
-    "csrc/core/row_bitmap.cpp",
-    "csrc/core/row_bitmap_avx2.cpp",
-    "csrc/core/row_bitmap_avx512.cpp",
-    "csrc/core/row_bitmap_portable.cpp",
-    "csrc/core/tiled_csl.cpp",
-    "csrc/core/prune.cpp",
-    "csrc/core/spmm_plan.cpp",
-    "csrc/core/spmm_reference.cpp",
-    "csrc/core/spmm_rows.cpp",
-    "csrc/core/spmm_tiles.cpp",
+    "csrc/base/cpu_isa.cpp",
+    "csrc/cpu/reference.cpp",
+    "csrc/cpu/row_bitmap_avx2.cpp",
+    "csrc/cpu/row_bitmap_avx512.cpp",
+    "csrc/cpu/row_bitmap_portable.cpp",
+    "csrc/cpu/row_bitmap_spmm.cpp",
+    "csrc/cpu/spmm.cpp",
+    "csrc/cpu/tiled_csl_spmm.cpp",
+    "csrc/format/bitmap.cpp",
+    "csrc/format/packed_format.cpp",
+    "csrc/format/packed_header.cpp",
+    "csrc/format/prune.cpp",
+    "csrc/format/row_bitmap.cpp",
+    "csrc/format/tiled_csl.cpp",
+    "csrc/format/value_type.cpp",
+    "csrc/plan/bitmap_sm90a.cpp",
+    "csrc/plan/cpu.cpp",
+    "csrc/plan/device.cpp",
+    "csrc/plan/kernel_family.cpp",
+    "csrc/plan/problem.cpp",
+    "csrc/plan/spmm_plan.cpp",
+    "csrc/plan/tiled_csl_sm80.cpp",
 ]
 CUDA_SOURCES = [
-    "csrc/cuda/tiled_csl_pack.cu",
-    "csrc/cuda/bitmap_pack.cu",
+    "csrc/cuda/bitmap/bitmap_pack.cu",
+    "csrc/cuda/bitmap/bitmap_sm90a.cu",
+    "csrc/cuda/launch.cpp",
     "csrc/cuda/prune.cu",
-    "csrc/cuda/spmm_lscd.cu",
-    "csrc/cuda/spmm_bitmap.cu",
+    "csrc/cuda/tiled_csl/lscd.cu",
+    "csrc/cuda/tiled_csl/tiled_csl_pack.cu",
 ]
 OPERATOR_SOURCES = ["csrc/torch/ops.cpp"]
 MODULE_SOURCES = ["csrc/torch/introspect.cpp"]
@@ -155,8 +164,8 @@ def make_extensions():
 
     # -fopenmp: at::parallel_for is header code and runs serially without it. torch brings the same
     # libgomp.so.1, so both share one thread pool. -g0 overrides Python's own -g, which is slow.
-    cxx = ["-O3", "-std=c++17", "-fopenmp", "-g0", "-Wall", "-Wextra"]
-    nvcc = ["-O3", "-std=c++17", "-lineinfo", "--ptxas-options=-v"]
+    cxx = ["-O3", "-std=c++17", "-fopenmp", "-g0", "-Wall", "-Wextra", "-Werror=switch"]
+    nvcc = ["-O3", "-std=c++17", "-lineinfo", "--ptxas-options=-v", "-Xcompiler=-Werror=switch"]
     link = ["-fopenmp"]
     sources = CORE_SOURCES + OPERATOR_SOURCES
     if with_cuda:
@@ -165,14 +174,15 @@ def make_extensions():
         sources += CUDA_SOURCES
         cxx += [
             "-DFLASH_LLM_WITH_CUDA",
-            string_macro("FLASH_LLM_CUDA_ARCHS", archs),
             string_macro("FLASH_LLM_NVCC_VERSION", nvcc_version),
         ]
         say(f"building with CUDA {nvcc_version} for {archs}")
     else:
+        archs = DEFAULT_CUDA_ARCHS  # what explain_plan then speaks of
         cxx.append(string_macro("FLASH_LLM_NO_CUDA_REASON", reason))
         say(f"building for the CPU only: {reason}")
 
+    cxx.append(string_macro("FLASH_LLM_CUDA_ARCHS", archs))
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h"))
     operators = make(

@@ -2,7 +2,7 @@
 
 Chunks of 32 x 128 whose values stand where the lanes of a GPU warp want them, and chunks of
 32 x 256, where zeros are many, for its sparse tensor cores. The bytes are defined in
-``csrc/core/bitmap.h``; this module gives them a Python object.
+``csrc/format/bitmap.h``; this module gives them a Python object.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _Packed = TypeVar("_Packed", bound="PackedWeight")
 
 
 class PackedHeader(NamedTuple):
-    """The eight integers that describe a packed weight (``csrc/core/packed_header.h``).
+    """The eight integers that describe a packed weight (``csrc/format/packed_header.h``).
 
     Attributes:
         magic: ``"FLASHLLM"`` as a little-endian integer.

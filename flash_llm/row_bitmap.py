@@ -1,7 +1,7 @@
 """Row bitmap, the format for CPUs: one bit per element and 16 bits per nonzero, row after row.
 
 Blocks of four rows whose bits and values a CPU reads forward and expands with one instruction per
-32 elements. The bytes are defined in ``csrc/core/row_bitmap.h``; this module gives them a Python
+32 elements. The bytes are defined in ``csrc/format/row_bitmap.h``; this module gives them a Python
 object.
 """
 

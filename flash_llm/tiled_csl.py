@@ -1,7 +1,7 @@
 """Tiled-CSL, the packed format of Flash-LLM (arXiv 2309.10285, section 4.3.1).
 
 128 x 64 tiles, one 32-bit entry per nonzero: its 16-bit value and its 16-bit place in the tile. The
-bytes are defined in ``csrc/core/tiled_csl.h``; this module gives them a Python object.
+bytes are defined in ``csrc/format/tiled_csl.h``; this module gives them a Python object.
 """
 
 from __future__ import annotations

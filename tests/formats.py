@@ -1,7 +1,7 @@
 """What tests know of packed formats: names, plans, and a reading of their bytes of our own.
 
-The readers and the writers follow the comments in csrc/core/tiled_csl.h, csrc/core/bitmap.h and
-csrc/core/row_bitmap.h alone, and call nothing of flash_llm.
+The readers and the writers follow the comments in csrc/format/tiled_csl.h, csrc/format/bitmap.h and
+csrc/format/row_bitmap.h alone, and call nothing of flash_llm.
 """
 
 import itertools

@@ -58,6 +58,10 @@ PYTHON_RANKS = {
 # Optional packages that a module may import at its top, because it is itself imported lazily.
 OWNERS = {("transformers", "hf_quantizer.py"), ("peft", "lora.py"), ("lora", "lora.py")}
 
+# The folders of csrc, from the lowest up.
+LAYERS = ("base", "format", "plan", "cpu", "cuda", "torch")
+HOST_LAYERS, BELOW_TORCH = LAYERS[:4], LAYERS[:5]
+
 FOREIGN_INCLUDE = {
     "torch": re.compile(r"^(ATen|c10|torch|pybind11|Python\.h)\b"),
     "cuda": re.compile(r"^(cuda(?!/)|cu[a-z]+\.h|cub/|thrust/|cooperative_groups|nv/|mma\.h)"),
@@ -74,42 +78,37 @@ def includes(path):
     return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
 
 
-def own_layer(include):
-    return include.split("/")[0] if include.split("/")[0] in ("core", "cuda", "torch") else None
+def test_csrc_holds_its_layers_and_nothing_else():
+    assert {p.name for p in CSRC.iterdir()} == {*LAYERS, "CMakeLists.txt"}
 
 
-def test_csrc_holds_three_layers_and_nothing_else():
-    assert {p.name for p in CSRC.iterdir()} == {"core", "cuda", "torch", "CMakeLists.txt"}
-
-
-@pytest.mark.parametrize(
-    ("layer", "may_see", "forbidden"),
-    [("core", {"core"}, ("torch", "cuda")), ("cuda", {"core", "cuda"}, ("torch",))],
-)
-def test_a_layer_includes_only_what_stands_to_its_left(layer, may_see, forbidden):
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_includes_only_what_stands_below_it(layer):
+    may_see = LAYERS[: LAYERS.index(layer) + 1]
+    forbidden = [kind for kind in ("cuda", "torch") if kind not in may_see]
     for path in sources(layer):
         for include in includes(path):
             if (CSRC / include).exists():
-                assert own_layer(include) in may_see, f"{path} includes {include}"
+                assert include.split("/")[0] in may_see, f"{path} includes {include}"
                 continue
             for kind in forbidden:
                 assert not FOREIGN_INCLUDE[kind].match(include), f"{path} includes {include}"
 
 
 def test_own_headers_are_included_by_their_path_under_csrc():
-    for path in sources("core") + sources("cuda") + sources("torch"):
+    for path in [path for layer in LAYERS for path in sources(layer)]:
         for quoted in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(), re.MULTILINE):
             assert (CSRC / quoted).exists(), f'{path}: "{quoted}" is no file under csrc/'
 
 
-def test_core_is_host_code():
-    for path in sources("core"):
+def test_what_is_below_cuda_is_host_code():
+    for path in [path for layer in HOST_LAYERS for path in sources(layer)]:
         assert path.suffix in (".h", ".cpp"), path
         code = re.sub(r"//.*", "", path.read_text())
         assert not re.search(r"\b(cudaStream_t|__global__|__shared__|threadIdx)\b", code), path
 
 
-@pytest.mark.parametrize("layer", ["core", "cuda"])
+@pytest.mark.parametrize("layer", BELOW_TORCH)
 def test_below_torch_nothing_prints_throws_or_exits(layer):
     pattern = re.compile(r"\b(std::cout|std::cerr|f?printf|throw|abort|exit|assert)\s*[(<;\s]")
     for path in sources(layer):
@@ -120,13 +119,16 @@ def test_below_torch_nothing_prints_throws_or_exits(layer):
         assert not found, f"{path}: {found.group(0)!r}"
 
 
-def test_setup_lists_every_source_once():
-    text = (ROOT / "setup.py").read_text() + (CSRC / "CMakeLists.txt").read_text()
-    for path in sources("core") + sources("cuda") + sources("torch"):
-        if path.suffix in (".cpp", ".cu"):
-            listed = text.count(f"{path.parent.name}/{path.name}")
-            assert listed == (1 if path.parent.name == "torch" else 2), path
-    for listed in re.findall(r'"csrc/(\S+\.(?:cpp|cu))"', text):
+def test_setup_and_cmake_list_every_source_once():
+    setup, cmake = (ROOT / "setup.py").read_text(), (CSRC / "CMakeLists.txt").read_text()
+    for layer in LAYERS:
+        for path in sources(layer):
+            if path.suffix in (".cpp", ".cu"):
+                name = path.relative_to(CSRC).as_posix()
+                assert setup.count(f'"csrc/{name}"') == 1, name
+                listed = len(re.findall(rf"^ +{re.escape(name)}\b", cmake, re.MULTILINE))
+                assert listed == (layer in BELOW_TORCH), name
+    for listed in re.findall(r'"csrc/(\S+\.(?:cpp|cu))"', setup):
         assert (CSRC / listed).exists(), listed
 
 

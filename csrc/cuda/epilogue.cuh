@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "core/spmm.h"
+#include "plan/problem.h"
 
 namespace flash_llm {
 

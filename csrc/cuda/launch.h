@@ -6,31 +6,32 @@
 
 #include <cstdint>
 
-#include "core/packed_format.h"
-#include "core/prune.h"
-#include "core/spmm.h"
-#include "core/spmm_plan.h"
-#include "core/status.h"
+#include "base/status.h"
+#include "format/packed_format.h"
+#include "format/prune.h"
+#include "plan/problem.h"
+#include "plan/spmm_plan.h"
 
 namespace flash_llm::cuda {
 
 // Y = act(X . W^T + bias) by the plan's kernel. Needs m, n, k > 0; payload 16-byte aligned; y
 // 8-byte aligned; workspace 16-byte aligned, of plan.workspace_bytes. `prefetch` launches
 // dependently, on sm_90: the kernel starts to fetch the weight while the kernel before it in the
-// stream still runs, so that one must not be writing the weight.
-//
-// Route kLscd, Tiled-CSL: unless the configuration has packed_x, x must be 16-byte aligned,
+// stream still runs, so that one must not be writing the weight. kDense, which needs a dense GEMM,
+// is the caller's.
+Status spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
+            cudaStream_t stream);
+
+// Its families. kTiledCslSm80: unless the configuration has packed_x, x must be 16-byte aligned,
 // x_stride a multiple of 8 (or n = 1), and rows readable, and zero, up to the next multiple of
 // kTileK.
 Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                  cudaStream_t stream);
-
-// Route kBitmap, Bitmap on sm_90: x must be 16-byte aligned and x_stride a multiple of 8 (or n =
-// 1).
+// kBitmapSm90a: x must be 16-byte aligned and x_stride a multiple of 8 (or n = 1).
 Status spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                    cudaStream_t stream);
 
-// One format's packer on the device: the steps of core/packed_format.h.
+// One format's packer on the device: the steps of format/packed_format.h.
 struct PackKernels {
   // Pass 1: units[tiles] and nonzeros nnz[tiles] of each tile.
   Status (*count)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units,
@@ -49,6 +50,9 @@ Status end_weight_writes(void* scratch, cudaStream_t stream);
 PackKernels tiled_csl_kernels();
 PackKernels bitmap_kernels();
 
+// Those of a format; null for one that the host packs and unpacks.
+const PackKernels* pack_kernels(Format format);
+
 // The steps of magnitude pruning; csrc/torch chains them. Cuts are one per row.
 // Finds each row's cut that drops `count` elements.
 Status prune_row_cuts(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int64_t count,
@@ -66,6 +70,10 @@ Status prune_apply_cuts(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
 // N:M pruning of every aligned group of columns.
 Status prune_groups(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int keep, int group,
                     uint16_t* out, cudaStream_t stream);
+
+// Refuses a plan whose workspace is smaller than `workspace_bytes`, which its kernel needs, or
+// whose work no grid fits.
+Status check_launch(const SpmmPlan& plan, int64_t workspace_bytes);
 
 // kOk, or kRuntime with CUDA's own words.
 Status check(cudaError_t error, const char* what);

@@ -1,4 +1,4 @@
-// The steps of magnitude pruning on the device; see core/prune.h for what they compute.
+// The steps of magnitude pruning on the device; see format/prune.h for what they compute.
 #include <cstdint>
 
 #include "cuda/dense_matrix.cuh"

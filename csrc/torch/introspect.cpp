@@ -8,11 +8,11 @@
 #include <string>
 #include <vector>
 
-#include "core/cpu_isa.h"
-#include "core/packed_format.h"
-#include "core/packed_header.h"
-#include "core/spmm_plan.h"
-#include "core/tiled_csl.h"
+#include "base/cpu_isa.h"
+#include "format/packed_format.h"
+#include "format/packed_header.h"
+#include "format/tiled_csl.h"
+#include "plan/spmm_plan.h"
 
 namespace py = pybind11;
 
@@ -39,29 +39,17 @@ py::dict build_info() {
 
 py::list configs() {
   py::list list;
-  for (const LscdConfig& config : lscd_configs()) {
-    py::dict row;
-    row["name"] = config.name;
-    row["format"] = packed_format(Format::kTiledCsl).name;
-    row["tile_n"] = config.tile_n;
-    row["warps_per_tile"] = config.warps_per_tile;
-    row["ctas_per_sm"] = config.ctas_per_sm;
-    row["packed_x"] = config.packed_x;
-    row["smem_bytes"] = lscd_smem_bytes(config);
-    list.append(row);
-  }
-  for (const BitmapConfig& config : bitmap_configs()) {
-    py::dict row;
-    row["name"] = config.name;
-    row["format"] = packed_format(Format::kBitmap).name;
-    row["tile_n"] = config.tile_n;
-    row["warps"] = config.warps;
-    row["strips"] = config.strips;
-    row["cluster"] = config.cluster;
-    row["x_stages"] = config.x_stages;
-    row["ctas_per_sm"] = 1;
-    row["smem_bytes"] = bitmap_smem_bytes(config, bitmap_min_ring_bytes(config));
-    list.append(row);
+  for (const KernelFamilyRow& family : kernel_families()) {
+    if (family.place != Place::kCuda) continue;
+    for (const KernelConfig& config : family.configs()) {
+      py::dict row;
+      row["name"] = config.name;
+      for (const PackedFormat& format : all_formats()) {
+        if (family.formats.contains(format.id)) row["format"] = format.name;
+      }
+      for (const auto& [fact, value] : config.facts) row[fact] = value;
+      list.append(row);
+    }
   }
   return list;
 }
@@ -72,6 +60,7 @@ void raise_if_error(const char* what, const Status& status) {
     PyErr_SetString(PyExc_NotImplementedError, message.c_str());
     throw py::error_already_set();
   }
+  if (status.code == StatusCode::kInvalidType) throw py::type_error(message);
   if (!status.ok()) throw py::value_error(message);
 }
 
@@ -85,16 +74,10 @@ std::string explain_plan(int64_t m, int64_t n, int64_t k, int64_t nnz,
                          const std::string& value_type, const std::string& format,
                          int compute_capability, int num_sms, int smem_per_sm_bytes,
                          const std::string& config, int64_t ctas) {
-  if (value_type != "float16" && value_type != "bfloat16") {
-    throw py::type_error(
-        "flash_llm::explain_plan: value_type must be \"float16\" or \"bfloat16\", got \"" +
-        value_type + "\"");
-  }
-  // As a build with the default list of architectures would answer.
-  DeviceInfo device{compute_capability, num_sms, smem_per_sm_bytes, compute_capability == 90};
-  raise_if_error("explain_plan", detect_cpu(&device));
   SpmmProblem problem{m, n, k, nnz};
-  problem.value_type = value_type == "float16" ? ValueType::kFloat16 : ValueType::kBfloat16;
+  raise_if_error("explain_plan", parse_value_type(value_type, &problem.value_type));
+  DeviceInfo device = gpu(compute_capability, num_sms, smem_per_sm_bytes, FLASH_LLM_CUDA_ARCHS);
+  raise_if_error("explain_plan", detect_cpu(&device));
   if (format == "auto") {
     problem.format = select_format(m, k, nnz, device).format;
   } else {
@@ -121,7 +104,7 @@ std::vector<std::string> cpu_isas() {
 }
 
 py::tuple explain_format(int64_t m, int64_t k, int64_t nnz, int compute_capability) {
-  const DeviceInfo device{compute_capability, 0, 0, compute_capability == 90, CpuIsa::kPortable};
+  const DeviceInfo device = gpu(compute_capability, 0, 0, FLASH_LLM_CUDA_ARCHS);
   const FormatChoice choice = select_format(m, k, nnz, device);
   return py::make_tuple(packed_format(choice.format).name, choice.reason);
 }
@@ -146,10 +129,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &current_cpu_isa);
   m.def("cpu_isas", &cpu_isas);
   py::dict formats;
-  for (const Format id : {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap}) {
-    const PackedFormat& format = packed_format(id);
+  for (const PackedFormat& format : all_formats()) {
     py::dict row;
-    row["version"] = packed_version(id);
+    row["version"] = format.version;
     row["tile_m"] = format.tile_m;
     row["tile_k"] = format.tile_k;
     row["unit_words"] = format.unit_words;

@@ -12,14 +12,17 @@
 #include <tuple>
 #include <vector>
 
-#include "core/cpu_isa.h"
-#include "core/huge_pages.h"
-#include "core/packed_format.h"
-#include "core/packed_header.h"
-#include "core/prune.h"
-#include "core/row_bitmap.h"
-#include "core/spmm.h"
-#include "core/spmm_plan.h"
+#include "base/cpu_isa.h"
+#include "base/huge_pages.h"
+#include "cpu/spmm.h"
+#include "format/packed_format.h"
+#include "format/packed_header.h"
+#include "format/prune.h"
+#include "format/row_bitmap.h"
+#include "plan/cpu.h"
+#include "plan/problem.h"
+#include "plan/spmm_plan.h"
+#include "plan/tiled_csl_sm80.h"
 
 #ifdef FLASH_LLM_WITH_CUDA
 #include <ATen/cuda/CUDAContext.h>
@@ -58,7 +61,13 @@ void parallel_for(int64_t count, int64_t grain, const ParallelBody& body) {
 }
 
 at::ScalarType scalar_type(ValueType type) {
-  return type == ValueType::kFloat16 ? at::kHalf : at::kBFloat16;
+  switch (type) {
+    case ValueType::kFloat16:
+      return at::kHalf;
+    case ValueType::kBfloat16:
+      return at::kBFloat16;
+  }
+  TORCH_CHECK(false, "flash_llm: value type ", static_cast<int64_t>(type), " has no dtype");
 }
 
 ValueType value_type_of(const char* op, const char* name, const Tensor& tensor) {
@@ -174,7 +183,7 @@ const PackedFormat& choose_format(const char* op, c10::string_view name, const D
   if (name == "auto") {
     // The count waits for the device, and only where it could make a difference.
     const int64_t nnz =
-        device.has_sm90a ? at::count_nonzero(dense.tensor).item<int64_t>() : int64_t{0};
+        format_depends_on_density(device) ? at::count_nonzero(dense.tensor).item<int64_t>() : 0;
     id = select_format(dense.m, dense.k, nnz, device).format;
   } else {
     raise_if_error(op, parse_format(std::string(name), &id));
@@ -386,28 +395,23 @@ Tensor spmm_cpu_blocks(const SpmmCall& call, CpuIsa isa) {
   return y.view(call.y_sizes);
 }
 
-Tensor spmm_cpu(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
-                const Tensor& payload, const std::optional<Tensor>& bias,
-                c10::string_view activation, c10::string_view config, int64_t ctas,
-                bool /*prefetch*/) {
+Tensor spmm_on_cpu(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
+                   const Tensor& payload, const std::optional<Tensor>& bias,
+                   c10::string_view activation, c10::string_view config, int64_t ctas,
+                   bool /*prefetch*/) {
   const SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation);
   SpmmPlan plan;
   DeviceInfo device;
   raise_if_error("spmm", detect_cpu(&device));
   raise_if_error("spmm", select_plan(call.problem(), device, std::string(config), ctas, &plan));
   if (is_degenerate(call)) return spmm_degenerate(call);
-  if (plan.route == SpmmRoute::kDense) {
+  if (plan.family == KernelFamily::kDense) {
     return spmm_dense(call, unpack_weight_cpu("spmm", call.weight));
   }
-  if (plan.route == SpmmRoute::kCpuBlocks) return spmm_cpu_blocks(call, device.cpu_isa);
+  if (plan.family == KernelFamily::kRowBitmapBlocks) return spmm_cpu_blocks(call, device.cpu_isa);
   const Tensor y = at::empty(call.y_sizes, call.x.options());
-  if (plan.route == SpmmRoute::kCpuReference) {
-    spmm_cpu_reference(spmm_args(call, y), parallel_for);
-  } else if (plan.route == SpmmRoute::kCpuRows) {
-    spmm_cpu_rows(spmm_args(call, y), device.cpu_isa, parallel_for);
-  } else {
-    spmm_cpu_tiles(spmm_args(call, y), parallel_for);
-  }
+  raise_if_error("spmm",
+                 flash_llm::spmm_cpu(plan, spmm_args(call, y), device.cpu_isa, parallel_for));
   return y;
 }
 
@@ -417,19 +421,12 @@ Tensor spmm_cpu(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
 
 cudaStream_t current_stream() { return at::cuda::getCurrentCUDAStream().stream(); }
 
+// What the plan depends on, of the current device.
 DeviceInfo current_device_info() {
   const cudaDeviceProp* properties = at::cuda::getCurrentDeviceProperties();
-  DeviceInfo device;
-  device.compute_capability = properties->major * 10 + properties->minor;
-  device.num_sms = properties->multiProcessorCount;
-  device.smem_per_sm_bytes = static_cast<int>(properties->sharedMemPerMultiprocessor);
-  device.has_sm90a = device.compute_capability == 90 &&
-                     std::string(FLASH_LLM_CUDA_ARCHS).find("9.0a") != std::string::npos;
-  return device;
-}
-
-cuda::PackKernels pack_kernels(Format format) {
-  return format == Format::kTiledCsl ? cuda::tiled_csl_kernels() : cuda::bitmap_kernels();
+  static const std::string archs = FLASH_LLM_CUDA_ARCHS;
+  return gpu(properties->major * 10 + properties->minor, properties->multiProcessorCount,
+             static_cast<int>(properties->sharedMemPerMultiprocessor), archs);
 }
 
 // A format without kernels here is packed on the host.
@@ -442,15 +439,15 @@ Packed pack_dense_on_host(const char* op, const DenseMatrix& dense, const Packed
 }
 
 Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
-  if (format.id == Format::kRowBitmap) return pack_dense_on_host(op, dense, format);
-  const cuda::PackKernels kernels = pack_kernels(format.id);
+  const cuda::PackKernels* kernels = cuda::pack_kernels(format.id);
+  if (kernels == nullptr) return pack_dense_on_host(op, dense, format);
   const int64_t tiles = format.tiles(dense.m, dense.k);
   const auto int_options = dense.tensor.options().dtype(at::kInt);
   const Tensor counts = at::empty({2, tiles}, int_options);  // units and nonzeros of each tile
   const Tensor units = counts[0], nnz = counts[1];
-  raise_if_error(op, kernels.count(raw(dense.tensor), dense.ld, dense.m, dense.k,
-                                   units.mutable_data_ptr<int32_t>(),
-                                   nnz.mutable_data_ptr<int32_t>(), current_stream()));
+  raise_if_error(op, kernels->count(raw(dense.tensor), dense.ld, dense.m, dense.k,
+                                    units.mutable_data_ptr<int32_t>(),
+                                    nnz.mutable_data_ptr<int32_t>(), current_stream()));
   const Tensor totals = at::sum(counts, 1, false, at::kLong).cpu();  // the one wait for the device
   const int64_t total_units = totals[0].item<int64_t>(), total_nnz = totals[1].item<int64_t>();
   TORCH_CHECK_VALUE(total_units <= INT32_MAX, "flash_llm::", op, ": a weight of ", dense.m, "x",
@@ -458,10 +455,10 @@ Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFor
   Tensor offsets = at::zeros({tiles + 1}, int_options);
   offsets.narrow(0, 1, tiles).copy_(at::cumsum(units, 0, at::kInt));
   Tensor payload = at::empty({total_units * format.unit_words}, int_options);
-  raise_if_error(op, kernels.pack(raw(dense.tensor), dense.ld, dense.m, dense.k,
-                                  offsets.const_data_ptr<int32_t>(),
-                                  reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()),
-                                  current_stream()));
+  raise_if_error(op, kernels->pack(raw(dense.tensor), dense.ld, dense.m, dense.k,
+                                   offsets.const_data_ptr<int32_t>(),
+                                   reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()),
+                                   current_stream()));
   if (tiles > 0) {
     raise_if_error(op, cuda::end_weight_writes(counts.mutable_data_ptr(), current_stream()));
   }
@@ -535,15 +532,15 @@ Packed prune_pack_cuda(const Tensor& dense, std::optional<double> sparsity, c10:
 
 Tensor unpack_weight_cuda(const char* op, const PackedWeight& weight) {
   const PackedHeader& h = weight.header;
-  if (h.format == Format::kRowBitmap) {
+  const cuda::PackKernels* kernels = cuda::pack_kernels(h.format);
+  if (kernels == nullptr) {
     PackedWeight host = weight;
     host.offsets = weight.offsets.cpu();
     host.payload = weight.payload.cpu();
     return unpack_weight_cpu(op, host).to(weight.payload.device());
   }
   Tensor dense = at::empty({h.m, h.k}, weight.payload.options().dtype(scalar_type(h.value_type)));
-  raise_if_error(
-      op, pack_kernels(h.format).unpack(weight.view(), mutable_raw(dense), current_stream()));
+  raise_if_error(op, kernels->unpack(weight.view(), mutable_raw(dense), current_stream()));
   return dense;
 }
 
@@ -582,10 +579,10 @@ void check_capture(const char* op, const Tensor& x) {
                     ", but a CUDA graph is being captured on cuda:", static_cast<int>(current));
 }
 
-Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
-                 const Tensor& payload, const std::optional<Tensor>& bias,
-                 c10::string_view activation, c10::string_view config, int64_t ctas,
-                 bool prefetch) {
+Tensor spmm_on_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
+                    const Tensor& payload, const std::optional<Tensor>& bias,
+                    c10::string_view activation, c10::string_view config, int64_t ctas,
+                    bool prefetch) {
   // Checked before the guard: any one argument on a GPU brings a call here.
   SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation);
   check_capture("spmm", x);
@@ -594,20 +591,18 @@ Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
   raise_if_error(
       "spmm", select_plan(call.problem(), current_device_info(), std::string(config), ctas, &plan));
   if (is_degenerate(call)) return spmm_degenerate(call);
-  if (plan.route == SpmmRoute::kDense) {
+  if (plan.family == KernelFamily::kDense) {
     return spmm_dense(call, unpack_weight_cuda("spmm", call.weight));
   }
-  const bool bitmap = plan.route == SpmmRoute::kBitmap;
-  if (plan.packed_x_bytes == 0) call.x = kernel_ready(call.x, bitmap ? 8 : kTileK);
+  if (plan.packed_x_bytes == 0) call.x = kernel_ready(call.x, plan.x_multiple);
   Tensor y = at::empty(call.y_sizes, call.x.options());
   const Tensor workspace = at::empty({plan.workspace_bytes}, y.options().dtype(at::kByte));
   SpmmArgs args = spmm_args(call, y);
   if (plan.rounds_before_activation) args.activation = Activation::kNone;
   // A weight that was copied just now is still being written when a dependent launch would read it.
   prefetch = prefetch && !call.weight.copied;
-  const auto spmm = bitmap ? cuda::spmm_bitmap : cuda::spmm_lscd;
   raise_if_error("spmm",
-                 spmm(plan, args, workspace.mutable_data_ptr(), prefetch, current_stream()));
+                 cuda::spmm(plan, args, workspace.mutable_data_ptr(), prefetch, current_stream()));
   if (plan.rounds_before_activation) activate_(y, call.activation);
   return y;
 }
@@ -628,8 +623,9 @@ Packed prune_pack_cuda(const Tensor&, std::optional<double>, c10::string_view, c
 }
 Tensor unpack_cuda(at::IntArrayRef, const Tensor&, const Tensor&) { raise_no_cuda("unpack"); }
 void validate_cuda(at::IntArrayRef, const Tensor&, const Tensor&) { raise_no_cuda("validate"); }
-Tensor spmm_cuda(const Tensor&, at::IntArrayRef, const Tensor&, const Tensor&,
-                 const std::optional<Tensor>&, c10::string_view, c10::string_view, int64_t, bool) {
+Tensor spmm_on_cuda(const Tensor&, at::IntArrayRef, const Tensor&, const Tensor&,
+                    const std::optional<Tensor>&, c10::string_view, c10::string_view, int64_t,
+                    bool) {
   raise_no_cuda("spmm");
 }
 
@@ -651,7 +647,7 @@ TORCH_LIBRARY(flash_llm, m) {
 }
 
 TORCH_LIBRARY_IMPL(flash_llm, CPU, m) {
-  m.impl("spmm", &flash_llm::spmm_cpu);
+  m.impl("spmm", &flash_llm::spmm_on_cpu);
   m.impl("pack", &flash_llm::pack_cpu);
   m.impl("prune_pack", &flash_llm::prune_pack_cpu);
   m.impl("unpack", &flash_llm::unpack_cpu);
@@ -659,7 +655,7 @@ TORCH_LIBRARY_IMPL(flash_llm, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(flash_llm, CUDA, m) {
-  m.impl("spmm", &flash_llm::spmm_cuda);
+  m.impl("spmm", &flash_llm::spmm_on_cuda);
   m.impl("pack", &flash_llm::pack_cuda);
   m.impl("prune_pack", &flash_llm::prune_pack_cuda);
   m.impl("unpack", &flash_llm::unpack_cuda);

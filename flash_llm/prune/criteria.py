@@ -2,7 +2,7 @@
 
 A mask is a boolean ``[M, K]`` tensor, True where the weight is kept. Scores are compared in float32
 and of equal scores the one that comes first in row-major order is pruned first, so every mask has
-an exact count and does not depend on the device; ``csrc/core/prune.h`` (``prune_pack``) follows the
+an exact count and does not depend on the device; ``csrc/format/prune.h`` (``prune_pack``) follows the
 same rules. Nothing here knows about modules: hooks and the layer-by-layer driver live in
 ``calibrate.py``. Methods that also change the weights that stay have a file each (``sparsegpt.py``,
 ``admm.py``) and choose by the functions at the end of this one.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 MAX_PRUNE_GROUP = 64
-"""Largest M of a scope ``"N:M"``, the limit of ``csrc/core/prune.h``."""
+"""Largest M of a scope ``"N:M"``, the limit of ``csrc/format/prune.h``."""
 
 
 def num_pruned(sparsity: float, count: int) -> int:

@@ -20,10 +20,11 @@
 #include <utility>
 #include <vector>
 
-#include "core/cpu_isa.h"
-#include "core/packed_format.h"
-#include "core/packed_header.h"
-#include "core/spmm.h"
+#include "base/cpu_isa.h"
+#include "cpu/spmm.h"
+#include "format/packed_format.h"
+#include "format/packed_header.h"
+#include "plan/problem.h"
 #include "testing.h"
 
 namespace flash_llm::testing {
@@ -265,11 +266,11 @@ class Fuzzer {
     args.x = x.data();
     args.y = y.data();
     if (args.format == Format::kTiledCsl) {
-      spmm_cpu_tiles(args, serial_for);
+      spmm_cpu_tiled_csl(args, serial_for);
     } else if (args.format == Format::kRowBitmap) {
       for (const CpuIsa isa : kCpuIsas) {
         if (!has_cpu_isa(isa)) continue;
-        spmm_cpu_rows(args, isa, serial_for);
+        spmm_cpu_row_bitmap(args, isa, serial_for);
         std::vector<uint16_t> dense(static_cast<size_t>(packed.header.m * packed.header.k));
         if (!dense.empty()) {
           row_bitmap_decode(args.weight, 0, packed.header.m, isa, serial_for, dense.data());

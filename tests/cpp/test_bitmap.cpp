@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/bitmap.h"
+#include "format/bitmap.h"
 #include "testing.h"
 
 namespace flash_llm::testing {

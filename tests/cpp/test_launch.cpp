@@ -3,13 +3,15 @@
 
 #include <string>
 
-#include "core/spmm_plan.h"
 #include "cuda/launch.h"
+#include "plan/bitmap_sm90a.h"
+#include "plan/spmm_plan.h"
+#include "plan/tiled_csl_sm80.h"
 
 namespace flash_llm {
 namespace {
 
-constexpr DeviceInfo kH200{90, 132, 228 * 1024, true};
+const DeviceInfo kH200 = gpu(90, 132, 228 * 1024, "8.0+PTX;9.0a");
 
 struct Call {
   SpmmPlan plan;
@@ -70,14 +72,15 @@ TEST_P(EveryKernel, RefusesAWorkspaceThatIsTooSmall) {
 TEST_P(EveryKernel, RefusesAPlanForMoreWorkThanThereIs) {
   Call few = call();
   few.args.weight.m = few.args.weight.k = 1;
-  expect_refused(few, "work");
+  expect_refused(few, "the call has M=1 N=");
 }
 
-TEST_P(EveryKernel, RefusesThePlanOfAnotherRoute) {
-  for (const SpmmRoute route :
-       {SpmmRoute::kDense, SpmmRoute::kCpuTiles, SpmmRoute::kCpuReference}) {
+TEST_P(EveryKernel, RefusesThePlanOfAnotherFamily) {
+  for (const KernelFamily family :
+       {KernelFamily::kDense, KernelFamily::kTiledCslCpu, KernelFamily::kReference}) {
     Call other = call();
-    other.plan.route = route;
+    other.plan.family = family;
+    other.plan.config = 0;
     expect_refused(other, other.plan.name());
   }
 }
@@ -110,7 +113,7 @@ TEST(BitmapLaunch, RefusesAnActivationThatItsKernelLeavesToTheCaller) {
 TEST(BitmapLaunch, RefusesAPlanForFewerRowsWhereEachHasItsSums) {
   Call call = call_of(Format::kBitmap, 8, "n8");
   call.args.weight.m *= 2;
-  expect_refused(call, "bytes, needed are");
+  expect_refused(call, "the call has M=8192");
 }
 
 TEST(BitmapLaunch, RefusesRingsThatHoldNoFullChunks) {

@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "core/packed_format.h"
-#include "core/packed_header.h"
+#include "format/packed_format.h"
+#include "format/packed_header.h"
 #include "testing.h"
 
 namespace flash_llm::testing {
@@ -221,7 +221,7 @@ TEST_P(Malformed, HeaderOfAnotherFile) {
 }
 
 TEST_P(Malformed, NewerVersion) {
-  const int64_t newer = packed_version(GetParam()) + 1;
+  const int64_t newer = packed_format(GetParam()).version + 1;
   good_.header.version = newer;
   expect_refused(good_, StatusCode::kUnsupported, "version " + std::to_string(newer));
 }
@@ -235,7 +235,7 @@ TEST_P(Malformed, FormatOfAnotherWeight) {
   for (const Format format : kFormats) {
     if (format == GetParam()) continue;
     good_.header.format = format;
-    good_.header.version = packed_version(format);
+    good_.header.version = packed_format(format).version;
     expect_refused(good_, StatusCode::kInvalidValue, "offsets must hold");
   }
 }

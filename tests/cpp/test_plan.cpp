@@ -2,19 +2,24 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <iterator>
 #include <set>
 #include <string>
 #include <vector>
 
-#include "core/spmm_plan.h"
+#include "plan/bitmap_sm90a.h"
+#include "plan/cpu.h"
+#include "plan/spmm_plan.h"
+#include "plan/tiled_csl_sm80.h"
 
 namespace flash_llm {
 namespace {
 
-constexpr DeviceInfo kCpu{};
+const DeviceInfo kCpu{};
 // A100: 108 SMs of 164 KB; H200: 132 SMs of 228 KB.
-constexpr DeviceInfo kA100{80, 108, 164 * 1024};
-constexpr DeviceInfo kH200{90, 132, 228 * 1024, true};
+const std::string kArchs = "8.0+PTX;9.0a";
+const DeviceInfo kA100 = gpu(80, 108, 164 * 1024, kArchs);
+const DeviceInfo kH200 = gpu(90, 132, 228 * 1024, kArchs);
 
 SpmmProblem problem(int64_t m, int64_t n, int64_t k, double sparsity = 0.8) {
   SpmmProblem out;
@@ -63,7 +68,7 @@ TEST(SelectPlan, TheNarrowestTileThatCoversN) {
   for (const DeviceInfo& device : {kA100, kH200}) {
     for (int64_t n = 1; n <= lscd_configs().back().tile_n; ++n) {
       const SpmmPlan plan = plan_of(problem(28672, n, 7168), device);
-      ASSERT_EQ(plan.route, SpmmRoute::kLscd) << "N=" << n;
+      ASSERT_EQ(plan.family, KernelFamily::kTiledCslSm80) << "N=" << n;
       const int chosen = lscd_configs()[static_cast<size_t>(plan.config)].tile_n;
       EXPECT_GE(chosen, n);
       for (const LscdConfig& config : lscd_configs()) {
@@ -71,13 +76,13 @@ TEST(SelectPlan, TheNarrowestTileThatCoversN) {
             << "N=" << n << " took " << plan.name() << " though " << config.name << " covers it";
       }
     }
-    EXPECT_EQ(plan_of(problem(28672, 0, 7168), device).route, SpmmRoute::kLscd);
+    EXPECT_EQ(plan_of(problem(28672, 0, 7168), device).family, KernelFamily::kTiledCslSm80);
   }
 }
 
 TEST(SelectPlan, PrefillGoesToTheDenseGemm) {
   const SpmmPlan plan = plan_of(problem(28672, 2048, 7168), kH200);
-  EXPECT_EQ(plan.route, SpmmRoute::kDense);
+  EXPECT_EQ(plan.family, KernelFamily::kDense);
   EXPECT_EQ(plan.name(), "dense");
   EXPECT_EQ(plan.workspace_bytes, int64_t{28672} * 7168 * 2);
   EXPECT_FALSE(plan.reason.empty());
@@ -87,7 +92,7 @@ TEST(SelectPlan, OneSwitchBetweenSparseAndDenseAsNGrows) {
   for (const DeviceInfo& device : {kCpu, kA100, kH200}) {
     bool dense_before = false;
     for (int64_t n = 0; n <= 4096; ++n) {
-      const bool dense = plan_of(problem(4096, n, 4096), device).route == SpmmRoute::kDense;
+      const bool dense = plan_of(problem(4096, n, 4096), device).family == KernelFamily::kDense;
       EXPECT_FALSE(dense_before && !dense) << "N=" << n << " went back to sparse";
       dense_before = dense;
     }
@@ -96,10 +101,10 @@ TEST(SelectPlan, OneSwitchBetweenSparseAndDenseAsNGrows) {
 }
 
 TEST(SelectPlan, TheCpuTakesItsOwnKernels) {
-  EXPECT_EQ(plan_of(problem(576, 1, 1536), kCpu).route, SpmmRoute::kCpuTiles);
-  EXPECT_EQ(plan_of(problem(576, 512, 1536), kCpu).route, SpmmRoute::kDense);
-  EXPECT_EQ(plan_of(problem(576, 1, 1536), kCpu, "cpu_reference").route, SpmmRoute::kCpuReference);
-  EXPECT_EQ(plan_of(problem(576, 512, 1536), kCpu, "cpu_tiles").route, SpmmRoute::kCpuTiles);
+  EXPECT_EQ(plan_of(problem(576, 1, 1536), kCpu).family, KernelFamily::kTiledCslCpu);
+  EXPECT_EQ(plan_of(problem(576, 512, 1536), kCpu).family, KernelFamily::kDense);
+  EXPECT_EQ(plan_of(problem(576, 1, 1536), kCpu, "cpu_reference").family, KernelFamily::kReference);
+  EXPECT_EQ(plan_of(problem(576, 512, 1536), kCpu, "cpu_tiles").family, KernelFamily::kTiledCslCpu);
 }
 
 TEST(SelectPlan, EveryNameCanBeForcedOnEveryShape) {
@@ -111,7 +116,7 @@ TEST(SelectPlan, EveryNameCanBeForcedOnEveryShape) {
         const SpmmPlan plan = plan_of(shape, device, name);
         EXPECT_EQ(plan.name(), name);
         EXPECT_EQ(plan.reason, "forced");
-        if (plan.route == SpmmRoute::kLscd) {
+        if (plan.family == KernelFamily::kTiledCslSm80) {
           EXPECT_GE(plan.ctas, 1);
         }
         EXPECT_GE(plan.workspace_bytes, 0);
@@ -164,7 +169,7 @@ TEST(SelectPlan, PrintsWhatItChose) {
 
 TEST(SelectPlan, RefusesOldGpus) {
   for (const int capability : {50, 70, 75}) {
-    const Status status = failure_of(problem(128, 8, 64), {capability, 80, 64 * 1024});
+    const Status status = failure_of(problem(128, 8, 64), gpu(capability, 80, 64 * 1024, kArchs));
     EXPECT_EQ(status.code, StatusCode::kUnsupported);
     EXPECT_NE(status.message.find("compute capability 8.0 or newer, this one has " +
                                   std::to_string(capability / 10) + "." +
@@ -223,19 +228,21 @@ SpmmProblem bitmap_problem(int64_t m, int64_t n, int64_t k, double sparsity = 0.
 TEST(SelectPlanBitmap, TheNarrowestTileThatCoversNAndOneCtaPerSm) {
   for (int64_t n = 1; n <= bitmap_configs().back().tile_n; ++n) {
     const SpmmPlan plan = plan_of(bitmap_problem(28672, n, 7168), kH200);
-    ASSERT_EQ(plan.route, SpmmRoute::kBitmap) << "N=" << n;
+    ASSERT_EQ(plan.family, KernelFamily::kBitmapSm90a) << "N=" << n;
     const int chosen = bitmap_configs()[static_cast<size_t>(plan.config)].tile_n;
     EXPECT_GE(chosen, n);
     EXPECT_TRUE(chosen == 8 || chosen < 2 * n) << "N=" << n;
     EXPECT_EQ(plan.ctas, kH200.num_sms);
   }
-  EXPECT_EQ(plan_of(bitmap_problem(28672, 4096, 7168), kH200).route, SpmmRoute::kDense);
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 4096, 7168), kH200).family, KernelFamily::kDense);
 }
 
 TEST(SelectPlanBitmap, ManyTokensTakeTheDenseRouteEarlierWhereMostPairsAreTwoFour) {
-  EXPECT_EQ(plan_of(bitmap_problem(28672, 512, 7168, 0.5), kH200).route, SpmmRoute::kBitmap);
-  EXPECT_EQ(plan_of(bitmap_problem(28672, 256, 7168, 0.9), kH200).route, SpmmRoute::kBitmap);
-  EXPECT_EQ(plan_of(bitmap_problem(28672, 257, 7168, 0.9), kH200).route, SpmmRoute::kDense);
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 512, 7168, 0.5), kH200).family,
+            KernelFamily::kBitmapSm90a);
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 256, 7168, 0.9), kH200).family,
+            KernelFamily::kBitmapSm90a);
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 257, 7168, 0.9), kH200).family, KernelFamily::kDense);
 }
 
 TEST(SelectPlanBitmap, SharedMemoryFitsBesideTheFinishingKernelAndHoldsTheFullestChunks) {
@@ -273,10 +280,9 @@ TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
 }
 
 TEST(SelectPlanBitmap, OtherDevicesTakeTheDenseRouteAndRefuseTheKernel) {
-  DeviceInfo hopper_without_code = kH200;
-  hopper_without_code.has_sm90a = false;
+  const DeviceInfo hopper_without_code = gpu(90, 132, 228 * 1024, "8.0+PTX");
   for (const DeviceInfo& device : {kA100, kCpu, hopper_without_code}) {
-    EXPECT_EQ(plan_of(bitmap_problem(4096, 1, 4096), device).route, SpmmRoute::kDense);
+    EXPECT_EQ(plan_of(bitmap_problem(4096, 1, 4096), device).family, KernelFamily::kDense);
   }
   for (const DeviceInfo& device : {kA100, hopper_without_code}) {
     const Status status = failure_of(bitmap_problem(4096, 1, 4096), device, "n8");
@@ -307,8 +313,9 @@ TEST(SelectPlanRows, KernelOrBlocksByTokensTypeAndInstructionSet) {
       SpmmPlan plan;
       EXPECT_TRUE(select_plan(p, device, "auto", 0, &plan).ok());
       EXPECT_FALSE(plan.reason.empty());
-      EXPECT_EQ(plan.name(), plan.route == SpmmRoute::kCpuRows ? "cpu_rows" : "cpu_blocks");
-      if (plan.route == SpmmRoute::kCpuRows) most = n;
+      EXPECT_EQ(plan.name(),
+                plan.family == KernelFamily::kRowBitmapCpu ? "cpu_rows" : "cpu_blocks");
+      if (plan.family == KernelFamily::kRowBitmapCpu) most = n;
     }
     return most;
   };
@@ -346,6 +353,51 @@ TEST(SelectFormat, FollowsTheDeviceAndTheDensity) {
   EXPECT_EQ(name(0.5, kA100), Format::kTiledCsl);
   EXPECT_EQ(name(0.5, kCpu), Format::kRowBitmap);
   EXPECT_EQ(name(0.99, kCpu), Format::kRowBitmap);
+}
+
+TEST(KernelFamilies, EveryFamilyHasOneRowAndNamesThatAreItsOwn) {
+  const KernelFamily ids[] = {KernelFamily::kReference,    KernelFamily::kTiledCslCpu,
+                              KernelFamily::kRowBitmapCpu, KernelFamily::kRowBitmapBlocks,
+                              KernelFamily::kTiledCslSm80, KernelFamily::kBitmapSm90a,
+                              KernelFamily::kDense};
+  EXPECT_EQ(kernel_families().size(), std::size(ids));
+  std::set<std::string> names;
+  for (const KernelFamily id : ids) {
+    EXPECT_EQ(kernel_family(id).id, id);
+    for (const KernelConfig& config : kernel_family(id).configs()) {
+      EXPECT_TRUE(names.insert(config.name).second) << config.name;
+    }
+  }
+  EXPECT_EQ(kernel_families().back().id, KernelFamily::kDense) << "the last resort";
+}
+
+TEST(GpuFeatures, FollowTheGpuAndTheListOfArchitectures) {
+  const auto has = [](int capability, const std::string& archs, GpuFeature feature) {
+    return gpu_features(capability, archs).contains(feature);
+  };
+  // PTX serves newer GPUs, machine code only those of its major version, "a" exactly one.
+  EXPECT_TRUE(has(80, "8.0", GpuFeature::kMmaSync));
+  EXPECT_TRUE(has(86, "8.0", GpuFeature::kMmaSync));
+  EXPECT_FALSE(has(80, "8.6", GpuFeature::kMmaSync));
+  EXPECT_FALSE(has(90, "8.0", GpuFeature::kMmaSync));
+  EXPECT_TRUE(has(90, "8.0+PTX", GpuFeature::kMmaSync));
+  EXPECT_TRUE(has(120, "8.0+PTX;9.0a", GpuFeature::kMmaSync));
+  EXPECT_TRUE(has(90, "9.0a", GpuFeature::kMmaSync));
+  EXPECT_FALSE(has(80, "9.0a", GpuFeature::kMmaSync));
+  EXPECT_FALSE(has(100, "9.0a", GpuFeature::kMmaSync));
+  EXPECT_TRUE(has(103, "10.0f", GpuFeature::kMmaSync));
+  EXPECT_FALSE(has(120, "10.0f", GpuFeature::kMmaSync));
+  for (const char* archs : {"8.0+PTX", "9.0", "9.0+PTX", "10.0a", ""}) {
+    EXPECT_FALSE(has(90, archs, GpuFeature::kWgmma)) << archs;
+  }
+  EXPECT_TRUE(has(90, "8.0+PTX;9.0a", GpuFeature::kWgmma));
+  EXPECT_FALSE(has(100, "8.0+PTX;9.0a", GpuFeature::kWgmma));
+}
+
+TEST(SelectPlan, AGpuThatThisBuildHasNoCodeForTakesTheDenseGemm) {
+  const DeviceInfo blackwell = gpu(100, 148, 228 * 1024, "9.0a");
+  EXPECT_EQ(plan_of(problem(4096, 1, 4096), blackwell).family, KernelFamily::kDense);
+  EXPECT_EQ(failure_of(problem(4096, 1, 4096), blackwell, "w1n8").code, StatusCode::kUnsupported);
 }
 
 }  // namespace

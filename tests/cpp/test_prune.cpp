@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "core/prune.h"
+#include "format/prune.h"
 #include "testing.h"
 
 namespace flash_llm::testing {

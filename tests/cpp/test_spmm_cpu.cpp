@@ -11,9 +11,10 @@
 #include <tuple>
 #include <vector>
 
-#include "core/cpu_isa.h"
-#include "core/element.h"
-#include "core/spmm.h"
+#include "base/cpu_isa.h"
+#include "cpu/spmm.h"
+#include "format/element.h"
+#include "plan/problem.h"
 #include "testing.h"
 
 namespace flash_llm::testing {
@@ -122,7 +123,7 @@ struct Kernel {
 
 template <CpuIsa kIsa>
 void spmm_cpu_rows_of(const SpmmArgs& args, const ParallelFor& parallel_for) {
-  spmm_cpu_rows(args, kIsa, parallel_for);
+  spmm_cpu_row_bitmap(args, kIsa, parallel_for);
 }
 
 const Kernel kReference{"reference", Format::kTiledCsl, spmm_cpu_reference};
@@ -131,7 +132,7 @@ const Kernel kRowsReference{"reference, row bitmap", Format::kRowBitmap, spmm_cp
 
 // Those that sum in fp32, one for each instruction set that this CPU has.
 std::vector<Kernel> fast_kernels() {
-  std::vector<Kernel> kernels{{"tiles", Format::kTiledCsl, spmm_cpu_tiles}};
+  std::vector<Kernel> kernels{{"tiles", Format::kTiledCsl, spmm_cpu_tiled_csl}};
   const auto add = [&](CpuIsa isa, auto* multiply) {
     if (has_cpu_isa(isa)) kernels.push_back({cpu_isa_name(isa), Format::kRowBitmap, multiply});
   };

@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "core/packed_header.h"
-#include "core/tiled_csl.h"
+#include "format/packed_header.h"
+#include "format/tiled_csl.h"
 #include "testing.h"
 
 namespace flash_llm::testing {

@@ -11,10 +11,10 @@
 #include <thread>
 #include <vector>
 
-#include "core/packed_format.h"
-#include "core/packed_header.h"
-#include "core/parallel.h"
-#include "core/status.h"
+#include "base/parallel.h"
+#include "base/status.h"
+#include "format/packed_format.h"
+#include "format/packed_header.h"
 
 namespace flash_llm::testing {
 

@@ -1,0 +1,132 @@
+#include "base/cpu_isa.h"
+
+#include <cstdlib>
+#include <string>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace flash_llm {
+namespace {
+
+#if defined(__x86_64__)
+// f16c and leaf 7 are not among the names that every compiler's __builtin_cpu_supports knows.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+
+// A bit of CPUID's leaf 7 that is there, and of which the operating system saves the registers.
+bool has_leaf_7(unsigned edx_bit, unsigned states) {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kOsxsave = 1U << 27;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0 || (ecx & kOsxsave) == 0) return false;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & edx_bit) == 0) return false;
+  // Volatile, for it must not come before what was asked above.
+  __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  return (eax & states) == states;
+}
+#else
+bool has_leaf_7(unsigned, unsigned) { return false; }
+#endif
+
+bool detect(CpuIsa isa) {
+#if defined(__x86_64__)
+  // These ask the operating system, too, whether it saves the registers.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2");
+  switch (isa) {
+    case CpuIsa::kPortable:
+      return true;
+    case CpuIsa::kAvx2:
+      return avx2;
+    case CpuIsa::kAvx512:
+      return avx512;
+    case CpuIsa::kAvx512Bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
+  }
+#endif
+  return isa == CpuIsa::kPortable;
+}
+
+// Intel's CPUs have BF16, but multiply 32 elements with it in 2.1 cycles and as fp32 in 1: on a
+// Xeon (Emerald Rapids), 4096x4096 at 90 % zeros and 8 tokens took 2.0 ms with it and 1.3 ms
+// without (2026-11-26). AMD's (Zen 4) take one cycle and two.
+bool has_fast_bf16() {
+#if defined(__x86_64__)
+  return !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+CpuIsa fastest() {
+  CpuIsa best = CpuIsa::kPortable;
+  for (const CpuIsa isa : kCpuIsas) {
+    if (isa == CpuIsa::kAvx512Bf16 && !has_fast_bf16()) continue;
+    if (detect(isa)) best = isa;
+  }
+  return best;
+}
+
+}  // namespace
+
+const char* cpu_isa_name(CpuIsa isa) {
+  switch (isa) {
+    case CpuIsa::kPortable:
+      return "portable";
+    case CpuIsa::kAvx2:
+      return "avx2";
+    case CpuIsa::kAvx512:
+      return "avx512";
+    case CpuIsa::kAvx512Bf16:
+      return "avx512_bf16";
+  }
+  return "unknown";
+}
+
+bool has_cpu_isa(CpuIsa isa) { return detect(isa); }
+
+bool has_fast_dense_bf16() {
+  constexpr unsigned kAmxBf16 = 1U << 22, kTiles = 3U << 17;
+  static const bool has = has_leaf_7(kAmxBf16, kTiles);
+  return has;
+}
+
+bool has_fast_dense_fp16() {
+  constexpr unsigned kAvx512Fp16 = 1U << 23, kZmm = 7U << 5;
+  static const bool has = has_leaf_7(kAvx512Fp16, kZmm);
+  return has;
+}
+
+Status select_cpu_isa(CpuIsa* out) {
+  static const CpuIsa best = fastest();
+  // Read at each call, so that a test can change it; it takes a few nanoseconds.
+  const char* forced = std::getenv("FLASH_LLM_CPU_ISA");
+  if (forced == nullptr || *forced == '\0') {
+    *out = best;
+    return Status::success();
+  }
+  std::string known;
+  for (const CpuIsa isa : kCpuIsas) {
+    const std::string name = cpu_isa_name(isa);
+    if (name == forced) {
+      if (!detect(isa)) {
+        return Status::unsupported("FLASH_LLM_CPU_ISA=" + name +
+                                   " forces an instruction set that this CPU lacks; the best that "
+                                   "it has is \"" +
+                                   cpu_isa_name(best) + "\"");
+      }
+      *out = isa;
+      return Status::success();
+    }
+    known += (known.empty() ? "\"" : ", \"") + name + "\"";
+  }
+  return Status::invalid_value("FLASH_LLM_CPU_ISA must be one of " + known + ", got \"" + forced +
+                               "\"");
+}
+
+}  // namespace flash_llm

@@ -1,0 +1,98 @@
+// The row bitmap's kernels in C++, for CPUs that have no others; and the choice between them.
+#include <algorithm>
+#include <cstddef>
+
+#include "cpu/row_bitmap_kernels.h"
+#include "format/element.h"
+
+namespace flash_llm {
+namespace {
+
+constexpr int kMaxTokens = 4;
+
+// One sum for each column of a group: a loop over them is one over vectors, of any width.
+using Lanes = float[kGroupCols];
+
+template <ValueType kType>
+void widen_group(const uint16_t* group, float* widened) {
+  for (int64_t i = 0; i < kGroupCols; ++i) widened[i] = to_float<kType>(group[i]);
+}
+
+// The elements of the next group of a row. Zeros count, too: infinity times zero is NaN.
+template <ValueType kType>
+void decode_group(uint32_t mask, const uint16_t*& values, const uint16_t* end, Lanes& elements) {
+  std::fill_n(elements, kGroupCols, 0.0F);
+  for (; mask != 0 && values != end; mask &= mask - 1) {
+    elements[__builtin_ctz(mask)] = to_float<kType>(*values++);
+  }
+}
+
+template <ValueType kType>
+void multiply_block(const RowBitmapTokens& block_tokens, int64_t groups, RowBlock block,
+                    float* out) {
+  const auto tokens = static_cast<size_t>(block_tokens.count);
+  Lanes sums[kBlockRows][kMaxTokens] = {};
+  const auto* x = static_cast<const float*>(block_tokens.x);
+  for (int64_t group = 0; group < groups; ++group) {
+    for (auto& row : sums) {
+      Lanes w;
+      decode_group<kType>(*block.masks++, block.values, block.end, w);
+      for (size_t token = 0; token < tokens; ++token) {
+        for (size_t i = 0; i < kGroupCols; ++i) row[token][i] += w[i] * x[token * kGroupCols + i];
+      }
+    }
+    x += tokens * kGroupCols;
+  }
+  for (size_t token = 0; token < tokens; ++token) {
+    for (auto& row : sums) {
+      float sum = 0.0F;
+      for (const float lane : row[token]) sum += lane;
+      *out++ = sum;
+    }
+  }
+}
+
+template <ValueType kType>
+void multiply(const RowBitmapProduct& product) {
+  float* out = product.sums;
+  for (int64_t j = 0; j < product.token_blocks; ++j) {
+    const RowBitmapTokens& tokens = product.tokens[j];
+    for (int64_t i = product.first; i < product.last; ++i, out += tokens.count * kBlockRows) {
+      const RowBlock block = row_block(product.weight, i);
+      if (block.masks == nullptr) {
+        sum_nothing(tokens, out);
+      } else {
+        multiply_block<kType>(tokens, num_groups(product.weight.k), block, out);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+RowBitmapKernel row_bitmap_portable(ValueType type) {
+  return {
+      type == ValueType::kFloat16 ? widen_group<ValueType::kFloat16>
+                                  : widen_group<ValueType::kBfloat16>,
+      kMaxTokens,
+      false,
+      type == ValueType::kFloat16 ? multiply<ValueType::kFloat16> : multiply<ValueType::kBfloat16>,
+      row_bitmap_decode_block,
+      row_bitmap_pack_block};
+}
+
+RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type) {
+  switch (isa) {
+    case CpuIsa::kPortable:
+      break;
+    case CpuIsa::kAvx2:
+      return row_bitmap_avx2(type);
+    case CpuIsa::kAvx512:
+      return row_bitmap_avx512(type, false);
+    case CpuIsa::kAvx512Bf16:
+      return row_bitmap_avx512(type, true);
+  }
+  return row_bitmap_portable(type);
+}
+
+}  // namespace flash_llm

@@ -1,0 +1,34 @@
+// The CPU's kernels. x_stride >= k everywhere. Results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "base/cpu_isa.h"
+#include "base/parallel.h"
+#include "base/status.h"
+#include "plan/problem.h"
+#include "plan/spmm_plan.h"
+
+namespace flash_llm {
+
+// Runs the plan's family; kDense and kRowBitmapBlocks, which need a dense GEMM, are the caller's.
+Status spmm_cpu(const SpmmPlan& plan, const SpmmArgs& args, CpuIsa isa,
+                const ParallelFor& parallel_for);
+
+// Oracle for any format: unpacks a tile row at a time, accumulates in fp64, rounds once.
+void spmm_cpu_reference(const SpmmArgs& args, const ParallelFor& parallel_for);
+
+// Tiled-CSL only. Vectorised and multi-threaded over tile rows, fp32 accumulation; N is walked in
+// blocks of up to 8, decoding the weight once per block.
+void spmm_cpu_tiled_csl(const SpmmArgs& args, const ParallelFor& parallel_for);
+
+// Row bitmap only. As above, with the kernels of `isa`, which this CPU must have: over row blocks,
+// in blocks of as many tokens as a kernel's registers hold.
+void spmm_cpu_row_bitmap(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for);
+
+// Row bitmap only. Decodes rows first_row ... last_row (multiples of 4, the last may be m) with the
+// kernels of `isa` into dense[rows, k], contiguous.
+void row_bitmap_decode(const PackedView& weight, int64_t first_row, int64_t last_row, CpuIsa isa,
+                       const ParallelFor& parallel_for, uint16_t* dense);
+
+}  // namespace flash_llm

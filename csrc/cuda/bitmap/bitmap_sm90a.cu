@@ -1,0 +1,272 @@
+// The bitmap kernel, for Hopper: weights stream in as bulk copies, are decoded in registers, and go
+// to the tensor cores from there.
+//
+//   X        [n, x_stride] fp16/bf16, see launch.h
+//   offsets  int32[chunks + 1], payload: Bitmap, see format/bitmap.h
+//   Y        [n, m]; fp32 partial sums in a workspace
+//
+// One persistent CTA per SM: warps that multiply (consumer.cuh), in whole warpgroups, and
+// one that feeds them (producer.cuh) through shared memory (smem.cuh):
+//
+//   feeding warp  --- weights: a ring of bytes, a column of chunks at a time --->  16 warps, each a
+//                 --- X: a ring of stages [tile_n, 64], shared by all -------->   chunk of its own
+//
+// A CTA's stretch of the work (stream_k.cuh) is a line of columns of chunks: 512 rows x 128 (2:4:
+// 256) columns of W up to 64 tokens, half or a quarter of that where two warps share a chunk.
+//
+// Sums of rows that CTAs share go through a workspace to a second kernel (finish.cuh).
+//
+// Dependent launches overlap the start of one call with the end of the one before: a CTA of the
+// second takes the place of one that ends, and may fetch weights until the last of the first has.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "cuda/bitmap/consumer.cuh"
+#include "cuda/bitmap/finish.cuh"
+#include "cuda/bitmap/producer.cuh"
+#include "cuda/bitmap/smem.cuh"
+#include "cuda/epilogue.cuh"
+#include "cuda/launch.h"
+#include "cuda/ptx/sm80.cuh"
+#include "cuda/ptx/sm90.cuh"
+#include "cuda/schedule/dependent_launch.cuh"
+#include "cuda/schedule/stream_k.cuh"
+#include "format/bitmap.h"
+#include "plan/bitmap_sm90a.h"
+
+namespace flash_llm {
+namespace {
+
+#ifdef FLASH_LLM_SM90A
+
+// All threads of the cluster meet.
+template <typename C>
+__device__ __forceinline__ void sync() {
+  if constexpr (C::kCluster == 1) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+    ptx::cluster_sync();
+  }
+}
+
+template <typename C>
+__device__ __forceinline__ void init_smem(const BitmapSmem<C>& smem, int warp) {
+  for (uint32_t i = threadIdx.x; i < kTwoFourFixedBytes / 16; i += C::kThreads) {
+    ptx::store_shared_zero16(smem.empty_chunk() + i * 16);
+  }
+  // Each takes a while: one lane of every warp does some.
+  if (threadIdx.x % 32 == 0) {
+    for (int i = warp; i < static_cast<int>(BitmapSmem<C>::kBarrierCount); i += C::kAllWarps) {
+      ptx::mbarrier_init(smem.barrier(i), BitmapSmem<C>::arrivals(i));
+    }
+    ptx::mbarrier_init_fence();
+  }
+  sync<C>();
+}
+
+// All of a CTA's stretch.
+template <typename C>
+__device__ __forceinline__ void multiply(const BitmapParams& p, const BitmapSmem<C>& smem, int warp,
+                                         int lane) {
+  BitmapMultiplier<C> multiplier(smem, warp, lane);
+  for (;;) {
+    const uint32_t flags = multiplier.multiply_row();
+    store_sums<C>(p, flags, multiplier.columns(), multiplier.sums);
+    if ((flags & kColumnIsLast) != 0) return;
+    multiplier.begin_sums();
+  }
+}
+
+#endif  // FLASH_LLM_SM90A
+
+template <typename C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    bitmap_kernel(const __grid_constant__ BitmapParams p, const __grid_constant__ CUtensorMap map) {
+#ifdef FLASH_LLM_SM90A
+  extern __shared__ uint8_t smem_bytes[];
+  const uint32_t base = (ptx::smem_address(smem_bytes) + 1023) / 1024 * 1024;
+  const BitmapSmem<C> smem = {ptx::opaque(base),
+                              C::kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank())};
+  const int warp = __shfl_sync(~0U, static_cast<int>(threadIdx.x) / 32, 0);
+  const int lane = threadIdx.x % 32;
+  allow_next_kernel();
+  int ring = warp - C::kWarps;  // of a warp that feeds chunks
+  ChunkFeeder<C> feeder(p, smem, ring, lane);
+  if (ring >= 0 && ring < C::kRings) feeder.begin();
+  init_smem(smem, warp);
+  ring = static_cast<int>(ptx::opaque(ring));  // else each role gets a barrier of its own
+  if (ring >= 0) {
+    ptx::give_registers<C::kFeedRegisters>();
+    if (ring < C::kRings) {
+      feeder.run();
+    } else if (ring == C::kRings && lane == 0) {
+      feed_x(p, map, smem);
+    }
+  } else {
+    ptx::take_registers<C::kMultiplyRegisters>();
+    multiply<C>(p, smem, warp, lane);
+  }
+  // Others of the cluster may still write to this CTA's barriers.
+  if constexpr (C::kCluster > 1) sync<C>();
+#endif
+}
+
+// cuTensorMapEncodeTiled, found at run time: a direct call would make the library need a driver.
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
+                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+Status find_encode_tiled(EncodeTiled* out) {
+  void* symbol = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const Status found =
+      cuda::check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000,
+                                                   cudaEnableDefault, &result),
+                  "cudaGetDriverEntryPointByVersion(cuTensorMapEncodeTiled)");
+  if (!found.ok()) return found;
+  if (result != cudaDriverEntryPointSuccess) {
+    return Status::unsupported("the NVIDIA driver has no cuTensorMapEncodeTiled: CUDA 12 needed");
+  }
+  *out = reinterpret_cast<EncodeTiled>(symbol);
+  return Status::success();
+}
+
+// X as boxes of 64 columns and so many tokens, zero outside the matrix.
+Status map_x(const SpmmArgs& args, int tokens, CUtensorMap* map) {
+  EncodeTiled encode = nullptr;
+  const Status found = find_encode_tiled(&encode);
+  if (!found.ok()) return found;
+  const int64_t k = args.weight.k;
+  // A single token needs no stride, but the map does.
+  const int64_t stride = args.n > 1 ? args.x_stride : (k + 7) / 8 * 8;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(args.n)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t box[2] = {kXBoxK, static_cast<cuuint32_t>(tokens)};
+  const cuuint32_t element_strides[2] = {1, 1};
+  const CUtensorMapDataType type = args.value_type == ValueType::kFloat16
+                                       ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                       : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUresult result =
+      encode(map, type, 2, const_cast<uint16_t*>(args.x), sizes, strides, box, element_strides,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return Status::success();
+  return Status::runtime("cuTensorMapEncodeTiled failed with error " + std::to_string(result) +
+                         " for x of " + std::to_string(args.n) + "x" + std::to_string(k));
+}
+
+template <typename C, int kParts>
+Status launch_finish(const BitmapParams& params, dim3 grid, cudaStream_t stream) {
+  grid.y *= kParts;
+  return launch_kernel("bitmap_finish_kernel launch",
+                       bitmap_finish_kernel<C::kType, C::kFinishesAll, kParts>, grid,
+                       kFinishWarps * 32, 0, true, stream, params, C::kCluster * C::kStripsOfCta);
+}
+
+template <typename C>
+Status launch_finish(const BitmapParams& params, cudaStream_t stream) {
+  constexpr unsigned kStripsOfBlock = C::kCluster * C::kStripsOfCta;
+  static_assert(kStripsOfBlock % kFinishWarps == 0,
+                "a warp of the finishing kernel takes one strip");
+  const int clusters = params.schedule.ctas;
+  const int rows =
+      C::kFinishesAll ? params.schedule_rows : std::min(params.schedule_rows, clusters - 1);
+  const dim3 grid(static_cast<unsigned>(rows), kStripsOfBlock / kFinishWarps, C::kBlocksN);
+  if constexpr (C::kTileN <= 32) {
+    // Measured on an H100: while all CTAs fit beside the main kernel's, one more part pays only if
+    // they still do; if they do not, four parts pay (4096x4096, N = 8: 13.4, 11.9 and 13.3 us with
+    // one, two and four; N = 32: 18.1, 17.1 and 16.5; 7168x7168, N = 8: 16.1, 18.8 and 17.7).
+    static_assert(C::kCluster == 1, "as many CTAs as clusters, one on each SM");
+    const int finish_ctas = static_cast<int>(grid.x * grid.y * grid.z);
+    if (clusters > 2 * kFinishInFlight * rows) {
+      if (finish_ctas * 2 <= clusters) return launch_finish<C, 2>(params, grid, stream);
+      if (finish_ctas > clusters) return launch_finish<C, 4>(params, grid, stream);
+    }
+  }
+  return launch_finish<C, 1>(params, grid, stream);
+}
+
+template <typename C>
+Status launch(const BitmapParams& params, const SpmmArgs& args, int smem_bytes, bool prefetch,
+              cudaStream_t stream) {
+  CUtensorMap map;
+  const Status mapped = map_x(args, C::kTileN / C::kCluster, &map);
+  if (!mapped.ok()) return mapped;
+  // Idempotent and legal during graph capture; it applies to the current device.
+  const Status sized =
+      cuda::check(cudaFuncSetAttribute(bitmap_kernel<C>,
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
+                  "cudaFuncSetAttribute(bitmap_kernel)");
+  if (!sized.ok()) return sized;
+  const Status multiplied =
+      launch_clusters("bitmap_kernel launch", bitmap_kernel<C>, C::kCluster,
+                      static_cast<unsigned>(params.schedule.ctas) * C::kCluster, C::kThreads,
+                      smem_bytes, prefetch, stream, params, map);
+  if (!multiplied.ok()) return multiplied;
+  if (!C::kFinishesAll && !params.schedule.cuts_rows()) return multiplied;
+  return launch_finish<C>(params, stream);
+}
+
+template <ValueType kType>
+Status launch_config(int config, const BitmapParams& params, const SpmmArgs& args, int smem_bytes,
+                     bool prefetch, cudaStream_t stream) {
+  int idx = 0;
+#define FLASH_LLM_ROW(name, tile_n, warps, strips, cluster, x_stages)       \
+  if (config == idx++) {                                                    \
+    return launch<Bitmap<kType, tile_n, warps, strips, cluster, x_stages>>( \
+        params, args, smem_bytes, prefetch, stream);                        \
+  }
+  FLASH_LLM_BITMAP_CONFIGS(FLASH_LLM_ROW)
+#undef FLASH_LLM_ROW
+  return Status::invalid_value("no bitmap configuration has index " + std::to_string(config));
+}
+
+}  // namespace
+
+Status cuda::spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
+                         cudaStream_t stream) {
+  const PackedView& weight = args.weight;
+  if (plan.config < 0 || plan.config >= static_cast<int>(bitmap_configs().size())) {
+    return Status::invalid_value("no bitmap configuration has index " +
+                                 std::to_string(plan.config));
+  }
+  const BitmapConfig& config = bitmap_configs()[static_cast<size_t>(plan.config)];
+  if (Status fits = check_plan(plan, KernelFamily::kBitmapSm90a, args); !fits.ok()) return fits;
+  if (plan.ctas != plan.work.workers * config.cluster ||
+      plan.ring_bytes < bitmap_min_ring_bytes(config)) {
+    return Status::invalid_value("plan " + plan.to_string() + " does not fit its configuration");
+  }
+  const int64_t sums_bytes = bitmap_sums_bytes(config, plan.work);
+  if (Status fits = cuda::check_launch(plan, sums_bytes); !fits.ok()) return fits;
+  BitmapParams params;
+  params.payload = weight.payload;
+  params.offsets = weight.offsets;
+  params.payload_units = static_cast<int>(weight.payload_words / kChunkUnitWords);
+  params.chunk_rows = static_cast<int>(num_chunk_rows(weight.m));
+  params.chunk_cols = static_cast<int>(num_chunk_cols(weight.k));
+  params.row_blocks = static_cast<int>((weight.m + config.block_m() - 1) / config.block_m());
+  params.schedule_rows = static_cast<int>(plan.work.rows);
+  params.ring_units = plan.ring_bytes / config.rings() / kChunkUnitBytes;
+  params.unit_cols = plan.unit_cols;
+  params.schedule = StreamK(plan.work);
+  params.partial = static_cast<float4*>(workspace);
+  params.epilogue = {args.bias, args.y, weight.m, args.n, args.activation};
+  const int smem_bytes = bitmap_smem_bytes(config, plan.ring_bytes);
+  switch (args.value_type) {
+    case ValueType::kFloat16:
+      return launch_config<ValueType::kFloat16>(plan.config, params, args, smem_bytes, prefetch,
+                                                stream);
+    case ValueType::kBfloat16:
+      return launch_config<ValueType::kBfloat16>(plan.config, params, args, smem_bytes, prefetch,
+                                                 stream);
+  }
+  return Status::invalid_type("the bitmap kernel has no code for this value type");
+}
+
+}  // namespace flash_llm

@@ -1,0 +1,62 @@
+#include "cuda/launch.h"
+
+#include <string>
+
+namespace flash_llm::cuda {
+
+Status check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return Status::success();
+  return Status::runtime(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+Status check_launch(const SpmmPlan& plan, int64_t workspace_bytes) {
+  const int64_t units = plan.work.units();
+  if (units < 1 || units > INT32_MAX || plan.work.workers < 1 || plan.work.workers > units) {
+    return Status::invalid_value("plan " + plan.to_string() + " divides " + std::to_string(units) +
+                                 " units of work between " + std::to_string(plan.work.workers) +
+                                 " workers");
+  }
+  if (plan.workspace_bytes < workspace_bytes) {
+    return Status::invalid_value("plan " + plan.to_string() + " has a workspace of " +
+                                 std::to_string(plan.workspace_bytes) + " bytes, needed are " +
+                                 std::to_string(workspace_bytes));
+  }
+  return Status::success();
+}
+
+Status end_weight_writes(void* scratch, cudaStream_t stream) {
+  // Dependent launches overlap with kernels only; nothing overlaps with a memset.
+  return check(cudaMemsetAsync(scratch, 0, 4, stream), "cudaMemsetAsync after packing");
+}
+
+Status spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
+            cudaStream_t stream) {
+  switch (plan.family) {
+    case KernelFamily::kTiledCslSm80:
+      return spmm_lscd(plan, args, workspace, prefetch, stream);
+    case KernelFamily::kBitmapSm90a:
+      return spmm_bitmap(plan, args, workspace, prefetch, stream);
+    case KernelFamily::kReference:
+    case KernelFamily::kTiledCslCpu:
+    case KernelFamily::kRowBitmapCpu:
+    case KernelFamily::kRowBitmapBlocks:
+    case KernelFamily::kDense:
+      break;
+  }
+  return Status::invalid_value("plan " + plan.to_string() + " is not for a kernel of the GPU");
+}
+
+const PackKernels* pack_kernels(Format format) {
+  static const PackKernels tiled_csl = tiled_csl_kernels(), bitmap = bitmap_kernels();
+  switch (format) {
+    case Format::kTiledCsl:
+      return &tiled_csl;
+    case Format::kBitmap:
+      return &bitmap;
+    case Format::kRowBitmap:
+      return nullptr;
+  }
+  return nullptr;  // never: the switch is exhaustive
+}
+
+}  // namespace flash_llm::cuda

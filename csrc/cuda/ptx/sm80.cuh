@@ -1,0 +1,164 @@
+// One PTX instruction (with its predicate or operand set-up) per function; all need sm_80 or newer.
+#pragma once
+
+#include <cstdint>
+
+#include "format/packed_header.h"
+
+namespace flash_llm::ptx {
+
+__device__ __forceinline__ uint32_t smem_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// The same value, of which the compiler no longer knows how to compute it: it keeps the register
+// instead of repeating the computation in a loop.
+__device__ __forceinline__ uint32_t opaque(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+__device__ __forceinline__ const uint4* opaque(const uint4* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
+// threadIdx.x, read again instead of kept in a register.
+__device__ __forceinline__ uint32_t read_thread_idx() {
+  uint32_t idx;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(idx));
+  return idx;
+}
+
+// ld.global with no L1 allocation: packed weights are read once.
+__device__ __forceinline__ uint4 load_streaming(const uint4* gmem) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(gmem));
+  return v;
+}
+
+// The same where `active`; else `v` keeps its value.
+__device__ __forceinline__ void load_streaming_if(bool active, const uint4* gmem, uint4& v) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.s32 p, %4, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%5];\n"
+      "}\n"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "r"(static_cast<int>(active)), "l"(gmem));
+}
+
+// cp.async.bulk.prefetch.L2, 16-byte aligned, a multiple of 16 bytes: a hint that costs the SM one
+// instruction. Nothing before sm_90.
+__device__ __forceinline__ void prefetch_l2(const void* gmem, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(gmem), "r"(bytes) : "memory");
+#endif
+}
+
+// st.shared.b16 of the low half of `value`, where `active`.
+__device__ __forceinline__ void store_shared_u16_if(bool active, uint32_t smem, uint32_t value) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      ".reg .b16 low, high;\n"
+      "setp.ne.s32 p, %0, 0;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "@p st.shared.b16 [%1], low;\n"
+      "}\n" ::"r"(static_cast<int>(active)),
+      "r"(smem), "r"(value)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_shared_zero16(uint32_t smem) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(smem), "r"(0) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_v2(uint32_t smem, uint32_t first, uint32_t second) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(smem), "r"(first), "r"(second) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_shared_u32(uint32_t smem) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(smem) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint2 load_shared_v2(uint32_t smem) {
+  uint2 value;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(value.x), "=r"(value.y)
+               : "r"(smem)
+               : "memory");
+  return value;
+}
+
+// cp.async: four bytes from global to shared memory, or zeros where `valid` is false.
+__device__ __forceinline__ void copy_async4(uint32_t smem, const void* gmem, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem), "l"(gmem),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most kPending of this thread's committed groups are unfinished.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ldmatrix.x4: four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of
+// matrix l / 8.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&reg)[4], uint32_t smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(reg[0]), "=r"(reg[1]), "=r"(reg[2]), "=r"(reg[3])
+               : "r"(smem)
+               : "memory");
+}
+
+// ldmatrix.x2.trans: two 8x8 matrices, transposed; lanes 0..15 give the addresses of their rows.
+__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&reg)[2], uint32_t smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(reg[0]), "=r"(reg[1])
+               : "r"(smem)
+               : "memory");
+}
+
+// ldmatrix.x4.trans: the same for four matrices and all lanes.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&reg)[4], uint32_t smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(reg[0]), "=r"(reg[1]), "=r"(reg[2]), "=r"(reg[3])
+               : "r"(smem)
+               : "memory");
+}
+
+// mma.m16n8k16: acc[16, 8] += a[16, 16] . b[16, 8], fp32 accumulation; `acc` are four registers.
+template <ValueType kType>
+__device__ __forceinline__ void mma_m16n8k16(float* acc, const uint32_t* a, uint32_t b0,
+                                             uint32_t b1) {
+  if constexpr (kType == ValueType::kFloat16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// bar.sync: waits for `threads` threads (a multiple of 32) at barrier `id` (1..15; 0 is the CTA's).
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+}  // namespace flash_llm::ptx

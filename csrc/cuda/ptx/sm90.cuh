@@ -1,0 +1,246 @@
+// One Hopper PTX instruction (with its operand set-up) per function: mbarriers, bulk copies, tensor
+// maps, wgmma. They exist in code for sm_90a only; csrc/plan/kernel_family.cpp keeps other devices
+// away.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "format/packed_header.h"
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FLASH_LLM_SM90A 1
+#endif
+
+#ifdef FLASH_LLM_SM90A
+
+namespace flash_llm::ptx {
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the asynchronous copies.
+__device__ __forceinline__ void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "wait:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra wait;\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Global to shared memory, 16-byte aligned, a multiple of 16 bytes. The data is read once: L2 may
+// evict it first. (The policy is what createpolicy.fractional.L2::evict_first gives for 1.0;
+// making it anew costs five instructions per copy.)
+__device__ __forceinline__ void bulk_copy_streaming(uint32_t smem, const void* gmem, uint32_t bytes,
+                                                    uint32_t barrier) {
+  constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(smem),
+      "l"(gmem), "r"(bytes), "r"(barrier), "l"(kEvictFirst)
+      : "memory");
+}
+
+// Brings a tensor map, which is a kernel parameter, closer.
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// One box of a two-dimensional tensor map, at element (x, y).
+__device__ __forceinline__ void tensor_copy_2d(uint32_t smem, const CUtensorMap* map, int x, int y,
+                                               uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(smem),
+      "l"(map), "r"(x), "r"(y), "r"(barrier)
+      : "memory");
+}
+
+// The same for all CTAs of the cluster in `cta_mask`: to the same address, and counted by the
+// barrier at the same address, in each of them.
+__device__ __forceinline__ void tensor_copy_2d_multicast(uint32_t smem, const CUtensorMap* map,
+                                                         int x, int y, uint32_t barrier,
+                                                         uint16_t cta_mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(smem),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(cta_mask)
+      : "memory");
+}
+
+// mbarrier.arrive on the barrier at this address in CTA `rank` of the cluster. It says that memory
+// has been read, so it need not (at a great price) make writes visible to the cluster.
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of the cluster meet; what they did to each other's memory is done.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+// stmatrix.x4.trans: stores four 8x8 matrices of 16-bit elements transposed; lane l gives the
+// address of row l % 8 of matrix l / 8 as it will lie in memory.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t smem, const uint32_t (&reg)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
+               "r"(reg[0]), "r"(reg[1]), "r"(reg[2]), "r"(reg[3])
+               : "memory");
+}
+
+// setmaxnreg: all warps of a warpgroup must call it. `kRegisters` per thread is fewer than
+// before...
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ... or more: waits until they have been given.
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most kPending of the committed groups are unfinished.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Descriptor of a K-major B operand in shared memory with 128-byte swizzle: rows of 128 bytes (64
+// elements of K), 8 rows per 1024-byte group; it begins at smem + offset, a multiple of 1024 plus
+// 32 bytes per k16.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem, uint32_t offset) {
+  constexpr uint32_t kSwizzle128 = 1U << 30, kGroupStride = 1024 / 16, kUnusedStride = 1U << 16;
+  // Shared memory ends far below the 256 KB that an address here can name, so none of it carries
+  // into the next field, and only the sum depends on the offset.
+  const uint32_t low = (kUnusedStride | smem >> 4) + (offset >> 4);
+  return uint64_t{kSwizzle128 | kGroupStride} << 32 | low;
+}
+
+// The operands of wgmma as PTX text: registers %t0 .. of ten, and the sums d[i] .. as outputs.
+// clang-format off
+#define FLASH_LLM_R2(t) "%" #t "0, %" #t "1"
+#define FLASH_LLM_R4(t) FLASH_LLM_R2(t) ", %" #t "2, %" #t "3"
+#define FLASH_LLM_R6(t) FLASH_LLM_R4(t) ", %" #t "4, %" #t "5"
+#define FLASH_LLM_R8(t) FLASH_LLM_R6(t) ", %" #t "6, %" #t "7"
+#define FLASH_LLM_R10(t) FLASH_LLM_R8(t) ", %" #t "8, %" #t "9, "
+#define FLASH_LLM_R30 FLASH_LLM_R10() FLASH_LLM_R10(1) FLASH_LLM_R10(2)
+#define FLASH_LLM_R60 FLASH_LLM_R30 FLASH_LLM_R10(3) FLASH_LLM_R10(4) FLASH_LLM_R10(5)
+#define FLASH_LLM_R120 \
+  FLASH_LLM_R60 FLASH_LLM_R10(6) FLASH_LLM_R10(7) FLASH_LLM_R10(8) FLASH_LLM_R10(9) \
+  FLASH_LLM_R10(10) FLASH_LLM_R10(11)
+#define FLASH_LLM_D4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
+#define FLASH_LLM_D8(i) FLASH_LLM_D4(i), FLASH_LLM_D4((i) + 4)
+#define FLASH_LLM_D16(i) FLASH_LLM_D8(i), FLASH_LLM_D8((i) + 8)
+#define FLASH_LLM_D32(i) FLASH_LLM_D16(i), FLASH_LLM_D16((i) + 16)
+#define FLASH_LLM_D64(i) FLASH_LLM_D32(i), FLASH_LLM_D32((i) + 32)
+#define FLASH_LLM_D128(i) FLASH_LLM_D64(i), FLASH_LLM_D64((i) + 64)
+// kN, then d, a, b and the two operands after them as text, then the outputs.
+#define FLASH_LLM_WGMMA_SHAPES(row) \
+  row(8, FLASH_LLM_R4(), "%4, %5, %6, %7", "%8", "%9", "%10", FLASH_LLM_D4(0)) \
+  row(16, FLASH_LLM_R8(), "%8, %9, %10, %11", "%12", "%13", "%14", FLASH_LLM_D8(0)) \
+  row(32, FLASH_LLM_R10() FLASH_LLM_R6(1), "%16, %17, %18, %19", "%20", "%21", "%22", \
+      FLASH_LLM_D16(0)) \
+  row(64, FLASH_LLM_R30 FLASH_LLM_R2(3), "%32, %33, %34, %35", "%36", "%37", "%38", \
+      FLASH_LLM_D32(0)) \
+  row(128, FLASH_LLM_R60 FLASH_LLM_R4(6), "%64, %65, %66, %67", "%68", "%69", "%70", \
+      FLASH_LLM_D64(0)) \
+  row(256, FLASH_LLM_R120 FLASH_LLM_R8(12), "%128, %129, %130, %131", "%132", "%133", "%134", \
+      FLASH_LLM_D128(0))
+
+#define FLASH_LLM_WGMMA(type, n, d_text, a_text, b_text, t1, t2, ...) \
+  if constexpr (kN == n) { \
+    asm volatile( \
+        "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type " " \
+        "{" d_text "}, {" a_text "}, " b_text ", 1, 1, 1, 0;" \
+        : __VA_ARGS__ \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+  }
+#define FLASH_LLM_WGMMA_SP(type, n, d_text, a_text, b_text, t1, t2, ...) \
+  if constexpr (kN == n) { \
+    asm volatile( \
+        "wgmma.mma_async.sp.sync.aligned.m64n" #n "k32.f32." type " " \
+        "{" d_text "}, {" a_text "}, " b_text ", " t1 ", " t2 \
+        ", 1, 1, 1, 0;" \
+        : __VA_ARGS__ \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(places), \
+          "n"(kSelector)); \
+  }
+#define FLASH_LLM_WGMMA_F16(...) FLASH_LLM_WGMMA("f16.f16", __VA_ARGS__)
+#define FLASH_LLM_WGMMA_BF16(...) FLASH_LLM_WGMMA("bf16.bf16", __VA_ARGS__)
+#define FLASH_LLM_WGMMA_SP_F16(...) FLASH_LLM_WGMMA_SP("f16.f16", __VA_ARGS__)
+#define FLASH_LLM_WGMMA_SP_BF16(...) FLASH_LLM_WGMMA_SP("bf16.bf16", __VA_ARGS__)
+// clang-format on
+
+// wgmma.m64nNk16: d[64, kN] += a[64, 16] . b[16, kN]; fp32 accumulation, a from registers: each
+// warp holds 16 rows, laid out as for mma.m16n8k16, and so is d, 8 columns after 8.
+template <ValueType kType, int kN>
+__device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t* a, uint64_t b) {
+  if constexpr (kType == ValueType::kFloat16) {
+    FLASH_LLM_WGMMA_SHAPES(FLASH_LLM_WGMMA_F16)
+  } else {
+    FLASH_LLM_WGMMA_SHAPES(FLASH_LLM_WGMMA_BF16)
+  }
+}
+
+// wgmma.sp.m64nNk32: the same for a[64, 32] of which two of each four neighbours in a row are
+// given, at `places` (as for mma.sp.m16n8k32): two bits each, in the lanes t = 2 kSelector and the
+// next of every four.
+template <ValueType kType, int kN, int kSelector>
+__device__ __forceinline__ void wgmma_sp(float (&d)[kN / 2], const uint32_t* a, uint64_t b,
+                                         uint32_t places) {
+  static_assert(kSelector == 0 || kSelector == 1, "two pairs of lanes");
+  if constexpr (kType == ValueType::kFloat16) {
+    FLASH_LLM_WGMMA_SHAPES(FLASH_LLM_WGMMA_SP_F16)
+  } else {
+    FLASH_LLM_WGMMA_SHAPES(FLASH_LLM_WGMMA_SP_BF16)
+  }
+}
+
+}  // namespace flash_llm::ptx
+
+#endif  // FLASH_LLM_SM90A

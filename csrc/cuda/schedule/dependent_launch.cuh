@@ -1,0 +1,60 @@
+// Programmatic dependent launch (sm_90): a kernel may begin while its predecessor in the stream
+// still runs. It waits before it touches anything that the predecessor writes or reads anew.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "base/status.h"
+#include "cuda/launch.h"
+
+namespace flash_llm {
+
+// Waits until the kernel before this one in the stream has finished and its writes are visible; at
+// once if this was no dependent launch.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Lets a dependent successor begin as soon as every CTA has come here or has finished.
+__device__ __forceinline__ void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+// Launches a kernel in clusters of `cluster` CTAs; `dependent` lets it begin early.
+template <typename... Params, typename... Args>
+Status launch_clusters(const char* what, void (*kernel)(Params...), unsigned cluster, dim3 grid,
+                       int threads, int smem_bytes, bool dependent, cudaStream_t stream,
+                       Args... args) {
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned num_attributes = 0;
+  if (dependent) {
+    cudaLaunchAttribute& attribute = attributes[num_attributes++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[num_attributes++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cluster, 1, 1};
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = static_cast<unsigned>(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = num_attributes;
+  return cuda::check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), what);
+}
+
+template <typename... Params, typename... Args>
+Status launch_kernel(const char* what, void (*kernel)(Params...), dim3 grid, int threads,
+                     int smem_bytes, bool dependent, cudaStream_t stream, Args... args) {
+  return launch_clusters(what, kernel, 1, grid, threads, smem_bytes, dependent, stream, args...);
+}
+
+}  // namespace flash_llm

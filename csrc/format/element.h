@@ -1,0 +1,84 @@
+// Conversions between raw fp16 / bf16 patterns and float, written so that loops over them
+// vectorise.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "format/packed_header.h"
+
+namespace flash_llm {
+
+// All bits of a value but its sign; as integers they are ordered as the magnitudes are.
+inline constexpr uint16_t kMagnitudeMask = 0x7FFF;
+
+// ±0: what packing drops.
+inline bool is_zero(uint16_t raw) { return (raw & kMagnitudeMask) == 0; }
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Exact for every pattern, NaN payloads included.
+template <ValueType kType>
+inline float to_float(uint16_t raw) {
+  const uint32_t wide = raw;
+  if constexpr (kType == ValueType::kBfloat16) {
+    return bits_to_float(wide << 16);
+  } else {
+    // Normal: move exponent and mantissa up and rebias. Subnormal: put the mantissa under an
+    // implicit one and subtract that, which normalises it. No fp32 operand is itself subnormal, so
+    // torch.set_flush_denormal changes nothing. Inf and NaN keep an all-ones exponent.
+    const uint32_t magnitude = (wide & 0x7FFFU) << 13;
+    const uint32_t normal = magnitude + 0x38000000U;
+    const uint32_t subnormal =
+        float_to_bits(bits_to_float(magnitude + 0x38800000U) - bits_to_float(0x38800000U));
+    uint32_t bits = magnitude < 0x00800000U ? subnormal : normal;
+    bits = magnitude >= 0x0F800000U ? magnitude | 0x7F800000U : bits;
+    return bits_to_float(bits | (wide & 0x8000U) << 16);
+  }
+}
+
+// Rounds to nearest, ties to even; overflow gives Inf, NaN stays NaN.
+template <ValueType kType>
+inline uint16_t from_float(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t sign = bits >> 16 & 0x8000U;
+  uint32_t magnitude = bits & 0x7FFFFFFFU;
+  if constexpr (kType == ValueType::kBfloat16) {
+    if (magnitude > 0x7F800000U) return static_cast<uint16_t>(sign | 0x7FC0U);
+    return static_cast<uint16_t>((bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16);
+  } else {
+    if (magnitude > 0x7F800000U) return static_cast<uint16_t>(sign | 0x7E00U);
+    if (magnitude >= 0x477FF000U) return static_cast<uint16_t>(sign | 0x7C00U);  // >= 65520
+    if (magnitude < 0x38800000U) {
+      // Subnormal result: adding 0.5 leaves the rounded multiple of 2^-24 in the low mantissa bits.
+      const float shifted = bits_to_float(magnitude) + 0.5F;
+      return static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3F000000U));
+    }
+    magnitude += 0xFFFU + (magnitude >> 13 & 1U);
+    return static_cast<uint16_t>(sign | ((magnitude - 0x38000000U) >> 13));
+  }
+}
+
+// The float next to `value` whose last bit is odd, unless `value` is a float itself. Rounding that
+// to 16 bits is the same as rounding `value`: no tie can appear or vanish on the way.
+inline float round_to_odd(double value) {
+  const auto nearest = static_cast<float>(value);
+  const double difference = value - static_cast<double>(nearest);
+  const uint32_t bits = float_to_bits(nearest);
+  if (!(difference != 0.0) || (bits & 1U) != 0 || difference != difference) return nearest;
+  // An even neighbour was chosen; the odd one lies on the other side of `value`.
+  const bool away_from_zero = (difference > 0.0) == (value > 0.0);
+  return bits_to_float(away_from_zero ? bits + 1 : bits - 1);
+}
+
+}  // namespace flash_llm

@@ -1,0 +1,106 @@
+// What the formats' validators share.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "base/parallel.h"
+#include "base/status.h"
+#include "format/packed_format.h"
+#include "format/packed_header.h"
+
+namespace flash_llm {
+
+// First failure of several threads: the one in the lowest tile wins, so messages are repeatable.
+class FirstFailure {
+ public:
+  // `what` a failure is in: "tile".
+  explicit FirstFailure(std::string what) : what_(std::move(what)) {}
+
+  void report(int64_t tile, const std::string& message) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (tile_ < 0 || tile < tile_) {
+      tile_ = tile;
+      message_ = message;
+    }
+  }
+  Status status() const {
+    return tile_ < 0 ? Status::success()
+                     : Status::invalid_value(what_ + " " + std::to_string(tile_) + ": " + message_);
+  }
+
+ private:
+  std::string what_;
+  std::mutex mutex_;
+  int64_t tile_ = -1;
+  std::string message_;
+};
+
+// Buffer lengths against the header, for a format that cuts this weight into `tiles`.
+inline Status check_lengths(const PackedHeader& header, int64_t tiles, int64_t num_offsets,
+                            int64_t payload_words) {
+  if (num_offsets != tiles + 1) {
+    return Status::invalid_value("offsets must hold " + std::to_string(tiles + 1) +
+                                 " elements for a " + std::to_string(header.m) + "x" +
+                                 std::to_string(header.k) + " weight, got " +
+                                 std::to_string(num_offsets));
+  }
+  if (payload_words != header.payload_words) {
+    return Status::invalid_value("payload must hold " + std::to_string(header.payload_words) +
+                                 " words, as the header says, got " +
+                                 std::to_string(payload_words));
+  }
+  return Status::success();
+}
+
+// A header whose nnz the payload cannot hold.
+inline Status nnz_does_not_fit(const PackedHeader& header, int64_t tiles, const char* what) {
+  return Status::invalid_value("header says nnz = " + std::to_string(header.nnz) +
+                               ", which does not fit a payload of " +
+                               std::to_string(header.payload_words) + " words in " +
+                               std::to_string(tiles) + " " + what + "s");
+}
+
+// Offsets begin at 0 and never decrease, and check_units(tile, units) has no objection to a tile.
+template <typename CheckUnits>
+Status check_offsets(const PackedView& view, int64_t tiles, const CheckUnits& check_units) {
+  if (view.offsets[0] != 0) {
+    return Status::invalid_value("offsets[0] must be 0, got " + std::to_string(view.offsets[0]));
+  }
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t units = int64_t{view.offsets[tile + 1]} - view.offsets[tile];
+    if (units < 0) {
+      return Status::invalid_value(
+          "offsets must never decrease, got offsets[" + std::to_string(tile) +
+          "] = " + std::to_string(view.offsets[tile]) + " and offsets[" + std::to_string(tile + 1) +
+          "] = " + std::to_string(view.offsets[tile + 1]));
+    }
+    if (Status status = check_units(tile, units); !status.ok()) return status;
+  }
+  return Status::success();
+}
+
+// Runs check_range(begin, end, failure) over all tiles; it returns the nonzeros of its range, whose
+// total must be what the header says.
+template <typename CheckRange>
+Status check_tiles(const PackedView& view, int64_t tiles, const char* what,
+                   const ParallelFor& parallel_for, const CheckRange& check_range) {
+  FirstFailure failure(what);
+  std::mutex nnz_mutex;
+  int64_t nnz = 0;
+  parallel_for(tiles, 16, [&](int64_t begin, int64_t end) {
+    const int64_t range_nnz = check_range(begin, end, failure);
+    const std::lock_guard<std::mutex> lock(nnz_mutex);
+    nnz += range_nnz;
+  });
+  if (Status status = failure.status(); !status.ok()) return status;
+  if (nnz != view.nnz) {
+    return Status::invalid_value("header says nnz = " + std::to_string(view.nnz) +
+                                 ", the payload holds " + std::to_string(nnz));
+  }
+  return Status::success();
+}
+
+}  // namespace flash_llm

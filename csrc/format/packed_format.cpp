@@ -1,0 +1,76 @@
+#include "format/packed_format.h"
+
+#include <cstddef>
+
+#include "format/bitmap.h"
+#include "format/row_bitmap.h"
+#include "format/tiled_csl.h"
+
+namespace flash_llm {
+namespace {
+
+constexpr std::array<PackedFormat, kNumFormats> kFormats = {{
+    {Format::kTiledCsl, "tiled_csl", 1, kTileM, kTileK, kVectorEntries, kTileM,
+     [](double density) { return 4 * density; }, tiled_csl_count, tiled_csl_pack,
+     tiled_csl_unpack_tile_row, tiled_csl_check_sizes, tiled_csl_validate},
+    // The kind of a pair of chunk columns is chosen for a whole band.
+    {Format::kBitmap, "bitmap", 2, kChunkM, kChunkK, kChunkUnitWords, kBandChunkRows* kChunkM,
+     [](double density) { return 0.14 + 2 * density; }, bitmap_count, bitmap_pack,
+     bitmap_unpack_tile_row, bitmap_check_sizes, bitmap_validate},
+    // A tile is a block of whole rows, however long.
+    {Format::kRowBitmap, "row_bitmap", 1, kBlockRows, INT32_MAX, kBlockUnitWords, kBlockRows,
+     [](double density) { return 0.125 + 2 * density; }, row_bitmap_count, row_bitmap_pack,
+     row_bitmap_unpack_block, row_bitmap_check_sizes, row_bitmap_validate},
+}};
+
+// Row i is the format of number i + 1.
+constexpr bool rows_are_in_order() {
+  for (size_t i = 0; i < kFormats.size(); ++i) {
+    if (kFormats[i].id != static_cast<Format>(i + 1)) return false;
+  }
+  return true;
+}
+static_assert(rows_are_in_order());
+
+}  // namespace
+
+const std::array<PackedFormat, kNumFormats>& all_formats() { return kFormats; }
+
+const PackedFormat& packed_format(Format id) { return kFormats[static_cast<size_t>(id) - 1]; }
+
+Status format_of(int64_t number, const PackedFormat** out) {
+  std::string known;
+  for (const PackedFormat& format : kFormats) {
+    if (number == static_cast<int64_t>(format.id)) {
+      *out = &format;
+      return Status::success();
+    }
+    known += (known.empty() ? "" : ", ") + std::to_string(static_cast<int64_t>(format.id)) + " (" +
+             format.name + ")";
+  }
+  return Status::unsupported("header names format " + std::to_string(number) +
+                             ", this build knows " + known);
+}
+
+Status parse_format(const std::string& name, Format* out) {
+  std::string known;
+  for (const PackedFormat& format : kFormats) {
+    if (name == format.name) {
+      *out = format.id;
+      return Status::success();
+    }
+    known += (known.empty() ? "\"" : " or \"") + std::string(format.name) + "\"";
+  }
+  return Status::invalid_value("format must be \"auto\" or " + known + ", got \"" + name + "\"");
+}
+
+void unpack(const PackedFormat& format, const PackedView& view, const ParallelFor& parallel_for,
+            uint16_t* dense) {
+  parallel_for(format.tile_rows(view.m), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      format.unpack_tile_row(view, row, dense + row * format.tile_m * view.k);
+    }
+  });
+}
+
+}  // namespace flash_llm

@@ -1,0 +1,78 @@
+// A packed weight as the kernels see it, and the table of formats: what every format must be able
+// to do on the host. Whoever handles packed weights in general (csrc/torch, the CPU oracle, the
+// fuzzer) goes through this table, so that a new format is a pair of files and one row of it.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "base/parallel.h"
+#include "base/status.h"
+#include "format/packed_header.h"
+
+namespace flash_llm {
+
+// The caller owns the buffers. A tile is the format's unit of storage.
+struct PackedView {
+  int64_t m = 0;
+  int64_t k = 0;
+  int64_t nnz = 0;
+  const int32_t* offsets = nullptr;   // [tiles + 1]; where each tile's part of the payload begins
+  const uint32_t* payload = nullptr;  // [payload_words]
+  int64_t payload_words = 0;
+  // What the value type multiplies its values by (value_type.h); null for types without scales.
+  const void* scales = nullptr;
+};
+
+struct PackedFormat {
+  Format id;
+  const char* name;
+  // The version that is written, raised when the meaning of any stored byte changes. Readers know
+  // all versions from 1 up to it and refuse others.
+  int64_t version;
+  int tile_m, tile_k;  // rows and columns of a tile; tiles are stored tile row by tile row
+  int unit_words;      // offsets count in units of this many payload words
+  // The bytes of rows [a, b) do not depend on the others where a and b are multiples of this: such
+  // slices are copies of a part of offsets and payload.
+  int slice_rows;
+  // Estimated bytes for each element of a weight in which `density` of the elements are not zero;
+  // format="auto" compares them. For 16-bit values.
+  double (*bytes_per_element)(double density);
+
+  // Pass 1 of packing: fills offsets[tiles + 1] and *nnz from dense[m, k] (row stride `ld`, in
+  // elements, raw 16-bit patterns). Fails when the units would not be addressable with 31 bits.
+  Status (*count)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
+                  const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz);
+  // Pass 2: writes payload[unit_words * offsets[tiles]]. `offsets` comes from pass 1.
+  void (*pack)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
+               const ParallelFor& parallel_for, uint32_t* payload);
+  // Writes every element of one tile row: dense is [min(tile_m, rows left), k], contiguous. Safe on
+  // any buffer that check_sizes accepts; what a malformed one unpacks to is unspecified.
+  void (*unpack_tile_row)(const PackedView& view, int64_t tile_row, uint16_t* dense);
+  // The cheap check of every call: buffer lengths against the shape, nothing is read.
+  Status (*check_sizes)(const PackedHeader& header, int64_t num_offsets, int64_t payload_words);
+  // The check in depth, on host buffers of checked sizes: every invariant of the format.
+  Status (*validate)(const PackedView& view, const ParallelFor& parallel_for);
+
+  constexpr int64_t tile_rows(int64_t m) const { return (m + tile_m - 1) / tile_m; }
+  constexpr int64_t tile_cols(int64_t k) const { return (k + tile_k - 1) / tile_k; }
+  constexpr int64_t tiles(int64_t m, int64_t k) const { return tile_rows(m) * tile_cols(k); }
+};
+
+inline constexpr int kNumFormats = 3;
+
+const std::array<PackedFormat, kNumFormats>& all_formats();
+
+// `id` must come from one of the two functions below.
+const PackedFormat& packed_format(Format id);
+
+// The format of a number in a header, or of a name.
+Status format_of(int64_t number, const PackedFormat** out);
+Status parse_format(const std::string& name, Format* out);
+
+// Unpacks all of dense[m, k] (contiguous).
+void unpack(const PackedFormat& format, const PackedView& view, const ParallelFor& parallel_for,
+            uint16_t* dense);
+
+}  // namespace flash_llm

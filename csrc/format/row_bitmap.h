@@ -1,0 +1,95 @@
+// Row bitmap: one bit per element and one 16-bit value per nonzero, in the order in which a CPU
+// reads them: forward, row block after row block.
+//
+// The weight W[M, K] is cut into blocks of 4 rows, and each row into groups of 32 columns. One
+// vector instruction (AVX-512 VBMI2 vpexpandw) makes the 32 elements of a group of its mask and its
+// values; a kernel decodes the four groups below each other against one load of X.
+//
+//   offsets  int32[blocks + 1], in units of 16 bytes; offsets[0] = 0, never decreasing,
+//            offsets[blocks] = payload_words / 4
+//   payload  the blocks' words; one without nonzeros has none, any other
+//              word 0   the smallest of its values without their signs, as an integer
+//              masks    uint32[groups][4 rows]: bit c of group j of a row says whether the element
+//                       of column 32 j + c is stored
+//              values   uint16, group by group, in each row by row, in each by rising column: in
+//              the
+//                       order of the masks
+//              zeros    up to the next unit
+//
+// so at 50 % zeros of a large weight the payload has 0.1 % more than the exact bytes. Two streams,
+// masks and values, are read from one end to the other, and where a group's values begin depends on
+// nothing but the masks before it.
+//
+// Word 0 is what lets bf16 be multiplied by an instruction that treats subnormals as zeros: where
+// no product of a block can be one, that makes no difference (cpu/row_bitmap_spmm.cpp).
+//
+// A kernel may load 32 values where a group has fewer; it must not do so within 64 bytes of the
+// payload's end, for nothing pads that.
+//
+// Invariants (row_bitmap_validate checks all of them): a block is as long as its masks say, word 0
+// is right, bits outside the matrix are 0, no stored value is ±0, halfwords after the last value
+// are 0, a block with words has a bit, and the number of bits is nnz. Packing is canonical: a
+// matrix has one packed form.
+#pragma once
+
+#include <cstdint>
+
+#include "base/parallel.h"
+#include "base/status.h"
+#include "format/packed_format.h"
+#include "format/packed_header.h"
+
+namespace flash_llm {
+
+inline constexpr int64_t kBlockRows = 4;
+inline constexpr int64_t kGroupCols = 32;
+inline constexpr int kBlockUnitWords = 4;
+
+constexpr int64_t num_row_blocks(int64_t m) { return (m + kBlockRows - 1) / kBlockRows; }
+constexpr int64_t num_groups(int64_t k) { return (k + kGroupCols - 1) / kGroupCols; }
+
+// Rows of a block that lie inside the matrix.
+constexpr int rows_of_block(int64_t m, int64_t block) {
+  const int64_t left = m - block * kBlockRows;
+  return static_cast<int>(left < kBlockRows ? left : kBlockRows);
+}
+
+// A block's parts. One that has no words, or, in a malformed weight, none that could be read, has
+// no masks. There may be fewer values up to `end`, the payload's, than the masks say: readers
+// check.
+struct RowBlock {
+  const uint32_t* masks = nullptr;  // [groups][kBlockRows]
+  const uint16_t* values = nullptr;
+  const uint16_t* end = nullptr;
+  uint32_t smallest = 0;  // word 0
+};
+
+inline RowBlock row_block(const PackedView& view, int64_t block) {
+  if (view.k == 0 || view.payload == nullptr) return {};  // without columns there are no offsets
+  const int64_t begin = int64_t{view.offsets[block]} * kBlockUnitWords;
+  const int64_t mask_words = num_groups(view.k) * kBlockRows;
+  if (view.offsets[block + 1] <= view.offsets[block] || begin < 0 ||
+      begin + 1 + mask_words > view.payload_words) {
+    return {};
+  }
+  const uint32_t* words = view.payload + begin;
+  return {words + 1, reinterpret_cast<const uint16_t*>(words + 1 + mask_words),
+          reinterpret_cast<const uint16_t*>(view.payload + view.payload_words), words[0]};
+}
+
+// The format's row of format/packed_format.h, which says what each of them does.
+Status row_bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
+                        const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz);
+void row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
+                     const int32_t* offsets, const ParallelFor& parallel_for, uint32_t* payload);
+// Decodes a block that has masks into dense[rows, k], contiguous.
+void row_bitmap_decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense);
+// Packs a block's rows; see RowBitmapKernel::pack_block.
+uint32_t row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
+                               uint32_t* masks, uint16_t* values);
+void row_bitmap_unpack_block(const PackedView& view, int64_t block, uint16_t* dense);
+Status row_bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets,
+                              int64_t payload_words);
+Status row_bitmap_validate(const PackedView& view, const ParallelFor& parallel_for);
+
+}  // namespace flash_llm

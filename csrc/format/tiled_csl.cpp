@@ -1,0 +1,234 @@
+#include "format/tiled_csl.h"
+
+#include <algorithm>
+#include <array>
+#include <bitset>
+#include <cstddef>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "format/element.h"
+#include "format/packed_checks.h"
+
+namespace flash_llm {
+namespace {
+
+// The part of the matrix that tile (tile_row, tile_col) covers; ragged at the edges.
+struct TileExtent {
+  int64_t row0, col0;
+  int rows, cols;
+};
+
+TileExtent tile_extent(int64_t tile, int64_t m, int64_t k) {
+  const int64_t tile_cols = num_tile_cols(k);
+  const int64_t row0 = tile / tile_cols * kTileM;
+  const int64_t col0 = tile % tile_cols * kTileK;
+  return {row0, col0, static_cast<int>(std::min<int64_t>(kTileM, m - row0)),
+          static_cast<int>(std::min<int64_t>(kTileK, k - col0))};
+}
+
+int64_t round_up_to_vector(int64_t entries) {
+  return (entries + kVectorEntries - 1) / kVectorEntries * kVectorEntries;
+}
+
+// A bank's entries in rising order of place, and which come next.
+struct BankQueue {
+  std::array<uint32_t, kTileElems / kNumBanks> entries;
+  size_t end = 0;
+  size_t head = 0;
+  int words = 0;  // from head on
+
+  // Whether entries i and i + 1 exist and lie in one word.
+  bool paired(size_t i) const { return i + 1 < end && entries[i] >> 17 == entries[i + 1] >> 17; }
+  void push(uint32_t entry) {
+    entries[end++] = entry;
+    if (end == 1 || !paired(end - 2)) ++words;
+  }
+};
+
+void pack_tile(const uint16_t* dense, int64_t ld, const TileExtent& extent, int num_entries,
+               uint32_t* entries) {
+  std::array<BankQueue, kNumBanks> queues;
+  std::array<uint16_t, kVectorEntries> free_places{};  // the lowest ones: all that padding may need
+  int num_free = 0, nnz = 0;
+  for (int place = 0; place < kTileElems; ++place) {
+    const int row = row_of_place(place), col = col_of_place(place);
+    const bool inside = row < extent.rows && col < extent.cols;
+    const uint16_t value =
+        inside ? dense[(extent.row0 + row) * ld + extent.col0 + col] : uint16_t{0};
+    if (!is_zero(value)) {
+      queues[static_cast<size_t>(bank_of_place(place))].push(static_cast<uint32_t>(place) << 16 |
+                                                             value);
+      ++nnz;
+    } else if (num_free < kVectorEntries) {
+      free_places[static_cast<size_t>(num_free++)] = static_cast<uint16_t>(place);
+    }
+  }
+
+  int pos = 0;
+  const auto emit = [&](uint32_t entry) { entries[storage_index(pos++, num_entries)] = entry; };
+  while (pos < nnz) {                  // one round
+    std::array<int, kNumBanks> order;  // the longest queue first, then the lowest bank
+    for (int bank = 0; bank < kNumBanks; ++bank) {
+      const auto i = static_cast<size_t>(bank);
+      order[i] = queues[i].words * kNumBanks + kNumBanks - 1 - bank;
+    }
+    std::sort(order.begin(), order.end(), std::greater<>());
+    int room = store_room(pos, num_entries);
+    for (const int key : order) {
+      BankQueue& queue = queues[static_cast<size_t>(kNumBanks - 1 - key % kNumBanks)];
+      if (room == 0 || queue.words == 0) break;
+      const int word = queue.paired(queue.head) ? 2 : 1, taken = std::min(word, room);
+      for (int i = 0; i < taken; ++i) emit(queue.entries[queue.head++]);
+      if (taken == word) --queue.words;
+      room -= taken;
+    }
+  }
+  for (size_t i = 0; pos < num_entries; ++i) emit(static_cast<uint32_t>(free_places[i]) << 16);
+}
+
+}  // namespace
+
+Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
+                       const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz) {
+  const int64_t tiles = num_tiles(m, k);
+  std::vector<int32_t> counts(static_cast<size_t>(tiles));
+  parallel_for(tiles, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const TileExtent extent = tile_extent(tile, m, k);
+      int32_t count = 0;
+      for (int row = 0; row < extent.rows; ++row) {
+        const uint16_t* values = dense + (extent.row0 + row) * ld + extent.col0;
+        for (int col = 0; col < extent.cols; ++col) count += !is_zero(values[col]);
+      }
+      counts[static_cast<size_t>(tile)] = count;
+    }
+  });
+  int64_t vectors = 0;
+  *nnz = 0;
+  offsets[0] = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t count = counts[static_cast<size_t>(tile)];
+    *nnz += count;
+    vectors += round_up_to_vector(count) / kVectorEntries;
+    if (vectors > INT32_MAX) {
+      return Status::invalid_value("a weight of " + std::to_string(m) + "x" + std::to_string(k) +
+                                   " has more nonzeros than 31-bit vector offsets can address");
+    }
+    offsets[tile + 1] = static_cast<int32_t>(vectors);
+  }
+  return Status::success();
+}
+
+void tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
+                    const ParallelFor& parallel_for, uint32_t* entries) {
+  parallel_for(num_tiles(m, k), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      pack_tile(dense, ld, tile_extent(tile, m, k),
+                (offsets[tile + 1] - offsets[tile]) * kVectorEntries,
+                entries + int64_t{offsets[tile]} * kVectorEntries);
+    }
+  });
+}
+
+void tiled_csl_unpack_tile_row(const PackedView& view, int64_t tile_row, uint16_t* dense) {
+  const int64_t tile_cols = num_tile_cols(view.k);
+  const int64_t rows = std::min<int64_t>(kTileM, view.m - tile_row * kTileM);
+  std::fill_n(dense, rows * view.k, uint16_t{0});
+  for (int64_t tile_col = 0; tile_col < tile_cols; ++tile_col) {
+    const int64_t tile = tile_row * tile_cols + tile_col;
+    const TileExtent extent = tile_extent(tile, view.m, view.k);
+    const auto [first, last] = tile_entry_range(view, tile);
+    for (int64_t i = first; i < last; ++i) {
+      const int place = static_cast<int>(view.payload[i] >> 16) % kTileElems;
+      const int row = row_of_place(place), col = col_of_place(place);
+      if (row < extent.rows && col < extent.cols) {
+        dense[row * view.k + extent.col0 + col] = static_cast<uint16_t>(view.payload[i]);
+      }
+    }
+  }
+}
+
+Status tiled_csl_check_sizes(const PackedHeader& header, int64_t num_offsets,
+                             int64_t payload_words) {
+  const int64_t tiles = num_tiles(header.m, header.k);
+  if (Status status = check_lengths(header, tiles, num_offsets, payload_words); !status.ok()) {
+    return status;
+  }
+  if (payload_words % kVectorEntries != 0 || payload_words / kVectorEntries > INT32_MAX) {
+    return Status::invalid_value(
+        "payload must be whole vectors of 4 words, at most 2^31 - 1, got " +
+        std::to_string(payload_words) + " words");
+  }
+  const int64_t padding = payload_words - header.nnz;
+  if (padding < 0 || padding > tiles * (kVectorEntries - 1)) {
+    return nnz_does_not_fit(header, tiles, "tile");
+  }
+  return Status::success();
+}
+
+Status tiled_csl_validate(const PackedView& view, const ParallelFor& parallel_for) {
+  const int64_t tiles = num_tiles(view.m, view.k);
+  Status offsets = check_offsets(view, tiles, [](int64_t tile, int64_t vectors) {
+    if (vectors <= kTileElems / kVectorEntries) return Status::success();
+    return Status::invalid_value("tile " + std::to_string(tile) + " holds " +
+                                 std::to_string(vectors) + " vectors, at most " +
+                                 std::to_string(kTileElems / kVectorEntries) + " fit");
+  });
+  if (!offsets.ok()) return offsets;
+  if (int64_t{view.offsets[tiles]} * kVectorEntries != view.payload_words) {
+    return Status::invalid_value("offsets must end at the payload's " +
+                                 std::to_string(view.payload_words / kVectorEntries) +
+                                 " vectors, got " + std::to_string(view.offsets[tiles]));
+  }
+
+  const auto check_range = [&](int64_t begin, int64_t end, FirstFailure& failure) {
+    int64_t range_nnz = 0;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const TileExtent extent = tile_extent(tile, view.m, view.k);
+      std::bitset<kTileElems> seen;
+      int padding = 0;
+      const auto [first, last] = tile_entry_range(view, tile);
+      for (int64_t i = first; i < last; ++i) {
+        const auto place = static_cast<int>(view.payload[i] >> 16);
+        const auto value = static_cast<uint16_t>(view.payload[i]);
+        if (place >= kTileElems) {
+          failure.report(tile, "place must be below 8192, got " + std::to_string(place));
+          return range_nnz;
+        }
+        if (row_of_place(place) >= extent.rows || col_of_place(place) >= extent.cols) {
+          // Padding may point outside the matrix: what it writes is a zero that nobody reads.
+          if (!is_zero(value)) {
+            failure.report(tile, "place " + std::to_string(place) + " (row " +
+                                     std::to_string(row_of_place(place)) + ", column " +
+                                     std::to_string(col_of_place(place)) +
+                                     ") lies outside the matrix");
+            return range_nnz;
+          }
+        }
+        if (seen.test(static_cast<size_t>(place))) {
+          failure.report(tile, "place " + std::to_string(place) + " occurs twice");
+          return range_nnz;
+        }
+        seen.set(static_cast<size_t>(place));
+        if (is_zero(value)) {
+          ++padding;
+          if (value != 0) {
+            failure.report(tile, "a stored value must not be -0");
+            return range_nnz;
+          }
+          if (padding >= kVectorEntries) {
+            failure.report(tile, "more than 3 stored zeros: padding only fills the last vector");
+            return range_nnz;
+          }
+        }
+      }
+      range_nnz += last - first - padding;
+    }
+    return range_nnz;
+  };
+  return check_tiles(view, tiles, "tile", parallel_for, check_range);
+}
+
+}  // namespace flash_llm

@@ -1,0 +1,44 @@
+// What the stored values of a packed weight are. It is a property of the weight alone: which dtypes
+// of X a kernel multiplies them with is the kernel family's business (plan/kernel_family.h).
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "base/status.h"
+
+namespace flash_llm {
+
+// The numbers stand in headers of packed weights, so they never change.
+enum class ValueType : int64_t { kFloat16 = 1, kBfloat16 = 2 };
+
+inline constexpr ValueType kValueTypes[] = {ValueType::kFloat16, ValueType::kBfloat16};
+
+// Which elements of a weight share a scale. A value type with scales has a third tensor beside
+// offsets and payload.
+enum class ScaleGroup {
+  kNone,  // the values are the weight's elements
+  kRow,   // one scale for each row
+};
+
+struct ValueTraits {
+  const char* name;  // as torch names the dtype
+  int bits;          // of one stored value
+  ScaleGroup scales;
+};
+
+constexpr ValueTraits value_traits(ValueType type) {
+  switch (type) {
+    case ValueType::kFloat16:
+      return {"float16", 16, ScaleGroup::kNone};
+    case ValueType::kBfloat16:
+      return {"bfloat16", 16, ScaleGroup::kNone};
+  }
+  return {};  // never: `type` comes from a checked header
+}
+
+// The value type of a number in a header, or of a name.
+Status value_type_of(int64_t number, ValueType* out);
+Status parse_value_type(const std::string& name, ValueType* out);
+
+}  // namespace flash_llm

@@ -1,0 +1,111 @@
+#include "plan/bitmap_sm90a.h"
+
+#include <algorithm>
+#include <cstddef>
+
+#include "plan/config_table.h"
+
+namespace flash_llm {
+namespace {
+
+// The bitmap kernel, in passes of 256 tokens, against unpack + cuBLAS on an H200, 28672x7168, fp16,
+// in microseconds (2026-11-23):
+//   N = 512     50 % 446 / 555    70 % 423 / 525    90 % 371 / 469
+//   N = 2048    50 % 1691 / 1438  70 % 1598 / 1375  90 % 1527 / 1275
+// Where most pairs of columns are 2:4 the residual costs more, token by token: forced so at 80 %,
+// it had 0.64 of cuBLAS's speed at N = 128 and 0.35 at 512, unpack + cuBLAS 0.38 and 0.68
+// (2026-11-24).
+constexpr int64_t kMaxTokens = 1024;
+constexpr int64_t kMaxTokensTwoFour = 256;
+
+// Below this density most pairs of chunk columns are 2:4 (format/bitmap.h: prefers_two_four).
+constexpr double kTwoFourDensity = 0.17;
+
+bool mostly_two_four(const SpmmProblem& problem) {
+  const double elems = static_cast<double>(problem.m) * static_cast<double>(problem.k);
+  return static_cast<double>(problem.nnz) < kTwoFourDensity * elems;
+}
+
+// At 90 % zeros, 28672x7168 on an H100: N = 128 in 135 us by two passes of 64 tokens, 159 by one
+// of 128; N = 256 269 by four, 301 by one (2026-11-26).
+constexpr int64_t kTwoFourPassTokens = 64;
+
+bool takes_narrow_passes(const SpmmProblem& problem) {
+  return mostly_two_four(problem) && problem.n > kTwoFourPassTokens;
+}
+
+}  // namespace
+
+const std::vector<BitmapConfig>& bitmap_configs() {
+  static const std::vector<BitmapConfig> configs = {
+#define FLASH_LLM_ROW(name, tile_n, warps, strips, cluster, x_stages) \
+  {#name, tile_n, warps, strips, cluster, x_stages},
+      FLASH_LLM_BITMAP_CONFIGS(FLASH_LLM_ROW)
+#undef FLASH_LLM_ROW
+  };
+  return configs;
+}
+
+std::vector<KernelConfig> describe_bitmap_configs() {
+  std::vector<KernelConfig> rows;
+  for (const BitmapConfig& config : bitmap_configs()) {
+    rows.push_back({config.name,
+                    {{"tile_n", config.tile_n},
+                     {"warps", config.warps},
+                     {"strips", config.strips},
+                     {"cluster", config.cluster},
+                     {"x_stages", config.x_stages},
+                     {"ctas_per_sm", 1},
+                     {"smem_bytes", bitmap_smem_bytes(config, bitmap_min_ring_bytes(config))}}});
+  }
+  return rows;
+}
+
+bool takes_bitmap(const PlanRequest& request, std::string* reason) {
+  const bool two_four = mostly_two_four(request.problem);
+  if (request.problem.n > (two_four ? kMaxTokensTwoFour : kMaxTokens)) {
+    *reason = two_four ? "N > 256 above 83 % zeros: unpacking and cuBLAS cost less"
+                       : "N > 1024: unpacking and cuBLAS cost less";
+    return false;
+  }
+  *reason = takes_narrow_passes(request.problem)
+                ? "above 83 % zeros passes of 64 tokens cost less than wider tiles"
+                : "the narrowest tile that covers N decodes each weight once";
+  return true;
+}
+
+Status plan_bitmap(const PlanRequest& request, SpmmPlan* out) {
+  const SpmmProblem& problem = request.problem;
+  const DeviceInfo& device = request.device;
+  const int64_t tokens = takes_narrow_passes(problem) ? kTwoFourPassTokens : problem.n;
+  out->config = request.forced() ? config_named(bitmap_configs(), request.config)
+                                 : config_covering(bitmap_configs(), tokens);
+  const BitmapConfig& config = bitmap_configs()[static_cast<size_t>(out->config)];
+  const int64_t token_blocks = (problem.n + config.tile_n - 1) / config.tile_n;
+  const int64_t row_blocks = (problem.m + config.block_m() - 1) / config.block_m();
+  // Cutting between the two columns of a 2:4 pair would give one CTA both and the other none.
+  out->unit_cols = mostly_two_four(problem) ? 2 : 1;
+  const int64_t columns = num_chunk_cols(problem.k);
+  out->work.rows = token_blocks * row_blocks;
+  out->work.cols = (columns + out->unit_cols - 1) / out->unit_cols;
+  if (out->work.rows * columns > INT32_MAX) {
+    return Status::invalid_value(shape_text(problem) + " needs " +
+                                 std::to_string(out->work.rows * columns) +
+                                 " units of work, more than 32-bit indices can count");
+  }
+  // One CTA fills an SM's registers. Work is divided between clusters.
+  const int64_t ctas = request.ctas == 0 ? device.num_sms : request.ctas;
+  out->work.workers =
+      std::clamp<int64_t>(ctas / config.cluster, 1, std::max<int64_t>(out->work.units(), 1));
+  out->ctas = out->work.workers * config.cluster;
+  const int room = device.smem_per_sm_bytes - kReservedSmemBytes - kBitmapSpareSmemBytes;
+  const int step = kChunkUnitBytes * config.rings();
+  out->ring_bytes =
+      std::max(room - bitmap_smem_bytes(config, 0), bitmap_min_ring_bytes(config)) / step * step;
+  out->workspace_bytes = bitmap_sums_bytes(config, out->work);
+  out->rounds_before_activation = !bitmap_finishes_all(config.tile_n);
+  out->x_multiple = 8;
+  return Status::success();
+}
+
+}  // namespace flash_llm

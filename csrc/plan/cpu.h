@@ -1,0 +1,20 @@
+// The plans of the CPU's kernel families.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "plan/spmm_plan.h"
+
+namespace flash_llm {
+
+// Rows that kRowBitmapBlocks decodes at a time.
+int64_t cpu_block_rows(int64_t k);
+
+// The families' entries in the table.
+bool takes_tiled_csl_cpu(const PlanRequest& request, std::string* reason);
+bool takes_row_bitmap_cpu(const PlanRequest& request, std::string* reason);
+bool takes_row_bitmap_blocks(const PlanRequest& request, std::string* reason);
+
+}  // namespace flash_llm

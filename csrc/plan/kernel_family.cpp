@@ -1,0 +1,119 @@
+#include "plan/kernel_family.h"
+
+#include "plan/bitmap_sm90a.h"
+#include "plan/cpu.h"
+#include "plan/spmm_plan.h"
+#include "plan/tiled_csl_sm80.h"
+
+namespace flash_llm {
+namespace {
+
+constexpr EnumSet<Format> kEveryFormat = {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap};
+constexpr EnumSet<ValueType> k16Bit = {ValueType::kFloat16, ValueType::kBfloat16};
+
+// A family with one configuration.
+template <const char* kName>
+std::vector<KernelConfig> only_config() {
+  return {{kName, {}}};
+}
+
+constexpr char kReferenceName[] = "cpu_reference", kTilesName[] = "cpu_tiles",
+               kRowsName[] = "cpu_rows", kBlocksName[] = "cpu_blocks", kDenseName[] = "dense";
+
+bool never_chosen(const PlanRequest& /*request*/, std::string* /*reason*/) { return false; }
+
+// The last resort, whose reason is why the family before it was not taken.
+bool takes_dense(const PlanRequest& request, std::string* reason) {
+  if (reason->empty()) {
+    *reason = "no kernel here multiplies this format: pack the weight again on the " +
+              std::string(request.device.is_cpu() ? "CPU" : "GPU");
+  }
+  return true;
+}
+
+Status plan_one_config(const PlanRequest& /*request*/, SpmmPlan* out) {
+  out->config = 0;
+  return Status::success();
+}
+
+Status plan_dense(const PlanRequest& request, SpmmPlan* out) {
+  out->config = 0;
+  out->workspace_bytes = request.problem.m * request.problem.k * 2;
+  out->rounds_before_activation = true;
+  return Status::success();
+}
+
+}  // namespace
+
+const std::vector<KernelFamilyRow>& kernel_families() {
+  static const std::vector<KernelFamilyRow> families = {
+      {KernelFamily::kTiledCslCpu,
+       Place::kCpu,
+       Format::kTiledCsl,
+       k16Bit,
+       {},
+       false,
+       only_config<kTilesName>,
+       takes_tiled_csl_cpu,
+       plan_one_config},
+      {KernelFamily::kRowBitmapCpu,
+       Place::kCpu,
+       Format::kRowBitmap,
+       k16Bit,
+       {},
+       true,
+       only_config<kRowsName>,
+       takes_row_bitmap_cpu,
+       plan_one_config},
+      {KernelFamily::kRowBitmapBlocks,
+       Place::kCpu,
+       Format::kRowBitmap,
+       k16Bit,
+       {},
+       false,
+       only_config<kBlocksName>,
+       takes_row_bitmap_blocks,
+       plan_one_config},
+      {KernelFamily::kReference,
+       Place::kCpu,
+       kEveryFormat,
+       k16Bit,
+       {},
+       false,
+       only_config<kReferenceName>,
+       never_chosen,
+       plan_one_config},
+      {KernelFamily::kTiledCslSm80, Place::kCuda, Format::kTiledCsl, k16Bit, GpuFeature::kMmaSync,
+       true, describe_lscd_configs, takes_lscd, plan_lscd},
+      {KernelFamily::kBitmapSm90a, Place::kCuda, Format::kBitmap, k16Bit, GpuFeature::kWgmma, true,
+       describe_bitmap_configs, takes_bitmap, plan_bitmap},
+      {KernelFamily::kDense,
+       Place::kBoth,
+       kEveryFormat,
+       k16Bit,
+       {},
+       false,
+       only_config<kDenseName>,
+       takes_dense,
+       plan_dense},
+  };
+  return families;
+}
+
+const KernelFamilyRow& kernel_family(KernelFamily id) {
+  const auto& families = kernel_families();
+  size_t i = 0;
+  while (families[i].id != id) ++i;  // every id has a row: test_plan.cpp
+  return families[i];
+}
+
+std::string missing_feature(const KernelFamilyRow& family, const DeviceInfo& device) {
+  for (const GpuFeature feature : kGpuFeatures) {
+    if (family.needs.contains(feature) && !device.features.contains(feature)) {
+      return describe(feature);
+    }
+  }
+  return "";
+}
+
+}  // namespace flash_llm

@@ -1,0 +1,21 @@
+#include "plan/problem.h"
+
+namespace flash_llm {
+
+Status parse_activation(const std::string& name, Activation* out) {
+  if (name == "none") {
+    *out = Activation::kNone;
+  } else if (name == "relu") {
+    *out = Activation::kRelu;
+  } else if (name == "gelu") {
+    *out = Activation::kGelu;
+  } else if (name == "silu") {
+    *out = Activation::kSilu;
+  } else {
+    return Status::invalid_value(
+        "activation must be \"none\", \"relu\", \"gelu\" or \"silu\", got \"" + name + "\"");
+  }
+  return Status::success();
+}
+
+}  // namespace flash_llm

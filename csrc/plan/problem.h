@@ -1,0 +1,40 @@
+// SpMM: Y[N, M] = act(X[N, K] . W[M, K]^T + bias), W packed. Plain structs that cross from the
+// torch layer to the plan and to the kernels.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "base/status.h"
+#include "format/packed_format.h"
+#include "format/packed_header.h"
+
+namespace flash_llm {
+
+// Applied to the fp32 sum after the bias. kGelu is the exact (erf) form, as torch's default.
+enum class Activation { kNone, kRelu, kGelu, kSilu };
+
+Status parse_activation(const std::string& name, Activation* out);
+
+struct SpmmProblem {
+  int64_t m = 0;
+  int64_t n = 0;
+  int64_t k = 0;
+  int64_t nnz = 0;
+  Format format = Format::kTiledCsl;
+  ValueType value_type = ValueType::kFloat16;
+};
+
+struct SpmmArgs {
+  const uint16_t* x = nullptr;  // [n, x_stride], row-major
+  int64_t x_stride = 0;         // elements between rows of x; see each kernel for what it needs
+  Format format = Format::kTiledCsl;
+  PackedView weight;
+  const uint16_t* bias = nullptr;  // [m] or null
+  uint16_t* y = nullptr;           // [n, m], contiguous
+  int64_t n = 0;
+  ValueType value_type = ValueType::kFloat16;
+  Activation activation = Activation::kNone;
+};
+
+}  // namespace flash_llm
