@@ -73,12 +73,12 @@ __device__ __forceinline__ void init_smem(const BitmapSmem<C>& smem, int warp) {
 template <typename C>
 __device__ __forceinline__ void multiply(const BitmapParams& p, const BitmapSmem<C>& smem, int warp,
                                          int lane) {
-  BitmapMultiplier<C> multiplier(smem, warp, lane);
+  BitmapConsumer<C> consumer(smem, warp, lane);
   for (;;) {
-    const uint32_t flags = multiplier.multiply_row();
-    store_sums<C>(p, flags, multiplier.columns(), multiplier.sums);
+    const uint32_t flags = consumer.multiply_row();
+    store_sums<C>(p, flags, consumer.columns(), consumer.sums);
     if ((flags & kColumnIsLast) != 0) return;
-    multiplier.begin_sums();
+    consumer.begin_sums();
   }
 }
 
@@ -96,19 +96,19 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int lane = threadIdx.x % 32;
   allow_next_kernel();
   int ring = warp - C::kWarps;  // of a warp that feeds chunks
-  ChunkFeeder<C> feeder(p, smem, ring, lane);
-  if (ring >= 0 && ring < C::kRings) feeder.begin();
+  ChunkProducer<C> producer(p, smem, ring, lane);
+  if (ring >= 0 && ring < C::kRings) producer.begin();
   init_smem(smem, warp);
   ring = static_cast<int>(ptx::opaque(ring));  // else each role gets a barrier of its own
   if (ring >= 0) {
-    ptx::give_registers<C::kFeedRegisters>();
+    ptx::dealloc_registers<C::kProducerRegisters>();
     if (ring < C::kRings) {
-      feeder.run();
+      producer.run();
     } else if (ring == C::kRings && lane == 0) {
-      feed_x(p, map, smem);
+      produce_x(p, map, smem);
     }
   } else {
-    ptx::take_registers<C::kMultiplyRegisters>();
+    ptx::alloc_registers<C::kConsumerRegisters>();
     multiply<C>(p, smem, warp, lane);
   }
   // Others of the cluster may still write to this CTA's barriers.

@@ -25,11 +25,11 @@ constexpr int batch(int tile_n, int strips) {
 }
 
 template <typename C>
-class BitmapMultiplier {
+class BitmapConsumer {
  public:
   float sums[C::kStrips][C::kTileN / 2];
 
-  __device__ __forceinline__ BitmapMultiplier(const BitmapSmem<C>& smem, int warp, int lane)
+  __device__ __forceinline__ BitmapConsumer(const BitmapSmem<C>& smem, int warp, int lane)
       : smem_(smem), warp_(warp), lane_(lane), group_(warp / C::kGroupWarps) {
     begin_sums();
   }
@@ -99,15 +99,15 @@ class BitmapMultiplier {
 
   // Waits for the next column.
   __device__ __forceinline__ Column next_column() const {
-    ptx::mbarrier_wait(smem_.group_full(group_, place_.stage()), place_.parity());
+    ptx::mbarrier_wait(smem_.group_full(group_, chunks_state_.stage()), chunks_state_.phase());
     const uint2 chunk = load_chunk();
     return {chunk, __shfl_sync(~0U, chunk.y, 0) >> 16};
   }
 
   // This warp has read its chunk.
   __device__ __forceinline__ void release_column() {
-    arrive(smem_.group_empty(group_, place_.stage()));
-    place_ = place_ + 1;
+    arrive(smem_.group_empty(group_, chunks_state_.stage()));
+    chunks_state_ = chunks_state_ + 1;
   }
 
   // Strip s of this warp, of the chunk.
@@ -115,7 +115,7 @@ class BitmapMultiplier {
 
   __device__ __forceinline__ uint2 load_chunk() const {
     return ptx::load_shared_v2(
-        smem_.place(group_, place_.stage(), warp_ % C::kGroupWarps / C::kReaders));
+        smem_.descriptor(group_, chunks_state_.stage(), warp_ % C::kGroupWarps / C::kReaders));
   }
 
   __device__ __forceinline__ void arrive(uint32_t barrier) const {
@@ -126,7 +126,7 @@ class BitmapMultiplier {
   // Says in every CTA of the cluster that this warp has read kStages stages of X, from `first` on:
   // one lane each.
   template <int kStages>
-  __device__ __forceinline__ void release_x(RingPlace<C::kXStages> first) const {
+  __device__ __forceinline__ void release_x(PipelineState<C::kXStages> first) const {
     __syncwarp();
     if (lane_ < kStages * C::kCluster) {
       if constexpr (kStages > 1) first = first + lane_ % kStages;
@@ -141,8 +141,8 @@ class BitmapMultiplier {
   // Waits until kStages stages of X are there, from x_ on.
   template <int kStages>
   __device__ __forceinline__ void wait_x() const {
-    const RingPlace<C::kXStages> place = kStages > 1 ? x_ + lane_ % kStages : x_;
-    ptx::mbarrier_wait(smem_.x_full(place.stage()), place.parity());
+    const PipelineState<C::kXStages> place = kStages > 1 ? x_ + lane_ % kStages : x_;
+    ptx::mbarrier_wait(smem_.x_full(place.stage()), place.phase());
     __syncwarp();
   }
 
@@ -155,7 +155,7 @@ class BitmapMultiplier {
   }
 
   // After the last product with the stage x_ was started.
-  __device__ __forceinline__ void leave_x() {
+  __device__ __forceinline__ void finish_x_stage() {
     if constexpr (kWgmma) {
       x_in_use_ = true;
     } else {
@@ -221,7 +221,7 @@ class BitmapMultiplier {
           smem_.x_descriptor((x_ + p / C::kXBoxes).stage(), p % C::kXBoxes * 4 + kHalf * 2);
 #pragma unroll
       for (int s = 0; s < C::kStrips; ++s) {
-        ptx::wgmma_sp<C::kType, C::kTileN, kHalf>(sums[s], a[i][s], b, words[s].places[p]);
+        ptx::wgmma_sp<C::kType, C::kTileN, kHalf>(sums[s], a[i][s], b, words[s].metadata[p]);
       }
     }
     ptx::wgmma_commit();
@@ -253,7 +253,7 @@ class BitmapMultiplier {
       if constexpr (kBeginsX) wait_x<1>();
       start_plain<kFirst>(a);
       if constexpr (kBeginsX && kWgmma) release_x_in_use();
-      if constexpr (kEndsX) leave_x();
+      if constexpr (kEndsX) finish_x_stage();
     });
     release_column();
   }
@@ -324,7 +324,7 @@ class BitmapMultiplier {
 #pragma unroll
     for (int block = 0; block < kTokenBlocks; ++block) {
       if constexpr (kTokenBlocks > 1) transpose_x(block);
-      ptx::mbarrier_wait(smem_.transposed_full(), transposed_parity_);
+      ptx::mbarrier_wait(smem_.transposed_full(), transposed_phase_);
 #pragma unroll
       for (int s = 0; s < C::kStrips; ++s) {
         const bool lower = strip(s) == 0;
@@ -332,7 +332,7 @@ class BitmapMultiplier {
                      lower ? parts.steps[0] : parts.steps[1], &sums[s][block * (kTransposedN / 2)]);
       }
       arrive(smem_.transposed_empty());
-      transposed_parity_ ^= 1;
+      transposed_phase_ ^= 1;
     }
     release_column();
     release_x<kTwoFourStages>(x_);
@@ -370,7 +370,7 @@ class BitmapMultiplier {
   // This warp's part of the transposed copy of `block` of up to 64 tokens of X, 256 columns, each
   // at its residual_place.
   __device__ __forceinline__ void transpose_x(int block) const {
-    ptx::mbarrier_wait(smem_.transposed_empty(), transposed_parity_ ^ 1);
+    ptx::mbarrier_wait(smem_.transposed_empty(), transposed_phase_ ^ 1);
     constexpr unsigned kMatrices = kTwoFourK / 8 * kTransposedN / 8;
     constexpr unsigned kPerRound = C::kWarps * 4;  // each warp takes four, one after the other
     const unsigned row = lane_ % 8U;
@@ -441,10 +441,10 @@ class BitmapMultiplier {
   int warp_, lane_;
   int group_;
   Batch batch_[2];  // the second may still be multiplied when the next column begins
-  RingPlace<kBitmapGroupStages> place_;
-  RingPlace<C::kXStages> x_;
+  PipelineState<kBitmapGroupStages> chunks_state_;
+  PipelineState<C::kXStages> x_;
   bool x_in_use_ = false;  // products under way may still read the stage before x_
-  uint32_t transposed_parity_ = 0;
+  uint32_t transposed_phase_ = 0;
 };
 
 }  // namespace flash_llm

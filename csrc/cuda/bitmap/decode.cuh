@@ -103,7 +103,7 @@ __device__ __forceinline__ void decode_two_four_fragment(uint32_t word, uint32_t
 
 // What a lane needs of the bits of one strip of a 2:4 chunk.
 struct TwoFourWords {
-  uint32_t places[4];  // the places register of fragments p of both halves, as wgmma.sp takes it
+  uint32_t metadata[4];  // sparsity metadata of fragments p of both halves, as wgmma.sp takes it
   uint32_t runs[2];    // by half: the bits of slots, as decode_two_four_fragment takes them
 };
 
@@ -142,8 +142,8 @@ __device__ __forceinline__ TwoFourWords two_four_words(const uint32_t (&bits)[4]
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    words.places[i] = select_bits(0x33333333U, pairs[i], pairs[i + 2] << 2);
-    words.places[i + 2] = select_bits(0x33333333U, pairs[i] >> 2, pairs[i + 2]);
+    words.metadata[i] = select_bits(0x33333333U, pairs[i], pairs[i + 2] << 2);
+    words.metadata[i + 2] = select_bits(0x33333333U, pairs[i] >> 2, pairs[i + 2]);
   }
   // Whether the slots are stored.
   const uint32_t slot0 = transpose_nibbles(b0 | b1 | b2, lane);

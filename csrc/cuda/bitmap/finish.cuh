@@ -36,7 +36,7 @@ __device__ __forceinline__ void store_sums(const BitmapParams& p, uint32_t flags
   const int thread = static_cast<int>(ptx::read_thread_idx()), warp = thread / 32;
   const int lane = thread % 32;
   const int rank = C::kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
-  const ColumnPlace first(p, p.schedule.first_unit(cluster_idx<C>()));
+  const ColumnPosition first(p, p.schedule.first_unit(cluster_idx<C>()));
   const int row = first.row + (first.col + columns - 1) / p.chunk_cols;
   const bool begins_row = row > first.row || first.col == 0;
   const bool complete = begins_row && (flags & kColumnEndsRow) != 0;

@@ -24,9 +24,9 @@ namespace flash_llm {
 // One warp: brings the chunks that go through one ring. It begins before the barriers are ready,
 // because where the first chunks lie takes the longest to find out.
 template <typename C>
-class ChunkFeeder {
+class ChunkProducer {
  public:
-  __device__ __forceinline__ ChunkFeeder(const BitmapParams& p, const BitmapSmem<C>& smem, int ring,
+  __device__ __forceinline__ ChunkProducer(const BitmapParams& p, const BitmapSmem<C>& smem, int ring,
                                          int lane)
       : p_(p),
         smem_(smem),
@@ -35,12 +35,12 @@ class ChunkFeeder {
         ring_bytes_(smem.ring() + ring * p.ring_units * kChunkUnitBytes) {}
 
   __device__ __forceinline__ void begin() {
-    at_ = ColumnPlace(p_, p_.schedule.first_unit(cluster_idx<C>()));
-    end_ = ColumnPlace(p_, p_.schedule.first_unit(cluster_idx<C>() + 1));
+    at_ = ColumnPosition(p_, p_.schedule.first_unit(cluster_idx<C>()));
+    end_ = ColumnPosition(p_, p_.schedule.first_unit(cluster_idx<C>() + 1));
     next_ = at_;
     pair_ = load_pair();
 #pragma unroll 1
-    for (int i = 0; i < kBitmapPairsAhead; ++i) ask_for_pair();
+    for (int i = 0; i < kBitmapPairsAhead; ++i) prefetch_pair();
   }
 
   __device__ __forceinline__ void run() {
@@ -51,7 +51,7 @@ class ChunkFeeder {
                          pair_.begin <= p_.payload_units - pair_.units;
       const int units = __all_sync(~0U, sound) ? pair_.units : 0;
       const uint32_t flags = column_flags(units);
-      bring_column(units, flags);
+      copy_column(units, flags);
       at_.advance((flags & kColumnIsTwoFour) != 0 ? 2 : 1, p_.chunk_cols);
       if (at_.col % 2 == 0) next_pair();
     }
@@ -60,7 +60,7 @@ class ChunkFeeder {
 
  private:
   static constexpr unsigned kStages = C::kRingGroups * kBitmapGroupStages;
-  static_assert(kStages <= 32, "begin_of_ has one for each lane");
+  static_assert(kStages <= 32, "begin_of_copy_ has one for each lane");
 
   // A chunk's place in the payload and its size, in units.
   struct ChunkRange {
@@ -99,7 +99,7 @@ class ChunkFeeder {
     own_col_ += 2;
     own_offset_ += pair_chunks_;
     if (next_.col >= p_.chunk_cols) {
-      next_ = ColumnPlace(next_.row + 1, 0);
+      next_ = ColumnPosition(next_.row + 1, 0);
       begin_row();
     }
   }
@@ -122,14 +122,14 @@ class ChunkFeeder {
 
   // Asks for the offsets of the next pair, if there is one. Well ahead, because memory answers late
   // when it is busy.
-  __device__ __forceinline__ void ask_for_pair() {
+  __device__ __forceinline__ void prefetch_pair() {
     const bool exists = has_chunk();
     const int32_t* offset = exists ? own_offset_ : p_.offsets;
-    const uint32_t smem = smem_.offsets(ring_, asked_stage_, lane_);
+    const uint32_t smem = smem_.offsets(ring_, prefetch_stage_, lane_);
     ptx::copy_async4(smem, offset, exists);
     ptx::copy_async4(smem + 4, offset + 1, exists);
     ptx::copy_async_commit();
-    asked_stage_ = (asked_stage_ + 1) % kBitmapPairsAhead;
+    prefetch_stage_ = (prefetch_stage_ + 1) % kBitmapPairsAhead;
     advance_pair();
   }
 
@@ -137,10 +137,10 @@ class ChunkFeeder {
   __device__ __forceinline__ void next_pair() {
     ptx::copy_async_wait<kBitmapPairsAhead - 1>();
     // Each lane reads what it copied itself.
-    const uint2 offsets = ptx::load_shared_v2(smem_.offsets(ring_, asked_stage_, lane_));
+    const uint2 offsets = ptx::load_shared_v2(smem_.offsets(ring_, prefetch_stage_, lane_));
     pair_.begin = static_cast<int>(offsets.x);
     pair_.units = static_cast<int>(offsets.y - offsets.x);
-    ask_for_pair();
+    prefetch_pair();
   }
 
   // What is to be said of the column at_, in which each lane's own chunk has `units`.
@@ -148,7 +148,7 @@ class ChunkFeeder {
     // The odd column of a 2:4 pair has no bytes: whoever has the even one does it all.
     const bool two_four =
         __any_sync(~0U, at_.col % 2 == 0 && lane_ < 16 && units > 0 && is_two_four(units));
-    ColumnPlace behind = at_;
+    ColumnPosition behind = at_;
     behind.advance(two_four ? 2 : 1, p_.chunk_cols);
     const bool last = !behind.before(end_);
     const bool own = !end_.before(behind);  // a 2:4 column may reach into the next CTA's part
@@ -157,18 +157,18 @@ class ChunkFeeder {
   }
 
   // Brings the column at_, in which each lane's own chunk has `units`.
-  __device__ __forceinline__ void bring_column(int units, uint32_t flags) {
+  __device__ __forceinline__ void copy_column(int units, uint32_t flags) {
 #pragma unroll 1
     for (int i = 0; i < C::kRingGroups; ++i) {
       const int group = ring_ * C::kRingGroups + i;
       Chunks chunks = find_chunks(group, units);
       if (chunks.taken > p_.ring_units) {  // full ones, and the ring's end comes in between
-        while (released_ != brought_) release_oldest();
+        while (released_ != issued_) release_oldest();
         head_ = 0;
         chunks = find_chunks(group, units);
       }
-      make_room(chunks.taken);
-      bring(group, chunks, flags);
+      wait_for_space(chunks.taken);
+      copy_chunks(group, chunks, flags);
     }
   }
 
@@ -193,11 +193,11 @@ class ChunkFeeder {
   }
 
   // Waits until the next stage and `units` more of the ring are free.
-  __device__ __forceinline__ void make_room(int units) {
+  __device__ __forceinline__ void wait_for_space(int units) {
 #pragma unroll 1
-    while (released_ != brought_) {
-      const uint32_t oldest = __shfl_sync(~0U, begin_of_, released_ % 32);
-      if (brought_ - released_ < kStages &&
+    while (released_ != issued_) {
+      const uint32_t oldest = __shfl_sync(~0U, begin_of_copy_, released_ % 32);
+      if (issued_ - released_ < kStages &&
           static_cast<int>(reserved_ + units - oldest) <= p_.ring_units) {
         break;
       }
@@ -206,20 +206,20 @@ class ChunkFeeder {
   }
 
   __device__ __forceinline__ void release_oldest() {
-    const RingPlace<kBitmapGroupStages> place = {released_ / C::kRingGroups};
+    const PipelineState<kBitmapGroupStages> place = {released_ / C::kRingGroups};
     const int group = ring_ * C::kRingGroups + static_cast<int>(released_ % C::kRingGroups);
-    ptx::mbarrier_wait(smem_.group_empty(group, place.stage()), place.parity());
+    ptx::mbarrier_wait(smem_.group_empty(group, place.stage()), place.phase());
     ++released_;
   }
 
-  __device__ __forceinline__ void bring(int group, const Chunks& chunks, uint32_t flags) {
-    const int stage = RingPlace<kBitmapGroupStages>{brought_ / C::kRingGroups}.stage();
+  __device__ __forceinline__ void copy_chunks(int group, const Chunks& chunks, uint32_t flags) {
+    const int stage = PipelineState<kBitmapGroupStages>{issued_ / C::kRingGroups}.stage();
     if (chunks.chunk >= 0) {
       const bool two_four = (flags & kColumnIsTwoFour) != 0;
       const int size =
           two_four ? chunks.units : max(chunks.units * kChunkUnitBytes - kChunkFixedBytes, 0);
       ptx::store_shared_v2(
-          smem_.place(group, stage, chunks.chunk),
+          smem_.descriptor(group, stage, chunks.chunk),
           chunks.units > 0 ? ring_bytes_ + chunks.place * kChunkUnitBytes : smem_.empty_chunk(),
           size | flags << 16);
     }
@@ -238,10 +238,10 @@ class ChunkFeeder {
                                  after * kChunkUnitBytes, full);
       }
     }
-    if (lane_ == brought_ % 32) begin_of_ = reserved_;
+    if (lane_ == issued_ % 32) begin_of_copy_ = reserved_;
     reserved_ += chunks.taken;
     head_ = chunks.before < chunks.total ? chunks.total - chunks.before : head_ + chunks.total;
-    ++brought_;
+    ++issued_;
   }
 
   const BitmapParams& p_;
@@ -249,36 +249,36 @@ class ChunkFeeder {
   int ring_, lane_;
   uint32_t ring_bytes_;  // where it begins
 
-  ColumnPlace at_{0, 0}, end_{0, 0};
+  ColumnPosition at_{0, 0}, end_{0, 0};
 
   // The next pair whose offsets will be asked for, and this lane's chunk there, if own_col_ exists.
-  ColumnPlace next_{0, 0};
+  ColumnPosition next_{0, 0};
   int own_col_ = 0;
   const int32_t* own_offset_ = nullptr;
   int pair_chunks_ = 0;   // from there to the lane's chunk in the next pair
   ChunkRange pair_ = {};  // which at_ is in
-  int asked_stage_ = 0;
+  int prefetch_stage_ = 0;
 
   int head_ = 0;           // where the next chunk goes, in the ring
-  uint32_t brought_ = 0;   // columns of groups, the groups of the ring in turn
+  uint32_t issued_ = 0;   // columns of groups, the groups of the ring in turn
   uint32_t released_ = 0;  // of these, how many have been read
   uint32_t reserved_ = 0;  // units of the ring handed out, ever
-  uint32_t begin_of_ = 0;  // lane l: reserved_ before the one whose number is l mod 32
+  uint32_t begin_of_copy_ = 0;  // lane l: reserved_ before the one whose number is l mod 32
 };
 
 // One thread: brings X, stage after stage, once the kernel before has written it. Each CTA of a
 // cluster brings some tokens for all of them. (A stretch that ends in the middle of a 2:4 pair
 // needs the next column's X too.)
 template <typename C>
-__device__ __forceinline__ void feed_x(const BitmapParams& p, const CUtensorMap& map,
+__device__ __forceinline__ void produce_x(const BitmapParams& p, const CUtensorMap& map,
                                        const BitmapSmem<C>& smem) {
   ptx::prefetch_tensor_map(&map);
   wait_for_previous_kernel();
-  ColumnPlace at(p, p.schedule.first_unit(cluster_idx<C>()));
-  ColumnPlace end(p, p.schedule.first_unit(cluster_idx<C>() + 1));
+  ColumnPosition at(p, p.schedule.first_unit(cluster_idx<C>()));
+  ColumnPosition end(p, p.schedule.first_unit(cluster_idx<C>() + 1));
   const bool one_more = end.col % 2 != 0;
   if (one_more) end.advance(1, p.chunk_cols);
-  RingPlace<C::kXStages> place;
+  PipelineState<C::kXStages> place;
 #pragma unroll 1
   for (; at.before(end); at.advance(1, p.chunk_cols)) {
     constexpr int kTokens = C::kTileN / C::kCluster;
@@ -286,7 +286,7 @@ __device__ __forceinline__ void feed_x(const BitmapParams& p, const CUtensorMap&
                       smem.rank * kTokens;
 #pragma unroll
     for (int k = 0; k < kChunkK; k += C::kXStageK) {
-      ptx::mbarrier_wait(smem.x_empty(place.stage()), place.parity() ^ 1);
+      ptx::mbarrier_wait(smem.x_empty(place.stage()), place.phase() ^ 1);
       const uint32_t full = smem.x_full(place.stage());
       ptx::mbarrier_expect(full, C::kXStageBytes);
 #pragma unroll
@@ -307,7 +307,7 @@ __device__ __forceinline__ void feed_x(const BitmapParams& p, const CUtensorMap&
   if (one_more) {
     for (int i = 0; i < kChunkK / C::kXStageK; ++i) {
       place = place + -1;
-      ptx::mbarrier_wait(smem.x_full(place.stage()), place.parity());
+      ptx::mbarrier_wait(smem.x_full(place.stage()), place.phase());
     }
   }
 }

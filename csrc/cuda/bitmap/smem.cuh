@@ -43,9 +43,9 @@ struct Bitmap {
   static constexpr int kAllWarps = kWarps + 4;
   static constexpr int kThreads = kAllWarps * 32;
   static constexpr int kLaunchRegisters = 512 / (kWarps / 4 + 1) / 8 * 8;
-  static constexpr int kFeedRegisters = kTileN == 128 ? 32 : 56;
-  static constexpr int kMultiplyRegisters = kTileN == 256 ? 208 : kTileN == 128 ? 112 : 104;
-  static_assert(kWarps / 4 * kMultiplyRegisters + kFeedRegisters <=
+  static constexpr int kProducerRegisters = kTileN == 128 ? 32 : 56;
+  static constexpr int kConsumerRegisters = kTileN == 256 ? 208 : kTileN == 128 ? 112 : 104;
+  static_assert(kWarps / 4 * kConsumerRegisters + kProducerRegisters <=
                     (kWarps / 4 + 1) * kLaunchRegisters,
                 "more than the launch gives would be waited for in vain");
   static constexpr int kReaders = 2 / kStrips;  // warps that share a chunk
@@ -95,9 +95,9 @@ struct BitmapSmem {
 
   static constexpr uint32_t kTransposed = C::kXStages * C::kXStageBytes;
   static constexpr uint32_t kEmpty = kTransposed + bitmap_transposed_x_bytes(C::kTileN);
-  static constexpr uint32_t kPlaces = kEmpty + kTwoFourFixedBytes;
+  static constexpr uint32_t kDescriptors = kEmpty + kTwoFourFixedBytes;
   static constexpr uint32_t kOffsets =
-      kPlaces + C::kGroups * kBitmapGroupStages * C::kGroupChunks * 8;
+      kDescriptors + C::kGroups * kBitmapGroupStages * C::kGroupChunks * 8;
   static constexpr uint32_t kBarriers = kOffsets + C::kRings * kBitmapPairsAhead * 32 * 8;
   static constexpr uint32_t kXBarriers = 2 * C::kGroups * kBitmapGroupStages;
   static constexpr uint32_t kTransposedBarriers = kXBarriers + 2 * C::kXStages;
@@ -118,8 +118,8 @@ struct BitmapSmem {
   // Zeros: a chunk of either kind without nonzeros.
   __device__ __forceinline__ uint32_t empty_chunk() const { return base + kEmpty; }
   // What is said of a chunk of a group.
-  __device__ __forceinline__ uint32_t place(int group, int stage, int chunk) const {
-    return base + kPlaces + ((group * kBitmapGroupStages + stage) * C::kGroupChunks + chunk) * 8;
+  __device__ __forceinline__ uint32_t descriptor(int group, int stage, int chunk) const {
+    return base + kDescriptors + ((group * kBitmapGroupStages + stage) * C::kGroupChunks + chunk) * 8;
   }
   // Offsets of a lane's chunk and of the next one, by feeding warp.
   __device__ __forceinline__ uint32_t offsets(int ring, int stage, int lane) const {
@@ -158,13 +158,13 @@ struct BitmapSmem {
 
 // A place in a ring of stages, by how many came before.
 template <int kStages>
-struct RingPlace {
+struct PipelineState {
   uint32_t count = 0;
 
   __device__ __forceinline__ int stage() const { return static_cast<int>(count % kStages); }
   // Of the lap.
-  __device__ __forceinline__ uint32_t parity() const { return count / kStages & 1; }
-  __device__ __forceinline__ RingPlace operator+(int stages) const { return {count + stages}; }
+  __device__ __forceinline__ uint32_t phase() const { return count / kStages & 1; }
+  __device__ __forceinline__ PipelineState operator+(int stages) const { return {count + stages}; }
 };
 
 // The cluster, by its number in the grid.
@@ -174,15 +174,15 @@ __device__ __forceinline__ int cluster_idx() {
 }
 
 // A column of chunks: its row of blocks (token block after token block) and its number.
-struct ColumnPlace {
+struct ColumnPosition {
   int row, col;
 
-  __device__ __forceinline__ ColumnPlace(int row, int col) : row(row), col(col) {}
+  __device__ __forceinline__ ColumnPosition(int row, int col) : row(row), col(col) {}
   // Where unit `unit` of the schedule begins.
-  __device__ __forceinline__ ColumnPlace(const BitmapParams& p, int unit)
+  __device__ __forceinline__ ColumnPosition(const BitmapParams& p, int unit)
       : row(unit / p.schedule.tile_cols), col(unit % p.schedule.tile_cols * p.unit_cols) {}
 
-  __device__ __forceinline__ bool before(const ColumnPlace& other) const {
+  __device__ __forceinline__ bool before(const ColumnPosition& other) const {
     return row < other.row || (row == other.row && col < other.col);
   }
   // Moves on by `cols` columns, which end in this row or with it.

@@ -126,13 +126,13 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t smem, const uint32_t 
 // setmaxnreg: all warps of a warpgroup must call it. `kRegisters` per thread is fewer than
 // before...
 template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
+__device__ __forceinline__ void dealloc_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // ... or more: waits until they have been given.
 template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void alloc_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
@@ -207,7 +207,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem, uint32_t off
         "{" d_text "}, {" a_text "}, " b_text ", " t1 ", " t2 \
         ", 1, 1, 1, 0;" \
         : __VA_ARGS__ \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(places), \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), \
           "n"(kSelector)); \
   }
 #define FLASH_LLM_WGMMA_F16(...) FLASH_LLM_WGMMA("f16.f16", __VA_ARGS__)
@@ -228,11 +228,11 @@ __device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t* a, uin
 }
 
 // wgmma.sp.m64nNk32: the same for a[64, 32] of which two of each four neighbours in a row are
-// given, at `places` (as for mma.sp.m16n8k32): two bits each, in the lanes t = 2 kSelector and the
+// given, at `metadata` (as for mma.sp.m16n8k32): two bits each, in the lanes t = 2 kSelector and the
 // next of every four.
 template <ValueType kType, int kN, int kSelector>
 __device__ __forceinline__ void wgmma_sp(float (&d)[kN / 2], const uint32_t* a, uint64_t b,
-                                         uint32_t places) {
+                                         uint32_t metadata) {
   static_assert(kSelector == 0 || kSelector == 1, "two pairs of lanes");
   if constexpr (kType == ValueType::kFloat16) {
     FLASH_LLM_WGMMA_SHAPES(FLASH_LLM_WGMMA_SP_F16)
