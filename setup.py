@@ -75,7 +75,13 @@ CUDA_SOURCES = [
     "csrc/cuda/tiled_csl/lscd.cu",
     "csrc/cuda/tiled_csl/tiled_csl_pack.cu",
 ]
-OPERATOR_SOURCES = ["csrc/torch/ops.cpp"]
+OPERATOR_SOURCES = [
+    "csrc/torch/checks.cpp",
+    "csrc/torch/ops_cpu.cpp",
+    "csrc/torch/ops_cuda.cpp",
+    "csrc/torch/packed_parts.cpp",
+    "csrc/torch/schemas.cpp",
+]
 MODULE_SOURCES = ["csrc/torch/introspect.cpp"]
 LIBRARY = "libflash_llm"
 

@@ -282,6 +282,53 @@ class PackedWeight:
         """Return the dense ``[M, K]`` weight; see :func:`unpack`."""
         return unpack(self)
 
+    def slice(self: _Packed, rows: slice = slice(None), columns: slice = slice(None)) -> _Packed:
+        """Return a part of the weight, packed in the same format.
+
+        The bytes are those of packing ``to_dense()[rows, columns]``. All columns of rows that begin
+        and end at the format's natural borders (a multiple of 128 rows in ``tiled_csl``, of 512 in
+        ``bitmap``, of 4 in ``row_bitmap``, or the last row) are copied; anything else is unpacked,
+        cut and packed again on the same device.
+
+        Args:
+            rows: a slice of the M rows, with step 1.
+            columns: a slice of the K columns, with step 1.
+
+        Raises:
+            ValueError: a step is not 1.
+        """
+        bounds = []
+        for name, part, size in zip(("rows", "columns"), (rows, columns), self.shape, strict=True):
+            first, last, step = part.indices(size)
+            if step != 1:
+                raise ValueError(f"flash_llm: {name} must be a slice with step 1, got {part}")
+            bounds += [first, max(first, last)]
+        parts = torch.ops.flash_llm.slice(list(self.header), self.offsets, self.payload, *bounds)
+        return cast(_Packed, _from_op(parts))
+
+    @staticmethod
+    def concat(weights: Sequence[PackedWeight]) -> PackedWeight:
+        """Return the rows of several weights one after the other, packed in their format.
+
+        The bytes are those of packing ``torch.cat([w.to_dense() for w in weights])``. Weights of
+        which each but the last has a multiple of the format's natural number of rows (see
+        :meth:`slice`) are copied; others are unpacked, joined and packed again.
+
+        Args:
+            weights: at least one; all with the same columns, format, dtype and device.
+
+        Raises:
+            ValueError: there is no weight, or the columns differ.
+            TypeError: formats, dtypes or devices differ, or one is no packed weight.
+        """
+        for weight in weights:
+            _check_packed("concat", weight)
+        headers = [integer for weight in weights for integer in weight.header]
+        offsets, payloads = [w.offsets for w in weights], [w.payload for w in weights]
+        if not weights:
+            raise ValueError("flash_llm::concat: there must be a weight")
+        return _from_op(torch.ops.flash_llm.concat(headers, offsets, payloads))
+
     def _sizes(self) -> dict[str, Any]:
         """The fields with which every format's statistics begin."""
         elements = self.header.m * self.header.k

@@ -1,6 +1,7 @@
 """What holds for every packed format: packing, unpacking, validation, and the object."""
 
 import contextlib
+import dataclasses
 import itertools
 
 import numpy as np
@@ -385,3 +386,56 @@ def test_operators_survive_garbage_buffers(garbage, format, device):
                 assert flash_llm.spmm(x, broken, config=config).shape == (33, 600)
         if device == "cuda":
             torch.cuda.synchronize()
+
+
+def test_slices_have_the_bytes_of_packing_the_slice(format, device):
+    weight = testing.random_sparse(1100, 300, 0.85, dtype=torch.bfloat16, device=device, seed=3)
+    packed = flash_llm.pack(weight, format)
+    natural = {"tiled_csl": 128, "bitmap": 512, "row_bitmap": 4}[format]
+    rows = [(0, natural), (natural, 2 * natural), (natural, 1100), (0, 1100), (3, 700), (7, 7)]
+    columns = [(0, 300), (0, 128), (5, 299), (300, 300)]
+    for (first, last), (left, right) in itertools.product(rows, columns):
+        part = packed.slice(slice(first, last), slice(left, right))
+        expected = flash_llm.pack(weight[first:last, left:right], format)
+        assert part.header == expected.header, (first, last, left, right)
+        assert torch.equal(part.offsets, expected.offsets)
+        assert torch.equal(part.payload, expected.payload)
+        part.validate()
+
+
+def test_concatenations_have_the_bytes_of_packing_the_concatenation(format, device):
+    weight = testing.random_sparse(1200, 200, 0.6, dtype=torch.bfloat16, device=device, seed=4)
+    for cuts in ([512, 1024], [128, 640], [4, 516], [1, 700], [0, 512], [], [1200]):
+        bounds = [0, *cuts, 1200]
+        parts = [weight[a:b] for a, b in itertools.pairwise(bounds)]
+        joined = flash_llm.PackedWeight.concat([flash_llm.pack(part, format) for part in parts])
+        expected = flash_llm.pack(weight, format)
+        assert joined.header == expected.header, cuts
+        assert torch.equal(joined.offsets, expected.offsets)
+        assert torch.equal(joined.payload, expected.payload)
+
+
+def test_slice_and_concat_refuse_what_does_not_fit(device):
+    packed = flash_llm.pack(
+        testing.random_sparse(64, 96, 0.5, dtype=torch.bfloat16, device=device, seed=5),
+        "row_bitmap",
+    )
+    with pytest.raises(ValueError, match="step 1"):
+        packed.slice(slice(0, 64, 2))
+    with pytest.raises(ValueError, match="there must be a weight"):
+        flash_llm.PackedWeight.concat([])
+    narrow = flash_llm.pack(
+        testing.random_sparse(64, 95, 0.5, dtype=torch.bfloat16, device=device, seed=5),
+        "row_bitmap",
+    )
+    with pytest.raises(ValueError, match="weight 1 has 95"):
+        flash_llm.PackedWeight.concat([packed, narrow])
+    for other in (
+        flash_llm.pack(packed.to_dense(), "tiled_csl"),
+        flash_llm.pack(packed.to_dense().half(), "row_bitmap"),
+    ):
+        with pytest.raises(TypeError, match="weight 1 has"):
+            flash_llm.PackedWeight.concat([packed, other])
+    broken = dataclasses.replace(packed, offsets=packed.offsets.flip(0))
+    with pytest.raises(ValueError, match="malformed"):
+        broken.slice(slice(4, 8))

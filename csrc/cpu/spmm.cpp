@@ -2,7 +2,7 @@
 
 namespace flash_llm {
 
-Status spmm_cpu(const SpmmPlan& plan, const SpmmArgs& args, CpuIsa isa,
+Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, CpuIsa isa,
                 const ParallelFor& parallel_for) {
   if (Status fits = check_plan(plan, plan.family, args); !fits.ok()) return fits;
   switch (plan.family) {

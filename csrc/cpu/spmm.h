@@ -12,7 +12,7 @@
 namespace flash_llm {
 
 // Runs the plan's family; kDense and kRowBitmapBlocks, which need a dense GEMM, are the caller's.
-Status spmm_cpu(const SpmmPlan& plan, const SpmmArgs& args, CpuIsa isa,
+Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, CpuIsa isa,
                 const ParallelFor& parallel_for);
 
 // Oracle for any format: unpacks a tile row at a time, accumulates in fp64, rounds once.

@@ -29,8 +29,8 @@ Status end_weight_writes(void* scratch, cudaStream_t stream) {
   return check(cudaMemsetAsync(scratch, 0, 4, stream), "cudaMemsetAsync after packing");
 }
 
-Status spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
-            cudaStream_t stream) {
+Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
+                cudaStream_t stream) {
   switch (plan.family) {
     case KernelFamily::kTiledCslSm80:
       return spmm_lscd(plan, args, workspace, prefetch, stream);

@@ -19,8 +19,8 @@ namespace flash_llm::cuda {
 // dependently, on sm_90: the kernel starts to fetch the weight while the kernel before it in the
 // stream still runs, so that one must not be writing the weight. kDense, which needs a dense GEMM,
 // is the caller's.
-Status spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
-            cudaStream_t stream);
+Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
+                cudaStream_t stream);
 
 // Its families. kTiledCslSm80: unless the configuration has packed_x, x must be 16-byte aligned,
 // x_stride a multiple of 8 (or n = 1), and rows readable, and zero, up to the next multiple of
@@ -41,6 +41,8 @@ struct PackKernels {
                  uint32_t* payload, cudaStream_t stream);
   // dense[m, k] (contiguous, 16-byte aligned) from a packed weight.
   Status (*unpack)(const PackedView& view, uint16_t* dense, cudaStream_t stream);
+  // Adds the number of stored values to *total.
+  Status (*count_stored)(const PackedView& view, int64_t* total, cudaStream_t stream);
 };
 
 // To be called after the kernels that wrote a weight, with 4 bytes of scratch: what comes later in

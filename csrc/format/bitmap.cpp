@@ -780,4 +780,17 @@ Status bitmap_validate(const PackedView& view, const ParallelFor& parallel_for) 
   return check_tiles(view, chunks, "chunk", parallel_for, check_range);
 }
 
+int64_t bitmap_count_stored(const PackedView& view, const ParallelFor& parallel_for) {
+  const int64_t chunks = num_chunk_rows(view.m) * num_chunk_cols(view.k);
+  return sum_over(chunks, 64, parallel_for, [&](int64_t i) {
+    const StoredChunk stored = stored_chunk(view, i);
+    const ChunkBits bits = chunk_bits(stored.units);
+    int64_t count = 0;
+    for (int offset = bits.begin; offset < bits.end; offset += 4) {
+      count += static_cast<int64_t>(std::bitset<32>(load<uint32_t>(stored.bytes + offset)).count());
+    }
+    return count;
+  });
+}
+
 }  // namespace flash_llm

@@ -82,6 +82,21 @@ Status check_offsets(const PackedView& view, int64_t tiles, const CheckUnits& ch
   return Status::success();
 }
 
+// The sum of of_item(i) for all i in [0, count).
+template <typename OfItem>
+int64_t sum_over(int64_t count, int64_t grain, const ParallelFor& parallel_for,
+                 const OfItem& of_item) {
+  std::mutex mutex;
+  int64_t total = 0;
+  parallel_for(count, grain, [&](int64_t begin, int64_t end) {
+    int64_t own = 0;
+    for (int64_t i = begin; i < end; ++i) own += of_item(i);
+    const std::lock_guard<std::mutex> lock(mutex);
+    total += own;
+  });
+  return total;
+}
+
 // Runs check_range(begin, end, failure) over all tiles; it returns the nonzeros of its range, whose
 // total must be what the header says.
 template <typename CheckRange>

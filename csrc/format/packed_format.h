@@ -50,6 +50,8 @@ struct PackedFormat {
   // Writes every element of one tile row: dense is [min(tile_m, rows left), k], contiguous. Safe on
   // any buffer that check_sizes accepts; what a malformed one unpacks to is unspecified.
   void (*unpack_tile_row)(const PackedView& view, int64_t tile_row, uint16_t* dense);
+  // The number of stored values; safe on the same buffers.
+  int64_t (*count_stored)(const PackedView& view, const ParallelFor& parallel_for);
   // The cheap check of every call: buffer lengths against the shape, nothing is read.
   Status (*check_sizes)(const PackedHeader& header, int64_t num_offsets, int64_t payload_words);
   // The check in depth, on host buffers of checked sizes: every invariant of the format.

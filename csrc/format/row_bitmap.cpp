@@ -218,4 +218,15 @@ Status row_bitmap_validate(const PackedView& view, const ParallelFor& parallel_f
   return check_tiles(view, blocks, "block", parallel_for, check_range);
 }
 
+int64_t row_bitmap_count_stored(const PackedView& view, const ParallelFor& parallel_for) {
+  return sum_over(num_row_blocks(view.m), 16, parallel_for, [&](int64_t block) {
+    const uint32_t* masks = row_block(view, block).masks;
+    int64_t count = 0;
+    for (int64_t i = 0; masks != nullptr && i < num_groups(view.k) * kBlockRows; ++i) {
+      count += popcount(masks[i]);
+    }
+    return count;
+  });
+}
+
 }  // namespace flash_llm

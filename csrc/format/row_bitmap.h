@@ -88,6 +88,7 @@ void row_bitmap_decode_block(const RowBlock& block, int rows, int64_t k, uint16_
 uint32_t row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
                                uint32_t* masks, uint16_t* values);
 void row_bitmap_unpack_block(const PackedView& view, int64_t block, uint16_t* dense);
+int64_t row_bitmap_count_stored(const PackedView& view, const ParallelFor& parallel_for);
 Status row_bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets,
                               int64_t payload_words);
 Status row_bitmap_validate(const PackedView& view, const ParallelFor& parallel_for);

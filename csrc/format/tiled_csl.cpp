@@ -231,4 +231,11 @@ Status tiled_csl_validate(const PackedView& view, const ParallelFor& parallel_fo
   return check_tiles(view, tiles, "tile", parallel_for, check_range);
 }
 
+int64_t tiled_csl_count_stored(const PackedView& view, const ParallelFor& parallel_for) {
+  // Entries that pad a tile hold zero.
+  return sum_over(view.payload_words, int64_t{1} << 14, parallel_for, [&](int64_t i) {
+    return is_zero(static_cast<uint16_t>(view.payload[i])) ? 0 : 1;
+  });
+}
+
 }  // namespace flash_llm

@@ -115,6 +115,7 @@ Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
 void tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
                     const ParallelFor& parallel_for, uint32_t* entries);
 void tiled_csl_unpack_tile_row(const PackedView& view, int64_t tile_row, uint16_t* dense);
+int64_t tiled_csl_count_stored(const PackedView& view, const ParallelFor& parallel_for);
 Status tiled_csl_check_sizes(const PackedHeader& header, int64_t num_offsets,
                              int64_t payload_words);
 Status tiled_csl_validate(const PackedView& view, const ParallelFor& parallel_for);

@@ -691,6 +691,26 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(PackedView view, uint1
   }
 }
 
+// One warp for each chunk.
+__global__ void __launch_bounds__(kThreads)
+    count_stored_kernel(PackedView view, int64_t chunks, int64_t* total) {
+  const int64_t chunk = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (chunk >= chunks) return;
+  const int64_t max_units = view.payload_words / kChunkUnitWords;
+  const int64_t first = max(int64_t{0}, min(int64_t{view.offsets[chunk]}, max_units));
+  const int64_t last = max(first, min(int64_t{view.offsets[chunk + 1]}, max_units));
+  const ChunkBits bits = chunk_bits(last - first);
+  const auto* bytes = reinterpret_cast<const uint8_t*>(view.payload + first * kChunkUnitWords);
+  int count = 0;
+  for (int i = bits.begin + threadIdx.x % 32 * 4; i < bits.end; i += 32 * 4) {
+    count += __popc(*reinterpret_cast<const uint32_t*>(bytes + i));
+  }
+  count = __reduce_add_sync(~0U, count);
+  if (threadIdx.x % 32 == 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(count));
+  }
+}
+
 Status count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units, int32_t* nnz,
              cudaStream_t stream) {
   if (m == 0 || k == 0) return Status::success();
@@ -713,8 +733,16 @@ Status unpack(const PackedView& view, uint16_t* dense, cudaStream_t stream) {
   return cuda::check(cudaGetLastError(), "bitmap unpack_kernel launch");
 }
 
+Status count_stored(const PackedView& view, int64_t* total, cudaStream_t stream) {
+  const int64_t chunks = num_chunk_rows(view.m) * num_chunk_cols(view.k);
+  if (chunks == 0) return Status::success();
+  count_stored_kernel<<<static_cast<unsigned>((chunks + kWarps - 1) / kWarps), kThreads, 0,
+                        stream>>>(view, chunks, total);
+  return cuda::check(cudaGetLastError(), "bitmap count_stored_kernel launch");
+}
+
 }  // namespace
 
-cuda::PackKernels cuda::bitmap_kernels() { return {count, pack, unpack}; }
+cuda::PackKernels cuda::bitmap_kernels() { return {count, pack, unpack, count_stored}; }
 
 }  // namespace flash_llm

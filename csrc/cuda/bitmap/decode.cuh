@@ -104,7 +104,7 @@ __device__ __forceinline__ void decode_two_four_fragment(uint32_t word, uint32_t
 // What a lane needs of the bits of one strip of a 2:4 chunk.
 struct TwoFourWords {
   uint32_t metadata[4];  // sparsity metadata of fragments p of both halves, as wgmma.sp takes it
-  uint32_t runs[2];    // by half: the bits of slots, as decode_two_four_fragment takes them
+  uint32_t runs[2];      // by half: the bits of slots, as decode_two_four_fragment takes them
 };
 
 // (a & mask) | (b & ~mask). Spelt out, because from constants the compiler makes two instructions.

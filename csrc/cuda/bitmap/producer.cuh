@@ -26,8 +26,8 @@ namespace flash_llm {
 template <typename C>
 class ChunkProducer {
  public:
-  __device__ __forceinline__ ChunkProducer(const BitmapParams& p, const BitmapSmem<C>& smem, int ring,
-                                         int lane)
+  __device__ __forceinline__ ChunkProducer(const BitmapParams& p, const BitmapSmem<C>& smem,
+                                           int ring, int lane)
       : p_(p),
         smem_(smem),
         ring_(ring),
@@ -259,10 +259,10 @@ class ChunkProducer {
   ChunkRange pair_ = {};  // which at_ is in
   int prefetch_stage_ = 0;
 
-  int head_ = 0;           // where the next chunk goes, in the ring
-  uint32_t issued_ = 0;   // columns of groups, the groups of the ring in turn
-  uint32_t released_ = 0;  // of these, how many have been read
-  uint32_t reserved_ = 0;  // units of the ring handed out, ever
+  int head_ = 0;                // where the next chunk goes, in the ring
+  uint32_t issued_ = 0;         // columns of groups, the groups of the ring in turn
+  uint32_t released_ = 0;       // of these, how many have been read
+  uint32_t reserved_ = 0;       // units of the ring handed out, ever
   uint32_t begin_of_copy_ = 0;  // lane l: reserved_ before the one whose number is l mod 32
 };
 
@@ -271,7 +271,7 @@ class ChunkProducer {
 // needs the next column's X too.)
 template <typename C>
 __device__ __forceinline__ void produce_x(const BitmapParams& p, const CUtensorMap& map,
-                                       const BitmapSmem<C>& smem) {
+                                          const BitmapSmem<C>& smem) {
   ptx::prefetch_tensor_map(&map);
   wait_for_previous_kernel();
   ColumnPosition at(p, p.schedule.first_unit(cluster_idx<C>()));

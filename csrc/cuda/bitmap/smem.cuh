@@ -119,7 +119,8 @@ struct BitmapSmem {
   __device__ __forceinline__ uint32_t empty_chunk() const { return base + kEmpty; }
   // What is said of a chunk of a group.
   __device__ __forceinline__ uint32_t descriptor(int group, int stage, int chunk) const {
-    return base + kDescriptors + ((group * kBitmapGroupStages + stage) * C::kGroupChunks + chunk) * 8;
+    return base + kDescriptors +
+           ((group * kBitmapGroupStages + stage) * C::kGroupChunks + chunk) * 8;
   }
   // Offsets of a lane's chunk and of the next one, by feeding warp.
   __device__ __forceinline__ uint32_t offsets(int ring, int stage, int lane) const {

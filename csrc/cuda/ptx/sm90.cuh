@@ -228,8 +228,8 @@ __device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t* a, uin
 }
 
 // wgmma.sp.m64nNk32: the same for a[64, 32] of which two of each four neighbours in a row are
-// given, at `metadata` (as for mma.sp.m16n8k32): two bits each, in the lanes t = 2 kSelector and the
-// next of every four.
+// given, at `metadata` (as for mma.sp.m16n8k32): two bits each, in the lanes t = 2 kSelector and
+// the next of every four.
 template <ValueType kType, int kN, int kSelector>
 __device__ __forceinline__ void wgmma_sp(float (&d)[kN / 2], const uint32_t* a, uint64_t b,
                                          uint32_t metadata) {

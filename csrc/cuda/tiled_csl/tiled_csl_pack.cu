@@ -5,6 +5,7 @@
 
 #include "cuda/dense_matrix.cuh"
 #include "cuda/launch.h"
+#include "format/element.h"
 #include "format/tiled_csl.h"
 
 namespace flash_llm {
@@ -166,6 +167,15 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(PackedView view, uint1
   }
 }
 
+__global__ void __launch_bounds__(kThreads) count_stored_kernel(PackedView view, int64_t* total) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const bool stored = i < view.payload_words && (view.payload[i] & kMagnitudeMask) != 0;
+  const int count = __popc(__ballot_sync(~0U, stored));
+  if (threadIdx.x % 32 == 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(count));
+  }
+}
+
 Status count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units, int32_t* nnz,
              cudaStream_t stream) {
   const int64_t tiles = num_tiles(m, k);
@@ -191,8 +201,15 @@ Status unpack(const PackedView& view, uint16_t* dense, cudaStream_t stream) {
   return cuda::check(cudaGetLastError(), "unpack_kernel launch");
 }
 
+Status count_stored(const PackedView& view, int64_t* total, cudaStream_t stream) {
+  const int64_t ctas = (view.payload_words + kThreads - 1) / kThreads;
+  if (ctas == 0) return Status::success();
+  count_stored_kernel<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(view, total);
+  return cuda::check(cudaGetLastError(), "count_stored_kernel launch");
+}
+
 }  // namespace
 
-cuda::PackKernels cuda::tiled_csl_kernels() { return {count, pack, unpack}; }
+cuda::PackKernels cuda::tiled_csl_kernels() { return {count, pack, unpack, count_stored}; }
 
 }  // namespace flash_llm

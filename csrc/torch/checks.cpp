@@ -1,0 +1,268 @@
+#include "torch/checks.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+
+#include <algorithm>
+
+#include "plan/spmm_plan.h"
+
+namespace flash_llm {
+
+using at::Tensor;
+
+void raise_if_error(const char* op, const Status& status) {
+  const auto message = [&] { return std::string("flash_llm::") + op + ": " + status.message; };
+  switch (status.code) {
+    case StatusCode::kOk:
+      return;
+    case StatusCode::kInvalidValue:
+      TORCH_CHECK_VALUE(false, message());
+    case StatusCode::kInvalidType:
+      TORCH_CHECK_TYPE(false, message());
+    case StatusCode::kUnsupported:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, message());
+    case StatusCode::kRuntime:
+      TORCH_CHECK(false, message());
+  }
+  TORCH_CHECK(false, message());
+}
+
+void parallel_for(int64_t count, int64_t grain, const ParallelBody& body) {
+  at::parallel_for(0, count, grain, body);
+}
+
+at::ScalarType scalar_type(ValueType type) {
+  switch (type) {
+    case ValueType::kFloat16:
+      return at::kHalf;
+    case ValueType::kBfloat16:
+      return at::kBFloat16;
+  }
+  TORCH_CHECK(false, "flash_llm: value type ", static_cast<int64_t>(type), " has no dtype");
+}
+
+namespace {
+
+ValueType value_type_of(const char* op, const char* name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(
+      tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16, "flash_llm::", op,
+      ": ", name, " must be float16 or bfloat16, got ", tensor.scalar_type(),
+      tensor.scalar_type() == at::kFloat ? " (convert it with .to(torch.bfloat16))" : "");
+  return tensor.scalar_type() == at::kHalf ? ValueType::kFloat16 : ValueType::kBfloat16;
+}
+
+}  // namespace
+
+const uint16_t* raw(const Tensor& tensor) {
+  return static_cast<const uint16_t*>(tensor.const_data_ptr());
+}
+
+uint16_t* mutable_raw(const Tensor& tensor) {
+  return static_cast<uint16_t*>(tensor.mutable_data_ptr());
+}
+
+namespace {
+
+void check_words(const char* op, const char* name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kInt, "flash_llm::", op, ": ", name,
+                   " must be int32, got ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.dim() == 1, "flash_llm::", op, ": ", name,
+                    " must be one-dimensional, got ", tensor.dim(), " dimensions");
+}
+
+}  // namespace
+
+PackedWeight check_packed(const char* op, at::IntArrayRef header, const Tensor& offsets,
+                          const Tensor& payload, const std::optional<Tensor>& scales) {
+  PackedWeight weight;
+  raise_if_error(op, PackedHeader::from_ints(header.data(), static_cast<int64_t>(header.size()),
+                                             &weight.header));
+  const ValueTraits traits = value_traits(weight.header.value_type);
+  TORCH_CHECK_VALUE(scales.has_value() == (traits.scales != ScaleGroup::kNone), "flash_llm::", op,
+                    ": values of type ", traits.name,
+                    scales.has_value() ? " have no scales, but scales were given"
+                                       : " have scales, but none were given");
+  check_words(op, "offsets", offsets);
+  check_words(op, "payload", payload);
+  TORCH_CHECK_TYPE(offsets.device() == payload.device(), "flash_llm::", op,
+                   ": offsets and payload must be on one device, got ", offsets.device(), " and ",
+                   payload.device());
+  raise_if_error(op, weight.format().check_sizes(weight.header, offsets.numel(), payload.numel()));
+  weight.offsets = offsets.contiguous();
+  weight.payload = payload.contiguous();
+  // Kernels read whole 16-byte vectors; a view into a larger buffer may start anywhere.
+  if (reinterpret_cast<uintptr_t>(weight.payload.const_data_ptr()) % 16 != 0) {
+    weight.payload = weight.payload.clone();
+  }
+  weight.copied = !weight.payload.is_alias_of(payload) || !weight.offsets.is_alias_of(offsets);
+  return weight;
+}
+
+namespace {
+
+void check_tiles(const char* op, const PackedFormat& format, int64_t m, int64_t k) {
+  TORCH_CHECK_VALUE(format.tiles(m, k) < INT32_MAX, "flash_llm::", op, ": a dense weight of ", m,
+                    "x", k, " has more tiles than 32-bit indices can count");
+}
+
+}  // namespace
+
+DenseMatrix check_dense(const char* op, const Tensor& dense) {
+  const ValueType value_type = value_type_of(op, "dense", dense);
+  TORCH_CHECK_VALUE(dense.dim() == 2, "flash_llm::", op,
+                    ": dense must be two-dimensional [M, K], got ", dense.dim(), " dimensions");
+  const int64_t m = dense.size(0), k = dense.size(1);
+  TORCH_CHECK_VALUE(m <= INT32_MAX && k <= INT32_MAX, "flash_llm::", op,
+                    ": dense must have at most 2^31 - 1 rows and columns, got ", m, "x", k);
+  // Before anything is copied: no format has larger tiles than this one.
+  check_tiles(op, packed_format(Format::kTiledCsl), m, k);
+  const bool rows_contiguous = k <= 1 || dense.stride(1) == 1;
+  const Tensor rows =
+      rows_contiguous && (m <= 1 || dense.stride(0) >= 0) ? dense : dense.contiguous();
+  return {rows, value_type, m, k, rows.stride(0)};
+}
+
+Tensor header_tensor(const PackedHeader& header) {
+  const auto ints = header.to_ints();
+  Tensor tensor = at::empty({kPackedHeaderInts}, at::kLong);
+  std::copy(ints.begin(), ints.end(), tensor.mutable_data_ptr<int64_t>());
+  return tensor;
+}
+
+PackedHeader make_header(const DenseMatrix& dense, Format format, int64_t nnz, int64_t words) {
+  PackedHeader header = PackedHeader::of(format);
+  header.value_type = dense.value_type;
+  header.m = dense.m;
+  header.k = dense.k;
+  header.nnz = nnz;
+  header.payload_words = words;
+  return header;
+}
+
+const PackedFormat& choose_format(const char* op, c10::string_view name, const DenseMatrix& dense,
+                                  const DeviceInfo& device) {
+  Format id;
+  if (name == "auto") {
+    // The count waits for the device, and only where it could make a difference.
+    const int64_t nnz =
+        format_depends_on_density(device) ? at::count_nonzero(dense.tensor).item<int64_t>() : 0;
+    id = select_format(dense.m, dense.k, nnz, device).format;
+  } else {
+    raise_if_error(op, parse_format(std::string(name), &id));
+  }
+  const PackedFormat& format = packed_format(id);
+  check_tiles(op, format, dense.m, dense.k);
+  return format;
+}
+
+void check_format(const char* op, c10::string_view name) {
+  Format id;
+  if (name != "auto") raise_if_error(op, parse_format(std::string(name), &id));
+}
+
+PruneTarget check_prune_target(std::optional<double> sparsity, c10::string_view scope) {
+  PruneTarget target;
+  raise_if_error("prune_pack", parse_prune_target(std::string(scope), sparsity.has_value(),
+                                                  sparsity.value_or(0.0), &target));
+  return target;
+}
+
+SpmmCall check_spmm(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
+                    const Tensor& payload, const std::optional<Tensor>& bias,
+                    c10::string_view activation, const std::optional<Tensor>& scales) {
+  SpmmCall call;
+  call.weight = check_packed("spmm", header, offsets, payload, scales);
+  const PackedHeader& h = call.weight.header;
+  TORCH_CHECK_TYPE(x.scalar_type() == scalar_type(h.value_type), "flash_llm::spmm: x must be ",
+                   scalar_type(h.value_type), " like the weight, got ", x.scalar_type());
+  TORCH_CHECK_TYPE(x.device() == payload.device(), "flash_llm::spmm: x must be on ",
+                   payload.device(), " like the weight, got ", x.device());
+  TORCH_CHECK_VALUE(x.dim() >= 1, "flash_llm::spmm: x must have at least one dimension, got 0");
+  TORCH_CHECK_VALUE(x.size(-1) == h.k, "flash_llm::spmm: x.size(-1) must equal K=", h.k, ", got ",
+                    x.size(-1));
+  raise_if_error("spmm", parse_activation(std::string(activation), &call.activation));
+  if (bias.has_value() && bias->defined()) {
+    TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), "flash_llm::spmm: bias must be ",
+                     x.scalar_type(), " like x, got ", bias->scalar_type());
+    TORCH_CHECK_TYPE(bias->device() == x.device(), "flash_llm::spmm: bias must be on ", x.device(),
+                     " like x, got ", bias->device());
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == h.m,
+                      "flash_llm::spmm: bias must have shape [M=", h.m, "], got ", bias->sizes());
+    call.bias = bias->contiguous();
+  }
+  call.n = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+    call.y_sizes.push_back(x.size(i));
+    call.n *= x.size(i);
+  }
+  call.y_sizes.push_back(h.m);
+  call.x = x.reshape({call.n, h.k});
+  if (h.k > 1 && call.x.stride(1) != 1) call.x = call.x.contiguous();
+  return call;
+}
+
+void activate_(Tensor& y, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      return;
+    case Activation::kRelu:
+      at::relu_(y);
+      return;
+    case Activation::kGelu:
+      at::gelu_(y);
+      return;
+    case Activation::kSilu:
+      at::silu_(y);
+      return;
+  }
+}
+
+// The dense route: unpack, then the vendor's GEMM. Autocast must not change the dtype underway.
+Tensor spmm_dense(const SpmmCall& call, const Tensor& dense) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  Tensor y = at::linear(call.x, dense, call.bias);
+  activate_(y, call.activation);
+  return y.view(call.y_sizes);
+}
+
+SpmmArgs spmm_args(const SpmmCall& call, const Tensor& y) {
+  SpmmArgs args;
+  args.x = raw(call.x);
+  args.x_stride = call.x.stride(0);
+  args.format = call.weight.header.format;
+  args.weight = call.weight.view();
+  args.bias = call.bias ? raw(*call.bias) : nullptr;
+  args.y = mutable_raw(y);
+  args.n = call.n;
+  args.value_type = call.weight.header.value_type;
+  args.activation = call.activation;
+  return args;
+}
+
+Tensor spmm_degenerate(const SpmmCall& call) {
+  Tensor y = at::zeros(call.y_sizes, call.x.options());
+  if (call.bias) y += *call.bias;
+  activate_(y, call.activation);
+  return y;
+}
+
+PackedView PackedWeight::view() const {
+  return {header.m,
+          header.k,
+          header.nnz,
+          offsets.const_data_ptr<int32_t>(),
+          reinterpret_cast<const uint32_t*>(payload.const_data_ptr<int32_t>()),
+          header.payload_words};
+}
+
+SpmmProblem SpmmCall::problem() const {
+  const PackedHeader& h = weight.header;
+  return {h.m, n, h.k, h.nnz, h.format, h.value_type};
+}
+
+bool SpmmCall::is_degenerate() const {
+  return n == 0 || weight.header.m == 0 || weight.header.k == 0;
+}
+
+}  // namespace flash_llm

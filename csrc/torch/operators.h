@@ -1,0 +1,35 @@
+// The operators' implementations, which schemas.cpp registers: one set for the CPU, one for CUDA.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "torch/checks.h"
+
+namespace flash_llm {
+
+#define FLASH_LLM_OPERATORS(device)                                                                \
+  at::Tensor spmm_##device(const at::Tensor& x, at::IntArrayRef header, const at::Tensor& offsets, \
+                           const at::Tensor& payload, const std::optional<at::Tensor>& bias,       \
+                           c10::string_view activation, c10::string_view config, int64_t ctas,     \
+                           bool prefetch, const std::optional<at::Tensor>& scales);                \
+  Packed pack_##device(const at::Tensor& dense, c10::string_view format);                          \
+  Packed prune_pack_##device(const at::Tensor& dense, std::optional<double> sparsity,              \
+                             c10::string_view scope, c10::string_view format);                     \
+  at::Tensor unpack_##device(at::IntArrayRef header, const at::Tensor& offsets,                    \
+                             const at::Tensor& payload, const std::optional<at::Tensor>& scales);  \
+  void validate_##device(at::IntArrayRef header, const at::Tensor& offsets,                        \
+                         const at::Tensor& payload, const std::optional<at::Tensor>& scales);      \
+  int64_t count_stored_##device(at::IntArrayRef header, const at::Tensor& offsets,                 \
+                                const at::Tensor& payload);
+FLASH_LLM_OPERATORS(cpu)
+FLASH_LLM_OPERATORS(cuda)
+#undef FLASH_LLM_OPERATORS
+
+// Also for tensors on CUDA whose format the host packs and unpacks.
+Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, const PackedFormat& format);
+at::Tensor unpack_weight_cpu(const char* op, const PackedWeight& weight);
+
+}  // namespace flash_llm

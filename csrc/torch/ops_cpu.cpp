@@ -1,0 +1,133 @@
+// The operators on the CPU.
+#include <ATen/autocast_mode.h>
+
+#include <algorithm>
+#include <string>
+
+#include "base/cpu_isa.h"
+#include "base/huge_pages.h"
+#include "cpu/spmm.h"
+#include "format/row_bitmap.h"
+#include "plan/cpu.h"
+#include "plan/spmm_plan.h"
+#include "torch/operators.h"
+
+namespace flash_llm {
+
+using at::Tensor;
+
+Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
+  Tensor offsets =
+      at::empty({format.tiles(dense.m, dense.k) + 1}, dense.tensor.options().dtype(at::kInt));
+  int32_t* offsets_data = offsets.mutable_data_ptr<int32_t>();
+  int64_t nnz = 0;
+  raise_if_error(op, format.count(raw(dense.tensor), dense.ld, dense.m, dense.k, parallel_for,
+                                  offsets_data, &nnz));
+  const int64_t words = int64_t{offsets_data[offsets.numel() - 1]} * format.unit_words;
+  Tensor payload = at::empty({words}, offsets.options());
+  flash_llm::prefer_huge_pages(payload.mutable_data_ptr(), payload.nbytes());
+  format.pack(raw(dense.tensor), dense.ld, dense.m, dense.k, offsets_data, parallel_for,
+              reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()));
+  return {header_tensor(make_header(dense, format.id, nnz, words)), offsets, payload};
+}
+
+Packed pack_cpu(const Tensor& dense, c10::string_view format) {
+  check_format("pack", format);
+  const DenseMatrix matrix = check_dense("pack", dense);
+  return pack_dense_cpu("pack", matrix, choose_format("pack", format, matrix, DeviceInfo{}));
+}
+
+Packed prune_pack_cpu(const Tensor& dense, std::optional<double> sparsity, c10::string_view scope,
+                      c10::string_view format) {
+  DenseMatrix matrix = check_dense("prune_pack", dense);
+  check_format("prune_pack", format);
+  const PruneTarget target = check_prune_target(sparsity, scope);
+  const Tensor pruned =
+      at::empty({matrix.m, matrix.k}, dense.options(), at::MemoryFormat::Contiguous);
+  prune_magnitude(raw(matrix.tensor), matrix.ld, matrix.m, matrix.k, target, parallel_for,
+                  mutable_raw(pruned));
+  const DenseMatrix kept = {pruned, matrix.value_type, matrix.m, matrix.k, matrix.k};
+  return pack_dense_cpu("prune_pack", kept,
+                        choose_format("prune_pack", format, kept, DeviceInfo{}));
+}
+
+CpuIsa cpu_isa(const char* op) {
+  CpuIsa isa{};
+  raise_if_error(op, select_cpu_isa(&isa));
+  return isa;
+}
+
+// For a large tensor that is written next: faults of 4 KB pages took 7 of 10 ms of unpacking 4096 x
+// 4096.
+void prefer_huge_pages(const Tensor& tensor) {
+  flash_llm::prefer_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
+}
+
+Tensor unpack_weight_cpu(const char* op, const PackedWeight& weight) {
+  const PackedHeader& h = weight.header;
+  Tensor dense = at::empty({h.m, h.k}, weight.payload.options().dtype(scalar_type(h.value_type)));
+  prefer_huge_pages(dense);
+  if (h.format == Format::kRowBitmap && dense.numel() > 0) {
+    row_bitmap_decode(weight.view(), 0, h.m, cpu_isa(op), parallel_for, mutable_raw(dense));
+  } else {
+    unpack(weight.format(), weight.view(), parallel_for, mutable_raw(dense));
+  }
+  return dense;
+}
+
+Tensor unpack_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload,
+                  const std::optional<Tensor>& scales) {
+  return unpack_weight_cpu("unpack", check_packed("unpack", header, offsets, payload, scales));
+}
+
+void validate_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload,
+                  const std::optional<Tensor>& scales) {
+  const PackedWeight weight = check_packed("validate", header, offsets, payload, scales);
+  raise_if_error("validate", weight.format().validate(weight.view(), parallel_for));
+}
+
+// The dense route a block of rows at a time: what is decoded is multiplied while it is in the
+// cache.
+Tensor spmm_cpu_blocks(const SpmmCall& call, CpuIsa isa) {
+  const PackedHeader& h = call.weight.header;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const int64_t rows = std::min(h.m, cpu_block_rows(h.k));
+  const Tensor dense = at::empty({rows, h.k}, call.x.options());
+  prefer_huge_pages(dense);
+  Tensor y = at::empty({call.n, h.m}, call.x.options());
+  for (int64_t row = 0; row < h.m; row += rows) {
+    const int64_t count = std::min(rows, h.m - row);
+    row_bitmap_decode(call.weight.view(), row, row + count, isa, parallel_for, mutable_raw(dense));
+    std::optional<Tensor> bias;
+    if (call.bias) bias = call.bias->narrow(0, row, count);
+    y.narrow(1, row, count).copy_(at::linear(call.x, dense.narrow(0, 0, count), bias));
+  }
+  activate_(y, call.activation);
+  return y.view(call.y_sizes);
+}
+
+Tensor spmm_cpu(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
+                const Tensor& payload, const std::optional<Tensor>& bias,
+                c10::string_view activation, c10::string_view config, int64_t ctas,
+                bool /*prefetch*/, const std::optional<Tensor>& scales) {
+  const SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation, scales);
+  SpmmPlan plan;
+  DeviceInfo device;
+  raise_if_error("spmm", detect_cpu(&device));
+  raise_if_error("spmm", select_plan(call.problem(), device, std::string(config), ctas, &plan));
+  if (call.is_degenerate()) return spmm_degenerate(call);
+  if (plan.family == KernelFamily::kDense) {
+    return spmm_dense(call, unpack_weight_cpu("spmm", call.weight));
+  }
+  if (plan.family == KernelFamily::kRowBitmapBlocks) return spmm_cpu_blocks(call, device.cpu_isa);
+  const Tensor y = at::empty(call.y_sizes, call.x.options());
+  raise_if_error("spmm", run_spmm(plan, spmm_args(call, y), device.cpu_isa, parallel_for));
+  return y;
+}
+
+int64_t count_stored_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
+  const PackedWeight weight = check_packed("count_stored", header, offsets, payload, std::nullopt);
+  return weight.format().count_stored(weight.view(), parallel_for);
+}
+
+}  // namespace flash_llm

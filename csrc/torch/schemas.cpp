@@ -1,0 +1,42 @@
+// The operators of torch.ops.flash_llm: schemas and registrations. Their fakes and autograd are in
+// flash_llm/ops.py.
+#include <torch/library.h>
+
+#include "torch/operators.h"
+#include "torch/packed_parts.h"
+
+TORCH_LIBRARY(flash_llm, m) {
+  m.def(
+      "spmm(Tensor x, int[] header, Tensor offsets, Tensor payload, Tensor? bias=None, "
+      "str activation=\"none\", str config=\"auto\", int ctas=0, bool prefetch=True, "
+      "Tensor? scales=None) -> Tensor");
+  m.def("pack(Tensor dense, str format=\"auto\") -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "prune_pack(Tensor dense, float? sparsity=None, str scope=\"row\", "
+      "str format=\"auto\") -> (Tensor, Tensor, Tensor)");
+  m.def("unpack(int[] header, Tensor offsets, Tensor payload, Tensor? scales=None) -> Tensor");
+  m.def("validate(int[] header, Tensor offsets, Tensor payload, Tensor? scales=None) -> ()");
+  m.def("count_stored(int[] header, Tensor offsets, Tensor payload) -> int");
+  m.def(
+      "slice(int[] header, Tensor offsets, Tensor payload, int first_row, int last_row, "
+      "int first_col, int last_col) -> (Tensor, Tensor, Tensor)");
+  m.def("concat(int[] headers, Tensor[] offsets, Tensor[] payloads) -> (Tensor, Tensor, Tensor)");
+}
+
+#define FLASH_LLM_REGISTER(key, device)                        \
+  TORCH_LIBRARY_IMPL(flash_llm, key, m) {                      \
+    m.impl("spmm", &flash_llm::spmm_##device);                 \
+    m.impl("pack", &flash_llm::pack_##device);                 \
+    m.impl("prune_pack", &flash_llm::prune_pack_##device);     \
+    m.impl("unpack", &flash_llm::unpack_##device);             \
+    m.impl("validate", &flash_llm::validate_##device);         \
+    m.impl("count_stored", &flash_llm::count_stored_##device); \
+  }
+FLASH_LLM_REGISTER(CPU, cpu)
+FLASH_LLM_REGISTER(CUDA, cuda)
+#undef FLASH_LLM_REGISTER
+
+TORCH_LIBRARY_IMPL(flash_llm, CompositeExplicitAutograd, m) {
+  m.impl("slice", &flash_llm::slice);
+  m.impl("concat", &flash_llm::concat);
+}
