@@ -727,12 +727,16 @@ def _fake_prune_pack(
     return _fake_pack(dense, format)
 
 
-def _fake_unpack(header: list[int], offsets: Tensor, payload: Tensor) -> Tensor:
+def _fake_unpack(
+    header: list[int], offsets: Tensor, payload: Tensor, scales: Tensor | None = None
+) -> Tensor:
     fields = _check_fake_packed("unpack", header, offsets, payload)
     return payload.new_empty((fields.m, fields.k), dtype=fields.dtype)
 
 
-def _fake_validate(header: list[int], offsets: Tensor, payload: Tensor) -> None:
+def _fake_validate(
+    header: list[int], offsets: Tensor, payload: Tensor, scales: Tensor | None = None
+) -> None:
     _check_fake_packed("validate", header, offsets, payload)
     if payload.is_meta:
         raise ValueError(
@@ -750,6 +754,7 @@ def _fake_spmm(
     config: str = "auto",
     ctas: int = 0,
     prefetch: bool = True,
+    scales: Tensor | None = None,
 ) -> Tensor:
     fields = _check_fake_packed("spmm", header, offsets, payload)
     if x.dtype != fields.dtype:
@@ -776,35 +781,34 @@ def _fake_spmm(
 
 
 def _spmm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, header, offsets, payload, bias, activation, config, ctas, prefetch = inputs
+    x, header, offsets, payload, bias, activation, config, ctas, prefetch, scales = inputs
     ctx.header, ctx.activation = header, activation
     ctx.config, ctx.ctas, ctx.prefetch = config, ctas, prefetch
     ctx.bias_dtype = None if bias is None else bias.dtype
     # Without an activation neither gradient needs x or bias.
     if activation == "none":
-        ctx.save_for_backward(offsets, payload)
+        ctx.save_for_backward(offsets, payload, scales)
     else:
-        ctx.save_for_backward(offsets, payload, x, bias)
+        ctx.save_for_backward(offsets, payload, scales, x, bias)
 
 
 def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # The dispatcher drops trailing default arguments, so bias may not have a place here.
     needs_x = ctx.needs_input_grad[0]
     needs_bias = len(ctx.needs_input_grad) > 4 and ctx.needs_input_grad[4]
-    offsets, payload, *saved = ctx.saved_tensors
+    offsets, payload, scales, *saved = ctx.saved_tensors
     if ctx.activation != "none":
         x, bias = saved
-        z = torch.ops.flash_llm.spmm(
-            x, ctx.header, offsets, payload, bias, "none", ctx.config, ctx.ctas, ctx.prefetch
-        )
+        options = ("none", ctx.config, ctx.ctas, ctx.prefetch, scales)
+        z = torch.ops.flash_llm.spmm(x, ctx.header, offsets, payload, bias, *options)
         grad = (grad.float() * _activation_slope(z.float(), ctx.activation)).to(grad.dtype)
     grad_x = grad_bias = None
     if needs_x:
-        grad_x = grad @ torch.ops.flash_llm.unpack(ctx.header, offsets, payload)
+        grad_x = grad @ torch.ops.flash_llm.unpack(ctx.header, offsets, payload, scales)
     if needs_bias:
         tokens = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
         grad_bias = tokens.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
 def _activation_slope(z: Tensor, activation: str) -> Tensor:
