@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "base/host_device.h"
 #include "plan/problem.h"
 
 namespace flash_llm {
@@ -28,17 +29,19 @@ __device__ __forceinline__ uint16_t element_from_float(float value) {
   }
 }
 
-__device__ __forceinline__ float activate(float value, Activation activation) {
+// For the host too, because only the host compiler refuses a switch that lacks an enumerator.
+FLASH_LLM_HOST_DEVICE __forceinline__ float activate(float value, Activation activation) {
   switch (activation) {
+    case Activation::kNone:
+      return value;
     case Activation::kRelu:
       return value < 0.0F ? 0.0F : value;  // NaN stays NaN, as in torch
     case Activation::kGelu:
       return value * 0.5F * (1.0F + erff(value * 0.70710678118654752F));
     case Activation::kSilu:
       return value / (1.0F + expf(-value));
-    default:
-      return value;
   }
+  return value;  // never: the switch is exhaustive
 }
 
 // What turns the fp32 sums of one SpMM into Y.
