@@ -1,4 +1,4 @@
-// A dense matrix of 16-bit values as the packers and the pruning kernels read it.
+// A dense row-major matrix of 16-bit values, as the packers and the pruning kernels read it.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct DenseMatrix {
   __device__ const uint16_t* row(int64_t r) const { return data + r * ld; }
 };
 
-// The sum of `count` over the CTA's threads; every thread must call it, once.
+// The sum of `count` over the CTA's threads. All threads must call it, and only once per kernel.
 __device__ __forceinline__ int cta_sum(int count) {
   __shared__ int sum;
   if (threadIdx.x == 0) sum = 0;

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "base/host_device.h"
 #include "plan/problem.h"
 
 namespace flash_llm {
@@ -28,20 +29,22 @@ __device__ __forceinline__ uint16_t element_from_float(float value) {
   }
 }
 
-__device__ __forceinline__ float activate(float value, Activation activation) {
+// For the host too, because only the host compiler refuses a switch that lacks an enumerator.
+FLASH_LLM_HOST_DEVICE __forceinline__ float activate(float value, Activation activation) {
   switch (activation) {
+    case Activation::kNone:
+      return value;
     case Activation::kRelu:
-      return value < 0.0F ? 0.0F : value;  // NaN passes, as in torch
+      return value < 0.0F ? 0.0F : value;  // NaN stays NaN, as in torch
     case Activation::kGelu:
       return value * 0.5F * (1.0F + erff(value * 0.70710678118654752F));
     case Activation::kSilu:
       return value / (1.0F + expf(-value));
-    default:
-      return value;
   }
+  return value;  // never: the switch is exhaustive
 }
 
-// Where one SpMM's results go.
+// What turns the fp32 sums of one SpMM into Y.
 struct Epilogue {
   const uint16_t* bias;  // [m] or null
   uint16_t* y;           // [n, m]
@@ -50,7 +53,7 @@ struct Epilogue {
   Activation activation;
 
   // Stores a thread's four sums of an m16n8 accumulator: rows `row` and `row` + 8 of tokens `token`
-  // and `token` + 1; rows and tokens outside the matrix are dropped.
+  // and `token` + 1. Rows and tokens outside the matrix are dropped.
   template <ValueType kType>
   __device__ __forceinline__ void store_fragment(int64_t token, int64_t row, float4 sums) const {
     const float sum[4] = {sums.x, sums.y, sums.z, sums.w};
@@ -86,7 +89,7 @@ struct Epilogue {
     }
   }
 
-  // Stores y[token, row .. row + 3]; the same as store_fragment.
+  // Stores y[token, row .. row + 3], with bias and activation as store_fragment does.
   template <ValueType kType>
   __device__ __forceinline__ void store(int64_t token, int64_t row, float4 sums) const {
     if (token >= n || row >= m) return;
@@ -98,7 +101,7 @@ struct Epilogue {
       const float b = bias && row + i < m ? element_to_float<kType>(bias[row + i]) : 0.0F;
       result[i] = element_from_float<kType>(activate(sum[i] + b, activation));
     }
-    if (m % 4 == 0) {  // torch's allocations are aligned, so four rows are one 8-byte store
+    if (m % 4 == 0) {  // y is 8-byte aligned, so the four rows are one 8-byte store
       *reinterpret_cast<ushort4*>(out) = make_ushort4(result[0], result[1], result[2], result[3]);
     } else {
 #pragma unroll

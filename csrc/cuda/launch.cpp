@@ -25,7 +25,7 @@ Status check_launch(const SpmmPlan& plan, int64_t workspace_bytes) {
 }
 
 Status end_weight_writes(void* scratch, cudaStream_t stream) {
-  // Dependent launches overlap with kernels only; nothing overlaps with a memset.
+  // A dependent launch can overlap with a kernel before it, but not with a memset.
   return check(cudaMemsetAsync(scratch, 0, 4, stream), "cudaMemsetAsync after packing");
 }
 

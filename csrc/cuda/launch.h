@@ -15,16 +15,16 @@
 namespace flash_llm::cuda {
 
 // Y = act(X . W^T + bias) by the plan's kernel. Needs m, n, k > 0; payload 16-byte aligned; y
-// 8-byte aligned; workspace 16-byte aligned, of plan.workspace_bytes. `prefetch` launches
-// dependently, on sm_90: the kernel starts to fetch the weight while the kernel before it in the
-// stream still runs, so that one must not be writing the weight. kDense, which needs a dense GEMM,
-// is the caller's.
+// 8-byte aligned; workspace 16-byte aligned, of plan.workspace_bytes. On sm_90 `prefetch` makes it
+// a dependent launch: the kernel starts to load the weight while the previous kernel in the stream
+// still runs, which therefore must not write the weight. A plan for kDense, which needs a dense
+// GEMM, is refused: the caller runs it.
 Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                 cudaStream_t stream);
 
-// Its families. kTiledCslSm80: unless the configuration has packed_x, x must be 16-byte aligned,
-// x_stride a multiple of 8 (or n = 1), and rows readable, and zero, up to the next multiple of
-// kTileK.
+// The kernel families that run_spmm() dispatches to. kTiledCslSm80: unless the configuration has
+// packed_x, x must be 16-byte aligned, x_stride a multiple of 8 (or n = 1), and each row of x
+// followed by zeros up to the next multiple of kTileK columns.
 Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                  cudaStream_t stream);
 // kBitmapSm90a: x must be 16-byte aligned and x_stride a multiple of 8 (or n = 1).
@@ -45,27 +45,29 @@ struct PackKernels {
   Status (*count_stored)(const PackedView& view, int64_t* total, cudaStream_t stream);
 };
 
-// To be called after the kernels that wrote a weight, with 4 bytes of scratch: what comes later in
-// the stream, even a dependent launch that reads weights before it waits, finds them written.
+// To be called after the kernels that write a weight, with 4 bytes of scratch memory. It makes the
+// weight visible to everything later in the stream, even to a dependent launch, which reads weights
+// before it waits for its predecessor.
 Status end_weight_writes(void* scratch, cudaStream_t stream);
 
 PackKernels tiled_csl_kernels();
 PackKernels bitmap_kernels();
 
-// Those of a format; null for one that the host packs and unpacks.
+// The kernels of a format; null for one that is packed and unpacked on the host.
 const PackKernels* pack_kernels(Format format);
 
-// The steps of magnitude pruning; csrc/torch chains them. Cuts are one per row.
-// Finds each row's cut that drops `count` elements.
+// The steps of magnitude pruning, which csrc/torch calls in turn. A cut is what is pruned of a row:
+// all magnitudes below a threshold, and the first `ties` of those equal to it (format/prune.h).
+// Finds the cut of each row that prunes `count` elements: thresholds[m] and ties[m].
 Status prune_row_cuts(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int64_t count,
                       int32_t* thresholds, int64_t* ties, cudaStream_t stream);
-// Adds to histogram[kNumMagnitudes].
+// Adds the number of elements of each magnitude to histogram[kNumMagnitudes].
 Status prune_histogram(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int64_t* histogram,
                        cudaStream_t stream);
-// counts[m]: elements of each row whose magnitude equals `threshold`.
+// counts[m] = the number of elements of each row whose magnitude equals `threshold`.
 Status prune_count_ties(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int threshold,
                         int64_t* counts, cudaStream_t stream);
-// out[m, k] (contiguous) = dense with each row cut.
+// out[m, k] (contiguous) = dense with zeros where the cuts prune.
 Status prune_apply_cuts(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
                         const int32_t* thresholds, const int64_t* ties, uint16_t* out,
                         cudaStream_t stream);
@@ -73,11 +75,11 @@ Status prune_apply_cuts(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
 Status prune_groups(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int keep, int group,
                     uint16_t* out, cudaStream_t stream);
 
-// Refuses a plan whose workspace is smaller than `workspace_bytes`, which its kernel needs, or
-// whose work no grid fits.
+// Refuses a plan whose workspace is smaller than the `workspace_bytes` that its kernel needs, or
+// whose work cannot be divided between its workers.
 Status check_launch(const SpmmPlan& plan, int64_t workspace_bytes);
 
-// kOk, or kRuntime with CUDA's own words.
+// kOk, or kRuntime with CUDA's description of the error.
 Status check(cudaError_t error, const char* what);
 
 }  // namespace flash_llm::cuda

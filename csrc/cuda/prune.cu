@@ -1,4 +1,4 @@
-// The steps of magnitude pruning on the device; see format/prune.h for what they compute.
+// The steps of magnitude pruning on the device; format/prune.h defines what they compute.
 #include <cstdint>
 
 #include "cuda/dense_matrix.cuh"
@@ -9,14 +9,15 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-// A magnitude has 15 bits; a row's cut is found 8 bits first, then 7, in shared-memory histograms.
+// A magnitude has 15 bits. A row's threshold is found in two passes with histograms in shared
+// memory: the high 8 bits first, then the low 7.
 constexpr int kHighBins = 256;
 constexpr int kLowBins = 128;
 constexpr int kLowBits = 7;
 
 __device__ __forceinline__ int magnitude(uint16_t value) { return value & 0x7FFF; }
 
-// The bin in which the `left`-th smallest element falls; reduces `left` by the bins below it.
+// The bin of the `left`-th smallest element. Subtracts the counts of the bins below it from `left`.
 __device__ int find_bin(const int* histogram, int bins, int64_t& left) {
   int bin = 0;
   while (bin < bins - 1 && histogram[bin] < left) left -= histogram[bin++];
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
   uint16_t* out_row = out + int64_t{blockIdx.x} * dense.k;
   const int threshold = thresholds[blockIdx.x];
   const int64_t num_ties = ties[blockIdx.x];
-  // Ties are counted from the row's beginning, a stretch of kThreads elements at a time.
+  // Ties are counted from the beginning of the row, kThreads elements at a time.
   int64_t seen = 0;
   for (int64_t base = 0; base < dense.k; base += kThreads) {
     const int64_t i = base + threadIdx.x;
@@ -91,14 +92,14 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t mask = __ballot_sync(~0U, tie);
     if (lane == 0) warp_ties[warp] = __popc(mask);
     __syncthreads();
-    int before = __popc(mask & ((1U << lane) - 1U)), stretch = 0;
+    int before = __popc(mask & ((1U << lane) - 1U)), sum = 0;
     for (int w = 0; w < kWarps; ++w) {
       before += w < warp ? warp_ties[w] : 0;
-      stretch += warp_ties[w];
+      sum += warp_ties[w];
     }
     const bool pruned = level < threshold || (tie && seen + before < num_ties);
     if (i < dense.k) out_row[i] = pruned ? uint16_t{0} : value;
-    seen += stretch;
+    seen += sum;
     __syncthreads();  // warp_ties has been read
   }
 }
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint16_t* in = dense.row(r) + col0;
   const int count = static_cast<int>(min(int64_t{group}, dense.k - col0));
   for (int i = 0; i < count; ++i) {
-    int larger = 0;  // elements that are kept before this one; among equals the later ones
+    int larger = 0;  // elements that are kept in preference to this one; of equal ones the later
     for (int j = 0; j < count; ++j) {
       larger +=
           magnitude(in[j]) > magnitude(in[i]) || (magnitude(in[j]) == magnitude(in[i]) && j > i);

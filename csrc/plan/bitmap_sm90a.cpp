@@ -8,13 +8,13 @@
 namespace flash_llm {
 namespace {
 
-// The bitmap kernel, in passes of 256 tokens, against unpack + cuBLAS on an H200, 28672x7168, fp16,
-// in microseconds (2026-11-23):
+// The bitmap kernel, in passes of 256 tokens, against unpacking and cuBLAS on an H200, 28672x7168,
+// fp16, in microseconds (2026-11-23):
 //   N = 512     50 % 446 / 555    70 % 423 / 525    90 % 371 / 469
 //   N = 2048    50 % 1691 / 1438  70 % 1598 / 1375  90 % 1527 / 1275
-// Where most pairs of columns are 2:4 the residual costs more, token by token: forced so at 80 %,
-// it had 0.64 of cuBLAS's speed at N = 128 and 0.35 at 512, unpack + cuBLAS 0.38 and 0.68
-// (2026-11-24).
+// If most pairs of columns are 2:4, the residual costs more with each token. With such pairs forced
+// at 80 %, the kernel had 0.64 of cuBLAS's speed at N = 128 and 0.35 at N = 512, and unpacking and
+// cuBLAS had 0.38 and 0.68 (2026-11-24).
 constexpr int64_t kMaxTokens = 1024;
 constexpr int64_t kMaxTokensTwoFour = 256;
 
@@ -26,8 +26,8 @@ bool mostly_two_four(const SpmmProblem& problem) {
   return static_cast<double>(problem.nnz) < kTwoFourDensity * elems;
 }
 
-// At 90 % zeros, 28672x7168 on an H100: N = 128 in 135 us by two passes of 64 tokens, 159 by one
-// of 128; N = 256 269 by four, 301 by one (2026-11-26).
+// At 90 % zeros, 28672x7168, on an H100 (2026-11-26): N = 128 takes 135 us in two passes of 64
+// tokens and 159 in one of 128; N = 256 takes 269 us in four passes of 64 and 301 in one of 256.
 constexpr int64_t kTwoFourPassTokens = 64;
 
 bool takes_narrow_passes(const SpmmProblem& problem) {
@@ -83,7 +83,8 @@ Status plan_bitmap(const PlanRequest& request, SpmmPlan* out) {
   const BitmapConfig& config = bitmap_configs()[static_cast<size_t>(out->config)];
   const int64_t token_blocks = (problem.n + config.tile_n - 1) / config.tile_n;
   const int64_t row_blocks = (problem.m + config.block_m() - 1) / config.block_m();
-  // Cutting between the two columns of a 2:4 pair would give one CTA both and the other none.
+  // A work range that ends between the two columns of a 2:4 pair would contain the work of both,
+  // and the next one that of neither.
   out->unit_cols = mostly_two_four(problem) ? 2 : 1;
   const int64_t columns = num_chunk_cols(problem.k);
   out->work.rows = token_blocks * row_blocks;
@@ -93,7 +94,7 @@ Status plan_bitmap(const PlanRequest& request, SpmmPlan* out) {
                                  std::to_string(out->work.rows * columns) +
                                  " units of work, more than 32-bit indices can count");
   }
-  // One CTA fills an SM's registers. Work is divided between clusters.
+  // One CTA per SM, because it fills the SM's registers. The workers are clusters.
   const int64_t ctas = request.ctas == 0 ? device.num_sms : request.ctas;
   out->work.workers =
       std::clamp<int64_t>(ctas / config.cluster, 1, std::max<int64_t>(out->work.units(), 1));

@@ -1,4 +1,4 @@
-// What the plans of the CUDA kernel families share.
+// What the plans of all CUDA kernel families use.
 #pragma once
 
 #include <cstddef>
@@ -10,16 +10,16 @@
 
 namespace flash_llm {
 
-// Shared memory that the driver takes from each CTA.
+// Shared memory that the driver reserves for each CTA.
 inline constexpr int kReservedSmemBytes = 1024;
 
-// "M=4096 N=8 K=4096", for errors.
+// "M=4096 N=8 K=4096", for error messages.
 inline std::string shape_text(const SpmmProblem& problem) {
   return "M=" + std::to_string(problem.m) + " N=" + std::to_string(problem.n) +
          " K=" + std::to_string(problem.k);
 }
 
-// The index of a configuration that the table is known to hold.
+// The index of the configuration of this name, which must exist.
 template <typename Config>
 int config_named(const std::vector<Config>& configs, const std::string& name) {
   size_t i = 0;
@@ -27,7 +27,8 @@ int config_named(const std::vector<Config>& configs, const std::string& name) {
   return static_cast<int>(i);
 }
 
-// The narrowest configuration that covers n tokens, else the widest. tile_n rises in the table.
+// The index of the narrowest configuration that covers n tokens, or of the widest if none does. The
+// table must be sorted by tile_n.
 template <typename Config>
 int config_covering(const std::vector<Config>& configs, int64_t n) {
   size_t i = 0;

@@ -11,28 +11,30 @@ namespace {
 // Above this many tokens the CPU unpacks Tiled-CSL and calls the dense GEMM.
 constexpr int64_t kTiledCslMaxTokens = 16;
 
-// The row bitmap's own kernels against blocks of decoded rows and torch's product, and against
-// torch's product of the dense weight, 4096x4096 at 50 % zeros, 2 cores, in milliseconds.
+// kRowBitmapCpu / kRowBitmapBlocks / torch's product of the dense weight in milliseconds, for
+// 4096x4096 at 50 % zeros on 2 cores.
 // An EPYC (Zen 4; 2026-11-24):
 //   bf16  N = 16   2.1 / 3.8 / 2.5     64   6.2 / 6.8 / 5.9    128   11.5 / 11.7 / 10.5
 //         N = 256  22.6 / 21.3 / 19.8  512  44.8 / 41.6 / 39.2
 //   fp16  N = 16   3.5 / 12.6 / 11.7   32   5.7 / 24 / 23      512   89 / 406 / 726
-// A Xeon (Emerald Rapids without AMX; 2026-11-26), which multiplies as fp32 (cpu_isa.cpp):
+// A Xeon (Emerald Rapids without AMX; 2026-11-26), on which our kernels multiply bf16 as fp32
+// (base/cpu_isa.cpp):
 //   bf16  N = 16   2.5 / 6.2 / 4.8     64   8.3 / 16.0 / 13.8  128   17.7 / 28.5 / 26.6
 //         N = 256  35.2 / 53.3 / 51.7  512  70.7 / 105 / 102
 //   fp16  N = 32   4.6 / 6.8 / 5.3     64   8.9 / 12.3 / 8.3   128   18.7 / 18.3 / 15.0
 //         N = 512  73 / 57 / 55
-// For bf16 with AVX2, and for portable C++, blocks cost less from 17 tokens on. So they will where
-// the dense product has matrix instructions (AMX), which has not been measured.
+// For bf16 with AVX2, and for portable C++, blocks take less time from 17 tokens on. The same is
+// assumed where the dense product has matrix instructions (AMX), which has not been measured.
 constexpr int64_t kRowsMaxTokensDot = 128;
 constexpr int64_t kRowsMaxTokensFastDense = 128;
 constexpr int64_t kRowsMaxTokensSlow = 16;
 constexpr int64_t kAnyTokens = std::numeric_limits<int64_t>::max();
 
-// What is decoded at a time: a part of the last-level cache, and enough rows for torch's product.
+// Decoded bytes per block: a part of the last-level cache, but enough rows for torch's product.
+// (Blocks of 2 / 8 MB on the EPYC: N = 512 49.7 / 41.5 ms.)
 constexpr int64_t kBlockBytes = int64_t{8} << 20;
 
-// Tokens up to which the row bitmap's own kernels are taken.
+// The largest number of tokens for which kRowBitmapCpu is chosen.
 int64_t most_tokens_of_rows(ValueType type, const DeviceInfo& device) {
   const bool avx512 = device.cpu_isa == CpuIsa::kAvx512 || device.cpu_isa == CpuIsa::kAvx512Bf16;
   switch (type) {

@@ -9,10 +9,10 @@
 
 namespace flash_llm {
 
-// Rows that kRowBitmapBlocks decodes at a time.
+// Rows that kRowBitmapBlocks decodes before each dense product, for a weight of k columns.
 int64_t cpu_block_rows(int64_t k);
 
-// The families' entries in the table.
+// The functions of these families' rows in plan/kernel_family.cpp.
 bool takes_tiled_csl_cpu(const PlanRequest& request, std::string* reason);
 bool takes_row_bitmap_cpu(const PlanRequest& request, std::string* reason);
 bool takes_row_bitmap_blocks(const PlanRequest& request, std::string* reason);

@@ -11,8 +11,8 @@ namespace {
 struct BuiltArch {
   int compute_capability = 0;
   bool ptx = false;       // the driver compiles it for any newer GPU
-  bool specific = false;  // "a": runs on exactly this GPU, and may use all that it has
-  bool family = false;    // "f": runs on its own and newer GPUs of the same major version
+  bool specific = false;  // "a": runs on exactly this GPU, and may use all its features
+  bool family = false;    // "f": runs on this and newer GPUs of the same major version
 
   explicit BuiltArch(const std::string& entry) {
     char* end = nullptr;

@@ -1,4 +1,5 @@
-// What a plan may depend on: the device as a set of features, and this build's code for it.
+// The device as far as plans depend on it: sizes, and a set of features that includes what this
+// build has code for.
 #pragma once
 
 #include <string>
@@ -9,7 +10,7 @@
 
 namespace flash_llm {
 
-// What a kernel family may need of a GPU. A GPU has a feature only if this build has code for it.
+// Features that kernel families need. A GPU has a feature only if this build has code for it.
 enum class GpuFeature {
   kMmaSync,  // compute capability 8.0: mma.sync, cp.async
   kWgmma,    // compute capability 9.0, built for sm_90a: wgmma, bulk tensor copies
@@ -19,10 +20,10 @@ inline constexpr GpuFeature kGpuFeatures[] = {GpuFeature::kMmaSync, GpuFeature::
 using GpuFeatures = EnumSet<GpuFeature>;
 
 // The features of a GPU in a build for `archs`, which is spelled as FLASH_LLM_CUDA_ARCHS in
-// setup.py: "8.0+PTX;9.0a". The only place that knows which code runs where.
+// setup.py: "8.0+PTX;9.0a". Only this function knows which code runs on which GPU.
 GpuFeatures gpu_features(int compute_capability, const std::string& archs);
 
-// What has to be there for a feature, for errors and reasons: "a Hopper GPU ... and a build ...".
+// What a feature requires, for error messages and reasons: "a Hopper GPU ... and a build ...".
 const char* describe(GpuFeature feature);
 
 struct DeviceInfo {
@@ -30,19 +31,18 @@ struct DeviceInfo {
   int num_sms = 0;
   int smem_per_sm_bytes = 0;
   GpuFeatures features;
-  // Of the CPU's kernels.
-  CpuIsa cpu_isa = CpuIsa::kPortable;
-  // See cpu_isa.h.
+  CpuIsa cpu_isa = CpuIsa::kPortable;  // the instruction set that the CPU kernels use
+  // See base/cpu_isa.h.
   bool cpu_fast_dense_bf16 = false, cpu_fast_dense_fp16 = false;
 
   bool is_cpu() const { return compute_capability == 0; }
 };
 
-// A GPU as this build sees it.
+// A GPU with the features that it has in a build for `archs`.
 DeviceInfo gpu(int compute_capability, int num_sms, int smem_per_sm_bytes,
                const std::string& archs);
 
-// Fills in what concerns the CPU. Fails as select_cpu_isa does.
+// Fills in the fields that describe the CPU. Fails if select_cpu_isa does.
 Status detect_cpu(DeviceInfo* device);
 
 }  // namespace flash_llm

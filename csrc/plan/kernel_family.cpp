@@ -11,7 +11,7 @@ namespace {
 constexpr EnumSet<Format> kEveryFormat = {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap};
 constexpr EnumSet<ValueType> k16Bit = {ValueType::kFloat16, ValueType::kBfloat16};
 
-// A family with one configuration.
+// The configurations of a family that has only one.
 template <const char* kName>
 std::vector<KernelConfig> only_config() {
   return {{kName, {}}};
@@ -22,7 +22,7 @@ constexpr char kReferenceName[] = "cpu_reference", kTilesName[] = "cpu_tiles",
 
 bool never_chosen(const PlanRequest& /*request*/, std::string* /*reason*/) { return false; }
 
-// The last resort, whose reason is why the family before it was not taken.
+// The dense family takes any problem; its reason is why the family before it in the table did not.
 bool takes_dense(const PlanRequest& request, std::string* reason) {
   if (reason->empty()) {
     *reason = "no kernel here multiplies this format: pack the weight again on the " +

@@ -1,7 +1,7 @@
-// The table of kernel families: one row for each kernel that multiplies, with what it takes, what
-// it needs, and how its work is planned. Choosing a format, choosing a kernel, the names that
-// `config` takes and Python's list of configurations all read this table; the CPU and CUDA layers
-// run a family by an exhaustive switch over its id.
+// The table of kernel families, with one row for each kernel that multiplies: which weights it
+// multiplies, which GPU features it needs, and how its work is planned. The choice of a format, the
+// choice of a kernel, the valid names for `config` and Python's list of configurations all read
+// this table. The CPU and CUDA layers dispatch by an exhaustive switch over the id.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ enum class KernelFamily {
   kReference,        // the CPU oracle, in fp64
   kTiledCslCpu,      // Tiled-CSL on the CPU
   kRowBitmapCpu,     // row bitmap on the CPU
-  kRowBitmapBlocks,  // row bitmap on the CPU: blocks of rows are decoded for the dense GEMM
+  kRowBitmapBlocks,  // row bitmap on the CPU: decodes blocks of rows for the dense GEMM
   kTiledCslSm80,     // Tiled-CSL on CUDA: load as sparse, compute as dense (LSCD)
   kBitmapSm90a,      // bitmap on Hopper
   kDense,            // unpack, then the vendor's dense GEMM; CPU and CUDA
@@ -32,7 +32,7 @@ enum class KernelFamily {
 
 enum class Place { kCpu, kCuda, kBoth };
 
-// What select_plan is asked.
+// The arguments of select_plan.
 struct PlanRequest {
   const SpmmProblem& problem;
   const DeviceInfo& device;
@@ -42,7 +42,7 @@ struct PlanRequest {
   bool forced() const { return config != "auto"; }
 };
 
-// One built configuration of a family: its name, and facts for people.
+// One configuration of a family: its name, and numbers that describe it to users.
 struct KernelConfig {
   std::string name;
   std::vector<std::pair<const char*, int>> facts;
@@ -54,13 +54,13 @@ struct KernelFamilyRow {
   EnumSet<Format> formats;
   EnumSet<ValueType> value_types;
   GpuFeatures needs;
-  // Whether format="auto" may choose the family's format for the sake of this family.
+  // Whether format="auto" may choose a format because this family multiplies it.
   bool chosen_by_format_auto;
   std::vector<KernelConfig> (*configs)();
-  // Whether config="auto" takes this family for the problem, and why or why not. The first family
-  // in the table's order that takes it is planned.
+  // Whether config="auto" chooses this family for the problem, and why or why not. The first family
+  // in the table for which this is true is chosen.
   bool (*takes)(const PlanRequest& request, std::string* reason);
-  // Fills in all but the id, the problem and the reason.
+  // Fills in the plan, except for its family, problem and reason.
   Status (*plan)(const PlanRequest& request, SpmmPlan* out);
 
   bool runs_on(const DeviceInfo& device) const {
@@ -73,10 +73,10 @@ struct KernelFamilyRow {
 
 const std::vector<KernelFamilyRow>& kernel_families();
 
-// Of the table above.
+// The row of a family.
 const KernelFamilyRow& kernel_family(KernelFamily id);
 
-// The first feature that a family needs and a device lacks, in words; "" if there is none.
+// A description of the first feature that a family needs and a device lacks; "" if there is none.
 std::string missing_feature(const KernelFamilyRow& family, const DeviceInfo& device);
 
 }  // namespace flash_llm

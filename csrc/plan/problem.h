@@ -1,5 +1,5 @@
-// SpMM: Y[N, M] = act(X[N, K] . W[M, K]^T + bias), W packed. Plain structs that cross from the
-// torch layer to the plan and to the kernels.
+// SpMM: Y[N, M] = act(X[N, K] . W[M, K]^T + bias) with W packed. Plain structs that the torch layer
+// passes to the plan and to the kernels.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace flash_llm {
 
-// Applied to the fp32 sum after the bias. kGelu is the exact (erf) form, as torch's default.
+// Applied to the fp32 sum after the bias. kGelu is the exact (erf) form, which is torch's default.
 enum class Activation { kNone, kRelu, kGelu, kSilu };
 
 Status parse_activation(const std::string& name, Activation* out);
@@ -27,7 +27,7 @@ struct SpmmProblem {
 
 struct SpmmArgs {
   const uint16_t* x = nullptr;  // [n, x_stride], row-major
-  int64_t x_stride = 0;         // elements between rows of x; see each kernel for what it needs
+  int64_t x_stride = 0;         // elements between rows of x; each kernel has its own requirements
   Format format = Format::kTiledCsl;
   PackedView weight;
   const uint16_t* bias = nullptr;  // [m] or null

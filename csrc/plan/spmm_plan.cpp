@@ -36,7 +36,7 @@ Status check_problem(const SpmmProblem& problem) {
     return Status::invalid_value(shape_text(problem) +
                                  " cannot hold nnz=" + std::to_string(problem.nnz));
   }
-  // 2 bytes per element must stay addressable, with room to spare for fp32.
+  // Byte offsets must not overflow, not even those of fp32 elements.
   constexpr int64_t kMaxElems = std::numeric_limits<int64_t>::max() / 16;
   if (problem.n > 0 && std::max(problem.m, problem.k) > kMaxElems / problem.n) {
     return Status::invalid_value(shape_text(problem) + " is too large to address");
@@ -44,7 +44,7 @@ Status check_problem(const SpmmProblem& problem) {
   return Status::success();
 }
 
-// Plans a family; the reason is in *out already.
+// Plans a problem by a family. The caller has set the reason.
 Status plan_family(const KernelFamilyRow& family, const PlanRequest& request, SpmmPlan* out) {
   out->family = family.id;
   out->problem = request.problem;
@@ -87,7 +87,7 @@ Status plan_auto(const PlanRequest& request, SpmmPlan* out) {
                              "\" here");
 }
 
-// The families for the sake of which a format may be chosen on a device.
+// The families whose formats format="auto" may choose on a device.
 std::vector<const KernelFamilyRow*> candidates(const DeviceInfo& device) {
   std::vector<const KernelFamilyRow*> found;
   for (const KernelFamilyRow& family : kernel_families()) {
@@ -120,7 +120,7 @@ std::string SpmmPlan::to_string() const {
 Status check_plan(const SpmmPlan& plan, KernelFamily family, const SpmmArgs& args) {
   if (plan.family != family) {
     return Status::invalid_value("plan " + plan.to_string() +
-                                 " came to a kernel of another family");
+                                 " was given to a kernel of another family");
   }
   if (args.format != plan.problem.format || args.value_type != plan.problem.value_type) {
     return Status::invalid_value(

@@ -1,5 +1,6 @@
-// Which kernel multiplies, and how its work is cut: a pure function of the problem and the device,
-// so that it can be tested without a GPU, printed in a bug report, and forced from a test.
+// Which kernel multiplies, and how its work is divided. A plan is a pure function of the problem
+// and the device, so that it can be tested without a GPU, printed in a bug report and forced by a
+// test.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +14,10 @@
 
 namespace flash_llm {
 
-// Work that is divided evenly between workers (cuda/schedule/stream_k.cuh): rows * cols units.
+// Work that is divided evenly between workers (cuda/schedule/stream_k.cuh): rows * cols work units.
 struct WorkGrid {
-  int64_t rows = 0;
-  int64_t cols = 0;
+  int64_t rows = 0;     // output tiles
+  int64_t cols = 0;     // steps along K
   int64_t workers = 0;  // CTAs, or clusters of CTAs
 
   int64_t units() const { return rows * cols; }
@@ -24,40 +25,40 @@ struct WorkGrid {
 
 struct SpmmPlan {
   KernelFamily family = KernelFamily::kDense;
-  SpmmProblem problem;  // that it was made for
+  SpmmProblem problem;  // the problem that the plan was made for
   int config = -1;      // index into the family's configurations
-  int64_t ctas = 0;     // kernels of ours on CUDA: grid size
-  WorkGrid work;        // the same kernels: how the work is divided
-  int ring_bytes = 0;   // kBitmapSm90a: shared memory for chunks
-  int unit_cols = 1;    // kBitmapSm90a: columns of chunks that are not divided between CTAs
-  int x_multiple = 1;   // kernels of ours on CUDA: rows of X must be padded to a multiple of this
+  int64_t ctas = 0;     // our CUDA kernels: CTAs in the grid
+  WorkGrid work;        // our CUDA kernels: how the work is divided
+  int ring_bytes = 0;   // kBitmapSm90a: shared memory for the rings
+  int unit_cols = 1;    // kBitmapSm90a: columns of chunks in a work unit
+  int x_multiple = 1;   // our CUDA kernels: the padded length of X's rows is a multiple of this
   // Whether the kernel leaves the activation to the caller.
   bool rounds_before_activation = false;
   // Temporary memory: fp32 partial sums and then X in fragment order (kTiledCslSm80), fp32 partial
   // sums (kBitmapSm90a), or the dense weight (kDense).
   int64_t workspace_bytes = 0;
-  int64_t packed_x_bytes = 0;  // the second part of it
-  std::string reason;          // one sentence, with the measurement behind it
+  int64_t packed_x_bytes = 0;  // the part of it for X in fragment order
+  std::string reason;          // one sentence: why this kernel was chosen
 
-  // The configuration's name: what `config` of the operator takes.
+  // The configuration's name, which is also a value of the operator's `config` argument.
   std::string name() const;
   std::string to_string() const;
 };
 
-// Refuses to run a kernel of `family` by a plan that was made for another family, for another
-// problem than that of `args`, or for an activation that the kernel leaves to the caller.
+// Fails if the plan was made for another family than `family` or for another problem than that of
+// `args`, or if `args` has an activation although the kernel leaves it to the caller.
 Status check_plan(const SpmmPlan& plan, KernelFamily family, const SpmmArgs& args);
 
-// Names that the operator's `config` argument takes for a format on this kind of device, "auto"
-// excepted.
+// The values, other than "auto", of the operator's `config` argument for a format on the CPU or on
+// CUDA.
 std::vector<std::string> plan_names(Format format, bool cuda);
 
-// config = "auto" chooses; any other name forces that kernel. ctas = 0 chooses the grid (the CPU
-// and the dense GEMM have none).
+// Plans a problem. config = "auto" chooses the kernel, any other name forces one. ctas = 0 chooses
+// the number of CTAs, which the CPU and the dense GEMM ignore.
 Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const std::string& config,
                    int64_t ctas, SpmmPlan* out);
 
-// The format that multiplies fastest on a device, and one sentence why.
+// The format that format="auto" chooses for a device, and one sentence why.
 struct FormatChoice {
   Format format = Format::kTiledCsl;
   std::string reason;

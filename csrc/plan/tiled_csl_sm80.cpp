@@ -8,7 +8,7 @@
 namespace flash_llm {
 namespace {
 
-// The LSCD kernel against unpack + cuBLAS on an H200, 28672x7168, fp16, in microseconds
+// The LSCD kernel against unpacking and cuBLAS on an H200, 28672x7168, fp16, in microseconds
 // (2026-11-23):
 //   N = 64    50 % 200 / 352   70 % 170 / 339   80 % 127 / 314   90 % 119 / 295
 //   N = 128   50 % 392 / 362   70 % 329 / 349   80 % 243 / 322   90 % 228 / 304

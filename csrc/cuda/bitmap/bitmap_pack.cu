@@ -1,10 +1,11 @@
-// The bitmap format on the device: count, pack and unpack, one warp per chunk (or, to count, per
-// two chunks side by side). The bytes are those of format/bitmap.cpp: lanes are ranked by comparing
-// counts instead of sorting them.
+// The bitmap format on the device: count, pack and unpack, with one warp per chunk (count: per pair
+// of chunks). The bytes are those of format/bitmap.cpp; lanes are ranked by comparing counts
+// instead of by sorting.
 //
-// What is stored of a chunk is kept in shared memory row by row, one byte for 8 columns (BitRows).
-// The values of a chunk go through shared memory as its runs see them: 32 x 128 elements, or, of a
-// 2:4 chunk, 32 x 128 slots, column 64 half + 8 quad + 2 (lane % 4) + slot being that of a slot.
+// Shared memory holds a chunk's bits row by row, one byte for 8 columns (BitRows), and its values
+// in the order in which its runs take them (SlotRows): 32 x 128 elements, or 32 x 128 slots of a
+// 2:4 chunk. Of the latter, column 64 half + 8 quad + 2 (lane % 4) + slot is slot `slot` of a
+// group.
 #include <cstdint>
 
 #include "cuda/bitmap/decode.cuh"
@@ -19,20 +20,21 @@ namespace {
 constexpr int kWarps = 2;
 constexpr int kThreads = kWarps * 32;
 constexpr uint32_t kAllLanes = ~0U;
-// A row of slots in shared memory, padded so that a fragment's eight rows of four words meet 32
+// A row of slots in shared memory, padded so that a fragment's eight rows of four words are in 32
 // different banks.
 constexpr int kSlotRowWords = kChunkK / 2 + 4;
 constexpr int kMaxChunkBytes = kMaxChunkUnits * kChunkUnitBytes;
 
 using SlotRows = uint32_t[kChunkM][kSlotRowWords];
 
-// The two slots of a lane in a quad: those of the upper or the lower eight rows of a strip.
+// The word with a lane's two slots of a quad, in the upper (`lower` = 0) or the lower eight rows of
+// a strip.
 __device__ __forceinline__ uint32_t& slots_of(SlotRows& slots, int lane, int strip, int half,
                                               int quad, int lower) {
   return slots[strip * kStripM + lower * 8 + lane / 4][half * 32 + quad * 4 + lane % 4];
 }
 
-// What a chunk covers of the matrix.
+// The part of the matrix that a chunk covers.
 struct Extent {
   int64_t row0, col0;
   int rows, cols;
@@ -44,15 +46,15 @@ struct Extent {
         cols(static_cast<int>(min(int64_t{two_four ? kTwoFourK : kChunkK}, k - col0))) {}
 };
 
-// The chunk of a warp. The warps of a CTA work on one column, so that where the second column of a
-// pair has nothing to do the whole CTA goes.
-struct ChunkPlace {
+// The position of a warp's chunk. The warps of a CTA work on one column of chunks, so that the
+// whole CTA exits at once if this is the empty second column of a 2:4 pair.
+struct ChunkPosition {
   int64_t row, col;
   bool paired;    // whether the column has a partner
-  int64_t index;  // where the chunk is stored; -1 for a warp without one
-  int64_t first;  // where the first of the pair is
+  int64_t index;  // of the chunk in `offsets`; -1 for a warp without a chunk
+  int64_t first;  // of the first chunk of its pair
 
-  __device__ ChunkPlace(int64_t m, int64_t k) {
+  __device__ ChunkPosition(int64_t m, int64_t k) {
     const auto rows = static_cast<unsigned>(num_chunk_rows(m));
     const auto cols = static_cast<unsigned>(num_chunk_cols(k));
     row = int64_t{blockIdx.x / cols} * kWarps + threadIdx.x / 32;
@@ -67,7 +69,7 @@ unsigned num_ctas(int64_t m, int64_t k) {
   return static_cast<unsigned>((num_chunk_rows(m) + kWarps - 1) / kWarps * num_chunk_cols(k));
 }
 
-// Eight neighbouring columns of a row of an extent, zero outside the matrix.
+// Loads eight neighbouring columns of a row of an extent; elements outside the matrix are zero.
 __device__ __forceinline__ uint4 load_eight(const DenseMatrix& dense, bool aligned,
                                             const Extent& extent, int row, int col) {
   if (row >= extent.rows || col >= extent.cols) return make_uint4(0, 0, 0, 0);
@@ -86,34 +88,34 @@ __device__ __forceinline__ bool rows_are_aligned(const DenseMatrix& dense) {
   return dense.ld % 8 == 0 && reinterpret_cast<uintptr_t>(dense.data) % 16 == 0;
 }
 
-// Bit 0 and bit 16: whether the two values of a word are not zero.
+// Bits 0 and 16 say whether the low and the high value of a word are nonzero.
 __device__ __forceinline__ uint32_t nonzero_halves(uint32_t word) {
   return ((word & 0x7FFF7FFFU) + 0x7FFF7FFFU) >> 15 & 0x00010001U;
 }
 
-// Bit c: whether the c-th of eight values is not zero.
+// Bit c says whether value c of eight is nonzero.
 __device__ __forceinline__ uint32_t nonzero_byte(const uint4& values) {
   const uint32_t halves = nonzero_halves(values.x) | nonzero_halves(values.y) << 2 |
                           nonzero_halves(values.z) << 4 | nonzero_halves(values.w) << 6;
   return (halves | halves >> 15) & 0xFFU;
 }
 
-// Which elements of 32 x 256 are stored. Rows are padded by a word, so that lanes can read one
-// each.
+// Bits that say which of 32 x 256 elements are stored. Rows are padded by a word, so that 32 lanes
+// can read a row each without bank conflicts.
 struct BitRows {
   uint32_t words[kChunkM][kTwoFourK / 32 + 1];
 
-  // Of eight columns.
+  // Stores the bits of columns 8 eighth to 8 eighth + 7.
   __device__ __forceinline__ void store_byte(int row, int eighth, uint32_t bits) {
     reinterpret_cast<uint8_t*>(words[row])[eighth] = static_cast<uint8_t>(bits);
   }
-  // Of sixteen.
+  // The bits of columns 16 sixteenth to 16 sixteenth + 15.
   __device__ __forceinline__ uint32_t half_word(int row, int sixteenth) const {
     return reinterpret_cast<const uint16_t*>(words[row])[sixteenth];
   }
 };
 
-// What a lane knows of the runs of a chunk.
+// A lane's bits of its four runs of a chunk.
 struct RunWords {
   uint32_t word[2][2];  // [half][strip], bit chunk_bit(quad, elem)
 
@@ -124,19 +126,19 @@ struct RunWords {
   }
 };
 
-// Of a plain chunk, which has the 128 columns from word `first_word` of the rows on.
+// The runs of a plain chunk, whose 128 columns begin at word `first_word` of each row.
 __device__ __forceinline__ RunWords plain_runs(const BitRows& bits, int first_word, int lane) {
   RunWords runs = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int half = i / 4, strip = i / 2 % 2, lower = i % 2;
-    // A byte is a quad, of which the lane has two columns.
+    // Each byte holds the bits of 8 columns, of which two are the lane's, in one quad.
     const uint32_t* row =
         &bits.words[strip * kStripM + lower * 8 + lane / 4][first_word + half * 2];
     const uint32_t quads[2] = {row[0] >> lane % 4 * 2, row[1] >> lane % 4 * 2};
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
-      // The sum of the bits of four bytes, weighted by their place, twice.
+      // dp4a moves bit 0 of byte i to bit i: low for quads 0..3, then 4..7.
       const uint32_t low = __dp4a(quads[0] >> column & 0x01010101U, 0x08040201U, 0U);
       const uint32_t eight = __dp4a(quads[1] >> column & 0x01010101U, 0x80402010U, low);
       runs.word[half][strip] |= eight << chunk_bit(0, 2 * lower + column);
@@ -145,7 +147,7 @@ __device__ __forceinline__ RunWords plain_runs(const BitRows& bits, int first_wo
   return runs;
 }
 
-// A lane's words of a strip of a 2:4 chunk, as they are stored.
+// A lane's four words of bits of a strip of a 2:4 chunk, in the stored order.
 __device__ __forceinline__ void two_four_bits(const BitRows& bits, int strip, int lane,
                                               uint32_t (&words)[4]) {
   const int row = strip * kStripM + lane / 4;
@@ -170,20 +172,21 @@ __device__ __forceinline__ RunWords two_four_runs(const BitRows& bits, int lane)
   return runs;
 }
 
-// Of eight groups, the bits beyond the second of each.
+// The bits of eight groups without the first two set bits of each group: those of the residual.
 __device__ __forceinline__ uint32_t residual_bits(uint32_t bits) {
   const uint32_t b0 = bits << 3, b1 = bits << 2, b2 = bits << 1;
-  const uint32_t fourth = (b0 & b1) | (b0 & b2) | (b1 & b2);  // seen from bit 3
-  const uint32_t third = b1 & b2;                             // b0 and b1, seen from bit 2
+  // At bit 3 of each nibble: at least two of bits 0..2 are set. At bit 2: bits 0 and 1 are set.
+  const uint32_t fourth = (b0 & b1) | (b0 & b2) | (b1 & b2);
+  const uint32_t third = b1 & b2;
   return bits & ((fourth & 0x88888888U) | (third & 0x44444444U));
 }
 
-// Steps of a strip's residual: [strip].
+// The number of steps of each strip's residual.
 struct ResidualSteps {
   int steps[2];
 
   __device__ __forceinline__ ResidualSteps(const BitRows& bits, int lane) {
-    int count = 0;  // of the lane's row
+    int count = 0;  // residual elements in row `lane`
 #pragma unroll
     for (int word = 0; word < kTwoFourK / 32; ++word) {
       count += __popc(residual_bits(bits.words[lane][word]));
@@ -193,7 +196,7 @@ struct ResidualSteps {
   }
 };
 
-// Rank of this lane among 32 when sorted by (count, lane); counts are at most 32.
+// The rank of this lane when all 32 are sorted by (count, lane); counts are at most 32.
 __device__ __forceinline__ int rank_of(int count, int lane) {
   uint32_t equal = kAllLanes, less = 0;
 #pragma unroll
@@ -206,7 +209,7 @@ __device__ __forceinline__ int rank_of(int count, int lane) {
   return __popc(less | (equal & ((1U << lane) - 1U)));
 }
 
-// The lane whose rank is this lane's index.
+// The lane whose rank equals this lane's index.
 __device__ __forceinline__ int lane_of_rank(int rank, int lane) {
   uint32_t found = kAllLanes;
 #pragma unroll
@@ -217,17 +220,18 @@ __device__ __forceinline__ int lane_of_rank(int rank, int lane) {
   return __ffs(static_cast<int>(found)) - 1;
 }
 
-// Where the runs go; format/bitmap.cpp: run_layout.
+// The columns of a chunk's downward runs and the number of rows of values, as run_layout in
+// format/bitmap.cpp finds them.
 class RunLayout {
  public:
   __device__ __forceinline__ RunLayout(const RunWords& runs, int lane) : lane_(lane) {
-    int falling_down[2];  // the lane-th longest downward run
+    int longest_down[2];  // [strip]: the length of the lane-th longest downward run
 #pragma unroll
     for (int strip = 0; strip < 2; ++strip) {
       up_[strip] = __popc(runs.word[0][strip]);
       const int down = __popc(runs.word[1][strip]);
       partner_rank_[strip] = 31 - rank_of(down, lane);
-      falling_down[strip] = __shfl_sync(kAllLanes, down, lane_of_rank(partner_rank_[strip], lane));
+      longest_down[strip] = __shfl_sync(kAllLanes, down, lane_of_rank(partner_rank_[strip], lane));
     }
     rows_ = kMaxChunkRows + 1;
 #pragma unroll 1
@@ -236,7 +240,7 @@ class RunLayout {
 #pragma unroll
       for (int strip = 0; strip < 2; ++strip) {
         const int up = free_up(pattern, strip);
-        rows = max(rows, up + __shfl_sync(kAllLanes, falling_down[strip], rank_of(up, lane)));
+        rows = max(rows, up + __shfl_sync(kAllLanes, longest_down[strip], rank_of(up, lane)));
       }
       rows = __reduce_max_sync(kAllLanes, rows);
       if (rows < rows_) {
@@ -249,27 +253,28 @@ class RunLayout {
   // Rows of values.
   __device__ __forceinline__ int rows() const { return rows_; }
 
-  // Where in a row this lane's downward run is, in bytes.
-  __device__ __forceinline__ int sigma(int strip) const {
+  // The byte offset in a row at which this lane's downward run of a strip begins.
+  __device__ __forceinline__ int down_offset(int strip) const {
     const int rank = rank_of(free_up(pattern_, strip), lane_);
     const int column = __shfl_sync(kAllLanes, lane_of_rank(rank, lane_), partner_rank_[strip]);
     return 4 * column + 2 * (swaps_slots(pattern_, column) ? 1 - strip : strip);
   }
 
  private:
-  // The upward run in this lane's column that a downward run of `strip` may meet.
+  // The length of the upward run that shares column and slot with the downward run of `strip` that
+  // goes to this lane's column.
   __device__ __forceinline__ int free_up(int pattern, int strip) const {
     return swaps_slots(pattern, lane_) ? up_[1 - strip] : up_[strip];
   }
 
   int lane_;
-  int up_[2];            // by strip
-  int partner_rank_[2];  // of the upward run that this lane's downward run goes on
+  int up_[2];            // lengths of this lane's upward runs, by strip
+  int partner_rank_[2];  // rank of the upward run that this lane's downward run is paired with
   int rows_, pattern_ = 0;
 };
 
-// One CTA for a pair of columns of a band, one warp for each of its chunk rows: together they find
-// the pair's kind.
+// One CTA for a pair of columns of a band, with one warp for each chunk row, because whether the
+// pair is 2:4 depends on all its chunks.
 __global__ void __launch_bounds__(kBandChunkRows * 32)
     count_kernel(DenseMatrix dense, int32_t* units, int32_t* nnz) {
   __shared__ BitRows band_bits[kBandChunkRows];
@@ -309,19 +314,19 @@ __global__ void __launch_bounds__(kBandChunkRows * 32)
       atomicAdd(&two_four_sum, two_four);
     }
   }
-  const bool refused = __syncthreads_or(!paired || two_four > kMaxChunkUnits);
+  const bool must_be_plain = __syncthreads_or(!paired || two_four > kMaxChunkUnits);
   if (row >= rows || lane != 0) return;
-  const bool chosen = !refused && prefers_two_four(plain_sum, two_four_sum);
+  const bool pair_is_two_four = !must_be_plain && prefers_two_four(plain_sum, two_four_sum);
 #pragma unroll
   for (int second = 0; second < 2; ++second) {
     if (second != 0 && !paired) break;
     const int64_t index = chunk_index(row, col + second, rows, cols);
     nnz[index] = stored[second];
-    units[index] = !chosen ? plain[second] : second == 0 ? two_four : 0;
+    units[index] = !pair_is_two_four ? plain[second] : second == 0 ? two_four : 0;
   }
 }
 
-// Loads a plain chunk.
+// Loads the bits and values of a plain chunk.
 __device__ __forceinline__ void load_elements(const DenseMatrix& dense, const Extent& extent,
                                               int lane, BitRows& bits, SlotRows& slots) {
   const bool aligned = rows_are_aligned(dense);
@@ -335,18 +340,19 @@ __device__ __forceinline__ void load_elements(const DenseMatrix& dense, const Ex
   __syncwarp();
 }
 
-// Where the two groups of eight columns have their slots in a row of SlotRows: two words.
+// The word of a row of SlotRows where the slots of columns 8 eighth to 8 eighth + 7 begin: one word
+// for each of the two groups.
 __device__ __forceinline__ int slot_word(int eighth) {
   return eighth / 4 % 2 * 32 + (eighth / 8 + eighth / 2 % 2 * 4) * 4 + eighth % 2 * 2;
 }
 
-// The two slots of four values.
+// The two slots of a group, which has four values in `low` and `high`.
 __device__ __forceinline__ uint32_t select_slots(uint32_t bits, uint32_t low, uint32_t high) {
   const auto nibble = static_cast<uint32_t>(two_four_nibble(static_cast<int>(bits)));
   return byte_permute(low, high, 0x1010U + (nibble & 3U) * 0x22U + (nibble >> 2) * 0x2200U);
 }
 
-// And back: four values from two slots, which are zero where nothing is stored.
+// The inverse: a group's four values from its two slots, which are zero if not stored.
 __device__ __forceinline__ uint2 spread_slots(uint32_t bits, uint32_t slots) {
   const int nibble = two_four_nibble(static_cast<int>(bits));
   const uint64_t values = static_cast<uint64_t>(slots & 0xFFFFU) << 16 * (nibble & 3) |
@@ -354,7 +360,7 @@ __device__ __forceinline__ uint2 spread_slots(uint32_t bits, uint32_t slots) {
   return make_uint2(static_cast<uint32_t>(values), static_cast<uint32_t>(values >> 32));
 }
 
-// Loads a 2:4 chunk, all but the values of its residual.
+// Loads the bits and slots of a 2:4 chunk, but not the values of its residual.
 __device__ __forceinline__ void load_slots(const DenseMatrix& dense, const Extent& extent, int lane,
                                            BitRows& bits, SlotRows& slots) {
   const bool aligned = rows_are_aligned(dense);
@@ -369,18 +375,20 @@ __device__ __forceinline__ void load_slots(const DenseMatrix& dense, const Exten
   __syncwarp();
 }
 
-// Where the residual of a row has its value and its place, in bytes from the first step.
-__device__ __forceinline__ int residual_value_offset(int row, int step) {
+// Where a row's value, and the offset of its column in X, are in a step of the residual, in bytes
+// from the first step.
+__device__ __forceinline__ int residual_value_byte(int row, int step) {
   return step * kResidualStepBytes + row % 8 * 4 + row / 8 % 2 * 2;
 }
-__device__ __forceinline__ int residual_place_offset(int row, int step) {
+__device__ __forceinline__ int residual_column_byte(int row, int step) {
   return step * kResidualStepBytes + kResidualStepBytes / 2 + row % kStripM * 2;
 }
 
-// A set of steps of a strip; a row of 64 groups has no more than 128.
+// A set of steps of a strip, which has at most 128: two per group of a row, of which it has 64.
 struct StepSet {
   uint64_t low, high;
 
+  // All steps from `first` on.
   __device__ __forceinline__ static StepSet from(int first) {
     constexpr uint64_t kAll = ~uint64_t{0};
     if (first < 64) return {kAll << first, kAll};
@@ -391,7 +399,7 @@ struct StepSet {
     low |= step < 64 ? bit : 0;
     high |= step < 64 ? 0 : bit;
   }
-  // The first that is in neither, or -1.
+  // The first step that is in neither set, or -1.
   __device__ __forceinline__ static int first_outside(const StepSet& a, const StepSet& b) {
     const uint64_t low = ~(a.low | b.low), high = ~(a.high | b.high);
     if (low != 0) return __ffsll(static_cast<long long>(low)) - 1;
@@ -399,11 +407,12 @@ struct StepSet {
   }
 };
 
-// Chooses the residual's steps and writes the places into them, which are zero so far. Rows 8 e to
-// 8 e + 7 have the lanes of the same numbers, lane 8 e + c for class c.
-__device__ __forceinline__ void write_residual_places(const BitRows& bits, int first_step,
-                                                      int steps, int lane, uint8_t* out) {
-  // In which steps the class is; those that the strip does not have are as good as taken.
+// Assigns the residual's elements to steps and writes their columns' offsets into the steps, which
+// must be zero before. Lanes 8 e to 8 e + 7 work on rows 8 e to 8 e + 7, one row after the other;
+// lane 8 e + c knows which steps have an element of class c.
+__device__ __forceinline__ void write_residual_columns(const BitRows& bits, int first_step,
+                                                       int steps, int lane, uint8_t* out) {
+  // The steps that have an element of this lane's class, and those that the strip does not have.
   StepSet with_class = StepSet::from(steps);
 #pragma unroll 1
   for (int i = 0; i < kPhaseRows; ++i) {
@@ -421,7 +430,7 @@ __device__ __forceinline__ void write_residual_places(const BitRows& bits, int f
           with_row.insert(step);
           if (lane % 8 == residual_class(col)) {
             with_class.insert(step);
-            *reinterpret_cast<uint16_t*>(out + residual_place_offset(row, first_step + step)) =
+            *reinterpret_cast<uint16_t*>(out + residual_column_byte(row, first_step + step)) =
                 static_cast<uint16_t>(residual_place(col));
           }
         }
@@ -431,42 +440,44 @@ __device__ __forceinline__ void write_residual_places(const BitRows& bits, int f
   }
 }
 
-// Writes the residual's steps, which are zero so far.
+// Writes the residual's steps, which must be zero before.
 __device__ __forceinline__ void write_residual(const DenseMatrix& dense, const Extent& extent,
                                                const BitRows& bits, const ResidualSteps& residual,
                                                int lane, uint8_t* out) {
   const int first_step = lane < kStripM ? 0 : residual.steps[0];
   const int steps = lane < kStripM ? residual.steps[0] : residual.steps[1];
-  write_residual_places(bits, first_step, steps, lane, out);
+  write_residual_columns(bits, first_step, steps, lane, out);
   __syncwarp();
-  // Now each lane does its row: the values, and the places where there are none.
+  // Each lane completes its own row: it writes the values and, where a step has no element of the
+  // row, a column that another row of the step reads anyway.
   const int row = lane, most_steps = max(residual.steps[0], residual.steps[1]);
   for (int i = 0; i < most_steps; ++i) {
     const int step = first_step + i;
-    auto* place = reinterpret_cast<uint16_t*>(out + residual_place_offset(row, step));
-    const uint32_t own = i < steps ? *place : 0U;  // no residual element is in column 0
+    auto* column = reinterpret_cast<uint16_t*>(out + residual_column_byte(row, step));
+    const uint32_t own = i < steps ? *column : 0U;  // 0 is none: no residual element is in column 0
     const uint32_t stored = __ballot_sync(kAllLanes, own != 0) >> (lane & 24) & 0xFFU;
     const uint32_t other = __shfl_sync(kAllLanes, own, __ffs(static_cast<int>(stored)) - 1, 8);
     if (own != 0) {
-      *reinterpret_cast<uint16_t*>(out + residual_value_offset(row, step)) =
+      *reinterpret_cast<uint16_t*>(out + residual_value_byte(row, step)) =
           dense.row(extent.row0 + row)[extent.col0 + residual_column(static_cast<int>(own))];
     } else if (stored != 0) {
-      *place = static_cast<uint16_t>(other);
+      *column = static_cast<uint16_t>(other);
     }
   }
 }
 
-// Writes the runs into rows of values.
+// Writes a lane's runs into the rows of values.
 __device__ __forceinline__ void write_runs(const RunWords& runs, const RunLayout& layout,
-                                           const int (&sigma)[2], bool two_four, int lane,
+                                           const int (&down_offset)[2], bool two_four, int lane,
                                            SlotRows& slots, uint8_t* values) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int strip = 0; strip < 2; ++strip) {
       const uint32_t word = half == 0 ? runs.word[0][strip] : runs.word[1][strip];
-      uint8_t* end = values + (half == 0 ? lane * 4 + strip * 2
-                                         : (layout.rows() - 1) * kChunkRowBytes + sigma[strip]);
+      uint8_t* next =
+          values + (half == 0 ? lane * 4 + strip * 2
+                              : (layout.rows() - 1) * kChunkRowBytes + down_offset[strip]);
       const int step = half == 0 ? kChunkRowBytes : -kChunkRowBytes;
       for (int i = 0; i < kQuads; ++i) {
         const int quad = two_four ? two_four_quad_order(i) : i;
@@ -475,8 +486,8 @@ __device__ __forceinline__ void write_runs(const RunWords& runs, const RunLayout
           const int elem = quad_order(j);
           if ((word >> chunk_bit(quad, elem) & 1U) == 0) continue;
           const uint32_t pair = slots_of(slots, lane, strip, half, quad, elem / 2);
-          *reinterpret_cast<uint16_t*>(end) = static_cast<uint16_t>(pair >> elem % 2 * 16);
-          end += step;
+          *reinterpret_cast<uint16_t*>(next) = static_cast<uint16_t>(pair >> elem % 2 * 16);
+          next += step;
         }
       }
     }
@@ -489,14 +500,14 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ __align__(16) SlotRows warp_slots[kWarps];
   __shared__ __align__(16) uint8_t packed[kWarps][kMaxChunkBytes];
   __shared__ BitRows warp_bits[kWarps];
-  const ChunkPlace place(dense.m, dense.k);
-  if (place.index < 0) return;
-  const int64_t first = offsets[place.index];
-  const int units = offsets[place.index + 1] - static_cast<int>(first);
+  const ChunkPosition position(dense.m, dense.k);
+  if (position.index < 0) return;
+  const int64_t first = offsets[position.index];
+  const int units = offsets[position.index + 1] - static_cast<int>(first);
   if (units == 0) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool two_four = is_two_four(units);
-  const Extent extent(place.row, place.col, two_four, dense.m, dense.k);
+  const Extent extent(position.row, position.col, two_four, dense.m, dense.k);
   BitRows& bits = warp_bits[warp];
   SlotRows& slots = warp_slots[warp];
   if (two_four) {
@@ -506,7 +517,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const RunWords runs = two_four ? two_four_runs(bits, lane) : plain_runs(bits, 0, lane);
   const RunLayout layout(runs, lane);
-  const int sigma[2] = {layout.sigma(0), layout.sigma(1)};
+  const int down_offset[2] = {layout.down_offset(0), layout.down_offset(1)};
 
   uint8_t* out = packed[warp];
   const int vectors = units * (kChunkUnitBytes / 16);
@@ -516,8 +527,8 @@ __global__ void __launch_bounds__(kThreads)
   __syncwarp();
   const int value_bytes = layout.rows() * kChunkRowBytes;
   uint8_t* values = out + (two_four ? kTwoFourFixedBytes : 0);
-  uint8_t* out_sigma = out + (two_four ? kTwoFourBitsBytes : value_bytes + kChunkBitsBytes);
-  uint32_t spare = 0;
+  uint8_t* down_offsets = out + (two_four ? kTwoFourBitsBytes : value_bytes + kChunkBitsBytes);
+  uint32_t size_bit = 0;  // this lane's bit of the sizes of a 2:4 chunk's parts
   if (two_four) {
 #pragma unroll
     for (int strip = 0; strip < 2; ++strip) {
@@ -528,7 +539,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     const ResidualSteps residual(bits, lane);
     write_residual(dense, extent, bits, residual, lane, values + value_bytes);
-    spare =
+    size_bit =
         static_cast<uint32_t>(layout.rows() | residual.steps[0] << 8 | residual.steps[1] << 16) >>
             lane &
         1U;
@@ -536,9 +547,9 @@ __global__ void __launch_bounds__(kThreads)
     reinterpret_cast<uint4*>(out + value_bytes)[lane] =
         make_uint4(runs.word[0][0], runs.word[0][1], runs.word[1][0], runs.word[1][1]);
   }
-  reinterpret_cast<uint16_t*>(out_sigma)[lane] =
-      static_cast<uint16_t>(static_cast<uint32_t>(sigma[0] | sigma[1] << 8) | spare);
-  write_runs(runs, layout, sigma, two_four, lane, slots, values);
+  reinterpret_cast<uint16_t*>(down_offsets)[lane] =
+      static_cast<uint16_t>(static_cast<uint32_t>(down_offset[0] | down_offset[1] << 8) | size_bit);
+  write_runs(runs, layout, down_offset, two_four, lane, slots, values);
   __syncwarp();
   auto* target = reinterpret_cast<uint4*>(payload + first * kChunkUnitWords);
   for (int i = lane; i < vectors; i += 32) target[i] = reinterpret_cast<const uint4*>(out)[i];
@@ -569,7 +580,7 @@ __device__ __forceinline__ void decode_run(uint32_t bits, uint32_t position, int
   }
 }
 
-// Writes eight neighbouring columns of a row of an extent; what lies outside the matrix is dropped.
+// Stores eight neighbouring columns of a row of an extent; elements outside the matrix are dropped.
 __device__ __forceinline__ void store_eight(uint16_t* dense, int64_t k, const Extent& extent,
                                             int row, int col, const uint4& values) {
   if (row >= extent.rows || col >= extent.cols) return;
@@ -585,7 +596,7 @@ __device__ __forceinline__ void store_eight(uint16_t* dense, int64_t k, const Ex
   }
 }
 
-// `chunk` is in shared memory, and `smem` its address there.
+// `smem` is the chunk's address in shared memory, `rows` its rows of values; -1 stands for zeros.
 __device__ __forceinline__ void unpack_plain(uint32_t smem, int rows, int lane,
                                              const Extent& extent, int64_t k, SlotRows& slots,
                                              uint16_t* dense) {
@@ -604,11 +615,12 @@ __device__ __forceinline__ void unpack_plain(uint32_t smem, int rows, int lane,
   }
 }
 
+// `chunk` is in shared memory, and `smem` its address there.
 __device__ __forceinline__ void unpack_two_four(uint8_t* chunk, uint32_t smem, int units, int lane,
                                                 const Extent& extent, int64_t k, SlotRows& slots,
                                                 uint16_t* dense) {
-  const uint32_t sigma = reinterpret_cast<const uint16_t*>(chunk + kTwoFourBitsBytes)[lane];
-  const uint32_t sizes = __ballot_sync(kAllLanes, (sigma & 1U) != 0);
+  const uint32_t down_offsets = reinterpret_cast<const uint16_t*>(chunk + kTwoFourBitsBytes)[lane];
+  const uint32_t sizes = __ballot_sync(kAllLanes, (down_offsets & 1U) != 0);
   const int rows = static_cast<int>(sizes & 0xFFU);
   const int steps0 = static_cast<int>(sizes >> 8 & 0xFFU);
   const int steps1 = static_cast<int>(sizes >> 16 & 0xFFU);
@@ -620,15 +632,15 @@ __device__ __forceinline__ void unpack_two_four(uint8_t* chunk, uint32_t smem, i
     uint4& stored_bits = reinterpret_cast<uint4*>(chunk + strip * kTwoFourStripBitsBytes)[lane];
     uint32_t bits[4] = {stored_bits.x, stored_bits.y, stored_bits.z, stored_bits.w};
     const TwoFourWords words = two_four_words(bits, lane);
-    swap_two_four_words(bits);  // below they are read column after column
+    swap_two_four_words(bits);  // below, the bits are read in the order of columns
     stored_bits = make_uint4(bits[0], bits[1], bits[2], bits[3]);
     decode_run<true, 0>(stored ? words.runs[0] : 0, smem_values + lane * 4 + strip * 2, strip, lane,
                         slots);
-    decode_run<true, 1>(stored ? words.runs[1] : 0, last_row + (sigma >> strip * 8 & 0x7EU), strip,
-                        lane, slots);
+    decode_run<true, 1>(stored ? words.runs[1] : 0, last_row + (down_offsets >> strip * 8 & 0x7EU),
+                        strip, lane, slots);
   }
   __syncwarp();
-  // A lane takes eight columns of a row: a byte of the bits, two words of slots.
+  // Each lane unpacks eight columns of a row: a byte of bits and two words of slots.
   const uint8_t* bytes = chunk + lane / 2 % 4 * 16 + lane / 8 * 4 + lane % 2;
 #pragma unroll 4
   for (int row = 0; row < kChunkM; ++row) {
@@ -638,39 +650,39 @@ __device__ __forceinline__ void unpack_two_four(uint8_t* chunk, uint32_t smem, i
     const uint2 low = spread_slots(byte & 0xFU, two.x), high = spread_slots(byte >> 4, two.y);
     store_eight(dense, k, extent, row, lane * 8, make_uint4(low.x, low.y, high.x, high.y));
   }
-  __syncwarp();  // the residual goes over what was just written
+  __syncwarp();  // the residual overwrites some of the zeros that were stored above
   const int row = lane;
   if (!stored || row >= extent.rows) return;
   const uint8_t* residual = chunk + kTwoFourFixedBytes + rows * kChunkRowBytes;
   const int end = row < kStripM ? steps0 : steps0 + steps1;
   for (int step = row < kStripM ? 0 : steps0; step < end; ++step) {
     const auto value =
-        *reinterpret_cast<const uint16_t*>(residual + residual_value_offset(row, step));
+        *reinterpret_cast<const uint16_t*>(residual + residual_value_byte(row, step));
     const int col = residual_column(
-        *reinterpret_cast<const uint16_t*>(residual + residual_place_offset(row, step)));
+        *reinterpret_cast<const uint16_t*>(residual + residual_column_byte(row, step)));
     if (value != 0 && col < extent.cols) dense[(extent.row0 + row) * k + extent.col0 + col] = value;
   }
 }
 
 __global__ void __launch_bounds__(kThreads) unpack_kernel(PackedView view, uint16_t* dense) {
-  // The decoder reads up to two rows beyond a run, and malformed bits send it up to 33 rows beyond;
-  // what it finds there does not matter, but it must be ours.
+  // The decoder reads up to two rows beyond a run, or up to 33 rows if the bits are malformed. What
+  // it reads there does not matter, but it must lie in this CTA's shared memory.
   constexpr int kGuard = 34 * kChunkRowBytes;
   __shared__ __align__(16) SlotRows warp_slots[kWarps];
   __shared__ __align__(16) uint8_t packed[kGuard + kWarps * kMaxChunkBytes];
-  const ChunkPlace place(view.m, view.k);
-  if (place.index < 0) return;
+  const ChunkPosition position(view.m, view.k);
+  if (position.index < 0) return;
   const int64_t max_units = view.payload_words / kChunkUnitWords;
   const auto clamped = [&](int64_t index) {
     return max(int64_t{0}, min(int64_t{view.offsets[index]}, max_units));
   };
-  if (place.paired && place.col % 2 != 0 &&
-      is_two_four(clamped(place.first + 1) - clamped(place.first))) {
+  if (position.paired && position.col % 2 != 0 &&
+      is_two_four(clamped(position.first + 1) - clamped(position.first))) {
     return;  // the first chunk of the pair covers this column
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t first = clamped(place.index), units = clamped(place.index + 1) - first;
-  const bool two_four = place.paired && place.col % 2 == 0 && is_two_four(units);
+  const int64_t first = clamped(position.index), units = clamped(position.index + 1) - first;
+  const bool two_four = position.paired && position.col % 2 == 0 && is_two_four(units);
   const int rows = chunk_value_rows(units);
   uint8_t* chunk = packed + kGuard + warp * kMaxChunkBytes;
   if (two_four || rows >= 0) {
@@ -681,7 +693,7 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(PackedView view, uint1
     }
   }
   __syncwarp();
-  const Extent extent(place.row, place.col, two_four, view.m, view.k);
+  const Extent extent(position.row, position.col, two_four, view.m, view.k);
   const uint32_t smem = ptx::smem_address(chunk);
   if (two_four) {
     unpack_two_four(chunk, smem, static_cast<int>(units), lane, extent, view.k, warp_slots[warp],

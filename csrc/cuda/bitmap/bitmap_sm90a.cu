@@ -1,23 +1,47 @@
-// The bitmap kernel, for Hopper: weights stream in as bulk copies, are decoded in registers, and go
-// to the tensor cores from there.
+// The bitmap kernel, for Hopper: bulk copies stream the weights into shared memory, consumer warps
+// decode them in registers and multiply them from there on the tensor cores.
 //
 //   X        [n, x_stride] fp16/bf16, see launch.h
-//   offsets  int32[chunks + 1], payload: Bitmap, see format/bitmap.h
+//   offsets  int32[chunks + 1], payload: the bitmap format, see format/bitmap.h
 //   Y        [n, m]; fp32 partial sums in a workspace
 //
-// One persistent CTA per SM: warps that multiply (consumer.cuh), in whole warpgroups, and
-// one that feeds them (producer.cuh) through shared memory (smem.cuh):
+// One persistent CTA per SM, a warpgroup of producer warps and 2 or 4 warpgroups of consumer warps:
 //
-//   feeding warp  --- weights: a ring of bytes, a column of chunks at a time --->  16 warps, each a
-//                 --- X: a ring of stages [tile_n, 64], shared by all -------->   chunk of its own
+//              W                                              X
+//              |  1 producer warp per ring                    |  1 producer thread
+//              v  (producer.cuh)                              v  (producer.cuh)
+//   +------------------------------------+        +------------------------------------+
+//   | ring of chunks, column by column   |        | 4 or 8 stages of 64 or 128 columns |
+//   | + chunk descriptors                |        | by tile_n tokens                   |
+//   | full, empty: per group of chunks   |        | full, empty: per stage             |
+//   +------------------------------------+        +------------------------------------+
+//              |                                              |   +------------------------+
+//              |                                              |   | X transposed           |
+//              |                                              |   | full, empty: one each  |
+//              |                                              |   +------------------------+
+//              |                                              |       ^ written and read by the
+//              v                                              v       v consumers, for residuals
+//   +--------------------------------------------------------------------------------------+
+//   | 8 or 16 consumer warps (consumer.cuh), each with a chunk or one strip of it          |
+//   |   decode to A fragments (decode.cuh) -> wgmma / mma.sync, or wgmma.sp + residual     |
+//   |   -> fp32 sums of an output tile in registers                                        |
+//   +--------------------------------------------------------------------------------------+
+//              |                                              |  above 64 tokens, if the work
+//              v                                              |  range has all of the tile
+//   workspace: partial sums                                   |
+//              |                                              |
+//              v                                              v
+//   finishing kernel (finish.cuh): adds them, bias, act  ->   Y
 //
-// A CTA's stretch of the work (stream_k.cuh) is a line of columns of chunks: 512 rows x 128 (2:4:
-// 256) columns of W up to 64 tokens, half or a quarter of that where two warps share a chunk.
+// The three upper boxes are shared memory (smem.cuh). A work range (stream_k.cuh) is a
+// sequence of columns of chunks, which may begin and end within an output tile. A CTA's part of a
+// column is 512 rows of W by 128 columns (2:4: 256) up to 32 tokens, 256 rows for 64 and 128
+// tokens, 128 rows for 256 tokens. Clusters of two CTAs take two such parts and share X by
+// multicast.
 //
-// Sums of rows that CTAs share go through a workspace to a second kernel (finish.cuh).
-//
-// Dependent launches overlap the start of one call with the end of the one before: a CTA of the
-// second takes the place of one that ends, and may fetch weights until the last of the first has.
+// With dependent launches the start of a call overlaps with the end of the previous one: when a CTA
+// of the previous call exits, a CTA of this call takes over its SM and copies weights while the
+// other CTAs of the previous call still run.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -43,7 +67,7 @@ namespace {
 
 #ifdef FLASH_LLM_SM90A
 
-// All threads of the cluster meet.
+// Synchronises all threads of the cluster.
 template <typename C>
 __device__ __forceinline__ void sync() {
   if constexpr (C::kCluster == 1) {
@@ -59,7 +83,7 @@ __device__ __forceinline__ void init_smem(const BitmapSmem<C>& smem, int warp) {
   for (uint32_t i = threadIdx.x; i < kTwoFourFixedBytes / 16; i += C::kThreads) {
     ptx::store_shared_zero16(smem.empty_chunk() + i * 16);
   }
-  // Each takes a while: one lane of every warp does some.
+  // An mbarrier.init takes about 30 cycles, so one lane of each warp initialises some of them.
   if (threadIdx.x % 32 == 0) {
     for (int i = warp; i < static_cast<int>(BitmapSmem<C>::kBarrierCount); i += C::kAllWarps) {
       ptx::mbarrier_init(smem.barrier(i), BitmapSmem<C>::arrivals(i));
@@ -69,13 +93,13 @@ __device__ __forceinline__ void init_smem(const BitmapSmem<C>& smem, int warp) {
   sync<C>();
 }
 
-// All of a CTA's stretch.
+// What a consumer warp does: multiplies the CTA's work range, output tile by output tile.
 template <typename C>
 __device__ __forceinline__ void multiply(const BitmapParams& p, const BitmapSmem<C>& smem, int warp,
                                          int lane) {
   BitmapConsumer<C> consumer(smem, warp, lane);
   for (;;) {
-    const uint32_t flags = consumer.multiply_row();
+    const uint32_t flags = consumer.multiply_tile();
     store_sums<C>(p, flags, consumer.columns(), consumer.sums);
     if ((flags & kColumnIsLast) != 0) return;
     consumer.begin_sums();
@@ -95,11 +119,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int warp = __shfl_sync(~0U, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = threadIdx.x % 32;
   allow_next_kernel();
-  int ring = warp - C::kWarps;  // of a warp that feeds chunks
+  int ring = warp - C::kWarps;  // index of a producer warp, and of its ring; negative in consumers
   ChunkProducer<C> producer(p, smem, ring, lane);
   if (ring >= 0 && ring < C::kRings) producer.begin();
   init_smem(smem, warp);
-  ring = static_cast<int>(ptx::opaque(ring));  // else each role gets a barrier of its own
+  // Opaque: otherwise the compiler branches on the role earlier and duplicates the barrier above.
+  ring = static_cast<int>(ptx::opaque(ring));
   if (ring >= 0) {
     ptx::dealloc_registers<C::kProducerRegisters>();
     if (ring < C::kRings) {
@@ -111,12 +136,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ptx::alloc_registers<C::kConsumerRegisters>();
     multiply<C>(p, smem, warp, lane);
   }
-  // Others of the cluster may still write to this CTA's barriers.
+  // Other CTAs of the cluster may still arrive at this CTA's barriers.
   if constexpr (C::kCluster > 1) sync<C>();
 #endif
 }
 
-// cuTensorMapEncodeTiled, found at run time: a direct call would make the library need a driver.
+// cuTensorMapEncodeTiled is looked up at run time: linking to it would make the library depend on
+// the driver.
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
                                  const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
                                  const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
@@ -137,13 +163,13 @@ Status find_encode_tiled(EncodeTiled* out) {
   return Status::success();
 }
 
-// X as boxes of 64 columns and so many tokens, zero outside the matrix.
+// A tensor map of X with boxes of 64 columns by `tokens` tokens, zero outside the matrix.
 Status map_x(const SpmmArgs& args, int tokens, CUtensorMap* map) {
   EncodeTiled encode = nullptr;
   const Status found = find_encode_tiled(&encode);
   if (!found.ok()) return found;
   const int64_t k = args.weight.k;
-  // A single token needs no stride, but the map does.
+  // x_stride means nothing for a single token, but the map needs a valid stride.
   const int64_t stride = args.n > 1 ? args.x_stride : (k + 7) / 8 * 8;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(args.n)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
@@ -173,16 +199,17 @@ template <typename C>
 Status launch_finish(const BitmapParams& params, cudaStream_t stream) {
   constexpr unsigned kStripsOfBlock = C::kCluster * C::kStripsOfCta;
   static_assert(kStripsOfBlock % kFinishWarps == 0,
-                "a warp of the finishing kernel takes one strip");
-  const int clusters = params.schedule.ctas;
+                "each warp of the finishing kernel adds one strip");
+  const int clusters = params.schedule.workers;
   const int rows =
-      C::kFinishesAll ? params.schedule_rows : std::min(params.schedule_rows, clusters - 1);
+      C::kFinishesAll ? params.output_tiles : std::min(params.output_tiles, clusters - 1);
   const dim3 grid(static_cast<unsigned>(rows), kStripsOfBlock / kFinishWarps, C::kBlocksN);
   if constexpr (C::kTileN <= 32) {
-    // Measured on an H100: while all CTAs fit beside the main kernel's, one more part pays only if
-    // they still do; if they do not, four parts pay (4096x4096, N = 8: 13.4, 11.9 and 13.3 us with
-    // one, two and four; N = 32: 18.1, 17.1 and 16.5; 7168x7168, N = 8: 16.1, 18.8 and 17.7).
-    static_assert(C::kCluster == 1, "as many CTAs as clusters, one on each SM");
+    // Several parts pay only where an output tile has sums of more than 8 clusters to add.
+    // Measured on an H100 with one, two and four parts, in us: 4096x4096, N = 8: 13.4, 11.9 and
+    // 13.3; N = 32: 18.1, 17.1 and 16.5; 7168x7168, N = 8: 16.1, 18.8 and 17.7. So two parts are
+    // faster if even then one CTA per SM suffices, and four if one part alone takes more than that.
+    static_assert(C::kCluster == 1, "there is one cluster per SM only if a cluster is one CTA");
     const int finish_ctas = static_cast<int>(grid.x * grid.y * grid.z);
     if (clusters > 2 * kFinishInFlight * rows) {
       if (finish_ctas * 2 <= clusters) return launch_finish<C, 2>(params, grid, stream);
@@ -206,10 +233,10 @@ Status launch(const BitmapParams& params, const SpmmArgs& args, int smem_bytes, 
   if (!sized.ok()) return sized;
   const Status multiplied =
       launch_clusters("bitmap_kernel launch", bitmap_kernel<C>, C::kCluster,
-                      static_cast<unsigned>(params.schedule.ctas) * C::kCluster, C::kThreads,
+                      static_cast<unsigned>(params.schedule.workers) * C::kCluster, C::kThreads,
                       smem_bytes, prefetch, stream, params, map);
   if (!multiplied.ok()) return multiplied;
-  if (!C::kFinishesAll && !params.schedule.cuts_rows()) return multiplied;
+  if (!C::kFinishesAll && !params.schedule.shares_rows()) return multiplied;
   return launch_finish<C>(params, stream);
 }
 
@@ -217,10 +244,10 @@ template <ValueType kType>
 Status launch_config(int config, const BitmapParams& params, const SpmmArgs& args, int smem_bytes,
                      bool prefetch, cudaStream_t stream) {
   int idx = 0;
-#define FLASH_LLM_ROW(name, tile_n, warps, strips, cluster, x_stages)       \
-  if (config == idx++) {                                                    \
-    return launch<Bitmap<kType, tile_n, warps, strips, cluster, x_stages>>( \
-        params, args, smem_bytes, prefetch, stream);                        \
+#define FLASH_LLM_ROW(name, tile_n, warps, strips, cluster, x_stages)                   \
+  if (config == idx++) {                                                                \
+    return launch<BitmapKernelConfig<kType, tile_n, warps, strips, cluster, x_stages>>( \
+        params, args, smem_bytes, prefetch, stream);                                    \
   }
   FLASH_LLM_BITMAP_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
@@ -251,7 +278,7 @@ Status cuda::spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* works
   params.chunk_rows = static_cast<int>(num_chunk_rows(weight.m));
   params.chunk_cols = static_cast<int>(num_chunk_cols(weight.k));
   params.row_blocks = static_cast<int>((weight.m + config.block_m() - 1) / config.block_m());
-  params.schedule_rows = static_cast<int>(plan.work.rows);
+  params.output_tiles = static_cast<int>(plan.work.rows);
   params.ring_units = plan.ring_bytes / config.rings() / kChunkUnitBytes;
   params.unit_cols = plan.unit_cols;
   params.schedule = StreamK(plan.work);

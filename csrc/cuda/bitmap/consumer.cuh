@@ -1,13 +1,13 @@
-// The multiplying half of the bitmap kernel: what a warp does with a column of chunks.
+// The consumer warps of the bitmap kernel. For each column of chunks a warp decodes its strips of
+// 16 rows into A fragments in registers (decode.cuh) and multiplies them by wgmma or, for few
+// tokens, mma.sync (plain chunks), or by wgmma.sp (2:4 chunks). While one batch of fragments is
+// multiplied the next is decoded into other registers. wgmma reads the B operand, X, from shared
+// memory once per warpgroup and strip.
 //
-// Its strips of 16 rows become the A fragments of wgmma (plain chunks) or wgmma.sp (2:4 chunks)
-// in registers (decode.cuh). While one batch of fragments is multiplied the next is decoded
-// into other registers. The B operand, X, is read from shared memory once per warpgroup and strip.
-//
-// The residual of a 2:4 chunk, at most a few elements of a row, goes through mma.m16n8k16 with a
-// diagonal A: k-slot j of a step belongs to row j of the strip, and its row of B is whichever
-// column of X the element stands in. For that, X is first transposed, so that a column of eight
-// tokens is one row of ldmatrix.
+// The residual of a 2:4 chunk, which is a few elements per row at most, is multiplied by
+// mma.m16n8k16 with a diagonal A. A step of the residual holds up to one element of each of 16
+// rows: A[j][j] is the element of row j, and row j of B is the column of X that this element
+// multiplies. X is transposed first, so that a column of eight tokens is one row of ldmatrix.
 #pragma once
 
 #include "cuda/bitmap/decode.cuh"
@@ -19,8 +19,12 @@
 
 namespace flash_llm {
 
-// Fragments of a strip that are decoded before any is multiplied: two batches are in registers.
-constexpr int batch(int tile_n, int strips) {
+// Fragments of each strip in a batch. Two batches are in registers, 4 * strips for each fragment:
+// one batch is multiplied while the other is decoded. Two fragments per batch are too many at 128
+// tokens (64 of 112 registers hold the sums) and at 32 tokens with two strips (32 of 104 hold the
+// sums, and 32 would hold the batches): ptxas then serialises the wgmmas for want of registers (its
+// C7512).
+constexpr int batch_fragments(int tile_n, int strips) {
   return tile_n == 128 || (tile_n == 32 && strips == 2) ? 1 : 2;
 }
 
@@ -34,12 +38,12 @@ class BitmapConsumer {
     begin_sums();
   }
 
-  // Columns of chunks that were multiplied so far.
+  // Columns of chunks that were multiplied so far, in the whole work range.
   __device__ __forceinline__ int columns() const {
-    return static_cast<int>(x_.count) * C::kXStageK / kChunkK;
+    return static_cast<int>(x_state_.count) * C::kXStageK / kChunkK;
   }
 
-  // Makes the next column begin new sums.
+  // Clears the sums for the next output tile.
   __device__ __forceinline__ void begin_sums() {
 #pragma unroll
     for (auto& strip_sums : sums) {
@@ -48,22 +52,22 @@ class BitmapConsumer {
     }
   }
 
-  // Multiplies the columns of a row of blocks, or what is left of the stretch; returns the flags of
-  // the last of them.
-  __device__ __forceinline__ uint32_t multiply_row() {
-    Column column = next_column();
+  // Multiplies the columns up to the end of the output tile or of the work range. Returns the flags
+  // of the last one.
+  __device__ __forceinline__ uint32_t multiply_tile() {
+    Column column = wait_column();
     for (;;) {
       if (column.is_two_four()) {
         multiply_two_four(column);
         if (column.ends()) return column.flags;
-        column = next_column();
+        column = wait_column();
       } else {
-        // A loop of its own: products are under way at its end, and ptxas can follow that only
-        // where nothing else may happen in between.
+        // A loop of its own: wgmmas are still in flight at the end of an iteration, and ptxas
+        // tracks their registers only if no other code path can come between two iterations.
         do {
           multiply_plain(column);
           if (column.ends()) break;
-          column = next_column();
+          column = wait_column();
         } while (!column.is_two_four());
         finish_products();
         if (column.ends() && !column.is_two_four()) return column.flags;
@@ -72,50 +76,51 @@ class BitmapConsumer {
   }
 
  private:
-  static constexpr int kFragments = 8;  // of a strip in a chunk of either kind
+  static constexpr int kFragments = 8;  // per strip of a chunk, plain or 2:4
   static constexpr bool kWgmma = bitmap_uses_wgmma(C::kTileN);  // for plain chunks
   static constexpr int kStageFragments = C::kXStageK / 16;
   static constexpr int kTwoFourStages = kTwoFourK / C::kXStageK;
-  static constexpr int kBatch = batch(C::kTileN, C::kStrips);
+  static constexpr int kBatch = batch_fragments(C::kTileN, C::kStrips);
   static constexpr int kBatches = kFragments / kBatch;
-  // Whether to read what is needed late once more instead of keeping it.
+  // Whether to read or compute values again when they are needed instead of keeping them in
+  // registers.
   static constexpr bool kFewRegisters = C::kStrips * C::kTileN > 64;
   static constexpr int kTransposedN = C::kTileN < 64 ? C::kTileN : 64;
   static constexpr int kTokenBlocks = C::kTileN / kTransposedN;
-  static constexpr int kTransposedBlockBytes = kTwoFourK * 16;  // of 8 tokens
+  static constexpr int kTransposedBlockBytes = kTwoFourK * 16;  // 8 tokens
 
   using Batch = uint32_t[kBatch][C::kStrips][4];
 
-  // This warp's chunk of a column in the ring, see ColumnFlags.
+  // This warp's part of a column of chunks.
   struct Column {
-    uint2 chunk;
+    uint2 descriptor;  // of the warp's chunk, see ColumnFlags
     uint32_t flags;
 
     __device__ __forceinline__ bool is_two_four() const { return (flags & kColumnIsTwoFour) != 0; }
     __device__ __forceinline__ bool ends() const {
-      return (flags & (kColumnEndsRow | kColumnIsLast)) != 0;
+      return (flags & (kColumnEndsTile | kColumnIsLast)) != 0;
     }
   };
 
-  // Waits for the next column.
-  __device__ __forceinline__ Column next_column() const {
-    ptx::mbarrier_wait(smem_.group_full(group_, chunks_state_.stage()), chunks_state_.phase());
-    const uint2 chunk = load_chunk();
-    return {chunk, __shfl_sync(~0U, chunk.y, 0) >> 16};
+  // Waits until the next column is in shared memory.
+  __device__ __forceinline__ Column wait_column() const {
+    ptx::mbarrier_wait(smem_.group_full(group_, group_state_.stage()), group_state_.phase());
+    const uint2 descriptor = load_descriptor();
+    return {descriptor, __shfl_sync(~0U, descriptor.y, 0) >> 16};
   }
 
-  // This warp has read its chunk.
+  // Releases the column: this warp has read its chunk.
   __device__ __forceinline__ void release_column() {
-    arrive(smem_.group_empty(group_, chunks_state_.stage()));
-    chunks_state_ = chunks_state_ + 1;
+    arrive(smem_.group_empty(group_, group_state_.stage()));
+    group_state_ = group_state_ + 1;
   }
 
-  // Strip s of this warp, of the chunk.
+  // The index within the chunk of this warp's strip s.
   __device__ __forceinline__ int strip(int s) const { return C::kStrips == 2 ? s : warp_ % 2; }
 
-  __device__ __forceinline__ uint2 load_chunk() const {
+  __device__ __forceinline__ uint2 load_descriptor() const {
     return ptx::load_shared_v2(
-        smem_.descriptor(group_, chunks_state_.stage(), warp_ % C::kGroupWarps / C::kReaders));
+        smem_.descriptor(group_, group_state_.stage(), warp_ % C::kGroupWarps / C::kReaders));
   }
 
   __device__ __forceinline__ void arrive(uint32_t barrier) const {
@@ -123,8 +128,8 @@ class BitmapConsumer {
     if (lane_ == 0) ptx::mbarrier_arrive(barrier);
   }
 
-  // Says in every CTA of the cluster that this warp has read kStages stages of X, from `first` on:
-  // one lane each.
+  // Releases kStages stages of X, from `first` on, in all CTAs of the cluster: this warp has read
+  // them. One lane arrives for each stage and CTA.
   template <int kStages>
   __device__ __forceinline__ void release_x(PipelineState<C::kXStages> first) const {
     __syncwarp();
@@ -138,15 +143,15 @@ class BitmapConsumer {
     }
   }
 
-  // Waits until kStages stages of X are there, from x_ on.
+  // Waits until kStages stages of X are in shared memory, from x_state_ on.
   template <int kStages>
   __device__ __forceinline__ void wait_x() const {
-    const PipelineState<C::kXStages> place = kStages > 1 ? x_ + lane_ % kStages : x_;
-    ptx::mbarrier_wait(smem_.x_full(place.stage()), place.phase());
+    const PipelineState<C::kXStages> state = kStages > 1 ? x_state_ + lane_ % kStages : x_state_;
+    ptx::mbarrier_wait(smem_.x_full(state.stage()), state.phase());
     __syncwarp();
   }
 
-  // Waits for all products.
+  // Waits for all wgmmas in flight.
   __device__ __forceinline__ void finish_products() {
     if constexpr (kWgmma) {
       ptx::wgmma_wait<0>();
@@ -154,23 +159,23 @@ class BitmapConsumer {
     }
   }
 
-  // After the last product with the stage x_ was started.
+  // To be called after the last product with X's stage x_state_ was issued.
   __device__ __forceinline__ void finish_x_stage() {
     if constexpr (kWgmma) {
       x_in_use_ = true;
     } else {
-      release_x<1>(x_);
+      release_x<1>(x_state_);
     }
-    x_ = x_ + 1;
+    x_state_ = x_state_ + 1;
   }
 
   __device__ __forceinline__ void release_x_in_use() {
-    if (x_in_use_) release_x<1>(x_ + -1);
+    if (x_in_use_) release_x<1>(x_state_ + -1);
     x_in_use_ = false;
   }
 
-  // Starts the product of a batch of a plain chunk, fragments kFirst and so on of 16 columns each,
-  // and the stage x_ of X.
+  // Issues the products of a batch of a plain chunk with stage x_state_ of X. The batch's fragments
+  // are kFirst and the following, of 16 columns each.
   template <int kFirst>
   __device__ __forceinline__ void start_plain(const Batch& a) {
     if constexpr (kWgmma) {
@@ -178,19 +183,19 @@ class BitmapConsumer {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int fragment = kFirst + i;
-        const uint64_t b = smem_.x_descriptor(x_.stage(), fragment % kStageFragments);
+        const uint64_t b = smem_.x_descriptor(x_state_.stage(), fragment % kStageFragments);
 #pragma unroll
         for (int s = 0; s < C::kStrips; ++s) {
           ptx::wgmma<C::kType, C::kTileN>(sums[s], a[i][s], b);
         }
       }
       ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();  // the other batch's registers will be written next
+      ptx::wgmma_wait<1>();  // the other batch's registers are overwritten next
     } else {
-      static_assert(kBatch == 2, "ldmatrix brings 32 columns");
-      // Register i of lane 4 g + t is columns 8 i + 2 t and the next of token g.
+      static_assert(kBatch == 2, "ldmatrix loads 32 columns");
+      // Register i of lane 4 g + t gets columns 8 i + 2 t and 8 i + 2 t + 1 of token g.
       const unsigned token = lane_ % 8U, col8 = lane_ / 8U;
-      const uint32_t x = smem_.x(x_.stage()) + kFirst % kStageFragments / 4 * C::kXBoxBytes +
+      const uint32_t x = smem_.x(x_state_.stage()) + kFirst % kStageFragments / 4 * C::kXBoxBytes +
                          token * 128 + ((col8 ^ token) * 16 ^ kFirst / 2 % 2 * 64U);
 #pragma unroll
       for (int block = 0; block < C::kBlocksN; ++block) {
@@ -207,8 +212,9 @@ class BitmapConsumer {
     }
   }
 
-  // The same for fragments kFirst % 4 and so on of half kFirst / 4 of a 2:4 chunk: fragment p of
-  // half h is columns 64 p + 32 h and the next 31, in box p of X from stage x_ on.
+  // The same for a 2:4 chunk, fragments kFirst % 4 and the following of half kFirst / 4. Fragment p
+  // of half h multiplies columns 64 p + 32 h to 64 p + 32 h + 31, in the p-th box of X from stage
+  // x_state_ on.
   template <int kFirst>
   __device__ __forceinline__ void start_two_four(const Batch& a,
                                                  const TwoFourWords (&words)[C::kStrips]) {
@@ -218,7 +224,7 @@ class BitmapConsumer {
     for (int i = 0; i < kBatch; ++i) {
       const int p = (kFirst + i) % 4;
       const uint64_t b =
-          smem_.x_descriptor((x_ + p / C::kXBoxes).stage(), p % C::kXBoxes * 4 + kHalf * 2);
+          smem_.x_descriptor((x_state_ + p / C::kXBoxes).stage(), p % C::kXBoxes * 4 + kHalf * 2);
 #pragma unroll
       for (int s = 0; s < C::kStrips; ++s) {
         ptx::wgmma_sp<C::kType, C::kTileN, kHalf>(sums[s], a[i][s], b, words[s].metadata[p]);
@@ -228,7 +234,7 @@ class BitmapConsumer {
   }
 
   __device__ __forceinline__ void multiply_plain(const Column& column) {
-    const ChunkCursor cursor(column.chunk.x, column.chunk.y & 0xFFFF, true, lane_);
+    const ChunkCursor cursor(column.descriptor.x, column.descriptor.y & 0xFFFF, true, lane_);
     uint32_t bits[2][C::kStrips], position[2][C::kStrips];
 #pragma unroll
     for (int s = 0; s < C::kStrips; ++s) {
@@ -258,32 +264,33 @@ class BitmapConsumer {
     release_column();
   }
 
-  // Where the parts of a 2:4 chunk lie: what it says itself, clamped to its size.
+  // The parts of a 2:4 chunk: shared-memory addresses and counts. The counts come from the chunk
+  // itself and are clamped to its size, so that a malformed chunk leads to no address outside it.
   struct TwoFourParts {
     uint32_t bits, values, residual;
-    uint32_t sigma;
-    int steps[2];  // of the residual, by strip
+    uint32_t down_offsets;  // where this lane's downward runs begin, one byte per strip
+    int steps[2];           // of the residual, by strip
   };
 
-  __device__ __forceinline__ TwoFourParts find_parts(uint2 chunk) const {
-    const int units = static_cast<int>(chunk.y & 0xFFFF);
+  __device__ __forceinline__ TwoFourParts find_parts(uint2 descriptor) const {
+    const int units = static_cast<int>(descriptor.y & 0xFFFF);
     TwoFourParts parts;
-    parts.bits = chunk.x;
+    parts.bits = descriptor.x;
     asm volatile("ld.shared.u16 %0, [%1];"
-                 : "=r"(parts.sigma)
-                 : "r"(chunk.x + kTwoFourBitsBytes + lane_ * 2));
-    const uint32_t counts = __ballot_sync(~0U, (parts.sigma & 1) != 0);
+                 : "=r"(parts.down_offsets)
+                 : "r"(descriptor.x + kTwoFourBitsBytes + lane_ * 2));
+    const uint32_t counts = __ballot_sync(~0U, (parts.down_offsets & 1) != 0);
     const int rows = min(static_cast<int>(counts & 0xFF), units / 2);
     const int spare = max(units - kTwoFourFixedUnits - 2 * rows, 0);
     parts.steps[0] = min(static_cast<int>(counts >> 8 & 0xFF), spare);
     parts.steps[1] = min(static_cast<int>(counts >> 16 & 0xFF), spare - parts.steps[0]);
-    parts.values = chunk.x + kTwoFourFixedBytes;
+    parts.values = descriptor.x + kTwoFourFixedBytes;
     parts.residual = parts.values + rows * kChunkRowBytes;
     return parts;
   }
 
   __device__ __forceinline__ void multiply_two_four(const Column& column) {
-    TwoFourParts parts = find_parts(column.chunk);
+    TwoFourParts parts = find_parts(column.descriptor);
     TwoFourWords words[C::kStrips];
     uint32_t position[C::kStrips];
 #pragma unroll
@@ -299,10 +306,11 @@ class BitmapConsumer {
       constexpr int kNumber = decltype(number)::value, kFirst = kNumber * kBatch;
       constexpr int kHalf = kFirst / 4;
       if constexpr (kFirst == 4) {
-        if constexpr (kFewRegisters) parts = find_parts(load_chunk());
+        if constexpr (kFewRegisters) parts = find_parts(load_descriptor());
 #pragma unroll
         for (int s = 0; s < C::kStrips; ++s) {
-          position[s] = parts.residual - kChunkRowBytes + (parts.sigma >> (strip(s) * 8) & 0x7EU);
+          position[s] =
+              parts.residual - kChunkRowBytes + (parts.down_offsets >> (strip(s) * 8) & 0x7EU);
         }
       }
       Batch& a = batch_[kNumber % 2];
@@ -316,10 +324,11 @@ class BitmapConsumer {
       if constexpr (kFirst == 0) wait_x<kTwoFourStages>();
       start_two_four<kFirst>(a, words);
       ptx::wgmma_wait<1>();
-      // In the middle, so that no warp waits for the slowest at either end.
+      // X is transposed in the middle of a chunk, so that no warp waits for the slowest one before
+      // or after.
       if constexpr (kFirst + kBatch == 4 && kTokenBlocks == 1) transpose_x(0);
     });
-    if constexpr (kFewRegisters) parts = find_parts(load_chunk());
+    if constexpr (kFewRegisters) parts = find_parts(load_descriptor());
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int block = 0; block < kTokenBlocks; ++block) {
@@ -335,8 +344,8 @@ class BitmapConsumer {
       transposed_phase_ ^= 1;
     }
     release_column();
-    release_x<kTwoFourStages>(x_);
-    x_ = x_ + kTwoFourStages;
+    release_x<kTwoFourStages>(x_state_);
+    x_state_ = x_state_ + kTwoFourStages;
   }
 
   template <int kNumber>
@@ -344,7 +353,8 @@ class BitmapConsumer {
     static constexpr int value = kNumber;
   };
 
-  // Calls body(Number<0>()) .. in order: what a batch does depends on its number at compile time.
+  // Calls body(Number<0>()), body(Number<1>()) and so on for all batches. The number is a type
+  // because body needs it at compile time.
   template <int kNumber = 0, typename Body>
   __device__ __forceinline__ void for_each_batch(const Body& body) const {
     if constexpr (kNumber < kBatches) {
@@ -353,7 +363,7 @@ class BitmapConsumer {
     }
   }
 
-  // Decodes fragment kFirst + i (of four) of a half.
+  // Decodes fragment kFirst + i (0..3) of a half.
   template <int kFirst, int kHalf, bool kTwoFour>
   __device__ __forceinline__ static void decode_nth(int i, uint32_t bits, uint32_t& position,
                                                     uint32_t* reg) {
@@ -367,25 +377,26 @@ class BitmapConsumer {
     }
   }
 
-  // This warp's part of the transposed copy of `block` of up to 64 tokens of X, 256 columns, each
-  // at its residual_place.
+  // Writes this warp's part of the transposed X: 256 columns of the `block`-th 64 (or all, if
+  // fewer) tokens, each column at the offset that residual entries store for it (residual_place).
   __device__ __forceinline__ void transpose_x(int block) const {
     ptx::mbarrier_wait(smem_.transposed_empty(), transposed_phase_ ^ 1);
     constexpr unsigned kMatrices = kTwoFourK / 8 * kTransposedN / 8;
-    constexpr unsigned kPerRound = C::kWarps * 4;  // each warp takes four, one after the other
+    constexpr unsigned kPerRound = C::kWarps * 4;  // each warp transposes four at once
     const unsigned row = lane_ % 8U;
-    // Opaque: what follows is cheap, but takes registers when it is done once before all units.
+    // Opaque: otherwise the compiler hoists the address computation out of the loop over columns,
+    // where its results occupy registers.
     const unsigned own = ptx::opaque(warp_ * 4U + lane_ / 8U);
 #pragma unroll
     for (unsigned first = 0; first < kMatrices; first += kPerRound) {
       if (kMatrices < kPerRound && warp_ * 4U >= kMatrices) break;
       const unsigned matrix = first + own;
-      const unsigned col8 = matrix % 32, token8 = matrix / 32;  // in eights
+      const unsigned col8 = matrix % 32, token8 = matrix / 32;  // block of 8 columns, of 8 tokens
       const unsigned token = block * kTransposedN + token8 * 8 + row;
       uint32_t reg[4];
       const int box = static_cast<int>(col8 / 8);
       const uint32_t x =
-          smem_.x((x_ + box / C::kXBoxes).stage()) + box % C::kXBoxes * C::kXBoxBytes;
+          smem_.x((x_state_ + box / C::kXBoxes).stage()) + box % C::kXBoxes * C::kXBoxBytes;
       ptx::ldmatrix_x4(reg, x + token * 128 + (col8 % 8 ^ row) * 16);
       ptx::stmatrix_x4_trans(smem_.transposed_x() + token8 * kTransposedBlockBytes +
                                  (col8 * 8 + (row ^ col8 % 8)) * 16,
@@ -394,24 +405,28 @@ class BitmapConsumer {
     arrive(smem_.transposed_full());
   }
 
-  // Adds `steps` steps of a strip's residual, from `step` on, to the sums of kTransposedN tokens.
+  // Adds the products of `steps` steps of a strip's residual to the sums of kTransposedN tokens;
+  // `step` is the shared-memory address of the first step.
   __device__ __forceinline__ void add_residual(uint32_t step, int steps, float* strip_sums) const {
     constexpr int kUnroll = kTransposedN <= 16 ? 2 : 1;
-    // Opaque: else what follows from it is kept in registers from the beginning.
+    // Opaque: otherwise the compiler computes what depends on the lane once, before all columns,
+    // and keeps it in registers.
     const int lane = kFewRegisters ? static_cast<int>(ptx::opaque(lane_)) : lane_;
-    // Lane 4 g + t has A[g][2 t ..] and A[g + 8][2 t + 8 ..]: the diagonal if t is g / 2.
+    // Lane 4 g + t holds A[g][2 t], A[g][2 t + 1] and A[g + 8][2 t + 8], A[g + 8][2 t + 9]; one of
+    // each is on the diagonal if t == g / 2.
     const bool diagonal = lane % 4 == lane / 8;
     const bool high = (lane / 4) % 2 != 0;
     const uint32_t select_low = !diagonal ? 0x4444U : high ? 0x1044U : 0x4410U;
     const uint32_t select_high = !diagonal ? 0x4444U : high ? 0x3244U : 0x4432U;
     const uint32_t tokens =
         smem_.transposed_x() + (kTransposedN > 8 ? lane / 16 : 0) * kTransposedBlockBytes;
-    const uint32_t own_pair = lane / 4 * 4, own_place = 32 + lane % 16 * 2;
+    const uint32_t own_pair = lane / 4 * 4, own_column = 32 + lane % 16 * 2;
     const auto load_pair = [&] { return ptx::load_shared_u32(step + own_pair); };
     const auto load_column = [&] {
-      return tokens + (load_shared_u16<0>(step + own_place) & (kTransposedBlockBytes - 16));
+      return tokens + (load_shared_u16<0>(step + own_column) & (kTransposedBlockBytes - 16));
     };
-    // One step ahead; after the last one there is something else to read.
+    // Loads are one step ahead. The loads after the last step read shared memory beyond the
+    // residual, and their results are not used.
     uint32_t next_pair = load_pair(), next_column = load_column();
 #pragma unroll kUnroll
     for (int i = 0; i < steps; ++i) {
@@ -427,11 +442,11 @@ class BitmapConsumer {
         ptx::mma_m16n8k16<C::kType>(strip_sums, a, b[0], b[1]);
       } else {
 #pragma unroll
-        for (int pair8 = 0; pair8 < kTransposedN / 16; ++pair8) {
+        for (int token16 = 0; token16 < kTransposedN / 16; ++token16) {
           uint32_t b[4];
-          ptx::ldmatrix_x4_trans(b, column + pair8 * 2 * kTransposedBlockBytes);
-          ptx::mma_m16n8k16<C::kType>(strip_sums + pair8 * 8, a, b[0], b[1]);
-          ptx::mma_m16n8k16<C::kType>(strip_sums + pair8 * 8 + 4, a, b[2], b[3]);
+          ptx::ldmatrix_x4_trans(b, column + token16 * 2 * kTransposedBlockBytes);
+          ptx::mma_m16n8k16<C::kType>(strip_sums + token16 * 8, a, b[0], b[1]);
+          ptx::mma_m16n8k16<C::kType>(strip_sums + token16 * 8 + 4, a, b[2], b[3]);
         }
       }
     }
@@ -440,10 +455,10 @@ class BitmapConsumer {
   const BitmapSmem<C>& smem_;
   int warp_, lane_;
   int group_;
-  Batch batch_[2];  // the second may still be multiplied when the next column begins
-  PipelineState<kBitmapGroupStages> chunks_state_;
-  PipelineState<C::kXStages> x_;
-  bool x_in_use_ = false;  // products under way may still read the stage before x_
+  Batch batch_[2];  // wgmmas may still read the second one when the next column begins
+  PipelineState<kBitmapGroupStages> group_state_;
+  PipelineState<C::kXStages> x_state_;
+  bool x_in_use_ = false;  // wgmmas in flight may still read the stage before x_state_
   uint32_t transposed_phase_ = 0;
 };
 

@@ -1,12 +1,12 @@
-// Decoding bitmap runs into A fragments of the tensor cores: format/bitmap.h says how a chunk is
-// laid out. Per quad, that is 4 elements of a lane: one LOP3 isolates its four bits, one dp4a
-// advances the position by their number, four 16-bit loads fetch what could be stored there, and
-// two PRMTs with selectors that a dp2a each computes put values and zeros in place: 2.6
-// instructions per element, no branch and no predicate. Every load of a warp touches 32 different
-// banks, by construction of the format.
+// Decodes the runs of a bitmap chunk (format/bitmap.h) into A fragments of the tensor cores. A
+// quad, 4 elements of a lane, takes one LOP3 that isolates its four bits, one dp4a that advances
+// the position by their number, four 16-bit loads of the values that may be stored there, and two
+// PRMTs that arrange values and zeros, with a selector from one dp2a each: 2.6 instructions per
+// element, no branch and no predicate. The format guarantees that each load of a warp accesses 32
+// different banks.
 //
-// In a 2:4 chunk the elements of a quad are slots, of which there are half as many, and the bits of
-// elements must first become those of slots: 0.4 instructions per element.
+// The elements of a quad of a 2:4 chunk are slots, half as many as elements of W. Deriving the
+// slots' bits from those of the elements takes 0.4 instructions per element more.
 #pragma once
 
 #include <cstdint>
@@ -18,25 +18,25 @@ namespace flash_llm {
 template <int kOffset>
 __device__ __forceinline__ uint32_t load_shared_u16(uint32_t smem) {
   uint32_t value;
-  // Volatile: must not move above the wait for the chunk.
+  // Volatile: the load must not move above the wait for the chunk.
   asm volatile("ld.shared.u16 %0, [%1 + %2];" : "=r"(value) : "r"(smem), "n"(kOffset));
   return value;
 }
 
-// prmt.b32 without the masking of the selector that __byte_perm adds: the hardware ignores all but
-// its low 16 bits.
+// prmt.b32 without the AND that __byte_perm applies to the selector: the hardware ignores all but
+// the low 16 bits anyway.
 __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t value;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(value) : "r"(a), "r"(b), "r"(selector));
   return value;
 }
 
-// The PRMT selector that builds a register from the next two values of a run, first and second,
-// each zero-extended (so bytes 2, 3, 6, 7 of the pair are zero). With b0, b1 telling whether its
-// low and high element are stored, the four wanted selectors
+// The PRMT selector that builds a register (two elements) from the next two values of a run, which
+// are zero-extended, so that bytes 2, 3, 6 and 7 of PRMT's input are zero. If b0 and b1 say whether
+// the low and the high element are stored, the four selectors
 //   neither 3232   b0 7610   b1 1032   both 5410
-// are all 0x3232 + b0 * 0x43DE + b1 * 0xDE00 (mod 2^16). (76 is as zero as 32.) With b0 and b1 in
-// two bytes of `quad_bits`, the lower or the upper two, that is one dp2a.
+// all equal 0x3232 + b0 * 0x43DE + b1 * 0xDE00 (mod 2^16). (Bytes 7 and 6 are zero as 3 and 2 are.)
+// b0 and b1 are in the lower or the upper two bytes of `quad_bits`, so that this is one dp2a.
 template <int kBit, bool kUpper>
 __device__ __forceinline__ uint32_t selector(uint32_t quad_bits) {
   constexpr uint32_t kNone = 0x3232, kFirst = 0x43DE >> kBit, kSecond = 0xDE00 >> kBit;
@@ -54,7 +54,8 @@ __device__ __forceinline__ uint32_t selector(uint32_t quad_bits) {
   return value;
 }
 
-// Adds `step` times the number of set bits to `position`; a quad's bits are `bit` in each byte.
+// Adds kStep times the number of a quad's set bits to `position`; the bits are bit kBit of each
+// byte.
 template <int kBit, int kStep>
 __device__ __forceinline__ uint32_t advance(uint32_t position, uint32_t quad_bits) {
   static_assert(kStep == kChunkRowBytes || kStep == -kChunkRowBytes, "one row of values");
@@ -68,9 +69,9 @@ __device__ __forceinline__ uint32_t advance(uint32_t position, uint32_t quad_bit
   }
 }
 
-// Two registers of a fragment from the quad whose bits are kBit of each byte of `word` (kBit is 0
-// or 1, else the factors above would not divide). `position` is the shared-memory address of the
-// run's next value and moves on.
+// Decodes the quad whose bits are bit kBit of each byte of `word` into two registers of a fragment.
+// kBit is 0 or 1, as the factors above must be divisible by 2^kBit. `position` is the shared-memory
+// address of the run's next value and is advanced.
 template <int kBit, int kStep>
 __device__ __forceinline__ void decode_quad(uint32_t word, uint32_t& position, uint32_t* reg) {
   const uint32_t bits = word & (0x01010101U << kBit);
@@ -84,7 +85,7 @@ __device__ __forceinline__ void decode_quad(uint32_t word, uint32_t& position, u
   reg[1] = byte_permute(last, before_last, selector<kBit, true>(bits));
 }
 
-// The four registers of fragment kFragment (0..3) of a half.
+// Decodes the four registers of fragment kFragment (0..3) of a half of a plain chunk.
 template <int kFragment, int kStep>
 __device__ __forceinline__ void decode_fragment(uint32_t word, uint32_t& position, uint32_t* reg) {
   const uint32_t shifted = word >> (2 * kFragment);
@@ -92,7 +93,7 @@ __device__ __forceinline__ void decode_fragment(uint32_t word, uint32_t& positio
   decode_quad<1, kStep>(shifted, position, reg + 2);
 }
 
-// The four registers of fragment kFragment (0..3) of a half of a 2:4 chunk: 16 slots, 32 columns.
+// The same for a 2:4 chunk, whose fragments have 16 slots for 32 columns.
 template <int kFragment, int kStep>
 __device__ __forceinline__ void decode_two_four_fragment(uint32_t word, uint32_t& position,
                                                          uint32_t* reg) {
@@ -101,21 +102,21 @@ __device__ __forceinline__ void decode_two_four_fragment(uint32_t word, uint32_t
   decode_quad<kFragment % 2, kStep>(word >> (kShift + 4), position, reg + 2);
 }
 
-// What a lane needs of the bits of one strip of a 2:4 chunk.
+// What a lane derives from its bits of one strip of a 2:4 chunk.
 struct TwoFourWords {
-  uint32_t metadata[4];  // sparsity metadata of fragments p of both halves, as wgmma.sp takes it
-  uint32_t runs[2];      // by half: the bits of slots, as decode_two_four_fragment takes them
+  uint32_t metadata[4];  // wgmma.sp's sparsity metadata for fragment p of either half
+  uint32_t runs[2];      // by half: the slots' bits, for decode_two_four_fragment
 };
 
-// (a & mask) | (b & ~mask). Spelt out, because from constants the compiler makes two instructions.
+// (a & mask) | (b & ~mask) as one LOP3; the compiler makes two if the mask is a constant.
 __device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
   uint32_t value;
   asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(value) : "r"(mask), "r"(a), "r"(b));
   return value;
 }
 
-// Four lanes hold four nibbles each, twice, in the low and the high halves of their words; lane t
-// gets nibble t of every one of them.
+// Transposes 4 x 4 nibbles across each four lanes, separately in the low and in the high halves of
+// their words: lane t gets nibble t of each of the four lanes.
 __device__ __forceinline__ uint32_t transpose_nibbles(uint32_t word, int lane) {
   const bool odd = (lane & 1) != 0, upper = (lane & 2) != 0;
   const uint32_t turned = __funnelshift_l(word, word, odd ? 4 : 28);
@@ -125,13 +126,13 @@ __device__ __forceinline__ uint32_t transpose_nibbles(uint32_t word, int lane) {
   return byte_permute(word, far, upper ? 0x3715U : 0x6240U);
 }
 
-// All lanes of a warp must call it: `bits` are this lane's four words of a strip, one for each
-// column of 32 groups. So each function of a group's bits is one LOP3 for all groups.
+// All lanes of a warp must call it. `bits` are this lane's four words of a strip: word k holds the
+// bits of column k of 32 groups, so that a LOP3 evaluates a function of a group's bits for all 32.
 __device__ __forceinline__ TwoFourWords two_four_words(const uint32_t (&bits)[4], int lane) {
   const uint32_t b0 = bits[0], b1 = bits[1], b2 = bits[2], b3 = bits[3];
-  // The places of all groups, bit by bit: i0 is 2 unless b0 or b1; i1 is 3 unless b0 and b1, or b2
-  // and one of them. Bit p of each nibble of plane[i] is to become bit i of the nibble of
-  // places[p], so 4 x 4 bits are transposed: within 2 x 2 first, then those.
+  // plane[i] is bit i of the metadata nibble i0 | i1 << 2 of all groups (format/bitmap.h). Bit p of
+  // each nibble of plane[i] becomes bit i of that nibble of metadata[p]: in every nibble 4 x 4 bits
+  // are transposed, first within blocks of 2 x 2, then the blocks.
   const uint32_t plane[4] = {~b0 & b1, ~(b0 | b1), (b0 & b1) | ~(b2 & (b0 | b1)), ~(b0 & b1)};
   TwoFourWords words;
   uint32_t pairs[4];
@@ -145,7 +146,7 @@ __device__ __forceinline__ TwoFourWords two_four_words(const uint32_t (&bits)[4]
     words.metadata[i] = select_bits(0x33333333U, pairs[i], pairs[i + 2] << 2);
     words.metadata[i + 2] = select_bits(0x33333333U, pairs[i] >> 2, pairs[i + 2]);
   }
-  // Whether the slots are stored.
+  // Whether slot 0 and slot 1 of each group are stored.
   const uint32_t slot0 = transpose_nibbles(b0 | b1 | b2, lane);
   const uint32_t slot1 = transpose_nibbles((b0 & b1) | (b2 & (b0 | b1)) | b3, lane);
   words.runs[0] = byte_permute(slot0, slot1, 0x6240U);
@@ -153,31 +154,31 @@ __device__ __forceinline__ TwoFourWords two_four_words(const uint32_t (&bits)[4]
   return words;
 }
 
-// A lane's bits and the start of its runs, read from a plain chunk in shared memory.
+// A lane's bits, and the addresses where its runs begin, in a plain chunk in shared memory.
 struct ChunkCursor {
   uint32_t bits[4];  // [2 half + strip]
-  uint32_t up[2];    // positions by strip: half 0
-  uint32_t down[2];  // half 1
+  uint32_t up[2];    // [strip]: the upward runs, of half 0
+  uint32_t down[2];  // [strip]: the downward runs, of half 1
 
-  // `value_bytes` is what the values take, and so where the bits begin. A chunk that is not
-  // `stored` is all zeros, wherever it points.
+  // `value_bytes` is the size of the values, which precede the bits. If `stored` is false, the
+  // chunk is taken as all zeros; `smem_chunk` must be readable even then.
   __device__ __forceinline__ ChunkCursor(uint32_t smem_chunk, uint32_t value_bytes, bool stored,
                                          int lane) {
     const uint32_t smem_bits = smem_chunk + value_bytes;
-    uint32_t sigma;
+    uint32_t down_offsets;  // where the downward runs begin in the last row, one byte per strip
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
                  : "r"(smem_bits + lane * 16));
     asm volatile("ld.shared.u16 %0, [%1];"
-                 : "=r"(sigma)
+                 : "=r"(down_offsets)
                  : "r"(smem_bits + kChunkBitsBytes + lane * 2));
 #pragma unroll
     for (uint32_t& word : bits) word = stored ? word : 0;
     const uint32_t last_row = smem_bits - kChunkRowBytes;
     up[0] = smem_chunk + lane * 4;
     up[1] = up[0] + 2;
-    down[0] = last_row + (sigma & 0x7EU);
-    down[1] = last_row + (sigma >> 8 & 0x7EU);
+    down[0] = last_row + (down_offsets & 0x7EU);
+    down[1] = last_row + (down_offsets >> 8 & 0x7EU);
   }
 };
 

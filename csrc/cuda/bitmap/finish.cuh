@@ -1,7 +1,8 @@
-// Sums of the bitmap kernel that are not yet results, because clusters share a row of blocks
-// (stream_k.cuh). They wait in the workspace, in slots of float4[block_m / 16 strips][8-token
-// blocks][32 lanes], in fragment order, for a second small kernel that adds them in a fixed order,
-// so results are repeatable bit for bit. Up to 64 tokens all rows go that way, shared or not.
+// The partial sums of the bitmap kernel, and the finishing kernel that turns them into results. If
+// several clusters share an output tile (stream_k.cuh), each stores its sums in the workspace, in a
+// slot float4[block_m / 16 strips][8-token blocks][32 lanes] in fragment order. The finishing
+// kernel adds them in a fixed order, so that results are repeatable bit for bit. Up to 64 tokens
+// this is done for all output tiles, shared or not.
 #pragma once
 
 #include <cstdint>
@@ -12,42 +13,44 @@
 
 namespace flash_llm {
 
-// The strip's part of a slot.
+// Where a strip's sums are in slot `slot`.
 __device__ __forceinline__ float4* partial_strip(float4* partial, int slot, int strips, int strip,
                                                  int blocks_n) {
   return partial + (int64_t{slot} * strips + strip) * blocks_n * 32;
 }
 
-// The slot of what `cluster` leaves of a row, see bitmap_sums_bytes. Where it stores
-// rows itself, it has two: one for a row that began before it, one for a row that begins in it.
+// The slot of `cluster`'s partial sums of an output tile, see bitmap_sums_bytes. A cluster that
+// stores complete tiles itself has two slots: one for the tile that its work range begins in the
+// middle of, one for the tile that it begins but does not complete.
 template <bool kFinishesAll>
-__device__ __forceinline__ int partial_slot(int cluster, int row, bool begins_row) {
-  return kFinishesAll ? cluster + row : 2 * cluster + (begins_row ? 1 : 0);
+__device__ __forceinline__ int partial_slot(int cluster, int tile, bool begins_tile) {
+  return kFinishesAll ? cluster + tile : 2 * cluster + (begins_tile ? 1 : 0);
 }
 
 #ifdef FLASH_LLM_SM90A
 
-// Stores a warp's sums after multiply_row returned `flags`, when `columns` columns of chunks have
-// been multiplied in all.
+// Stores a warp's sums of an output tile, to Y or to the workspace. `flags` are those that
+// multiply_tile returned; `columns` columns of chunks were multiplied so far in the whole work
+// range.
 template <typename C>
 __device__ __forceinline__ void store_sums(const BitmapParams& p, uint32_t flags, int columns,
                                            const float (&sums)[C::kStrips][C::kTileN / 2]) {
-  // All else is found out anew: the main loop has no registers for it.
+  // Everything else is computed again, as the main loop has no registers to keep it in.
   const int thread = static_cast<int>(ptx::read_thread_idx()), warp = thread / 32;
   const int lane = thread % 32;
   const int rank = C::kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
   const ColumnPosition first(p, p.schedule.first_unit(cluster_idx<C>()));
-  const int row = first.row + (first.col + columns - 1) / p.chunk_cols;
-  const bool begins_row = row > first.row || first.col == 0;
-  const bool complete = begins_row && (flags & kColumnEndsRow) != 0;
-  const int slot = partial_slot<C::kFinishesAll>(cluster_idx<C>(), row, begins_row);
+  const int tile = first.tile + (first.col + columns - 1) / p.chunk_cols;
+  const bool begins_tile = tile > first.tile || first.col == 0;
+  const bool complete = begins_tile && (flags & kColumnEndsTile) != 0;
+  const int slot = partial_slot<C::kFinishesAll>(cluster_idx<C>(), tile, begins_tile);
 #pragma unroll
   for (int s = 0; s < C::kStrips; ++s) {
     const int strip = rank * C::kStripsOfCta + warp * C::kStrips + s;
     if (!C::kFinishesAll && complete) {
       p.epilogue.store_rows<C::kType, C::kTileN>(
-          int64_t{row / p.row_blocks} * C::kTileN + lane % 4 * 2,
-          int64_t{row % p.row_blocks} * C::kBlockM + strip * kStripM + lane / 4, sums[s]);
+          int64_t{tile / p.row_blocks} * C::kTileN + lane % 4 * 2,
+          int64_t{tile % p.row_blocks} * C::kBlockM + strip * kStripM + lane / 4, sums[s]);
     } else {
       float4* out =
           partial_strip(p.partial, slot, C::kCluster * C::kStripsOfCta, strip, C::kBlocksN) + lane;
@@ -63,43 +66,47 @@ __device__ __forceinline__ void store_sums(const BitmapParams& p, uint32_t flags
 #endif  // FLASH_LLM_SM90A
 
 constexpr int kFinishWarps = 4;
-constexpr int kFinishInFlight = 4;  // with more the first would not fit beside the main kernel
+// Loads in flight per lane. With more, the kernel would need more than 32 registers, and the main
+// kernel leaves no more than 4096 of an SM's 64K: no CTA could be resident before that one ends.
+constexpr int kFinishInFlight = 4;
 
-// Finishes each row of blocks: kParts warps per 16 rows and 8 tokens, CTAs with equal x per row. As
-// many lanes share a sum, and take every kParts-th cluster: many clusters, which small weights
-// have, would else be a chain of round trips to L2. Where the main kernel stores rows, only those
-// that clusters share are left.
+// Finishes the output tiles; CTAs with equal blockIdx.x work on one tile. kParts warps work on 16
+// rows and 8 tokens: kParts lanes share a sum, and each adds the partial sums of every kParts-th
+// cluster. With one part, the many clusters that share a tile of a small weight would be a chain of
+// round trips to L2. If the main kernel stores complete tiles, only shared ones are left to do.
 template <ValueType kType, bool kFinishesAll, int kParts>
 __global__ void __launch_bounds__(kFinishWarps * 32)
     bitmap_finish_kernel(const __grid_constant__ BitmapParams p, int strips) {
   allow_next_kernel();
-  int row = blockIdx.x;
+  int tile = blockIdx.x;
   if constexpr (!kFinishesAll) {
-    // Of the cuts or of all rows, whichever are fewer: the first cut within a row stands for it.
-    if (gridDim.x < static_cast<unsigned>(p.schedule_rows)) {
+    // blockIdx.x counts tiles or boundaries between work ranges, whichever are fewer. Of the
+    // boundaries within a tile only the first does the work.
+    if (gridDim.x < static_cast<unsigned>(p.output_tiles)) {
       const int unit = p.schedule.first_unit(blockIdx.x + 1);
-      row = unit / p.schedule.tile_cols;
-      if (unit == row * p.schedule.tile_cols ||
-          p.schedule.first_unit(blockIdx.x) > row * p.schedule.tile_cols) {
+      tile = unit / p.schedule.units_per_row;
+      if (unit == tile * p.schedule.units_per_row ||
+          p.schedule.first_unit(blockIdx.x) > tile * p.schedule.units_per_row) {
         return;
       }
     }
   }
-  const int row_begin = row * p.schedule.tile_cols;
-  const int first = p.schedule.cta_of(row_begin);
-  const int last = p.schedule.cta_of(row_begin + p.schedule.tile_cols - 1);
+  const int tile_begin = tile * p.schedule.units_per_row;
+  const int first = p.schedule.worker_of(tile_begin);
+  const int last = p.schedule.worker_of(tile_begin + p.schedule.units_per_row - 1);
   if (!kFinishesAll && first == last) return;
 
   constexpr int kPartLanes = 32 / kParts;
   const int warp = blockIdx.y * kFinishWarps + threadIdx.x / 32, strip = warp / kParts;
   const int part = threadIdx.x % 32 / kPartLanes;
-  const int lane = warp % kParts * kPartLanes + threadIdx.x % kPartLanes;  // of the fragment
+  // The lane of the main kernel's fragment whose sums this lane adds.
+  const int lane = warp % kParts * kPartLanes + threadIdx.x % kPartLanes;
   const int block_n = blockIdx.z, blocks_n = gridDim.z;
   const auto sums_of = [&](int cluster) {
-    const int slot = partial_slot<kFinishesAll>(cluster, row, cluster == first);
+    const int slot = partial_slot<kFinishesAll>(cluster, tile, cluster == first);
     return partial_strip(p.partial, slot, strips, strip, blocks_n) + block_n * 32 + lane;
   };
-  wait_for_previous_kernel();  // the sums are complete
+  wait_for_previous_kernel();  // the main kernel, which writes the partial sums
 
   float4 total = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
   for (int begin = first + part; begin <= last; begin += kFinishInFlight * kParts) {
@@ -125,8 +132,8 @@ __global__ void __launch_bounds__(kFinishWarps * 32)
     total.w += __shfl_xor_sync(~0U, total.w, step);
   }
   if (part != 0) return;
-  const int64_t row0 = (int64_t{row % p.row_blocks} * strips + strip) * kStripM + lane / 4;
-  const int64_t token0 = (int64_t{row / p.row_blocks} * blocks_n + block_n) * 8 + lane % 4 * 2;
+  const int64_t row0 = (int64_t{tile % p.row_blocks} * strips + strip) * kStripM + lane / 4;
+  const int64_t token0 = (int64_t{tile / p.row_blocks} * blocks_n + block_n) * 8 + lane % 4 * 2;
   p.epilogue.store_fragment<kType>(token0, row0, total);
 }
 

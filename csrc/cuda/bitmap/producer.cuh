@@ -1,13 +1,14 @@
-// The feeding half of the bitmap kernel: two warps that keep copies of a CTA's stretch of the
-// weight, and of the X that goes with it, on their way to shared memory.
+// The producer warps of the bitmap kernel. They copy the weights of the CTA's work range, and the
+// columns of X that these multiply, from global to shared memory ahead of the consumer warps.
 //
-// Weights travel through rings of bytes: the chunks of a column lie together in memory, so a group
-// of four is one bulk copy, or two where the ring ends (never within a chunk). How much is in
-// flight thus depends on the rings' size only, not on the density: at 90 % zeros four 2:4 columns
-// are. X goes through a ring of stages, 64 or 128 columns each, loaded through a tensor map in the
-// 128-byte swizzle that wgmma reads.
+// Weights go through rings of bytes, one producer warp per ring. The chunks of a column lie next to
+// each other in global memory, so a group of up to 8 chunks is one bulk copy, or two where the ring
+// wraps around (never within a chunk). The bytes in flight therefore depend on the size of the
+// rings and not on the density: at 90 % zeros four 2:4 columns are in flight. One more warp loads X
+// through a tensor map into stages of 64 or 128 columns, in the 128-byte swizzle that wgmma reads.
 //
-// The weight may be fetched while the kernel before this one still runs, X may not.
+// Weights may be copied while the previous kernel in the stream still runs. X may not, because that
+// kernel may be writing it.
 #pragma once
 
 #include <cuda.h>
@@ -21,8 +22,8 @@
 
 namespace flash_llm {
 
-// One warp: brings the chunks that go through one ring. It begins before the barriers are ready,
-// because where the first chunks lie takes the longest to find out.
+// One warp, which copies the chunks of one ring. begin() runs before the barriers are initialised,
+// because loading the first offsets from global memory takes longest.
 template <typename C>
 class ChunkProducer {
  public:
@@ -32,12 +33,12 @@ class ChunkProducer {
         smem_(smem),
         ring_(ring),
         lane_(lane),
-        ring_bytes_(smem.ring() + ring * p.ring_units * kChunkUnitBytes) {}
+        ring_base_(smem.ring() + ring * p.ring_units * kChunkUnitBytes) {}
 
   __device__ __forceinline__ void begin() {
-    at_ = ColumnPosition(p_, p_.schedule.first_unit(cluster_idx<C>()));
+    position_ = ColumnPosition(p_, p_.schedule.first_unit(cluster_idx<C>()));
     end_ = ColumnPosition(p_, p_.schedule.first_unit(cluster_idx<C>() + 1));
-    next_ = at_;
+    next_ = position_;
     pair_ = load_pair();
 #pragma unroll 1
     for (int i = 0; i < kBitmapPairsAhead; ++i) prefetch_pair();
@@ -45,43 +46,44 @@ class ChunkProducer {
 
   __device__ __forceinline__ void run() {
 #pragma unroll 1
-    while (at_.before(end_)) {
-      // Where offsets are malformed all is empty.
+    while (position_.before(end_)) {
+      // If any offset is malformed, the whole column is taken as empty.
       const bool sound = pair_.begin >= 0 && pair_.units >= 0 && pair_.units <= kMaxChunkUnits &&
                          pair_.begin <= p_.payload_units - pair_.units;
       const int units = __all_sync(~0U, sound) ? pair_.units : 0;
       const uint32_t flags = column_flags(units);
       copy_column(units, flags);
-      at_.advance((flags & kColumnIsTwoFour) != 0 ? 2 : 1, p_.chunk_cols);
-      if (at_.col % 2 == 0) next_pair();
+      position_.advance((flags & kColumnIsTwoFour) != 0 ? 2 : 1, p_.chunk_cols);
+      if (position_.col % 2 == 0) next_pair();
     }
-    ptx::copy_async_wait<0>();  // shared memory is ours only as long as we are here
+    ptx::copy_async_wait<0>();  // no copy may outlive the CTA, whose shared memory it writes
   }
 
  private:
   static constexpr unsigned kStages = C::kRingGroups * kBitmapGroupStages;
-  static_assert(kStages <= 32, "begin_of_copy_ has one for each lane");
+  static_assert(kStages <= 32, "reserved_before_ has one entry per lane");
 
-  // A chunk's place in the payload and its size, in units.
+  // Where a chunk begins in the payload, and its size, in units.
   struct ChunkRange {
     int begin, units;
   };
 
-  // What is brought at once: a group's chunks of a column.
-  struct Chunks {
-    int chunk;   // this lane's in the group; negative if it has none
-    int units;   // of this lane's chunk
-    int place;   // where it goes, in units of the ring
-    int begin;   // of the first chunk, in the payload
-    int total;   // units of all chunks
-    int before;  // of which these come before the ring's end, the others at its beginning
-    int taken;   // total and what is skipped at the ring's end
+  // One group's chunks of a column, which are copied together. Sizes are in units.
+  struct GroupCopy {
+    int chunk;        // index in the group of this lane's chunk; negative if the lane has none
+    int units;        // size of this lane's chunk
+    int slot;         // offset of this lane's chunk in the ring
+    int begin;        // offset of the group's first chunk in the payload
+    int total;        // size of all chunks
+    int before_wrap;  // size of those that fit before the end of the ring
+    int reserved;     // total, and what stays unused at the end of the ring
   };
 
-  // Turns to this lane's chunk in the first pair of columns of a row of blocks, or of the stretch:
-  // lane l's is in row l % 16 of column l / 16.
-  __device__ __forceinline__ void begin_row() {
-    const int row_block = p_.schedule_rows == p_.row_blocks ? next_.row : next_.row % p_.row_blocks;
+  // Sets own_offset_ to this lane's chunk in the pair of columns at next_, the first of an output
+  // tile or of the work range. Lane l's chunk is in row l % 16 of column l / 16 of a pair.
+  __device__ __forceinline__ void begin_tile() {
+    const int row_block =
+        p_.output_tiles == p_.row_blocks ? next_.tile : next_.tile % p_.row_blocks;
     const int band_row = (row_block * C::kCluster + smem_.rank) * C::kChunks;
     const int chunk_row = band_row + lane_ % 16;
     next_.col = next_.col / 2 * 2;
@@ -93,14 +95,14 @@ class ChunkProducer {
         2 * min(kBandChunkRows, p_.chunk_rows - band_row / kBandChunkRows * kBandChunkRows);
   }
 
-  // Moves on to the pair after it.
+  // Moves next_ and own_offset_ on to the next pair.
   __device__ __forceinline__ void advance_pair() {
     next_.col += 2;
     own_col_ += 2;
     own_offset_ += pair_chunks_;
     if (next_.col >= p_.chunk_cols) {
-      next_ = ColumnPosition(next_.row + 1, 0);
-      begin_row();
+      next_ = ColumnPosition(next_.tile + 1, 0);
+      begin_tile();
     }
   }
 
@@ -108,9 +110,9 @@ class ChunkProducer {
     return next_.before(end_) && own_col_ < p_.chunk_cols;
   }
 
-  // The first pair's offsets are needed at once.
+  // Loads the first pair's offsets, which are needed at once, without a prefetch.
   __device__ __forceinline__ ChunkRange load_pair() {
-    begin_row();
+    begin_tile();
     int begin = 0, end = 0;
     if (has_chunk()) {
       begin = __ldg(own_offset_);
@@ -120,8 +122,8 @@ class ChunkProducer {
     return {begin, end - begin};
   }
 
-  // Asks for the offsets of the next pair, if there is one. Well ahead, because memory answers late
-  // when it is busy.
+  // Prefetches the offsets of the pair at next_, if it exists. That is kBitmapPairsAhead pairs
+  // early, because the latency of a busy memory is long.
   __device__ __forceinline__ void prefetch_pair() {
     const bool exists = has_chunk();
     const int32_t* offset = exists ? own_offset_ : p_.offsets;
@@ -133,70 +135,76 @@ class ChunkProducer {
     advance_pair();
   }
 
-  // Takes the offsets of the pair after pair_, and asks for those of one more.
+  // Sets pair_ to the next pair, whose offsets were prefetched, and prefetches one more.
   __device__ __forceinline__ void next_pair() {
     ptx::copy_async_wait<kBitmapPairsAhead - 1>();
-    // Each lane reads what it copied itself.
+    // Each lane reads what it has copied itself, so no barrier is needed.
     const uint2 offsets = ptx::load_shared_v2(smem_.offsets(ring_, prefetch_stage_, lane_));
     pair_.begin = static_cast<int>(offsets.x);
     pair_.units = static_cast<int>(offsets.y - offsets.x);
     prefetch_pair();
   }
 
-  // What is to be said of the column at_, in which each lane's own chunk has `units`.
+  // The flags of the column at position_; `units` is the size of each lane's own chunk.
   __device__ __forceinline__ uint32_t column_flags(int units) const {
-    // The odd column of a 2:4 pair has no bytes: whoever has the even one does it all.
+    // The even column of a 2:4 pair holds the chunks of both: the odd one has no bytes.
     const bool two_four =
-        __any_sync(~0U, at_.col % 2 == 0 && lane_ < 16 && units > 0 && is_two_four(units));
-    ColumnPosition behind = at_;
-    behind.advance(two_four ? 2 : 1, p_.chunk_cols);
-    const bool last = !behind.before(end_);
-    const bool own = !end_.before(behind);  // a 2:4 column may reach into the next CTA's part
-    return (two_four ? kColumnIsTwoFour : 0U) | (behind.col == 0 && own ? kColumnEndsRow : 0U) |
+        __any_sync(~0U, position_.col % 2 == 0 && lane_ < 16 && units > 0 && is_two_four(units));
+    ColumnPosition after = position_;
+    after.advance(two_four ? 2 : 1, p_.chunk_cols);
+    const bool last = !after.before(end_);
+    // False if the work range ends between the two columns of a 2:4 pair. The next cluster then
+    // begins with the odd column, which is empty, and ends the output tile if the column does.
+    const bool own = !end_.before(after);
+    return (two_four ? kColumnIsTwoFour : 0U) | (after.col == 0 && own ? kColumnEndsTile : 0U) |
            (last ? kColumnIsLast : 0U);
   }
 
-  // Brings the column at_, in which each lane's own chunk has `units`.
+  // Copies the column at position_; `units` is the size of each lane's own chunk.
   __device__ __forceinline__ void copy_column(int units, uint32_t flags) {
 #pragma unroll 1
     for (int i = 0; i < C::kRingGroups; ++i) {
       const int group = ring_ * C::kRingGroups + i;
-      Chunks chunks = find_chunks(group, units);
-      if (chunks.taken > p_.ring_units) {  // full ones, and the ring's end comes in between
+      GroupCopy copy = plan_copy(group, units);
+      // Very full chunks may exceed the ring together with what stays unused at its end: empty the
+      // ring and start at its beginning, where every group fits (bitmap_min_ring_bytes).
+      if (copy.reserved > p_.ring_units) {
         while (released_ != issued_) release_oldest();
         head_ = 0;
-        chunks = find_chunks(group, units);
+        copy = plan_copy(group, units);
       }
-      wait_for_space(chunks.taken);
-      copy_chunks(group, chunks, flags);
+      wait_for_space(copy.reserved);
+      issue_copy(group, copy, flags);
     }
   }
 
-  // A group's chunks of the column at_.
-  __device__ __forceinline__ Chunks find_chunks(int group, int units) const {
-    const int first_lane = at_.col % 2 * 16 + group * C::kGroupChunks;
+  // Lays out a group's chunks of the column at position_ in the ring.
+  __device__ __forceinline__ GroupCopy plan_copy(int group, int units) const {
+    const int first_lane = position_.col % 2 * 16 + group * C::kGroupChunks;
     const unsigned chunk = lane_ - first_lane;
-    Chunks chunks;
-    chunks.chunk = chunk < C::kGroupChunks ? static_cast<int>(chunk) : -1;
-    chunks.units = chunks.chunk >= 0 ? units : 0;
-    // They follow each other in memory, so their offsets say where they go too.
-    chunks.begin = __shfl_sync(~0U, pair_.begin, first_lane);
-    const int end = chunks.units > 0 ? pair_.begin + units - chunks.begin : 0;
-    // Those that would cross the ring's end start over.
+    GroupCopy copy;
+    copy.chunk = chunk < C::kGroupChunks ? static_cast<int>(chunk) : -1;
+    copy.units = copy.chunk >= 0 ? units : 0;
+    // The chunks are contiguous in the payload and stay so in the ring.
+    copy.begin = __shfl_sync(~0U, pair_.begin, first_lane);
+    const int end = copy.units > 0 ? pair_.begin + units - copy.begin : 0;
+    // The first chunk that would cross the end of the ring, and those after it, go to its
+    // beginning.
     const bool fits = head_ + end <= p_.ring_units;
-    chunks.total = static_cast<int>(__reduce_max_sync(~0U, static_cast<unsigned>(end)));
-    chunks.before = static_cast<int>(__reduce_max_sync(~0U, static_cast<unsigned>(fits ? end : 0)));
-    chunks.place = end - units + (fits ? head_ : -chunks.before);
-    chunks.taken =
-        chunks.total + (chunks.before < chunks.total ? p_.ring_units - head_ - chunks.before : 0);
-    return chunks;
+    copy.total = static_cast<int>(__reduce_max_sync(~0U, static_cast<unsigned>(end)));
+    copy.before_wrap =
+        static_cast<int>(__reduce_max_sync(~0U, static_cast<unsigned>(fits ? end : 0)));
+    copy.slot = end - units + (fits ? head_ : -copy.before_wrap);
+    copy.reserved =
+        copy.total + (copy.before_wrap < copy.total ? p_.ring_units - head_ - copy.before_wrap : 0);
+    return copy;
   }
 
-  // Waits until the next stage and `units` more of the ring are free.
+  // Waits until the next stage and `units` units of the ring are free.
   __device__ __forceinline__ void wait_for_space(int units) {
 #pragma unroll 1
     while (released_ != issued_) {
-      const uint32_t oldest = __shfl_sync(~0U, begin_of_copy_, released_ % 32);
+      const uint32_t oldest = __shfl_sync(~0U, reserved_before_, released_ % 32);
       if (issued_ - released_ < kStages &&
           static_cast<int>(reserved_ + units - oldest) <= p_.ring_units) {
         break;
@@ -205,109 +213,116 @@ class ChunkProducer {
     }
   }
 
+  // Waits until the consumers have released the oldest copy in the ring.
   __device__ __forceinline__ void release_oldest() {
-    const PipelineState<kBitmapGroupStages> place = {released_ / C::kRingGroups};
+    const PipelineState<kBitmapGroupStages> state = {released_ / C::kRingGroups};
     const int group = ring_ * C::kRingGroups + static_cast<int>(released_ % C::kRingGroups);
-    ptx::mbarrier_wait(smem_.group_empty(group, place.stage()), place.phase());
+    ptx::mbarrier_wait(smem_.group_empty(group, state.stage()), state.phase());
     ++released_;
   }
 
-  __device__ __forceinline__ void copy_chunks(int group, const Chunks& chunks, uint32_t flags) {
+  // Writes the chunk descriptors and issues the bulk copies.
+  __device__ __forceinline__ void issue_copy(int group, const GroupCopy& copy, uint32_t flags) {
     const int stage = PipelineState<kBitmapGroupStages>{issued_ / C::kRingGroups}.stage();
-    if (chunks.chunk >= 0) {
+    if (copy.chunk >= 0) {
       const bool two_four = (flags & kColumnIsTwoFour) != 0;
       const int size =
-          two_four ? chunks.units : max(chunks.units * kChunkUnitBytes - kChunkFixedBytes, 0);
+          two_four ? copy.units : max(copy.units * kChunkUnitBytes - kChunkFixedBytes, 0);
       ptx::store_shared_v2(
-          smem_.descriptor(group, stage, chunks.chunk),
-          chunks.units > 0 ? ring_bytes_ + chunks.place * kChunkUnitBytes : smem_.empty_chunk(),
+          smem_.descriptor(group, stage, copy.chunk),
+          copy.units > 0 ? ring_base_ + copy.slot * kChunkUnitBytes : smem_.empty_chunk(),
           size | flags << 16);
     }
     __syncwarp();
     if (lane_ == 0) {
       const uint32_t full = smem_.group_full(group, stage);
-      const int after = chunks.total - chunks.before;
-      ptx::mbarrier_expect(full, chunks.total * kChunkUnitBytes);
-      const uint32_t* source = p_.payload + int64_t{chunks.begin} * kChunkUnitWords;
-      if (chunks.before > 0) {
-        ptx::bulk_copy_streaming(ring_bytes_ + head_ * kChunkUnitBytes, source,
-                                 chunks.before * kChunkUnitBytes, full);
+      const int after_wrap = copy.total - copy.before_wrap;
+      ptx::mbarrier_arrive_expect_tx(full, copy.total * kChunkUnitBytes);
+      const uint32_t* source = p_.payload + int64_t{copy.begin} * kChunkUnitWords;
+      if (copy.before_wrap > 0) {
+        ptx::bulk_copy_streaming(ring_base_ + head_ * kChunkUnitBytes, source,
+                                 copy.before_wrap * kChunkUnitBytes, full);
       }
-      if (after > 0) {
-        ptx::bulk_copy_streaming(ring_bytes_, source + chunks.before * kChunkUnitWords,
-                                 after * kChunkUnitBytes, full);
+      if (after_wrap > 0) {
+        ptx::bulk_copy_streaming(ring_base_, source + copy.before_wrap * kChunkUnitWords,
+                                 after_wrap * kChunkUnitBytes, full);
       }
     }
-    if (lane_ == issued_ % 32) begin_of_copy_ = reserved_;
-    reserved_ += chunks.taken;
-    head_ = chunks.before < chunks.total ? chunks.total - chunks.before : head_ + chunks.total;
+    if (lane_ == issued_ % 32) reserved_before_ = reserved_;
+    reserved_ += copy.reserved;
+    head_ = copy.before_wrap < copy.total ? copy.total - copy.before_wrap : head_ + copy.total;
     ++issued_;
   }
 
   const BitmapParams& p_;
   const BitmapSmem<C>& smem_;
   int ring_, lane_;
-  uint32_t ring_bytes_;  // where it begins
+  uint32_t ring_base_;  // shared-memory address of the ring
 
-  ColumnPosition at_{0, 0}, end_{0, 0};
+  ColumnPosition position_{0, 0};  // the column that is copied next
+  ColumnPosition end_{0, 0};       // of the work range
 
-  // The next pair whose offsets will be asked for, and this lane's chunk there, if own_col_ exists.
+  // The pair whose offsets are prefetched next, and this lane's chunk in it: its column, which may
+  // lie outside the matrix, and where its offset is.
   ColumnPosition next_{0, 0};
   int own_col_ = 0;
   const int32_t* own_offset_ = nullptr;
-  int pair_chunks_ = 0;   // from there to the lane's chunk in the next pair
-  ChunkRange pair_ = {};  // which at_ is in
+  int pair_chunks_ = 0;   // chunks from own_offset_ to the lane's chunk in the next pair
+  ChunkRange pair_ = {};  // this lane's chunk in the pair that position_ is in
   int prefetch_stage_ = 0;
 
-  int head_ = 0;                // where the next chunk goes, in the ring
-  uint32_t issued_ = 0;         // columns of groups, the groups of the ring in turn
-  uint32_t released_ = 0;       // of these, how many have been read
-  uint32_t reserved_ = 0;       // units of the ring handed out, ever
-  uint32_t begin_of_copy_ = 0;  // lane l: reserved_ before the one whose number is l mod 32
+  int head_ = 0;           // where the next chunk goes in the ring, in units
+  uint32_t issued_ = 0;    // copies issued so far; the groups of the ring take turns
+  uint32_t released_ = 0;  // how many of them the consumers have released
+  uint32_t reserved_ = 0;  // units of the ring that were reserved so far
+  // Lane l: the value of reserved_ before copy i was issued, for the last i with i % 32 == l.
+  uint32_t reserved_before_ = 0;
 };
 
-// One thread: brings X, stage after stage, once the kernel before has written it. Each CTA of a
-// cluster brings some tokens for all of them. (A stretch that ends in the middle of a 2:4 pair
-// needs the next column's X too.)
+// One thread, which loads X stage by stage, once the previous kernel has written it. Each CTA of a
+// cluster loads a part of the tokens and multicasts it to all of them. If the work range ends
+// between the columns of a 2:4 pair, X of the second column is loaded too.
 template <typename C>
 __device__ __forceinline__ void produce_x(const BitmapParams& p, const CUtensorMap& map,
                                           const BitmapSmem<C>& smem) {
   ptx::prefetch_tensor_map(&map);
   wait_for_previous_kernel();
-  ColumnPosition at(p, p.schedule.first_unit(cluster_idx<C>()));
+  ColumnPosition position(p, p.schedule.first_unit(cluster_idx<C>()));
   ColumnPosition end(p, p.schedule.first_unit(cluster_idx<C>() + 1));
   const bool one_more = end.col % 2 != 0;
   if (one_more) end.advance(1, p.chunk_cols);
-  PipelineState<C::kXStages> place;
+  PipelineState<C::kXStages> state;
 #pragma unroll 1
-  for (; at.before(end); at.advance(1, p.chunk_cols)) {
+  for (; position.before(end); position.advance(1, p.chunk_cols)) {
     constexpr int kTokens = C::kTileN / C::kCluster;
-    const int token = (p.schedule_rows == p.row_blocks ? 0 : at.row / p.row_blocks * C::kTileN) +
-                      smem.rank * kTokens;
+    const int token =
+        (p.output_tiles == p.row_blocks ? 0 : position.tile / p.row_blocks * C::kTileN) +
+        smem.rank * kTokens;
 #pragma unroll
     for (int k = 0; k < kChunkK; k += C::kXStageK) {
-      ptx::mbarrier_wait(smem.x_empty(place.stage()), place.phase() ^ 1);
-      const uint32_t full = smem.x_full(place.stage());
-      ptx::mbarrier_expect(full, C::kXStageBytes);
+      ptx::mbarrier_wait(smem.x_empty(state.stage()), state.phase() ^ 1);
+      const uint32_t full = smem.x_full(state.stage());
+      ptx::mbarrier_arrive_expect_tx(full, C::kXStageBytes);
 #pragma unroll
       for (int box = 0; box < C::kXBoxes; ++box) {
         const uint32_t x =
-            smem.x(place.stage()) + box * C::kXBoxBytes + smem.rank * kTokens * kXBoxK * 2;
-        const int col = at.col * kChunkK + k + box * kXBoxK;
+            smem.x(state.stage()) + box * C::kXBoxBytes + smem.rank * kTokens * kXBoxK * 2;
+        const int col = position.col * kChunkK + k + box * kXBoxK;
         if constexpr (C::kCluster == 1) {
           ptx::tensor_copy_2d(x, &map, col, token, full);
         } else {
           ptx::tensor_copy_2d_multicast(x, &map, col, token, full, (1 << C::kCluster) - 1);
         }
       }
-      place = place + 1;
+      state = state + 1;
     }
   }
-  // Perhaps nobody needed the last column, but shared memory is ours only as long as we are here.
+  // If the last pair is plain, no consumer waits for the additional column. Wait for it here: no
+  // copy may outlive the CTA, whose shared memory it writes.
   if (one_more) {
     for (int i = 0; i < kChunkK / C::kXStageK; ++i) {
-      place = place + -1;
-      ptx::mbarrier_wait(smem.x_full(place.stage()), place.phase());
+      state = state + -1;
+      ptx::mbarrier_wait(smem.x_full(state.stage()), state.phase());
     }
   }
 }

@@ -1,5 +1,5 @@
-// What the warps of the bitmap kernel share: its parameters, the configurations as types, and where
-// everything lies in shared memory.
+// What the producer and consumer warps of the bitmap kernel share: its parameters, its
+// configurations as types, and the layout of shared memory.
 #pragma once
 
 #include <cstdint>
@@ -17,29 +17,33 @@ struct BitmapParams {
   const int32_t* offsets;
   int payload_units;
   int chunk_rows, chunk_cols;
-  int row_blocks;     // of block_m rows, which a cluster has
-  int schedule_rows;  // row blocks times token blocks
-  int ring_units;     // of each ring
-  // Rows: token block after token block, row block after row block. Columns: stretches of
-  // `unit_cols` (1 or 2) columns of chunks.
+  int row_blocks;    // of block_m rows each
+  int output_tiles;  // row blocks times token blocks
+  int ring_units;    // size of each ring in units of 64 bytes
+  // A row of the work grid is the output tile token_block * row_blocks + row_block: block_m rows of
+  // W by tile_n tokens. A work unit is `unit_cols` (1 or 2) columns of chunks.
   StreamK schedule;
   int unit_cols;
-  float4* partial;  // sums that are to be finished, see finish.cuh
+  float4* partial;  // partial sums for the finishing kernel, see finish.cuh
   Epilogue epilogue;
 };
 
 template <ValueType kTypeArg, int kTileNArg, int kWarpsArg, int kStripsArg, int kClusterArg,
           int kXStagesArg>
-struct Bitmap {
+struct BitmapKernelConfig {
   static constexpr ValueType kType = kTypeArg;
   static constexpr int kTileN = kTileNArg;
-  static constexpr int kWarps = kWarpsArg;  // that multiply; one more feeds them
+  static constexpr int kWarps = kWarpsArg;  // consumer warps
   static constexpr int kStrips = kStripsArg;
   static constexpr int kCluster = kClusterArg;
   static constexpr int kXStages = kXStagesArg;
 
-  // The feeding warps are a warpgroup, because registers are handed from one warpgroup to another:
-  // what the launch gives every thread, a multiple of 8, is divided anew.
+  // The producer warps have a warpgroup of their own because setmaxnreg moves registers between
+  // warpgroups. An SM's 64K registers are 512 for each of the 128 threads of a warpgroup. The
+  // launch divides them evenly between the warpgroups, in multiples of 8, and setmaxnreg again:
+  //   tile_n <= 64   5 *  96 >= 4 * 104 + 56
+  //   tile_n = 128   5 *  96 >= 4 * 112 + 32   with 104 ptxas serialises the wgmmas (C7512)
+  //   tile_n = 256   3 * 168 >= 2 * 208 + 56   184 are enough for ptxas, 224 would fit; not timed
   static constexpr int kAllWarps = kWarps + 4;
   static constexpr int kThreads = kAllWarps * 32;
   static constexpr int kLaunchRegisters = 512 / (kWarps / 4 + 1) / 8 * 8;
@@ -47,7 +51,7 @@ struct Bitmap {
   static constexpr int kConsumerRegisters = kTileN == 256 ? 208 : kTileN == 128 ? 112 : 104;
   static_assert(kWarps / 4 * kConsumerRegisters + kProducerRegisters <=
                     (kWarps / 4 + 1) * kLaunchRegisters,
-                "more than the launch gives would be waited for in vain");
+                "setmaxnreg.inc waits forever for registers that the launch did not allocate");
   static constexpr int kReaders = 2 / kStrips;  // warps that share a chunk
   static constexpr int kChunks = kWarps / kReaders;
   static constexpr int kRings = kChunks > 8 ? kChunks / 8 : 1;
@@ -59,7 +63,7 @@ struct Bitmap {
   static constexpr int kBlockM = kCluster * kChunks * kChunkM;
   static constexpr int kBlocksN = kTileN / 8;
   static constexpr bool kFinishesAll = bitmap_finishes_all(kTileN);
-  static constexpr int kXBoxes = bitmap_x_boxes(kTileN);  // of a stage
+  static constexpr int kXBoxes = bitmap_x_boxes(kTileN);  // per stage
   static constexpr int kXBoxBytes = kTileN * kXBoxK * 2;
   static constexpr int kXStageBytes = kXBoxes * kXBoxBytes;
   static constexpr int kXStageK = kXBoxes * kXBoxK;
@@ -69,25 +73,25 @@ struct Bitmap {
   static_assert(kBandChunkRows % (kCluster * kChunks) == 0,
                 "a cluster reads part of one column of a band");
   static_assert(kChunks % kGroupChunks == 0 && kGroups % kRings == 0 && kRings <= 2,
-                "one feeding warp each");
+                "each ring has one producer warp");
   static_assert(kXBoxBytes / kCluster % 1024 == 0,
-                "what a CTA brings of a swizzled box is a whole number of 8-row groups");
+                "a CTA loads whole 8-row groups of a swizzled box");
   static_assert(kXStages * kXStageK >= kTwoFourK && kChunkK % kXStageK == 0,
                 "a 2:4 chunk needs all of its X at once");
 };
 
-// What the feeding warp says of a chunk in the ring: two words, where it lies in shared memory, and
-// from bit 16 on these flags of its column, below that the bytes of its values (plain) or its units
-// (2:4).
+// Flags of a column of chunks. They are part of the chunk descriptor, the two words that the
+// producer leaves for each chunk: word 0 is the chunk's address in shared memory; word 1 has the
+// flags from bit 16 on and, below, the bytes of its values (plain) or its size in units (2:4).
 enum ColumnFlags : uint32_t {
   kColumnIsTwoFour = 1,
-  kColumnEndsRow = 2,  // of blocks
-  kColumnIsLast = 4,
+  kColumnEndsTile = 2,  // the last column of its output tile
+  kColumnIsLast = 4,    // the last column of the cluster's work range
 };
 
-// Shared memory in bytes from a 1024-byte boundary. Stages are those of groups of chunks, or of X.
-// The decoder may read a few rows before and after a chunk (and malformed bits send it 33 rows
-// away), which what lies before the ring and the guard after it allow.
+// The layout of shared memory, in bytes from a 1024-byte boundary. The decoder may read up to two
+// rows of values before or after a chunk, and up to 33 rows if the chunk's bits are malformed: the
+// regions before the rings and the guard after them keep these reads within shared memory.
 template <typename C>
 struct BitmapSmem {
   uint32_t base;
@@ -103,32 +107,35 @@ struct BitmapSmem {
   static constexpr uint32_t kTransposedBarriers = kXBarriers + 2 * C::kXStages;
   static constexpr uint32_t kBarrierCount = kTransposedBarriers + 2;
   static constexpr uint32_t kRing = (kBarriers + kBarrierCount * 8 + 127) / 128 * 128;
-  static_assert(kRing >= 34 * kChunkRowBytes, "what lies before the ring is a guard too");
+  static_assert(kRing >= 34 * kChunkRowBytes, "the regions before the rings serve as a guard");
   static_assert(kRing + 1024 <= bitmap_fixed_smem_bytes(C::kTileN, C::kXStages) - kBitmapGuardBytes,
-                "the plan counts on it");
+                "the plan reserves fewer bytes than the layout takes");
 
   __device__ __forceinline__ uint32_t x(int stage) const { return base + stage * C::kXStageBytes; }
-  // The same for wgmma, from fragment `k16` on, 16 columns each.
+  // The wgmma descriptor of the same stage, from column 16 * k16 on.
   __device__ __forceinline__ uint64_t x_descriptor(int stage, int k16) const {
     return ptx::wgmma_descriptor(base,
                                  stage * C::kXStageBytes + k16 / 4 * C::kXBoxBytes + k16 % 4 * 32);
   }
-  // X once more, of a 2:4 unit, as [8 tokens of up to 64][column of 256][8]: 16 bytes per column.
+  // X of a 2:4 chunk's 256 columns, transposed: [block of 8 tokens][column][token], 16 bytes per
+  // column, up to 64 tokens at a time.
   __device__ __forceinline__ uint32_t transposed_x() const { return base + kTransposed; }
-  // Zeros: a chunk of either kind without nonzeros.
+  // All zeros: stands for any chunk, plain or 2:4, that has no nonzeros.
   __device__ __forceinline__ uint32_t empty_chunk() const { return base + kEmpty; }
-  // What is said of a chunk of a group.
+  // The chunk descriptor (see ColumnFlags) of chunk `chunk` of a group.
   __device__ __forceinline__ uint32_t descriptor(int group, int stage, int chunk) const {
     return base + kDescriptors +
            ((group * kBitmapGroupStages + stage) * C::kGroupChunks + chunk) * 8;
   }
-  // Offsets of a lane's chunk and of the next one, by feeding warp.
+  // Two prefetched entries of `offsets` for lane `lane` of the ring's producer warp: where its
+  // chunk begins and where it ends.
   __device__ __forceinline__ uint32_t offsets(int ring, int stage, int lane) const {
     return base + kOffsets + ((ring * kBitmapPairsAhead + stage) * 32 + lane) * 8;
   }
   __device__ __forceinline__ uint32_t ring() const { return base + kRing; }
 
-  // mbarriers: full when the copies have arrived, empty when all warps have read.
+  // Full and empty barriers. A full barrier completes when the stage's data have arrived, an empty
+  // one when all warps that read the stage have released it.
   __device__ __forceinline__ uint32_t group_full(int group, int stage) const {
     return barrier(group * kBitmapGroupStages + stage);
   }
@@ -149,7 +156,7 @@ struct BitmapSmem {
   }
 
   __device__ __forceinline__ uint32_t barrier(int i) const { return base + kBarriers + i * 8; }
-  // Arrivals that complete a phase of barrier i.
+  // How many arrivals complete a phase of barrier i.
   __device__ __forceinline__ static int arrivals(int i) {
     if (i >= kTransposedBarriers) return C::kWarps;
     if (i >= kXBarriers) return i < kXBarriers + C::kXStages ? 1 : C::kCluster * C::kWarps;
@@ -157,41 +164,41 @@ struct BitmapSmem {
   }
 };
 
-// A place in a ring of stages, by how many came before.
+// A position in a pipeline of kStages stages, counted from the first one ever used.
 template <int kStages>
 struct PipelineState {
   uint32_t count = 0;
 
   __device__ __forceinline__ int stage() const { return static_cast<int>(count % kStages); }
-  // Of the lap.
+  // The parity of the phase that this use of the stage completes on its full and empty barriers.
   __device__ __forceinline__ uint32_t phase() const { return count / kStages & 1; }
   __device__ __forceinline__ PipelineState operator+(int stages) const { return {count + stages}; }
 };
 
-// The cluster, by its number in the grid.
+// The cluster's index in the grid, and so its index among the workers of the schedule.
 template <typename C>
 __device__ __forceinline__ int cluster_idx() {
   return static_cast<int>(blockIdx.x) / C::kCluster;
 }
 
-// A column of chunks: its row of blocks (token block after token block) and its number.
+// A position in the schedule: an output tile and one of its columns of chunks.
 struct ColumnPosition {
-  int row, col;
+  int tile, col;
 
-  __device__ __forceinline__ ColumnPosition(int row, int col) : row(row), col(col) {}
-  // Where unit `unit` of the schedule begins.
+  __device__ __forceinline__ ColumnPosition(int tile, int col) : tile(tile), col(col) {}
+  // The first column of work unit `unit`.
   __device__ __forceinline__ ColumnPosition(const BitmapParams& p, int unit)
-      : row(unit / p.schedule.tile_cols), col(unit % p.schedule.tile_cols * p.unit_cols) {}
+      : tile(unit / p.schedule.units_per_row), col(unit % p.schedule.units_per_row * p.unit_cols) {}
 
   __device__ __forceinline__ bool before(const ColumnPosition& other) const {
-    return row < other.row || (row == other.row && col < other.col);
+    return tile < other.tile || (tile == other.tile && col < other.col);
   }
-  // Moves on by `cols` columns, which end in this row or with it.
+  // Moves on by `cols` columns, which must not reach beyond the end of this output tile.
   __device__ __forceinline__ void advance(int cols, int chunk_cols) {
     col += cols;
     if (col == chunk_cols) {
       col = 0;
-      ++row;
+      ++tile;
     }
   }
 };

@@ -11,8 +11,9 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The same value, of which the compiler no longer knows how to compute it: it keeps the register
-// instead of repeating the computation in a loop.
+// Returns `value` and hides from the compiler how it was computed. The compiler can then neither
+// compute it again instead of keeping it in a register, nor move computations that depend on it to
+// before this call.
 __device__ __forceinline__ uint32_t opaque(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -22,7 +23,7 @@ __device__ __forceinline__ const uint4* opaque(const uint4* pointer) {
   return pointer;
 }
 
-// threadIdx.x, read again instead of kept in a register.
+// threadIdx.x, read from the special register at each call instead of kept in a register.
 __device__ __forceinline__ uint32_t read_thread_idx() {
   uint32_t idx;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(idx));
@@ -50,8 +51,8 @@ __device__ __forceinline__ void load_streaming_if(bool active, const uint4* gmem
       : "r"(static_cast<int>(active)), "l"(gmem));
 }
 
-// cp.async.bulk.prefetch.L2, 16-byte aligned, a multiple of 16 bytes: a hint that costs the SM one
-// instruction. Nothing before sm_90.
+// cp.async.bulk.prefetch.L2: one instruction that prefetches `bytes` bytes into L2. `gmem` must be
+// 16-byte aligned and `bytes` a multiple of 16. Does nothing before sm_90.
 __device__ __forceinline__ void prefetch_l2(const void* gmem, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(gmem), "r"(bytes) : "memory");
@@ -137,7 +138,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&reg)[4], uint32_t s
                : "memory");
 }
 
-// mma.m16n8k16: acc[16, 8] += a[16, 16] . b[16, 8], fp32 accumulation; `acc` are four registers.
+// mma.m16n8k16: acc[16, 8] += a[16, 16] . b[16, 8], fp32 accumulation; `acc` points to four
+// registers.
 template <ValueType kType>
 __device__ __forceinline__ void mma_m16n8k16(float* acc, const uint32_t* a, uint32_t b0,
                                              uint32_t b1) {

@@ -1,6 +1,6 @@
 // One Hopper PTX instruction (with its operand set-up) per function: mbarriers, bulk copies, tensor
-// maps, wgmma. They exist in code for sm_90a only; csrc/plan/kernel_family.cpp keeps other devices
-// away.
+// maps, wgmma. They exist only in code for sm_90a; the table in csrc/plan/kernel_family.cpp says
+// which kernels need it.
 #pragma once
 
 #include <cuda.h>
@@ -27,7 +27,8 @@ __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-__device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
+// Arrives and makes the current phase wait for `bytes` bytes of asynchronous copies too.
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
@@ -36,6 +37,8 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Waits until the phase of parity `parity` has completed. (On a new barrier parity 1 counts as
+// completed.)
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -48,9 +51,10 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       : "memory");
 }
 
-// Global to shared memory, 16-byte aligned, a multiple of 16 bytes. The data is read once: L2 may
-// evict it first. (The policy is what createpolicy.fractional.L2::evict_first gives for 1.0;
-// making it anew costs five instructions per copy.)
+// cp.async.bulk from global to shared memory: both addresses 16-byte aligned, `bytes` a multiple of
+// 16. The data is read once, so L2 may evict it first. (The constant is the policy that
+// createpolicy.fractional.L2::evict_first returns for 1.0; creating it takes five instructions per
+// copy.)
 __device__ __forceinline__ void bulk_copy_streaming(uint32_t smem, const void* gmem, uint32_t bytes,
                                                     uint32_t barrier) {
   constexpr uint64_t kEvictFirst = 0x12F0000000000000;
@@ -61,12 +65,12 @@ __device__ __forceinline__ void bulk_copy_streaming(uint32_t smem, const void* g
       : "memory");
 }
 
-// Brings a tensor map, which is a kernel parameter, closer.
+// Prefetches a tensor map that is a kernel parameter.
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// One box of a two-dimensional tensor map, at element (x, y).
+// Copies the box at element (x, y) of a two-dimensional tensor map to shared memory.
 __device__ __forceinline__ void tensor_copy_2d(uint32_t smem, const CUtensorMap* map, int x, int y,
                                                uint32_t barrier) {
   asm volatile(
@@ -76,8 +80,8 @@ __device__ __forceinline__ void tensor_copy_2d(uint32_t smem, const CUtensorMap*
       : "memory");
 }
 
-// The same for all CTAs of the cluster in `cta_mask`: to the same address, and counted by the
-// barrier at the same address, in each of them.
+// The same for all CTAs of the cluster in `cta_mask`: the box goes to the same shared-memory
+// address in each of them, and completes on the barrier at the same address.
 __device__ __forceinline__ void tensor_copy_2d_multicast(uint32_t smem, const CUtensorMap* map,
                                                          int x, int y, uint32_t barrier,
                                                          uint16_t cta_mask) {
@@ -88,8 +92,9 @@ __device__ __forceinline__ void tensor_copy_2d_multicast(uint32_t smem, const CU
       : "memory");
 }
 
-// mbarrier.arrive on the barrier at this address in CTA `rank` of the cluster. It says that memory
-// has been read, so it need not (at a great price) make writes visible to the cluster.
+// mbarrier.arrive on the barrier at this address in CTA `rank` of the cluster. It signals that
+// memory has been read, so it need not make this thread's writes visible to the cluster, which is
+// slow (N = 64: 111 us with .release.cluster, 79 us without).
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n"
@@ -107,7 +112,8 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of the cluster meet; what they did to each other's memory is done.
+// Synchronises all threads of the cluster; their earlier accesses to each other's shared memory are
+// complete afterwards.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
@@ -123,14 +129,14 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t smem, const uint32_t 
                : "memory");
 }
 
-// setmaxnreg: all warps of a warpgroup must call it. `kRegisters` per thread is fewer than
-// before...
+// setmaxnreg.dec: lowers the registers per thread to kRegisters and releases the others. All warps
+// of a warpgroup must call it.
 template <int kRegisters>
 __device__ __forceinline__ void dealloc_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ... or more: waits until they have been given.
+// setmaxnreg.inc: raises them to kRegisters; waits until so many are free.
 template <int kRegisters>
 __device__ __forceinline__ void alloc_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -150,18 +156,19 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Descriptor of a K-major B operand in shared memory with 128-byte swizzle: rows of 128 bytes (64
-// elements of K), 8 rows per 1024-byte group; it begins at smem + offset, a multiple of 1024 plus
-// 32 bytes per k16.
+// The matrix descriptor of a K-major B operand in shared memory with 128-byte swizzle: rows of 128
+// bytes (64 elements of K), in groups of 8 rows or 1024 bytes. The operand begins at smem + offset,
+// a multiple of 1024 bytes plus 32 bytes for each k16 step.
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem, uint32_t offset) {
   constexpr uint32_t kSwizzle128 = 1U << 30, kGroupStride = 1024 / 16, kUnusedStride = 1U << 16;
-  // Shared memory ends far below the 256 KB that an address here can name, so none of it carries
-  // into the next field, and only the sum depends on the offset.
+  // Shared memory is smaller than the 256 KB that the address field covers, so the sum never
+  // carries into the next field, and the offset takes a single addition.
   const uint32_t low = (kUnusedStride | smem >> 4) + (offset >> 4);
   return uint64_t{kSwizzle128 | kGroupStride} << 32 | low;
 }
 
-// The operands of wgmma as PTX text: registers %t0 .. of ten, and the sums d[i] .. as outputs.
+// wgmma's operands as PTX text: FLASH_LLM_R<n>(t) is the list of n registers from %t0 on, and
+// FLASH_LLM_D<n>(i) are the output operands d[i], d[i + 1] and so on.
 // clang-format off
 #define FLASH_LLM_R2(t) "%" #t "0, %" #t "1"
 #define FLASH_LLM_R4(t) FLASH_LLM_R2(t) ", %" #t "2, %" #t "3"
@@ -179,7 +186,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem, uint32_t off
 #define FLASH_LLM_D32(i) FLASH_LLM_D16(i), FLASH_LLM_D16((i) + 16)
 #define FLASH_LLM_D64(i) FLASH_LLM_D32(i), FLASH_LLM_D32((i) + 32)
 #define FLASH_LLM_D128(i) FLASH_LLM_D64(i), FLASH_LLM_D64((i) + 64)
-// kN, then d, a, b and the two operands after them as text, then the outputs.
+// For each kN: d, a, b and the two operands after them (of wgmma.sp) as text, then the outputs.
 #define FLASH_LLM_WGMMA_SHAPES(row) \
   row(8, FLASH_LLM_R4(), "%4, %5, %6, %7", "%8", "%9", "%10", FLASH_LLM_D4(0)) \
   row(16, FLASH_LLM_R8(), "%8, %9, %10, %11", "%12", "%13", "%14", FLASH_LLM_D8(0)) \
@@ -216,8 +223,9 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem, uint32_t off
 #define FLASH_LLM_WGMMA_SP_BF16(...) FLASH_LLM_WGMMA_SP("bf16.bf16", __VA_ARGS__)
 // clang-format on
 
-// wgmma.m64nNk16: d[64, kN] += a[64, 16] . b[16, kN]; fp32 accumulation, a from registers: each
-// warp holds 16 rows, laid out as for mma.m16n8k16, and so is d, 8 columns after 8.
+// wgmma.m64nNk16: d[64, kN] += a[64, 16] . b[16, kN], fp32 accumulation, a in registers. Each warp
+// of the warpgroup holds 16 rows of a and d in the layout of mma.m16n8k16, d as blocks of 8
+// columns.
 template <ValueType kType, int kN>
 __device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t* a, uint64_t b) {
   if constexpr (kType == ValueType::kFloat16) {
@@ -227,9 +235,9 @@ __device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t* a, uin
   }
 }
 
-// wgmma.sp.m64nNk32: the same for a[64, 32] of which two of each four neighbours in a row are
-// given, at `metadata` (as for mma.sp.m16n8k32): two bits each, in the lanes t = 2 kSelector and
-// the next of every four.
+// wgmma.sp.m64nNk32: the same for a 2:4 sparse a[64, 32]. `a` holds two of each four neighbours in
+// a row, and `metadata` their positions, two bits each (as for mma.sp.m16n8k32). Of every four
+// lanes only lanes 2 kSelector and 2 kSelector + 1 provide it.
 template <ValueType kType, int kN, int kSelector>
 __device__ __forceinline__ void wgmma_sp(float (&d)[kN / 2], const uint32_t* a, uint64_t b,
                                          uint32_t metadata) {

@@ -1,5 +1,6 @@
 // Programmatic dependent launch (sm_90): a kernel may begin while its predecessor in the stream
-// still runs. It waits before it touches anything that the predecessor writes or reads anew.
+// still runs. It must wait before it reads anything that the predecessor may write, and before it
+// writes anything that the predecessor may read or write.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,22 +10,24 @@
 
 namespace flash_llm {
 
-// Waits until the kernel before this one in the stream has finished and its writes are visible; at
-// once if this was no dependent launch.
+// Waits until the previous kernel in the stream has finished and its writes are visible. Returns at
+// once if this kernel was not launched dependently.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
 }
 
-// Lets a dependent successor begin as soon as every CTA has come here or has finished.
+// Lets a dependent successor begin as soon as every CTA of this kernel has called this or has
+// exited.
 __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
-// Launches a kernel in clusters of `cluster` CTAs; `dependent` lets it begin early.
+// Launches a kernel in clusters of `cluster` CTAs. `dependent` lets it begin before the previous
+// kernel in the stream has finished.
 template <typename... Params, typename... Args>
 Status launch_clusters(const char* what, void (*kernel)(Params...), unsigned cluster, dim3 grid,
                        int threads, int smem_bytes, bool dependent, cudaStream_t stream,

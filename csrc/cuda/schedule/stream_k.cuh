@@ -1,14 +1,16 @@
-// Stream-K (Osama et al., arXiv 2301.03598), the even-handed form of split-K: the tiles of the
-// whole problem form one line, tile row after tile row, and each CTA takes an equal stretch of it,
-// wherever it starts and ends.
+// Stream-K (Osama et al., arXiv 2301.03598), which balances split-K. A row of the work grid is an
+// output tile (rows of W by tokens), and its work units are steps along K. All units form one
+// sequence, row after row, and each worker, a CTA or a cluster of CTAs, gets an equal work range of
+// it, which may begin and end anywhere in a row.
 //
-//   tile rows      |----- row 0 -----|----- row 1 -----|----- row 2 -----|
-//   CTAs           [--- 0 ---)[--- 1 ---)[--- 2 ---)[--- 3 ---)[-- 4 --)
+//   rows           |----- row 0 -----|----- row 1 -----|----- row 2 -----|
+//   work ranges    [--- 0 ---)[--- 1 ---)[--- 2 ---)[--- 3 ---)[-- 4 --)
 //
-// A row that one CTA covers alone is finished by it. Every other row is cut: its CTAs leave fp32
-// sums in the workspace and a second small kernel adds them in the order of K, so that results are
-// repeatable bit for bit. A CTA leaves at most two partial rows: one that began before it (slot 0)
-// and one that begins in it and ends after it (slot 1).
+// If one worker has a whole row, it can store the results itself. Other rows are shared: each of
+// their workers stores fp32 partial sums in the workspace, and a second small kernel adds these in
+// the order of K, so that results are repeatable bit for bit. A worker has partial sums of at most
+// two rows: one that begins before its range (slot 0), and one that begins in it and ends after it
+// (slot 1).
 #pragma once
 
 #include <cstdint>
@@ -19,32 +21,34 @@
 namespace flash_llm {
 
 struct StreamK {
-  int units;  // tiles of work: rows * tile_cols
-  int tile_cols;
-  int ctas;                        // at most `units`, so every CTA has work
-  int units_per_cta, extra_units;  // units / ctas and units % ctas: the first CTAs take one more
+  int units;  // rows * units_per_row
+  int units_per_row;
+  int workers;  // at most `units`, so every worker has work
+  // units / workers and units % workers: the first `extra_units` workers have one unit more.
+  int units_per_worker, extra_units;
 
   StreamK() = default;
   explicit StreamK(const WorkGrid& work)
       : units(static_cast<int>(work.units())),
-        tile_cols(static_cast<int>(work.cols)),
-        ctas(static_cast<int>(work.workers)),
-        units_per_cta(units / ctas),
-        extra_units(units % ctas) {}
+        units_per_row(static_cast<int>(work.cols)),
+        workers(static_cast<int>(work.workers)),
+        units_per_worker(units / workers),
+        extra_units(units % workers) {}
 
-  FLASH_LLM_HOST_DEVICE int first_unit(int cta) const {
-    return cta * units_per_cta + (cta < extra_units ? cta : extra_units);
+  // Where the work range of `worker` begins, and that of the worker before it ends.
+  FLASH_LLM_HOST_DEVICE int first_unit(int worker) const {
+    return worker * units_per_worker + (worker < extra_units ? worker : extra_units);
   }
 
-  // The CTA that works on a unit.
-  FLASH_LLM_HOST_DEVICE int cta_of(int unit) const {
-    const int in_longer_ctas = extra_units * (units_per_cta + 1);
-    return unit < in_longer_ctas ? unit / (units_per_cta + 1)
-                                 : extra_units + (unit - in_longer_ctas) / units_per_cta;
+  // The worker whose range contains a unit.
+  FLASH_LLM_HOST_DEVICE int worker_of(int unit) const {
+    const int in_longer_ranges = extra_units * (units_per_worker + 1);
+    return unit < in_longer_ranges ? unit / (units_per_worker + 1)
+                                   : extra_units + (unit - in_longer_ranges) / units_per_worker;
   }
 
-  // Whether any tile row is shared between CTAs.
-  bool cuts_rows() const { return extra_units != 0 || units_per_cta % tile_cols != 0; }
+  // Whether any row is shared between workers.
+  bool shares_rows() const { return extra_units != 0 || units_per_worker % units_per_row != 0; }
 };
 
 }  // namespace flash_llm

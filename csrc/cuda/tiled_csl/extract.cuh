@@ -1,14 +1,15 @@
-// Extraction, the "load as sparse" half of the kernel (Flash-LLM section 4.3.2): entries of a tile
-// travel from global memory into registers, and from there into a dense tile in shared memory.
+// Extraction, the "load as sparse" half of the kernel (Flash-LLM section 4.3.2): the entries of a
+// tile are loaded from global memory into registers and scattered into a dense tile in shared
+// memory.
 //
-// The warps that share a tile read its vectors round robin, 32 vectors (512 bytes) a warp at a
-// time. Each thread holds kBatch vectors; as soon as one has been scattered, its register is
-// refilled with a vector of the next batch. So kBatch loads per thread are always in flight, across
-// tile boundaries too: tiles that follow each other in K follow each other in memory. A batch is no
-// limit on a tile: one that holds more entries simply takes more batches.
+// The warps that share a tile read its vectors round robin, each warp 32 vectors (512 bytes) at a
+// time. Each thread holds kBatch vectors; as soon as one has been scattered, its registers are
+// reloaded with a vector of the next batch. So kBatch loads per thread are always in flight, across
+// tile boundaries too, because tiles that are adjacent in K are adjacent in memory. The number of
+// batches per tile is not limited.
 //
-// That is some 40 KB per SM on their way, and after each batch a wait for the next. On sm_90 L2 is
-// asked for entries kAhead vectors early, so that the wait is for L2 and not for memory.
+// This keeps some 40 KB per SM in flight, but each batch waits for its loads. On sm_90 entries are
+// prefetched into L2 kAhead vectors early, so that this is the latency of L2 and not of memory.
 #pragma once
 
 #include <cstdint>
@@ -18,16 +19,17 @@
 
 namespace flash_llm {
 
-// Places are masked into the tile, so that not even a malformed entry can write elsewhere. Once
-// masked, a place becomes an address by one instruction (LEA). The asm keeps the compiler from
-// shifting first, which takes one more.
+// Masks the position in an entry (`place` in format/tiled_csl.h) to lie inside the tile, so that a
+// malformed entry cannot write elsewhere. One instruction (LEA) makes an address of the masked
+// position; without the asm the compiler would shift first, which takes one more.
 __device__ __forceinline__ uint32_t masked(uint32_t bits, uint32_t mask) {
   bits &= mask;
   asm("" : "+r"(bits));
   return bits;
 }
 
-// Shared-memory address of the place in the upper half of a word, as in an entry, or the lower one.
+// The shared-memory address for the position in the upper half of a word, where entries have it, or
+// in the lower half.
 __device__ __forceinline__ uint32_t address_of_high(uint32_t smem_tile, uint32_t word) {
   return smem_tile + (masked(word, uint32_t{kTileElems - 1} << 16) >> 15);
 }
@@ -35,7 +37,7 @@ __device__ __forceinline__ uint32_t address_of_low(uint32_t smem_tile, uint32_t 
   return smem_tile + (masked(word, kTileElems - 1) << 1);
 }
 
-// Stores one vector's four values at their places.
+// Stores the four values of a vector at their positions.
 __device__ __forceinline__ void scatter_vector(const uint4& vector, bool active,
                                                uint32_t smem_tile) {
   const uint32_t entries[kVectorEntries] = {vector.x, vector.y, vector.z, vector.w};
@@ -45,8 +47,8 @@ __device__ __forceinline__ void scatter_vector(const uint4& vector, bool active,
   }
 }
 
-// The places of one vector's entries, to store zeros there later.
-struct VectorPlaces {
+// The positions of a vector's entries, kept to store zeros there later.
+struct VectorPositions {
   uint32_t xy, zw;
 
   __device__ __forceinline__ void keep(const uint4& vector) {
@@ -61,13 +63,15 @@ struct VectorPlaces {
   }
 };
 
-// The places of the first kKept vectors per thread of a tile are kept in registers (a multiple of
-// kBatch; 0 for none), so that clear() can clear a tile that holds no more.
+// Loads and scatters the entries of consecutive tiles. The positions of the first kKept vectors per
+// thread of a tile (a multiple of kBatch, 0 for none) are kept in registers, so that clear() can
+// clear a tile that has no more.
 template <int kWarpsPerTile, int kBatch, int kKept>
 class EntryStream {
  public:
   static constexpr int kStride = kWarpsPerTile * 32;
-  // 8 KB per warp. 12 warps on 132 SMs then want 13 MB in L2, some of it for a microsecond or two.
+  // Vectors that are prefetched into L2: 8 KB per warp, in all 13 MB for 12 warps on each of 132
+  // SMs, which stay there for a microsecond or two.
   static constexpr int kAhead = 16 * kStride;
 
   __device__ __forceinline__ EntryStream(const int32_t* offsets, const uint32_t* entries,
@@ -77,7 +81,7 @@ class EntryStream {
         num_vectors_(num_vectors),
         thread_(thread_in_group) {}
 
-  // Makes `num_tiles` consecutive tiles the ones to come and begins to load the first.
+  // Begins a sequence of `num_tiles` consecutive tiles and issues the loads of the first.
   __device__ __forceinline__ void start(int first_tile, int num_tiles) {
     tile_ = first_tile;
     tiles_left_ = num_tiles;
@@ -96,10 +100,10 @@ class EntryStream {
 
   __device__ __forceinline__ int tiles_left() const { return tiles_left_; }
 
-  // Scatters the current tile into shared memory and begins to load the next one.
+  // Scatters the current tile into shared memory and issues the loads of the next one.
   __device__ __forceinline__ void extract(uint32_t smem_tile) {
     const int next_end = clamped(next_end_);
-    next_end_ = load_offset(3);  // nobody waits for it before the next tile
+    next_end_ = load_offset(3);  // not used before the next tile
     tile_vectors_ = end_ - base_;
     bool done = false;
 #pragma unroll
@@ -112,8 +116,8 @@ class EntryStream {
     --tiles_left_;
   }
 
-  // Stores zeros where extract() has stored the entries of its tile; false if it has not kept all
-  // of their places.
+  // Stores zeros where extract() stored the entries of its tile. Returns false, and does nothing,
+  // if not all positions were kept.
   __device__ __forceinline__ bool clear(uint32_t smem_tile) const {
     if (tile_vectors_ > kKept * kStride) return false;
 #pragma unroll
@@ -121,16 +125,16 @@ class EntryStream {
       if (first * kStride >= tile_vectors_) break;
 #pragma unroll
       for (int j = first; j < first + kBatch; ++j) {
-        places_[j].clear(j * kStride + thread_ < tile_vectors_, smem_tile);
+        positions_[j].clear(j * kStride + thread_ < tile_vectors_, smem_tile);
       }
     }
     return true;
   }
 
  private:
-  // Scatters the batch in registers and loads the next one, of the tile that ends at `next_end` if
-  // this was the tile's last: returns whether it was. Keeps the places as those of vectors `first`
-  // and on, if that is less than kKept.
+  // Scatters the batch in registers, loads the next one, and returns whether this was the tile's
+  // last batch. If it was, the next batch is the first of the next tile, which ends at `next_end`.
+  // `first` is the batch's first vector in the tile: if it is less than kKept, positions are kept.
   __device__ __forceinline__ bool scatter_batch(uint32_t smem_tile, int next_end, int first) {
     const bool last_batch = end_ - base_ <= kBatch * kStride;
     const int next_base = last_batch ? end_ : base_ + kBatch * kStride;
@@ -141,19 +145,19 @@ class EntryStream {
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       scatter_vector(vector_[j], j * kStride < left, smem_tile);
-      if (first < kKept) places_[first + j].keep(vector_[j]);
+      if (first < kKept) positions_[first + j].keep(vector_[j]);
       ptx::load_streaming_if(j * kStride < next_left, next + j * kStride, vector_[j]);
     }
     base_ = next_base;
     return last_batch;
   }
 
-  // Where tile tile_ + i begins, but not past the stream's last tile.
+  // The offset of tile tile_ + i, but not beyond the end of the sequence's last tile.
   __device__ __forceinline__ int load_offset(int i) const {
     return __ldg(offsets_ + tile_ + min(i, tiles_left_));
   }
 
-  // Up to where L2 should have been asked when the batch at `base` comes into registers.
+  // The end of what must have been prefetched into L2 when the batch at `base` is loaded.
   __device__ __forceinline__ int ahead_of(int base) const {
     return base + min(kAhead, stream_end_ - base);
   }
@@ -161,24 +165,24 @@ class EntryStream {
     if (thread_ == 0 && begin < end) ptx::prefetch_l2(vectors_ + begin, (end - begin) * 16);
   }
 
-  // Malformed offsets lead nowhere outside the buffer.
+  // Malformed offsets must not lead outside the payload.
   __device__ __forceinline__ int clamped(int offset) const {
     return max(0, min(offset, num_vectors_));
   }
 
   const int32_t* offsets_;
-  const uint4* vectors_;  // shifted by this thread's place in its group
+  const uint4* vectors_;  // the payload, from this thread's index in its group on
   int num_vectors_;
   int thread_;
   int tile_;          // the current one
   int tiles_left_;    // the current one included
   int base_;          // first vector of the batch in registers
   int end_;           // end of the current tile
-  int next_end_;      // end of the tile after it, as it was loaded
+  int next_end_;      // end of the tile after it, not clamped yet
   int stream_end_;    // end of the last tile
-  int tile_vectors_;  // in the tile that was extracted last
+  int tile_vectors_;  // vectors of the tile that was extracted last
   uint4 vector_[kBatch] = {};
-  VectorPlaces places_[kKept == 0 ? 1 : kKept];
+  VectorPositions positions_[kKept == 0 ? 1 : kKept];
 
   static_assert(kKept % kBatch == 0, "whole batches are kept");
 };

@@ -2,32 +2,34 @@
 //
 //   X        [n, x_stride] fp16/bf16, see launch.h
 //   offsets  int32[tiles + 1], entries uint32[...]: Tiled-CSL, see format/tiled_csl.h
-//   Y        [n, m]; partial sums fp32 in a workspace, see stream_k.cuh
+//   Y        [n, m]; fp32 partial sums in a workspace, see stream_k.cuh
 //
-// A CTA is 4 warps. 1, 2 or 4 of them share a tile (128 rows x 64 columns of W), so a CTA holds 4,
-// 2 or 1 groups, each with its own 16 KB of shared memory. The groups split the CTA's stretch of K:
+// A CTA has 4 warps. 1, 2 or 4 of them form a group that works on one tile (128 rows x 64 columns
+// of W) at a time, so a CTA has 4, 2 or 1 groups, each with 16 KB of shared memory. A CTA's work
+// range (stream_k.cuh) consists of segments of tile rows, and its groups split each segment along
+// K:
 //
 //              K ->   group 0    group 1    group 2    group 3
-//   tile row       | . . . . . | . . . . . | . . . . . | . . . . . |   one tile is one dot
+//   segment        | . . . . . | . . . . . | . . . . . | . . . . . |   a dot is a tile
 //
 // For each tile a group
-//   1. scatters the entries, which wait in registers, into its zeroed tile, and starts the loads of
-//      the next tile's entries (extract.cuh);
-//   2. multiplies: A fragments by ldmatrix, B fragments of X straight from global memory (the place
-//      permutation makes them 16-byte loads), mma.m16n8k16;
-//   3. clears the tile again: only the places of its entries, if it has kept them.
+//   1. scatters the tile's entries from registers into its zeroed tile in shared memory, and issues
+//      the loads of the next tile's entries (extract.cuh);
+//   2. multiplies by mma.m16n8k16: A fragments from ldmatrix, B fragments of X straight from global
+//      memory (the permutation of a tile's columns makes them 16-byte loads);
+//   3. clears the tile: only the positions of its entries, if they were kept.
 //
-// The paper overlaps the two stages with two tiles per CTA and CTA-wide barriers. Here groups are
-// independent and an SM runs up to 12 of them, so while one extracts another multiplies and a third
-// waits for memory; with one warp per group there is no barrier at all in the main loop.
+// The paper overlaps extraction and multiplication by two tiles per CTA and CTA-wide barriers. Here
+// groups are independent and an SM runs up to 12 of them, so that while one extracts, another
+// multiplies and a third waits for memory. With one warp per group the main loop has no barrier.
 //
-// At the end of a tile row the groups' sums meet in shared memory, in order, and go to Y through
-// the epilogue or, when the row is shared with another CTA, to the workspace.
+// At the end of a segment the groups' sums are added in shared memory, in a fixed order. They go to
+// Y through the epilogue or, if the tile row is shared with another CTA, to the workspace.
 //
-// Dependent launches overlap the start of one kernel with the end of the one before: entries may be
-// fetched at once, X only after the wait.
+// With dependent launches the start of a kernel overlaps with the end of the previous one: entries
+// are loaded at once, X only after the wait.
 //
-// Registers and shared memory of each configuration: setup.py prints them after every build.
+// setup.py prints the registers and shared memory of each configuration after every build.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -46,7 +48,7 @@ namespace {
 
 constexpr int kCtaThreads = kLscdCtaWarps * 32;
 
-// fp32 sums of slot `slot` of `cta`: [tile_n][kTileM].
+// The partial sums in slot `slot` of `cta`, fp32 [tile_n][kTileM].
 __device__ __forceinline__ float* partial_sums(float* workspace, int cta, int slot, int tile_n) {
   return workspace + (int64_t{cta} * 2 + slot) * tile_n * kTileM;
 }
@@ -60,6 +62,8 @@ struct LscdParams {
   int tile_rows;
   int64_t k;
   uint4* packed_x;
+  // A work unit is a tile. A row of the work grid is a tile row by tile_n tokens, numbered
+  // token_block * tile_rows + tile_row.
   StreamK schedule;
   float* workspace;
   Epilogue epilogue;
@@ -67,7 +71,7 @@ struct LscdParams {
 
 template <ValueType kTypeArg, int kWarpsPerTileArg, int kTileNArg, int kCtasPerSmArg,
           bool kPackedXArg>
-struct Lscd {
+struct LscdKernelConfig {
   static constexpr ValueType kType = kTypeArg;
   static constexpr int kWarpsPerTile = kWarpsPerTileArg;
   static constexpr int kTileN = kTileNArg;
@@ -80,44 +84,46 @@ struct Lscd {
   static constexpr int kBlocksM = kWarpRows / 16;  // 16-row blocks of a warp
   static constexpr int kBlocksN = kTileN / 8;
   static constexpr int kSmemBytes = kGroups * kTileBytes;
-  // Vectors per thread in flight, 512 bytes each per warp: as many as the registers leave room for,
-  // but 7 rather than 8, which leave more of a tile's last batch empty (1 to 2 % on an H200).
+  // Vectors in flight per thread (512 bytes each per warp), as many as the registers allow. 7 is 1
+  // to 2 % faster than 8 on an H200 because less of a tile's last batch is empty.
   static constexpr int kBatch = kTileN <= 16 ? 7 : 4;
-  // Vectors per thread whose places are kept, two registers each. A tile that holds no more, so
-  // down to 70 % zeros at N = 8 and 90 % at N = 16, is cleared with the wavefronts of its scatter
-  // (80, 58 and 34 at 70, 80 and 90 %), another with 128.
+  // Vectors per thread whose positions are kept, in two registers each. A tile with no more vectors
+  // (from 70 % zeros on at N = 8, from 90 % at N = 16) is cleared by as many wavefronts as its
+  // scatter takes (80, 58 and 34 at 70, 80 and 90 %), any other tile by 128.
   static constexpr int kKept = kTileN == 8 ? 21 : kTileN == 16 ? 7 : 0;
-  // When they are few, a tile's X fragments are fetched before its extraction, which hides their
-  // latency; else each is fetched where it is used.
+  // Whether a tile's X fragments are loaded before its extraction, which hides their latency. If
+  // they are too many for the registers, each is loaded where it is used.
   static constexpr bool kXResident = kBlocksN <= 4;
-  // Columns of sums that fit a tile's shared memory as fp32 [columns][128].
+  // Tokens whose sums fit a tile's shared memory, as fp32 [tokens][128].
   static constexpr int kCombineN = kTileN < 32 ? kTileN : 32;
 
   static_assert(kLscdCtaWarps % kWarpsPerTile == 0, "groups must fill the CTA");
   static_assert(kWarpRows % 32 == 0, "a warp multiplies pairs of 16-row blocks");
   static_assert(kTileN % 8 == 0 && kTileN % kCombineN == 0, "tokens come in blocks of 8");
-  static_assert(kKept == 0 || kWarpsPerTile == 1, "no warp may clear what another still reads");
-  static_assert(kCombineN * kTileM * 4 <= kTileBytes, "sums must fit the tile they replace");
+  static_assert(kKept == 0 || kWarpsPerTile == 1,
+                "one warp must not clear what another one still reads");
+  static_assert(kCombineN * kTileM * 4 <= kTileBytes, "sums must fit the tile that they overwrite");
 
   using Sums = float[kBlocksM][kBlocksN][4];
 };
 
-// The token, of a block of 8, that column g of an mma multiplies: see XFragments.
+// Which of a block's 8 tokens is column g of B and of the sums, see XFragments.
 __device__ __forceinline__ int token_of_column(int g) { return (g & 1) * 4 + (g >> 1); }
 
-// A thread's corner of X: for the two k-steps of half u of a tile, lane (g, t) needs the 8 columns
-// 32 u + 8 t .. + 7 of one token in every block of 8 tokens: 16 bytes.
+// A thread's B fragments of X. For the two k-steps of half u of a tile, lane (g, t) needs columns
+// 32 u + 8 t to 32 u + 8 t + 7, or 16 bytes, of one token in each block of 8 tokens.
 //
-// A load of a warp takes the L1 about one wavefront per cache line, however little of it is read.
-// So one load fetches whole lines, all 64 columns of four tokens:
+// L1 takes about one wavefront per cache line for a warp's load, even if little of the line is
+// read. So one load reads whole lines, all 64 columns of four tokens:
 //
-//   load i    lane (g, t) receives chunk t of half g % 2 of token 4 i + g / 2
+//   load i    lane (g, t) gets the 16 bytes t of half g % 2 of token 4 i + g / 2
 //
-// which is half of what lanes of even g (of tokens 0..3) and odd g (of tokens 4..7) need; the other
-// half is with the neighbour, lane ^ 4, that has the other parity: four shuffles.
+// Load 0 has half of what the lanes of even g need (tokens 0..3), and load 1 half of what those of
+// odd g need (tokens 4..7). The other half is in the neighbour lane ^ 4, whose g has the other
+// parity: four shuffles exchange it.
 //
-// For more tokens, when warps share a tile and each reads all of X, X is reordered first
-// (pack_x_kernel), 4 whole lines a load:
+// For more tokens, where several warps share a tile and each reads all of X, pack_x_kernel reorders
+// X first, so that a load reads 4 whole lines:
 //   packed X  uint4[column block][tile column][half][8-token block][lane]
 template <typename C>
 class XFragments {
@@ -125,8 +131,8 @@ class XFragments {
   __device__ __forceinline__ XFragments(const LscdParams& p, int col_block, int tile_col, int lane)
       : odd_((lane & 4) != 0) {
     if constexpr (C::kPackedX) {
-      tile_ =
-          p.packed_x + (int64_t{col_block} * p.schedule.tile_cols + tile_col) * kTileVectors + lane;
+      tile_ = p.packed_x +
+              (int64_t{col_block} * p.schedule.units_per_row + tile_col) * kTileVectors + lane;
     } else {
       const int64_t n0 = int64_t{col_block} * C::kTileN;
       const int token = lane >> 3;
@@ -137,7 +143,7 @@ class XFragments {
     }
   }
 
-  // Asks for the fragments of the tile.
+  // Issues the loads of the tile's fragments, if they are kept in registers.
   __device__ __forceinline__ void begin_tile() {
     if constexpr (C::kXResident) {
 #pragma unroll
@@ -148,11 +154,11 @@ class XFragments {
     }
   }
 
-  // Waits for them; every lane must call it.
+  // Waits for these loads and exchanges halves between lanes. All lanes must call it.
   __device__ __forceinline__ void finish_loads() {
     if constexpr (!C::kPackedX) {
 #pragma unroll
-      for (int j = 0; j < C::kBlocksN; ++j) trade(reg_[0][j], reg_[1][j]);
+      for (int j = 0; j < C::kBlocksN; ++j) exchange(reg_[0][j], reg_[1][j]);
     }
   }
 
@@ -168,9 +174,9 @@ class XFragments {
 
  private:
   static constexpr int kTileVectors = C::kTileN * kTileK / 8;
-  static_assert(C::kXResident || C::kPackedX, "lanes trade what they hold in registers");
+  static_assert(C::kXResident || C::kPackedX, "lanes exchange what they hold in registers");
 
-  // No __ldg: the kernel before this one may have written X after this one began.
+  // No __ldg: the previous kernel may have written X after this one began.
   __device__ __forceinline__ uint4 fetch(int half, int j) const {
     if constexpr (C::kPackedX) {
       return tile_[(half * C::kBlocksN + j) * 32];
@@ -180,14 +186,14 @@ class XFragments {
     }
   }
 
-  // Turns loads 0 and 1 of a block of tokens into halves 0 and 1 of this lane's token.
-  __device__ __forceinline__ void trade(uint4& first, uint4& second) const {
-    trade(first.x, second.x);
-    trade(first.y, second.y);
-    trade(first.z, second.z);
-    trade(first.w, second.w);
+  // Turns the results of loads 0 and 1 into halves 0 and 1 of this lane's token.
+  __device__ __forceinline__ void exchange(uint4& first, uint4& second) const {
+    exchange(first.x, second.x);
+    exchange(first.y, second.y);
+    exchange(first.z, second.z);
+    exchange(first.w, second.w);
   }
-  __device__ __forceinline__ void trade(uint32_t& first, uint32_t& second) const {
+  __device__ __forceinline__ void exchange(uint32_t& first, uint32_t& second) const {
     const uint32_t received = __shfl_xor_sync(~0U, odd_ ? first : second, 4);
     if (odd_) {
       first = received;
@@ -197,9 +203,9 @@ class XFragments {
   }
 
   bool odd_;
-  const uint4* tile_;  // shifted by this lane's place in it
-  int stride_;         // in 16-byte units; at most kMaxLscdStride elements
-  int tokens_;         // from this lane's first one on
+  const uint4* tile_;  // this lane's first vector of the tile
+  int stride_;         // between tokens, in 16-byte units; at most kMaxLscdStride elements
+  int tokens_;         // how many there are from this lane's first token on
   uint4 reg_[C::kXResident ? 2 : 1][C::kXResident ? C::kBlocksN : 1];
 };
 
@@ -209,10 +215,10 @@ constexpr int kPackXThreads = 256;
 __global__ void __launch_bounds__(kPackXThreads)
     pack_x_kernel(const __grid_constant__ LscdParams p, int tile_n, int64_t num_vectors) {
   allow_next_kernel();
-  wait_for_previous_kernel();  // which may have written X or read the workspace
+  wait_for_previous_kernel();  // it may have written X or read the workspace
   const int64_t i = int64_t{blockIdx.x} * kPackXThreads + threadIdx.x;
   if (i >= num_vectors) return;
-  const unsigned lane = i % 32, blocks_n = tile_n / 8, tile_cols = p.schedule.tile_cols;
+  const unsigned lane = i % 32, blocks_n = tile_n / 8, tile_cols = p.schedule.units_per_row;
   const auto block = static_cast<unsigned>(i / 32);
   const unsigned half = block / blocks_n % 2;
   const unsigned tile = block / blocks_n / 2;
@@ -245,15 +251,15 @@ __device__ __forceinline__ void group_sync(int group) {
   }
 }
 
-// Multiplies the warp's rows of the dense tile by X. ldmatrix lane l addresses row l % 8 of 8x8
-// matrix l / 8: matrices 0, 1 are rows 0..7, 8..15 of the first chunk of a k-step, 2, 3 of the
-// second.
+// Multiplies the warp's rows of the dense tile by X. Lane l gives ldmatrix the address of row l % 8
+// of 8x8 matrix l / 8: matrices 0 and 1 are rows 0..7 and 8..15 of the first chunk (16 bytes) of a
+// k-step, matrices 2 and 3 those of the second chunk.
 template <typename C>
 __device__ __forceinline__ void multiply_rows(uint32_t smem_warp_rows, int lane,
                                               const XFragments<C>& x, typename C::Sums& sums) {
   const uint32_t row = (lane & 7) + ((lane >> 3) & 1) * 8;
   const uint32_t chunk = static_cast<uint32_t>(lane >> 4) ^ (lane & 7);
-  uint32_t smem_step[4];  // where k-step s begins: its chunks are 2 s and 2 s + 1
+  uint32_t smem_step[4];  // address of k-step s, which has chunks 2 s and 2 s + 1
 #pragma unroll
   for (int s = 0; s < 4; ++s) smem_step[s] = smem_warp_rows + row * 128 + (chunk ^ (2 * s)) * 16;
 #pragma unroll
@@ -287,21 +293,22 @@ __device__ __forceinline__ void clear_rows(uint32_t smem_warp_rows, int lane) {
   }
 }
 
-// A CTA's stretch of one row of tiles: columns [k_begin, k_begin + length).
+// The part of a CTA's work range that lies in one row of the work grid: tile columns
+// [k_begin, k_begin + length) of a tile row, by the tokens of a column block.
 struct Segment {
   int tile_row, col_block, k_begin, length;
 
   __device__ __forceinline__ Segment(const LscdParams& p, int unit, int end_unit) {
-    const int row = unit / p.schedule.tile_cols;
+    const int row = unit / p.schedule.units_per_row;
     tile_row = row % p.tile_rows;
     col_block = row / p.tile_rows;
-    k_begin = unit - row * p.schedule.tile_cols;
-    length = min(p.schedule.tile_cols - k_begin, end_unit - unit);
+    k_begin = unit - row * p.schedule.units_per_row;
+    length = min(p.schedule.units_per_row - k_begin, end_unit - unit);
   }
 
-  // Where group `group` of `groups` begins, and the one before it ends. The last groups have a tile
-  // more than others in a row that begins here, the first ones in a row that began before: most
-  // CTAs have one of each, and no group should be the longest in both.
+  // The first tile column of group `group` of `groups`. If the length is not divisible, the last
+  // groups get one tile more in a segment that begins its row, and the first groups in any other:
+  // most CTAs have one segment of each kind, and no group should get more tiles in both.
   __device__ __forceinline__ int group_begin(int group, int groups) const {
     return k_begin + (length * group + (k_begin > 0 ? groups - 1 : 0)) / groups;
   }
@@ -310,14 +317,14 @@ struct Segment {
   }
 };
 
-// Sums of a row segment, as fp32 [token][row ^ swizzle] in a group's tile; the swizzle spreads the
-// four threads of a quad, which hold different tokens, over different banks.
+// Where a segment's sums are in a group's tile, as fp32 [token][row ^ swizzle]. The swizzle puts
+// the sums of four neighbouring threads, which hold different tokens, into different banks.
 __device__ __forceinline__ int combine_index(int token, int row) {
   return token * kTileM + (row ^ ((token & 3) << 3));
 }
 
-// Adds the groups' sums and stores the row segment: to Y if this CTA covered all of K, else to the
-// workspace. Leaves the tiles zeroed.
+// Adds the groups' sums of a segment and stores them: to Y if the segment covers all of K, else to
+// the workspace. Leaves the tiles zeroed.
 template <typename C>
 __device__ __forceinline__ void store_segment(const LscdParams& p, float* smem,
                                               const Segment& segment, typename C::Sums& sums) {
@@ -355,20 +362,20 @@ __device__ __forceinline__ void store_segment(const LscdParams& p, float* smem,
         total.z += part.z;
         total.w += part.w;
       }
-      if (segment.length == p.schedule.tile_cols) {
+      if (segment.length == p.schedule.units_per_row) {
         p.epilogue.store<C::kType>(n0 + col0 + col, row0 + row, total);
       } else {
         *reinterpret_cast<float4*>(partial + (col0 + col) * kTileM + row) = total;
       }
     }
-    __syncthreads();  // all sums have been read, their memory may change
+    __syncthreads();  // all sums have been read and may be overwritten
   }
   for (int i = threadIdx.x; i < C::kGroups * C::kCombineN * kTileM / 4; i += kCtaThreads) {
     const int group = i / (C::kCombineN * kTileM / 4), rest = i % (C::kCombineN * kTileM / 4);
     reinterpret_cast<float4*>(smem + group * (kTileBytes / 4))[rest] =
         make_float4(0.0F, 0.0F, 0.0F, 0.0F);
   }
-  __syncthreads();  // the tiles are zero before anyone scatters again
+  __syncthreads();  // all tiles are zero again
 }
 
 template <typename C>
@@ -385,23 +392,24 @@ __global__ void __launch_bounds__(kCtaThreads, C::kCtasPerSm)
   EntryStream<C::kWarpsPerTile, C::kBatch, C::kKept> stream(p.offsets, p.entries, p.num_vectors,
                                                             threadIdx.x % C::kGroupThreads);
   const auto start_stream = [&](const Segment& segment) {
-    stream.start(segment.tile_row * p.schedule.tile_cols + segment.group_begin(group, C::kGroups),
-                 segment.group_length(group, C::kGroups));
+    stream.start(
+        segment.tile_row * p.schedule.units_per_row + segment.group_begin(group, C::kGroups),
+        segment.group_length(group, C::kGroups));
   };
   start_stream(Segment(p, unit, end_unit));
   for (int i = threadIdx.x; i < C::kSmemBytes / 16; i += kCtaThreads) {
     reinterpret_cast<float4*>(smem)[i] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
   }
   __syncthreads();
-  wait_for_previous_kernel();  // which may have written X; it did not write the weight
+  wait_for_previous_kernel();  // it may have written X, but not the weight
   allow_next_kernel();
 
   while (unit < end_unit) {
-    // Recomputed below: the main loop has no registers for it.
+    // Computed again after the main loop, which has no registers to keep it in.
     const Segment segment(p, unit, end_unit);
     if (C::kGroups == 2 && segment.group_length(group, 2) < segment.group_length(1 - group, 2)) {
-      // The other group has a tile more. Meet as many barriers as it will: racecheck loses count
-      // otherwise and reports accesses that a __syncthreads separates.
+      // The other group has one tile more. This group passes as many barriers as the other one
+      // will, as otherwise racecheck reports accesses that a __syncthreads separates.
       group_sync<C>(group);
       group_sync<C>(group);
     }
@@ -414,7 +422,7 @@ __global__ void __launch_bounds__(kCtaThreads, C::kCtasPerSm)
       group_sync<C>(group);  // the tile is complete
       multiply_rows<C>(smem_warp_rows, lane, x, sums);
       x.end_tile();
-      __syncwarp();  // every lane's rows have been read
+      __syncwarp();  // all lanes have read the warp's rows
       if (!stream.clear(smem_tile)) clear_rows<C>(smem_warp_rows, lane);
       group_sync<C>(group);  // the tile is zero again
     }
@@ -425,20 +433,21 @@ __global__ void __launch_bounds__(kCtaThreads, C::kCtasPerSm)
   }
 }
 
-// Finishes the tile rows that CTAs share: block b looks at the cut before CTA b + 1 and, if it is
-// the first within its row, adds that row's partial sums in the order of K.
+// Adds the partial sums of the tile rows that CTAs share, in the order of K. Block b looks at the
+// boundary between the work ranges of CTAs b and b + 1: if it is the first one within a tile row,
+// the block adds that row's sums.
 template <ValueType kType>
 __global__ void __launch_bounds__(kCtaThreads)
     lscd_finish_kernel(const __grid_constant__ LscdParams p, int tile_n) {
   allow_next_kernel();
-  const int cut = blockIdx.x + 1;
-  const int tile_cols = p.schedule.tile_cols;
-  const int unit = p.schedule.first_unit(cut);
+  const int second = blockIdx.x + 1;  // the CTA after the boundary, the second one of the row
+  const int tile_cols = p.schedule.units_per_row;
+  const int unit = p.schedule.first_unit(second);
   const int row = unit / tile_cols;
   const int row_begin = row * tile_cols;
-  if (unit == row_begin || p.schedule.first_unit(cut - 1) > row_begin) return;
-  int end = cut + 1;  // one past the last CTA of this row
-  while (end < p.schedule.ctas && p.schedule.first_unit(end) < row_begin + tile_cols) ++end;
+  if (unit == row_begin || p.schedule.first_unit(second - 1) > row_begin) return;
+  int end = second + 1;  // one past the last CTA of this row
+  while (end < p.schedule.workers && p.schedule.first_unit(end) < row_begin + tile_cols) ++end;
 
   const int64_t row0 = int64_t{row % p.tile_rows} * kTileM + threadIdx.x % 32 * 4;
   const int64_t n0 = int64_t{row / p.tile_rows} * tile_n;
@@ -446,13 +455,13 @@ __global__ void __launch_bounds__(kCtaThreads)
   const int idx = col * kTileM + threadIdx.x % 32 * 4;
   const auto sums_of = [&](int cta) {
     return reinterpret_cast<const float4*>(
-        partial_sums(p.workspace, cta, cta < cut ? 1 : 0, tile_n) + idx);
+        partial_sums(p.workspace, cta, cta < second ? 1 : 0, tile_n) + idx);
   };
-  wait_for_previous_kernel();  // the partial sums are complete
+  wait_for_previous_kernel();  // the main kernel, which writes the partial sums
 
   constexpr int kInFlight = 4;
   float4 total = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-  for (int cta = cut - 1; cta < end; cta += kInFlight) {
+  for (int cta = second - 1; cta < end; cta += kInFlight) {
     float4 part[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -477,8 +486,8 @@ Status launch(const LscdParams& params, bool prefetch, cudaStream_t stream) {
                                        C::kSmemBytes),
                   "cudaFuncSetAttribute(lscd_kernel)");
   if (!sized.ok()) return sized;
-  // Only code that was compiled for sm_90 waits for its predecessor; what was built for sm_80 may
-  // run on the same device.
+  // Only code that was compiled for sm_90 or newer waits for its predecessor, but a device of
+  // compute capability 9.0 may also run code that was built for sm_80.
   cudaFuncAttributes code = {};
   const Status described = cuda::check(cudaFuncGetAttributes(&code, lscd_kernel<C>),
                                        "cudaFuncGetAttributes(lscd_kernel)");
@@ -486,18 +495,18 @@ Status launch(const LscdParams& params, bool prefetch, cudaStream_t stream) {
   const bool dependent = code.ptxVersion >= 90;
   if constexpr (C::kPackedX) {
     const int64_t col_blocks = (params.epilogue.n + C::kTileN - 1) / C::kTileN;
-    const int64_t vectors = col_blocks * params.schedule.tile_cols * (C::kTileN * kTileK / 8);
+    const int64_t vectors = col_blocks * params.schedule.units_per_row * (C::kTileN * kTileK / 8);
     const Status packed =
         launch_kernel("pack_x_kernel launch", pack_x_kernel,
                       static_cast<unsigned>((vectors + kPackXThreads - 1) / kPackXThreads),
                       kPackXThreads, 0, dependent && prefetch, stream, params, C::kTileN, vectors);
     if (!packed.ok()) return packed;
   }
-  const Status multiplied = launch_kernel("lscd_kernel launch", lscd_kernel<C>,
-                                          static_cast<unsigned>(params.schedule.ctas), kCtaThreads,
-                                          C::kSmemBytes, dependent && C::kPackedX, stream, params);
-  if (!multiplied.ok() || !params.schedule.cuts_rows()) return multiplied;
-  const dim3 grid(static_cast<unsigned>(params.schedule.ctas - 1), C::kTileN / kLscdCtaWarps);
+  const Status multiplied = launch_kernel(
+      "lscd_kernel launch", lscd_kernel<C>, static_cast<unsigned>(params.schedule.workers),
+      kCtaThreads, C::kSmemBytes, dependent && C::kPackedX, stream, params);
+  if (!multiplied.ok() || !params.schedule.shares_rows()) return multiplied;
+  const dim3 grid(static_cast<unsigned>(params.schedule.workers - 1), C::kTileN / kLscdCtaWarps);
   return launch_kernel("lscd_finish_kernel launch", lscd_finish_kernel<C::kType>, grid, kCtaThreads,
                        0, dependent, stream, params, C::kTileN);
 }
@@ -505,10 +514,10 @@ Status launch(const LscdParams& params, bool prefetch, cudaStream_t stream) {
 template <ValueType kType>
 Status launch_config(int config, const LscdParams& params, bool prefetch, cudaStream_t stream) {
   int idx = 0;
-#define FLASH_LLM_ROW(name, warps_per_tile, tile_n, ctas_per_sm, packed_x)                      \
-  if (config == idx++) {                                                                        \
-    return launch<Lscd<kType, warps_per_tile, tile_n, ctas_per_sm, packed_x>>(params, prefetch, \
-                                                                              stream);          \
+#define FLASH_LLM_ROW(name, warps_per_tile, tile_n, ctas_per_sm, packed_x)                 \
+  if (config == idx++) {                                                                   \
+    return launch<LscdKernelConfig<kType, warps_per_tile, tile_n, ctas_per_sm, packed_x>>( \
+        params, prefetch, stream);                                                         \
   }
   FLASH_LLM_LSCD_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW

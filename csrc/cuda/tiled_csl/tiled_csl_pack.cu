@@ -1,6 +1,6 @@
-// Tiled-CSL on the device: count, pack and unpack, one CTA per tile. The tile passes through shared
-// memory in the order of places, so that both directions touch global memory in whole rows.
-// pack_kernel writes the same bytes as format/tiled_csl.cpp.
+// Tiled-CSL on the device: count, pack and unpack, one CTA per tile. The tile goes through shared
+// memory in the order of positions (`place` in format/tiled_csl.h), so that packing and unpacking
+// access the dense matrix in whole rows. pack_kernel writes the same bytes as format/tiled_csl.cpp.
 #include <cstdint>
 
 #include "cuda/dense_matrix.cuh"
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBankPlaces = kTileElems / kNumBanks;  // places of one bank: 128 rows x 2 halves
+constexpr int kBankPositions = kTileElems / kNumBanks;  // of one bank: 128 rows x 2 halves
 
 // The tile that this CTA works on.
 struct TileOrigin {
@@ -51,13 +51,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One warp puts a tile's entries in order, lane b working through the queue of bank b, while other
-// CTAs use the rest of the SM.
+// One warp orders a tile's entries: lane b works through the queue of bank b. Other CTAs keep the
+// SM busy meanwhile.
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(DenseMatrix dense, const int32_t* __restrict__ offsets,
                 uint32_t* __restrict__ entries) {
-  __shared__ uint16_t values[kTileElems];                    // by place
-  __shared__ uint32_t present[kBankPlaces / 32][kNumBanks];  // bit i % 32: place i of the bank
+  __shared__ uint16_t values[kTileElems];  // by position
+  __shared__ uint32_t
+      present[kBankPositions / 32][kNumBanks];  // bit i % 32: position i of the bank
 
   const TileOrigin tile(dense.m, dense.k);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -67,11 +68,11 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  // A bank's places in rising order: row after row, the two halves of one word.
-  const auto place_in_bank = [](int bank, int i) { return i / 2 * kTileK + bank * 2 + i % 2; };
+  // A bank's positions in rising order: row after row, the two halves of a word each.
+  const auto position_in_bank = [](int bank, int i) { return i / 2 * kTileK + bank * 2 + i % 2; };
   for (int bank = warp; bank < kNumBanks; bank += kWarps) {
-    for (int part = 0; part < kBankPlaces / 32; ++part) {
-      const uint16_t value = values[place_in_bank(bank, part * 32 + lane)];
+    for (int part = 0; part < kBankPositions / 32; ++part) {
+      const uint16_t value = values[position_in_bank(bank, part * 32 + lane)];
       const uint32_t mask = __ballot_sync(~0U, is_nonzero(value));
       if (lane == 0) present[part][bank] = mask;
     }
@@ -81,24 +82,24 @@ __global__ void __launch_bounds__(kThreads)
 
   const int num_entries = (offsets[blockIdx.x + 1] - offsets[blockIdx.x]) * kVectorEntries;
   uint32_t* out = entries + int64_t{offsets[blockIdx.x]} * kVectorEntries;
-  const auto emit = [&](int pos, int place) {
-    out[storage_index(pos, num_entries)] =
-        static_cast<uint32_t>(place) << 16 | static_cast<uint32_t>(values[place]);
+  const auto emit = [&](int index, int position) {
+    out[storage_index(index, num_entries)] =
+        static_cast<uint32_t>(position) << 16 | static_cast<uint32_t>(values[position]);
   };
-  int words = 0, count = 0;  // of this bank: words and entries to come
-  for (int part = 0; part < kBankPlaces / 32; ++part) {
+  int words = 0, count = 0;  // words and entries left in this bank's queue
+  for (int part = 0; part < kBankPositions / 32; ++part) {
     const uint32_t mask = present[part][lane];
     words += __popc((mask | mask >> 1) & 0x55555555U);
     count += __popc(mask);
   }
   const int nnz = __reduce_add_sync(~0U, count);
   int pos = 0, part = 0;
-  uint32_t mask = present[0][lane];  // what is left of this part of the bank's places
+  uint32_t mask = present[0][lane];  // what is left of this part of the bank's positions
   while (pos < nnz) {                // one round
-    while (mask == 0 && part + 1 < kBankPlaces / 32) mask = present[++part][lane];
+    while (mask == 0 && part + 1 < kBankPositions / 32) mask = present[++part][lane];
     const int first = __ffs(static_cast<int>(mask)) - 1;
     const int word = mask == 0 ? 0 : __popc(mask >> (first & ~1) & 3U);  // its entries
-    // The longest queue gives first, then the lowest bank: keys are all different.
+    // The longest queue goes first, of equal ones that of the lowest bank: all keys are different.
     const int key = words << 7 | (31 - lane) << 2 | word;
     int before = 0;
     for (int bank = 0; bank < kNumBanks; ++bank) {
@@ -107,17 +108,18 @@ __global__ void __launch_bounds__(kThreads)
     }
     const int taken = min(word, max(0, store_room(pos, num_entries) - before));
     for (int i = 0; i < taken; ++i) {
-      emit(pos + before + i, place_in_bank(lane, part * 32 + __ffs(static_cast<int>(mask)) - 1));
+      emit(pos + before + i, position_in_bank(lane, part * 32 + __ffs(static_cast<int>(mask)) - 1));
       mask &= mask - 1;
     }
     if (word > 0 && taken == word) --words;
     pos += __reduce_add_sync(~0U, taken);
   }
-  for (int place0 = 0; pos < num_entries; place0 += 32) {  // padding takes the lowest free places
-    const uint32_t free = ~__ballot_sync(~0U, is_nonzero(values[place0 + lane]));
+  // Padding entries get the lowest free positions.
+  for (int first = 0; pos < num_entries; first += 32) {
+    const uint32_t free = ~__ballot_sync(~0U, is_nonzero(values[first + lane]));
     const int mine = pos + __popc(free & ((1U << lane) - 1U));
     if ((free >> lane & 1U) && mine < num_entries) {
-      out[storage_index(mine, num_entries)] = static_cast<uint32_t>(place0 + lane) << 16;
+      out[storage_index(mine, num_entries)] = static_cast<uint32_t>(first + lane) << 16;
     }
     pos += __popc(free);
   }
@@ -145,7 +147,8 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(PackedView view, uint1
   }
   __syncthreads();
 
-  // A thread writes 8 consecutive columns: one word of each of 4 chunks, no bank conflicts.
+  // A thread stores 8 consecutive columns, which it reads as one word from each of 4 chunks (of 16
+  // bytes), without bank conflicts.
   const bool aligned = view.k % 8 == 0;  // rows then begin at 16-byte boundaries
   const uint32_t* words = reinterpret_cast<const uint32_t*>(values);
 #pragma unroll 4
