@@ -61,6 +61,11 @@ struct ChunkPlace {
     index = row < rows ? chunk_index(row, col, rows, cols) : -1;
     first = row < rows ? chunk_index(row, col & ~int64_t{1}, rows, cols) : -1;
   }
+
+  // Where the second of the pair is.
+  __device__ int64_t second(int64_t m, int64_t k) const {
+    return chunk_index(row, col | 1, num_chunk_rows(m), num_chunk_cols(k));
+  }
 };
 
 unsigned num_ctas(int64_t m, int64_t k) {
@@ -110,6 +115,12 @@ struct BitRows {
   // Of sixteen.
   __device__ __forceinline__ uint32_t half_word(int row, int sixteenth) const {
     return reinterpret_cast<const uint16_t*>(words[row])[sixteenth];
+  }
+  // Of the first `cols` columns, in all rows.
+  __device__ __forceinline__ int num_stored(int cols, int lane) const {
+    int count = 0;
+    for (int word = 0; word < cols / 32; ++word) count += __popc(words[lane][word]);
+    return __reduce_add_sync(kAllLanes, count);
   }
 };
 
@@ -180,8 +191,9 @@ __device__ __forceinline__ uint32_t residual_bits(uint32_t bits) {
 
 // Steps of a strip's residual: [strip].
 struct ResidualSteps {
-  int steps[2];
+  int steps[2] = {};
 
+  ResidualSteps() = default;
   __device__ __forceinline__ ResidualSteps(const BitRows& bits, int lane) {
     int count = 0;  // of the lane's row
 #pragma unroll
@@ -431,8 +443,9 @@ __device__ __forceinline__ void write_residual_places(const BitRows& bits, int f
   }
 }
 
-// Writes the residual's steps, which are zero so far.
-__device__ __forceinline__ void write_residual(const DenseMatrix& dense, const Extent& extent,
+// Writes the residual's steps, which are zero so far. Returns whether the lane's values are what
+// their bits say: they are read from the matrix once more.
+__device__ __forceinline__ bool write_residual(const DenseMatrix& dense, const Extent& extent,
                                                const BitRows& bits, const ResidualSteps& residual,
                                                int lane, uint8_t* out) {
   const int first_step = lane < kStripM ? 0 : residual.steps[0];
@@ -441,6 +454,7 @@ __device__ __forceinline__ void write_residual(const DenseMatrix& dense, const E
   __syncwarp();
   // Now each lane does its row: the values, and the places where there are none.
   const int row = lane, most_steps = max(residual.steps[0], residual.steps[1]);
+  bool right = true;
   for (int i = 0; i < most_steps; ++i) {
     const int step = first_step + i;
     auto* place = reinterpret_cast<uint16_t*>(out + residual_place_offset(row, step));
@@ -448,12 +462,15 @@ __device__ __forceinline__ void write_residual(const DenseMatrix& dense, const E
     const uint32_t stored = __ballot_sync(kAllLanes, own != 0) >> (lane & 24) & 0xFFU;
     const uint32_t other = __shfl_sync(kAllLanes, own, __ffs(static_cast<int>(stored)) - 1, 8);
     if (own != 0) {
-      *reinterpret_cast<uint16_t*>(out + residual_value_offset(row, step)) =
+      const uint16_t value =
           dense.row(extent.row0 + row)[extent.col0 + residual_column(static_cast<int>(own))];
+      right = right && (value & 0x7FFF) != 0;
+      *reinterpret_cast<uint16_t*>(out + residual_value_offset(row, step)) = value;
     } else if (stored != 0) {
       *place = static_cast<uint16_t>(other);
     }
   }
+  return right;
 }
 
 // Writes the runs into rows of values.
@@ -485,7 +502,8 @@ __device__ __forceinline__ void write_runs(const RunWords& runs, const RunLayout
 
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(DenseMatrix dense, const int32_t* __restrict__ offsets,
-                uint32_t* __restrict__ payload) {
+                const int32_t* __restrict__ counted_nnz, uint32_t* __restrict__ payload,
+                int32_t* changed) {
   __shared__ __align__(16) SlotRows warp_slots[kWarps];
   __shared__ __align__(16) uint8_t packed[kWarps][kMaxChunkBytes];
   __shared__ BitRows warp_bits[kWarps];
@@ -507,6 +525,17 @@ __global__ void __launch_bounds__(kThreads)
   const RunWords runs = two_four ? two_four_runs(bits, lane) : plain_runs(bits, 0, lane);
   const RunLayout layout(runs, lane);
   const int sigma[2] = {layout.sigma(0), layout.sigma(1)};
+  const ResidualSteps residual = two_four ? ResidualSteps(bits, lane) : ResidualSteps();
+
+  const int needed = two_four ? two_four_units(layout.rows(), residual.steps[0], residual.steps[1])
+                              : chunk_units(layout.rows());
+  const int counted =
+      counted_nnz[place.index] + (two_four ? counted_nnz[place.second(dense.m, dense.k)] : 0);
+  const int stored = bits.num_stored(two_four ? kTwoFourK : kChunkK, lane);
+  if (needed != units || stored != counted) {  // another stream writes the matrix
+    if (lane == 0) *changed = 1;
+    return;
+  }
 
   uint8_t* out = packed[warp];
   const int vectors = units * (kChunkUnitBytes / 16);
@@ -526,8 +555,7 @@ __global__ void __launch_bounds__(kThreads)
       reinterpret_cast<uint4*>(out + strip * kTwoFourStripBitsBytes)[lane] =
           make_uint4(words[0], words[1], words[2], words[3]);
     }
-    const ResidualSteps residual(bits, lane);
-    write_residual(dense, extent, bits, residual, lane, values + value_bytes);
+    if (!write_residual(dense, extent, bits, residual, lane, values + value_bytes)) *changed = 1;
     spare =
         static_cast<uint32_t>(layout.rows() | residual.steps[0] << 8 | residual.steps[1] << 16) >>
             lane &
@@ -701,9 +729,10 @@ Status count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* u
 }
 
 Status pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-            uint32_t* payload, cudaStream_t stream) {
+            const int32_t* nnz, uint32_t* payload, int32_t* changed, cudaStream_t stream) {
   if (m == 0 || k == 0) return Status::success();
-  pack_kernel<<<num_ctas(m, k), kThreads, 0, stream>>>({dense, ld, m, k}, offsets, payload);
+  pack_kernel<<<num_ctas(m, k), kThreads, 0, stream>>>({dense, ld, m, k}, offsets, nnz, payload,
+                                                       changed);
   return cuda::check(cudaGetLastError(), "bitmap pack_kernel launch");
 }
 

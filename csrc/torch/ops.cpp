@@ -2,6 +2,7 @@
 // sees ATen. It checks everything that a kernel relies on, brings memory, threads and the stream,
 // and turns Status into Python exceptions. Fakes and autograd are in flash_llm/ops.py.
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
@@ -14,6 +15,7 @@
 
 #include "core/cpu_isa.h"
 #include "core/huge_pages.h"
+#include "core/packed_checks.h"
 #include "core/packed_format.h"
 #include "core/packed_header.h"
 #include "core/prune.h"
@@ -77,6 +79,16 @@ uint16_t* mutable_raw(const Tensor& tensor) {
   return static_cast<uint16_t*>(tensor.mutable_data_ptr());
 }
 
+// The memory of a tensor may be smaller than its sizes say: UntypedStorage.resize_ leaves them as
+// they were, and so do sharded optimizers, which free a weight between its uses.
+void check_storage(const char* op, const char* name, const Tensor& tensor) {
+  const size_t needed = at::detail::computeStorageNbytes(
+      tensor.sizes(), tensor.strides(), tensor.itemsize(), tensor.storage_offset());
+  TORCH_CHECK_VALUE(needed <= tensor.storage().nbytes(), "flash_llm::", op, ": ", name,
+                    " of shape ", tensor.sizes(), " needs a storage of ", needed,
+                    " bytes, got one of ", tensor.storage().nbytes());
+}
+
 // A packed weight whose sizes, dtypes and device have been checked, and the tensors behind it.
 struct PackedWeight {
   PackedHeader header;
@@ -100,6 +112,7 @@ void check_words(const char* op, const char* name, const Tensor& tensor) {
                    " must be int32, got ", tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.dim() == 1, "flash_llm::", op, ": ", name,
                     " must be one-dimensional, got ", tensor.dim(), " dimensions");
+  check_storage(op, name, tensor);
 }
 
 PackedWeight check_packed(const char* op, at::IntArrayRef header, const Tensor& offsets,
@@ -142,6 +155,7 @@ DenseMatrix check_dense(const char* op, const Tensor& dense) {
   const int64_t m = dense.size(0), k = dense.size(1);
   TORCH_CHECK_VALUE(m <= INT32_MAX && k <= INT32_MAX, "flash_llm::", op,
                     ": dense must have at most 2^31 - 1 rows and columns, got ", m, "x", k);
+  check_storage(op, "dense", dense);
   // Before anything is copied: no format has larger tiles than this one.
   check_tiles(op, packed_format(Format::kTiledCsl), m, k);
   const bool rows_contiguous = k <= 1 || dense.stride(1) == 1;
@@ -225,6 +239,7 @@ SpmmCall check_spmm(const Tensor& x, at::IntArrayRef header, const Tensor& offse
   TORCH_CHECK_VALUE(x.dim() >= 1, "flash_llm::spmm: x must have at least one dimension, got 0");
   TORCH_CHECK_VALUE(x.size(-1) == h.k, "flash_llm::spmm: x.size(-1) must equal K=", h.k, ", got ",
                     x.size(-1));
+  check_storage("spmm", "x", x);
   raise_if_error("spmm", parse_activation(std::string(activation), &call.activation));
   if (bias.has_value() && bias->defined()) {
     TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), "flash_llm::spmm: bias must be ",
@@ -233,6 +248,7 @@ SpmmCall check_spmm(const Tensor& x, at::IntArrayRef header, const Tensor& offse
                      " like x, got ", bias->device());
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == h.m,
                       "flash_llm::spmm: bias must have shape [M=", h.m, "], got ", bias->sizes());
+    check_storage("spmm", "bias", *bias);
     call.bias = bias->contiguous();
   }
   call.n = 1;
@@ -308,8 +324,9 @@ Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, const PackedForm
   const int64_t words = int64_t{offsets_data[offsets.numel() - 1]} * format.unit_words;
   Tensor payload = at::empty({words}, offsets.options());
   flash_llm::prefer_huge_pages(payload.mutable_data_ptr(), payload.nbytes());
-  format.pack(raw(dense.tensor), dense.ld, dense.m, dense.k, offsets_data, parallel_for,
-              reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()));
+  raise_if_error(op, format.pack(raw(dense.tensor), dense.ld, dense.m, dense.k, offsets_data, nnz,
+                                 parallel_for,
+                                 reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>())));
   return {header_tensor(make_header(dense, format.id, nnz, words)), offsets, payload};
 }
 
@@ -451,17 +468,19 @@ Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFor
   raise_if_error(op, kernels.count(raw(dense.tensor), dense.ld, dense.m, dense.k,
                                    units.mutable_data_ptr<int32_t>(),
                                    nnz.mutable_data_ptr<int32_t>(), current_stream()));
-  const Tensor totals = at::sum(counts, 1, false, at::kLong).cpu();  // the one wait for the device
+  const Tensor totals = at::sum(counts, 1, false, at::kLong).cpu();
   const int64_t total_units = totals[0].item<int64_t>(), total_nnz = totals[1].item<int64_t>();
   TORCH_CHECK_VALUE(total_units <= INT32_MAX, "flash_llm::", op, ": a weight of ", dense.m, "x",
                     dense.k, " has more nonzeros than 31-bit offsets can address");
   Tensor offsets = at::zeros({tiles + 1}, int_options);
   offsets.narrow(0, 1, tiles).copy_(at::cumsum(units, 0, at::kInt));
   Tensor payload = at::empty({total_units * format.unit_words}, int_options);
+  const Tensor changed = at::zeros({1}, int_options);
   raise_if_error(op, kernels.pack(raw(dense.tensor), dense.ld, dense.m, dense.k,
-                                  offsets.const_data_ptr<int32_t>(),
+                                  offsets.const_data_ptr<int32_t>(), nnz.const_data_ptr<int32_t>(),
                                   reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()),
-                                  current_stream()));
+                                  changed.mutable_data_ptr<int32_t>(), current_stream()));
+  if (changed.item<int32_t>() != 0) raise_if_error(op, dense_changed());
   if (tiles > 0) {
     raise_if_error(op, cuda::end_weight_writes(counts.mutable_data_ptr(), current_stream()));
   }
