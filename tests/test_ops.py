@@ -406,6 +406,36 @@ def test_packing_a_weight_that_another_thread_changes_corrupts_nothing(format):
     print(run_program(("-c", CHANGED_WEIGHT), format))
 
 
+SHARED_CORE = """
+import os, time
+import torch, flash_llm
+
+torch.set_grad_enabled(False)
+weight, x = torch.randn(576, 576).half(), torch.randn(1, 576).half()
+layers = [flash_llm.pack(weight, "row_bitmap") for _ in range(60)]
+
+def seconds_of_a_token(threads):
+    torch.set_num_threads(threads)
+    start = time.monotonic()
+    for w in layers:
+        flash_llm.spmm(x, w)
+    return time.monotonic() - start
+
+seconds_of_a_token(2)  # starts the second thread
+for thread in os.listdir("/proc/self/task"):
+    os.sched_setaffinity(int(thread), {min(os.sched_getaffinity(0))})
+one = min(seconds_of_a_token(1) for _ in range(10))
+two = min(seconds_of_a_token(2) for _ in range(10))
+print(f"one thread {one * 1e3:.1f} ms, two {two * 1e3:.1f} ms")
+assert two < 5 * one
+"""
+
+
+def test_small_layers_do_not_wait_for_a_thread_that_has_no_core():
+    """Two threads on one core: as on a busy machine, each layer once took milliseconds."""
+    print(run_program(("-c", SHARED_CORE)))
+
+
 @pytest.mark.slow
 def test_hostile_operators(tmp_path):
     """Every argument damaged at random: a result or an error, and memory that is not ours alone."""

@@ -7,9 +7,14 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -55,8 +60,38 @@ void raise_if_error(const char* op, const Status& status) {
   TORCH_CHECK(false, message());
 }
 
+// at::parallel_for, or this thread alone for a while after the others kept it waiting.
+//
+// A region ends when its last thread does. On a busy machine the system takes a thread from its
+// core for 4 to 20 ms, so that with two threads and one more process on two cores each of a token's
+// 210 small layers took 8 ms, packed or dense, which one thread computes in 0.03 to 0.5 ms (EPYC
+// with AVX2, 2026-11-29). So after a wait that was longer than the others' work, one thread does
+// what follows: for 16 times the wait where there is one other, and for less the more others there
+// are, whom it then does without. Waiting thus takes 6 % of the time at most. No result depends on
+// it.
 void parallel_for(int64_t count, int64_t grain, const ParallelBody& body) {
-  at::parallel_for(0, count, grain, body);
+  using Clock = std::chrono::steady_clock;
+  constexpr Clock::duration kShortWait = std::chrono::microseconds(500);  // to wake a thread up
+  constexpr int64_t kAlone = 16;
+  static std::atomic<Clock::rep> alone_until{std::numeric_limits<Clock::rep>::min()};
+
+  const Clock::time_point start = Clock::now();
+  const int64_t others = std::min<int64_t>(at::get_num_threads(), (count + grain - 1) / grain) - 1;
+  if (others <= 0 || start.time_since_epoch().count() < alone_until.load()) {
+    serial_for(count, grain, body);
+    return;
+  }
+  const auto caller = std::this_thread::get_id();
+  Clock::time_point own_end = start;
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    body(begin, end);
+    if (std::this_thread::get_id() == caller) own_end = Clock::now();
+  });
+  const Clock::time_point end = Clock::now();
+  const Clock::duration waited = end - own_end;
+  if (waited > kShortWait && waited > others * (own_end - start)) {
+    alone_until = (end + waited * kAlone / others).time_since_epoch().count();
+  }
 }
 
 at::ScalarType scalar_type(ValueType type) {
