@@ -80,6 +80,7 @@ OPERATOR_SOURCES = [
     "csrc/torch/ops_cpu.cpp",
     "csrc/torch/ops_cuda.cpp",
     "csrc/torch/packed_parts.cpp",
+    "csrc/torch/parallel_for.cpp",
     "csrc/torch/schemas.cpp",
 ]
 MODULE_SOURCES = ["csrc/torch/introspect.cpp"]

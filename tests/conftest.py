@@ -77,6 +77,14 @@ def gpu_format(request):
     return request.param
 
 
+@pytest.fixture
+def force_isa():
+    """Give the function that forces the CPU kernels of an instruction set, for this test."""
+    force = _extension.require().set_cpu_isa
+    yield force
+    force("")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

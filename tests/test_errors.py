@@ -118,6 +118,49 @@ def test_objects_that_are_no_tensors(call, parts):
         call(w, x)
 
 
+@pytest.mark.parametrize("left", ["nothing", "all but a byte", "all but a byte of a view"])
+@pytest.mark.parametrize(
+    ("op", "argument"),
+    [
+        *(("spmm", "x"), ("spmm", "bias"), ("spmm", "offsets"), ("spmm", "payload")),
+        *(("unpack", "offsets"), ("unpack", "payload"), ("validate", "payload")),
+        *(("pack", "dense"), ("prune_pack", "dense")),
+    ],
+)
+def test_a_storage_smaller_than_its_tensor_is_no_segfault(op, argument, left, format, device):
+    w, x, bias = good(device, format)
+    packed = {"header": list(w.header), "offsets": w.offsets, "payload": w.payload}
+    arguments = {
+        "spmm": {"x": x, **packed, "bias": bias},
+        "unpack": packed,
+        "validate": packed,
+        "pack": {"dense": w.to_dense(), "format": format},
+        "prune_pack": {"dense": w.to_dense(), "sparsity": 0.5, "format": format},
+    }[op]
+    tensor = arguments[argument].clone()
+    needed = tensor.nbytes
+    if left == "all but a byte of a view":
+        tensor = torch.stack((tensor, tensor), -1)[..., 0]
+        needed += needed - tensor.itemsize
+    # What UntypedStorage.resize_ takes away its tensors do not notice.
+    tensor.untyped_storage().resize_(0 if left == "nothing" else needed - 1)
+    arguments[argument] = tensor
+    with raises(ValueError, f"flash_llm::{op}: {argument} ", f"needs a storage of {needed} bytes"):
+        getattr(torch.ops.flash_llm, op)(**arguments)
+
+
+def test_a_storage_that_was_given_back_is_used_again(format, device):
+    """Sharded training frees weights between their uses; a tensor without elements needs none."""
+    w, x, bias = good(device, format)
+    expected = flash_llm.spmm(x, w, bias)
+    bytes_of_x = x.untyped_storage().nbytes()
+    x.untyped_storage().resize_(0)
+    assert flash_llm.spmm(x[:0], w, bias).shape == (0, 130)
+    x.untyped_storage().resize_(bytes_of_x)
+    x.fill_(1)
+    assert torch.equal(flash_llm.spmm(x, w, bias), expected)
+
+
 @pytest.mark.parametrize("tokens", [2**31, 2**40])
 def test_more_tokens_than_31_bits_count(tokens, format, device):
     w, x, _ = good(device, format)

@@ -1,5 +1,10 @@
 """The operators as PyTorch sees them: opcheck, fakes, torch.compile and gradients."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -321,3 +326,122 @@ def test_bias_gradient_of_empty_shapes(shape, leading, format):
     tokens = torch.Size(leading).numel()
     assert torch.equal(bias.grad, torch.full((m,), float(tokens)).half())
     assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+# ---- other threads, and hostile arguments ----
+
+
+def run_program(source, *arguments, **environment):
+    """Run Python in a process of its own, which a crash ends; return what it printed."""
+    run = subprocess.run(
+        [sys.executable, "-X", "faulthandler", *source, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,  # a damaged heap may end in a deadlock
+    )
+    assert run.returncode == 0, f"exit status {run.returncode}\n{run.stdout}\n{run.stderr}"
+    return run.stdout
+
+
+ENVIRONMENT = """
+import os, threading, time
+import torch, flash_llm
+
+weight, x = torch.eye(64).half(), torch.ones(1, 64).half()
+w, stop = flash_llm.pack(weight, "row_bitmap"), time.monotonic() + 2
+
+def write():
+    for i in range(10**9):  # more variables, and longer ones: libc moves its table
+        os.environ[f"FLASH_LLM_TEST_{i % 5000}"] = "x" * (i % 300)
+        if time.monotonic() > stop:
+            return
+
+thread = threading.Thread(target=write)
+thread.start()
+while thread.is_alive():
+    flash_llm.spmm(x, w)
+    flash_llm.unpack(w)
+    flash_llm.pack(weight, "row_bitmap")
+    flash_llm.prune_pack(weight, 0.5)
+    w.validate()
+"""
+
+
+def test_writing_the_environment_in_another_thread_is_no_segfault():
+    run_program(("-c", ENVIRONMENT))
+
+
+CHANGED_WEIGHT = """
+import sys, threading, time
+import torch, flash_llm
+
+fmt = sys.argv[1]
+torch.set_num_threads(1)
+weight = torch.randn(256, 512).half()
+others = [weight * (torch.rand(256, 512) < density) for density in (1.0, 0.5, 0.1, 0.0)]
+counts, stop = {"packed": 0, "refused": 0}, time.monotonic() + 2
+
+def write():
+    while time.monotonic() < stop:
+        for other in others:
+            weight.copy_(other)
+
+thread = threading.Thread(target=write)
+thread.start()
+while thread.is_alive():
+    for pack in (flash_llm.pack, lambda w, f: flash_llm.prune_pack(w, 0.3, format=f)):
+        try:
+            pack(weight, fmt).validate()
+            counts["packed"] += 1
+        except RuntimeError as error:
+            assert "pack: dense was changed by another thread" in str(error), error
+            counts["refused"] += 1
+assert counts["packed"] > 0, counts
+print(fmt, counts)
+"""
+
+
+def test_packing_a_weight_that_another_thread_changes_corrupts_nothing(format):
+    print(run_program(("-c", CHANGED_WEIGHT), format))
+
+
+SHARED_CORE = """
+import os, time
+import torch, flash_llm
+
+torch.set_grad_enabled(False)
+weight, x = torch.randn(576, 576).half(), torch.randn(1, 576).half()
+layers = [flash_llm.pack(weight, "row_bitmap") for _ in range(60)]
+
+def seconds_of_a_token(threads):
+    torch.set_num_threads(threads)
+    start = time.monotonic()
+    for w in layers:
+        flash_llm.spmm(x, w)
+    return time.monotonic() - start
+
+seconds_of_a_token(2)  # starts the second thread
+for thread in os.listdir("/proc/self/task"):
+    os.sched_setaffinity(int(thread), {min(os.sched_getaffinity(0))})
+one = min(seconds_of_a_token(1) for _ in range(10))
+two = min(seconds_of_a_token(2) for _ in range(10))
+print(f"one thread {one * 1e3:.1f} ms, two {two * 1e3:.1f} ms")
+assert two < 5 * one
+"""
+
+
+def test_small_layers_do_not_wait_for_a_thread_that_has_no_core():
+    """Two threads on one core: as on a busy machine, each layer once took milliseconds."""
+    print(run_program(("-c", SHARED_CORE)))
+
+
+@pytest.mark.slow
+def test_hostile_operators(tmp_path):
+    """Every argument damaged at random: a result or an error, and memory that is not ours alone."""
+    program = str(Path(__file__).with_name("hostile_operators.py"))
+    call = tmp_path / "call"
+    try:
+        print(run_program((program,), "20", HOSTILE_CALL=str(call)))
+    except AssertionError as error:
+        raise AssertionError(f"{call.read_text()}{error}") from None

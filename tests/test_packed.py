@@ -60,6 +60,22 @@ def test_every_bit_pattern_survives(format, dtype, device):
     assert packed.nnz == (1 << 16) - 2
 
 
+def test_a_negative_zero_is_a_zero(format, dtype, device):
+    """Pruning by ``weight * mask`` leaves -0 where a weight was negative: it must cost nothing."""
+    weight = testing.random_sparse(130, 300, 0.0, dtype=dtype, device=device)
+    masked = weight * (torch.rand(130, 300, device=device) < 0.4)
+    plain = masked + 0.0  # -0 + 0 is +0
+    assert bool((masked.signbit() & (masked == 0)).any()) and not plain[plain == 0].signbit().any()
+    for pack in (flash_llm.pack, lambda w, f: flash_llm.prune_pack(w, 0.0, format=f)):
+        for name in (format, "auto"):
+            assert_same_weight(pack(masked, name), pack(plain, name))
+    packed = flash_llm.pack(masked, format)
+    assert packed.nnz == int(masked.count_nonzero()) == packed.stats().nnz
+    np.testing.assert_array_equal(bits_of(packed.to_dense()), bits_of(plain))
+    x = testing.small_integers(3, 300, dtype=dtype, device=device)
+    assert torch.equal(flash_llm.spmm(x, packed), flash_llm.spmm(x, flash_llm.pack(plain, format)))
+
+
 @pytest.mark.parametrize(
     "view",
     [

@@ -114,7 +114,7 @@ def test_bitmap_kernels_cannot_be_forced_off_hopper(capability, named):
         assert '"dense"' in message
 
 
-def test_many_tokens_on_a_cpu(monkeypatch):
+def test_many_tokens_on_a_cpu(force_isa):
     for isa, dtype, most in (
         # What AVX-512 takes depends on the CPU (tests/cpp/test_plan.cpp).
         ("avx2", "bfloat16", 16),
@@ -123,7 +123,7 @@ def test_many_tokens_on_a_cpu(monkeypatch):
     ):
         if isa not in _extension.require().cpu_isas():
             continue
-        monkeypatch.setenv("FLASH_LLM_CPU_ISA", isa)
+        force_isa(isa)
         text = flash_llm.explain_plan(M, most, K, NNZ, dtype)
         assert chosen(text) == "cpu_rows" and f"N <= {most}" in text
         text = flash_llm.explain_plan(M, most + 1, K, NNZ, dtype)

@@ -1,6 +1,9 @@
 """Row bitmap: what only this format has: its bytes, and a kernel for each instruction set."""
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +22,11 @@ AWKWARD_K = (1, 2, 31, 32, 33, 63, 64, 65, 95, 127, 129, 300, 1031, 4099)
 
 
 @pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
+def isa(request, force_isa):
     """Force the kernels of an instruction set."""
     if request.param not in _extension.require().cpu_isas():
         pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setenv("FLASH_LLM_CPU_ISA", request.param)
+    force_isa(request.param)
     assert _extension.require().cpu_isa() == request.param
     return request.param
 
@@ -133,14 +136,14 @@ def test_full_and_empty_rows_next_to_each_other(isa, dtype):
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.8, 1.0])
 @pytest.mark.parametrize(("m", "k"), [(1, 1), (3, 31), (4, 32), (6, 33), (9, 200)])
-def test_every_instruction_set_packs_the_same_bytes(m, k, sparsity, isa, dtype, monkeypatch):
+def test_every_instruction_set_packs_the_same_bytes(m, k, sparsity, isa, dtype, force_isa):
     # Every pattern of 16 bits may come: subnormals, infinities, NaN, and both zeros among them.
     bits = torch.randint(-(2**15), 2**15, (m, k + 1), dtype=torch.int16)
     bits[torch.rand(m, k + 1) < sparsity] = 0
     bits[torch.rand(m, k + 1) < 0.1] = -(2**15)  # -0, which is not stored
     dense = bits.view(dtype)[:, 1:]  # rows apart, beginning anywhere
     packed = flash_llm.pack(dense, "row_bitmap")
-    monkeypatch.setenv("FLASH_LLM_CPU_ISA", "portable")
+    force_isa("portable")
     expected = flash_llm.pack(dense, "row_bitmap")
     assert packed.header == expected.header
     assert torch.equal(packed.offsets, expected.offsets)
@@ -252,43 +255,64 @@ def test_malformed_weights_stay_within_their_memory(isa, dtype):
 # ---- choosing one ----
 
 
-def test_results_of_all_instruction_sets_agree(monkeypatch, dtype):
+def test_results_of_all_instruction_sets_agree(force_isa, dtype):
     weight = testing.random_sparse(300, 500, 0.5, dtype=dtype)
     w, x = RowBitmap.from_dense(weight), torch.randn(5, 500).to(dtype)
     for name in _extension.require().cpu_isas():
-        monkeypatch.setenv("FLASH_LLM_CPU_ISA", name)
+        force_isa(name)
         testing.assert_spmm_close(flash_llm.spmm(x, w), x, weight)
 
 
-def test_the_best_is_taken_unless_one_is_forced(monkeypatch):
-    monkeypatch.delenv("FLASH_LLM_CPU_ISA", raising=False)
+def test_the_best_is_taken_unless_one_is_forced(force_isa):
     extension = _extension.require()
     isas = extension.cpu_isas()
     assert isas[0] == "portable" and isas == [name for name in ISAS if name in isas]
-    # Intel's BF16 is slower than its fp32 (cpu_isa.cpp).
-    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    best = [isa for isa in isas if not (intel and isa == "avx512_bf16")][-1]
-    assert extension.cpu_isa() == best
-    monkeypatch.setenv("FLASH_LLM_CPU_ISA", "")
-    assert extension.cpu_isa() == best
+    if "FLASH_LLM_CPU_ISA" not in os.environ:
+        # Intel's BF16 is slower than its fp32 (cpu_isa.cpp).
+        intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+        best = [isa for isa in isas if not (intel and isa == "avx512_bf16")][-1]
+        assert extension.cpu_isa() == best
+    default = extension.cpu_isa()
+    force_isa("portable")
+    assert extension.cpu_isa() == "portable"
+    force_isa("")
+    assert extension.cpu_isa() == default
 
 
-def test_an_unknown_instruction_set_is_refused(monkeypatch):
-    w, x = RowBitmap.from_dense(torch.eye(8).half()), torch.ones(1, 8).half()
-    monkeypatch.setenv("FLASH_LLM_CPU_ISA", "sse9")
+def test_a_name_that_cannot_be_forced_changes_nothing(force_isa):
+    force_isa("portable")
     known = '"portable", "avx2", "avx512", "avx512_bf16", got "sse9"'
-    for route in (*ROUTES, "dense"):
-        with pytest.raises(ValueError, match=f"flash_llm::spmm: FLASH_LLM_CPU_ISA must .*{known}"):
-            flash_llm.spmm(x, w, config=route)
-    with pytest.raises(ValueError, match="flash_llm::unpack: FLASH_LLM_CPU_ISA"):
-        w.to_dense()
+    with pytest.raises(ValueError, match=f"flash_llm::set_cpu_isa: name must be one of {known}"):
+        force_isa("sse9")
+    for name in set(ISAS) - set(_extension.require().cpu_isas()):
+        with pytest.raises(NotImplementedError, match=f"{name} .* this CPU lacks"):
+            force_isa(name)
+    assert _extension.require().cpu_isa() == "portable"
 
 
-def test_an_instruction_set_that_this_cpu_lacks_is_refused(monkeypatch):
-    lacking = [name for name in ISAS if name not in _extension.require().cpu_isas()]
-    if not lacking:
-        pytest.skip("this CPU has all of them")
-    monkeypatch.setenv("FLASH_LLM_CPU_ISA", lacking[-1])
-    w, x = RowBitmap.from_dense(torch.eye(8).half()), torch.ones(1, 8).half()
-    with pytest.raises(NotImplementedError, match="this CPU lacks"):
-        flash_llm.spmm(x, w)
+ENVIRONMENT = """
+import os, sys
+os.environ["FLASH_LLM_CPU_ISA"] = sys.argv[1]
+import torch, flash_llm
+os.environ["FLASH_LLM_CPU_ISA"] = "read too late"
+w = flash_llm.pack(torch.eye(8).half(), "row_bitmap")
+for call in (lambda: flash_llm.spmm(torch.ones(1, 8).half(), w), w.to_dense):
+    try:
+        call()
+        print(flash_llm._extension.require().cpu_isa())
+    except (ValueError, NotImplementedError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_the_environment_is_read_when_the_library_is_loaded():
+    def says(name):
+        run = subprocess.run(
+            [sys.executable, "-c", ENVIRONMENT, name], capture_output=True, text=True, check=True
+        )
+        return run.stdout.splitlines()
+
+    assert says("portable") == ["portable"] * 2
+    for line, op in zip(says("sse9"), ("spmm", "unpack"), strict=True):
+        assert line.startswith(f"ValueError flash_llm::{op}: FLASH_LLM_CPU_ISA must be one of")
+        assert line.endswith('got "sse9"')

@@ -1,5 +1,6 @@
 #include "base/cpu_isa.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <string>
 
@@ -72,6 +73,40 @@ CpuIsa fastest() {
   return best;
 }
 
+// The text of FLASH_LLM_CPU_ISA. Read once, while the library is loaded: getenv in an operator,
+// which Python calls without its lock, would race with a thread that writes the environment.
+const std::string kEnvironment = [] {
+  const char* text = std::getenv("FLASH_LLM_CPU_ISA");
+  return std::string(text == nullptr ? "" : text);
+}();
+
+// What force_cpu_isa was given.
+constexpr int kNotForced = -1;
+std::atomic<int> forced{kNotForced};
+
+struct Selection {
+  CpuIsa isa = CpuIsa::kPortable;
+  Status status;
+};
+
+// The instruction set that `name` names, which `source` gave; the fastest for "".
+Selection select(const std::string& source, const std::string& name) {
+  if (name.empty()) return {fastest(), Status::success()};
+  std::string known;
+  for (const CpuIsa isa : kCpuIsas) {
+    if (cpu_isa_name(isa) == name) {
+      if (detect(isa)) return {isa, Status::success()};
+      return {isa, Status::unsupported(source + "=" + name +
+                                       " forces an instruction set that this CPU lacks; the best "
+                                       "that it has is \"" +
+                                       cpu_isa_name(fastest()) + "\"")};
+    }
+    known += (known.empty() ? "\"" : ", \"") + std::string(cpu_isa_name(isa)) + "\"";
+  }
+  return {CpuIsa::kPortable,
+          Status::invalid_value(source + " must be one of " + known + ", got \"" + name + "\"")};
+}
+
 }  // namespace
 
 const char* cpu_isa_name(CpuIsa isa) {
@@ -103,30 +138,21 @@ bool has_fast_dense_fp16() {
 }
 
 Status select_cpu_isa(CpuIsa* out) {
-  static const CpuIsa best = fastest();
-  // Read at each call, so that a test can change it; it takes a few nanoseconds.
-  const char* forced = std::getenv("FLASH_LLM_CPU_ISA");
-  if (forced == nullptr || *forced == '\0') {
-    *out = best;
+  static const Selection by_default = select("FLASH_LLM_CPU_ISA", kEnvironment);
+  if (const int isa = forced.load(std::memory_order_relaxed); isa != kNotForced) {
+    *out = static_cast<CpuIsa>(isa);
     return Status::success();
   }
-  std::string known;
-  for (const CpuIsa isa : kCpuIsas) {
-    const std::string name = cpu_isa_name(isa);
-    if (name == forced) {
-      if (!detect(isa)) {
-        return Status::unsupported("FLASH_LLM_CPU_ISA=" + name +
-                                   " forces an instruction set that this CPU lacks; the best that "
-                                   "it has is \"" +
-                                   cpu_isa_name(best) + "\"");
-      }
-      *out = isa;
-      return Status::success();
-    }
-    known += (known.empty() ? "\"" : ", \"") + name + "\"";
-  }
-  return Status::invalid_value("FLASH_LLM_CPU_ISA must be one of " + known + ", got \"" + forced +
-                               "\"");
+  *out = by_default.isa;
+  return by_default.status;
+}
+
+Status force_cpu_isa(const std::string& name) {
+  const Selection selection = select("name", name);
+  if (!selection.status.ok()) return selection.status;
+  forced.store(name.empty() ? kNotForced : static_cast<int>(selection.isa),
+               std::memory_order_relaxed);
+  return Status::success();
 }
 
 }  // namespace flash_llm

@@ -2,6 +2,8 @@
 // CPU. FLASH_LLM_CPU_ISA forces one.
 #pragma once
 
+#include <string>
+
 #include "base/status.h"
 
 namespace flash_llm {
@@ -23,9 +25,14 @@ const char* cpu_isa_name(CpuIsa isa);
 // Whether this CPU has it, and this build code for it.
 bool has_cpu_isa(CpuIsa isa);
 
-// The one that FLASH_LLM_CPU_ISA names, else the fastest on this CPU. Fails for a name that
-// is none, and for one that this CPU lacks.
+// The one that was forced, else the one that FLASH_LLM_CPU_ISA named when the library was loaded,
+// else the fastest on this CPU. Fails if the variable held a name that is none, or that of one that
+// this CPU lacks.
 Status select_cpu_isa(CpuIsa* out);
+
+// Forces one for all threads, from their next call on; "" ends that. For tests and benchmarks.
+// Fails, and changes nothing, for a name that is none and for one that this CPU lacks.
+Status force_cpu_isa(const std::string& name);
 
 // Whether this CPU multiplies dense matrices of a type faster than it does fp32: AMX for bf16,
 // AVX-512 FP16 for fp16. Libraries use these; we have nothing of the kind.

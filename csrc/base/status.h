@@ -12,7 +12,7 @@ enum class StatusCode {
   kInvalidValue,  // ValueError: a shape, size, range or malformed buffer
   kInvalidType,   // TypeError: a dtype or device
   kUnsupported,   // NotImplementedError: an architecture, format or feature that is not there
-  kRuntime,       // RuntimeError: a CUDA call failed
+  kRuntime,       // RuntimeError: a CUDA call failed, or an input changed during the call
 };
 
 struct [[nodiscard]] Status {

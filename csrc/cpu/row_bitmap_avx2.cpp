@@ -248,8 +248,9 @@ FLASH_LLM_AVX2 inline uint32_t pack_group(const uint16_t* from, uint16_t* kept, 
 
 }  // namespace
 
-FLASH_LLM_AVX2 uint32_t row_bitmap_avx2_pack_block(const uint16_t* dense, int64_t ld, int rows,
-                                                   int64_t k, uint32_t* masks, uint16_t* values) {
+FLASH_LLM_AVX2 PackedBlock row_bitmap_avx2_pack_block(const uint16_t* dense, int64_t ld, int rows,
+                                                      int64_t k, uint32_t* masks, uint16_t* values,
+                                                      const uint16_t* end) {
   __m128i below = _mm_set1_epi16(kMagnitudeMask);
   for (int64_t group = 0; group < num_groups(k); ++group) {
     const int64_t cols = std::min<int64_t>(kGroupCols, k - group * kGroupCols);
@@ -263,11 +264,13 @@ FLASH_LLM_AVX2 uint32_t row_bitmap_avx2_pack_block(const uint16_t* dense, int64_
       // Not at once to their place: another thread may be writing what follows the block.
       uint16_t kept[kGroupCols + kPartCols];
       const uint32_t mask = pack_group(from, kept, below);
-      values = std::copy_n(kept, __builtin_popcount(mask), values);
+      const int count = __builtin_popcount(mask);
+      if (count > end - values) return {};
+      values = std::copy_n(kept, count, values);
       masks[group * kBlockRows + row] = mask;
     }
   }
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(below)) & 0xFFFF) + 1U;
+  return {static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(below)) & 0xFFFF) + 1U, values};
 }
 
 RowBitmapKernel row_bitmap_avx2(ValueType type) {
@@ -289,8 +292,9 @@ namespace flash_llm {
 
 RowBitmapKernel row_bitmap_avx2(ValueType) { return {}; }
 
-uint32_t row_bitmap_avx2_pack_block(const uint16_t*, int64_t, int, int64_t, uint32_t*, uint16_t*) {
-  return 0;
+PackedBlock row_bitmap_avx2_pack_block(const uint16_t*, int64_t, int, int64_t, uint32_t*, uint16_t*,
+                                       const uint16_t*) {
+  return {};
 }
 
 }  // namespace flash_llm

@@ -58,10 +58,9 @@ struct RowBitmapKernel {
   // Decodes a block that has masks into dense[rows, k], contiguous.
   void (*decode_block)(const RowBlock& block, int rows, int64_t k, uint16_t* dense) = nullptr;
   // Packs `rows` rows of k columns, `ld` apart: masks[groups][4 rows], which is all zero before,
-  // and the values, as many as there are nonzeros. Returns the smallest value, as word 0 of a block
-  // keeps it.
-  uint32_t (*pack_block)(const uint16_t* dense, int64_t ld, int rows, int64_t k, uint32_t* masks,
-                         uint16_t* values) = nullptr;
+  // and the values, as many as there are nonzeros, but none at `end` or beyond.
+  PackedBlock (*pack_block)(const uint16_t* dense, int64_t ld, int rows, int64_t k, uint32_t* masks,
+                            uint16_t* values, const uint16_t* end) = nullptr;
 };
 
 // `isa` must be one that this CPU has.
@@ -73,7 +72,7 @@ RowBitmapKernel row_bitmap_avx2(ValueType type);
 RowBitmapKernel row_bitmap_avx512(ValueType type, bool bf16);
 
 // That of AVX2, which AVX-512 takes too.
-uint32_t row_bitmap_avx2_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
-                                    uint32_t* masks, uint16_t* values);
+PackedBlock row_bitmap_avx2_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
+                                       uint32_t* masks, uint16_t* values, const uint16_t* end);
 
 }  // namespace flash_llm

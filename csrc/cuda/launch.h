@@ -36,9 +36,10 @@ struct PackKernels {
   // Pass 1: units[tiles] and nonzeros nnz[tiles] of each tile.
   Status (*count)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units,
                   int32_t* nnz, cudaStream_t stream);
-  // Pass 2: the same bytes as the host's.
+  // Pass 2: the same bytes as the host's. `offsets` and `nnz` come from pass 1. Sets *changed,
+  // which is 0 before, and leaves tiles out, where `dense` no longer is what pass 1 saw.
   Status (*pack)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-                 uint32_t* payload, cudaStream_t stream);
+                 const int32_t* nnz, uint32_t* payload, int32_t* changed, cudaStream_t stream);
   // dense[m, k] (contiguous, 16-byte aligned) from a packed weight.
   Status (*unpack)(const PackedView& view, uint16_t* dense, cudaStream_t stream);
   // Adds the number of stored values to *total.

@@ -410,7 +410,8 @@ ElementBits two_four_element_bits(TwoFourBits stored) {
   return bits;
 }
 
-void write_chunk(const Chunk& chunk, const uint16_t* dense, int64_t ld, const Extent& extent,
+// Returns false if a value has become zero since its bit was found.
+bool write_chunk(const Chunk& chunk, const uint16_t* dense, int64_t ld, const Extent& extent,
                  uint8_t* out) {
   std::memset(out, 0, static_cast<size_t>(chunk.units()) * kChunkUnitBytes);
   Sigma sigma = chunk.sigma;
@@ -426,15 +427,18 @@ void write_chunk(const Chunk& chunk, const uint16_t* dense, int64_t ld, const Ex
     std::memcpy(out + chunk.bits_begin(), chunk.runs.data(), kChunkBitsBytes);
   }
   std::memcpy(out + chunk.sigma_begin(), sigma.data(), kChunkSigmaBytes);
-  const auto value_at = [&](int row, int col) {
-    return dense[(extent.row0 + row) * ld + extent.col0 + col];
+  bool changed = false;
+  const auto store_value = [&](int row, int col, int offset) {
+    const uint16_t value = dense[(extent.row0 + row) * ld + extent.col0 + col];
+    changed |= is_zero(value);
+    store(out + offset, value);
   };
-  for_each_value(chunk,
-                 [&](int row, int col, int offset) { store(out + offset, value_at(row, col)); });
+  for_each_value(chunk, store_value);
   for_each_residual(chunk, [&](int row, int col, int step, bool stored) {
-    if (stored) store(out + chunk.residual_value_offset(row, step), value_at(row, col));
+    if (stored) store_value(row, col, chunk.residual_value_offset(row, step));
     store(out + chunk.residual_place_offset(row, step), static_cast<uint16_t>(residual_place(col)));
   });
+  return !changed;
 }
 
 // A chunk's bytes, clamped into the payload: a malformed weight that slipped past validation gives
@@ -694,19 +698,18 @@ Status bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
   return Status::success();
 }
 
-void bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-                 const ParallelFor& parallel_for, uint32_t* payload) {
+Status bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
+                   int64_t nnz, const ParallelFor& parallel_for, uint32_t* payload) {
   const int64_t rows = num_chunk_rows(m), cols = num_chunk_cols(k);
-  parallel_for(rows * cols, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t nth = begin; nth < end; ++nth) {
-      const int64_t row = nth / cols, col = nth % cols, index = chunk_index(row, col, rows, cols);
-      const int64_t first = offsets[index], units = offsets[index + 1] - first;
-      if (units == 0) continue;
-      const Extent extent = chunk_extent(row, col, is_two_four(units), m, k);
-      const Chunk chunk = lay_out_chunk(element_bits(dense, ld, extent), is_two_four(units));
-      write_chunk(chunk, dense, ld, extent,
-                  reinterpret_cast<uint8_t*>(payload + first * kChunkUnitWords));
-    }
+  return pack_tiles(rows * cols, 16, nnz, parallel_for, [&](int64_t nth) -> int64_t {
+    const int64_t row = nth / cols, col = nth % cols, index = chunk_index(row, col, rows, cols);
+    const int64_t first = offsets[index], units = offsets[index + 1] - first;
+    if (units == 0) return 0;
+    const Extent extent = chunk_extent(row, col, is_two_four(units), m, k);
+    const Chunk chunk = lay_out_chunk(element_bits(dense, ld, extent), is_two_four(units));
+    auto* out = reinterpret_cast<uint8_t*>(payload + first * kChunkUnitWords);
+    const bool fits = chunk.units() == units && write_chunk(chunk, dense, ld, extent, out);
+    return fits ? num_stored(chunk.bits) : kTileChanged;
   });
 }
 

@@ -1,6 +1,7 @@
-// What the formats' validators share.
+// What the formats' packers and validators share.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <string>
@@ -55,6 +56,11 @@ inline Status check_lengths(const PackedHeader& header, int64_t tiles, int64_t n
   return Status::success();
 }
 
+// The matrix to pack is no longer the one that was counted.
+inline Status dense_changed() {
+  return Status::runtime("dense was changed by another thread while it was packed");
+}
+
 // A header whose nnz the payload cannot hold.
 inline Status nnz_does_not_fit(const PackedHeader& header, int64_t tiles, const char* what) {
   return Status::invalid_value("header says nnz = " + std::to_string(header.nnz) +
@@ -95,6 +101,28 @@ int64_t sum_over(int64_t count, int64_t grain, const ParallelFor& parallel_for,
     total += own;
   });
   return total;
+}
+
+// What pack_tile returns for a tile that no longer has the size which it was counted with.
+inline constexpr int64_t kTileChanged = -1;
+
+// Runs pack_tile(tile) over all tiles; it writes within what was counted for the tile and returns
+// its nonzeros, or kTileChanged. Their total must be `nnz`.
+template <typename PackTile>
+Status pack_tiles(int64_t tiles, int64_t grain, int64_t nnz, const ParallelFor& parallel_for,
+                  const PackTile& pack_tile) {
+  std::atomic<int64_t> packed{0};
+  std::atomic<bool> changed{false};
+  parallel_for(tiles, grain, [&](int64_t begin, int64_t end) {
+    int64_t range_nnz = 0;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t tile_nnz = pack_tile(tile);
+      if (tile_nnz == kTileChanged) changed = true;
+      range_nnz += tile_nnz;
+    }
+    packed += range_nnz;
+  });
+  return changed || packed != nnz ? dense_changed() : Status::success();
 }
 
 // Runs check_range(begin, end, failure) over all tiles; it returns the nonzeros of its range, whose

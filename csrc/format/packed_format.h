@@ -44,9 +44,11 @@ struct PackedFormat {
   // elements, raw 16-bit patterns). Fails when the units would not be addressable with 31 bits.
   Status (*count)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
                   const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz);
-  // Pass 2: writes payload[unit_words * offsets[tiles]]. `offsets` comes from pass 1.
-  void (*pack)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-               const ParallelFor& parallel_for, uint32_t* payload);
+  // Pass 2: writes payload[unit_words * offsets[tiles]]. `offsets` and `nnz` come from pass 1.
+  // Fails, having written nothing outside the payload, where `dense` no longer is what pass 1 saw:
+  // the caller cannot keep other threads from changing it.
+  Status (*pack)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
+                 int64_t nnz, const ParallelFor& parallel_for, uint32_t* payload);
   // Writes every element of one tile row: dense is [min(tile_m, rows left), k], contiguous. Safe on
   // any buffer that check_sizes accepts; what a malformed one unpacks to is unspecified.
   void (*unpack_tile_row)(const PackedView& view, int64_t tile_row, uint16_t* dense);

@@ -104,8 +104,8 @@ Status row_bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
   return Status::success();
 }
 
-uint32_t row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
-                               uint32_t* masks, uint16_t* values) {
+PackedBlock row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
+                                  uint32_t* masks, uint16_t* values, const uint16_t* end) {
   uint16_t below = kMagnitudeMask;  // one less than the smallest value
   for (int64_t group = 0; group < num_groups(k); ++group) {
     for (int row = 0; row < rows; ++row) {
@@ -115,37 +115,44 @@ uint32_t row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, int6
       uint16_t kept[kGroupCols + 1];
       uint32_t mask = 0, count = 0;
       for (int col = 0; col < cols_of(k, group); ++col) {
-        const int magnitude = from[col] & kMagnitudeMask;
+        const uint16_t value = from[col];
+        const int magnitude = value & kMagnitudeMask;
         const uint32_t stored = magnitude != 0 ? 1 : 0;
-        kept[count] = from[col];
+        kept[count] = value;
         count += stored;
         mask |= stored << col;
         below = std::min(below, static_cast<uint16_t>(magnitude - 1));  // of 0 the largest
       }
+      if (count > end - values) return {};
       values = std::copy_n(kept, count, values);
       masks[group * kBlockRows + row] = mask;
     }
   }
-  return below + 1U;
+  return {below + 1U, values};
 }
 
-void row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                     const int32_t* offsets, const ParallelFor& parallel_for, uint32_t* payload) {
+Status row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
+                       const int32_t* offsets, int64_t nnz, const ParallelFor& parallel_for,
+                       uint32_t* payload) {
   CpuIsa isa = CpuIsa::kPortable;
   // All give the same bytes; a name that is none is an error where a product would use it.
   if (!select_cpu_isa(&isa).ok()) isa = CpuIsa::kPortable;
   const auto pack_block = row_bitmap_kernel(isa, ValueType::kBfloat16).pack_block;
-  parallel_for(k == 0 ? 0 : num_row_blocks(m), 16, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t units = int64_t{offsets[block + 1]} - offsets[block];
-      if (units == 0) continue;
-      uint32_t* words = payload + int64_t{offsets[block]} * kBlockUnitWords;
-      std::fill_n(words, units * kBlockUnitWords, 0U);
-      uint32_t* masks = words + 1;
-      auto* values = reinterpret_cast<uint16_t*>(masks + num_groups(k) * kBlockRows);
-      words[0] = pack_block(dense + block * kBlockRows * ld, ld, rows_of_block(m, block), k, masks,
-                            values);
-    }
+  const int64_t blocks = k == 0 ? 0 : num_row_blocks(m), groups = num_groups(k);
+  return pack_tiles(blocks, 16, nnz, parallel_for, [&](int64_t block) -> int64_t {
+    const int64_t units = int64_t{offsets[block + 1]} - offsets[block];
+    if (units == 0) return 0;
+    uint32_t* words = payload + int64_t{offsets[block]} * kBlockUnitWords;
+    uint32_t* words_end = std::fill_n(words, units * kBlockUnitWords, 0U);
+    uint32_t* masks = words + 1;
+    auto* values = reinterpret_cast<uint16_t*>(masks + groups * kBlockRows);
+    const PackedBlock packed =
+        pack_block(dense + block * kBlockRows * ld, ld, rows_of_block(m, block), k, masks, values,
+                   reinterpret_cast<const uint16_t*>(words_end));
+    const int64_t stored = packed.end == nullptr ? 0 : packed.end - values;
+    if (block_units(groups, stored) != units) return kTileChanged;
+    words[0] = packed.smallest;
+    return stored;
   });
 }
 

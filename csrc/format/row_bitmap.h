@@ -64,6 +64,12 @@ struct RowBlock {
   uint32_t smallest = 0;  // word 0
 };
 
+// What packing a block found: word 0, and where its values end; null if they did not fit.
+struct PackedBlock {
+  uint32_t smallest = 0;
+  const uint16_t* end = nullptr;
+};
+
 inline RowBlock row_block(const PackedView& view, int64_t block) {
   if (view.k == 0 || view.payload == nullptr) return {};  // without columns there are no offsets
   const int64_t begin = int64_t{view.offsets[block]} * kBlockUnitWords;
@@ -80,13 +86,14 @@ inline RowBlock row_block(const PackedView& view, int64_t block) {
 // The format's row of format/packed_format.h, which says what each of them does.
 Status row_bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
                         const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz);
-void row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                     const int32_t* offsets, const ParallelFor& parallel_for, uint32_t* payload);
+Status row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
+                       const int32_t* offsets, int64_t nnz, const ParallelFor& parallel_for,
+                       uint32_t* payload);
 // Decodes a block that has masks into dense[rows, k], contiguous.
 void row_bitmap_decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense);
 // Packs a block's rows; see RowBitmapKernel::pack_block.
-uint32_t row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
-                               uint32_t* masks, uint16_t* values);
+PackedBlock row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
+                                  uint32_t* masks, uint16_t* values, const uint16_t* end);
 void row_bitmap_unpack_block(const PackedView& view, int64_t block, uint16_t* dense);
 int64_t row_bitmap_count_stored(const PackedView& view, const ParallelFor& parallel_for);
 Status row_bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets,

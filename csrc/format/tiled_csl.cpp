@@ -47,8 +47,9 @@ struct BankQueue {
   }
 };
 
-void pack_tile(const uint16_t* dense, int64_t ld, const TileExtent& extent, int num_entries,
-               uint32_t* entries) {
+// Returns the tile's nonzeros, or kTileChanged if they do not make `num_entries`.
+int64_t pack_tile(const uint16_t* dense, int64_t ld, const TileExtent& extent, int num_entries,
+                  uint32_t* entries) {
   std::array<BankQueue, kNumBanks> queues;
   std::array<uint16_t, kVectorEntries> free_places{};  // the lowest ones: all that padding may need
   int num_free = 0, nnz = 0;
@@ -65,6 +66,8 @@ void pack_tile(const uint16_t* dense, int64_t ld, const TileExtent& extent, int 
       free_places[static_cast<size_t>(num_free++)] = static_cast<uint16_t>(place);
     }
   }
+
+  if (round_up_to_vector(nnz) != num_entries) return kTileChanged;
 
   int pos = 0;
   const auto emit = [&](uint32_t entry) { entries[storage_index(pos++, num_entries)] = entry; };
@@ -86,6 +89,7 @@ void pack_tile(const uint16_t* dense, int64_t ld, const TileExtent& extent, int 
     }
   }
   for (size_t i = 0; pos < num_entries; ++i) emit(static_cast<uint32_t>(free_places[i]) << 16);
+  return nnz;
 }
 
 }  // namespace
@@ -121,14 +125,13 @@ Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
   return Status::success();
 }
 
-void tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-                    const ParallelFor& parallel_for, uint32_t* entries) {
-  parallel_for(num_tiles(m, k), 4, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      pack_tile(dense, ld, tile_extent(tile, m, k),
-                (offsets[tile + 1] - offsets[tile]) * kVectorEntries,
-                entries + int64_t{offsets[tile]} * kVectorEntries);
-    }
+Status tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
+                      const int32_t* offsets, int64_t nnz, const ParallelFor& parallel_for,
+                      uint32_t* entries) {
+  return pack_tiles(num_tiles(m, k), 4, nnz, parallel_for, [&](int64_t tile) {
+    return pack_tile(dense, ld, tile_extent(tile, m, k),
+                     (offsets[tile + 1] - offsets[tile]) * kVectorEntries,
+                     entries + int64_t{offsets[tile]} * kVectorEntries);
   });
 }
 

@@ -1,6 +1,6 @@
 #include "torch/checks.h"
 
-#include <ATen/Parallel.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
 
 #include <algorithm>
@@ -26,10 +26,6 @@ void raise_if_error(const char* op, const Status& status) {
       TORCH_CHECK(false, message());
   }
   TORCH_CHECK(false, message());
-}
-
-void parallel_for(int64_t count, int64_t grain, const ParallelBody& body) {
-  at::parallel_for(0, count, grain, body);
 }
 
 at::ScalarType scalar_type(ValueType type) {
@@ -64,11 +60,22 @@ uint16_t* mutable_raw(const Tensor& tensor) {
 
 namespace {
 
+// The memory of a tensor may be smaller than its sizes say: UntypedStorage.resize_ leaves them as
+// they were, and so do sharded optimizers, which free a weight between its uses.
+void check_storage(const char* op, const char* name, const Tensor& tensor) {
+  const size_t needed = at::detail::computeStorageNbytes(
+      tensor.sizes(), tensor.strides(), tensor.itemsize(), tensor.storage_offset());
+  TORCH_CHECK_VALUE(needed <= tensor.storage().nbytes(), "flash_llm::", op, ": ", name,
+                    " of shape ", tensor.sizes(), " needs a storage of ", needed,
+                    " bytes, got one of ", tensor.storage().nbytes());
+}
+
 void check_words(const char* op, const char* name, const Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kInt, "flash_llm::", op, ": ", name,
                    " must be int32, got ", tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.dim() == 1, "flash_llm::", op, ": ", name,
                     " must be one-dimensional, got ", tensor.dim(), " dimensions");
+  check_storage(op, name, tensor);
 }
 
 }  // namespace
@@ -115,6 +122,7 @@ DenseMatrix check_dense(const char* op, const Tensor& dense) {
   const int64_t m = dense.size(0), k = dense.size(1);
   TORCH_CHECK_VALUE(m <= INT32_MAX && k <= INT32_MAX, "flash_llm::", op,
                     ": dense must have at most 2^31 - 1 rows and columns, got ", m, "x", k);
+  check_storage(op, "dense", dense);
   // Before anything is copied: no format has larger tiles than this one.
   check_tiles(op, packed_format(Format::kTiledCsl), m, k);
   const bool rows_contiguous = k <= 1 || dense.stride(1) == 1;
@@ -181,6 +189,7 @@ SpmmCall check_spmm(const Tensor& x, at::IntArrayRef header, const Tensor& offse
   TORCH_CHECK_VALUE(x.dim() >= 1, "flash_llm::spmm: x must have at least one dimension, got 0");
   TORCH_CHECK_VALUE(x.size(-1) == h.k, "flash_llm::spmm: x.size(-1) must equal K=", h.k, ", got ",
                     x.size(-1));
+  check_storage("spmm", "x", x);
   raise_if_error("spmm", parse_activation(std::string(activation), &call.activation));
   if (bias.has_value() && bias->defined()) {
     TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), "flash_llm::spmm: bias must be ",
@@ -189,6 +198,7 @@ SpmmCall check_spmm(const Tensor& x, at::IntArrayRef header, const Tensor& offse
                      " like x, got ", bias->device());
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == h.m,
                       "flash_llm::spmm: bias must have shape [M=", h.m, "], got ", bias->sizes());
+    check_storage("spmm", "bias", *bias);
     call.bias = bias->contiguous();
   }
   call.n = 1;

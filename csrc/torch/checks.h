@@ -10,7 +10,6 @@
 #include <tuple>
 #include <vector>
 
-#include "base/parallel.h"
 #include "base/status.h"
 #include "format/packed_format.h"
 #include "format/packed_header.h"
@@ -24,9 +23,6 @@ using Packed = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // header, offse
 
 // Raises the Python exception that `status` stands for, with the operator's name in front.
 void raise_if_error(const char* op, const Status& status);
-
-// at::parallel_for, so that torch.set_num_threads is respected.
-void parallel_for(int64_t count, int64_t grain, const ParallelBody& body);
 
 // The dtype of an unpacked weight, and of the x that it multiplies.
 at::ScalarType scalar_type(ValueType type);

@@ -95,6 +95,8 @@ std::string current_cpu_isa() {
   return cpu_isa_name(isa);
 }
 
+void set_cpu_isa(const std::string& name) { raise_if_error("set_cpu_isa", force_cpu_isa(name)); }
+
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
   for (const CpuIsa isa : kCpuIsas) {
@@ -127,6 +129,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("explain_format", &explain_format, py::arg("m"), py::arg("k"), py::arg("nnz"),
         py::arg("compute_capability"));
   m.def("cpu_isa", &current_cpu_isa);
+  m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"));
   m.def("cpu_isas", &cpu_isas);
   py::dict formats;
   for (const PackedFormat& format : all_formats()) {

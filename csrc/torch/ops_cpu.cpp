@@ -11,6 +11,7 @@
 #include "plan/cpu.h"
 #include "plan/spmm_plan.h"
 #include "torch/operators.h"
+#include "torch/parallel_for.h"
 
 namespace flash_llm {
 
@@ -26,8 +27,9 @@ Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, const PackedForm
   const int64_t words = int64_t{offsets_data[offsets.numel() - 1]} * format.unit_words;
   Tensor payload = at::empty({words}, offsets.options());
   flash_llm::prefer_huge_pages(payload.mutable_data_ptr(), payload.nbytes());
-  format.pack(raw(dense.tensor), dense.ld, dense.m, dense.k, offsets_data, parallel_for,
-              reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()));
+  raise_if_error(op, format.pack(raw(dense.tensor), dense.ld, dense.m, dense.k, offsets_data, nnz,
+                                 parallel_for,
+                                 reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>())));
   return {header_tensor(make_header(dense, format.id, nnz, words)), offsets, payload};
 }
 

@@ -3,6 +3,7 @@
 #include <optional>
 #include <string>
 
+#include "format/packed_checks.h"
 #include "torch/operators.h"
 
 #ifdef FLASH_LLM_WITH_CUDA
@@ -50,17 +51,19 @@ Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFor
   raise_if_error(op, kernels->count(raw(dense.tensor), dense.ld, dense.m, dense.k,
                                     units.mutable_data_ptr<int32_t>(),
                                     nnz.mutable_data_ptr<int32_t>(), current_stream()));
-  const Tensor totals = at::sum(counts, 1, false, at::kLong).cpu();  // the one wait for the device
+  const Tensor totals = at::sum(counts, 1, false, at::kLong).cpu();
   const int64_t total_units = totals[0].item<int64_t>(), total_nnz = totals[1].item<int64_t>();
   TORCH_CHECK_VALUE(total_units <= INT32_MAX, "flash_llm::", op, ": a weight of ", dense.m, "x",
                     dense.k, " has more nonzeros than 31-bit offsets can address");
   Tensor offsets = at::zeros({tiles + 1}, int_options);
   offsets.narrow(0, 1, tiles).copy_(at::cumsum(units, 0, at::kInt));
   Tensor payload = at::empty({total_units * format.unit_words}, int_options);
+  const Tensor changed = at::zeros({1}, int_options);
   raise_if_error(op, kernels->pack(raw(dense.tensor), dense.ld, dense.m, dense.k,
-                                   offsets.const_data_ptr<int32_t>(),
+                                   offsets.const_data_ptr<int32_t>(), nnz.const_data_ptr<int32_t>(),
                                    reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()),
-                                   current_stream()));
+                                   changed.mutable_data_ptr<int32_t>(), current_stream()));
+  if (changed.item<int32_t>() != 0) raise_if_error(op, dense_changed());
   if (tiles > 0) {
     raise_if_error(op, cuda::end_weight_writes(counts.mutable_data_ptr(), current_stream()));
   }

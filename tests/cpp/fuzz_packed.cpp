@@ -7,7 +7,9 @@
 //   * an undamaged weight validates, and unpacks to what was packed;
 //   * a weight that validates means one matrix: unpacking, packing again, in any format, and
 //     unpacking gives that matrix and the same nnz;
-//   * unpack and spmm on anything that passes the cheap size check touch no foreign memory.
+//   * unpack and spmm on anything that passes the cheap size check touch no foreign memory;
+//   * packing another matrix than was counted touches none either, and gives a valid weight or an
+//     error.
 // A failure prints the seed and the round, which reproduce it.
 #include <algorithm>
 #include <chrono>
@@ -68,6 +70,7 @@ class Fuzzer {
       }
     }
     ++(exercise(packed) ? outcomes_[format].accepted : outcomes_[format].refused);
+    pack_changed(dense, format);
   }
 
   Outcomes outcomes(Format format) { return outcomes_[format]; }
@@ -101,6 +104,18 @@ class Fuzzer {
     return pick_of<int64_t>(0, 1, -1, 3, 4, 9, 18, 20, 127, 136, 137, 139, 2048, 2049, 8191, 8192,
                             8193, 65535, INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN,
                             int64_t{1} << 31, int64_t{1} << 62);
+  }
+
+  void pack_changed(DenseMatrix& dense, Format format) {
+    Packed packed;
+    require(count(dense, format, serial_for, &packed).ok(), "count refused a small matrix");
+    for (int64_t i = below(200); i > 0 && !dense.values.empty(); --i) {
+      uint16_t& value = dense.values[pick_index(dense.values.size())];
+      value = below(2) ? uint16_t{0} : static_cast<uint16_t>(rng_());
+    }
+    if (fill(dense, serial_for, &packed).ok()) {
+      require(check(packed).ok(), "packing a matrix that had changed gave a malformed weight");
+    }
   }
 
   // Up to 2 more or less, wrapping around as corrupted integers do.

@@ -2,13 +2,17 @@
 // not look into a tile.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <random>
 #include <set>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "base/cpu_isa.h"
 #include "format/packed_format.h"
 #include "format/packed_header.h"
 #include "testing.h"
@@ -136,6 +140,82 @@ INSTANTIATE_TEST_SUITE_P(
                                          Shape{300, 200}, Shape{3, 1000}, Shape{40, 256},
                                          Shape{545, 257}, Shape{530, 640}),
                        ::testing::Values(0.0, 0.1, 0.5, 0.9, 1.0)));
+
+// The matrix is another one when it is packed than when it was counted: another thread writes it.
+class Changed : public ::testing::TestWithParam<std::tuple<Format, CpuIsa>> {
+ protected:
+  void SetUp() override {
+    const CpuIsa isa = std::get<1>(GetParam());
+    if (!has_cpu_isa(isa)) GTEST_SKIP() << "this CPU has no " << cpu_isa_name(isa);
+    ASSERT_TRUE(force_cpu_isa(cpu_isa_name(isa)).ok());
+  }
+  void TearDown() override { ASSERT_TRUE(force_cpu_isa("").ok()); }
+
+  // Packs `after` with the counts of `before` and returns how that ended. Nothing outside of the
+  // payload may be written, and what is accepted must be a valid weight.
+  static StatusCode pack_changed(const DenseMatrix& before, const DenseMatrix& after) {
+    constexpr uint32_t kGuard = 0xDEADBEEF;
+    constexpr size_t kGuardWords = 4096;
+    Packed packed;
+    EXPECT_TRUE(count(before, std::get<0>(GetParam()), serial_for, &packed).ok());
+    const size_t words = packed.payload.size();
+    packed.payload.insert(packed.payload.begin(), kGuardWords, kGuard);
+    packed.payload.insert(packed.payload.end(), kGuardWords, kGuard);
+    const Status status =
+        packed.format().pack(after.values.data(), after.ld, after.m, after.k, packed.offsets.data(),
+                             packed.header.nnz, serial_for, packed.payload.data() + kGuardWords);
+    const auto begin = packed.payload.begin(), values = begin + kGuardWords;
+    const auto values_end = values + static_cast<std::ptrdiff_t>(words);
+    EXPECT_EQ(std::count(begin, values, kGuard), kGuardWords) << "written before the payload";
+    EXPECT_EQ(std::count(values_end, packed.payload.end(), kGuard), kGuardWords)
+        << "written behind the payload";
+    packed.payload = std::vector<uint32_t>(values, values_end);
+    if (status.ok()) {
+      EXPECT_TRUE(check(packed).ok()) << "accepted, but is no valid weight";
+    } else {
+      EXPECT_NE(status.message.find("changed by another thread"), std::string::npos);
+    }
+    return status.code;
+  }
+};
+
+TEST_P(Changed, WritesStayWithinWhatWasCounted) {
+  for (const auto& [m, k] : {Shape{1, 1}, Shape{4, 32}, Shape{37, 300}, Shape{130, 600}}) {
+    for (const double sparsity : {0.0, 0.3, 0.75, 0.9, 0.99}) {
+      const DenseMatrix before = random_patterns(m, k, sparsity, 5);
+      for (const double later : {0.0, 0.5, 0.85, 1.0}) {
+        const DenseMatrix after = random_patterns(m, k, later, 6);
+        pack_changed(before, after);
+      }
+      EXPECT_EQ(pack_changed(before, before), StatusCode::kOk);
+    }
+    const DenseMatrix full = random_patterns(m, k, 0.0, 5);
+    EXPECT_EQ(pack_changed(full, zeros(m, k)), StatusCode::kRuntime);
+    EXPECT_EQ(pack_changed(random_patterns(m, k, 0.5, 5), full),
+              m * k > 1 ? StatusCode::kRuntime : StatusCode::kOk);
+  }
+}
+
+TEST_P(Changed, OneElementMoreOrLessIsSeen) {
+  for (const double sparsity : {0.1, 0.5, 0.9}) {
+    DenseMatrix before = random_patterns(66, 290, sparsity, 5);
+    for (int64_t row = 0; row < before.m; ++row) before.at(row, 0) = kHalfOne;  // no tile is empty
+    std::mt19937 rng(1);
+    for (int i = 0; i < 200; ++i) {
+      DenseMatrix after = before;
+      uint16_t& value = after.values[rng() % after.values.size()];
+      value = is_zero_pattern(value) ? kHalfOne : uint16_t{0x8000};
+      EXPECT_EQ(pack_changed(before, after), StatusCode::kRuntime);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Packers, Changed,
+                         ::testing::Values(std::tuple{Format::kTiledCsl, CpuIsa::kPortable},
+                                           std::tuple{Format::kBitmap, CpuIsa::kPortable},
+                                           std::tuple{Format::kRowBitmap, CpuIsa::kPortable},
+                                           std::tuple{Format::kRowBitmap, CpuIsa::kAvx2},
+                                           std::tuple{Format::kRowBitmap, CpuIsa::kAvx512}));
 
 // Broken one at a time in a weight that is valid otherwise.
 class Malformed : public ::testing::TestWithParam<Format> {

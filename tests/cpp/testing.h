@@ -88,8 +88,10 @@ struct Packed {
   }
 };
 
-inline Status pack(const DenseMatrix& dense, Format format, const ParallelFor& parallel_for,
-                   Packed* out, ValueType type = ValueType::kFloat16) {
+// The first pass of packing; the payload is there, and every word of it valid in no format, so that
+// a word which the second pass forgets is seen.
+inline Status count(const DenseMatrix& dense, Format format, const ParallelFor& parallel_for,
+                    Packed* out, ValueType type = ValueType::kFloat16) {
   out->header = PackedHeader::of(format);
   out->header.value_type = type;
   out->header.m = dense.m;
@@ -99,13 +101,22 @@ inline Status pack(const DenseMatrix& dense, Format format, const ParallelFor& p
   Status status = row.count(dense.values.data(), dense.ld, dense.m, dense.k, parallel_for,
                             out->offsets.data(), &out->header.nnz);
   if (!status.ok()) return status;
-  // Valid in no format, so that a word which pack forgets is seen.
   out->payload.assign(
       static_cast<size_t>(out->offsets.back()) * static_cast<size_t>(row.unit_words), 0xFFFFFFFF);
   out->header.payload_words = static_cast<int64_t>(out->payload.size());
-  row.pack(dense.values.data(), dense.ld, dense.m, dense.k, out->offsets.data(), parallel_for,
-           out->payload.data());
-  return Status::success();
+  return status;
+}
+
+// The second pass.
+inline Status fill(const DenseMatrix& dense, const ParallelFor& parallel_for, Packed* out) {
+  return out->format().pack(dense.values.data(), dense.ld, dense.m, dense.k, out->offsets.data(),
+                            out->header.nnz, parallel_for, out->payload.data());
+}
+
+inline Status pack(const DenseMatrix& dense, Format format, const ParallelFor& parallel_for,
+                   Packed* out, ValueType type = ValueType::kFloat16) {
+  Status status = count(dense, format, parallel_for, out, type);
+  return status.ok() ? fill(dense, parallel_for, out) : status;
 }
 
 inline Packed pack_or_die(const DenseMatrix& dense, Format format,

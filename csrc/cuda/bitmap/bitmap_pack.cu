@@ -63,6 +63,11 @@ struct ChunkPosition {
     index = row < rows ? chunk_index(row, col, rows, cols) : -1;
     first = row < rows ? chunk_index(row, col & ~int64_t{1}, rows, cols) : -1;
   }
+
+  // Where the second of the pair is.
+  __device__ int64_t second(int64_t m, int64_t k) const {
+    return chunk_index(row, col | 1, num_chunk_rows(m), num_chunk_cols(k));
+  }
 };
 
 unsigned num_ctas(int64_t m, int64_t k) {
@@ -112,6 +117,12 @@ struct BitRows {
   // The bits of columns 16 sixteenth to 16 sixteenth + 15.
   __device__ __forceinline__ uint32_t half_word(int row, int sixteenth) const {
     return reinterpret_cast<const uint16_t*>(words[row])[sixteenth];
+  }
+  // Of the first `cols` columns, in all rows.
+  __device__ __forceinline__ int num_stored(int cols, int lane) const {
+    int count = 0;
+    for (int word = 0; word < cols / 32; ++word) count += __popc(words[lane][word]);
+    return __reduce_add_sync(kAllLanes, count);
   }
 };
 
@@ -183,8 +194,9 @@ __device__ __forceinline__ uint32_t residual_bits(uint32_t bits) {
 
 // The number of steps of each strip's residual.
 struct ResidualSteps {
-  int steps[2];
+  int steps[2] = {};
 
+  ResidualSteps() = default;
   __device__ __forceinline__ ResidualSteps(const BitRows& bits, int lane) {
     int count = 0;  // residual elements in row `lane`
 #pragma unroll
@@ -440,8 +452,9 @@ __device__ __forceinline__ void write_residual_columns(const BitRows& bits, int 
   }
 }
 
-// Writes the residual's steps, which must be zero before.
-__device__ __forceinline__ void write_residual(const DenseMatrix& dense, const Extent& extent,
+// Writes the residual's steps, which are zero so far. Returns whether the lane's values are what
+// their bits say: they are read from the matrix once more.
+__device__ __forceinline__ bool write_residual(const DenseMatrix& dense, const Extent& extent,
                                                const BitRows& bits, const ResidualSteps& residual,
                                                int lane, uint8_t* out) {
   const int first_step = lane < kStripM ? 0 : residual.steps[0];
@@ -451,6 +464,7 @@ __device__ __forceinline__ void write_residual(const DenseMatrix& dense, const E
   // Each lane completes its own row: it writes the values and, where a step has no element of the
   // row, a column that another row of the step reads anyway.
   const int row = lane, most_steps = max(residual.steps[0], residual.steps[1]);
+  bool right = true;
   for (int i = 0; i < most_steps; ++i) {
     const int step = first_step + i;
     auto* column = reinterpret_cast<uint16_t*>(out + residual_column_byte(row, step));
@@ -458,12 +472,15 @@ __device__ __forceinline__ void write_residual(const DenseMatrix& dense, const E
     const uint32_t stored = __ballot_sync(kAllLanes, own != 0) >> (lane & 24) & 0xFFU;
     const uint32_t other = __shfl_sync(kAllLanes, own, __ffs(static_cast<int>(stored)) - 1, 8);
     if (own != 0) {
-      *reinterpret_cast<uint16_t*>(out + residual_value_byte(row, step)) =
+      const uint16_t value =
           dense.row(extent.row0 + row)[extent.col0 + residual_column(static_cast<int>(own))];
+      right = right && (value & 0x7FFF) != 0;
+      *reinterpret_cast<uint16_t*>(out + residual_value_byte(row, step)) = value;
     } else if (stored != 0) {
       *column = static_cast<uint16_t>(other);
     }
   }
+  return right;
 }
 
 // Writes a lane's runs into the rows of values.
@@ -496,7 +513,8 @@ __device__ __forceinline__ void write_runs(const RunWords& runs, const RunLayout
 
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(DenseMatrix dense, const int32_t* __restrict__ offsets,
-                uint32_t* __restrict__ payload) {
+                const int32_t* __restrict__ counted_nnz, uint32_t* __restrict__ payload,
+                int32_t* changed) {
   __shared__ __align__(16) SlotRows warp_slots[kWarps];
   __shared__ __align__(16) uint8_t packed[kWarps][kMaxChunkBytes];
   __shared__ BitRows warp_bits[kWarps];
@@ -518,6 +536,17 @@ __global__ void __launch_bounds__(kThreads)
   const RunWords runs = two_four ? two_four_runs(bits, lane) : plain_runs(bits, 0, lane);
   const RunLayout layout(runs, lane);
   const int down_offset[2] = {layout.down_offset(0), layout.down_offset(1)};
+  const ResidualSteps residual = two_four ? ResidualSteps(bits, lane) : ResidualSteps();
+
+  const int needed = two_four ? two_four_units(layout.rows(), residual.steps[0], residual.steps[1])
+                              : chunk_units(layout.rows());
+  const int counted =
+      counted_nnz[position.index] + (two_four ? counted_nnz[position.second(dense.m, dense.k)] : 0);
+  const int stored = bits.num_stored(two_four ? kTwoFourK : kChunkK, lane);
+  if (needed != units || stored != counted) {  // another stream writes the matrix
+    if (lane == 0) *changed = 1;
+    return;
+  }
 
   uint8_t* out = packed[warp];
   const int vectors = units * (kChunkUnitBytes / 16);
@@ -537,8 +566,7 @@ __global__ void __launch_bounds__(kThreads)
       reinterpret_cast<uint4*>(out + strip * kTwoFourStripBitsBytes)[lane] =
           make_uint4(words[0], words[1], words[2], words[3]);
     }
-    const ResidualSteps residual(bits, lane);
-    write_residual(dense, extent, bits, residual, lane, values + value_bytes);
+    if (!write_residual(dense, extent, bits, residual, lane, values + value_bytes)) *changed = 1;
     size_bit =
         static_cast<uint32_t>(layout.rows() | residual.steps[0] << 8 | residual.steps[1] << 16) >>
             lane &
@@ -733,9 +761,10 @@ Status count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* u
 }
 
 Status pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-            uint32_t* payload, cudaStream_t stream) {
+            const int32_t* nnz, uint32_t* payload, int32_t* changed, cudaStream_t stream) {
   if (m == 0 || k == 0) return Status::success();
-  pack_kernel<<<num_ctas(m, k), kThreads, 0, stream>>>({dense, ld, m, k}, offsets, payload);
+  pack_kernel<<<num_ctas(m, k), kThreads, 0, stream>>>({dense, ld, m, k}, offsets, nnz, payload,
+                                                       changed);
   return cuda::check(cudaGetLastError(), "bitmap pack_kernel launch");
 }
 

@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(kThreads)
 // SM busy meanwhile.
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(DenseMatrix dense, const int32_t* __restrict__ offsets,
-                uint32_t* __restrict__ entries) {
+                const int32_t* __restrict__ counted_nnz, uint32_t* __restrict__ entries,
+                int32_t* changed) {
   __shared__ uint16_t values[kTileElems];  // by position
   __shared__ uint32_t
       present[kBankPositions / 32][kNumBanks];  // bit i % 32: position i of the bank
@@ -93,6 +94,10 @@ __global__ void __launch_bounds__(kThreads)
     count += __popc(mask);
   }
   const int nnz = __reduce_add_sync(~0U, count);
+  if (nnz != counted_nnz[blockIdx.x]) {  // another stream writes the matrix
+    if (lane == 0) *changed = 1;
+    return;
+  }
   int pos = 0, part = 0;
   uint32_t mask = present[0][lane];  // what is left of this part of the bank's positions
   while (pos < nnz) {                // one round
@@ -189,11 +194,11 @@ Status count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* u
 }
 
 Status pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-            uint32_t* entries, cudaStream_t stream) {
+            const int32_t* nnz, uint32_t* entries, int32_t* changed, cudaStream_t stream) {
   const int64_t tiles = num_tiles(m, k);
   if (tiles == 0) return Status::success();
   pack_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>({dense, ld, m, k}, offsets,
-                                                                     entries);
+                                                                     nnz, entries, changed);
   return cuda::check(cudaGetLastError(), "pack_kernel launch");
 }
 
