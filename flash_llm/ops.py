@@ -73,7 +73,8 @@ class PackedHeader(NamedTuple):
 
         Raises:
             TypeError: the dtype is not int64.
-            ValueError: the tensor is not one-dimensional with 8 elements, or is on the meta device.
+            ValueError: the tensor is not one-dimensional with 8 elements, is on the meta device, or
+                has a storage smaller than that.
         """
         if tensor.dtype != torch.int64:
             raise TypeError(f"flash_llm: header must be int64, got {tensor.dtype}")
@@ -84,6 +85,12 @@ class PackedHeader(NamedTuple):
             )
         if tensor.is_meta:
             raise ValueError("flash_llm: header must hold values, got a tensor on the meta device")
+        elements = tensor.storage_offset() + (len(tensor) - 1) * tensor.stride(0) + 1
+        if tensor.untyped_storage().nbytes() < elements * tensor.itemsize:
+            raise ValueError(
+                f"flash_llm: header needs a storage of {elements * tensor.itemsize} bytes, "
+                f"got one of {tensor.untyped_storage().nbytes()}"
+            )
         return PackedHeader(*tensor.tolist())
 
 
@@ -430,7 +437,8 @@ def spmm(
 
     Raises:
         ValueError: a shape disagrees with ``w``; ``activation`` or ``config`` is unknown; ``ctas``
-            lies outside [0, 65535]; a buffer of ``w`` has the wrong length.
+            lies outside [0, 65535]; a buffer of ``w`` has the wrong length; the storage of a tensor
+            is smaller than its shape needs.
         TypeError: dtype or device of ``x``, ``bias`` or a buffer differs from ``w``.
         NotImplementedError: the device is older than sm_80, or this build has no CUDA part.
         RuntimeError: the extension is missing, or CUDA failed.
@@ -517,9 +525,10 @@ def explain_format(m: int, k: int, nnz: int, *, compute_capability: int = 0) -> 
 def pack(dense: Tensor, format: str = "auto") -> PackedWeight:
     """Pack the nonzeros of a dense weight.
 
-    ±0 is dropped; every other bit pattern (NaN, Inf, subnormal) survives ``unpack(pack(w))`` bit
-    for bit. CPU and CUDA give the same bytes. The header comes back as Python integers, so packing
-    on a GPU waits for it, and ``torch.compile`` breaks the graph here.
+    Zeros of either sign are dropped, and come back as +0; every other bit pattern (NaN, Inf,
+    subnormal) survives ``unpack(pack(w))`` bit for bit. CPU and CUDA give the same bytes. The
+    header comes back as Python integers, so packing on a GPU waits for it, and ``torch.compile``
+    breaks the graph here.
 
     Args:
         dense: ``[M, K]`` float16 or bfloat16, CPU or CUDA, any strides, any M, K >= 0.
@@ -531,10 +540,11 @@ def pack(dense: Tensor, format: str = "auto") -> PackedWeight:
 
     Raises:
         ValueError: ``dense`` is not two-dimensional, is too large for the format's 31-bit offsets,
-            or ``format`` is unknown.
+            has a storage smaller than its shape needs, or ``format`` is unknown.
         TypeError: the dtype is neither float16 nor bfloat16.
         NotImplementedError: ``dense`` is on CUDA and this build has no CUDA part.
-        RuntimeError: the extension is missing, or CUDA failed.
+        RuntimeError: another thread or stream changed ``dense`` while it was packed; the extension
+            is missing, or CUDA failed.
 
     Example:
         >>> import torch, flash_llm

@@ -149,6 +149,15 @@ def test_a_storage_smaller_than_its_tensor_is_no_segfault(op, argument, left, fo
         getattr(torch.ops.flash_llm, op)(**arguments)
 
 
+@pytest.mark.parametrize("nbytes", [0, 63])
+def test_a_header_beyond_its_storage_is_refused(nbytes):
+    w, _, _ = good("cpu")
+    header = w.header.to_tensor()
+    header.untyped_storage().resize_(nbytes)
+    with raises(ValueError, "header needs a storage of 64 bytes", f"{nbytes}"):
+        TiledCSL.from_tensors(header, w.offsets, w.payload)
+
+
 def test_a_storage_that_was_given_back_is_used_again(format, device):
     """Sharded training frees weights between their uses; a tensor without elements needs none."""
     w, x, bias = good(device, format)

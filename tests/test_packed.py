@@ -60,6 +60,26 @@ def test_every_bit_pattern_survives(format, dtype, device):
     assert packed.nnz == (1 << 16) - 2
 
 
+@pytest.mark.gpu
+def test_packing_a_weight_that_another_stream_changes_corrupts_nothing(gpu_format):
+    weight = testing.random_sparse(4096, 4096, 0.0, device="cuda")
+    others = [weight * (torch.rand_like(weight) < density) for density in (0.1, 1.0)]
+    stream, refused = torch.cuda.Stream(), 0
+    for _ in range(20):
+        with torch.cuda.stream(stream):
+            for other in others * 20:
+                weight.copy_(other)
+        try:
+            flash_llm.pack(weight, gpu_format).validate()
+        except RuntimeError as error:
+            assert "flash_llm::pack: dense was changed" in str(error)
+            refused += 1
+        stream.synchronize()
+    assert refused > 0
+    for other in others:
+        assert torch.equal(flash_llm.pack(other, gpu_format).to_dense(), other)
+
+
 def test_a_negative_zero_is_a_zero(format, dtype, device):
     """Pruning by ``weight * mask`` leaves -0 where a weight was negative: it must cost nothing."""
     weight = testing.random_sparse(130, 300, 0.0, dtype=dtype, device=device)
