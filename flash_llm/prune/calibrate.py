@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flash_llm.evaluate import ProgressBar, evaluation_mode, remark, track
+from flash_llm.forward import evaluation_mode
+from flash_llm.progress import ProgressBar, remark, track
 from flash_llm.prune.admm import admm
 from flash_llm.prune.allocation import outlier_ratio, owl_sparsities
 from flash_llm.prune.blocks import Stack, find_stacks, forward, record_calls, taking_turns

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from flash_llm.checkpoint import Checkpoint, checkpoint_files
-from flash_llm.evaluate import ProgressBar, evaluation_mode, remark, track
+from flash_llm.forward import evaluation_mode
+from flash_llm.progress import ProgressBar, remark, track
 from flash_llm.prune.blocks import Call, Stack, as_list, find_stacks, on, record_calls
 from flash_llm.prune.layers import check_weights
 from flash_llm.prune.report import save_report

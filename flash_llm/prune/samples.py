@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from flash_llm.evaluate import check_token_ids
+from flash_llm.forward import check_token_ids
 
 logger = logging.getLogger("flash_llm")
 

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_llm.evaluate import ProgressBar, evaluation_mode, track
+from flash_llm.forward import evaluation_mode
+from flash_llm.progress import ProgressBar, track
 from flash_llm.prune.allocation import least_error_sparsities
 from flash_llm.prune.blocks import Stack, find_stacks, forward, record_calls, taking_turns
 from flash_llm.prune.criteria import check_prune_target, magnitude_mask, wanda_mask
