@@ -201,7 +201,7 @@ def evaluate_checkpoints(
     if not folders:
         raise ValueError("flash_llm.evaluate_checkpoints: there must be a folder")
     try:
-        content = Path(text).read_text(encoding="utf-8")
+        content = Path(text).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"flash_llm.evaluate_checkpoints: {text} is not UTF-8: {error}") from None
     for folder in folders:  # before the first one is loaded; a name would be looked up on the hub

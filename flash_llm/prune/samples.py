@@ -1,7 +1,8 @@
-"""Calibration data: from what users have to samples of token ids.
+"""Calibration data: from what users have to samples that a model is called with.
 
-A sample is one sequence without padding. Sequences in memory are used as they are, cut to
+A sample of text is one sequence without padding. Sequences in memory are used as they are, cut to
 ``seqlen``; the documents of a file are laid end to end and cut into samples of exactly ``seqlen``.
+A sample for a model that takes more than text, or something else, is a dict of its arguments.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from flash_llm.forward import check_token_ids
+from flash_llm.prune.blocks import Sample
 
 logger = logging.getLogger("flash_llm")
 
-Calibration: TypeAlias = "str | os.PathLike[str] | Tensor | Iterable[Any]"
-"""A file of text, token ids ``[S, L]``, or an iterable of sequences or batches of them."""
+Calibration: TypeAlias = "str | os.PathLike[str] | Tensor | Mapping[str, Any] | Iterable[Any]"
+"""A file of text, token ids ``[S, L]``, a batch, or an iterable of sequences or batches of them."""
+
+CHARACTERS_PER_TOKEN = 64
+"""Of a file, about so many characters for each token that is asked for are tokenised at most."""
 
 Tokenizer: TypeAlias = Callable[[str], Any]
 """A Hugging Face tokenizer, or ``f(text) -> {"input_ids": [...]}``."""
@@ -39,15 +44,18 @@ def token_samples(
 
     Args:
         calibration: the name of a ``.txt`` file, or of a ``.jsonl`` file whose lines are objects
-            with a ``"text"`` (both in UTF-8); token ids ``[S, L]``, each row a sample; or an
-            iterable, a DataLoader say, of strings, of token tensors ``[L]`` or ``[B, L]``, of
-            tuples that begin with one, or of dicts that hold one as ``"input_ids"`` and perhaps an
-            ``"attention_mask"``, which says what is padding and is left out.
+            with a ``"text"`` (both in UTF-8); token ids ``[S, L]``, each row a sample; a dict (or
+            another mapping, such as what a tokenizer returns) that holds them, or a list of
+            sequences of different lengths, as ``"input_ids"``, and perhaps an
+            ``"attention_mask"``, which says what is padding and is left out; or an iterable, a
+            DataLoader say, of strings, of token tensors ``[L]`` or ``[B, L]``, of tuples that
+            begin with one, or of such dicts.
         tokenizer: needed for strings and files.
         nsamples: use only so many samples; None for all.
         seqlen: cut each sample to so many tokens.
-        seed: None takes the first ``nsamples`` and reads no further; a number draws them at random
-            from all, without replacement.
+        seed: a number draws the samples at random from all, without replacement. None takes the
+            first ``nsamples`` of an iterable and reads no further, and of a file ``nsamples`` that
+            are spread evenly over it.
 
     Returns:
         int64 token ids ``[1, L]`` with ``1 <= L <= seqlen``, at least one of them. That some in
@@ -57,8 +65,9 @@ def token_samples(
         OSError: the file cannot be read (FileNotFoundError: it is not there).
         TypeError: the data or one of its items is nothing of the above, or ids are no int32 or
             int64.
-        ValueError: there is no token; a file has fewer than ``seqlen``, another ending, or a line
-            that is no such JSON object; a tokenizer is needed; a shape or a number is wrong.
+        ValueError: there is no token; a file has fewer than ``seqlen``, another ending, is not
+            UTF-8, or has a line that is no such JSON object; a tokenizer is needed; a shape or a
+            number is wrong.
     """
     if calibration is None:
         raise ValueError("calibration text is needed; pass calibration=")
@@ -67,15 +76,9 @@ def token_samples(
     if seqlen < 1:
         raise ValueError(f"seqlen must be at least 1, got {seqlen}")
     if isinstance(calibration, (str, os.PathLike)):
-        return _draw(_from_file(Path(calibration), tokenizer, seqlen), nsamples, seed)
-    if not isinstance(calibration, Iterable):
-        raise TypeError(
-            "calibration must be a file's name, token tensors or strings, got "
-            f"{type(calibration).__name__}"
-        )
-    if isinstance(calibration, Tensor) and calibration.dim() == 1:
-        calibration = calibration[None]
-    chosen = _draw((row for item in calibration for row in _rows(item)), nsamples, seed)
+        return _from_file(Path(calibration), tokenizer, nsamples, seqlen, seed)
+    rows = (row for item in _items(calibration) for row in _rows(item))
+    chosen = _draw(rows, nsamples, seed)
     samples = [_tokenize(row, tokenizer) if isinstance(row, str) else row for row in chosen]
     samples = [sample[None, :seqlen] for sample in samples if len(sample)]
     if not samples:
@@ -108,16 +111,75 @@ def samples_for(
     nsamples: int | None,
     seqlen: int,
     seed: int | None,
-) -> list[Tensor]:
-    """:func:`token_samples`, checked against the model's vocabulary.
+) -> list[Sample]:
+    """Samples that a model can be called with.
+
+    For a model of transformers that takes more than token ids (an encoder-decoder) or something
+    else (pictures, sound), the calibration is an iterable, a DataLoader say, of dicts of the
+    model's arguments, each a sample as it is, or one such dict; ``tokenizer`` and ``seqlen`` do
+    nothing to them. For all others see :func:`token_samples`.
 
     Raises:
+        TypeError: also if a model that needs dicts gets something else.
         ValueError: also if a token id is outside the vocabulary.
     """
-    samples = token_samples(calibration, tokenizer, nsamples, seqlen, seed)
+    samples: list[Sample] = []
+    needed = _arguments_beside_text(model)
+    if needed and calibration is not None:
+        for item in _draw(iter(_items(calibration)), nsamples, seed):
+            if not _is_mapping(item):
+                raise TypeError(
+                    f"{type(model).__name__} is called with {needed}: calibration must be dicts "
+                    f"of its arguments, got {type(item).__name__}"
+                )
+            samples.append({str(key): item[key] for key in item.keys()})  # noqa: SIM118
+        if not samples:
+            raise ValueError("calibration holds no samples")
+    else:
+        samples.extend(token_samples(calibration, tokenizer, nsamples, seqlen, seed))
     for sample in samples:
-        check_token_ids(sample, model)
+        ids = sample if isinstance(sample, Tensor) else sample.get("input_ids")
+        if isinstance(ids, Tensor):
+            check_token_ids(ids, model)
     return samples
+
+
+def count_tokens(samples: Iterable[Sample]) -> int:
+    """Token ids in the samples; 0 for those of models that take no text."""
+    ids = (s if isinstance(s, Tensor) else s.get("input_ids") for s in samples)
+    return sum(tensor.numel() for tensor in ids if isinstance(tensor, Tensor))
+
+
+def _arguments_beside_text(model: nn.Module) -> str:
+    """What a model of transformers needs that is no text for a decoder or an encoder, or ""."""
+    main = getattr(model, "main_input_name", "input_ids")
+    decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    names = [main] if main != "input_ids" else []
+    if decoder is True:
+        names = [main, "decoder_input_ids"]
+    return " and ".join(names)
+
+
+def _items(calibration: Any) -> Iterable[Any]:
+    """What is in memory as an iterable of sequences and batches."""
+    if _is_mapping(calibration) or (isinstance(calibration, Tensor) and calibration.dim() == 1):
+        return [calibration]
+    if not isinstance(calibration, Iterable):
+        raise TypeError(
+            "calibration must be a file's name, token tensors or strings, got "
+            f"{type(calibration).__name__}"
+        )
+    return calibration
+
+
+def _is_mapping(value: Any) -> bool:
+    """Whether iteration yields names of parts: a dict, what a tokenizer returns, a data frame."""
+    if isinstance(value, Mapping):
+        return True
+    if not hasattr(value, "keys") or not isinstance(value, Iterable):
+        return False
+    first = next(iter(value), None)
+    return isinstance(first, str) and first in value.keys()  # type: ignore[attr-defined]
 
 
 def _rows(item: Any) -> Iterator[str | Tensor]:
@@ -126,14 +188,27 @@ def _rows(item: Any) -> Iterator[str | Tensor]:
         yield item
         return
     mask = None
-    if isinstance(item, Mapping):
-        if "input_ids" not in item:
+    if _is_mapping(item):
+        names = list(item.keys())
+        if "input_ids" not in names:
             raise TypeError(
                 'a calibration item that is a dict must have "input_ids", got the keys '
-                f"{sorted(map(str, item))}"
+                f"{sorted(map(str, names))}"
             )
-        mask = item.get("attention_mask")
-        item = torch.as_tensor(item["input_ids"])
+        mask = item["attention_mask"] if "attention_mask" in names else None
+        item = item["input_ids"]
+        if not isinstance(item, Tensor) and any(isinstance(row, Iterable) for row in item):
+            # A batch of sequences, perhaps of different lengths.
+            masks = [None] * len(item) if mask is None else list(mask)
+            if len(masks) != len(item):
+                raise ValueError(
+                    f"attention_mask must have a row for each of the {len(item)} of input_ids, "
+                    f"got {len(masks)}"
+                )
+            for ids, used in zip(item, masks, strict=True):
+                yield from _rows({"input_ids": ids, "attention_mask": used})
+            return
+        item = torch.as_tensor(item)
     elif isinstance(item, (tuple, list)) and item and isinstance(item[0], Tensor):
         item = item[0]
     if not isinstance(item, Tensor):
@@ -159,16 +234,40 @@ def _rows(item: Any) -> Iterator[str | Tensor]:
         yield ids[keep.bool()].to(torch.int64)
 
 
-def _from_file(path: Path, tokenizer: Tokenizer | None, seqlen: int) -> Iterator[Tensor]:
-    """Samples ``[1, seqlen]`` of a file's documents, laid end to end; what is left is dropped."""
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(
-            f"the calibration file must end in .txt or .jsonl, got {str(path)!r} (several texts "
-            "are passed as a list)"
-        )
+def _from_file(
+    path: Path, tokenizer: Tokenizer | None, nsamples: int | None, seqlen: int, seed: int | None
+) -> list[Tensor]:
+    """Samples ``[1, seqlen]`` of a file, drawn with a seed, or spread evenly over it without."""
+    documents = _documents(path)
+    if nsamples is None or seed is not None:
+        return _draw(_cut(path, documents, tokenizer, seqlen), nsamples, seed)
+    documents = _thinned(list(documents), nsamples, seqlen * CHARACTERS_PER_TOKEN)
+    every = list(_cut(path, documents, tokenizer, seqlen))
+    number = min(nsamples, len(every))
+    return [every[index * len(every) // number] for index in range(number)]
+
+
+def _thinned(documents: list[str], number: int, size: int) -> Iterator[str]:
+    """Parts of ``number * size`` characters or so in all, spread evenly over the documents.
+
+    A large file is not tokenised whole. Documents of more than ``size`` characters are cut.
+    """
+    parts = [
+        document[start : start + size]
+        for document in documents
+        for start in range(0, len(document), size)
+    ]
+    stride = sum(map(len, parts)) // (number * size)
+    return iter(documents if stride < 2 else parts[::stride])
+
+
+def _cut(
+    path: Path, documents: Iterator[str], tokenizer: Tokenizer | None, seqlen: int
+) -> Iterator[Tensor]:
+    """Samples ``[1, seqlen]`` of documents laid end to end; what is left is dropped."""
     left = torch.empty(0, dtype=torch.int64)
     found = False
-    for document in _documents(path):
+    for document in documents:
         left = torch.cat([left, _tokenize(document, tokenizer)])
         *whole, left = torch.split(left, seqlen)
         if len(left) == seqlen:
@@ -185,20 +284,33 @@ def _from_file(path: Path, tokenizer: Tokenizer | None, seqlen: int) -> Iterator
 
 
 def _documents(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        if path.suffix == ".txt":
-            yield file.read()
-            return
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: no JSON: {error}") from None
-            if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-                raise ValueError(f'{path}, line {number}: must be an object with a string "text"')
-            yield entry["text"]
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(
+            f"the calibration file must end in .txt or .jsonl, got {str(path)!r} (several texts "
+            "are passed as a list)"
+        )
+    try:
+        with path.open(encoding="utf-8-sig") as file:  # some editors put a byte order mark in front
+            if path.suffix == ".txt":
+                yield file.read()
+                return
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _text_of(line, f"{path}, line {number}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the calibration file {path} is not UTF-8: {error}") from None
+
+
+def _text_of(line: str, place: str) -> str:
+    """The text in a line of a .jsonl file."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: no JSON: {error}") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+        raise ValueError(f'{place}: must be an object with a string "text"')
+    text: str = entry["text"]
+    return text
 
 
 def _tokenize(text: str, tokenizer: Tokenizer | None) -> Tensor:
