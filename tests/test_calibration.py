@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from flash_llm.prune.samples import token_samples
+from flash_llm.prune.samples import samples_for
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 5
 
@@ -23,7 +23,7 @@ def ids(text):
 
 
 def read(calibration, nsamples=None, seqlen=16, seed=None, tokenizer=tokenizer):
-    return token_samples(calibration, tokenizer, nsamples, seqlen, seed)
+    return samples_for(None, calibration, tokenizer, nsamples, seqlen, seed)
 
 
 def equal(one, other):

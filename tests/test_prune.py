@@ -1150,3 +1150,107 @@ def test_progress_goes_through_the_callers_bar():
     prune_(Stack(), sparsity=0.5, calibration=tokens(), progress=bar)
     prune_(Stack(), method="magnitude", sparsity=0.5, progress=bar)
     assert seen == [(4, "recording calls"), (3, "pruning"), (6, "pruning")]
+
+
+def encoder_decoder():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        **{"vocab_size": 61, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
+        decoder_start_token_id=0,
+        tie_word_embeddings=False,
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    decoded = tokens(4, 7).flip(0)
+    samples = [
+        {"input_ids": ids[None], "decoder_input_ids": target[None]}
+        for ids, target in zip(tokens(), decoded, strict=True)
+    ]
+    return model, [*model.encoder.block, *model.decoder.block], samples
+
+
+def speech():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WhisperConfig(
+        **{"vocab_size": 61, "d_model": 16, "num_mel_bins": 8, "pad_token_id": 0},
+        **{"encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32},
+        **{"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32},
+        **{"max_source_positions": 20, "max_target_positions": 20},
+        **{"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+    )
+    model = transformers.WhisperForConditionalGeneration(config)
+    samples = [
+        {"input_features": torch.randn(1, 8, 40), "decoder_input_ids": ids[None]}
+        for ids in tokens(4, 6)
+    ]
+    return model, [*model.model.encoder.layers, *model.model.decoder.layers], samples
+
+
+def pictures():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        **{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "image_size": 16, "patch_size": 8},
+    )
+    model = transformers.ViTForImageClassification(config)
+    return model, list(model.vit.layers), [{"pixel_values": torch.randn(2, 3, 16, 16)}] * 3
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("make", [encoder_decoder, speech, pictures])
+def test_dicts_of_arguments_calibrate_models_that_take_more_than_text(make):
+    torch.manual_seed(0)
+    model, blocks, samples = make()
+    expected = copy.deepcopy(model)
+    names = [name for name, module in model.named_modules() if module in blocks]
+
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = expected
+
+        def forward(self, index):
+            return self.inner(**samples[index])
+
+    # Each block, the decoder's too, sees what the pruned blocks before it put out.
+    groups = [linear_layers(expected.get_submodule(name)).values() for name in names]
+    prune_the_slow_way(Called(), groups, torch.arange(len(samples)), 0.5)
+    targets = [f"re:.*{name}\\..*" for name in names]
+    report = prune_(model, sparsity=0.5, calibration=samples, targets=targets)
+    assert all(layer.sequential for layer in report.layers)
+    assert report.num_tokens == (64 if make is encoder_decoder else 0)
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+
+
+@pytest.mark.hf
+def test_text_is_input_and_labels_of_an_encoder_decoder():
+    model, _, _ = encoder_decoder()
+    expected = copy.deepcopy(model)
+    pairs = [{"input_ids": ids[None], "labels": ids[None]} for ids in tokens()]
+    prune_(expected, sparsity=0.5, calibration=pairs)
+    padded = {"input_ids": torch.nn.functional.pad(tokens(), (0, 3))}
+    padded["attention_mask"] = torch.nn.functional.pad(torch.ones(4, 16), (0, 3))
+    for calibration in (tokens(), padded):
+        twin = copy.deepcopy(model)
+        prune_(twin, sparsity=0.5, calibration=calibration)
+        assert all(map(torch.equal, twin.state_dict().values(), expected.state_dict().values()))
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("make", [speech, pictures])
+@pytest.mark.parametrize("calibration", ["text.txt", ["a text"], tokens(), list(tokens())])
+def test_text_is_refused_for_a_model_that_takes_none(make, calibration):
+    model, _, _ = make()
+    with pytest.raises(TypeError, match="is called with (input_features|pixel_values)"):
+        prune_(model, sparsity=0.5, calibration=calibration, targets="re:.*fc1")
+
+
+@pytest.mark.hf
+def test_floating_point_arguments_beside_text_are_passed_on():
+    model, _ = tiny("llama")
+    expected = copy.deepcopy(model)
+    samples = [{"inputs_embeds": model.model.embed_tokens(row[None]).detach()} for row in tokens()]
+    prune_(expected, sparsity=0.5, calibration=tokens())
+    prune_(model, sparsity=0.5, calibration=samples)
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+    with pytest.raises(TypeError, match="must hold tensors, pixel_values is list"):
+        prune_(pictures()[0], sparsity=0.5, calibration={"pixel_values": [[0.5]]})

@@ -374,8 +374,13 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def is_encoder_decoder(model: nn.Module | None) -> bool:
+    """Whether a model of transformers has an encoder and a decoder."""
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
+
+
 def forward(model: nn.Module, sample: Sample, **wanted: Any) -> None:
-    """Run the model without a key/value cache.
+    """Run the model without a key/value cache; text is an encoder-decoder's input and its labels.
 
     Args:
         model: called with the sample on the device of its first parameter.
@@ -386,6 +391,8 @@ def forward(model: nn.Module, sample: Sample, **wanted: Any) -> None:
     options = {k: v for k, v in {"use_cache": False, **wanted}.items() if k in known}
     sample = on(next(model.parameters()).device, sample)
     if isinstance(sample, Tensor):
+        if is_encoder_decoder(model) and "labels" in known:
+            options["labels"] = sample
         model(sample, **options)
     else:
         model(**{**options, **sample})

@@ -120,10 +120,10 @@ def prune_(
             file (objects with a ``"text"``), token ids ``[S, L]`` (each row is a sample), what a
             tokenizer returns (``"input_ids"`` and perhaps ``"attention_mask"``), or an iterable,
             such as a list or a DataLoader, of strings, of token tensors ``[L]`` or ``[B, L]``, or
-            of dicts as a tokenizer returns them (:func:`flash_llm.prune.samples.token_samples`).
-            For encoder-decoders and models of pictures or sound, dicts of the model's arguments
-            (:func:`flash_llm.prune.samples.samples_for`). 128 samples are customary. Magnitude
-            needs none and ignores it, unless the allocation is measured.
+            of dicts as a tokenizer returns them; for encoder-decoders and models of pictures or
+            sound, dicts of the model's arguments (:func:`flash_llm.prune.samples.samples_for`).
+            128 samples are customary. Magnitude needs none and ignores it, unless the allocation is
+            measured.
         tokenizer: a Hugging Face tokenizer, or ``f(text) -> {"input_ids": [...]}``; for files and
             strings.
         nsamples: use only so many samples; None for all.

@@ -7,6 +7,7 @@ A sample for a model that takes more than text, or something else, is a dict of 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import logging
@@ -15,11 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flash_llm.forward import check_token_ids
-from flash_llm.prune.blocks import Sample
+from flash_llm.prune.blocks import Sample, is_encoder_decoder
 
 logger = logging.getLogger("flash_llm")
 
@@ -33,23 +35,29 @@ Tokenizer: TypeAlias = Callable[[str], Any]
 """A Hugging Face tokenizer, or ``f(text) -> {"input_ids": [...]}``."""
 
 
-def token_samples(
+def samples_for(
+    model: nn.Module | None,
     calibration: Calibration | None,
     tokenizer: Tokenizer | None,
     nsamples: int | None,
     seqlen: int,
     seed: int | None,
-) -> list[Tensor]:
+) -> list[Sample]:
     """Read calibration data.
 
     Args:
+        model: that the samples are for, or None for one of text, whose vocabulary is not known.
         calibration: the name of a ``.txt`` file, or of a ``.jsonl`` file whose lines are objects
             with a ``"text"`` (both in UTF-8); token ids ``[S, L]``, each row a sample; a dict (or
             another mapping, such as what a tokenizer returns) that holds them, or a list of
             sequences of different lengths, as ``"input_ids"``, and perhaps an
             ``"attention_mask"``, which says what is padding and is left out; or an iterable, a
             DataLoader say, of strings, of token tensors ``[L]`` or ``[B, L]``, of tuples that
-            begin with one, or of such dicts.
+            begin with one, or of such dicts. For a model of transformers that takes something else
+            (pictures, sound), one or several dicts of its arguments, each a sample as it is. A dict
+            is that for any model if it has floating point tensors for arguments of ``forward``
+            other than the attention mask and labels, and for an encoder-decoder if it says what is
+            decoded (``"decoder_input_ids"`` or ``"labels"``); else text is input and labels.
         tokenizer: needed for strings and files.
         nsamples: use only so many samples; None for all.
         seqlen: cut each sample to so many tokens.
@@ -58,16 +66,16 @@ def token_samples(
             are spread evenly over it.
 
     Returns:
-        int64 token ids ``[1, L]`` with ``1 <= L <= seqlen``, at least one of them. That some in
-        memory are shorter than ``seqlen`` is logged as a warning.
+        int64 token ids ``[1, L]`` with ``1 <= L <= seqlen``, or arguments of the model by name; at
+        least one of them. That some in memory are shorter than ``seqlen`` is logged as a warning.
 
     Raises:
         OSError: the file cannot be read (FileNotFoundError: it is not there).
         TypeError: the data or one of its items is nothing of the above, or ids are no int32 or
-            int64.
+            int64; the model needs more than text.
         ValueError: there is no token; a file has fewer than ``seqlen``, another ending, is not
             UTF-8, or has a line that is no such JSON object; a tokenizer is needed; a shape or a
-            number is wrong.
+            number is wrong; a token id is outside the vocabulary.
     """
     if calibration is None:
         raise ValueError("calibration text is needed; pass calibration=")
@@ -75,16 +83,40 @@ def token_samples(
         raise ValueError(f"nsamples must be at least 1, got {nsamples}")
     if seqlen < 1:
         raise ValueError(f"seqlen must be at least 1, got {seqlen}")
+    samples: list[Sample]
     if isinstance(calibration, (str, os.PathLike)):
-        return _from_file(Path(calibration), tokenizer, nsamples, seqlen, seed)
-    rows = (row for item in _items(calibration) for row in _rows(item))
-    chosen = _draw(rows, nsamples, seed)
-    samples = [_tokenize(row, tokenizer) if isinstance(row, str) else row for row in chosen]
-    samples = [sample[None, :seqlen] for sample in samples if len(sample)]
+        _refuse_text(model, f"the file {calibration}")
+        samples = [*_from_file(Path(calibration), tokenizer, nsamples, seqlen, seed)]
+    else:
+        samples = _from_memory(model, calibration, tokenizer, nsamples, seqlen, seed)
+    if model is not None:
+        for sample in samples:
+            ids = _ids(sample)
+            if ids is not None:
+                check_token_ids(ids, model)
+    return samples
+
+
+def _from_memory(
+    model: nn.Module | None,
+    calibration: Any,
+    tokenizer: Tokenizer | None,
+    nsamples: int | None,
+    seqlen: int,
+    seed: int | None,
+) -> list[Sample]:
+    rows = (row for item in _items(calibration) for row in _rows(item, model))
+    samples: list[Sample] = []
+    for row in _draw(rows, nsamples, seed):
+        if isinstance(row, dict):
+            samples.append(row)
+        else:
+            ids = _tokenize(row, tokenizer) if isinstance(row, str) else row
+            samples.extend([ids[None, :seqlen]] if len(ids) else [])
     if not samples:
         raise ValueError("calibration holds no tokens")
-    lengths = [sample.shape[1] for sample in samples]
-    if min(lengths) < seqlen:
+    lengths = [sample.shape[1] for sample in samples if isinstance(sample, Tensor)]
+    if min(lengths, default=seqlen) < seqlen:
         logger.warning(
             "flash_llm: %d of %d calibration samples have fewer than seqlen=%d tokens (the "
             "shortest %d); they are used as they are",
@@ -104,60 +136,51 @@ def _draw(rows: Iterator[Any], nsamples: int | None, seed: int | None) -> list[A
     return [every[index] for index in sorted(order[:nsamples].tolist())]
 
 
-def samples_for(
-    model: nn.Module,
-    calibration: Calibration | None,
-    tokenizer: Tokenizer | None,
-    nsamples: int | None,
-    seqlen: int,
-    seed: int | None,
-) -> list[Sample]:
-    """Samples that a model can be called with.
-
-    For a model of transformers that takes more than token ids (an encoder-decoder) or something
-    else (pictures, sound), the calibration is an iterable, a DataLoader say, of dicts of the
-    model's arguments, each a sample as it is, or one such dict; ``tokenizer`` and ``seqlen`` do
-    nothing to them. For all others see :func:`token_samples`.
-
-    Raises:
-        TypeError: also if a model that needs dicts gets something else.
-        ValueError: also if a token id is outside the vocabulary.
-    """
-    samples: list[Sample] = []
-    needed = _arguments_beside_text(model)
-    if needed and calibration is not None:
-        for item in _draw(iter(_items(calibration)), nsamples, seed):
-            if not _is_mapping(item):
-                raise TypeError(
-                    f"{type(model).__name__} is called with {needed}: calibration must be dicts "
-                    f"of its arguments, got {type(item).__name__}"
-                )
-            samples.append({str(key): item[key] for key in item.keys()})  # noqa: SIM118
-        if not samples:
-            raise ValueError("calibration holds no samples")
-    else:
-        samples.extend(token_samples(calibration, tokenizer, nsamples, seqlen, seed))
-    for sample in samples:
-        ids = sample if isinstance(sample, Tensor) else sample.get("input_ids")
-        if isinstance(ids, Tensor):
-            check_token_ids(ids, model)
-    return samples
-
-
 def count_tokens(samples: Iterable[Sample]) -> int:
     """Token ids in the samples; 0 for those of models that take no text."""
-    ids = (s if isinstance(s, Tensor) else s.get("input_ids") for s in samples)
-    return sum(tensor.numel() for tensor in ids if isinstance(tensor, Tensor))
+    return sum(ids.numel() for ids in map(_ids, samples) if ids is not None)
 
 
-def _arguments_beside_text(model: nn.Module) -> str:
-    """What a model of transformers needs that is no text for a decoder or an encoder, or ""."""
+def _ids(sample: Sample) -> Tensor | None:
+    ids = sample if isinstance(sample, Tensor) else sample.get("input_ids")
+    return ids if isinstance(ids, Tensor) else None
+
+
+def _needed_arguments(model: nn.Module | None) -> list[str]:
+    """The names of what a model of transformers is called with, if that is not token ids alone."""
     main = getattr(model, "main_input_name", "input_ids")
-    decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    names = [main] if main != "input_ids" else []
-    if decoder is True:
-        names = [main, "decoder_input_ids"]
-    return " and ".join(names)
+    if main == "input_ids":
+        return []
+    return [main, "decoder_input_ids"] if is_encoder_decoder(model) else [main]
+
+
+def _refuse_text(model: nn.Module | None, found: str) -> None:
+    needed = _needed_arguments(model)
+    if needed:
+        raise TypeError(
+            f"{type(model).__name__} is called with {' and '.join(needed)}: calibration must be "
+            f"dicts of its arguments, got {found}"
+        )
+
+
+def _arguments(item: Any, model: nn.Module | None) -> dict[str, Any] | None:
+    """A mapping as arguments of the model; None where it is text with its mask and labels."""
+    arguments = {str(key): item[key] for key in list(item.keys())}
+    if not _needed_arguments(model):
+        known = {} if model is None else inspect.signature(model.forward).parameters
+        more = known.keys() & arguments.keys() - {"attention_mask", "labels"}
+        values = [arguments[name] for name in more]
+        floating = any(isinstance(v, Tensor) and v.is_floating_point() for v in values)
+        decoded = is_encoder_decoder(model) and arguments.keys() & {"decoder_input_ids", "labels"}
+        if not floating and not decoded:
+            return None
+    for name, value in arguments.items():
+        if isinstance(value, (list, np.ndarray)):
+            raise TypeError(
+                f"a calibration sample of {type(model).__name__} must hold tensors, {name} is "
+                f"{type(value).__name__}"
+            )
+    return arguments
 
 
 def _items(calibration: Any) -> Iterable[Any]:
@@ -182,13 +205,19 @@ def _is_mapping(value: Any) -> bool:
     return isinstance(first, str) and first in value.keys()  # type: ignore[attr-defined]
 
 
-def _rows(item: Any) -> Iterator[str | Tensor]:
-    """The sequences in one item of an iterable: strings, or int64 ids ``[L]``."""
+def _rows(item: Any, model: nn.Module | None) -> Iterator[str | Tensor | dict[str, Any]]:
+    """The samples in one item of an iterable: strings, int64 ids ``[L]``, or arguments by name."""
+    mask = None
+    if not _is_mapping(item):
+        _refuse_text(model, type(item).__name__)
     if isinstance(item, str):
         yield item
         return
-    mask = None
     if _is_mapping(item):
+        arguments = _arguments(item, model)
+        if arguments is not None:
+            yield arguments
+            return
         names = list(item.keys())
         if "input_ids" not in names:
             raise TypeError(
@@ -206,7 +235,7 @@ def _rows(item: Any) -> Iterator[str | Tensor]:
                     f"got {len(masks)}"
                 )
             for ids, used in zip(item, masks, strict=True):
-                yield from _rows({"input_ids": ids, "attention_mask": used})
+                yield from _rows({"input_ids": ids, "attention_mask": used}, model)
             return
         item = torch.as_tensor(item)
     elif isinstance(item, (tuple, list)) and item and isinstance(item[0], Tensor):
