@@ -280,3 +280,23 @@ def test_no_cache_of_an_earlier_call_reaches_a_block():
     recover_(wrapped, Wrapper(dense), **options)
     recover_(model, dense, **options)
     assert all(map(torch.equal, model.state_dict().values(), wrapped.inner.state_dict().values()))
+
+
+def test_a_block_that_works_in_place_is_trained_like_any_other():
+    class InPlace(Block):
+        def forward(self, x, *, scale=1.0):
+            x += self.down(torch.relu(self.up(x))) * scale
+            return (x,)
+
+    def in_place(model):
+        twin = copy.deepcopy(model)
+        for block in twin.blocks:
+            block.__class__ = InPlace
+        return twin
+
+    dense = Stack()
+    model = pruned(dense)
+    twin = in_place(model)
+    recover_(model, dense, calibration=tokens(), epochs=2)
+    recover_(twin, in_place(dense), calibration=tokens(), epochs=2)
+    assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))

@@ -9,6 +9,7 @@ two sets of activations between blocks.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -314,6 +316,12 @@ class _Student:
         pairs = zip(self.passed_on, wanted, strict=True)
         return torch.stack([(outputs[i] - tensor).square().sum() for i, tensor in pairs]).sum()
 
+    def changes(self) -> contextlib.AbstractContextManager[Any]:
+        """Differentiate a block that works in place; it costs copies, so only where needed."""
+        if self.stack.in_place:
+            return torch.autograd.graph.allow_mutation_on_saved_tensors()
+        return contextlib.nullcontext()
+
     def rounded(self) -> dict[str, Tensor]:
         """The parameters as the block would hold them."""
         own = dict(self.block.named_parameters())
@@ -346,7 +354,7 @@ class _Student:
         for epoch in range(1, epochs + 1):
             for sample in torch.randperm(len(self.calls), generator=generator).tolist():
                 optimizer.zero_grad()
-                with torch.enable_grad():
+                with torch.enable_grad(), self.changes():
                     outputs = self.stack.run(self.module, self.calls[sample])
                     loss = self.distance(sample, outputs) / max(self.energy, 1e-30)
                     loss.backward()  # type: ignore[no-untyped-call]
