@@ -209,7 +209,7 @@ def test_report_reads_as_table_and_as_json(tmp_path):
         return items
 
     report = recover_(pruned(dense), dense, calibration=tokens(), seqlen=16, epochs=2, progress=bar)
-    assert seen == [(3, "recovering")]
+    assert seen == [(4, "recording calls"), (3, "recovering")]
     lines = str(report).splitlines()
     assert lines[0].split() == ["block", "before", "after", "epoch"]
     assert lines[1].split()[0] == "blocks.0" and len(lines) == 5
