@@ -209,7 +209,7 @@ def test_report_reads_as_table_and_as_json(tmp_path):
         return items
 
     report = recover_(pruned(dense), dense, calibration=tokens(), seqlen=16, epochs=2, progress=bar)
-    assert seen == [(3, "recovering")]
+    assert seen == [(4, "recording calls"), (3, "recovering")]
     lines = str(report).splitlines()
     assert lines[0].split() == ["block", "before", "after", "epoch"]
     assert lines[1].split()[0] == "blocks.0" and len(lines) == 5
@@ -267,3 +267,36 @@ def test_recover_refuses(arguments, error, message):
     arguments = {"model": Stack(), "dense": Stack(), "calibration": tokens(), **arguments}
     with pytest.raises(error, match=message):
         recover_(**arguments, seqlen=16, **({} if "epochs" in arguments else {"epochs": 1}))
+
+
+@pytest.mark.hf
+def test_no_cache_of_an_earlier_call_reaches_a_block():
+    from test_prune import Wrapper
+
+    dense, _ = tiny("llama")
+    model = pruned(dense)
+    options = {"calibration": tokens(), "epochs": 2, "ignore": ("lm_head",)}
+    wrapped = Wrapper(copy.deepcopy(model))
+    recover_(wrapped, Wrapper(dense), **options)
+    recover_(model, dense, **options)
+    assert all(map(torch.equal, model.state_dict().values(), wrapped.inner.state_dict().values()))
+
+
+def test_a_block_that_works_in_place_is_trained_like_any_other():
+    class InPlace(Block):
+        def forward(self, x, *, scale=1.0):
+            x += self.down(torch.relu(self.up(x))) * scale
+            return (x,)
+
+    def in_place(model):
+        twin = copy.deepcopy(model)
+        for block in twin.blocks:
+            block.__class__ = InPlace
+        return twin
+
+    dense = Stack()
+    model = pruned(dense)
+    twin = in_place(model)
+    recover_(model, dense, calibration=tokens(), epochs=2)
+    recover_(twin, in_place(dense), calibration=tokens(), epochs=2)
+    assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))

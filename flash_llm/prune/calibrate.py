@@ -23,10 +23,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flash_llm.evaluate import ProgressBar, evaluation_mode, remark, track
+from flash_llm.progress import ProgressBar, remark, track
 from flash_llm.prune.admm import admm
 from flash_llm.prune.allocation import outlier_ratio, owl_sparsities
-from flash_llm.prune.blocks import Stack, find_stacks, forward, record_calls, taking_turns
+from flash_llm.prune.blocks import (
+    Sample,
+    Stack,
+    calibration_mode,
+    find_stacks,
+    forward,
+    record_calls,
+    taking_turns,
+)
 from flash_llm.prune.criteria import (
     check_prune_target,
     global_magnitude_masks,
@@ -38,7 +46,7 @@ from flash_llm.prune.layers import check_inputs, check_weights, matrix
 from flash_llm.prune.reconstruction import SingularHessianError, relative_error
 from flash_llm.prune.report import PrunedLayer, PruneRecipe, PruneReport
 from flash_llm.prune.resume import ResumeFolder
-from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
+from flash_llm.prune.samples import Calibration, Tokenizer, count_tokens, samples_for
 from flash_llm.prune.sensitivity import LEVELS, allocate, measure_layers
 from flash_llm.prune.sparsegpt import sparsegpt
 from flash_llm.sparsify import (
@@ -109,18 +117,21 @@ def prune_(
             dict from patterns, as in ``targets``, to sparsities: the first pattern that matches a
             layer counts, ``"_default"`` (or ``sparsity``) is for layers that none matches.
         calibration: text that the model should stay good at: the name of a ``.txt`` or ``.jsonl``
-            file (objects with a ``"text"``), token ids ``[S, L]`` (each row is a sample), or an
-            iterable, such as a list or a DataLoader, of strings, of token tensors ``[L]`` or
-            ``[B, L]``, or of dicts with ``"input_ids"`` and perhaps ``"attention_mask"``
-            (:func:`flash_llm.prune.samples.token_samples`). 128 samples are customary. Magnitude
-            needs none and ignores it, unless the allocation is measured.
+            file (objects with a ``"text"``), token ids ``[S, L]`` (each row is a sample), what a
+            tokenizer returns (``"input_ids"`` and perhaps ``"attention_mask"``), or an iterable,
+            such as a list or a DataLoader, of strings, of token tensors ``[L]`` or ``[B, L]``, or
+            of dicts as a tokenizer returns them; for encoder-decoders and models of pictures or
+            sound, dicts of the model's arguments (:func:`flash_llm.prune.samples.samples_for`).
+            128 samples are customary. Magnitude needs none and ignores it, unless the allocation is
+            measured.
         tokenizer: a Hugging Face tokenizer, or ``f(text) -> {"input_ids": [...]}``; for files and
             strings.
         nsamples: use only so many samples; None for all.
         seqlen: tokens per sample. What is longer is cut; a shorter sequence in memory is used as it
             is, with a warning; files are cut into samples of exactly this length.
-        seed: None takes the first ``nsamples`` and reads no further; a number draws them at random
-            from all, without replacement. Nothing else is random.
+        seed: a number draws the samples at random from all, without replacement. None takes the
+            first ``nsamples`` of an iterable and reads no further, and of a file ``nsamples`` that
+            are spread evenly over it. Nothing else is random.
         damping: fraction of the mean diagonal added to the Hessian (SparseGPT and ADMM). Where
             rounding still leaves it singular, tenfold, with a warning that names the layer, up to
             1; 0 is never raised.
@@ -134,8 +145,9 @@ def prune_(
             the dense model, after a kill say, pruning goes on with the layer that was in work, and
             ends with the same bits. The folder takes as many bytes as the pruned layers, and can be
             removed once the model is saved. Scope ``"global"`` begins anew: it needs no inputs.
-        progress: True for a tqdm bar over the blocks with the last layer's name, sparsity and
-            error, or a callable such as ``rich.progress.track``.
+        progress: True for a tqdm bar over the samples of the first pass, and then one over the
+            blocks with the last layer's name, sparsity and error, or a callable such as
+            ``rich.progress.track``.
 
     Returns:
         A :class:`flash_llm.PruneReport`, one entry per pruned layer.
@@ -170,6 +182,9 @@ def prune_(
     _check_allocation(method, scope, allocation)
     if not 0.0 <= damping < math.inf:
         raise ValueError(f"flash_llm.prune_: damping must be finite and at least 0, got {damping}")
+    measured = isinstance(allocation, str) and allocation != "uniform"
+    calibrated = method != "magnitude" or measured
+    from_file = calibrated and isinstance(calibration, (str, os.PathLike))
     recipe = PruneRecipe(
         method=method,
         sparsity=sparsity,
@@ -182,28 +197,30 @@ def prune_(
         preserve_mask=preserve_mask,
         targets=parse_patterns("targets", targets),
         ignore=parse_patterns("ignore", ignore),
+        calibration=str(calibration) if from_file else None,
     )
     layers = select_layers(model, targets, ignore)
     sparsities = _layer_sparsities(model, layers, sparsity, scope, allocation)
     check_weights(model, layers)
-    samples: list[Tensor] = []
-    measured = isinstance(allocation, str) and allocation != "uniform"
-    if method != "magnitude" or measured:
+    samples: list[Sample] = []
+    if calibrated:
         samples = samples_for(model, calibration, tokenizer, nsamples, seqlen, seed)
 
     start = time.perf_counter()
     done = None
     if resume_dir is not None:
         done = ResumeFolder(Path(resume_dir), model, layers, recipe, samples)
-    with evaluation_mode(model):
+    with calibration_mode(model):
         stacks = find_stacks(model, layers, None if device is None else torch.device(device))
         if measured:
 
             def measure() -> dict[str, float | None]:
                 assert sparsity is not None  # _layer_sparsities saw to it
                 if allocation == "owl":
-                    return _owl_sparsities(model, stacks, layers, samples, sparsity)
-                found = measure_layers(model, stacks, layers, samples, LEVELS, "wanda", scope)
+                    return _owl_sparsities(model, stacks, layers, samples, sparsity, progress)
+                found = measure_layers(
+                    model, stacks, layers, samples, LEVELS, "wanda", scope, progress
+                )
                 return {**allocate(LEVELS, found, sparsity)}
 
             sparsities = measure() if done is None else done.allocation(measure)
@@ -220,7 +237,7 @@ def prune_(
         recipe=recipe,
         layers=tuple(pruner.entries[name] for name in layers),
         num_samples=len(samples),
-        num_tokens=sum(sample.numel() for sample in samples),
+        num_tokens=count_tokens(samples),
         seconds=time.perf_counter() - start,
     )
 
@@ -291,12 +308,13 @@ def _owl_sparsities(
     model: nn.Module,
     stacks: list[Stack],
     layers: dict[str, nn.Module],
-    samples: list[Tensor],
+    samples: Sequence[Sample],
     sparsity: float,
+    progress: bool | ProgressBar,
 ) -> dict[str, float | None]:
     """OWL's targets, from one pass of the dense model; a layer outside the stacks is a block."""
     with taking_turns(stacks), collect_inputs(layers, squares) as inputs:
-        for sample in samples:
+        for sample in track(samples, "measuring", progress):
             forward(model, sample, logits_to_keep=1)
     prefixes = [stack.prefix(index) for stack in stacks for index in range(len(stack.blocks))]
     blocks: dict[str, list[str]] = {}
@@ -418,29 +436,27 @@ class _Pruner:
         )
 
     def prune_calibrated(
-        self, stacks: list[Stack], samples: list[Tensor], progress: bool | ProgressBar
+        self, stacks: list[Stack], samples: Sequence[Sample], progress: bool | ProgressBar
     ) -> None:
         """Prune block by block, then what is outside the blocks."""
-        if stacks:
-            record_calls(self.model, stacks, samples)
-        steps = [
-            (stack, index)
-            for stack in stacks
-            if stack.chained
-            for index in range(len(stack.blocks))
-        ]
-        bar = track(steps, "pruning", progress)
-        for stack, index in bar:
-            names = self._prune_block(stack, index)
-            if names:
-                last = self.entries[names[-1]]
-                error = "" if last.error is None else f", error {last.error:.3f}"
-                remark(bar, f"{last.name}: sparsity {last.sparsity:.3f}{error}")
+        for stack in stacks:
+            # A stack that others feed (a decoder) is called with what they put out when pruned.
+            with taking_turns([other for other in stacks if other is not stack]):
+                record_calls(self.model, [stack], samples, progress)
+            if not stack.chained:
+                continue
+            bar = track(range(len(stack.blocks)), "pruning", progress)
+            for index in bar:
+                names = self._prune_block(stack, index)
+                if names:
+                    last = self.entries[names[-1]]
+                    error = "" if last.error is None else f", error {last.error:.3f}"
+                    remark(bar, f"{last.name}: sparsity {last.sparsity:.3f}{error}")
 
         rest = {name: layer for name, layer in self.layers.items() if name not in self.entries}
         if rest:
             with taking_turns(stacks), collect_inputs(rest, self.statistic) as inputs:
-                for sample in samples:
+                for sample in track(samples, "pruning the rest", progress):
                     forward(self.model, sample)
             for name in rest:
                 self.prune(name, inputs.pop(name, None), sequential=False)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flash_llm import hf, ops
 from flash_llm.checkpoint import Checkpoint, checkpoint_files
 from flash_llm.convert import copy_other_files, read_config, write_card
-from flash_llm.evaluate import ProgressBar
+from flash_llm.progress import ProgressBar
 from flash_llm.prune.calibrate import prune_
 from flash_llm.prune.report import PruneReport
 from flash_llm.sparsify import (
@@ -198,7 +198,7 @@ def prune_checkpoint(
             unfinished.discard()
         raise
     if pack:
-        sparsify_(model, targets, ignore, format=format)
+        sparsify_(model, targets, ignore, format=format, progress=progress)
     shutil.rmtree(unfinished.content)  # half of a model, from a run that was killed
     unfinished.content.mkdir()
     copy_other_files(src, unfinished.content, checkpoint_files(src))
