@@ -1,16 +1,89 @@
-"""Write files so that a kill or a full disk leaves the old one or the new one, not half of one."""
+"""Files of our own: JSON that is checked as it is read, and writing that never leaves half a file.
+
+A kill or a full disk leaves the old file or the new one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import secrets
+import types
+import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-TEMPORARY_SUFFIX = ".tmp"
-"""The end of the name that a file has until it is whole."""
+# Deeper than any configuration, and far from where Python's encoder gives up.
+_MAX_JSON_DEPTH = 64
+
+TEMPORARY_NAME = r"\.[0-9a-f]{16}\.tmp"
+"""Regular expression of the names that files have until they are whole."""
+
+
+def read_json(path: Path, caller: str = "flash_llm") -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Args:
+        path: of the file.
+        caller: function named in errors.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds no JSON, something else than an object, or one that is nested too deep.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{caller}: {path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{caller}: {path} must hold an object, got {type(found).__name__}")
+    level: list[Any] = [found]
+    depth = 0
+    while level:
+        inner = [v for x in level for v in (x.values() if isinstance(x, dict) else x)]
+        level, depth = [v for v in inner if isinstance(v, (dict, list))], depth + 1
+        if depth > _MAX_JSON_DEPTH:
+            raise ValueError(f"{caller}: {path} is nested more than {_MAX_JSON_DEPTH} deep")
+    return found
+
+
+def from_json(kind: Any, found: Any) -> Any:
+    """Return what JSON says of a value of an annotated type, such as a dataclass.
+
+    Args:
+        kind: a dataclass, a union, ``tuple``, ``list`` or ``dict`` of types, or a type of JSON.
+        found: as ``json`` read it; arrays become tuples where ``kind`` says so.
+
+    Raises:
+        ValueError: it is something else; the message names the value.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(found, dict):
+        hints = typing.get_type_hints(kind)
+        if unknown := found.keys() - hints.keys():
+            raise ValueError(f"{kind.__name__} has no {min(unknown)!r}")
+        try:
+            return kind(**{name: from_json(hints[name], value) for name, value in found.items()})
+        except TypeError as error:  # a field is missing
+            raise ValueError(str(error)) from None
+    if origin in (typing.Union, types.UnionType):
+        for one in arguments:
+            with contextlib.suppress(ValueError):
+                return from_json(one, found)
+    elif origin is tuple and isinstance(found, list):
+        kinds = arguments[:1] * len(found) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(found):
+            return tuple(map(from_json, kinds, found))
+    elif origin is dict and isinstance(found, dict):
+        return {k: from_json(arguments[1], v) for k, v in found.items()}
+    elif origin is list and isinstance(found, list):
+        return [from_json(arguments[0], v) for v in found]
+    elif type(found) is kind or (kind is float and type(found) is int):
+        return found
+    raise ValueError(f"{found!r:.100} must be {getattr(kind, '__name__', kind)}")
 
 
 @contextlib.contextmanager
@@ -23,7 +96,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written; the error names ``path``.
     """
-    temporary = path.with_name(f".{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
             yield file

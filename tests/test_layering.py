@@ -43,7 +43,7 @@ PYTHON_RANKS = {
     "lora": 5,
     "hf": 6,
     "sparsify": 7,
-    "sparse_bitmask": 5,
+    "encoded": 5,
     "unfinished": 5,
     "convert": 8,
     "verify": 9,

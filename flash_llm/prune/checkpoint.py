@@ -21,6 +21,7 @@ from flash_llm import hf, ops
 from flash_llm.checkpoint import Checkpoint, checkpoint_files
 from flash_llm.convert import copy_other_files, read_config, write_card
 from flash_llm.evaluate import ProgressBar
+from flash_llm.files import read_json
 from flash_llm.prune.calibrate import prune_
 from flash_llm.prune.report import PruneReport
 from flash_llm.sparsify import (
@@ -218,11 +219,8 @@ def parse_allocation(text: str) -> str | Mapping[str, float]:
     """
     if not text.endswith(".json"):
         return text
-    try:
-        found = json.loads(Path(text).read_text())
-    except ValueError as error:
-        raise ValueError(f"allocation {text} is no JSON: {error}") from None
-    if not isinstance(found, dict) or not all(type(v) in (int, float) for v in found.values()):
+    found = read_json(Path(text), "allocation")
+    if not all(type(v) in (int, float) for v in found.values()):
         raise ValueError(f"allocation {text} must hold an object from patterns to sparsities")
     return found
 

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flash_llm.files import write_whole
+from flash_llm.files import from_json, read_json, write_whole
 from flash_llm.prune.report import PrunedLayer, PruneRecipe
 
 RUN_NAME = "run.json"
@@ -65,7 +65,9 @@ class ResumeFolder:
         path = folder / RUN_NAME
         if path.exists():
             try:
-                stored = json.loads(path.read_text(encoding="utf-8"))
+                stored = read_json(path)
+                if {k: type(v) for k, v in stored.items()} != {k: type(v) for k, v in run.items()}:
+                    raise ValueError("it describes no run")
             except ValueError as error:
                 raise ValueError(f"flash_llm.prune_: {path} cannot be read: {error}") from None
             _refuse_difference(folder, stored, run)
@@ -77,7 +79,14 @@ class ResumeFolder:
         """Each layer's target as the run found it, or as ``measure`` finds it now."""
         path = self._folder / ALLOCATION_NAME
         if path.exists():
-            stored: dict[str, float | None] = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                stored: dict[str, float | None] = from_json(
+                    dict[str, float | None], read_json(path)
+                )
+            except ValueError as error:
+                raise ValueError(f"flash_llm.prune_: {path} is no allocation: {error}") from None
+            if stored.keys() != self._files.keys():
+                raise ValueError(f"flash_llm.prune_: {path} is not of the layers of this run")
             return stored
         found = measure()
         write_whole(path, json.dumps(found).encode())
@@ -97,8 +106,8 @@ class ResumeFolder:
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 stored = file.get_tensor("weight")
-                entry = json.loads(file.metadata()["layer"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                entry: PrunedLayer = from_json(PrunedLayer, json.loads(file.metadata()["layer"]))
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"flash_llm.prune_: {path} is broken ({error}); remove it to prune {name} again"
             ) from None
@@ -108,7 +117,7 @@ class ResumeFolder:
                 f"{stored.dtype} {list(stored.shape)}"
             )
         weight.copy_(stored)
-        return PrunedLayer(**{**entry, "shape": tuple(entry["shape"])})
+        return entry
 
     def keep(self, entry: PrunedLayer, weight: Tensor) -> None:
         """Write down that a layer is done.
