@@ -482,12 +482,19 @@ def save(
             files = {SINGLE_NAME: list(state)}
         if not split.is_sharded or not any(os.path.lexists(folder / name) for name in files):
             break
-    for file, names in files.items():
-        # Wide dtypes first, so that each tensor begins where its dtype must.
-        names = sorted(names, key=lambda name: -state[name].element_size())
-        with replacing(folder / file) as opened, TensorWriter(opened, names) as writer:
-            for name in names:
-                writer.add(name, state[name])
+    written: list[Path] = []
+    try:
+        for file, names in files.items():
+            # Wide dtypes first, so that each tensor begins where its dtype must.
+            names = sorted(names, key=lambda name: -state[name].element_size())
+            with replacing(folder / file) as opened, TensorWriter(opened, names) as writer:
+                for name in names:
+                    writer.add(name, state[name])
+            written.append(folder / file)
+    except BaseException:
+        for path in written:
+            path.unlink()
+        raise
     if split.is_sharded:
         total = {"total_size": split.metadata["total_size"], **METADATA}
         index = {"metadata": total, "weight_map": dict(split.tensor_to_filename)}

@@ -154,7 +154,7 @@ def test_an_earlier_checkpoint_is_replaced_and_nothing_else(tmp_path, before, af
 LIMITED = """
 import resource, sys, torch, flash_llm
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,) * 2)
-model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(64, 64))  # only one has room
 try:
     flash_llm.save(model, sys.argv[1], max_shard_size=int(sys.argv[2]))
 except OSError as error:
@@ -162,7 +162,7 @@ except OSError as error:
 """
 
 
-@pytest.mark.parametrize("size", [10**9, 30_000])
+@pytest.mark.parametrize("size", [10**9, 10_000])
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, size):
     flash_llm.save(packed(), tmp_path, max_shard_size=size)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
