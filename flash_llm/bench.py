@@ -30,6 +30,9 @@ TOKENS = (1, 8, 16, 32, 64, 128, 256)
 # It hardly counts where the weight comes from when so many tokens are multiplied by it.
 _MANY_TOKENS = 16
 
+# Above this the dense weight, which is made for comparison, is out of proportion to the file.
+_MOST_TIMES_SMALLER = 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class ProductTiming:
@@ -221,7 +224,12 @@ def _layers_by_shape(view: DenseView) -> dict[tuple[int, int], list[str]]:
     """The layers that are packed or that a conversion would consider."""
     layers: dict[tuple[int, int], list[str]] = {}
     for name in sorted(view.checkpoint.packed, key=natural):
-        header = view.checkpoint.packed[name]
+        header, stored = view.checkpoint.packed[name], view.checkpoint.placeholder(name)
+        if stored.dense_nbytes > _MOST_TIMES_SMALLER * stored.nbytes:
+            raise ValueError(
+                f"flash_llm.bench_checkpoint: {name} is packed as [{header.m}, {header.k}] in "
+                f"{stored.nbytes} bytes: nearly all zeros, there is nothing to measure"
+            )
         layers.setdefault((header.m, header.k), []).append(name)
     if not layers:
         for name in sorted(choose_layers(view, (EVERY_LAYER,), CONVERT_IGNORE), key=natural):

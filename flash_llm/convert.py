@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import shutil
-import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,16 +22,19 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from flash_llm import ops, sparse_bitmask
+from flash_llm import encoded, ops
 from flash_llm.checkpoint import (
     CHECKPOINT_VERSION,
     DTYPES,
     INDEX_NAME,
-    METADATA,
     PACKED_PARTS,
+    SINGLE_NAME,
+    SPELLINGS,
     Checkpoint,
+    TensorWriter,
     checkpoint_files,
 )
+from flash_llm.files import fingerprint, from_json, read_json, replacing, write_whole
 from flash_llm.progress import ProgressBar, track
 from flash_llm.sparsify import (
     LayerReport,
@@ -43,7 +45,7 @@ from flash_llm.sparsify import (
     parse_patterns,
 )
 from flash_llm.table import natural
-from flash_llm.unfinished import UnfinishedFolder, refuse_existing, replacing
+from flash_llm.unfinished import UnfinishedFolder, check_destination
 
 EVERY_LAYER = "re:.*"
 CONVERT_IGNORE = (
@@ -73,8 +75,6 @@ _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 # Other copies of a checkpoint's weights, which would be dense beside packed ones.
 _WEIGHT_SUFFIXES = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
-
-_SPELLINGS = {dtype: spelling for spelling, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,8 @@ def convert_checkpoint(
 
     Raises:
         FileNotFoundError: ``src`` holds no checkpoint.
-        FileExistsError: ``dst`` is there, or ``dst.partial`` is of other work.
+        FileExistsError: ``dst`` is there, or ``dst.partial`` is of other work or in work by
+            another run.
         ValueError: a file is broken, or not directly in ``src``; a target matches nothing; a layer
             is packed already; ``format``, ``dtype`` or ``workers`` is wrong.
         OSError: the disk is full or cannot be written; ``src`` is untouched, and what is finished
@@ -176,30 +177,34 @@ def convert_checkpoint(
         format=format,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         pack_unprofitable=pack_unprofitable,
-        conv1d=(config or {}).get("model_type") in _CONV1D_MODELS,
+        conv1d=bool(is_conv1d_model(src)),
     )
     chosen = choose_layers(source, options.targets, options.ignore)
     caller = "flash_llm.convert_checkpoint"
-    refuse_existing(dst, caller)
-    unfinished = None if dry_run else UnfinishedFolder(dst, src, vars(options), caller)
+    check_destination(dst, caller)
 
     stop = threading.Event()
-
-    def convert(file: Path) -> list[LayerReport]:
-        if unfinished is None:
-            return _convert_file(source, file, None, chosen, options, stop)
-        out, done = unfinished.content / file.name, unfinished.path / f"{file.name}.json"
-        if out.is_file() and done.is_file():
-            noted = json.loads(done.read_text())
-            return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in noted]
-        with replacing(out) as temporary:
-            rows = _convert_file(source, file, temporary, chosen, options, stop)
-        with replacing(done) as temporary:
-            temporary.write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
-        return rows
-
     rows: list[LayerReport] = []
-    with ThreadPoolExecutor(workers) as pool:
+    with contextlib.ExitStack() as stack:
+        unfinished = None
+        if not dry_run:
+            unfinished = stack.enter_context(UnfinishedFolder(dst, src, vars(options), caller))
+            done = _keep_finished(unfinished, files)
+
+        def convert(file: Path) -> list[LayerReport]:
+            if unfinished is None:
+                return _convert_file(source, file, None, chosen, options, stop)
+            if file.name in done:
+                return done[file.name]
+            out = unfinished.content / file.name
+            with replacing(out) as opened:
+                found = _convert_file(source, file, opened, chosen, options, stop)
+            entries = [dataclasses.asdict(row) for row in found]
+            marker = {"file": fingerprint(out.stat()), "rows": entries}
+            write_whole(_marker(unfinished, file), json.dumps(marker).encode())
+            return found
+
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
         try:
             converted = [pool.submit(convert, file) for file in files]
             for found in track(converted, "convert", progress):
@@ -208,9 +213,11 @@ def convert_checkpoint(
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    if unfinished is not None:
-        _complete(unfinished.content, src, files, config)
-        unfinished.finish()
+        if unfinished is not None:
+            cast = any(source.dtype(f"{layer}.weight") == "F32" for layer in chosen)
+            dtype_name = options.dtype if cast else None
+            _complete(unfinished.content, src, files, config, dtype_name)
+            unfinished.finish()
     return SparsifyReport(tuple(sorted(rows, key=lambda row: natural(row.name))))
 
 
@@ -259,6 +266,24 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") 
     return SparsifyReport(tuple(rows))
 
 
+def is_conv1d_model(folder: Path) -> bool | None:
+    """Whether a folder's model has Conv1D layers, whose weights are ``[K, M]`` in dense files.
+
+    Returns:
+        None if there is no ``config.json`` to say so.
+
+    Raises:
+        ValueError: ``config.json`` is no JSON object.
+    """
+    path = folder / "config.json"
+    return read_json(path).get("model_type") in _CONV1D_MODELS if path.is_file() else None
+
+
+def is_conv1d_name(layer: str) -> bool:
+    """Whether a layer of a model with Conv1D layers is one of them."""
+    return layer.rpartition(".")[2] in _CONV1D_LAYERS
+
+
 def read_config(folder: Path, caller: str) -> dict[str, Any] | None:
     """Return what ``config.json`` of a dense checkpoint holds, without what it says of sparsity.
 
@@ -275,21 +300,29 @@ def read_config(folder: Path, caller: str) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{caller}: {path} is no JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{caller}: {path} must hold a JSON object")
+    config = read_json(path, caller)
     for key in ("quantization_config", "compression_config"):
         found = config.pop(key, None) or {}
-        sparse = (found.get("sparsity_config") or {}).get("format") == sparse_bitmask.FORMAT
-        if found and not (sparse and not found.get("config_groups")):
+        if not isinstance(found, dict):
+            raise ValueError(f"{caller}: {key} in {path} must be an object, got {found!r:.50}")
+        if found and not _says_dense(found):
             raise ValueError(
                 f"{caller}: {folder} is quantised by {found.get('quant_method')!r}; it must be "
                 "dense"
             )
     return config
+
+
+def _says_dense(method: Mapping[str, Any]) -> bool:
+    """Whether the weights of compressed-tensors are dense, or encoded in a way that is read."""
+    sparsity = method.get("sparsity_config") or {}
+    changed = ("config_groups", "kv_cache_scheme", "transform_config")  # values or activations
+    return (
+        method.get("quant_method") == "compressed-tensors"
+        and isinstance(sparsity, dict)
+        and sparsity.get("format", "dense") in ("dense", encoded.BITMASK_FORMAT)
+        and not any(method.get(key) for key in changed)
+    )
 
 
 class DenseView:
@@ -300,47 +333,63 @@ class DenseView:
 
     Attributes:
         checkpoint: what the files hold.
-        bitmasks: shapes of the weights in the format sparse-bitmask, by layer.
-        shapes: of all dense and sparse-bitmask weights, by layer.
+        encoded: what other tools store in several parts, by the name of the dense tensor.
+        shapes: of all dense and encoded weights, by layer.
         names: of all tensors, a packed weight's being ``….weight``.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.checkpoint = Checkpoint(files)
-        self.bitmasks = sparse_bitmask.find_weights(self.checkpoint)
-        dense = {
-            key.removesuffix(".weight"): self.checkpoint.shape(key)
-            for key in self.checkpoint.tensors
-            if key.endswith(".weight")
+        self.encoded = encoded.find_encoded(self.checkpoint)
+        self._encoded_parts = {part for e in self.encoded.values() for part in e.parts}
+        parts = {name + part for name in self.checkpoint.packed for part in PACKED_PARTS}
+        packed = {f"{name}.weight" for name in self.checkpoint.packed}
+        plain = self.checkpoint.tensors - parts - self._encoded_parts
+        self.names = frozenset(plain | packed | self.encoded.keys())
+        self.shapes = {
+            name.removesuffix(".weight"): self.shape(name)
+            for name in self.names - packed
+            if name.endswith(".weight")
         }
-        self.shapes = {**dense, **self.bitmasks}
-        parts = {name + p for name in self.checkpoint.packed for p in PACKED_PARTS}
-        parts |= {name + p for name in self.bitmasks for p in sparse_bitmask.PARTS}
-        weights = {f"{name}.weight" for name in (*self.checkpoint.packed, *self.bitmasks)}
-        self.names = frozenset((self.checkpoint.tensors - parts) | weights)
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a tensor, one of :attr:`names`, is stored packed."""
+        return name.endswith(".weight") and name.removesuffix(".weight") in self.checkpoint.packed
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, one of :attr:`names`, when it is dense."""
+        if self.is_packed(name):
+            header = self.checkpoint.packed[name.removesuffix(".weight")]
+            return header.m, header.k
+        return self.encoded[name].shape if name in self.encoded else self.checkpoint.shape(name)
+
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor, one of :attr:`names`, as safetensors spells it."""
+        if self.is_packed(name):
+            return SPELLINGS[self.checkpoint.packed[name.removesuffix(".weight")].dtype]
+        return self.checkpoint.dtype(self.encoded[name].parts[0] if name in self.encoded else name)
 
     def tensor(self, name: str, buffer: Tensor | None = None) -> Tensor:
         """Load a tensor, dense, to the CPU; one that is stored so to ``buffer``, if there is one.
 
         Args:
             name: one of :attr:`names`.
-            buffer: see :meth:`flash_llm.checkpoint.Checkpoint.tensor`.
+            buffer: see :meth:`flash_llm.checkpoint.Checkpoint.raw`.
         """
-        layer = name.removesuffix(".weight")
-        if name.endswith(".weight") and layer in self.checkpoint.packed:
-            return self.checkpoint.weight(layer).to_dense()
-        if name.endswith(".weight") and layer in self.bitmasks:
-            return sparse_bitmask.read_weight(self.checkpoint, layer, self.bitmasks[layer])
+        if self.is_packed(name):
+            return self.checkpoint.weight(name.removesuffix(".weight")).to_dense()
+        if name in self.encoded:
+            return self.encoded[name].read()
         return self.checkpoint.tensor(name, buffer)
 
-    def in_file(self, file: Path) -> Iterator[tuple[str, str]]:
-        """Names of the tensors that begin in a file, and their dtypes."""
+    def in_file(self, file: Path) -> Iterator[str]:
+        """Names of the tensors that begin in a file."""
+        begins = {encoded.parts[0]: name for name, encoded in self.encoded.items()}
         for key in self.checkpoint.names(file):
-            name, dot, part = key.rpartition(".")
-            if name not in self.bitmasks or dot + part not in sparse_bitmask.PARTS:
-                yield key, self.checkpoint.dtype(key)
-            elif part == "compressed":  # the others may be in other files
-                yield f"{name}.weight", self.checkpoint.dtype(key)
+            if key not in self._encoded_parts:
+                yield key
+            elif key in begins:  # the other parts may be in other files
+                yield begins[key]
 
 
 def choose_layers(source: DenseView, targets: Sequence[str], ignore: Sequence[str]) -> set[str]:
@@ -354,7 +403,11 @@ def choose_layers(source: DenseView, targets: Sequence[str], ignore: Sequence[st
     Raises:
         ValueError: a target matches nothing.
     """
-    layers = {name for name, shape in source.shapes.items() if len(shape) == 2}
+    layers = {
+        name
+        for name, shape in source.shapes.items()
+        if len(shape) == 2 and source.dtype(f"{name}.weight") in DTYPES
+    }
     for pattern in targets:
         if pattern != EVERY_LAYER and not any(matches_name(pattern, name) for name in layers):
             raise ValueError(
@@ -370,17 +423,34 @@ def choose_layers(source: DenseView, targets: Sequence[str], ignore: Sequence[st
 
 
 def copy_other_files(src: Path, folder: Path, files: Sequence[Path]) -> None:
-    """Copy what holds no weights: tokenizer, configuration, model card.
+    """Copy all that is not the weights of a checkpoint: tokenizer, model card, parts in subfolders.
+
+    Left out are other forms of the same weights beside ``files``, such as ``.bin``, and folders
+    whose names begin with a dot, which are of tools such as git. Links to files are copied as
+    files, which a cache of the hub consists of; links to folders are not followed.
 
     Args:
         src: folder of a checkpoint.
-        folder: where the files go.
+        folder: where the files go; it may be in ``src``.
         files: those of its weights.
     """
-    for path in src.iterdir():
-        weights = path in files or path.suffix in _WEIGHT_SUFFIXES
-        if path.is_file() and not weights and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
+    inside = [folder.resolve(), *folder.resolve().parents]
+    for root, folders, names in os.walk(src):
+        here = Path(root)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and (here / name).resolve() not in inside
+        ]
+        for path in map(here.joinpath, names):
+            weights = path in files or (
+                here == src
+                and (path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json"))
+            )
+            if path.is_file() and not weights:
+                copy = folder / path.relative_to(src)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 def write_card(src: Path, folder: Path) -> None:
@@ -392,13 +462,52 @@ def write_card(src: Path, folder: Path) -> None:
 
 def _buffer(checkpoint: Checkpoint, names: Iterable[str]) -> Tensor:
     """Memory for any of these tensors, one at a time."""
-    return torch.empty(max(map(checkpoint.nbytes_of, names), default=0), dtype=torch.uint8)
+    nbytes = max(map(checkpoint.nbytes_of, names), default=0)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """A config of transformers in which every dtype, those of inner configs too, is this one."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: dtype if key in ("dtype", "torch_dtype") else _with_dtype(value, dtype)
+        for key, value in config.items()
+    }
+
+
+def _marker(unfinished: UnfinishedFolder, file: Path) -> Path:
+    """The file that says that the result of ``file`` is whole."""
+    return unfinished.path / f"{file.name}.done"
+
+
+def _keep_finished(
+    unfinished: UnfinishedFolder, files: Sequence[Path]
+) -> dict[str, list[LayerReport]]:
+    """Remove what an earlier run has not finished; return the rows of the others by file name.
+
+    A result is finished if it is the very file of which its marker speaks.
+    """
+    finished = {}
+    for file in files:
+        try:
+            marker = read_json(_marker(unfinished, file))
+            if fingerprint((unfinished.content / file.name).stat()) == marker.get("file"):
+                finished[file.name] = from_json(list[LayerReport], marker.get("rows"))
+        except (OSError, ValueError):
+            continue  # without a marker, or with a broken one, the file is converted again
+    for path in unfinished.content.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in finished:
+            path.unlink()
+    return finished
 
 
 def _convert_file(
     source: DenseView,
     file: Path,
-    out: Path | None,
+    out: BinaryIO | None,
     chosen: set[str],
     options: _Options,
     stop: threading.Event,
@@ -408,20 +517,22 @@ def _convert_file(
     names = source.checkpoint.names(file)
     buffer = _buffer(source.checkpoint, names)
     with contextlib.ExitStack() as stack:
-        writer = None if out is None else stack.enter_context(_Writer(out, 3 * len(names)))
-        for key, dtype in source.in_file(file):
+        writer = None if out is None else stack.enter_context(TensorWriter(out, names))
+        for name in source.in_file(file):
             if stop.is_set():
                 raise InterruptedError(f"flash_llm.convert_checkpoint: {file} was given up")
-            layer = key.removesuffix(".weight")
-            if layer not in chosen or not key.endswith(".weight"):
+            layer = name.removesuffix(".weight")
+            if layer in chosen and name.endswith(".weight"):
+                row, parts = _convert_tensor(layer, source.tensor(name, buffer), options)
+                rows.append(row)
                 if writer is not None:
-                    writer.add(key, source.tensor(key, buffer), dtype)
-                continue
-            row, parts = _convert_tensor(layer, source.tensor(key, buffer), options)
-            rows.append(row)
-            if writer is not None:
-                for name, part in parts.items():
-                    writer.add(name, part, _SPELLINGS.get(part.dtype, dtype))
+                    for part, tensor in parts.items():
+                        writer.add(part, tensor)
+            elif writer is not None and name in source.encoded:
+                writer.add(name, source.tensor(name))
+            elif writer is not None:
+                raw, shape = source.checkpoint.raw(name, buffer), source.shape(name)
+                writer.add_raw(name, raw, source.dtype(name), shape)
     return rows
 
 
@@ -429,7 +540,7 @@ def _convert_tensor(
     name: str, tensor: Tensor, options: _Options
 ) -> tuple[LayerReport, dict[str, Tensor]]:
     """Pack a weight if that pays, else give it back."""
-    transposed = options.conv1d and name.rpartition(".")[2] in _CONV1D_LAYERS
+    transposed = options.conv1d and is_conv1d_name(name)
     shape = tuple(tensor.t().shape if transposed else tensor.shape)
     if tensor.dtype == torch.float32 and options.dtype is not None:
         tensor = tensor.to(getattr(torch, options.dtype))
@@ -448,67 +559,29 @@ def _convert_tensor(
     }
 
 
-def _complete(folder: Path, src: Path, files: list[Path], config: Mapping[str, Any] | None) -> None:
+def _complete(
+    folder: Path,
+    src: Path,
+    files: list[Path],
+    config: Mapping[str, Any] | None,
+    dtype: str | None,
+) -> None:
     """Write the index, the config and the model card, and copy the other files."""
     converted = Checkpoint(folder / file.name for file in files)
-    if (src / INDEX_NAME).is_file():
+    copy_other_files(src, folder, files)
+    if [file.name for file in files] != [SINGLE_NAME]:
         index = {
             "metadata": {"total_size": converted.nbytes},
             "weight_map": {
                 name: file.name for file in converted.files for name in converted.names(file)
             },
         }
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2))
-    copy_other_files(src, folder, files)
+        write_whole(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
     if config is not None:
         method = {"quant_method": "flash_llm", "version": CHECKPOINT_VERSION}
         changed = {**config, "quantization_config": method} if converted.packed else dict(config)
-        (folder / "config.json").write_text(json.dumps(changed, indent=2))
+        if dtype is not None:
+            changed = {"dtype": dtype, **_with_dtype(changed, dtype)}
+        write_whole(folder / "config.json", json.dumps(changed, indent=2).encode())
     if converted.packed:
         write_card(src, folder)
-
-
-class _Writer:
-    """Writes a safetensors file tensor by tensor: room for its header is left at the beginning.
-
-    The library's own functions want all tensors at once. (The format: 8 bytes of length, a JSON
-    header of names, dtypes, shapes and offsets, which may end in spaces, then the data.)
-    """
-
-    def __init__(self, path: Path, most_tensors: int) -> None:
-        self._path = path
-        self._entries: dict[str, dict[str, Any]] = {}
-        self._header_bytes = 4096 + 512 * most_tensors
-        self._position = 0
-        self._file: BinaryIO
-
-    def __enter__(self) -> _Writer:
-        self._file = self._path.open("wb")
-        self._file.seek(8 + self._header_bytes)
-        return self
-
-    def add(self, name: str, tensor: Tensor, dtype: str) -> None:
-        """Append a tensor's bytes; ``dtype`` as safetensors spells it."""
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        begin, self._position = self._position, self._position + tensor.nbytes
-        self._entries[name] = {
-            "dtype": dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, self._position],
-        }
-        self._file.write(data.data)
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        with self._file:
-            if kind is not None:
-                return
-            header = json.dumps({"__metadata__": {"format": "pt", **METADATA}, **self._entries})
-            encoded = header.encode()
-            if len(encoded) > self._header_bytes:
-                raise ValueError(
-                    f"flash_llm.convert_checkpoint: the names of the tensors in {self._path} take "
-                    f"{len(encoded)} bytes, there is room for {self._header_bytes}"
-                )
-            self._file.seek(0)
-            self._file.write(struct.pack("<Q", self._header_bytes))
-            self._file.write(encoded.ljust(self._header_bytes))

@@ -63,6 +63,23 @@ class CheckpointReport:
         return "\n\n".join(parts)
 
 
+def total_line(folder: str | os.PathLike[str]) -> str:
+    """Say in a line how much all tensors of a checkpoint take, those that are no weights too.
+
+    Args:
+        folder: packed or dense.
+
+    Raises:
+        FileNotFoundError: the folder holds no checkpoint.
+        ValueError: a file is broken.
+    """
+    checkpoint = Checkpoint(checkpoint_files(folder))
+    return (
+        f"{folder}: {len(checkpoint.tensors)} tensors, {checkpoint.nbytes / 1e6:.3f} MB in "
+        f"{len(checkpoint.files)} files"
+    )
+
+
 def report_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
     """Say what a safetensors folder holds, and how it was pruned if that was saved beside it.
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import sys
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from flash_llm.checkpoint import checkpoint_files
-from flash_llm.convert import DenseView
+from flash_llm.checkpoint import DTYPES, checkpoint_files
+from flash_llm.convert import DenseView, is_conv1d_model, is_conv1d_name
 from flash_llm.table import aligned, natural
+
+# Elements that are compared at a time, in float64.
+_CHUNK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +30,14 @@ class TensorError:
         packed: whether it is stored packed.
         sparsity: fraction of zeros in [0, 1].
         reference_sparsity: of the reference.
-        relative_error: Frobenius norm of the difference over that of the reference; 0 where both
-            are zero, infinite where only the reference is.
+        relative_error: Frobenius norm of the difference over that of the reference. Infinite where
+            only the reference is zero, where one element is NaN or infinite and the other is not
+            the same, and where the dtype is another one; only a cast of floating-point values to
+            fewer bits, as ``dtype=`` of a conversion makes it, counts by the values. NaN equals
+            NaN. Never 0 where an element differs.
         max_abs_error: largest difference of two elements.
+        dtype: as safetensors spells it.
+        reference_dtype: of the reference.
     """
 
     name: str
@@ -35,6 +47,13 @@ class TensorError:
     reference_sparsity: float
     relative_error: float
     max_abs_error: float
+    dtype: str
+    reference_dtype: str
+
+    @property
+    def equal(self) -> bool:
+        """Whether values and dtypes are the same."""
+        return self.relative_error == 0 and self.dtype == self.reference_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,22 +82,27 @@ class VerifyReport:
         )
 
     def __str__(self) -> str:
-        shown = [row for row in self.rows if row.packed or row.relative_error > 0]
-        table = [("tensor", "shape", "stored", "zeros", "before", "relative error", "largest")]
+        shown = [row for row in self.rows if row.packed or not row.equal]
+        table = [
+            ("tensor", "shape", "stored", "dtype", "zeros", "before", "relative error", "largest")
+        ]
         for row in shown:
             table.append(
                 (
                     row.name,
                     "x".join(map(str, row.shape)),
                     "packed" if row.packed else "dense",
+                    row.dtype
+                    if row.dtype == row.reference_dtype
+                    else f"{row.dtype}, was {row.reference_dtype}",
                     f"{row.sparsity:.4f}",
                     f"{row.reference_sparsity:.4f}",
                     f"{row.relative_error:.2e}",
                     f"{row.max_abs_error:.2e}",
                 )
             )
-        lines = aligned(table, left={0, 1, 2})
-        equal = len(self.rows) - sum(row.relative_error > 0 for row in self.rows)
+        lines = aligned(table, left={0, 1, 2, 3})
+        equal = sum(row.equal for row in self.rows)
         lines.append(
             f"{equal} of {len(self.rows)} tensors are equal; largest relative error "
             f"{self.max_relative_error:.3g}"
@@ -109,29 +133,93 @@ def verify_checkpoint(
     for name in sorted(names ^ expected):
         there, absent = (folder, reference) if name in names else (reference, folder)
         raise ValueError(f"flash_llm.verify_checkpoint: {there} has {name}, {absent} has not")
-    return VerifyReport(tuple(_compare(name, view, base) for name in sorted(expected, key=natural)))
+    transposed = _transposed(view, base, Path(folder), Path(reference))
+    ordered = sorted(expected, key=natural)
+    for name in ordered:  # before memory of the claimed size is asked for
+        shape = view.shape(name)[::-1] if name in transposed else view.shape(name)
+        if shape != base.shape(name):
+            raise ValueError(
+                f"flash_llm.verify_checkpoint: {name} must have shape {list(base.shape(name))}, "
+                f"got {list(shape)}"
+            )
+    return VerifyReport(tuple(_compare(name, view, base, name in transposed) for name in ordered))
 
 
-def _compare(name: str, view: DenseView, base: DenseView) -> TensorError:
+def _transposed(view: DenseView, base: DenseView, *folders: Path) -> set[str]:
+    """The packed weights of Conv1D layers, which the reference holds as ``[K, M]``."""
+    packed = {
+        name
+        for name in view.names
+        if view.is_packed(name) and is_conv1d_name(name.removesuffix(".weight"))
+    }
+    configs = [known for known in map(is_conv1d_model, folders) if known is not None]
+    # Without a configuration the layers that are not square tell what all of them are.
+    turned = any(view.shape(name) == base.shape(name)[::-1] != base.shape(name) for name in packed)
+    return packed if (any(configs) if configs else turned) else set()
+
+
+def _compare(name: str, view: DenseView, base: DenseView, transposed: bool) -> TensorError:
+    dtype, reference_dtype = view.dtype(name), base.dtype(name)
     tensor, reference = view.tensor(name), base.tensor(name)
-    if tensor.shape != reference.shape:
-        raise ValueError(
-            f"flash_llm.verify_checkpoint: {name} must have shape {list(reference.shape)}, got "
-            f"{list(tensor.shape)}"
-        )
-    difference = tensor.double() - reference.double()
-    norm, scale = float(difference.norm()), float(reference.double().norm())
-    relative = norm / scale if scale else float("inf") if norm else 0.0
+    if transposed:
+        tensor = tensor.t()
+    difference, scale, largest, zeros, reference_zeros = 0.0, 0.0, 0.0, 0, 0
+    flat, flat_reference = tensor.reshape(-1), reference.reshape(-1)
+    for begin in range(0, flat.numel(), _CHUNK):
+        here, there = (t[begin : begin + _CHUNK] for t in (flat, flat_reference))
+        values, expected = _wide(here), _wide(there)
+        zeros += int((values == 0).sum())
+        reference_zeros += int((expected == 0).sum())
+        changed = (values != expected) & ~(values.isnan() & expected.isnan())
+        gap = torch.where(changed, (values - expected).abs(), 0.0)
+        gap = gap.nan_to_num(nan=math.inf, posinf=math.inf)
+        exact = not here.is_floating_point() and not here.is_complex()
+        if exact and here.dtype == there.dtype:
+            # Integers beyond 2^53 may be the same in float64; they differ by 1 at least.
+            gap = torch.where(_bits(here) != _bits(there), gap.clamp(min=1.0), gap)
+        largest = max(largest, float(gap.max()))
+        difference = math.hypot(difference, _norm(gap))
+        scale = math.hypot(scale, _norm(expected.abs().nan_to_num(nan=0.0, posinf=0.0)))
+    if not _comparable(dtype, reference_dtype) or not math.isfinite(difference):
+        relative = math.inf
+    elif largest == 0:
+        relative = 0.0
+    else:
+        relative = max(difference / scale, sys.float_info.min) if scale else math.inf
+    count = max(reference.numel(), 1)
     return TensorError(
         name=name,
         shape=tuple(reference.shape),
-        packed=name.removesuffix(".weight") in view.checkpoint.packed,
-        sparsity=_sparsity(tensor),
-        reference_sparsity=_sparsity(reference),
+        packed=view.is_packed(name),
+        sparsity=zeros / count,
+        reference_sparsity=reference_zeros / count,
         relative_error=relative,
-        max_abs_error=float(difference.abs().max()) if difference.numel() else 0.0,
+        max_abs_error=largest,
+        dtype=dtype,
+        reference_dtype=reference_dtype,
     )
 
 
-def _sparsity(tensor: Tensor) -> float:
-    return float((tensor == 0).sum()) / max(tensor.numel(), 1)
+def _comparable(dtype: str, reference: str) -> bool:
+    """Whether values of one dtype may stand for those of the other."""
+    kinds = DTYPES[dtype], DTYPES[reference]
+    floats = all(kind.is_floating_point for kind in kinds)
+    return dtype == reference or (floats and kinds[0].itemsize < kinds[1].itemsize)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Signed integers of the same bits: not all of torch's dtypes can be compared."""
+    signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(signed[tensor.itemsize])
+
+
+def _norm(values: Tensor) -> float:
+    """Euclidean norm, also of values whose squares are no float64."""
+    largest = float(values.max())
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * float((values / largest).norm())

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import flash_llm
-from flash_llm import SparseLinear
+from flash_llm import SparseLinear, checkpoint
 from flash_llm.checkpoint import CHECKPOINT_VERSION, Checkpoint, checkpoint_files
 
 
@@ -71,6 +73,143 @@ def test_models_without_packed_layers_and_with_tied_ones(tmp_path):
         flash_llm.save(model, folder)
         again = flash_llm.load(tied(), folder)
         assert again[2].weight is again[0].weight and same(again, model)
+
+
+def shared(dtype=torch.float16):
+    """One layer under three names, one of them within a block that has two names itself."""
+    torch.manual_seed(2)
+    block = nn.Sequential(nn.Linear(128, 128), nn.ReLU()).to(dtype)
+    return nn.ModuleDict({"a": block, "b": block, "c": block[0], "d": nn.Linear(128, 8).to(dtype)})
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_module_under_several_names_is_saved_once_and_loaded_under_all(tmp_path, sparse, device):
+    model = shared()
+    if sparse:
+        flash_llm.sparsify_(model, sparsity=0.8, pack_unprofitable=True)
+    flash_llm.save(model, tmp_path)
+    names = Checkpoint(checkpoint_files(tmp_path)).tensors
+    assert len({name for name in names if name.endswith((".weight", ".weight_payload"))}) == 2
+    empty = shared() if device == "cpu" else shared().to("meta")
+    again = flash_llm.load(empty, tmp_path)
+    assert again.c is again.a[0] is again.b[0] and isinstance(again.c, SparseLinear) == sparse
+    assert same(again, model)
+
+
+def test_a_packed_head_does_not_stand_for_the_embedding_that_is_tied_to_it(tmp_path):
+    model = nn.ModuleDict({"embed": nn.Embedding(64, 64), "head": nn.Linear(64, 64, bias=False)})
+    flash_llm.sparsify_(model.half(), sparsity=0.8, pack_unprofitable=True)
+    state = {n: t for n, t in model.state_dict().items() if n != "embed.weight"}
+    save_file(state, tmp_path / "model.safetensors")
+    tied = nn.ModuleDict({"embed": nn.Embedding(64, 64), "head": nn.Linear(64, 64, bias=False)})
+    tied.half().head.weight = tied.embed.weight
+    with pytest.raises(ValueError, match=r"the model has embed\.weight, the checkpoint has not"):
+        flash_llm.load(tied, tmp_path)
+
+
+def test_views_of_one_storage_are_all_saved(tmp_path):
+    base = torch.arange(12.0)
+    model = nn.Module()
+    for name, view in {"all": base, "part": base[:4], "turned": base.view(3, 4).t()}.items():
+        model.register_buffer(name, view)
+    flash_llm.save(model, tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.named_buffers())
+
+
+class Noted(nn.Module):
+    def get_extra_state(self):
+        return {"no": "tensor"}
+
+
+def test_what_safetensors_cannot_hold_is_named_and_nothing_lost(tmp_path):
+    flash_llm.save(packed(), tmp_path)
+    strange, noted = build(), build()
+    strange.register_buffer("strange", torch.zeros(2, dtype=torch.complex128))
+    noted.add_module("noted", Noted())
+    for model, name in ((strange, "strange is torch.complex128"), (noted, "noted._extra_state")):
+        with pytest.raises(TypeError, match=name):
+            flash_llm.save(model, tmp_path)
+    assert same(flash_llm.load(build(), tmp_path), packed()) and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("after", ["5GB", 20_000])
+@pytest.mark.parametrize("before", ["5GB", 20_000])
+def test_an_earlier_checkpoint_is_replaced_and_nothing_else(tmp_path, before, after):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.bak").write_text("mine")
+    first, second = packed(), packed()
+    nn.init.normal_(second[0].bias)
+    for _ in range(2):
+        flash_llm.save(first, tmp_path, max_shard_size=before)
+        flash_llm.save(second, tmp_path, max_shard_size=after)
+        assert same(flash_llm.load(build(), tmp_path), second)
+    files = {path.name for path in checkpoint_files(tmp_path)}
+    index = {"model.safetensors.index.json"} if after != "5GB" else set()
+    others = {"config.json", "model.safetensors.bak"}
+    assert {path.name for path in tmp_path.iterdir()} == files | index | others
+
+
+LIMITED = """
+import resource, sys, torch, flash_llm
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,) * 2)
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(64, 64))  # only one has room
+try:
+    flash_llm.save(model, sys.argv[1], max_shard_size=int(sys.argv[2]))
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("size", [10**9, 10_000])
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, size):
+    flash_llm.save(packed(), tmp_path, max_shard_size=size)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    command = [sys.executable, "-c", LIMITED, str(tmp_path), str(size)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.startswith(f"[Errno 27] File too large: '{tmp_path}/model"), done.stderr
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["norm.bias", "0.bias", "steps"])
+def test_dtypes_of_plain_tensors_are_compared(tmp_path, name):
+    """The tag BF16 of a file changed to F16 turns 1.0 into 1.875."""
+    flash_llm.save(packed(dtype=torch.bfloat16), tmp_path)
+    dtype = torch.float16 if name != "steps" else torch.float64
+    edit(tmp_path, lambda t: t.update({name: t[name].view(dtype)}))
+    with pytest.raises(TypeError, match=f"{name} must be torch"):
+        flash_llm.load(build(torch.bfloat16), tmp_path)
+
+
+def test_no_file_is_opened_for_each_layer(tmp_path, monkeypatch):
+    """2,000 layers took 10 s and 4,000 took 41 s: each reopened and reparsed its file."""
+    layer = packed()[2].state_dict()
+    state = {f"{i}.{name}": tensor for i in range(300) for name, tensor in layer.items()}
+    save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "m.safetensors")
+    opened, safe_open, opens = [], checkpoint.safe_open, checkpoint.Path.open
+    monkeypatch.setattr(
+        checkpoint, "safe_open", lambda *a, **k: opened.append(a) or safe_open(*a, **k)
+    )
+    monkeypatch.setattr(checkpoint.Path, "open", lambda *a, **k: opened.append(a) or opens(*a, **k))
+    assert len(Checkpoint([tmp_path / "m.safetensors"]).packed) == 300
+    assert len(opened) <= 3
+
+
+@pytest.mark.parametrize("how", ["written", "replaced", "cut"])
+def test_a_file_that_changes_after_it_was_opened_is_refused(tmp_path, how):
+    flash_llm.save(packed(), tmp_path)
+    file = tmp_path / "model.safetensors"
+    opened = Checkpoint([file])
+    weight = opened.weight("0").to_dense()
+    if how == "replaced":
+        shutil.copy2(file, tmp_path / "copy")
+        (tmp_path / "copy").rename(file)
+    else:
+        file.write_bytes(file.read_bytes()[: None if how == "written" else -1])
+    with pytest.raises(ValueError, match=r"model\.safetensors (has been changed|ends within)"):
+        [opened.tensor(name) for name in sorted(opened.tensors)]
+    assert torch.equal(weight, packed()[0].weight)  # in memory of its own
 
 
 def test_the_files_say_what_is_packed(tmp_path, format):

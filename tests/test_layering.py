@@ -29,6 +29,7 @@ TOP_LEVEL = {
 # _extension finds the compiled module; testing holds inputs and oracles.
 PYTHON_RANKS = {
     "_extension": 0,
+    "files": 0,
     "forward": 0,
     "progress": 0,
     "table": 0,
@@ -44,7 +45,7 @@ PYTHON_RANKS = {
     "lora": 5,
     "hf": 6,
     "sparsify": 7,
-    "sparse_bitmask": 5,
+    "encoded": 5,
     "unfinished": 5,
     "convert": 8,
     "verify": 9,

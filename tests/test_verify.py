@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from test_cli import invoke
 from test_convert import as_sparse_bitmask, save_tensors, zeros_among
 
-from flash_llm import convert_checkpoint, verify_checkpoint
+import flash_llm
+from flash_llm import convert_checkpoint, verify, verify_checkpoint
 
 
 def dense(folder, **changes):
@@ -64,6 +66,88 @@ def test_the_table_aligns_its_numbers(tmp_path):
         assert re.search(r" [01]\.\d{4} +[01]\.\d{4} +\d\.\d\de[+-]\d\d +\d\.\d\de[+-]\d\d$", row)
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+def wide(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "error"),
+    [
+        (torch.tensor([1.0, NAN]), torch.tensor([1.0, NAN]), 0),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, NAN]), INF),  # as a norm of NaN
+        (torch.tensor([1.0, NAN]), torch.tensor([101.0, NAN]), 100),  # nor does NaN hide the rest
+        (torch.tensor([NAN, 0.0]), torch.tensor([0.0, NAN]), INF),
+        (torch.tensor([INF, 4.0]), torch.tensor([INF, 5.0]), 0.25),
+        (torch.tensor([INF, 4.0]), torch.tensor([-INF, 4.0]), INF),
+        (torch.tensor([INF, 4.0]), torch.tensor([0.0, 4.0]), INF),
+        (torch.tensor([1 + 1j]), torch.tensor([1 + 2j]), 0.5**0.5),
+        (torch.tensor([2**53]), torch.tensor([2**53 + 1]), 2.0**-53),
+        (torch.tensor([-1, 2**62]), torch.tensor([-1, 2**62 + 1]), 2.0**-62),
+        (torch.tensor([7], dtype=torch.uint64), torch.tensor([7], dtype=torch.uint64), 0),
+        (torch.tensor([True]), torch.tensor([False]), 1),
+        (wide(1e-300), wide(3e-300), 2),
+        (wide(1e300, 1e300), wide(3e300, 3e300), 2),
+        (wide(1e308, 1e-308), wide(1e308, 0), sys.float_info.min),
+        # Dtypes: only a cast of floats to fewer bits is a matter of values.
+        (torch.tensor([0.0]).bfloat16(), torch.tensor([0.0]).half(), INF),
+        (torch.tensor([1.0]).bfloat16(), torch.tensor([1.0]).float(), INF),
+        (torch.tensor([1.0]), torch.tensor([1], dtype=torch.int32), INF),
+        (torch.tensor([1]), torch.tensor([1], dtype=torch.int32), INF),
+        (torch.tensor([1.0, 1 + 2**-20]), torch.tensor([1.0, 1]).bfloat16(), 2**-20 / 2**0.5),
+    ],
+)
+def test_values_that_floats_cannot_tell_apart_and_dtypes_are_compared(
+    tmp_path, before, after, error
+):
+    save_tensors(tmp_path / "dense", {"a": before})
+    save_tensors(tmp_path / "other", {"a": after})
+    report = verify_checkpoint(tmp_path / "other", tmp_path / "dense")
+    assert report.max_relative_error == pytest.approx(error, rel=1e-3, abs=0)
+    assert report.rows[0].equal == (error == 0)
+
+
+def test_differences_are_found_wherever_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "_CHUNK", 10)
+    before = torch.randn(7, 9)
+    after = before.clone()
+    after[6, 8] += 1
+    save_tensors(tmp_path / "dense", {"a": before})
+    save_tensors(tmp_path / "other", {"a": after})
+    (row,) = verify_checkpoint(tmp_path / "other", tmp_path / "dense").rows
+    assert row.relative_error == pytest.approx(float((after - before).norm() / before.norm()))
+    assert row.max_abs_error == pytest.approx(1)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "gpt2"}, None])
+def test_conv1d_layers_are_compared_as_they_lie_in_the_reference(tmp_path, config):
+    """GPT-2: packed layers are [M, K], the dense file has [K, M]; a square one shows it not."""
+    tensors = {"h.c_proj.weight": zeros_among(256, 256), "h.c_fc.weight": zeros_among(128, 512)}
+    save_tensors(tmp_path / "dense", tensors, config)
+    model = torch.nn.Module()
+    model.h = torch.nn.Module()
+    for name, (k, m) in (("c_proj", (256, 256)), ("c_fc", (128, 512))):
+        layer = torch.nn.Linear(k, m, bias=False).half()
+        layer.weight.data = tensors[f"h.{name}.weight"].t().contiguous()
+        setattr(model.h, name, layer)
+    flash_llm.sparsify_(model)
+    flash_llm.save(model, tmp_path / "packed")
+    if config:
+        (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    report = verify_checkpoint(tmp_path / "packed", tmp_path / "dense")
+    assert report.max_relative_error == 0 and all(row.packed for row in report.rows)
+
+
+def test_a_weight_of_another_orientation_is_no_conv1d_layer(tmp_path):
+    save_tensors(tmp_path / "dense", {"q.weight": zeros_among(128, 512)}, {"model_type": "llama"})
+    save_tensors(tmp_path / "other", {"q.weight": zeros_among(512, 128)})
+    convert_checkpoint(tmp_path / "other", tmp_path / "packed")
+    with pytest.raises(ValueError, match=r"q\.weight must have shape \[128, 512\], got \[512, 128"):
+        verify_checkpoint(tmp_path / "packed", tmp_path / "dense")
+
+
 def test_sparse_bitmask_folders_can_be_verified(tmp_path):
     weight = zeros_among(64, 70)
     save_tensors(tmp_path / "dense", {"a.weight": weight})
@@ -84,6 +168,26 @@ def test_folders_that_cannot_be_compared(tmp_path):
     convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
     with pytest.raises(ValueError, match="packed is packed; it must be dense"):
         verify_checkpoint(tmp_path / "dense", tmp_path / "packed")
+
+
+def test_inspect_says_how_much_all_tensors_take(tmp_path):
+    tensors = dense(tmp_path / "dense")
+    total = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
+    last = invoke("inspect", str(tmp_path / "dense")).stdout.splitlines()[-1]
+    assert last == f"{tmp_path / 'dense'}: 4 tensors, {total:.3f} MB in 1 files"
+
+
+@pytest.mark.parametrize("given", ["model.gguf", "org/name", "gguf", "empty"])
+def test_what_is_no_folder_of_safetensors_is_told_so(tmp_path, given):
+    (tmp_path / "model.gguf").write_text("")
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "a.gguf").write_text("")
+    (tmp_path / "empty").mkdir()
+    dense(tmp_path / "dense")
+    with pytest.raises(FileNotFoundError) as error:
+        verify_checkpoint(tmp_path / given, tmp_path / "dense")
+    hints = {"model.gguf": "is a file", "org/name": "no such folder", "gguf": "a.gguf"}
+    assert hints.get(given, "model.safetensors") in str(error.value)
 
 
 def test_the_command(tmp_path):

@@ -9,6 +9,7 @@ import typer
 
 from flash_llm.cli import options
 from flash_llm.convert import inspect_checkpoint
+from flash_llm.report import total_line
 
 
 def inspect(
@@ -18,4 +19,4 @@ def inspect(
 ) -> None:
     """Show the sparsity of every weight, and what packing gives or would give."""
     report = inspect_checkpoint(folder, format=format)
-    typer.echo(report.to_json() if as_json else str(report))
+    typer.echo(report.to_json() if as_json else f"{report}\n{total_line(folder)}")

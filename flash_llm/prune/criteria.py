@@ -2,8 +2,8 @@
 
 A mask is a boolean ``[M, K]`` tensor, True where the weight is kept. Scores are compared in float32
 and of equal scores the one that comes first in row-major order is pruned first, so every mask has
-an exact count and does not depend on the device; ``csrc/format/prune.h`` (``prune_pack``) follows the
-same rules. Nothing here knows about modules: hooks and the layer-by-layer driver live in
+an exact count and does not depend on the device; ``csrc/format/prune.h`` (``prune_pack``) follows
+the same rules. Nothing here knows about modules: hooks and the layer-by-layer driver live in
 ``calibrate.py``. Methods that also change the weights that stay have a file each (``sparsegpt.py``,
 ``admm.py``) and choose by the functions at the end of this one.
 """

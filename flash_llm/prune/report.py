@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flash_llm.unfinished import write_whole
+from flash_llm.files import from_json, read_json, write_whole
 
 REPORT_NAME = "prune_report.json"
 """The file that :meth:`PruneReport.save` writes."""
@@ -126,17 +126,12 @@ class PruneReport:
         """
         path = Path(folder) / REPORT_NAME
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            stored.pop("sparsity")
-            recipe = stored.pop("recipe")
-            recipe.update({name: tuple(recipe[name]) for name in ("targets", "ignore")})
-            layers = tuple(
-                PrunedLayer(**{**layer, "shape": tuple(layer["shape"])})
-                for layer in stored.pop("layers")
-            )
-            return cls(recipe=PruneRecipe(**recipe), layers=layers, **stored)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is no report of prune_: {error!r}") from None
+            stored = read_json(path)
+            stored.pop("sparsity", None)  # follows from the layers
+            report: PruneReport = from_json(cls, stored)
+        except ValueError as error:
+            raise ValueError(f"{path} is no report of prune_: {error}") from None
+        return report
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [len("layer")])

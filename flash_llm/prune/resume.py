@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from flash_llm.files import from_json, read_json, write_whole
 from flash_llm.prune.blocks import Sample
 from flash_llm.prune.report import PrunedLayer, PruneRecipe
-from flash_llm.unfinished import write_whole
 
 RUN_NAME = "run.json"
 ALLOCATION_NAME = "allocation.json"
@@ -65,7 +65,13 @@ class ResumeFolder:
         run = json.loads(json.dumps(run))  # tuples become lists, as they do in the file
         path = folder / RUN_NAME
         if path.exists():
-            _refuse_difference(folder, _read_objects(path, ("recipe", "model")), run)
+            try:
+                stored = read_json(path)
+                if {k: type(v) for k, v in stored.items()} != {k: type(v) for k, v in run.items()}:
+                    raise ValueError("it describes no run")
+            except ValueError as error:
+                raise ValueError(f"flash_llm.prune_: {path} cannot be read: {error}") from None
+            _refuse_difference(folder, stored, run)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(run, indent=1).encode())
@@ -74,10 +80,14 @@ class ResumeFolder:
         """Each layer's target as the run found it, or as ``measure`` finds it now."""
         path = self._folder / ALLOCATION_NAME
         if path.exists():
-            stored = _read_objects(path)
-            known = all(value is None or type(value) in (int, float) for value in stored.values())
-            if not known or stored.keys() != self._files.keys():
-                raise _broken(path, "it has no sparsity for each layer")
+            try:
+                stored: dict[str, float | None] = from_json(
+                    dict[str, float | None], read_json(path)
+                )
+            except ValueError as error:
+                raise ValueError(f"flash_llm.prune_: {path} is no allocation: {error}") from None
+            if stored.keys() != self._files.keys():
+                raise ValueError(f"flash_llm.prune_: {path} is not of the layers of this run")
             return stored
         found = measure()
         write_whole(path, json.dumps(found).encode())
@@ -97,8 +107,7 @@ class ResumeFolder:
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 stored = file.get_tensor("weight")
-                noted = json.loads(file.metadata()["layer"])
-            entry = PrunedLayer(**{**noted, "shape": tuple(noted["shape"])})
+                entry: PrunedLayer = from_json(PrunedLayer, json.loads(file.metadata()["layer"]))
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"flash_llm.prune_: {path} is broken ({error}); remove it to prune {name} again"
@@ -162,21 +171,6 @@ def _refuse_difference(folder: Path, stored: dict[str, Any], run: dict[str, Any]
                 f"{name} of the model is not what it was; a model that is partly pruned must be "
                 "loaded again first",
             )
-
-
-def _read_objects(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
-    """The JSON object in a file, in which these keys have objects too."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, error) from None
-    if not isinstance(stored, dict) or not all(isinstance(stored.get(k), dict) for k in keys):
-        raise _broken(path, "it is not what prune_ writes")
-    return stored
-
-
-def _broken(path: Path, reason: object) -> ValueError:
-    return ValueError(f"flash_llm.prune_: {path} is broken ({reason}); remove it to begin anew")
 
 
 def _refuse(folder: Path, difference: str) -> None:
