@@ -30,6 +30,7 @@ TOP_LEVEL = {
 PYTHON_RANKS = {
     "_extension": 0,
     "table": 0,
+    "roles": 0,
     "timing": 0,
     "ops": 1,
     "bitmap": 2,
