@@ -34,6 +34,7 @@ from flash_llm.checkpoint import (
     Checkpoint,
     checkpoint_files,
 )
+from flash_llm.files import fingerprint, replacing, write_whole
 from flash_llm.sparsify import (
     LayerReport,
     SparsifyReport,
@@ -43,7 +44,7 @@ from flash_llm.sparsify import (
     parse_patterns,
 )
 from flash_llm.table import natural
-from flash_llm.unfinished import UnfinishedFolder, refuse_existing, replacing
+from flash_llm.unfinished import UnfinishedFolder, check_destination
 
 EVERY_LAYER = "re:.*"
 CONVERT_IGNORE = (
@@ -130,7 +131,8 @@ def convert_checkpoint(
 
     Raises:
         FileNotFoundError: ``src`` holds no checkpoint.
-        FileExistsError: ``dst`` is there, or ``dst.partial`` is of other work.
+        FileExistsError: ``dst`` is there, or ``dst.partial`` is of other work or in work by
+            another run.
         ValueError: a file is broken, or not directly in ``src``; a target matches nothing; a layer
             is packed already; ``format``, ``dtype`` or ``workers`` is wrong.
         OSError: the disk is full or cannot be written; ``src`` is untouched, and what is finished
@@ -179,26 +181,30 @@ def convert_checkpoint(
     )
     chosen = choose_layers(source, options.targets, options.ignore)
     caller = "flash_llm.convert_checkpoint"
-    refuse_existing(dst, caller)
-    unfinished = None if dry_run else UnfinishedFolder(dst, src, vars(options), caller)
+    check_destination(dst, caller)
 
     stop = threading.Event()
-
-    def convert(file: Path) -> list[LayerReport]:
-        if unfinished is None:
-            return _convert_file(source, file, None, chosen, options, stop)
-        out, done = unfinished.content / file.name, unfinished.path / f"{file.name}.json"
-        if out.is_file() and done.is_file():
-            noted = json.loads(done.read_text())
-            return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in noted]
-        with replacing(out) as temporary:
-            rows = _convert_file(source, file, temporary, chosen, options, stop)
-        with replacing(done) as temporary:
-            temporary.write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
-        return rows
-
     rows: list[LayerReport] = []
-    with ThreadPoolExecutor(workers) as pool:
+    with contextlib.ExitStack() as stack:
+        unfinished = None
+        if not dry_run:
+            unfinished = stack.enter_context(UnfinishedFolder(dst, src, vars(options), caller))
+            done = _keep_finished(unfinished, files)
+
+        def convert(file: Path) -> list[LayerReport]:
+            if unfinished is None:
+                return _convert_file(source, file, None, chosen, options, stop)
+            if file.name in done:
+                return done[file.name]
+            out = unfinished.content / file.name
+            with replacing(out) as opened:
+                found = _convert_file(source, file, opened, chosen, options, stop)
+            entries = [dataclasses.asdict(row) for row in found]
+            marker = {"file": fingerprint(out.stat()), "rows": entries}
+            write_whole(_marker(unfinished, file), json.dumps(marker).encode())
+            return found
+
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
         try:
             converted = pool.map(convert, files)
             for found in tqdm(converted, "convert", len(files), unit="file", disable=not progress):
@@ -207,9 +213,9 @@ def convert_checkpoint(
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    if unfinished is not None:
-        _complete(unfinished.content, src, files, config)
-        unfinished.finish()
+        if unfinished is not None:
+            _complete(unfinished.content, src, files, config)
+            unfinished.finish()
     return SparsifyReport(tuple(sorted(rows, key=lambda row: natural(row.name))))
 
 
@@ -394,10 +400,39 @@ def _buffer(checkpoint: Checkpoint, names: Iterable[str]) -> Tensor:
     return torch.empty(max(map(checkpoint.nbytes_of, names), default=0), dtype=torch.uint8)
 
 
+def _marker(unfinished: UnfinishedFolder, file: Path) -> Path:
+    """The file that says that the result of ``file`` is whole."""
+    return unfinished.path / f"{file.name}.done"
+
+
+def _keep_finished(
+    unfinished: UnfinishedFolder, files: Sequence[Path]
+) -> dict[str, list[LayerReport]]:
+    """Remove what an earlier run has not finished; return the rows of the others by file name.
+
+    A result is finished if it is the very file of which its marker speaks.
+    """
+    finished = {}
+    for file in files:
+        try:
+            marker = json.loads(_marker(unfinished, file).read_bytes())
+            rows = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in marker["rows"]]
+            if fingerprint((unfinished.content / file.name).stat()) == marker["file"]:
+                finished[file.name] = rows
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            continue  # without a marker, or with a broken one, the file is converted again
+    for path in unfinished.content.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in finished:
+            path.unlink()
+    return finished
+
+
 def _convert_file(
     source: DenseView,
     file: Path,
-    out: Path | None,
+    out: BinaryIO | None,
     chosen: set[str],
     options: _Options,
     stop: threading.Event,
@@ -474,15 +509,13 @@ class _Writer:
     header of names, dtypes, shapes and offsets, which may end in spaces, then the data.)
     """
 
-    def __init__(self, path: Path, most_tensors: int) -> None:
-        self._path = path
+    def __init__(self, file: BinaryIO, most_tensors: int) -> None:
+        self._file = file
         self._entries: dict[str, dict[str, Any]] = {}
         self._header_bytes = 4096 + 512 * most_tensors
         self._position = 0
-        self._file: BinaryIO
 
     def __enter__(self) -> _Writer:
-        self._file = self._path.open("wb")
         self._file.seek(8 + self._header_bytes)
         return self
 
@@ -498,16 +531,15 @@ class _Writer:
         self._file.write(data.data)
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with self._file:
-            if kind is not None:
-                return
-            header = json.dumps({"__metadata__": {"format": "pt", **METADATA}, **self._entries})
-            encoded = header.encode()
-            if len(encoded) > self._header_bytes:
-                raise ValueError(
-                    f"flash_llm.convert_checkpoint: the names of the tensors in {self._path} take "
-                    f"{len(encoded)} bytes, there is room for {self._header_bytes}"
-                )
-            self._file.seek(0)
-            self._file.write(struct.pack("<Q", self._header_bytes))
-            self._file.write(encoded.ljust(self._header_bytes))
+        if kind is not None:
+            return
+        header = json.dumps({"__metadata__": {"format": "pt", **METADATA}, **self._entries})
+        encoded = header.encode()
+        if len(encoded) > self._header_bytes:
+            raise ValueError(
+                f"flash_llm.convert_checkpoint: the names of the tensors in {self._file.name} take "
+                f"{len(encoded)} bytes, there is room for {self._header_bytes}"
+            )
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._header_bytes))
+        self._file.write(encoded.ljust(self._header_bytes))

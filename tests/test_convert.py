@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from torch import nn
 import flash_llm
 from flash_llm import convert, convert_checkpoint
 from flash_llm.checkpoint import Checkpoint, checkpoint_files
+from flash_llm.unfinished import NOTE_NAME, UnfinishedFolder
 
 FAMILIES = ("llama", "qwen2", "opt", "gpt2", "bert")
 
@@ -374,7 +377,8 @@ def test_a_write_that_fails_leaves_no_half_file(tmp_path, limit):
     before = (tmp_path / "dense" / "model.safetensors").read_bytes()
     command = [sys.executable, "-c", LIMITED, *(str(tmp_path / n) for n in ("dense", "packed"))]
     done = subprocess.run([*command, str(limit)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "[Errno 27] File too large\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"[Errno 27] File too large: '{tmp_path}/packed.partial/")
     kept = {"unfinished.json"} if limit > 100 else set()
     found = {path.name for path in tmp_path.glob("packed*/**/*") if path.is_file()}
     assert not (tmp_path / "packed").exists() and found == kept
@@ -401,6 +405,165 @@ def test_an_unfinished_folder_of_another_conversion_is_left_alone(tmp_path, monk
     file.write_bytes(file.read_bytes())
     with pytest.raises(FileExistsError, match="has changed since"):
         convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
+
+
+# ---- other runs, and what is not of this one ----
+
+
+def two_shards(folder):
+    folder.mkdir()
+    places = {}
+    for name in "ab":
+        save_file({f"{name}.weight": zeros_among(256, 256)}, folder / f"{name}.safetensors")
+        places[f"{name}.weight"] = f"{name}.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def half_done(tmp_path, monkeypatch):
+    """A conversion of two files that was interrupted after the first."""
+    dense = two_shards(tmp_path / "dense")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            convert_checkpoint(dense, tmp_path / "packed")
+    return dense, tmp_path / "packed.partial"
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_second_run_into_one_destination_is_refused_and_harms_nothing(tmp_path, monkeypatch):
+    dense, original, refused = two_shards(tmp_path / "dense"), convert._convert_tensor, []
+
+    def again(*arguments):  # while the first run is at work, in this process or in another one
+        with pytest.raises(FileExistsError, match=r"another run is working on .*packed\.partial"):
+            convert_checkpoint(dense, tmp_path / "packed")
+        with pytest.raises(FileExistsError, match="another run is working on"):
+            options = {"targets": ()}
+            UnfinishedFolder(tmp_path / "packed", dense, options, "x", resume=False)
+        refused.append(arguments[0])
+        return original(*arguments)
+
+    monkeypatch.setattr(convert, "_convert_tensor", again)
+    convert_checkpoint(dense, tmp_path / "packed")
+    monkeypatch.undo()
+    assert refused == ["a", "b"]
+    convert_checkpoint(dense, tmp_path / "whole")
+    assert contents(tmp_path / "packed") == contents(tmp_path / "whole")
+
+
+def test_a_run_that_begins_anew_removes_what_is_of_its_kind_only(tmp_path, monkeypatch):
+    dense, partial = half_done(tmp_path, monkeypatch)
+    by = "flash_llm.convert_checkpoint"
+    with pytest.raises(FileExistsError, match="is of other work"):
+        UnfinishedFolder(tmp_path / "packed", dense, {"other": 1}, by)
+    with pytest.raises(FileExistsError, match="is of other work"):
+        UnfinishedFolder(tmp_path / "packed", dense, {}, "other", resume=False)
+    assert (partial / "a.safetensors.done").is_file()
+    with UnfinishedFolder(tmp_path / "packed", dense, {"other": 1}, by, resume=False):
+        assert {path.name for path in partial.iterdir()} == {NOTE_NAME, "model"}
+        assert list((partial / "model").iterdir()) == []
+
+
+PLANTED = {
+    "a link instead of the folder": lambda p, victim: (shutil.rmtree(p), p.symlink_to(victim)),
+    "a link that leads nowhere": lambda p, victim: (shutil.rmtree(p), p.symlink_to("nowhere")),
+    "a file instead of the folder": lambda p, victim: (shutil.rmtree(p), p.write_text("mine")),
+    "a link instead of the result": lambda p, victim: (
+        shutil.rmtree(p / "model"),
+        (p / "model").symlink_to(victim),
+    ),
+    "a link to be written through": lambda p, victim: (p / "model" / "b.safetensors").symlink_to(
+        victim / "keep"
+    ),
+    "a link deep inside": lambda p, victim: (
+        (p / "state").mkdir() or (p / "state" / "run.json").symlink_to(victim / "keep")
+    ),
+    "a link instead of the note": lambda p, victim: (
+        shutil.move(p / NOTE_NAME, victim / NOTE_NAME),
+        (p / NOTE_NAME).symlink_to(victim / NOTE_NAME),
+    ),
+    "a pipe": lambda p, victim: os.mkfifo(p / "model" / "b.safetensors"),
+    "a folder without a note": lambda p, victim: (p / NOTE_NAME).unlink(),
+    "a note that is empty": lambda p, victim: (p / NOTE_NAME).write_text(""),
+    "a note that is no JSON": lambda p, victim: (p / NOTE_NAME).write_text("[" * 100_000),
+    "another user's file": lambda p, victim: os.chown(p / "model", 12345, -1),
+}
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_a_planted_partial_folder_is_neither_followed_nor_adopted(tmp_path, monkeypatch, case):
+    dense, partial = half_done(tmp_path, monkeypatch)
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "keep").write_text("kept")
+    if case == "another user's file" and os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+    PLANTED[case](partial, victim)
+    kept = contents(victim)
+    with pytest.raises(FileExistsError, match=r"packed\.partial"):
+        convert_checkpoint(dense, tmp_path / "packed")
+    assert contents(victim) == kept and not (tmp_path / "packed").exists()
+
+
+def test_results_that_the_run_did_not_write_are_made_again(tmp_path, monkeypatch):
+    dense, partial = half_done(tmp_path, monkeypatch)
+    convert_checkpoint(dense, tmp_path / "whole")
+    theirs = tmp_path / "theirs.safetensors"
+    save_file({"a.weight": torch.ones(256, 256).half()}, theirs)
+    shutil.copyfile(theirs, partial / "model" / "a.safetensors")  # marked as finished
+    shutil.copyfile(theirs, partial / "model" / "b.safetensors")
+    (partial / "b.safetensors.done").write_text('{"file": null, "rows": []}')
+    (partial / "model" / "1_Pooling").mkdir()
+    (partial / "model" / "modeling.py").write_text("print('theirs')")
+    convert_checkpoint(dense, tmp_path / "packed")
+    assert contents(tmp_path / "packed") == contents(tmp_path / "whole")
+
+
+def test_folders_with_names_like_ours_are_left_alone(tmp_path):
+    dense = two_shards(tmp_path / "dense")
+    for name in ("packed.partial.new", "packed.new", "packed.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    convert_checkpoint(dense, tmp_path / "packed")
+    for name in ("packed.partial.new", "packed.new", "packed.tmp"):
+        assert (tmp_path / name / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("dst", ["file/packed", "nowhere", "nowhere/packed", "n" * 250])
+def test_a_destination_that_cannot_be_made_fails_before_the_work(tmp_path, monkeypatch, dst):
+    dense = two_shards(tmp_path / "dense")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to("missing")
+    interrupt(monkeypatch, 0, AssertionError("worked"))
+    with pytest.raises(OSError, match=dst):
+        convert_checkpoint(dense, tmp_path / dst)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "file", "nowhere"}
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "b.safetensors", "config.json"])
+@pytest.mark.parametrize("how", ["written", "replaced", "removed"])
+def test_a_source_that_changes_during_the_work_is_refused(tmp_path, monkeypatch, name, how):
+    dense, original = two_shards(tmp_path / "dense"), convert._convert_tensor
+
+    def change(layer, *arguments):
+        file = dense / name
+        if layer == "b" and how == "written":
+            file.write_bytes(file.read_bytes())
+        elif layer == "b" and how == "replaced":  # as `cp -p` and `mv` do
+            shutil.copy2(file, tmp_path / "copy")
+            (tmp_path / "copy").rename(file)
+        elif layer == "b":
+            file.unlink()
+        return original(layer, *arguments)
+
+    monkeypatch.setattr(convert, "_convert_tensor", change)
+    with pytest.raises((ValueError, FileNotFoundError), match=name):
+        convert_checkpoint(dense, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
 
 
 # ---- memory ----

@@ -29,6 +29,7 @@ TOP_LEVEL = {
 # _extension finds the compiled module; testing holds inputs and oracles.
 PYTHON_RANKS = {
     "_extension": 0,
+    "files": 0,
     "table": 0,
     "roles": 0,
     "timing": 0,

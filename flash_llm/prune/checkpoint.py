@@ -30,7 +30,7 @@ from flash_llm.sparsify import (
     select_layers,
     sparsify_,
 )
-from flash_llm.unfinished import UnfinishedFolder, partial_path, refuse_existing
+from flash_llm.unfinished import UnfinishedFolder, check_destination
 
 _CALLER = "flash_llm.prune_checkpoint"
 # In the unfinished folder, what prune_ keeps to go on.
@@ -156,7 +156,8 @@ def prune_checkpoint(
     Raises:
         ImportError: transformers is not installed.
         FileNotFoundError: ``src`` holds no checkpoint, or ``calibration`` is not there.
-        FileExistsError: ``dst`` is there, or ``dst.partial`` is of other work.
+        FileExistsError: ``dst`` is there, or ``dst.partial`` is of other work or in work by
+            another run.
         TypeError: ``pack`` and the weights are neither float16 nor bfloat16.
         ValueError: what :func:`plan_pruning` and :func:`flash_llm.prune_` refuse; there is no
             tokenizer for the calibration text.
@@ -173,40 +174,38 @@ def prune_checkpoint(
         )
     if calibration is not None and not Path(calibration).is_file():
         raise FileNotFoundError(f"{_CALLER}: calibration {calibration} is no file")
-    refuse_existing(dst, _CALLER)
+    check_destination(dst, _CALLER)
     if calibration is not None:
         options |= {"calibration": Path(calibration), "tokenizer": _load_tokenizer(src)}
-    if not resume and (partial_path(dst) / _STATE).is_dir():  # one of our own
-        shutil.rmtree(partial_path(dst))
-    unfinished = UnfinishedFolder(dst, src, {"dtype": plan.dtype}, _CALLER)
-    state = unfinished.path / _STATE
-    state.mkdir(exist_ok=True)
-
-    try:
-        model = hf.from_pretrained(src, dtype=dtype or "auto")
-        report = prune_(
-            model,
-            targets=targets,
-            ignore=ignore,
-            device=device,
-            resume_dir=state,
-            progress=progress,
-            **options,
-        )
-    except BaseException:
-        if not any(state.glob("*.safetensors")):  # no layer is done: nothing to go on with
-            unfinished.discard()
-        raise
-    if pack:
-        sparsify_(model, targets, ignore, format=format)
-    shutil.rmtree(unfinished.content)  # half of a model, from a run that was killed
-    unfinished.content.mkdir()
-    copy_other_files(src, unfinished.content, checkpoint_files(src))
-    model.save_pretrained(unfinished.content)
-    if Checkpoint(checkpoint_files(unfinished.content)).packed:
-        write_card(src, unfinished.content)
-    report.save(unfinished.content)
-    unfinished.finish()
+    note = {"dtype": plan.dtype}
+    with UnfinishedFolder(dst, src, note, _CALLER, resume=resume) as unfinished:
+        state = unfinished.path / _STATE
+        state.mkdir(exist_ok=True)
+        try:
+            model = hf.from_pretrained(src, dtype=dtype or "auto")
+            report = prune_(
+                model,
+                targets=targets,
+                ignore=ignore,
+                device=device,
+                resume_dir=state,
+                progress=progress,
+                **options,
+            )
+        except BaseException:
+            if not any(state.glob("*.safetensors")):  # no layer is done: nothing to go on with
+                unfinished.discard()
+            raise
+        if pack:
+            sparsify_(model, targets, ignore, format=format)
+        shutil.rmtree(unfinished.content)  # half of a model, from a run that was killed
+        unfinished.content.mkdir()
+        copy_other_files(src, unfinished.content, checkpoint_files(src))
+        model.save_pretrained(unfinished.content)
+        if Checkpoint(checkpoint_files(unfinished.content)).packed:
+            write_card(src, unfinished.content)
+        report.save(unfinished.content)
+        unfinished.finish()
     return report
 
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flash_llm.unfinished import write_whole
+from flash_llm.files import write_whole
 
 REPORT_NAME = "prune_report.json"
 """The file that :meth:`PruneReport.save` writes."""

@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from flash_llm.files import write_whole
 from flash_llm.prune.report import PrunedLayer, PruneRecipe
-from flash_llm.unfinished import write_whole
 
 RUN_NAME = "run.json"
 ALLOCATION_NAME = "allocation.json"
