@@ -115,7 +115,7 @@ def _numbers_of_experts(module: nn.Module, without: nn.Module) -> set[int]:
         stacked = [p.shape[0] for p in child.parameters(recurse=False) if _is_stack(child, p)]
         listed = []
         if child is not module and isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            listed = list(child.children())
+            listed = list(child._modules)
         if stacked or (listed and "expert" in name.lower()):
             numbers |= {1, *stacked}
         if len(listed) > 1:
