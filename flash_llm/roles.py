@@ -7,6 +7,7 @@ by what lies beside them, and by PEFT's classes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from torch import nn
@@ -31,7 +32,9 @@ def output_layers(model: nn.Module) -> dict[nn.Module, str]:
     """
     found: dict[nn.Module, str] = {}
     for owner in filter(_is_transformers, model.modules()):
-        output = owner.get_output_embeddings()  # type: ignore[operator]
+        output = None
+        with contextlib.suppress(NotImplementedError, AttributeError):  # of a model that has none
+            output = owner.get_output_embeddings()  # type: ignore[operator]
         if isinstance(output, nn.Module):
             found.update(dict.fromkeys(output.modules(), "output layer"))
         base: nn.Module = owner.base_model  # type: ignore[assignment]
