@@ -31,6 +31,7 @@ PYTHON_RANKS = {
     "_extension": 0,
     "files": 0,
     "table": 0,
+    "interrupts": 0,
     "roles": 0,
     "timing": 0,
     "ops": 1,
