@@ -11,6 +11,7 @@ import dataclasses
 import html
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 from flash_llm import hf, ops, roles
 from flash_llm.linear import SparseLinear, is_conv1d, pack_layer
 from flash_llm.ops import PackedWeight
-from flash_llm.table import aligned
+from flash_llm.table import aligned, kind, span
 
 DEFAULT_TARGETS: tuple[str, ...] = ("Linear", "Conv1D")
 DEFAULT_IGNORE: tuple[str, ...] = ("lm_head",)
@@ -114,7 +115,35 @@ class SparsifyReport:
         # Numbers (sparsity, dense MB, packed MB) align right, words left.
         lines = aligned(table, left=set(range(len(table[0]))) - {2, 3, 4})
         lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join([*lines, self._summary()])
+        return "\n".join([*lines, self._totals()])
+
+    def summary(self) -> str:
+        """The same with one line for all layers of a kind, which differ in a number only."""
+        groups: dict[tuple[str, tuple[int, ...], str | None, str, str], list[LayerReport]] = {}
+        for row in self.rows:
+            # What a weight takes, the end of a reason, is in the columns.
+            reason, colon, _ = row.reason.partition(":")
+            reason = row.reason if row.packed_bytes is None else reason if colon else ""
+            alike = (kind(row.name), row.shape, row.format, row.decision, reason)
+            groups.setdefault(alike, []).append(row)
+        table = [("layers", "number", *self._titles()[1:])]
+        for (name, shape, format, decision, reason), rows in groups.items():
+            packed = [row.packed_bytes for row in rows if row.packed_bytes is not None]
+            table.append(
+                (
+                    name,
+                    str(len(rows)),
+                    "x".join(map(str, shape)),
+                    span(row.sparsity for row in rows),
+                    f"{sum(row.dense_bytes for row in rows) / 1e6:.3f}",
+                    f"{sum(packed) / 1e6:.3f}" if packed else "-",
+                    format or "-",
+                    decision,
+                    reason,
+                )
+            )
+        lines = aligned(table, left=set(range(len(table[0]))) - {1, 3, 4, 5})
+        return "\n".join([*lines, self._totals()])
 
     def _repr_html_(self) -> str:
         def row_html(cells: Sequence[str], tag: str) -> str:
@@ -124,7 +153,7 @@ class SparsifyReport:
         body = "".join(row_html(cells, "td") for cells in self._cells())
         return (
             f"<table><thead>{row_html(self._titles(), 'th')}</thead><tbody>{body}</tbody></table>"
-            f"<p>{html.escape(self._summary())}</p>"
+            f"<p>{html.escape(self._totals())}</p>"
         )
 
     @staticmethod
@@ -153,13 +182,30 @@ class SparsifyReport:
                 row.reason,
             )
 
-    def _summary(self) -> str:
-        ratio = self.total_bytes / self.dense_bytes if self.dense_bytes else 1.0
-        return (
+    def _totals(self) -> str:
+        """Bytes of all rows; in a line of its own, why nothing is packed."""
+
+        def sizes(after: int) -> str:
+            ratio = after / self.dense_bytes if self.dense_bytes else 1.0
+            return f"{after / 1e6:.3f} MB ({ratio:.2f}x)"
+
+        text = (
             f"{len(self.packed)} of {len(self.rows)} layers packed: "
-            f"{self.dense_bytes / 1e6:.3f} MB of weights are now {self.total_bytes / 1e6:.3f} MB "
-            f"({ratio:.2f}x)"
+            f"{self.dense_bytes / 1e6:.3f} MB of dense weights take {sizes(self.total_bytes)}"
         )
+        # What is dense and would shrink has not been asked to be packed.
+        saved = sum(
+            max(row.dense_bytes - row.packed_bytes, 0)
+            for row in self.rows
+            if row.decision == "dense" and row.packed_bytes is not None
+        )
+        if saved:
+            text += f"; packing would make that {sizes(self.total_bytes - saved)}"
+        elif self.rows and not self.packed:
+            reasons = Counter(row.reason.partition(":")[0] for row in self.rows)
+            counted = (f"{reason} ({count})" for reason, count in reasons.most_common())
+            text += f"\nNothing is packed: {'; '.join(counted)}"
+        return text
 
 
 def sparsify_(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_llm.checkpoint import checkpoint_files
 from flash_llm.convert import DenseView
-from flash_llm.table import aligned, natural
+from flash_llm.table import aligned, kind, natural, span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +62,29 @@ class VerifyReport:
             indent=2,
         )
 
+    def summary(self) -> str:
+        """The table of ``print`` with one line for all tensors that differ in a number only."""
+        groups: dict[tuple[str, tuple[int, ...], bool], list[TensorError]] = {}
+        for row in self._shown():
+            groups.setdefault((kind(row.name), row.shape, row.packed), []).append(row)
+        table = [("tensors", "number", "shape", "stored", "zeros", "before", "largest rel. error")]
+        for (name, shape, packed), rows in groups.items():
+            table.append(
+                (
+                    name,
+                    str(len(rows)),
+                    "x".join(map(str, shape)),
+                    "packed" if packed else "dense",
+                    span(row.sparsity for row in rows),
+                    span(row.reference_sparsity for row in rows),
+                    f"{max(row.relative_error for row in rows):.2e}",
+                )
+            )
+        return "\n".join([*aligned(table, left={0, 2, 3}), self._totals()])
+
     def __str__(self) -> str:
-        shown = [row for row in self.rows if row.packed or row.relative_error > 0]
         table = [("tensor", "shape", "stored", "zeros", "before", "relative error", "largest")]
-        for row in shown:
+        for row in self._shown():
             table.append(
                 (
                     row.name,
@@ -78,12 +97,17 @@ class VerifyReport:
                 )
             )
         lines = aligned(table, left={0, 1, 2})
+        return "\n".join([*lines, self._totals()])
+
+    def _shown(self) -> list[TensorError]:
+        return [row for row in self.rows if row.packed or row.relative_error > 0]
+
+    def _totals(self) -> str:
         equal = len(self.rows) - sum(row.relative_error > 0 for row in self.rows)
-        lines.append(
+        return (
             f"{equal} of {len(self.rows)} tensors are equal; largest relative error "
             f"{self.max_relative_error:.3g}"
         )
-        return "\n".join(lines)
 
 
 def verify_checkpoint(
