@@ -19,8 +19,8 @@ from torch import Tensor
 from flash_llm import ops
 from flash_llm.checkpoint import checkpoint_files
 from flash_llm.convert import CONVERT_IGNORE, EVERY_LAYER, DenseView, choose_layers
-from flash_llm.evaluate import ProgressBar, track
 from flash_llm.ops import PackedWeight
+from flash_llm.progress import ProgressBar, track
 from flash_llm.table import aligned, natural
 from flash_llm.timing import copies_to_rotate, time_cpu, time_cuda
 

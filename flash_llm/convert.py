@@ -22,7 +22,6 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from flash_llm import ops, sparse_bitmask
 from flash_llm.checkpoint import (
@@ -35,6 +34,7 @@ from flash_llm.checkpoint import (
     checkpoint_files,
 )
 from flash_llm.files import fingerprint, replacing, write_whole
+from flash_llm.progress import ProgressBar, track
 from flash_llm.sparsify import (
     LayerReport,
     SparsifyReport,
@@ -101,7 +101,7 @@ def convert_checkpoint(
     pack_unprofitable: bool = False,
     workers: int = 1,
     dry_run: bool = False,
-    progress: bool = False,
+    progress: bool | ProgressBar = False,
 ) -> SparsifyReport:
     """Pack the pruned weights of a dense safetensors folder into another folder.
 
@@ -124,7 +124,8 @@ def convert_checkpoint(
         pack_unprofitable: also pack what that does not shrink.
         workers: files to work on at once; each needs memory for about two tensors.
         dry_run: only say what would be done; nothing is written.
-        progress: show a tqdm bar over the files.
+        progress: True for a tqdm bar over the files, or a callable such as
+            ``rich.progress.track``.
 
     Returns:
         The decision and its reason for each layer, in the natural order of the names.
@@ -206,9 +207,9 @@ def convert_checkpoint(
 
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         try:
-            converted = pool.map(convert, files)
-            for found in tqdm(converted, "convert", len(files), unit="file", disable=not progress):
-                rows.extend(found)
+            converted = [pool.submit(convert, file) for file in files]
+            for found in track(converted, "convert", progress):
+                rows.extend(found.result())
         except BaseException:  # Ctrl-C too: the files in work are given up at their next tensor
             stop.set()
             pool.shutdown(cancel_futures=True)

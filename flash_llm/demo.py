@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from flash_llm import _extension
-from flash_llm.evaluate import ProgressBar, evaluation_mode, perplexity
+from flash_llm.evaluate import perplexity
+from flash_llm.forward import evaluation_mode
+from flash_llm.progress import ProgressBar
 from flash_llm.prune.calibrate import METHODS, prune_
 from flash_llm.sparsify import LayerReport, SparsifyReport, model_bytes, sparsify_
 

@@ -6,87 +6,21 @@ into windows of a fixed length, and each token is scored once, in the first wind
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flash_llm import hf
+from flash_llm.forward import check_token_ids, evaluation_mode
+from flash_llm.progress import ProgressBar, track
 from flash_llm.table import aligned
-
-ProgressBar = Callable[[Sequence[Any], str], Iterable[Any]]
-"""Wraps a sequence, given a description, into an iterable that draws; ``rich.progress.track``."""
-
-
-def track(items: Sequence[Any], description: str, progress: bool | ProgressBar) -> Iterable[Any]:
-    """Iterate over ``items`` silently (False), under a tqdm bar (True) or under the caller's bar.
-
-    Args:
-        items: what to iterate over.
-        description: one or two words for the bar.
-        progress: False, True, or a callable such as ``rich.progress.track``.
-
-    Returns:
-        An iterable over ``items``.
-    """
-    if callable(progress):
-        return progress(items, description)
-    if not progress:
-        return items
-    from tqdm.auto import tqdm
-
-    bar: Iterable[Any] = tqdm(items, desc=description)
-    return bar
-
-
-def remark(bar: Iterable[Any], text: str) -> None:
-    """Show a short text at the end of a bar of :func:`track`, where the bar can do that (tqdm)."""
-    show = getattr(bar, "set_postfix_str", None)
-    if show is not None:
-        show(text)
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every submodule in ``eval()`` and disable gradients; on exit restore each one's flag."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def check_token_ids(token_ids: Tensor, model: nn.Module) -> None:
-    """Check ids against the model's vocabulary: out of range, CUDA would abort the whole context.
-
-    Args:
-        token_ids: integer tensor of any shape.
-        model: its input embedding is found through Hugging Face's ``get_input_embeddings``; a model
-            without one is left to check its ids itself.
-
-    Raises:
-        ValueError: an id is negative or not below the number of embeddings.
-    """
-    find = getattr(model, "get_input_embeddings", None)
-    embedding = find() if callable(find) else None
-    if isinstance(embedding, nn.Embedding) and token_ids.numel():
-        low, high = (int(bound) for bound in torch.aminmax(token_ids))
-        if low < 0 or high >= embedding.num_embeddings:
-            raise ValueError(
-                f"token ids must lie in [0, {embedding.num_embeddings}), the model's vocabulary, "
-                f"got {low} to {high}"
-            )
 
 
 def perplexity(
@@ -270,7 +204,7 @@ def evaluate_checkpoints(
     if not folders:
         raise ValueError("flash_llm.evaluate_checkpoints: there must be a folder")
     try:
-        content = Path(text).read_text(encoding="utf-8")
+        content = Path(text).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"flash_llm.evaluate_checkpoints: {text} is not UTF-8: {error}") from None
     for folder in folders:  # before the first one is loaded; a name would be looked up on the hub

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.prune import BasePruningMethod
-from tqdm.auto import tqdm
 
 from flash_llm import hf, ops, roles
 from flash_llm.linear import SparseLinear, is_conv1d, pack_layer
 from flash_llm.ops import PackedWeight
+from flash_llm.progress import ProgressBar, track
 from flash_llm.table import aligned, kind, span
 
 DEFAULT_TARGETS: tuple[str, ...] = ("Linear", "Conv1D")
@@ -217,7 +217,7 @@ def sparsify_(
     scope: str = "row",
     format: str = "auto",
     pack_unprofitable: bool = False,
-    progress: bool = False,
+    progress: bool | ProgressBar = False,
 ) -> SparsifyReport:
     """Swap the matching linear layers of ``model`` for :class:`SparseLinear`, in place.
 
@@ -246,7 +246,7 @@ def sparsify_(
         format: ``"auto"`` (what multiplies fastest where the layer is), ``"row_bitmap"``,
             ``"tiled_csl"`` or ``"bitmap"``.
         pack_unprofitable: also swap layers that packing does not shrink.
-        progress: show a tqdm bar.
+        progress: True for a tqdm bar, or a callable such as ``rich.progress.track``.
 
     Returns:
         The decision and its reason for each layer.
@@ -282,7 +282,7 @@ def sparsify_(
 
     rows: list[LayerReport] = []
     swaps: dict[nn.Module, SparseLinear] = {}
-    for name, module, _ in tqdm(layers, desc="sparsify", unit="layer", disable=not progress):
+    for name, module, _ in track(layers, "sparsify", progress):
         if skip[module]:
             rows.append(_skipped_row(name, module, skip[module]))
             continue

@@ -3,12 +3,13 @@
 import itertools
 import json
 import logging
+from collections import UserDict
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from flash_llm.prune.samples import token_samples
+from flash_llm.prune.samples import samples_for
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 5
 
@@ -22,7 +23,7 @@ def ids(text):
 
 
 def read(calibration, nsamples=None, seqlen=16, seed=None, tokenizer=tokenizer):
-    return token_samples(calibration, tokenizer, nsamples, seqlen, seed)
+    return samples_for(None, calibration, tokenizer, nsamples, seqlen, seed)
 
 
 def equal(one, other):
@@ -36,12 +37,68 @@ def test_a_text_file_is_cut_into_whole_samples(tmp_path):
     whole = len(TEXT) // 16
     assert equal(samples, list(ids(TEXT)[: whole * 16].view(whole, 1, 16)))
     assert equal(read(str(path)), samples)
-    assert equal(read(path, nsamples=3), samples[:3])
     drawn = read(path, nsamples=3, seed=1)
     assert equal(drawn, read(path, nsamples=3, seed=1)) and not equal(drawn, samples[:3])
     assert equal(read(path, seqlen=len(TEXT)), [ids(TEXT)[None]])
     path.write_text("ä€" * 8, encoding="utf-8")
     assert read(path)[0].tolist() == [[228, 8364] * 8]
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl"])
+def test_samples_are_spread_over_a_file_instead_of_its_beginning(ending, tmp_path):
+    path = tmp_path / f"text{ending}"
+    lines = [f"{number:07}\n" for number in range(10_000)]
+    if ending == ".jsonl":
+        path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    else:
+        path.write_text("".join(lines))
+    every = read(path)
+    for nsamples in (1, 3, 7, len(every) - 1, len(every), len(every) + 1):
+        indices = [i * len(every) // nsamples for i in range(nsamples)]
+        expected = [every[i] for i in indices] if nsamples <= len(every) else every
+        chosen = read(path, nsamples)
+        assert len(chosen) == len(expected)
+        # All of the file is tokenised where it is small; of a large one parts that lie as evenly.
+        if nsamples > 100:
+            assert equal(chosen, expected)
+        starts = [int("".join(map(chr, sample[0].tolist())).split("\n")[-2]) for sample in chosen]
+        gaps = torch.tensor([*starts, 10_000]).diff() if nsamples > 1 else torch.tensor([])
+        assert all(0.5 <= gap * nsamples / 10_000 <= 1.5 for gap in gaps)
+        assert equal(chosen, read(path, nsamples))
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl"])
+def test_a_large_file_is_not_tokenised_whole(ending, tmp_path):
+    path = tmp_path / f"text{ending}"
+    text = "".join(f"{number:07}\n" for number in range(50_000))
+    path.write_text(text if ending == ".txt" else json.dumps({"text": text}))
+    lengths = []
+
+    def counting(text):
+        lengths.append(len(text))
+        return tokenizer(text)
+
+    samples = read(path, nsamples=4, tokenizer=counting)
+    assert len(samples) == 4 and sum(lengths) < 2 * 4 * 16 * 64
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl"])
+@pytest.mark.parametrize("nsamples", [None, 2])
+def test_a_byte_order_mark_is_no_part_of_the_text(ending, nsamples, tmp_path):
+    path = tmp_path / f"text{ending}"
+    content = TEXT if ending == ".txt" else json.dumps({"text": TEXT})
+    path.write_text(content, encoding="utf-8")
+    expected = read(path, nsamples)
+    path.write_text(content, encoding="utf-8-sig")
+    assert equal(read(path, nsamples), expected)
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl"])
+def test_a_file_that_is_not_utf8_is_named(ending, tmp_path):
+    path = tmp_path / f"text{ending}"
+    path.write_text(TEXT, encoding="utf-16")
+    with pytest.raises(ValueError, match=f"text{ending} is not UTF-8"):
+        read(path)
 
 
 def test_the_documents_of_a_jsonl_file_are_laid_end_to_end(tmp_path):
@@ -51,15 +108,14 @@ def test_the_documents_of_a_jsonl_file_are_laid_end_to_end(tmp_path):
     path.write_text("\n".join([*lines[:2], "", *lines[2:]]) + "\n", encoding="utf-8")
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     assert equal(read(path), read(tmp_path / "text.txt"))
-    # Without a seed no more is read than is used: the bad line is never reached.
-    path.write_text("\n".join([*lines, "{"]), encoding="utf-8")
-    assert len(read(path, nsamples=2)) == 2
+    assert equal(read(path, nsamples=2), read(tmp_path / "text.txt", nsamples=2))
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "texts.jsonl, line 3: no JSON"),
+        ("[" * 100_000, "texts.jsonl, line 3: no JSON"),
         ('["text"]', 'line 3: must be an object with a string "text"'),
         ('{"content": "x"}', 'line 3: must be an object with a string "text"'),
         ('{"text": 7}', 'line 3: must be an object with a string "text"'),
@@ -99,6 +155,22 @@ def test_a_file_needs_a_tokenizer(tmp_path):
 ROWS = torch.arange(96).view(6, 16)
 
 
+class Columns:
+    """Like a data frame: no Mapping, and iteration yields the names of its columns."""
+
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def keys(self):
+        return self.columns.keys()
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def __getitem__(self, name):
+        return self.columns[name]
+
+
 @pytest.mark.parametrize(
     "calibration",
     [
@@ -112,10 +184,16 @@ ROWS = torch.arange(96).view(6, 16)
         [{"input_ids": row.tolist(), "attention_mask": [1] * 16} for row in ROWS],
         [{"input_ids": ROWS, "attention_mask": torch.ones_like(ROWS)}],
         ["".join(map(chr, row.tolist())) for row in ROWS],
+        {"input_ids": ROWS, "attention_mask": torch.ones_like(ROWS)},
+        {"input_ids": ROWS.tolist(), "token_type_ids": ROWS.tolist()},
+        UserDict(input_ids=ROWS.numpy(), attention_mask=torch.ones(6, 16).numpy()),
+        Columns(input_ids=list(ROWS)),
+        [{"input_ids": ROWS[:2].tolist()}, UserDict(input_ids=ROWS[2:])],
     ],
     ids=[
         *("tensor", "int32", "rows", "rows and batches", "tensor dataset", "loader of tensors"),
         *("loader of dicts", "tokenized rows", "batch with mask", "strings"),
+        *("whole batch", "whole batch of lists", "whole mapping", "columns", "batches of lists"),
     ],
 )
 @pytest.mark.parametrize("nsamples", [None, 5])
@@ -129,6 +207,26 @@ def test_padding_is_left_out_wherever_it_is():
         "attention_mask": torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [0, 0, 0, 0]]),
     }
     assert [sample.tolist() for sample in read([batch])] == [[[5, 6, 7]], [[8, 9]]]
+    assert [sample.tolist() for sample in read(batch)] == [[[5, 6, 7]], [[8, 9]]]
+    ragged = {"input_ids": [[5, 6], [0, 7, 8]], "attention_mask": [[1, 1], [0, 1, 1]]}
+    assert [sample.tolist() for sample in read(ragged)] == [[[5, 6]], [[7, 8]]]
+    assert [sample.tolist() for sample in read({"input_ids": [5, 6, 7]})] == [[[5, 6, 7]]]
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("padding", [True, False])
+def test_what_a_tokenizer_returns_is_calibration_and_not_its_keys(padding):
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: number for number, word in enumerate(["[PAD]", *"abcdefgh"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[PAD]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenize = transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]")
+    tensors = "pt" if padding else None
+    batch = tokenize(["a b c", "d e f g h"], padding=padding, return_tensors=tensors)
+    expected = [torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6, 7, 8]])]
+    assert equal(read(batch, tokenizer=tokenize), expected)
+    assert equal(read([batch, batch], 3, tokenizer=tokenize), [*expected, expected[0]])
 
 
 def test_longer_sequences_are_cut_and_shorter_ones_reported(caplog):
@@ -160,6 +258,13 @@ def test_an_endless_iterable_is_read_as_far_as_needed():
         ([7], TypeError, "got int"),
         ([b"text"], TypeError, "got bytes"),
         ([{"text": "a"}], TypeError, r"must have \"input_ids\", got the keys \['text'\]"),
+        ({"train": ["a"]}, TypeError, r"must have \"input_ids\", got the keys \['train'\]"),
+        (Columns(text=["a"]), TypeError, r"must have \"input_ids\", got the keys \['text'\]"),
+        (
+            {"input_ids": [[1], [2]], "attention_mask": [[1]]},
+            ValueError,
+            "attention_mask must have a row for each of the 2",
+        ),
         ([torch.rand(4)], TypeError, "must be int32 or int64, got torch.float32"),
         ([torch.ones(1, 2, 3).long()], ValueError, r"got \[1, 2, 3\]"),
         (

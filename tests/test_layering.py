@@ -30,6 +30,8 @@ TOP_LEVEL = {
 PYTHON_RANKS = {
     "_extension": 0,
     "files": 0,
+    "forward": 0,
+    "progress": 0,
     "table": 0,
     "interrupts": 0,
     "roles": 0,

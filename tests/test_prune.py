@@ -13,6 +13,7 @@ from torch import nn
 import flash_llm
 from flash_llm import prune_
 from flash_llm.prune.allocation import outlier_ratio, owl_sparsities
+from flash_llm.prune.blocks import calibration_mode, find_stacks, record_calls
 from flash_llm.prune.calibrate import RECONSTRUCTIONS
 from flash_llm.prune.criteria import (
     drop_smallest,
@@ -298,7 +299,7 @@ def reconstruct_the_slow_way(model, groups, samples, reconstruct):
         seen = {layer: [] for layer in layers}
         handles = [
             layer.register_forward_pre_hook(
-                lambda layer, args, seen=seen: seen[layer].append(args[0])
+                lambda layer, args, seen=seen: seen[layer].append(args[0].clone())
             )
             for layer in layers
         ]
@@ -634,6 +635,263 @@ def test_a_layer_that_no_token_reaches_is_pruned_by_magnitude(called, caplog):
     assert torch.equal(model.unused.weight, expected)
 
 
+class Mixed(nn.Module):
+    """A block in a way of working of its own: in place, by side effects, with a cache."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.way = way
+
+    def change(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+    def forward(self, x, state=None):
+        if self.way == "added in place":
+            x += self.change(x)
+        elif self.way == "added through .data":
+            x.data.add_(self.change(x))
+        elif self.way == "normalised before":
+            x.div_(1.0 + x.abs().amax())
+            x = x + self.change(x)
+        elif self.way == "a view changed":
+            x[..., :4] += self.change(x)[..., :4]
+        elif self.way == "nothing returned":
+            x.add_(self.change(x))
+            return None
+        elif self.way == "two streams":
+            x, state = x + self.change(state), state.add_(self.change(x))
+            return x, state
+        elif self.way == "a stream beside":  # changed and not returned
+            state += self.change(x)
+            x = x + self.change(state)
+        elif self.way in ("list of states", "dict of states", "own cache", "shared cache"):
+            seen = self.up(x)
+            x = x + self.down(torch.relu(state.update_(seen)))
+        return x
+
+
+class OwnCache:
+    """A key/value cache of nobody's family: all tokens that came by, per place where it is used."""
+
+    def __init__(self):
+        self.seen = None
+
+    def update_(self, seen):
+        self.seen = seen if self.seen is None else torch.cat([self.seen, seen], dim=1)
+        return self.seen.mean(dim=1, keepdim=True) + seen
+
+
+class SlotCache:
+    """The same, without a __dict__."""
+
+    __slots__ = ("seen",)
+
+    def __init__(self):
+        self.seen = None
+
+    update_ = OwnCache.update_
+
+
+class ListCache(list):
+    def update_(self, seen):
+        self.append(seen)
+        return sum(each.mean(dim=(1, 2), keepdim=True) for each in self) + seen
+
+
+class DictCache(dict):
+    def update_(self, seen):
+        self[len(self)] = seen
+        return sum(each.mean(dim=(1, 2), keepdim=True) for each in self.values()) + seen
+
+
+STATES = {
+    "list of states": ListCache,
+    "dict of states": DictCache,
+    "shared cache": OwnCache,
+    "own cache": SlotCache,
+}
+
+
+class MixedStack(nn.Module):
+    """Blocks that feed one another in all but the plain way."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.embed = nn.Embedding(61, 8)
+        self.blocks = nn.ModuleList(Mixed(way) for _ in range(3))
+        self.way = way
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        if self.way == "two streams":
+            state = x + 1.0
+            for block in self.blocks:
+                x, state = block(x, state)
+            return x + state
+        state = x + 1.0 if self.way == "a stream beside" else None
+        if self.way in STATES:
+            state = STATES[self.way]()
+        for block in self.blocks:
+            if self.way == "own cache":
+                state = SlotCache()
+            result = block(x, state)
+            x = x if self.way == "nothing returned" else result
+        return x
+
+
+WAYS = ["added in place", "added through .data", "normalised before", "a view changed"]
+WAYS += ["nothing returned", "two streams", "a stream beside", *STATES]
+
+
+@pytest.mark.parametrize("device", [None, "cpu:0"], ids=["at home", "on another device"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_block_changes_in_place_is_as_it_was_when_the_block_is_run_again(
+    way, method, device
+):
+    model = MixedStack(way)
+    expected = copy.deepcopy(model)
+    groups = [linear_layers(block).values() for block in expected.blocks]
+    if method == "wanda":
+        prune_the_slow_way(expected, groups, tokens(), 0.5)
+    else:
+        errors = reconstruct_the_slow_way(expected, groups, tokens(), RECONSTRUCTIONS[method])
+    report = prune_(model, method=method, sparsity=0.5, calibration=tokens(), device=device)
+    assert all(layer.sequential for layer in report.layers)
+    if method == "wanda":
+        assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+    else:
+        assert [layer.error for layer in report.layers] == pytest.approx(errors, rel=0.05)
+
+
+class ChangedBetween(Stack):
+    """The model itself changes in place what a block put out, or an argument that blocks share."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def forward(self, ids):
+        x, scale = self.embed(ids), torch.ones(())
+        for block in self.blocks:
+            (x,) = block(x, scale=scale)
+            if self.what == "output":
+                x.mul_(2.0)
+            elif self.what == "output through .data":
+                x.data.mul_(2.0)
+            else:
+                scale += 1.0
+        return x
+
+
+@pytest.mark.parametrize("what", ["output", "output through .data", "shared argument"])
+def test_what_a_model_changes_in_place_between_blocks_is_not_missed(what):
+    model = ChangedBetween(what)
+    expected = copy.deepcopy(model)
+    groups = [linear_layers(block).values() for block in expected.blocks]
+    if what != "shared argument":  # an output that is changed is calibrated in one pass
+        groups = [linear_layers(expected).values()]
+    prune_the_slow_way(expected, groups, tokens(), 0.5)
+    prune_(model, sparsity=0.5, calibration=tokens())
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+
+
+def test_recorded_calls_share_what_the_blocks_share():
+    class Masked(Stack):
+        def forward(self, ids):
+            x, mask = self.embed(ids), torch.ones(16, 1)
+            for block in self.blocks:
+                (x,) = block(x, scale=mask)
+            return x
+
+    model = Masked()
+    stacks = find_stacks(model, linear_layers(model))
+    with calibration_mode(model):
+        record_calls(model, stacks, [row[None] for row in tokens()])
+    masks = [call.kwargs["scale"] for calls in stacks[0].calls for call in calls]
+    assert len(masks) == 12 and len({mask.data_ptr() for mask in masks}) == 4
+
+
+class Wrapper(nn.Module):
+    """Calls the model inside without a word about its cache, or asks for one."""
+
+    def __init__(self, inner, **options):
+        super().__init__()
+        self.inner = inner
+        self.options = options
+
+    def forward(self, ids):
+        return self.inner(ids, **self.options).logits
+
+
+class Passing(Wrapper):
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+WRAPPERS = {
+    "wrapper": Wrapper,
+    "wrapper of a wrapper": lambda model: Passing(Wrapper(model)),
+    "wrapper that asks for a cache": lambda model: Wrapper(model, use_cache=True),
+    "keywords only": Passing,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "wrapper of compiled": lambda model: Wrapper(torch.compile(model, backend="eager")),
+}
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_blocks(model):
+    for stack in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+        for index, block in enumerate(stack):
+            stack[index] = torch.compile(block, backend="eager")
+    return model
+
+
+WRAPPERS |= {"compiled in place": compiled_in_place, "blocks compiled": compiled_blocks}
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_no_cache_of_an_earlier_call_reaches_a_layer(family, wrap):
+    inner, _ = tiny(family)
+    expected, configs = copy.deepcopy(inner), copy.deepcopy(inner.config)
+    options = {"sparsity": 0.6, "calibration": tokens(), "targets": "re:.*(proj|c_attn|c_fc)"}
+    prune_(expected, **options)
+    model = wrap(inner)
+    with torch.no_grad():
+        model(tokens())  # what is compiled is so by now
+    report = prune_(model, **options)
+    assert all(layer.sequential for layer in report.layers)
+    found = [layer.weight for layer in linear_layers(model).values()]
+    assert all(
+        map(torch.equal, found, [layer.weight for layer in linear_layers(expected).values()])
+    )
+    assert inner.config.to_dict() == configs.to_dict()
+
+
+@pytest.mark.hf
+def test_a_model_with_adapters_is_pruned_as_without():
+    peft = pytest.importorskip("peft")
+    model, _ = tiny("llama")
+    expected = copy.deepcopy(model)
+    options = {"sparsity": 0.6, "calibration": tokens(), "ignore": ("lm_head", "re:.*lora_.*")}
+    prune_(expected, sparsity=0.6, calibration=tokens())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "up_proj"]))
+    report = prune_(adapted, **options)
+    assert len(report.layers) == 21 and all(layer.sequential for layer in report.layers)
+    for layer in report.layers:
+        name = layer.name.removeprefix("base_model.model.").removesuffix(".base_layer")
+        assert torch.equal(
+            adapted.get_submodule(layer.name).weight, expected.get_submodule(name).weight
+        )
+
+
 class MovingBlock(Block):
     """Notes where it is sent, and that what it is called with is there too."""
 
@@ -891,4 +1149,108 @@ def test_progress_goes_through_the_callers_bar():
 
     prune_(Stack(), sparsity=0.5, calibration=tokens(), progress=bar)
     prune_(Stack(), method="magnitude", sparsity=0.5, progress=bar)
-    assert seen == [(3, "pruning"), (6, "pruning")]
+    assert seen == [(4, "recording calls"), (3, "pruning"), (6, "pruning")]
+
+
+def encoder_decoder():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        **{"vocab_size": 61, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
+        decoder_start_token_id=0,
+        tie_word_embeddings=False,
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    decoded = tokens(4, 7).flip(0)
+    samples = [
+        {"input_ids": ids[None], "decoder_input_ids": target[None]}
+        for ids, target in zip(tokens(), decoded, strict=True)
+    ]
+    return model, [*model.encoder.block, *model.decoder.block], samples
+
+
+def speech():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WhisperConfig(
+        **{"vocab_size": 61, "d_model": 16, "num_mel_bins": 8, "pad_token_id": 0},
+        **{"encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32},
+        **{"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32},
+        **{"max_source_positions": 20, "max_target_positions": 20},
+        **{"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+    )
+    model = transformers.WhisperForConditionalGeneration(config)
+    samples = [
+        {"input_features": torch.randn(1, 8, 40), "decoder_input_ids": ids[None]}
+        for ids in tokens(4, 6)
+    ]
+    return model, [*model.model.encoder.layers, *model.model.decoder.layers], samples
+
+
+def pictures():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        **{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "image_size": 16, "patch_size": 8},
+    )
+    model = transformers.ViTForImageClassification(config)
+    return model, list(model.vit.layers), [{"pixel_values": torch.randn(2, 3, 16, 16)}] * 3
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("make", [encoder_decoder, speech, pictures])
+def test_dicts_of_arguments_calibrate_models_that_take_more_than_text(make):
+    torch.manual_seed(0)
+    model, blocks, samples = make()
+    expected = copy.deepcopy(model)
+    names = [name for name, module in model.named_modules() if module in blocks]
+
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = expected
+
+        def forward(self, index):
+            return self.inner(**samples[index])
+
+    # Each block, the decoder's too, sees what the pruned blocks before it put out.
+    groups = [linear_layers(expected.get_submodule(name)).values() for name in names]
+    prune_the_slow_way(Called(), groups, torch.arange(len(samples)), 0.5)
+    targets = [f"re:.*{name}\\..*" for name in names]
+    report = prune_(model, sparsity=0.5, calibration=samples, targets=targets)
+    assert all(layer.sequential for layer in report.layers)
+    assert report.num_tokens == (64 if make is encoder_decoder else 0)
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+
+
+@pytest.mark.hf
+def test_text_is_input_and_labels_of_an_encoder_decoder():
+    model, _, _ = encoder_decoder()
+    expected = copy.deepcopy(model)
+    pairs = [{"input_ids": ids[None], "labels": ids[None]} for ids in tokens()]
+    prune_(expected, sparsity=0.5, calibration=pairs)
+    padded = {"input_ids": torch.nn.functional.pad(tokens(), (0, 3))}
+    padded["attention_mask"] = torch.nn.functional.pad(torch.ones(4, 16), (0, 3))
+    for calibration in (tokens(), padded):
+        twin = copy.deepcopy(model)
+        prune_(twin, sparsity=0.5, calibration=calibration)
+        assert all(map(torch.equal, twin.state_dict().values(), expected.state_dict().values()))
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("make", [speech, pictures])
+@pytest.mark.parametrize("calibration", ["text.txt", ["a text"], tokens(), list(tokens())])
+def test_text_is_refused_for_a_model_that_takes_none(make, calibration):
+    model, _, _ = make()
+    with pytest.raises(TypeError, match="is called with (input_features|pixel_values)"):
+        prune_(model, sparsity=0.5, calibration=calibration, targets="re:.*fc1")
+
+
+@pytest.mark.hf
+def test_floating_point_arguments_beside_text_are_passed_on():
+    model, _ = tiny("llama")
+    expected = copy.deepcopy(model)
+    samples = [{"inputs_embeds": model.model.embed_tokens(row[None]).detach()} for row in tokens()]
+    prune_(expected, sparsity=0.5, calibration=tokens())
+    prune_(model, sparsity=0.5, calibration=samples)
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+    with pytest.raises(TypeError, match="must hold tensors, pixel_values is list"):
+        prune_(pictures()[0], sparsity=0.5, calibration={"pixel_values": [[0.5]]})

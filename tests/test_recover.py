@@ -267,3 +267,16 @@ def test_recover_refuses(arguments, error, message):
     arguments = {"model": Stack(), "dense": Stack(), "calibration": tokens(), **arguments}
     with pytest.raises(error, match=message):
         recover_(**arguments, seqlen=16, **({} if "epochs" in arguments else {"epochs": 1}))
+
+
+@pytest.mark.hf
+def test_no_cache_of_an_earlier_call_reaches_a_block():
+    from test_prune import Wrapper
+
+    dense, _ = tiny("llama")
+    model = pruned(dense)
+    options = {"calibration": tokens(), "epochs": 2, "ignore": ("lm_head",)}
+    wrapped = Wrapper(copy.deepcopy(model))
+    recover_(wrapped, Wrapper(dense), **options)
+    recover_(model, dense, **options)
+    assert all(map(torch.equal, model.state_dict().values(), wrapped.inner.state_dict().values()))

@@ -95,7 +95,7 @@ from flash_llm import prune_
 
 def bar(items, description):
     for number, item in enumerate(items):
-        if number == 2:
+        if description == "pruning" and number == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         yield item
 
@@ -166,7 +166,7 @@ def more_layers(model):
         ({"ignore": ["blocks.0.up"]}, None, "ignore was .* and is .'blocks.0.up'. now"),
         ({"calibration": tokens(5)}, None, "the calibration samples are others"),
         ({}, changed_model, "embed.weight of the model is not what it was"),
-        ({}, more_layers, "it prunes 6 layers, not these 7"),
+        ({}, more_layers, "it prunes other layers than these 7"),
     ],
     ids=str,
 )
@@ -205,7 +205,7 @@ def test_broken_files_are_named(tmp_path):
     path.unlink()
     prune_(copy.deepcopy(model), **options)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="run.json cannot be read"):
+    with pytest.raises(ValueError, match="run.json is broken"):
         prune_(copy.deepcopy(model), **options)
 
 
@@ -276,3 +276,38 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         report.save(tmp_path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("damage", ["[]", "{}", "7", '{"recipe": 1}', "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("name", ["run.json", "allocation.json"])
+def test_a_file_of_another_shape_is_named(name, damage, tmp_path):
+    options = {"sparsity": 0.5, "calibration": tokens(), "seqlen": 16, "resume_dir": tmp_path}
+    torch.manual_seed(3)
+    model = Stack()
+    prune_(copy.deepcopy(model), allocation="owl", **options)
+    (tmp_path / name).write_bytes(damage.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name} is broken"):
+        prune_(model, allocation="owl", **options)
+
+
+def test_the_recipe_names_the_calibration_file_and_a_resumed_run_may_find_it_elsewhere(tmp_path):
+    text = "".join(map(chr, tokens(8, 16).flatten().tolist()))
+    options = {"sparsity": 0.5, "seqlen": 16, "resume_dir": tmp_path / "resume"}
+    options["tokenizer"] = lambda text: {"input_ids": list(map(ord, text))}
+    names = [tmp_path / "one.txt", str(tmp_path / "other.txt")]
+    torch.manual_seed(3)
+    model = Stack()
+    for name in names:
+        Path(name).write_text(text, encoding="utf-8", newline="")
+        report = prune_(copy.deepcopy(model), calibration=name, **options)
+        assert report.recipe.calibration == str(name)
+        report.save(tmp_path)
+        assert PruneReport.load(tmp_path) == report
+    for arguments in ({"method": "magnitude", "calibration": names[0]}, {"calibration": tokens()}):
+        report = prune_(copy.deepcopy(model), **{**options, "resume_dir": None, **arguments})
+        assert report.recipe.calibration is None
+    # Reports of before the recipe had it can still be read.
+    old = json.loads((tmp_path / REPORT_NAME).read_text())
+    del old["recipe"]["calibration"]
+    (tmp_path / REPORT_NAME).write_text(json.dumps(old))
+    assert PruneReport.load(tmp_path).recipe.calibration is None

@@ -256,3 +256,14 @@ def test_sensitivity_refuses(arguments, error, message):
 
 def test_it_is_public():
     assert flash_llm.sensitivity is sensitivity
+
+
+@pytest.mark.hf
+def test_no_cache_of_an_earlier_call_reaches_a_layer():
+    from test_prune import Wrapper, tiny
+
+    model, _ = tiny("llama")
+    options = {"ignore": ("lm_head",), "levels": (0.5,)}
+    expected = sensitivity(model, tokens(), **options).layers
+    found = sensitivity(Wrapper(model), tokens(), **options).layers
+    assert [layer.errors for layer in found] == [layer.errors for layer in expected]

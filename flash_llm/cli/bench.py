@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +33,6 @@ def bench(
         sparsity=sparsity,
         format=format,
         device=pick_device(device)[0],
-        progress=sys.stderr.isatty(),
+        progress=options.progress(),
     )
     typer.echo(report.to_json() if as_json else str(report))

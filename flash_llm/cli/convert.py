@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +34,7 @@ def convert(
             dtype=parse_dtype(dtype),
             workers=workers,
             dry_run=dry_run,
-            progress=sys.stderr.isatty(),
+            progress=options.progress(),
         )
     options.show(report, as_json, layers)
     if dry_run and not as_json:

@@ -11,6 +11,7 @@ from typing import Annotated, Protocol
 
 import typer
 
+from flash_llm.progress import LogLines, ProgressBar
 from flash_llm.unfinished import partial_path
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object.")]
@@ -72,18 +73,22 @@ def in_words_of_the_shell(text: str) -> str:
     return re.sub(r"\b([a-z_]+)=(True\b|False\b|(?=[\s,;.)]|$))", flag, text)
 
 
-def transformers_progress() -> bool:
-    """Whether to draw bars, which is on a terminal; elsewhere transformers is told to draw none.
+def progress() -> bool | ProgressBar:
+    """How long work shows its progress: by a bar on a terminal, by lines on stderr elsewhere."""
+    return True if sys.stderr.isatty() else LogLines
+
+
+def transformers_progress() -> bool | ProgressBar:
+    """:func:`progress`, for work of transformers too, which draws its own bars on a terminal only.
 
     Raises:
         ImportError: transformers is not installed.
     """
     import transformers
 
-    shown = sys.stderr.isatty()
-    if not shown:
+    if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return shown
+    return progress()
 
 
 @contextlib.contextmanager

@@ -40,7 +40,8 @@ def prune(
     ] = None,
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens of each sample.")] = 2048,
     seed: Annotated[
-        int | None, typer.Option(help="Draw the samples at random; else the first are taken.")
+        int | None,
+        typer.Option(help="Draw the samples at random; else they are spread over the file."),
     ] = None,
     targets: options.Targets = None,
     ignore: options.Ignore = None,

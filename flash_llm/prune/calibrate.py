@@ -19,17 +19,25 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flash_llm.evaluate import ProgressBar, evaluation_mode, remark, track
+from flash_llm.progress import ProgressBar, remark, track
 from flash_llm.prune.admm import admm
 from flash_llm.prune.allocation import outlier_ratio, owl_sparsities
-from flash_llm.prune.blocks import Stack, find_stacks, forward, record_calls, taking_turns
+from flash_llm.prune.blocks import (
+    Sample,
+    Stack,
+    calibration_mode,
+    find_stacks,
+    forward,
+    record_calls,
+    taking_turns,
+)
 from flash_llm.prune.criteria import (
     check_prune_target,
     global_magnitude_masks,
@@ -41,7 +49,7 @@ from flash_llm.prune.layers import check_inputs, check_weights, matrix
 from flash_llm.prune.reconstruction import SingularHessianError, relative_error
 from flash_llm.prune.report import PrunedLayer, PruneRecipe, PruneReport
 from flash_llm.prune.resume import ResumeFolder
-from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
+from flash_llm.prune.samples import Calibration, Tokenizer, count_tokens, samples_for
 from flash_llm.prune.sensitivity import LEVELS, allocate, measure_layers
 from flash_llm.prune.sparsegpt import sparsegpt
 from flash_llm.sparsify import (
@@ -112,18 +120,21 @@ def prune_(
             dict from patterns, as in ``targets``, to sparsities: the first pattern that matches a
             layer counts, ``"_default"`` (or ``sparsity``) is for layers that none matches.
         calibration: text that the model should stay good at: the name of a ``.txt`` or ``.jsonl``
-            file (objects with a ``"text"``), token ids ``[S, L]`` (each row is a sample), or an
-            iterable, such as a list or a DataLoader, of strings, of token tensors ``[L]`` or
-            ``[B, L]``, or of dicts with ``"input_ids"`` and perhaps ``"attention_mask"``
-            (:func:`flash_llm.prune.samples.token_samples`). 128 samples are customary. Magnitude
-            needs none and ignores it, unless the allocation is measured.
+            file (objects with a ``"text"``), token ids ``[S, L]`` (each row is a sample), what a
+            tokenizer returns (``"input_ids"`` and perhaps ``"attention_mask"``), or an iterable,
+            such as a list or a DataLoader, of strings, of token tensors ``[L]`` or ``[B, L]``, or
+            of dicts as a tokenizer returns them; for encoder-decoders and models of pictures or
+            sound, dicts of the model's arguments (:func:`flash_llm.prune.samples.samples_for`).
+            128 samples are customary. Magnitude needs none and ignores it, unless the allocation is
+            measured.
         tokenizer: a Hugging Face tokenizer, or ``f(text) -> {"input_ids": [...]}``; for files and
             strings.
         nsamples: use only so many samples; None for all.
         seqlen: tokens per sample. What is longer is cut; a shorter sequence in memory is used as it
             is, with a warning; files are cut into samples of exactly this length.
-        seed: None takes the first ``nsamples`` and reads no further; a number draws them at random
-            from all, without replacement. Nothing else is random.
+        seed: a number draws the samples at random from all, without replacement. None takes the
+            first ``nsamples`` of an iterable and reads no further, and of a file ``nsamples`` that
+            are spread evenly over it. Nothing else is random.
         damping: fraction of the mean diagonal added to the Hessian (SparseGPT and ADMM). Where
             rounding still leaves it singular, tenfold, with a warning that names the layer, up to
             1; 0 is never raised.
@@ -137,8 +148,9 @@ def prune_(
             the dense model, after a kill say, pruning goes on with the layer that was in work, and
             ends with the same bits. The folder takes as many bytes as the pruned layers, and can be
             removed once the model is saved. Scope ``"global"`` begins anew: it needs no inputs.
-        progress: True for a tqdm bar over the blocks with the last layer's name, sparsity and
-            error, or a callable such as ``rich.progress.track``.
+        progress: True for a tqdm bar over the samples of the first pass, and then one over the
+            blocks with the last layer's name, sparsity and error, or a callable such as
+            ``rich.progress.track``.
 
     Returns:
         A :class:`flash_llm.PruneReport`, one entry per pruned layer.
@@ -178,11 +190,12 @@ def prune_(
         preserve_mask=preserve_mask,
         targets=targets,
         ignore=ignore,
+        calibration=calibration,
     )
     layers = select_layers(model, targets, ignore)
     sparsities = layer_sparsities(model, layers, sparsity, scope, allocation)
     check_weights(model, layers)
-    samples: list[Tensor] = []
+    samples: list[Sample] = []
     measured = isinstance(allocation, str) and allocation != "uniform"
     if needs_calibration(recipe):
         samples = samples_for(model, calibration, tokenizer, nsamples, seqlen, seed)
@@ -191,15 +204,17 @@ def prune_(
     done = None
     if resume_dir is not None:
         done = ResumeFolder(Path(resume_dir), model, layers, recipe, samples)
-    with evaluation_mode(model):
+    with calibration_mode(model):
         stacks = find_stacks(model, layers, None if device is None else torch.device(device))
         if measured:
 
             def measure() -> dict[str, float | None]:
                 assert sparsity is not None  # layer_sparsities saw to it
                 if allocation == "owl":
-                    return _owl_sparsities(model, stacks, layers, samples, sparsity)
-                found = measure_layers(model, stacks, layers, samples, LEVELS, "wanda", scope)
+                    return _owl_sparsities(model, stacks, layers, samples, sparsity, progress)
+                found = measure_layers(
+                    model, stacks, layers, samples, LEVELS, "wanda", scope, progress
+                )
                 return {**allocate(LEVELS, found, sparsity)}
 
             sparsities = measure() if done is None else done.allocation(measure)
@@ -216,7 +231,7 @@ def prune_(
         recipe=recipe,
         layers=tuple(pruner.entries[name] for name in layers),
         num_samples=len(samples),
-        num_tokens=sum(sample.numel() for sample in samples),
+        num_tokens=count_tokens(samples),
         seconds=time.perf_counter() - start,
     )
 
@@ -245,7 +260,11 @@ def make_recipe(**arguments: Any) -> PruneRecipe:
     found["allocation"] = allocation if isinstance(allocation, str) else dict(allocation)
     for name in ("targets", "ignore"):
         found[name] = parse_patterns(name, found[name])
-    return PruneRecipe(**found)
+    calibration, found["calibration"] = found["calibration"], None
+    recipe = PruneRecipe(**found)
+    if needs_calibration(recipe) and isinstance(calibration, (str, os.PathLike)):
+        return replace(recipe, calibration=str(calibration))
+    return recipe
 
 
 def needs_calibration(recipe: PruneRecipe) -> bool:
@@ -324,12 +343,13 @@ def _owl_sparsities(
     model: nn.Module,
     stacks: list[Stack],
     layers: dict[str, nn.Module],
-    samples: list[Tensor],
+    samples: Sequence[Sample],
     sparsity: float,
+    progress: bool | ProgressBar,
 ) -> dict[str, float | None]:
     """OWL's targets, from one pass of the dense model; a layer outside the stacks is a block."""
     with taking_turns(stacks), collect_inputs(layers, squares) as inputs:
-        for sample in samples:
+        for sample in track(samples, "measuring", progress):
             forward(model, sample, logits_to_keep=1)
     prefixes = [stack.prefix(index) for stack in stacks for index in range(len(stack.blocks))]
     blocks: dict[str, list[str]] = {}
@@ -451,29 +471,27 @@ class _Pruner:
         )
 
     def prune_calibrated(
-        self, stacks: list[Stack], samples: list[Tensor], progress: bool | ProgressBar
+        self, stacks: list[Stack], samples: Sequence[Sample], progress: bool | ProgressBar
     ) -> None:
         """Prune block by block, then what is outside the blocks."""
-        if stacks:
-            record_calls(self.model, stacks, samples)
-        steps = [
-            (stack, index)
-            for stack in stacks
-            if stack.chained
-            for index in range(len(stack.blocks))
-        ]
-        bar = track(steps, "pruning", progress)
-        for stack, index in bar:
-            names = self._prune_block(stack, index)
-            if names:
-                last = self.entries[names[-1]]
-                error = "" if last.error is None else f", error {last.error:.3f}"
-                remark(bar, f"{last.name}: sparsity {last.sparsity:.3f}{error}")
+        for stack in stacks:
+            # A stack that others feed (a decoder) is called with what they put out when pruned.
+            with taking_turns([other for other in stacks if other is not stack]):
+                record_calls(self.model, [stack], samples, progress)
+            if not stack.chained:
+                continue
+            bar = track(range(len(stack.blocks)), "pruning", progress)
+            for index in bar:
+                names = self._prune_block(stack, index)
+                if names:
+                    last = self.entries[names[-1]]
+                    error = "" if last.error is None else f", error {last.error:.3f}"
+                    remark(bar, f"{last.name}: sparsity {last.sparsity:.3f}{error}")
 
         rest = {name: layer for name, layer in self.layers.items() if name not in self.entries}
         if rest:
             with taking_turns(stacks), collect_inputs(rest, self.statistic) as inputs:
-                for sample in samples:
+                for sample in track(samples, "pruning the rest", progress):
                     forward(self.model, sample)
             for name in rest:
                 self.prune(name, inputs.pop(name, None), sequential=False)

@@ -22,7 +22,7 @@ from torch import nn
 from flash_llm import hf, ops
 from flash_llm.checkpoint import Checkpoint, checkpoint_files
 from flash_llm.convert import copy_other_files, read_config, write_card
-from flash_llm.evaluate import ProgressBar
+from flash_llm.progress import ProgressBar
 from flash_llm.prune.calibrate import layer_sparsities, make_recipe, needs_calibration, prune_
 from flash_llm.prune.layers import matrix
 from flash_llm.prune.report import PruneRecipe, PruneReport
@@ -270,7 +270,9 @@ def prune_checkpoint(
             if not _is_worth_keeping(state):
                 unfinished.discard()
             raise
-        packing = sparsify_(model, targets, ignore, format=format) if pack else None
+        packing = None
+        if pack:
+            packing = sparsify_(model, targets, ignore, format=format, progress=progress)
         shutil.rmtree(unfinished.content)  # half of a model, from a run that was killed
         unfinished.content.mkdir()
         copy_other_files(src, unfinished.content, checkpoint_files(src))

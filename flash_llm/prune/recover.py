@@ -23,8 +23,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from flash_llm.checkpoint import Checkpoint, checkpoint_files
-from flash_llm.evaluate import ProgressBar, evaluation_mode, remark, track
-from flash_llm.prune.blocks import Call, Stack, as_list, find_stacks, on, record_calls
+from flash_llm.progress import ProgressBar, remark, track
+from flash_llm.prune.blocks import (
+    Call,
+    Stack,
+    calibration_mode,
+    find_stacks,
+    on,
+    record_calls,
+)
 from flash_llm.prune.layers import check_weights
 from flash_llm.prune.report import save_report
 from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
@@ -180,8 +187,8 @@ def recover_(
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
     found = []
-    with evaluation_mode(model):
-        record_calls(model, stacks, samples)
+    with calibration_mode(model):
+        record_calls(model, stacks, samples, progress)
         unchained = [stack.name for stack in stacks if not stack.chained]
         if unchained or not stacks:
             raise NotImplementedError(
@@ -259,10 +266,11 @@ def _dense_outputs(
     """Per sample, what the dense block passes on, at home; the next block gets it too."""
     wanted = []
     for number, call in enumerate(twin.calls[index]):
-        outputs = on(twin.home, twin.run(block, call.float()))
-        wanted.append([outputs[i] for i in passed_on])
-        if index + 1 < len(twin.blocks):
-            twin.calls[index + 1][number].fill_links(outputs)
+        results = twin.run(block, call.float())
+        for i in passed_on:  # what is wanted and what the next block gets are the same tensors
+            results[i] = on(twin.home, results[i])
+        wanted.append([results[i] for i in passed_on])
+        twin.hand_on(index, number, results)
     twin.calls[index].clear()
     return wanted
 
@@ -318,8 +326,9 @@ class _Student:
         floats = {name: tensor.float() for name, tensor in parameters.items()}
         total = 0.0
         for sample, call in enumerate(self.calls):
-            moved = call.on(self.stack.device)
-            outputs = as_list(functional_call(self.module, floats, tuple(moved.args), moved.kwargs))
+            outputs = self.stack.run(
+                lambda *args, **kwargs: functional_call(self.module, floats, args, kwargs), call
+            )
             total += self.distance(sample, outputs).item()
         return math.sqrt(total / self.energy) if self.energy > 0 else math.sqrt(total)
 

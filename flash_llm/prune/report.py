@@ -30,6 +30,8 @@ class PruneRecipe:
         preserve_mask: whether zeros stay zeros.
         targets: patterns of the layers to prune.
         ignore: patterns of the layers to leave alone.
+        calibration: name of the calibration file; None for what was in memory, or where none was
+            used.
     """
 
     method: str
@@ -43,6 +45,7 @@ class PruneRecipe:
     preserve_mask: bool
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
+    calibration: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class PruneReport:
                 for layer in stored.pop("layers")
             )
             return cls(recipe=PruneRecipe(**recipe), layers=layers, **stored)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no report of prune_: {error!r}") from None
 
     def summary(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flash_llm.files import write_whole
+from flash_llm.prune.blocks import Sample
 from flash_llm.prune.report import PrunedLayer, PruneRecipe
 
 RUN_NAME = "run.json"
@@ -40,7 +41,7 @@ class ResumeFolder:
 
     Raises:
         OSError: the folder cannot be made or written.
-        ValueError: it is of another run; the message names the first difference.
+        ValueError: it is of another run (the message names the first difference), or broken.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class ResumeFolder:
         model: nn.Module,
         layers: Iterable[str],
         recipe: PruneRecipe,
-        samples: list[Tensor],
+        samples: Sequence[Sample],
     ) -> None:
         self._folder = folder
         self._files = {
@@ -58,17 +59,13 @@ class ResumeFolder:
         run = {
             "recipe": asdict(recipe),
             "layers": list(self._files),
-            "calibration": digest(samples),
+            "calibration": digest(_tensors(samples)),
             "model": {name: digest([tensor]) for name, tensor in model.state_dict().items()},
         }
         run = json.loads(json.dumps(run))  # tuples become lists, as they do in the file
         path = folder / RUN_NAME
         if path.exists():
-            try:
-                stored = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"flash_llm.prune_: {path} cannot be read: {error}") from None
-            _refuse_difference(folder, stored, run)
+            _refuse_difference(folder, _read_objects(path, ("recipe", "model")), run)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(run, indent=1).encode())
@@ -77,7 +74,10 @@ class ResumeFolder:
         """Each layer's target as the run found it, or as ``measure`` finds it now."""
         path = self._folder / ALLOCATION_NAME
         if path.exists():
-            stored: dict[str, float | None] = json.loads(path.read_text(encoding="utf-8"))
+            stored = _read_objects(path)
+            known = all(value is None or type(value) in (int, float) for value in stored.values())
+            if not known or stored.keys() != self._files.keys():
+                raise _broken(path, "it has no sparsity for each layer")
             return stored
         found = measure()
         write_whole(path, json.dumps(found).encode())
@@ -97,8 +97,9 @@ class ResumeFolder:
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 stored = file.get_tensor("weight")
-                entry = json.loads(file.metadata()["layer"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                noted = json.loads(file.metadata()["layer"])
+            entry = PrunedLayer(**{**noted, "shape": tuple(noted["shape"])})
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"flash_llm.prune_: {path} is broken ({error}); remove it to prune {name} again"
             ) from None
@@ -108,7 +109,7 @@ class ResumeFolder:
                 f"{stored.dtype} {list(stored.shape)}"
             )
         weight.copy_(stored)
-        return PrunedLayer(**{**entry, "shape": tuple(entry["shape"])})
+        return entry
 
     def keep(self, entry: PrunedLayer, weight: Tensor) -> None:
         """Write down that a layer is done.
@@ -119,6 +120,17 @@ class ResumeFolder:
         tensors = {"weight": weight.contiguous()}
         metadata = {"layer": json.dumps(asdict(entry))}
         write_whole(self._files[entry.name], safetensors.torch.save(tensors, metadata))
+
+
+def _tensors(samples: Iterable[Sample]) -> Iterator[Tensor]:
+    """The tensors in samples, and what else a dict holds (its keys, a flag) as characters."""
+    for sample in samples:
+        if isinstance(sample, Tensor):
+            yield sample
+            continue
+        for key, value in sample.items():
+            yield torch.tensor(list(key.encode()))
+            yield value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode()))
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -134,12 +146,14 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 def _refuse_difference(folder: Path, stored: dict[str, Any], run: dict[str, Any]) -> None:
     for name, value in run["recipe"].items():
+        if name == "calibration":  # the samples decide, whatever the file is called
+            continue
         before = stored["recipe"].get(name)
         if before != value:
             _refuse(folder, f"{name} was {before!r} and is {value!r} now")
-    if stored["layers"] != run["layers"]:
-        _refuse(folder, f"it prunes {len(stored['layers'])} layers, not these {len(run['layers'])}")
-    if stored["calibration"] != run["calibration"]:
+    if stored.get("layers") != run["layers"]:
+        _refuse(folder, f"it prunes other layers than these {len(run['layers'])}")
+    if stored.get("calibration") != run["calibration"]:
         _refuse(folder, "the calibration samples are others")
     for name, value in run["model"].items():
         if stored["model"].get(name) != value:
@@ -148,6 +162,21 @@ def _refuse_difference(folder: Path, stored: dict[str, Any], run: dict[str, Any]
                 f"{name} of the model is not what it was; a model that is partly pruned must be "
                 "loaded again first",
             )
+
+
+def _read_objects(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
+    """The JSON object in a file, in which these keys have objects too."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, error) from None
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(k), dict) for k in keys):
+        raise _broken(path, "it is not what prune_ writes")
+    return stored
+
+
+def _broken(path: Path, reason: object) -> ValueError:
+    return ValueError(f"flash_llm.prune_: {path} is broken ({reason}); remove it to begin anew")
 
 
 def _refuse(folder: Path, difference: str) -> None:

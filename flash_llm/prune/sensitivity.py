@@ -18,11 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from flash_llm.evaluate import ProgressBar, evaluation_mode, track
+from flash_llm.progress import ProgressBar, track
 from flash_llm.prune.allocation import least_error_sparsities
-from flash_llm.prune.blocks import Stack, find_stacks, forward, record_calls, taking_turns
+from flash_llm.prune.blocks import (
+    Sample,
+    Stack,
+    calibration_mode,
+    find_stacks,
+    forward,
+    record_calls,
+    taking_turns,
+)
 from flash_llm.prune.criteria import check_prune_target, magnitude_mask, wanda_mask
 from flash_llm.prune.inputs import Inputs, collect_inputs, gram
 from flash_llm.prune.layers import check_inputs, check_weights, matrix
@@ -247,7 +255,7 @@ def sensitivity(
     samples = samples_for(model, calibration, tokenizer, nsamples, seqlen, seed)
 
     start = time.perf_counter()
-    with evaluation_mode(model):
+    with calibration_mode(model):
         found = measure_layers(
             model,
             find_stacks(model, layers, None if device is None else torch.device(device)),
@@ -271,19 +279,19 @@ def measure_layers(
     model: nn.Module,
     stacks: list[Stack],
     layers: dict[str, nn.Module],
-    samples: list[Tensor],
+    samples: Sequence[Sample],
     levels: Sequence[float],
     method: str = "wanda",
     scope: str = "row",
     progress: bool | ProgressBar = False,
 ) -> list[LayerSensitivity]:
-    """Measure checked layers of a model that is in evaluation mode, without gradients.
+    """Measure checked layers of a model that is in :func:`calibration_mode`.
 
     Args:
         model: dense.
         stacks: of the model; their calls are used up.
         layers: linear layers by name.
-        samples: int64 token ids ``[1, L]``.
+        samples: from :func:`flash_llm.prune.samples.samples_for`.
         levels: rising sparsities.
         method: ``"wanda"`` or ``"magnitude"``.
         scope: ``"row"`` or ``"layer"``.
@@ -317,7 +325,7 @@ def measure_layers(
         )
 
     if stacks:
-        record_calls(model, stacks, samples)
+        record_calls(model, stacks, samples, progress)
     blocks = [
         (stack, index) for stack in stacks if stack.chained for index in range(len(stack.blocks))
     ]
@@ -330,7 +338,7 @@ def measure_layers(
     rest = {name: layer for name, layer in layers.items() if name not in found}
     if rest:
         with taking_turns(stacks), collect_inputs(rest, gram) as inputs:
-            for sample in samples:
+            for sample in track(samples, "measuring", progress):
                 forward(model, sample)
         for name in rest:
             measure(name, inputs.pop(name, None))
