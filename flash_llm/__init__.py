@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from flash_llm import interrupts
+
+with interrupts.deferred():
+    import torch  # noqa: F401 (of all packages, the one that takes seconds)
+
 from flash_llm import _extension, hf
 from flash_llm.bitmap import Bitmap
 from flash_llm.checkpoint import load, save

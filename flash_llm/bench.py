@@ -134,10 +134,11 @@ class BenchReport:
         lines = [*aligned(table), ""]
         for shape in self.shapes:
             wins = shape.dense_wins_from
-            lines.append(
-                f"{'x'.join(map(str, shape.shape))}: "
-                + (f"dense wins from N = {wins}" if wins else "sparse wins at the largest N")
-            )
+            line = f"dense wins from N = {wins}" if wins else "packed wins at the largest N"
+            if shape.packed_bytes >= shape.dense_bytes:
+                ratio = shape.packed_bytes / max(shape.dense_bytes, 1)
+                line += f", but packing takes {ratio:.2f}x the bytes, so that it stays dense"
+            lines.append(f"{'x'.join(map(str, shape.shape))}: {line}")
         for stored, timed in dict.fromkeys((s.stored_format, s.format) for s in self.shapes):
             if stored not in ("dense", timed):
                 lines.append(f"Stored as {stored}, repacked as {timed} for this device.")
@@ -200,7 +201,7 @@ def bench_checkpoint(
             if packed.sparsity == 0 and sparsity is None:
                 raise ValueError(
                     f"flash_llm.bench_checkpoint: {layers[shape][0]} of {folder} has no zeros; "
-                    "pass sparsity to prune it first"
+                    "pass sparsity= to prune it first"
                 )
             dtypes.add(str(weight.dtype).removeprefix("torch."))
             timed.append(

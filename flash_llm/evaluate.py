@@ -176,6 +176,7 @@ def evaluate_checkpoints(
     stride: int | None = None,
     max_windows: int | None = None,
     device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
     progress: bool | ProgressBar = False,
 ) -> PerplexityReport:
     """Perplexity of saved language models on a text file, one model in memory at a time.
@@ -187,6 +188,7 @@ def evaluate_checkpoints(
         stride: as in :func:`perplexity`.
         max_windows: as in :func:`perplexity`.
         device: where the models run.
+        trust_remote_code: run the Python code that a folder brings for its model and tokenizer.
         progress: as in :func:`perplexity`.
 
     Returns:
@@ -196,7 +198,8 @@ def evaluate_checkpoints(
         ImportError: transformers is not installed.
         OSError: a folder or the text cannot be read, or a folder has no tokenizer.
         ValueError: there is no folder; the text is not UTF-8 or has fewer than two tokens; a number
-            is out of range; a checkpoint is broken.
+            is out of range; a checkpoint is broken, no causal language model, or brings code that
+            is not trusted.
     """
     if not folders:
         raise ValueError("flash_llm.evaluate_checkpoints: there must be a folder")
@@ -207,14 +210,22 @@ def evaluate_checkpoints(
     for folder in folders:  # before the first one is loaded; a name would be looked up on the hub
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"flash_llm.evaluate_checkpoints: {folder} is no folder")
+        cls, config = hf.model_class(folder, trust_remote_code=trust_remote_code)
+        if not cls.can_generate() or getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"flash_llm.evaluate_checkpoints: perplexity is of causal language models, and "
+                f"{folder} holds a {cls.__name__}"
+            )
     import transformers
 
     stride = window if stride is None else stride
     models = []
     for folder in folders:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
         ids = torch.tensor(tokenizer(content, verbose=False)["input_ids"], dtype=torch.int64)
-        model = hf.from_pretrained(folder).to(device)
+        model = hf.from_pretrained(folder, trust_remote_code=trust_remote_code).to(device)
         start = time.perf_counter()
         found = perplexity(
             model,

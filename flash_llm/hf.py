@@ -48,24 +48,29 @@ def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> Any:
             weight is broken.
         NotImplementedError: it was written by a newer flash_llm.
     """
-    cls, _ = model_class(folder)
+    cls, _ = model_class(folder, trust_remote_code=options.get("trust_remote_code"))
     return cls.from_pretrained(folder, **{"dtype": "auto", **options})
 
 
-def model_class(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
+def model_class(
+    folder: str | os.PathLike[str], *, trust_remote_code: bool | None = None
+) -> tuple[Any, Any]:
     """Return the class of transformers that a folder's ``config.json`` names, and the config.
 
     Args:
         folder: a folder, or a name on the hub.
+        trust_remote_code: of ``from_pretrained``; False never runs the code of the folder, None
+            asks.
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: the config names no architecture that transformers knows.
+        ValueError: the config names no architecture that transformers knows, or code of its own
+            that must not run.
     """
     import transformers
 
     register()
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     architecture = (config.architectures or [""])[0]
     cls = getattr(transformers, architecture, None)
     if cls is None:

@@ -50,16 +50,23 @@ class CheckpointReport:
         )
 
     def __str__(self) -> str:
+        return self._text(str(self.weights), str(self.pruning))
+
+    def summary(self) -> str:
+        """The same with one line for all layers that differ in a number only."""
+        return self._text(self.weights.summary(), self.pruning.summary() if self.pruning else "")
+
+    def _text(self, weights: str, pruning: str) -> str:
         counts = ", ".join(f"{count} {format}" for format, count in self.formats.items())
         parts = [
             f"{self.folder}: {self.nbytes / 1e6:.3f} MB in {self.num_files} files; "
             f"weights: {counts or 'none'}",
-            str(self.weights),
+            weights,
         ]
         if self.pruning is None:
             parts.append("There is no report of its pruning.")
         else:
-            parts.append(str(self.pruning))
+            parts.append(pruning)
         return "\n\n".join(parts)
 
 

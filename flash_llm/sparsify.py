@@ -11,17 +11,19 @@ import dataclasses
 import html
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.prune import BasePruningMethod
 
-from flash_llm import hf, ops
+from flash_llm import hf, ops, roles
 from flash_llm.linear import SparseLinear, is_conv1d, pack_layer
 from flash_llm.ops import PackedWeight
 from flash_llm.progress import ProgressBar, track
-from flash_llm.table import aligned
+from flash_llm.table import aligned, kind, span
 
 DEFAULT_TARGETS: tuple[str, ...] = ("Linear", "Conv1D")
 DEFAULT_IGNORE: tuple[str, ...] = ("lm_head",)
@@ -113,7 +115,35 @@ class SparsifyReport:
         # Numbers (sparsity, dense MB, packed MB) align right, words left.
         lines = aligned(table, left=set(range(len(table[0]))) - {2, 3, 4})
         lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join([*lines, self._summary()])
+        return "\n".join([*lines, self._totals()])
+
+    def summary(self) -> str:
+        """The same with one line for all layers of a kind, which differ in a number only."""
+        groups: dict[tuple[str, tuple[int, ...], str | None, str, str], list[LayerReport]] = {}
+        for row in self.rows:
+            # What a weight takes, the end of a reason, is in the columns.
+            reason, colon, _ = row.reason.partition(":")
+            reason = row.reason if row.packed_bytes is None else reason if colon else ""
+            alike = (kind(row.name), row.shape, row.format, row.decision, reason)
+            groups.setdefault(alike, []).append(row)
+        table = [("layers", "number", *self._titles()[1:])]
+        for (name, shape, format, decision, reason), rows in groups.items():
+            packed = [row.packed_bytes for row in rows if row.packed_bytes is not None]
+            table.append(
+                (
+                    name,
+                    str(len(rows)),
+                    "x".join(map(str, shape)),
+                    span(row.sparsity for row in rows),
+                    f"{sum(row.dense_bytes for row in rows) / 1e6:.3f}",
+                    f"{sum(packed) / 1e6:.3f}" if packed else "-",
+                    format or "-",
+                    decision,
+                    reason,
+                )
+            )
+        lines = aligned(table, left=set(range(len(table[0]))) - {1, 3, 4, 5})
+        return "\n".join([*lines, self._totals()])
 
     def _repr_html_(self) -> str:
         def row_html(cells: Sequence[str], tag: str) -> str:
@@ -123,7 +153,7 @@ class SparsifyReport:
         body = "".join(row_html(cells, "td") for cells in self._cells())
         return (
             f"<table><thead>{row_html(self._titles(), 'th')}</thead><tbody>{body}</tbody></table>"
-            f"<p>{html.escape(self._summary())}</p>"
+            f"<p>{html.escape(self._totals())}</p>"
         )
 
     @staticmethod
@@ -152,13 +182,30 @@ class SparsifyReport:
                 row.reason,
             )
 
-    def _summary(self) -> str:
-        ratio = self.total_bytes / self.dense_bytes if self.dense_bytes else 1.0
-        return (
+    def _totals(self) -> str:
+        """Bytes of all rows; in a line of its own, why nothing is packed."""
+
+        def sizes(after: int) -> str:
+            ratio = after / self.dense_bytes if self.dense_bytes else 1.0
+            return f"{after / 1e6:.3f} MB ({ratio:.2f}x)"
+
+        text = (
             f"{len(self.packed)} of {len(self.rows)} layers packed: "
-            f"{self.dense_bytes / 1e6:.3f} MB of weights are now {self.total_bytes / 1e6:.3f} MB "
-            f"({ratio:.2f}x)"
+            f"{self.dense_bytes / 1e6:.3f} MB of dense weights take {sizes(self.total_bytes)}"
         )
+        # What is dense and would shrink has not been asked to be packed.
+        saved = sum(
+            max(row.dense_bytes - row.packed_bytes, 0)
+            for row in self.rows
+            if row.decision == "dense" and row.packed_bytes is not None
+        )
+        if saved:
+            text += f"; packing would make that {sizes(self.total_bytes - saved)}"
+        elif self.rows and not self.packed:
+            reasons = Counter(row.reason.partition(":")[0] for row in self.rows)
+            counted = (f"{reason} ({count})" for reason, count in reasons.most_common())
+            text += f"\nNothing is packed: {'; '.join(counted)}"
+        return text
 
 
 def sparsify_(
@@ -177,19 +224,22 @@ def sparsify_(
     A pattern is a class name (``"Linear"``, base classes count), a module's dotted name or the end
     of one (``"q_proj"``, ``"mlp.up_proj"``), or ``"re:"`` and a regular expression that matches the
     name from its beginning. A pattern that matches a container means everything inside it. Of the
-    modules that match, ``nn.Linear`` and the Conv1D of transformers are packed.
+    modules that match, ``nn.Linear``, subclasses that compute the same, and the Conv1D of
+    transformers are packed.
 
     Models of transformers can be saved afterwards with their ``save_pretrained``.
     Forward and backward hooks and the bias parameter move to the new layer;
-    ``torch.nn.utils.prune`` masks are folded. Reported as skipped: ignored layers, layers whose
-    class only derives from ``nn.Linear``, layers already sparse, with a replaced ``forward``
+    ``torch.nn.utils.prune`` masks are folded. Reported as skipped: ignored layers, subclasses with
+    a ``forward`` or parameters of their own, layers already sparse, with a replaced ``forward``
     (accelerate hooks) or on the meta device, and, with the default targets, 3-D expert parameters.
 
     Args:
         model: float16 or bfloat16 where it matches; its other layers may have any dtype.
-        targets: patterns of the layers to pack.
-        ignore: patterns of the layers to leave alone; wins over ``targets``. Only the default
-            (this tuple) may match nothing.
+        targets: patterns of the layers to pack. The default ones do not mean routers of experts
+            and adapters (:func:`flash_llm.roles.routers_and_adapters`); name those.
+        ignore: patterns of the layers to leave alone; wins over ``targets``. The default (this
+            tuple) may match nothing, and also leaves alone output layers, task heads
+            (:func:`flash_llm.roles.output_layers`) and tied weights that no target names.
         sparsity: None packs the zeros that are there. Otherwise each layer is pruned by magnitude
             to this fraction of zeros in [0, 1]; a layer that stays dense keeps its weight.
         scope: ``"row"``, ``"layer"`` or ``"N:M"`` (which prunes even when ``sparsity`` is None).
@@ -202,7 +252,8 @@ def sparsify_(
         The decision and its reason for each layer.
 
     Raises:
-        ValueError: a pattern matches nothing; a weight to pack is tied to another parameter;
+        ValueError: a pattern matches nothing; a weight to pack, which a target names or ``ignore``
+            does not spare, is tied to another parameter;
             ``sparsity``, ``scope`` or ``format`` is wrong; ``model`` itself is the layer.
         TypeError: a weight or bias to pack is not float16 or bfloat16, or ``model`` is no module.
         RuntimeError: the compiled extension is missing, or CUDA failed.
@@ -217,8 +268,8 @@ def sparsify_(
     if not isinstance(model, nn.Module):
         raise TypeError(f"flash_llm.sparsify_: model must be a module, got {type(model).__name__}")
     ops.check_format(format)
-    layers = _match(model, targets, ignore)
-    skip = {module: _why_skipped(module, pattern) for _, module, pattern in layers}
+    layers = match_layers(model, targets, ignore)
+    skip = {module: left_alone or _why_skipped(module) for _, module, left_alone in layers}
     to_pack = [(name, module) for name, module, _ in layers if not skip[module]]
     if any(name == "" for name, _ in to_pack):
         raise ValueError(
@@ -293,18 +344,34 @@ def select_layers(
     """
     return {
         name: module
-        for name, module, ignored_by in _match(model, targets, ignore)
-        if ignored_by is None
+        for name, module, left_alone in match_layers(model, targets, ignore)
+        if not left_alone
     }
 
 
-def _match(
-    model: nn.Module, targets: str | Sequence[str], ignore: str | Sequence[str]
-) -> list[tuple[str, nn.Module, str | None]]:
-    """The linear layers that targets match: first name, module, and the ignore pattern if any."""
+def match_layers(
+    model: nn.Module,
+    targets: str | Sequence[str] = DEFAULT_TARGETS,
+    ignore: str | Sequence[str] = DEFAULT_IGNORE,
+) -> list[tuple[str, nn.Module, str]]:
+    """Return the linear layers that ``targets`` match, and why some of them are left alone.
+
+    Args:
+        model: any module.
+        targets: patterns, as :func:`sparsify_` takes them.
+        ignore: patterns of the layers to leave alone.
+
+    Returns:
+        First name, module, and the reason why it is left alone or "", in the model's order.
+
+    Raises:
+        ValueError: as :func:`select_layers`.
+        TypeError: likewise.
+    """
     target_patterns = parse_patterns("targets", targets)
     ignore_patterns = parse_patterns("ignore", ignore)
     layers: dict[nn.Module, tuple[str, str | None]] = {}
+    named: set[nn.Module] = set()  # the layers that are targets by more than their class
     hit: dict[str, set[str]] = {}  # name -> patterns that match the module or one around it
     seen: dict[str, nn.Module] = {}  # pattern -> the first module that it matched
     used: set[str] = set()  # target patterns that reached a linear layer
@@ -317,6 +384,8 @@ def _match(
         if not wanted or not _is_linear_layer(module):
             continue
         used.update(wanted)
+        if not set(wanted) <= set(DEFAULT_TARGETS):
+            named.add(module)
         ignored_by = next((p for p in ignore_patterns if p in hit[name]), None)
         # A module with several names is ignored as soon as one of them is.
         first_name, earlier = layers.get(module, (name, None))
@@ -339,7 +408,24 @@ def _match(
                 raise ValueError(
                     f'flash_llm: ignore "{pattern}" must match a module, it matches nothing'
                 )
-    return [(name, module, ignored_by) for module, (name, ignored_by) in layers.items()]
+    kinds = roles.routers_and_adapters(model)
+    ties: dict[nn.Module, str] = {}
+    if ignore == DEFAULT_IGNORE:
+        kinds = {**roles.output_layers(model), **kinds}
+        ties = {module: other for module, (_, other) in _ties(model, list(layers)).items()}
+    matched = []
+    for module, (name, ignored_by) in layers.items():
+        left_alone = ""
+        if ignored_by is not None:
+            left_alone = f'ignored by "{ignored_by}"'
+        elif module in named:
+            pass
+        elif module in kinds:
+            left_alone = f"{kinds[module]}: left alone unless targets name it"
+        elif module in ties:
+            left_alone = f"tied to {ties[module]}: left alone"
+        matched.append((name, module, left_alone))
+    return matched
 
 
 def parse_patterns(label: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -388,21 +474,37 @@ def _is_linear_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _why_skipped(module: nn.Module, ignored_by: str | None) -> str:
-    """Why a layer that matched cannot be packed, or ""."""
-    if ignored_by is not None:
-        return f'ignored by "{ignored_by}"'
+def _why_skipped(module: nn.Module) -> str:
+    """Why a layer that is wanted cannot be packed, or ""."""
     if isinstance(module, SparseLinear):
         return "already sparse"
-    if type(module) is not nn.Linear and not is_conv1d(module):
-        return f"{type(module).__name__} may compute something else than nn.Linear"
+    own = _own_behaviour(module)
+    if own:
+        return f"{type(module).__name__} may compute something else than nn.Linear: {own}"
     if "forward" in vars(module):
         return "its forward was replaced (accelerate?); remove that hook first"
     pruned = {"weight_orig", "weight_mask"} <= {*module._parameters, *module._buffers}
     if ("weight" not in module._parameters and not pruned) or "bias" not in module._parameters:
         return "its weight or bias is computed by a hook, not a parameter"
+    if len([*module._parameters, *module._buffers]) > 2 + pruned or module._modules:
+        return "it holds more than a weight and a bias"
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         return "its weight is on the meta device (offloaded, or not loaded yet)"
+    return ""
+
+
+def _own_behaviour(module: nn.Module) -> str:
+    """Why a layer does not just multiply its input by its weight when it is called, or ""."""
+    if is_conv1d(module):
+        return ""
+    if not isinstance(module, nn.Linear):
+        return "it is not the one of transformers"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight and does not call it"
+    classes = type(module).__mro__[: type(module).__mro__.index(nn.Linear)]
+    for name in ("forward", "__call__", "_call_impl", "__getattr__", "weight", "bias"):
+        if any(name in vars(cls) for cls in classes):
+            return f"it has a {name} of its own"
     return ""
 
 
@@ -420,16 +522,29 @@ def refuse_tied(
     Raises:
         ValueError: a weight is tied; the message names both parameters.
     """
+    names = {layer: name for name, layer in layers}
+    for layer, (key, other) in _ties(model, list(names)).items():
+        name = names[layer]
+        raise ValueError(
+            f"{caller}: {name}.{key} is tied to {other}; {consequence}, so untie them or add "
+            f'"{name}" to ignore'
+        )
+
+
+def _ties(model: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Module, tuple[str, str]]:
+    """The layers whose weight is also another parameter: its key, and that parameter's name."""
     owners: dict[int, list[tuple[nn.Module, str, str]]] = {}  # by storage
     for module_name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{module_name}.{key}" if module_name else key
                 owners.setdefault(_storage(parameter), []).append((module, key, name))
-    for layer_name, layer in layers:
+    ties = {}
+    for layer in layers:
         key = "weight" if "weight" in layer._parameters else "weight_orig"
-        weight = layer._parameters[key]
-        assert weight is not None
+        weight = layer._parameters.get(key)
+        if weight is None:  # packed, or computed by a hook
+            continue
         first, last = _byte_range(weight)
         for module, other_key, other in owners[_storage(weight)]:
             parameter = module._parameters[other_key]
@@ -437,10 +552,9 @@ def refuse_tied(
             other_first, other_last = _byte_range(parameter)
             same = module is layer and other_key == key
             if not same and (parameter is weight or (first < other_last and other_first < last)):
-                raise ValueError(
-                    f"{caller}: {layer_name}.{key} is tied to {other}; {consequence}, so untie "
-                    f'them or add "{layer_name}" to ignore'
-                )
+                ties[layer] = key, other
+                break
+    return ties
 
 
 def _storage(parameter: Tensor) -> int:

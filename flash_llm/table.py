@@ -1,9 +1,9 @@
-"""Tables in plain text, as reports print them, and the order of the layers in them."""
+"""Tables in plain text, as reports print them, and the order and the kinds of layers in them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 
 def aligned(table: Sequence[Sequence[str]], left: Container[int] = ()) -> list[str]:
@@ -21,6 +21,20 @@ def aligned(table: Sequence[Sequence[str]], left: Container[int] = ()) -> list[s
         ).rstrip()
         for line in table
     ]
+
+
+def kind(name: str) -> str:
+    """Return what a layer has in common with those of other blocks: layers.*.mlp.up_proj."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def span(values: Iterable[float | None], digits: int = 4) -> str:
+    """Return the smallest and the largest of some numbers, as one where they are printed alike."""
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return "-"
+    low, high = f"{known[0]:.{digits}f}", f"{known[-1]:.{digits}f}"
+    return low if low == high else f"{low}..{high}"
 
 
 def natural(name: str) -> tuple[list[str | int], str]:

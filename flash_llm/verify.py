@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flash_llm.checkpoint import DTYPES, checkpoint_files
 from flash_llm.convert import DenseView, is_conv1d_model, is_conv1d_name
-from flash_llm.table import aligned, natural
+from flash_llm.table import aligned, kind, natural, span
 
 # Elements that are compared at a time, in float64.
 _CHUNK = 1 << 20
@@ -55,6 +55,12 @@ class TensorError:
         """Whether values and dtypes are the same."""
         return self.relative_error == 0 and self.dtype == self.reference_dtype
 
+    @property
+    def dtype_text(self) -> str:
+        """The dtype, and that of the reference if it is another one."""
+        same = self.dtype == self.reference_dtype
+        return self.dtype if same else f"{self.dtype}, was {self.reference_dtype}"
+
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport:
@@ -81,33 +87,58 @@ class VerifyReport:
             indent=2,
         )
 
+    def summary(self) -> str:
+        """The table of ``print`` with one line for all tensors that differ in a number only."""
+        groups: dict[tuple[str, tuple[int, ...], bool, str], list[TensorError]] = {}
+        for row in self._shown():
+            key = kind(row.name), row.shape, row.packed, row.dtype_text
+            groups.setdefault(key, []).append(row)
+        table = [
+            ("tensors", "number", "shape", "stored", "dtype", "zeros", "before", "largest error")
+        ]
+        for (name, shape, packed, dtype), rows in groups.items():
+            table.append(
+                (
+                    name,
+                    str(len(rows)),
+                    "x".join(map(str, shape)),
+                    "packed" if packed else "dense",
+                    dtype,
+                    span(row.sparsity for row in rows),
+                    span(row.reference_sparsity for row in rows),
+                    f"{max(row.relative_error for row in rows):.2e}",
+                )
+            )
+        return "\n".join([*aligned(table, left={0, 2, 3, 4}), self._totals()])
+
     def __str__(self) -> str:
-        shown = [row for row in self.rows if row.packed or not row.equal]
         table = [
             ("tensor", "shape", "stored", "dtype", "zeros", "before", "relative error", "largest")
         ]
-        for row in shown:
+        for row in self._shown():
             table.append(
                 (
                     row.name,
                     "x".join(map(str, row.shape)),
                     "packed" if row.packed else "dense",
-                    row.dtype
-                    if row.dtype == row.reference_dtype
-                    else f"{row.dtype}, was {row.reference_dtype}",
+                    row.dtype_text,
                     f"{row.sparsity:.4f}",
                     f"{row.reference_sparsity:.4f}",
                     f"{row.relative_error:.2e}",
                     f"{row.max_abs_error:.2e}",
                 )
             )
-        lines = aligned(table, left={0, 1, 2, 3})
+        return "\n".join([*aligned(table, left={0, 1, 2, 3}), self._totals()])
+
+    def _shown(self) -> list[TensorError]:
+        return [row for row in self.rows if row.packed or not row.equal]
+
+    def _totals(self) -> str:
         equal = sum(row.equal for row in self.rows)
-        lines.append(
+        return (
             f"{equal} of {len(self.rows)} tensors are equal; largest relative error "
             f"{self.max_relative_error:.3g}"
         )
-        return "\n".join(lines)
 
 
 def verify_checkpoint(

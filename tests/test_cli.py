@@ -1,6 +1,8 @@
 """The command line: parsing, exit codes, and the doctor behind it."""
 
+import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from formats import FORMATS
 from safetensors.torch import save_file
 
 import flash_llm
-from flash_llm import bench, demo, doctor, ops, timing
+from flash_llm import bench, demo, doctor, interrupts, ops, timing
 from flash_llm.prune.calibrate import METHODS
 from flash_llm.unfinished import NOTE_NAME
 
@@ -35,12 +38,30 @@ def invoke(*arguments):
     return CliRunner().invoke(build_app(), [*map(str, arguments)], env={"COLUMNS": "200"})
 
 
+def start(command, **options):
+    """Start a process that Ctrl-C can reach, even if the tests run where it is ignored."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
+
+
 def test_help_lists_the_commands():
     result = invoke("--help")
     assert result.exit_code == 0
     for command in COMMANDS:
         assert f" {command} " in result.output
     assert EXIT_CODES in result.output
+
+
+def test_the_version_is_printed():
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"flash-llm {flash_llm.__version__}\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -169,6 +190,63 @@ def test_tables_list_layer_2_before_layer_10(tmp_path):
         result = invoke(*command, "--json")
         rows = json.loads(result.stdout)["rows"]
         assert [row["name"].removesuffix(".weight") for row in rows] == ordered, command
+
+
+def decoder_checkpoint(folder, sparsity, dtype=torch.bfloat16):
+    """30 layers of two kinds, as a decoder has them, in one file."""
+    folder.mkdir()
+    weights = {}
+    for i in range(15):
+        for name, rows in (("up_proj", 128), ("down_proj", 64)):
+            weight = torch.randn(rows, 128, dtype=dtype)
+            weight[torch.rand(rows, 128) < sparsity] = 0
+            weights[f"layers.{i}.mlp.{name}.weight"] = weight
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_tables_have_a_line_for_each_kind_of_layer_unless_all_are_asked_for(tmp_path):
+    source, target = decoder_checkpoint(tmp_path / "dense", 0.8), tmp_path / "packed"
+    for command in [
+        ("convert", source, target, "--dry-run"),
+        ("convert", source, target),
+        ("inspect", source),
+        ("inspect", target),
+        ("verify", target, "--reference", source),
+        ("report", target),
+    ]:
+        kinds = invoke(*command).stdout
+        assert "layers.*.mlp.up_proj" in kinds and "layers.3.mlp" not in kinds, command
+        assert len(kinds.splitlines()) < 10
+        if command != ("convert", source, target):
+            every = invoke(*command, "--layers").stdout
+            assert "layers.3.mlp.up_proj" in every and len(every.splitlines()) > 30
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "dtype", "reason"),
+    [
+        (0.0, torch.bfloat16, "packing would not shrink it (30)"),
+        (0.8, torch.float32, "torch.float32 cannot be packed; for float32 pass --dtype (30)"),
+    ],
+)
+def test_a_conversion_that_packs_nothing_says_so_in_its_last_line(
+    tmp_path, sparsity, dtype, reason
+):
+    source = decoder_checkpoint(tmp_path / "dense", sparsity, dtype)
+    result = invoke("convert", source, tmp_path / "packed")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1].startswith(f"Nothing is packed: {reason}")
+
+
+def test_inspect_totals_what_is_there_and_what_packing_would_make_of_it(tmp_path):
+    source, target = decoder_checkpoint(tmp_path / "dense", 0.8), tmp_path / "packed"
+    last = invoke("inspect", source).stdout.splitlines()[-1]
+    dense = 15 * 2 * 128 * (128 + 64)
+    packed = flash_llm.convert_checkpoint(source, target).total_bytes
+    assert f"{dense / 1e6:.3f} MB of dense weights take {dense / 1e6:.3f} MB (1.00x)" in last
+    assert last.endswith(f"would make that {packed / 1e6:.3f} MB ({packed / dense:.2f}x)")
+    assert f"take {packed / 1e6:.3f} MB" in invoke("inspect", target).stdout.splitlines()[-1]
 
 
 def test_convert_and_inspect_report_errors_without_a_traceback(tmp_path):
@@ -331,9 +409,7 @@ def test_ctrl_c_leaves_a_resumable_state(tmp_path):
     weights = {f"l{i}.weight": torch.eye(128).half() for i in range(40)}
     save_file(weights, source / "model.safetensors")
     command = [sys.executable, "-c", SLOW + SCRIPT[-1], "convert", str(source), str(target)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    ) as process:
+    with start(command) as process:
         assert process.stdout.readline() == "at work\n"
         process.send_signal(signal.SIGINT)
         begin = time.monotonic()
@@ -360,6 +436,70 @@ def test_ctrl_c_where_nothing_is_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "_run", interrupted)
     result = invoke("doctor")
     assert (result.exit_code, result.output) == (130, "flash-llm doctor: interrupted\n")
+
+
+def test_an_interrupt_that_was_swallowed_comes_again(monkeypatch):
+    def swallow(*_, **__):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(20)
+
+    monkeypatch.setattr(interrupts, "_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(doctor, "_run", swallow)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)]
+    begin = time.monotonic()
+    assert invoke("doctor").exit_code == 130
+    assert time.monotonic() - begin < 10
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)] == handlers
+
+
+# Interrupts the import of numpy, which torch imports, and swallows that as numpy does.
+SWALLOWING_IMPORT = """
+import signal, sys
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "numpy":
+            sys.meta_path.remove(self)
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_ctrl_c_is_not_lost_in_an_import(tmp_path):
+    folder = pruned_checkpoint(tmp_path / "dense")
+    code = SWALLOWING_IMPORT + SCRIPT[-1]
+    with start([sys.executable, "-c", code, "inspect", str(folder)]) as process:
+        output, _ = process.communicate(timeout=60)
+    # Who dies of a signal has exit code 130 in the shell.
+    assert process.returncode in (130, -signal.SIGINT) and output == ""
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment_ends_the_run(tmp_path):
+    source, target = decoder_checkpoint(tmp_path / "dense", 0.8), tmp_path / "packed"
+    code = (
+        "print('begun', flush=True)\nimport flash_llm\nprint('imported', flush=True)\n"
+        + SLOW.replace("0.3", "0.1")
+        + SCRIPT[-1]
+    )
+    counts = Counter()
+    for phase, delay in itertools.product(("begun", "imported", "at work"), (0, 0.1, 0.3, 0.9)):
+        with start([sys.executable, "-c", code, "convert", source, target]) as process:
+            while process.stdout.readline() != f"{phase}\n":
+                pass
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        counts[phase, process.returncode] += 1
+        # Who dies of a signal has exit code 130 in the shell.
+        assert process.returncode in (130, -signal.SIGINT), errors
+    print(dict(counts))
+    assert counts["at work", 130] == 4
+    assert invoke("convert", source, target).exit_code == 0
+    assert invoke("verify", target, "--reference", source, "--max-error", "0").exit_code == 0
 
 
 @pytest.mark.parametrize("arguments", ["--help", "convert --help", "inspect {folder} --json"])
@@ -433,6 +573,16 @@ def test_bench_says_when_it_times_another_format_than_the_stored_one(tmp_path, q
     assert dense.exit_code == 0 and "repacked" not in dense.stdout
 
 
+def test_bench_does_not_recommend_packing_what_has_hardly_a_zero(tmp_path, quick):
+    weight = torch.randn(128, 64).bfloat16()
+    weight[0, 0] = 0
+    save_file({"a.weight": weight}, tmp_path / "model.safetensors")
+    result = invoke("bench", tmp_path, "--device", "cpu", "--n", "1")
+    assert result.exit_code == 0, result.output
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("128x64: "))
+    assert line.endswith("x the bytes, so that it stays dense")
+
+
 def test_bench_prunes_dense_weights_first(tmp_path, quick):
     save_file({"a.weight": torch.randn(128, 64)}, tmp_path / "model.safetensors")
     result = invoke("bench", tmp_path, "--device", "cpu", "--n", "1", "--sparsity", "0.75")
@@ -464,7 +614,7 @@ def test_dense_wins_from_the_last_crossover(times, expected):
 @pytest.mark.parametrize(
     ("tensors", "arguments", "message"),
     [
-        ({"a.weight": torch.ones(4, 4)}, (), "a of .* has no zeros; pass sparsity"),
+        ({"a.weight": torch.ones(4, 4)}, (), "a of .* has no zeros; pass --sparsity"),
         ({"a.bias": torch.ones(4)}, (), "has no linear layer"),
         ({"a.weight": torch.ones(4, 4).long()}, (), "a.weight must be floating point"),
         ({"a.weight": torch.eye(4)}, ("--n", "0"), r"tokens must be positive, got \[0\]"),

@@ -33,6 +33,8 @@ PYTHON_RANKS = {
     "forward": 0,
     "progress": 0,
     "table": 0,
+    "interrupts": 0,
+    "roles": 0,
     "timing": 0,
     "ops": 1,
     "bitmap": 2,

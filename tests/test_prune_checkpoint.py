@@ -2,15 +2,15 @@
 
 import json
 import math
+import resource
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_cli import ENVIRONMENT, SCRIPT, invoke
+from test_cli import SCRIPT, invoke, start
 from test_hf import SIZES, dense, output, sparse_layers
 
 import flash_llm
@@ -21,6 +21,10 @@ from flash_llm.prune.report import PruneReport
 from flash_llm.unfinished import NOTE_NAME
 
 transformers = pytest.importorskip("transformers")
+from typer.testing import CliRunner  # noqa: E402
+
+from flash_llm.cli.app import build_app  # noqa: E402
+
 pytestmark = pytest.mark.hf
 
 TEXT = " ".join(f"w{i * i % 90}" for i in range(400))
@@ -147,6 +151,9 @@ def test_a_dry_run_says_what_would_be_pruned(tmp_path, source):
     assert plan["model_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
     text = invoke("prune", source, tmp_path / "pruned", "--dry-run", "--targets", "up_proj").stdout
     assert "2 layers would be pruned: 0.033 of" in text
+    assert plan["missing"] == ["sparsity", "calibration"]
+    assert text.splitlines()[-1] == "Still needed: sparsity, calibration"
+    assert list(plan["left_alone"]) == ["lm_head"]
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
@@ -196,13 +203,7 @@ def test_an_interrupted_run_goes_on(tmp_path, source, sent):
     target, partial = tmp_path / "pruned", tmp_path / "pruned.partial"
     arguments = ["prune", str(source), str(target), "--method", "magnitude", "--sparsity", "0.75"]
     before = {path: path.read_bytes() for path in source.iterdir()}
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW + SCRIPT[-1], *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    ) as process:
+    with start([sys.executable, "-c", SLOW + SCRIPT[-1], *arguments]) as process:
         for _ in range(3):  # two layers are done
             assert process.stdout.readline() == "at work\n"
         process.send_signal(sent)
@@ -263,6 +264,52 @@ def test_an_unfinished_run_is_continued_by_the_same_only(tmp_path, source, text)
     assert PruneReport.load(tmp_path / "again").recipe.method == "magnitude"
 
 
+def test_a_second_run_is_refused_and_leaves_the_first_alone(tmp_path, source, text, monkeypatch):
+    target, refused = tmp_path / "pruned", []
+    original = checkpoint.prune_
+
+    def prune_while_another_begins(*arguments, **options):
+        for more in ((), ("--method", "magnitude"), ("--no-resume",)):
+            refused.append(prune(source, target, text, *more))
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "prune_", prune_while_another_begins)
+        first = prune(source, target, text)
+    assert [result.exit_code for result in refused] == [1, 1, 1]
+    assert all("another run is working on" in result.output for result in refused)
+    assert first.exit_code == 0, first.output
+    assert len(PruneReport.load(target).layers) == 14
+
+
+def test_a_run_that_was_killed_before_its_first_layer_blocks_no_other(
+    tmp_path, source, text, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.UnfinishedFolder, "discard", lambda folder: None)
+        patch.setattr(calibrate, "find_stacks", lambda *_: 1 / 0)
+        prune(source, tmp_path / "pruned", text)
+    assert (tmp_path / "pruned.partial" / "state" / "run.json").is_file()
+    result = prune(source, tmp_path / "pruned", text, "--method", "magnitude")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("limit", [12_000, 50_000])
+def test_a_full_disk_is_one_line(tmp_path, source, text, limit):
+    """A limit on the size of files stands in for the disk: of the layers, or of the model."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        result = prune(source, tmp_path / "pruned", text, "--method", "magnitude")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    assert len(result.output.splitlines()) == 1 and "pruned.partial" in result.output
+    assert not (tmp_path / "pruned").exists()
+    again = prune(source, tmp_path / "pruned", text, "--method", "magnitude")
+    assert again.exit_code == 0, again.output
+
+
 def test_no_resume_removes_nothing_of_others(tmp_path, source, text):
     theirs = tmp_path / "pruned.partial"
     theirs.mkdir()
@@ -289,13 +336,18 @@ def test_no_resume_removes_nothing_of_others(tmp_path, source, text):
         (("--targets", "q_prj"), 'target "q_prj" must match a linear layer'),
         (("--ignore", "q_prj"), 'ignore "q_prj" must match a module'),
         (("--device", "cuda:9"), "is not there"),
+        (("--seqlen", "1000"), "1000"),  # longer than the text
+        (("--scope", "2:4"), "2:4"),  # contradicts the sparsity
+        (("--scope", "global"), "is for magnitude"),
     ],
 )
 def test_bad_options(tmp_path, source, text, options, message):
-    result = prune(source, tmp_path / "pruned", text, *options)
-    assert result.exit_code == 1, result.output
-    assert result.output.startswith("flash-llm prune: ") and message in result.output
-    assert not list(tmp_path.glob("pruned*"))
+    # What a run refuses, a dry run refuses.
+    for more in ((), ("--dry-run",)):
+        result = prune(source, tmp_path / "pruned", text, *options, *more)
+        assert result.exit_code == 1, result.output
+        assert result.output.startswith("flash-llm prune: ") and message in result.output
+        assert not list(tmp_path.glob("pruned*"))
 
 
 @pytest.mark.parametrize(
@@ -344,6 +396,58 @@ def test_float32_is_cast_or_saved_dense(tmp_path, text):
     cast = prune(tmp_path / "dense", tmp_path / "cast", text, "--dtype", "bfloat16")
     assert cast.exit_code == 0, cast.output
     assert Checkpoint(checkpoint_files(tmp_path / "cast")).packed
+
+
+@pytest.mark.parametrize("sparsity", ["0.05", "0.75"])
+def test_prune_says_how_large_the_result_is_and_whether_anything_is_packed(
+    tmp_path, source, sparsity
+):
+    target = tmp_path / "pruned"
+    result = invoke(
+        "prune", source, target, "--method", "magnitude", "--sparsity", sparsity, "--device", "cpu"
+    )
+    assert result.exit_code == 0, result.output
+    before, after = (Checkpoint(checkpoint_files(folder)).nbytes for folder in (source, target))
+    sizes = f"The model takes {after / 1e6:.3f} MB, the dense one {before / 1e6:.3f} MB"
+    assert sizes in result.stdout
+    last = result.stdout.splitlines()[-1]
+    if sparsity == "0.05":
+        assert last.startswith("Nothing is packed")
+        assert "packing would not shrink it (14)" in result.stdout
+    else:
+        assert last.startswith(sizes)
+    assert 'ignored by "lm_head"' in result.stdout and "layers.0" not in result.stdout
+
+
+def test_code_that_comes_with_a_model_does_not_run_unasked(tmp_path, source, text):
+    marker = tmp_path / "it ran"
+    code = f"open({str(marker)!r}, 'w')\n"
+    (source / "mine.py").write_text(code + "from transformers import LlamaConfig as C, M, T\n")
+    for name, classes in [
+        ("config.json", {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["mine.T", "mine.T"]}),
+    ]:
+        config = json.loads((source / name).read_text())
+        config |= {"auto_map": classes, "model_type": "mine"}
+        (source / name).write_text(json.dumps(config))
+
+    def run(*command):
+        answers = "y\n" * 10
+        return CliRunner().invoke(build_app(), [*map(str, command)], input=answers)
+
+    options = ("--sparsity", "0.5", "--calibration", text, "--seqlen", "32")
+    for command in [
+        ("eval", source, "--text", text),
+        ("prune", source, tmp_path / "pruned", *options, "--dry-run"),
+        ("prune", source, tmp_path / "pruned", *options),
+        ("convert", source, tmp_path / "packed"),
+    ]:
+        result = run(*command)
+        assert not marker.exists(), command
+        if command[0] != "convert":  # which needs no model
+            assert result.exit_code == 1 and "--trust-remote-code" in result.output, result.output
+    run("eval", source, "--text", text, "--trust-remote-code")
+    assert marker.exists()
 
 
 # ---- report and eval ----
@@ -405,6 +509,25 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tmp_pat
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     report = evaluate.evaluate_checkpoints([source], text, window=50)
     assert math.isclose(report.models[0].perplexity, SIZES["vocab_size"], rel_tol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("BertModel", "BertConfig"),
+        ("BertForMaskedLM", "BertConfig"),
+        ("LlamaForSequenceClassification", "LlamaConfig"),
+        ("T5ForConditionalGeneration", "T5Config"),
+    ],
+)
+def test_eval_of_what_is_no_causal_model_is_one_sentence(tmp_path, text, architecture, config):
+    sizes = {"d_model": 64, "d_ff": 64, "num_layers": 1} if config == "T5Config" else SIZES
+    model = getattr(transformers, architecture)(getattr(transformers, config)(**sizes))
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    result = invoke("eval", tmp_path / "model", "--text", text, "--device", "cpu")
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert architecture in result.output and len(result.output.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def test_two_layers_over_the_same_memory_are_tied():
     model = nn.Sequential(linear(128, 128), linear(128, 128))
     model[1].weight.data = model[0].weight.data.t()
     with pytest.raises(ValueError, match="0.weight is tied to 1.weight"):
-        sparsify_(model)
+        sparsify_(model, ignore=())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -337,8 +337,15 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(monkeypatch):
     assert dict(model.named_modules()) == modules
 
 
-class MyLinear(nn.Linear):
-    pass
+class ScaledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class QuantizedLinear(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("scale", torch.ones(1))
 
 
 def weight_normed():
@@ -355,10 +362,11 @@ def with_replaced_forward():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: MyLinear(256, 128).half(), "MyLinear may compute something else than nn.Linear"),
+        (lambda: ScaledLinear(256, 128).half(), "ScaledLinear may compute something else"),
+        (lambda: QuantizedLinear(256, 128).half(), "holds more than a weight and a bias"),
         (
             lambda: nn.modules.linear.NonDynamicallyQuantizableLinear(256, 128).half(),
-            "NonDynamicallyQuantizableLinear may compute",
+            "nn.MultiheadAttention reads its weight",
         ),
         (
             lambda: parametrize.register_parametrization(linear(), "weight", nn.Identity()),
@@ -369,7 +377,16 @@ def with_replaced_forward():
         (lambda: nn.Linear(256, 128, device="meta").half(), "meta device"),
         (lambda: SparseLinear.from_linear(linear()), "already sparse"),
     ],
-    ids=["subclass", "attention", "parametrized", "weight_norm", "forward", "meta", "sparse"],
+    ids=[
+        "forward",
+        "buffer",
+        "attention",
+        "parametrized",
+        "weight_norm",
+        "replaced",
+        "meta",
+        "sparse",
+    ],
 )
 def test_special_layers_are_skipped_with_a_reason(make, reason):
     special = make()
@@ -379,6 +396,24 @@ def test_special_layers_are_skipped_with_a_reason(make, reason):
     assert report.rows[1].decision == "skipped" and reason in report.rows[1].reason
     assert report.rows[1].shape == (128, 256)
     str(report), report.to_json(), report._repr_html_()
+
+
+def test_subclasses_of_linear_with_the_same_forward_are_packed():
+    class QKVLinear(nn.Linear):
+        """A name and a constructor of its own, as many models have them."""
+
+        def __init__(self, size):
+            super().__init__(size, 3 * size, bias=False)
+            self.num_heads = 4
+
+        def reset_parameters(self):
+            nn.init.normal_(self.weight)
+
+    dense = nn.Sequential(QKVLinear(64)).half()
+    model = copy.deepcopy(dense)
+    assert sparsify_(model, sparsity=0.8).rows[0].decision == "packed"
+    kept = model[0].weight != 0
+    assert torch.equal(model[0].weight[kept], dense[0].weight[kept])
 
 
 def test_second_call_finds_everything_sparse_already():
@@ -541,13 +576,173 @@ def test_transformers_embeddings_tied_to_the_head_are_protected():
     assert packed_names(model) == []
 
 
+def left_alone(model):
+    """The layers that a default call leaves alone, and why; it packs all others."""
+    chosen = select_layers(model)
+    report = sparsify_(model.half(), sparsity=0.8, pack_unprofitable=True)
+    assert [row.name for row in report.packed] == list(chosen) == packed_names(model)
+    rows = [row for row in report.rows if row.decision == "skipped"]
+    return {row.name: row.reason for row in rows if "3-D" not in row.reason}
+
+
+def reached(model, name):
+    """Whether a target that names a layer reaches it."""
+    return name in select_layers(model, [name])
+
+
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 99, "num_labels": 3,
+}  # fmt: skip
+
+
+def from_config(architecture, config, **sizes):
+    transformers = pytest.importorskip("transformers")
+    return getattr(transformers, architecture)(getattr(transformers, config)(**sizes))
+
+
+def t5(architecture):
+    return from_config(
+        architecture, "T5Config", d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        vocab_size=99, num_labels=3,
+    )  # fmt: skip
+
+
+def whisper():
+    return from_config(
+        "WhisperForConditionalGeneration", "WhisperConfig", d_model=32, encoder_layers=1,
+        decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, vocab_size=99, num_mel_bins=8, max_source_positions=8,
+        max_target_positions=8, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: from_config("LlamaForSequenceClassification", "LlamaConfig", **SMALL), ["score"]),
+        (lambda: from_config("BertForTokenClassification", "BertConfig", **SMALL), ["classifier"]),
+        (
+            lambda: from_config("RobertaForSequenceClassification", "RobertaConfig", **SMALL),
+            ["classifier.dense", "classifier.out_proj"],
+        ),
+        # The output layer is tied to the embedding, and is called something else than lm_head.
+        (
+            lambda: from_config("BertForMaskedLM", "BertConfig", **SMALL),
+            ["cls.predictions.transform.dense", "cls.predictions.decoder"],
+        ),
+        (whisper, ["proj_out"]),
+        # A model without a base model.
+        (lambda: t5("T5ForQuestionAnswering"), ["qa_outputs"]),
+        (lambda: t5("T5ForTokenClassification"), ["classifier"]),
+    ],
+    ids=["llama", "bert", "roberta", "bert-lm", "whisper", "t5-qa", "t5-token"],
+)
+def test_heads_are_not_pruned_without_a_word(make, names):
+    model = make()
+    assert list(left_alone(model)) == names
+    tied = names[-1] in ("proj_out", "cls.predictions.decoder")
+    assert reached(model, names[-1])
+    if tied:
+        with pytest.raises(ValueError, match=f"{names[-1]}.weight is tied to "):
+            sparsify_(model, names[-1:])
+    nested = nn.ModuleDict({"model": make(), "head": linear(32, 3)})
+    assert list(left_alone(nested)) == [f"model.{name}" for name in names]
+
+
+class Experts(nn.Module):
+    """A mixture of experts as it is often written."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = gate
+        self.experts = nn.ModuleList([nn.Sequential(linear(32, 64), linear(64, 32))] * 4)
+        self.attention = nn.ModuleDict({name: linear(32, 4) for name in ("k_proj", "v_proj")})
+
+
+class FusedExperts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.zeros(4, 32, 64).half())
+        self.choose = linear(32, 4)
+
+
+def moe(architecture, config, **sizes):
+    return from_config(architecture, config, **{**SMALL, "pad_token_id": 0, **sizes})
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: Experts(linear(32, 4)), ["gate"]),
+        (lambda: Experts(nn.ModuleDict({"wg": linear(32, 4)})), ["gate.wg"]),
+        (lambda: nn.ModuleDict({"mlp": FusedExperts(), "up": linear()}), ["mlp.choose"]),
+        pytest.param(
+            lambda: moe("Qwen2MoeForCausalLM", "Qwen2MoeConfig", num_experts=4),
+            [f"model.layers.{i}.mlp.shared_expert_gate" for i in (0, 1)],
+            marks=pytest.mark.hf,
+        ),
+        pytest.param(
+            lambda: moe(
+                "JambaForCausalLM", "JambaConfig", num_experts=4, attn_layer_period=1,
+                attn_layer_offset=0, expert_layer_period=2, expert_layer_offset=1,
+            ),
+            ["model.layers.1.feed_forward.router"],
+            marks=pytest.mark.hf,
+        ),
+    ],
+    ids=["list", "wrapped", "fused", "qwen2-moe", "jamba"],
+)  # fmt: skip
+def test_routers_are_not_pruned_without_a_word(make, names):
+    model = make()
+    found = left_alone(model)
+    found.pop("lm_head", None)
+    assert list(found) == names
+    assert all(reason.startswith("router") for reason in found.values())
+    # Leaving another layer alone does not mean to prune the router.
+    assert names[0] not in select_layers(make(), ignore=list(select_layers(make()))[:1])
+    assert reached(make(), names[0])
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("method", ["LoraConfig", "LoKrConfig", "PromptEncoderConfig"])
+def test_adapters_are_not_pruned_without_a_word(method):
+    peft = pytest.importorskip("peft")
+    base = moe("LlamaForCausalLM", "LlamaConfig")
+    if method == "PromptEncoderConfig":
+        config = peft.PromptEncoderConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=16
+        )
+    else:
+        options = {"modules_to_save": ["lm_head"]} if method == "LoraConfig" else {}
+        config = getattr(peft, method)(target_modules=["q_proj"], **options)
+    model = peft.get_peft_model(base, config)
+    names = select_layers(model)
+    assert len(names) == 14 and not any("lora" in n or "prompt" in n for n in names)
+    found = left_alone(model)
+    others = {name for name in found if "adapter" in found[name]}
+    assert bool(others) == (method != "LoKrConfig")
+    assert all("lora_" in n or "modules_to_save" in n or "prompt_encoder" in n for n in others)
+
+
+def test_layers_that_are_tied_to_one_another_are_left_alone():
+    model = Model()
+    model.layers[1].mlp[0].weight = model.layers[0].mlp[0].weight
+    found = left_alone(model)
+    assert found["layers.0.mlp.0"] == "tied to layers.1.mlp.0.weight: left alone"
+    assert list(found) == ["layers.0.mlp.0", "layers.1.mlp.0", "lm_head"]
+    assert model.layers[1].mlp[0].weight is model.layers[0].mlp[0].weight
+
+
 @pytest.mark.parametrize("rows", [slice(0, 32), slice(32, 64)])
 def test_a_weight_that_is_a_slice_of_another_is_tied(rows):
     qkv, k = torch.nn.Linear(64, 96).half(), torch.nn.Linear(64, 32).half()
     k.weight = torch.nn.Parameter(qkv.weight.data[rows])
     model = torch.nn.Sequential(qkv, k)
     with pytest.raises(ValueError, match="0.weight is tied to 1.weight"):
-        flash_llm.sparsify_(model, sparsity=0.8)
+        flash_llm.sparsify_(model, "re:.*", sparsity=0.8)
     assert type(model[0]) is torch.nn.Linear
 
 

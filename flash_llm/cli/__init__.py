@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from flash_llm import interrupts
+
 
 def main() -> None:
     """Entry point of the script ``flash-llm``."""
+    interrupts.exit_at_once()
     try:
         from flash_llm.cli.app import build_app
     except ModuleNotFoundError as error:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+import flash_llm
+from flash_llm import interrupts
 from flash_llm.cli import (
     bench,
     convert,
@@ -19,6 +21,7 @@ from flash_llm.cli import (
     report,
     verify,
 )
+from flash_llm.cli.options import in_words_of_the_shell
 
 EXIT_CODES = "Exit codes: 0 done, 1 error or failed check, 2 wrong usage, 130 interrupted."
 
@@ -44,9 +47,27 @@ def build_app() -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
     )
+    app.callback()(_program)
     for name, command in COMMANDS.items():
         app.command(name, epilog=EXIT_CODES)(_with_exit_codes(name, command))
     return app
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flash-llm {flash_llm.__version__}")
+        raise typer.Exit
+
+
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options of no command."""
 
 
 def _with_exit_codes(name: str, command: Callable[..., None]) -> Callable[..., None]:
@@ -55,16 +76,17 @@ def _with_exit_codes(name: str, command: Callable[..., None]) -> Callable[..., N
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
         try:
-            command(*args, **options)
+            with interrupts.raised_until_caught():
+                command(*args, **options)
         except BrokenPipeError:  # of `| head`, which has enough; typer exits in silence
             raise
         except (ImportError, OSError, RuntimeError, ValueError, TypeError) as error:
             if isinstance(error, typer.Exit):  # which derives from RuntimeError
                 raise
-            typer.echo(f"flash-llm {name}: {error}", err=True)
+            typer.echo(f"flash-llm {name}: {in_words_of_the_shell(str(error))}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as interruption:
             typer.echo(f"flash-llm {name}: interrupted{interruption}", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(interrupts.EXIT_CODE) from None
 
     return run

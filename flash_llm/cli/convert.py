@@ -21,6 +21,7 @@ def convert(
     workers: Annotated[int, typer.Option(min=1, help="Files to work on at once.")] = 1,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
+    layers: options.Layers = False,
 ) -> None:
     """Pack the pruned weights of a checkpoint; an interrupted run goes on when repeated."""
     with options.resumable(target):
@@ -35,4 +36,6 @@ def convert(
             dry_run=dry_run,
             progress=options.progress(),
         )
-    typer.echo(report.to_json() if as_json else str(report))
+    options.show(report, as_json, layers)
+    if dry_run and not as_json:
+        typer.echo("Nothing was written: this is what the command would do.")

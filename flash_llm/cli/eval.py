@@ -25,6 +25,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Windows to score, from the start; all by default.")
     ] = None,
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Show the perplexity of one or several models on a text."""
@@ -35,6 +36,7 @@ def evaluate(
         stride=stride,
         max_windows=max_windows,
         device=pick_device(device)[0],
+        trust_remote_code=trust_remote_code,
         progress=options.transformers_progress(),
     )
     typer.echo(report.to_json() if as_json else str(report))

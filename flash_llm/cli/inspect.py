@@ -16,7 +16,10 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of safetensors, dense or packed.")],
     format: Annotated[str, typer.Option(help="What dense weights would be packed in.")] = "auto",
     as_json: options.AsJson = False,
+    layers: options.Layers = False,
 ) -> None:
     """Show the sparsity of every weight, and what packing gives or would give."""
     report = inspect_checkpoint(folder, format=format)
-    typer.echo(report.to_json() if as_json else f"{report}\n{total_line(folder)}")
+    options.show(report, as_json, layers)
+    if not as_json:
+        typer.echo(total_line(folder))

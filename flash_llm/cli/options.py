@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import typer
 
@@ -21,8 +22,55 @@ Format = Annotated[str, typer.Option(help="Of packed weights: auto, or a format'
 Ignore = Annotated[
     list[str] | None, typer.Option(help="Layers to leave alone; instead of the default.")
 ]
+Layers = Annotated[bool, typer.Option("--layers", help="Show a row for each single layer.")]
 Target = Annotated[Path, typer.Argument(help="Folder to make; it must not be there.")]
 Targets = Annotated[list[str] | None, typer.Option(help="Layers to work on: a name's end, or re:…")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the Python code that comes with the model."),
+]
+
+
+class Report(Protocol):
+    """What a command prints."""
+
+    def to_json(self) -> str:
+        """All of it, as a JSON object."""
+
+    def summary(self) -> str:
+        """Text with one line for all layers of a kind."""
+
+
+def show(report: Report, as_json: bool, layers: bool) -> None:
+    """Print a report.
+
+    Args:
+        report: of a command.
+        as_json: print JSON, which has all layers.
+        layers: print a row for each layer, not for each kind.
+    """
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        typer.echo(in_words_of_the_shell(str(report) if layers else report.summary()))
+
+
+def in_words_of_the_shell(text: str) -> str:
+    """Say what a Python function says as a user of its command knows it.
+
+    Args:
+        text: a report, or the message of an error.
+
+    Returns:
+        The text without the function's name at its beginning, and with ``--nsamples`` for
+        ``nsamples=``.
+    """
+    text = re.sub(r"^flash_llm(\.\w+)*: ", "", text)
+
+    def flag(match: re.Match[str]) -> str:
+        return ("--no-" if match[2] == "False" else "--") + match[1].replace("_", "-")
+
+    return re.sub(r"\b([a-z_]+)=(True\b|False\b|(?=[\s,;.)]|$))", flag, text)
 
 
 def progress() -> bool | ProgressBar:

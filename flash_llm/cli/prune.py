@@ -55,35 +55,38 @@ def prune(
         bool, typer.Option(help="Go on with TARGET.partial if it is there, or begin anew.")
     ] = True,
     dry_run: options.DryRun = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
+    layers: options.Layers = False,
 ) -> None:
     """Prune a model and save it, packed; an interrupted run goes on when repeated."""
     chosen: dict[str, Any] = {
+        "method": method,
+        "sparsity": sparsity,
+        "scope": scope,
+        "allocation": parse_allocation(allocation),
+        "calibration": calibration,
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "seed": seed,
         "targets": targets or DEFAULT_TARGETS,
         "ignore": DEFAULT_IGNORE if ignore is None else ignore,
+        "pack": pack,
+        "format": format,
         "dtype": parse_dtype(dtype),
+        "trust_remote_code": trust_remote_code,
     }
+    where = pick_device(device)[0]
     if dry_run:
-        plan = plan_pruning(source, **chosen)
-        typer.echo(plan.to_json() if as_json else str(plan))
+        options.show(plan_pruning(source, target, **chosen), as_json, layers)
         return
     with options.resumable(target):
         report = prune_checkpoint(
             source,
             target,
-            method=method,
-            sparsity=sparsity,
-            scope=scope,
-            allocation=parse_allocation(allocation),
-            calibration=calibration,
-            nsamples=nsamples,
-            seqlen=seqlen,
-            seed=seed,
-            pack=pack,
-            format=format,
-            device=pick_device(device)[0],
+            device=where,
             resume=resume,
             progress=options.transformers_progress(),
             **chosen,
         )
-    typer.echo(report.to_json() if as_json else str(report))
+    options.show(report, as_json, layers)

@@ -14,7 +14,8 @@ from flash_llm.report import report_checkpoint
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder that flash-llm prune or convert made.")],
     as_json: options.AsJson = False,
+    layers: options.Layers = False,
 ) -> None:
     """Show how a model was pruned, and its sizes, formats and sparsities."""
     found = report_checkpoint(folder)
-    typer.echo(found.to_json() if as_json else str(found))
+    options.show(found, as_json, layers)

@@ -18,9 +18,10 @@ def verify(
         float, typer.Option(min=0.0, help="Exit with 1 above this relative error.")
     ] = float("inf"),
     as_json: options.AsJson = False,
+    layers: options.Layers = False,
 ) -> None:
     """Show how far every tensor is from that of a reference."""
     report = verify_checkpoint(folder, reference)
-    typer.echo(report.to_json() if as_json else str(report))
+    options.show(report, as_json, layers)
     if report.max_relative_error > max_error:
         raise typer.Exit(1)

@@ -13,12 +13,15 @@ the report says which layers those were. The mathematics live in ``criteria.py``
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,35 +178,26 @@ def prune_(
         >>> len(report.layers), report.sparsity
         (14, 0.75)
     """
-    if method not in METHODS:
-        raise ValueError(
-            f"flash_llm.prune_: method must be one of {', '.join(METHODS)}, got {method!r}"
-        )
-    _check_allocation(method, scope, allocation)
-    if not 0.0 <= damping < math.inf:
-        raise ValueError(f"flash_llm.prune_: damping must be finite and at least 0, got {damping}")
-    measured = isinstance(allocation, str) and allocation != "uniform"
-    calibrated = method != "magnitude" or measured
-    from_file = calibrated and isinstance(calibration, (str, os.PathLike))
-    recipe = PruneRecipe(
+    recipe = make_recipe(
         method=method,
         sparsity=sparsity,
         scope=scope,
-        allocation=allocation if isinstance(allocation, str) else dict(allocation),
+        allocation=allocation,
         nsamples=nsamples,
         seqlen=seqlen,
         seed=seed,
         damping=damping,
         preserve_mask=preserve_mask,
-        targets=parse_patterns("targets", targets),
-        ignore=parse_patterns("ignore", ignore),
-        calibration=str(calibration) if from_file else None,
+        targets=targets,
+        ignore=ignore,
+        calibration=calibration,
     )
     layers = select_layers(model, targets, ignore)
-    sparsities = _layer_sparsities(model, layers, sparsity, scope, allocation)
+    sparsities = layer_sparsities(model, layers, sparsity, scope, allocation)
     check_weights(model, layers)
     samples: list[Sample] = []
-    if calibrated:
+    measured = isinstance(allocation, str) and allocation != "uniform"
+    if needs_calibration(recipe):
         samples = samples_for(model, calibration, tokenizer, nsamples, seqlen, seed)
 
     start = time.perf_counter()
@@ -215,7 +209,7 @@ def prune_(
         if measured:
 
             def measure() -> dict[str, float | None]:
-                assert sparsity is not None  # _layer_sparsities saw to it
+                assert sparsity is not None  # layer_sparsities saw to it
                 if allocation == "owl":
                     return _owl_sparsities(model, stacks, layers, samples, sparsity, progress)
                 found = measure_layers(
@@ -242,6 +236,43 @@ def prune_(
     )
 
 
+def make_recipe(**arguments: Any) -> PruneRecipe:
+    """Return the arguments of :func:`prune_` that need no model to be checked, checked.
+
+    Args:
+        arguments: of :func:`prune_`, but for the model; those that are left out have its defaults.
+
+    Raises:
+        TypeError: as :func:`prune_`; it has no argument of a name.
+        ValueError: as :func:`prune_`.
+    """
+    bound = inspect.signature(prune_).bind(None, **arguments)
+    bound.apply_defaults()
+    found = {field.name: bound.arguments[field.name] for field in fields(PruneRecipe)}
+    method, allocation, damping = found["method"], found["allocation"], found["damping"]
+    if method not in METHODS:
+        raise ValueError(
+            f"flash_llm.prune_: method must be one of {', '.join(METHODS)}, got {method!r}"
+        )
+    _check_allocation(method, found["scope"], allocation)
+    if not 0.0 <= damping < math.inf:
+        raise ValueError(f"flash_llm.prune_: damping must be finite and at least 0, got {damping}")
+    found["allocation"] = allocation if isinstance(allocation, str) else dict(allocation)
+    for name in ("targets", "ignore"):
+        found[name] = parse_patterns(name, found[name])
+    calibration, found["calibration"] = found["calibration"], None
+    recipe = PruneRecipe(**found)
+    if needs_calibration(recipe) and isinstance(calibration, (str, os.PathLike)):
+        return replace(recipe, calibration=str(calibration))
+    return recipe
+
+
+def needs_calibration(recipe: PruneRecipe) -> bool:
+    """Whether the method or the allocation looks at what the layers' inputs are."""
+    measured = isinstance(recipe.allocation, str) and recipe.allocation != "uniform"
+    return measured or recipe.method != "magnitude"
+
+
 def _check_allocation(method: str, scope: str, allocation: str | Mapping[str, float]) -> None:
     if isinstance(allocation, str):
         if allocation not in ALLOCATIONS:
@@ -263,14 +294,18 @@ def _check_allocation(method: str, scope: str, allocation: str | Mapping[str, fl
         )
 
 
-def _layer_sparsities(
+def layer_sparsities(
     model: nn.Module,
     layers: dict[str, nn.Module],
     sparsity: float | None,
     scope: str,
     allocation: str | Mapping[str, float],
 ) -> dict[str, float | None]:
-    """The checked target of each layer; measured ones are not known yet, and uniform here."""
+    """Return the checked target of each layer; a measured one is not known yet, and uniform here.
+
+    Raises:
+        ValueError: as :func:`prune_`.
+    """
     scope = "layer" if scope == "global" else scope
     if isinstance(allocation, str):
         check_prune_target(sparsity, scope)

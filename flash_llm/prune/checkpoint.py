@@ -10,32 +10,41 @@ import dataclasses
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 
 from flash_llm import hf, ops
 from flash_llm.checkpoint import Checkpoint, checkpoint_files
 from flash_llm.convert import copy_other_files, read_config, write_card
 from flash_llm.files import read_json
 from flash_llm.progress import ProgressBar
-from flash_llm.prune.calibrate import prune_
-from flash_llm.prune.report import PruneReport
+from flash_llm.prune.calibrate import layer_sparsities, make_recipe, needs_calibration, prune_
+from flash_llm.prune.layers import matrix
+from flash_llm.prune.report import PruneRecipe, PruneReport
+from flash_llm.prune.resume import ALLOCATION_NAME
+from flash_llm.prune.samples import samples_for
 from flash_llm.sparsify import (
     DEFAULT_IGNORE,
     DEFAULT_TARGETS,
+    SparsifyReport,
+    match_layers,
     refuse_tied,
-    select_layers,
     sparsify_,
 )
+from flash_llm.table import aligned, kind
 from flash_llm.unfinished import UnfinishedFolder, check_destination
 
 _CALLER = "flash_llm.prune_checkpoint"
 # In the unfinished folder, what prune_ keeps to go on.
 _STATE = "state"
+# What of a recipe says how samples are drawn from a text.
+_SAMPLING = ("nsamples", "seqlen", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +53,17 @@ class PrunePlan:
 
     Attributes:
         shapes: ``(M, K)`` of each layer, by name, in the model's order.
+        left_alone: the other linear layers that targets match, and the reason.
         dtype: of the weights.
         model_bytes: of all weights of the model.
+        missing: arguments that were left out, and that pruning needs.
     """
 
     shapes: dict[str, tuple[int, int]]
+    left_alone: dict[str, str]
     dtype: str
     model_bytes: int
+    missing: tuple[str, ...] = ()
 
     @property
     def layer_bytes(self) -> int:
@@ -64,54 +77,117 @@ class PrunePlan:
         return json.dumps({**dataclasses.asdict(self), **more}, indent=2)
 
     def __str__(self) -> str:
-        width = max(map(len, self.shapes), default=0)
-        lines = [f"{name:<{width}}  {m}x{k}" for name, (m, k) in self.shapes.items()]
-        lines.append(
-            f"{len(self.shapes)} layers would be pruned: {self.layer_bytes / 1e6:.3f} of "
-            f"{self.model_bytes / 1e6:.3f} MB of weights, {self.dtype}"
+        return self._text([(name, "1", shape) for name, shape in self.shapes.items()])
+
+    def summary(self) -> str:
+        """The same with one line for all layers that differ in a number only."""
+        groups = Counter((kind(name), shape) for name, shape in self.shapes.items())
+        return self._text([(name, str(n), shape) for (name, shape), n in groups.items()])
+
+    def _text(self, rows: list[tuple[str, str, tuple[int, int]]]) -> str:
+        table = [("layers", "number", "shape"), *((a, n, f"{m}x{k}") for a, n, (m, k) in rows)]
+        return "\n".join(
+            [
+                *aligned(table, left={0, 2}),
+                *_left_alone_lines(self.left_alone),
+                f"{len(self.shapes)} layers would be pruned: {self.layer_bytes / 1e6:.3f} of "
+                f"{self.model_bytes / 1e6:.3f} MB of weights, {self.dtype}",
+                *([f"Still needed: {', '.join(self.missing)}"] if self.missing else []),
+            ]
         )
-        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunedCheckpoint(PruneReport):
+    """What was pruned, and how large the result is.
+
+    Attributes:
+        left_alone: the linear layers that targets match and that were not pruned, and the reason.
+        packing: what became of each layer; None for ``pack=False``.
+        source_bytes: of all tensors of the dense checkpoint.
+        nbytes: of all tensors of the result.
+    """
+
+    left_alone: dict[str, str]
+    packing: SparsifyReport | None
+    source_bytes: int
+    nbytes: int
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the :class:`PruneReport` beside a saved model."""
+        names = [field.name for field in dataclasses.fields(PruneReport)]
+        return PruneReport(**{name: getattr(self, name) for name in names}).save(folder)
+
+    def __str__(self) -> str:
+        return self._text(super().__str__(), str(self.packing))
+
+    def summary(self) -> str:
+        """The same with one line for all layers that differ in a number only."""
+        return self._text(super().summary(), self.packing.summary() if self.packing else "")
+
+    def _text(self, pruning: str, packing: str) -> str:
+        sizes = (
+            f"The model takes {self.nbytes / 1e6:.3f} MB, the dense one "
+            f"{self.source_bytes / 1e6:.3f} MB ({self.nbytes / max(self.source_bytes, 1):.2f}x)."
+        )
+        if self.packing is None:
+            return "\n".join([pruning, *_left_alone_lines(self.left_alone), sizes])
+        last = [] if self.packing.packed else ["Nothing is packed; the table says why."]
+        return "\n".join([pruning, "", packing, "", sizes, *last])
+
+
+def _left_alone_lines(left_alone: Mapping[str, str]) -> list[str]:
+    groups = Counter((kind(name), reason) for name, reason in left_alone.items())
+    return [f"{name} ({n}) is not pruned: {reason}" for (name, reason), n in groups.items()]
 
 
 def plan_pruning(
     src: str | os.PathLike[str],
+    dst: str | os.PathLike[str] | None = None,
     *,
+    calibration: str | os.PathLike[str] | None = None,
     targets: str | Sequence[str] = DEFAULT_TARGETS,
     ignore: str | Sequence[str] = DEFAULT_IGNORE,
+    pack: bool = True,
+    format: str = "auto",
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> PrunePlan:
-    """Say which layers :func:`prune_checkpoint` would prune; reads no weights.
+    """Say which layers :func:`prune_checkpoint` would prune; reads no weights and writes nothing.
+
+    The arguments are checked as there, and the calibration text is read; sparsity and calibration
+    may be left out.
 
     Args:
         src: as in :func:`prune_checkpoint`.
+        dst: likewise; None checks no destination.
+        calibration: likewise.
         targets: likewise.
         ignore: likewise.
+        pack: likewise.
+        format: likewise.
         dtype: likewise.
+        trust_remote_code: likewise.
+        options: likewise.
 
     Raises:
-        ImportError: transformers is not installed.
-        FileNotFoundError: ``src`` holds no checkpoint.
-        ValueError: ``src`` is packed, quantised, broken or of an architecture that transformers
-            does not know; a pattern matches nothing; a layer is tied to another module.
+        ImportError: as :func:`prune_checkpoint`.
+        OSError: likewise.
+        TypeError: likewise.
+        ValueError: likewise, but for what is wrong with a weight's values.
     """
-    src = Path(src)
-    _check_source(src)
-    model, dtype = _empty_model(src, dtype)
-    layers = select_layers(model, targets, ignore)
-    if not layers:
-        raise ValueError(f"{_CALLER}: ignore={ignore!r} leaves nothing of targets={targets!r}")
-    refuse_tied(model, list(layers.items()), _CALLER, "pruning one would prune the other")
-    shapes = {}
-    for name, layer in layers.items():
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        m, k = weight.t().shape if type(layer).__name__ == "Conv1D" else weight.shape
-        shapes[name] = (m, k)
-    return PrunePlan(
-        shapes,
-        str(dtype).removeprefix("torch."),
-        sum(parameter.numel() * dtype.itemsize for parameter in model.parameters()),
-    )
+    src, missing = Path(src), []
+    if _needs_sparsity(make_recipe(**options)):
+        missing.append("sparsity")
+        options["sparsity"] = 0.0  # any will do to check the rest
+    request = _Request(src, dst, targets, ignore, pack, format, dtype, trust_remote_code, options)
+    recipe, text = request.recipe, _text_options(src, calibration, trust_remote_code)
+    if needs_calibration(recipe) and calibration is None:
+        missing.append("calibration")
+    elif needs_calibration(recipe):
+        samples_for(request.model, **text, **{key: getattr(recipe, key) for key in _SAMPLING})
+    return dataclasses.replace(request.plan, missing=tuple(missing))
 
 
 def prune_checkpoint(
@@ -126,9 +202,10 @@ def prune_checkpoint(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     resume: bool = True,
+    trust_remote_code: bool = False,
     progress: bool | ProgressBar = False,
     **options: Any,
-) -> PruneReport:
+) -> PrunedCheckpoint:
     """Prune a model of transformers that is saved as safetensors, and save the result.
 
     ``dst`` gets the pruned model, packed or dense with zeros, the report and the recipe
@@ -147,43 +224,40 @@ def prune_checkpoint(
             or bfloat16.
         device: where the blocks are pruned, one at a time; the model stays on the CPU.
         resume: False removes a ``dst.partial`` of an earlier call and begins anew.
+        trust_remote_code: run the Python code that ``src`` brings for its model and tokenizer.
         progress: as in :func:`flash_llm.prune_`.
         options: ``method``, ``sparsity``, ``scope``, ``allocation``, ``nsamples``, ``seqlen``,
             ``seed`` and what else :func:`flash_llm.prune_` takes.
 
     Returns:
-        What was pruned.
+        What was pruned and packed, with the sizes.
 
     Raises:
         ImportError: transformers is not installed.
         FileNotFoundError: ``src`` holds no checkpoint, or ``calibration`` is not there.
         FileExistsError: ``dst`` is there, or ``dst.partial`` is of other work or in work by
             another run.
-        TypeError: ``pack`` and the weights are neither float16 nor bfloat16.
-        ValueError: what :func:`plan_pruning` and :func:`flash_llm.prune_` refuse; there is no
-            tokenizer for the calibration text.
+        TypeError: ``pack`` and the weights are neither float16 nor bfloat16; an option is unknown.
+        ValueError: ``src`` is packed, quantised, broken, of an architecture that transformers does
+            not know, or brings code that is not trusted; what :func:`flash_llm.prune_` refuses;
+            there is no tokenizer for the calibration text.
         OSError: the disk is full or cannot be written; ``src`` is untouched, and what is finished
             stays in ``dst.partial``.
     """
     src, dst = Path(src), Path(dst)
-    ops.check_format(format)
-    plan = plan_pruning(src, targets=targets, ignore=ignore, dtype=dtype)
-    if pack and getattr(torch, plan.dtype) not in ops.VALUE_DTYPES.values():
-        raise TypeError(
-            f"{_CALLER}: the weights of {src} are {plan.dtype}, packed ones are float16 or "
-            "bfloat16; pass dtype, or pack=False"
-        )
-    if calibration is not None and not Path(calibration).is_file():
-        raise FileNotFoundError(f"{_CALLER}: calibration {calibration} is no file")
-    check_destination(dst, _CALLER)
+    request = _Request(src, dst, targets, ignore, pack, format, dtype, trust_remote_code, options)
     if calibration is not None:
-        options |= {"calibration": Path(calibration), "tokenizer": _load_tokenizer(src)}
-    note = {"dtype": plan.dtype}
+        options |= _text_options(src, calibration, trust_remote_code)
+    note = {"dtype": request.plan.dtype}
     with UnfinishedFolder(dst, src, note, _CALLER, resume=resume) as unfinished:
         state = unfinished.path / _STATE
+        if not _is_worth_keeping(state):  # of a run that was killed early, perhaps another one
+            shutil.rmtree(state, ignore_errors=True)
         state.mkdir(exist_ok=True)
         try:
-            model = hf.from_pretrained(src, dtype=dtype or "auto")
+            model = hf.from_pretrained(
+                src, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+            )
             report = prune_(
                 model,
                 targets=targets,
@@ -194,20 +268,104 @@ def prune_checkpoint(
                 **options,
             )
         except BaseException:
-            if not any(state.glob("*.safetensors")):  # no layer is done: nothing to go on with
+            if not _is_worth_keeping(state):
                 unfinished.discard()
             raise
+        packing = None
         if pack:
-            sparsify_(model, targets, ignore, format=format, progress=progress)
+            packing = sparsify_(model, targets, ignore, format=format, progress=progress)
         shutil.rmtree(unfinished.content)  # half of a model, from a run that was killed
         unfinished.content.mkdir()
         copy_other_files(src, unfinished.content, checkpoint_files(src))
-        model.save_pretrained(unfinished.content)
-        if Checkpoint(checkpoint_files(unfinished.content)).packed:
+        try:
+            model.save_pretrained(unfinished.content)
+        except SafetensorError as error:  # which is what it makes of every failure to write
+            raise OSError(
+                f"{_CALLER}: the model cannot be written to {unfinished.content}: {error}"
+            ) from None
+        result = Checkpoint(checkpoint_files(unfinished.content))
+        if result.packed:
             write_card(src, unfinished.content)
         report.save(unfinished.content)
         unfinished.finish()
-    return report
+    return PrunedCheckpoint(
+        **vars(report),
+        left_alone=request.plan.left_alone,
+        packing=packing,
+        source_bytes=Checkpoint(checkpoint_files(src)).nbytes,
+        nbytes=result.nbytes,
+    )
+
+
+class _Request:
+    """The arguments of :func:`prune_checkpoint`, checked without reading a weight.
+
+    Attributes:
+        model: on the meta device.
+        recipe: what :func:`flash_llm.prune_` is asked for.
+        plan: what that means for this model.
+    """
+
+    def __init__(
+        self,
+        src: Path,
+        dst: str | os.PathLike[str] | None,
+        targets: str | Sequence[str],
+        ignore: str | Sequence[str],
+        pack: bool,
+        format: str,
+        dtype: torch.dtype | None,
+        trust_remote_code: bool,
+        options: Mapping[str, Any],
+    ) -> None:
+        ops.check_format(format)
+        _check_source(src)
+        self.model, dtype = _empty_model(src, dtype, trust_remote_code)
+        self.recipe = make_recipe(targets=targets, ignore=ignore, **options)
+        matched = match_layers(self.model, targets, ignore)
+        layers = {name: layer for name, layer, left_alone in matched if not left_alone}
+        if not layers:
+            raise ValueError(f"{_CALLER}: ignore={ignore!r} leaves nothing of targets={targets!r}")
+        refuse_tied(self.model, list(layers.items()), _CALLER, "pruning one would prune the other")
+        layer_sparsities(
+            self.model, layers, self.recipe.sparsity, self.recipe.scope, self.recipe.allocation
+        )
+        if pack and dtype not in ops.VALUE_DTYPES.values():
+            raise TypeError(
+                f"{_CALLER}: the weights of {src} are {str(dtype).removeprefix('torch.')}, packed "
+                "ones are float16 or bfloat16; pass dtype=, or pack=False"
+            )
+        if dst is not None:
+            check_destination(Path(dst), _CALLER)
+        self.plan = PrunePlan(
+            {name: (m, k) for name, layer in layers.items() for m, k in [matrix(layer).shape]},
+            {name: left_alone for name, _, left_alone in matched if left_alone},
+            str(dtype).removeprefix("torch."),
+            sum(parameter.numel() * dtype.itemsize for parameter in self.model.parameters()),
+        )
+
+
+def _needs_sparsity(recipe: PruneRecipe) -> bool:
+    """Whether neither scope nor allocation says what the sparsity is."""
+    told = isinstance(recipe.allocation, Mapping) or ":" in recipe.scope
+    return recipe.sparsity is None and not told
+
+
+def _text_options(
+    src: Path, calibration: str | os.PathLike[str] | None, trust_remote_code: bool
+) -> dict[str, Any]:
+    """The arguments of prune_ that say what to calibrate on."""
+    if calibration is None:
+        return {"calibration": None, "tokenizer": None}
+    path = Path(calibration)
+    if not path.is_file():
+        raise FileNotFoundError(f"{_CALLER}: calibration {path} is no file")
+    return {"calibration": path, "tokenizer": _load_tokenizer(src, trust_remote_code)}
+
+
+def _is_worth_keeping(state: Path) -> bool:
+    """Whether a run can go on with what another one left: a layer, or what it measured."""
+    return any(state.glob("*.safetensors")) or (state / ALLOCATION_NAME).exists()
 
 
 def parse_allocation(text: str) -> str | Mapping[str, float]:
@@ -234,20 +392,22 @@ def _check_source(src: Path) -> None:
         raise FileNotFoundError(f"{_CALLER}: {src} has no config.json, which names the model")
 
 
-def _empty_model(src: Path, dtype: torch.dtype | None) -> tuple[nn.Module, torch.dtype]:
+def _empty_model(
+    src: Path, dtype: torch.dtype | None, trust_remote_code: bool
+) -> tuple[nn.Module, torch.dtype]:
     """The model on the meta device, and the dtype that it is loaded in."""
-    cls, config = hf.model_class(src)
+    cls, config = hf.model_class(src, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model: nn.Module = cls(config)
     model.tie_weights()  # type: ignore[operator]
     return model, dtype or config.dtype or torch.float32
 
 
-def _load_tokenizer(src: Path) -> Any:
+def _load_tokenizer(src: Path, trust_remote_code: bool) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(src)
+        return transformers.AutoTokenizer.from_pretrained(src, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{_CALLER}: calibration text needs the model's tokenizer, and {src} has none that "

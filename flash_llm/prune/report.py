@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flash_llm.files import from_json, read_json, write_whole
+from flash_llm.table import aligned, kind, span
 
 REPORT_NAME = "prune_report.json"
 """The file that :meth:`PruneReport.save` writes."""
@@ -133,6 +134,17 @@ class PruneReport:
             raise ValueError(f"{path} is no report of prune_: {error}") from None
         return report
 
+    def summary(self) -> str:
+        """The table of ``print`` with one line for all layers that differ in a number only."""
+        groups: dict[tuple[str, tuple[int, int]], list[PrunedLayer]] = {}
+        for layer in self.layers:
+            groups.setdefault((kind(layer.name), layer.shape), []).append(layer)
+        table = [("layers", "number", "shape", "sparsity", "error")]
+        for (name, (m, k)), layers in groups.items():
+            sparsities, errors = (x.sparsity for x in layers), (x.error for x in layers)
+            table.append((name, str(len(layers)), f"{m}x{k}", span(sparsities), span(errors)))
+        return "\n".join([*aligned(table, left={0, 2}), self._totals()])
+
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [len("layer")])
         lines = [f"{'layer':<{width}}  {'shape':>13}  sparsity  tokens  inputs     error"]
@@ -144,11 +156,13 @@ class PruneReport:
                 f"{layer.num_tokens:>6}  {inputs:<8}  "
                 + ("-" if layer.error is None else f"{layer.error:.4f}")
             )
-        lines.append(
+        return "\n".join([*lines, self._totals()])
+
+    def _totals(self) -> str:
+        return (
             f"{len(self.layers)} layers pruned by {self.recipe.method} to sparsity "
             f"{self.sparsity:.4f} ({self.num_samples} calibration samples) in {self.seconds:.1f} s"
         )
-        return "\n".join(lines)
 
 
 def save_report(folder: str | os.PathLike[str], name: str, text: str) -> Path:
