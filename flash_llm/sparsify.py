@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.prune import BasePruningMethod
 from tqdm.auto import tqdm
 
-from flash_llm import hf, ops
+from flash_llm import ops
 from flash_llm.linear import SparseLinear, is_conv1d, pack_layer
 from flash_llm.ops import PackedWeight
 from flash_llm.table import aligned
@@ -252,7 +252,6 @@ def sparsify_(
         for child_name, child in parent._modules.items():
             if child in swaps:
                 parent._modules[child_name] = swaps[child]
-    hf.adopt(model)
     return SparsifyReport(tuple(rows))
 
 
