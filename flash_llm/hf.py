@@ -89,11 +89,13 @@ def model_class(folder: str | os.PathLike[str], **source: Any) -> tuple[Any, Any
     config = transformers.AutoConfig.from_pretrained(folder, **source)
     named = config.architectures
     architecture = str(named[0]) if isinstance(named, (list, tuple)) and named else ""
-    for auto_class, reference in (getattr(config, "auto_map", None) or {}).items():
-        if isinstance(reference, str) and reference.endswith(f".{architecture}"):
-            return _remote_class(folder, auto_class, reference, source), config
     cls = getattr(transformers, architecture, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    for auto_class, reference in (getattr(config, "auto_map", None) or {}).items():
+        if str(reference).endswith(f".{architecture}"):
+            own = _own_class(folder, auto_class, reference, known, source)
+            return own or cls, config
+    if not known:
         raise ValueError(
             f"flash_llm.from_pretrained: the config of {folder} names architecture "
             f"{architecture!r}, which transformers {transformers.__version__} does not have"
@@ -130,16 +132,26 @@ def why_dense(folder: str | os.PathLike[str], layers: Iterable[str]) -> dict[str
     return reasons
 
 
-def _remote_class(
-    folder: str | os.PathLike[str], auto_class: str, reference: str, source: dict[str, Any]
+def _own_class(
+    folder: str | os.PathLike[str],
+    auto_class: str,
+    reference: str,
+    known: bool,
+    source: dict[str, Any],
 ) -> Any:
-    """A model's class from code that comes with it, as the auto classes of transformers find it."""
+    """A model's class from code that comes with it, if that may run, as AutoModel decides it.
+
+    Raises:
+        ValueError: it must not run, and transformers has no such class itself.
+    """
     from transformers import dynamic_module_utils
 
     source = dict(source)
-    dynamic_module_utils.resolve_trust_remote_code(  # type: ignore[no-untyped-call]
-        source.pop("trust_remote_code", None), str(folder), False, True
+    trusted = dynamic_module_utils.resolve_trust_remote_code(  # type: ignore[no-untyped-call]
+        source.pop("trust_remote_code", None), str(folder), known, True
     )
+    if not trusted:
+        return None
     cls: Any = dynamic_module_utils.get_class_from_dynamic_module(reference, folder, **source)
     cls.register_for_auto_class(auto_class)
     return cls

@@ -374,30 +374,31 @@ def _separate_weights(model: Any) -> Iterator[None]:
     It can load such names too.
     """
     weights = [f"{name}.weight" for name in _sparse_layers(model)]
-    before = getattr(model, "_weight_conversions", None)
-    conversions = before
-    if conversions is None and weights:
+    if not weights:
+        yield
+        return
+    before = conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
         conversions = [  # as transformers does
             entry
             for entry in conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
             if not isinstance(entry, core_model_loading.PrefixChange)
         ]
 
-    def concerned(entry: Any) -> bool:
+    def joins_packed(entry: Any) -> bool:
         if not isinstance(entry, WeightConverter):
             return False
         back = entry.reverse_transform()
         return any(back.rename_source_key(weight)[1] is not None for weight in weights)
 
-    kept = [entry for entry in conversions or () if not concerned(entry)]
-    if len(kept) == len(conversions or ()):
-        yield
-        return
-    model._weight_conversions = kept
+    model._weight_conversions = [entry for entry in conversions if not joins_packed(entry)]
     try:
         yield
     finally:
-        model._weight_conversions = before
+        if before is None:
+            del model._weight_conversions
+        else:
+            model._weight_conversions = before
 
 
 # ---- loading ----
@@ -423,8 +424,8 @@ def _refuse_unnamed(
         # A class of one's own may have been built with packed layers.
         if packed is not None and not any(_split(key)[1] for key in model.state_dict()):
             raise ValueError(
-                f"flash_llm: {places[packed]} holds the packed {packed}, but the config of "
-                f"{load_config.pretrained_model_name_or_path} does not say so: it needs "
+                f"flash_llm: {places[packed]} holds the packed {packed}, but the config that "
+                f"{type(model).__name__} is loaded with does not name flash_llm; it needs "
                 f'"quantization_config": {{"quant_method": "{METHOD}", "version": '
                 f"{CHECKPOINT_VERSION}}}"
             )
