@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import conversion_mapping, core_model_loading
@@ -442,20 +443,15 @@ def _finish_loading(
 
 
 def _refuse_missing(loading: _Loading, folder: str, missing_keys: set[str]) -> None:
-    """Refuse a checkpoint that lacks parameters, which would be random.
+    """Refuse a checkpoint that lacks parameters of the class that wrote it; they would be random.
 
-    A class that did not write the checkpoint may have a head, or another part, of its own: then
-    transformers' own rule holds, and only the parts that are there must be whole.
+    What only another class has, such as a new head, is initialised as for dense checkpoints.
     """
     model, checkpoint = loading.model, loading.checkpoint
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    missing = [name for name in parameters if name in missing_keys]
-    if type(model).__name__ not in (model.config.architectures or ()):
-        base = model.base_model_prefix
-        base = f"{base}." if base and hasattr(model, base) else ""
-        loaded = model.state_dict().keys() - missing_keys
-        parts = {_part(name, base) for name in loaded if name.startswith(base)}
-        missing = [n for n in missing if n.startswith(base) and _part(n, base) in parts]
+    missing = [name for name in _parameters(model) if name in missing_keys]
+    if missing and type(model).__name__ not in (model.config.architectures or ()):
+        written = {_bare_name(model, name) for name in _written_parameters(model)}
+        missing = [name for name in missing if _bare_name(model, name) in written]
     if not missing:
         return
     message = f"flash_llm: {folder} lacks {missing[0]}"
@@ -469,9 +465,23 @@ def _refuse_missing(loading: _Loading, folder: str, missing_keys: set[str]) -> N
     raise ValueError(message)
 
 
-def _part(name: str, base: str) -> str:
-    """The part of a bare model that a parameter belongs to, such as ``layers`` or ``pooler``."""
-    return name.removeprefix(base).partition(".")[0]
+def _parameters(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
+
+
+def _written_parameters(model: Any) -> list[str]:
+    """Names of the parameters of the class that wrote the checkpoint of ``model``."""
+    try:
+        with torch.device("meta"):
+            cls = getattr(transformers, model.config.architectures[0])
+            return _parameters(cls(copy.deepcopy(model.config)))
+    except Exception:  # the config may hold anything; then nothing may be missing
+        return _parameters(model)
+
+
+def _bare_name(model: Any, name: str) -> str:
+    """A parameter's name in the model without a head."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
 
 
 def _sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
