@@ -188,6 +188,10 @@ class Checkpoint:
         """Dtype of a tensor as safetensors spells it, such as ``"BF16"``."""
         return self._stored[name].dtype
 
+    def file_of(self, name: str) -> Path:
+        """File that holds a tensor."""
+        return self._stored[name].file
+
     def nbytes_of(self, name: str) -> int:
         """Bytes of a tensor."""
         return self._stored[name].nbytes
@@ -239,12 +243,15 @@ class Checkpoint:
         return raw
 
     def weight(self, name: str) -> PackedWeight:
-        """Load the packed weight of a layer, to the CPU, and check it in depth.
+        """Load the packed weight of a layer, to memory of its own, and check it in depth.
 
         Raises:
             ValueError: it is malformed; the message names the file and the layer.
         """
-        parts = [self.tensor(name + suffix) for suffix in (_OFFSETS, _PAYLOAD)]
+        parts = [
+            self.tensor(key, torch.empty(self.nbytes_of(key), dtype=torch.uint8))
+            for key in (name + _OFFSETS, name + _PAYLOAD)
+        ]
         try:
             return PackedWeight.from_tensors(self.packed[name], *parts)
         except ValueError as error:
@@ -362,7 +369,8 @@ def make_room_(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str
     """Swap the layers that a checkpoint holds packed for empty :class:`SparseLinear`, in place.
 
     Their buffers are on the meta device and as long as the stored ones; the bias parameter is kept.
-    Nothing is swapped unless everything fits.
+    Nothing is swapped unless everything fits. A layer that is float16 or bfloat16 in the model may
+    be the other one in the checkpoint; whoever loads it casts it.
 
     Args:
         model: with ``nn.Linear`` or Conv1D layers, usually on the meta device.
@@ -370,21 +378,17 @@ def make_room_(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str
         names: the layers to swap, and the name of each in the checkpoint.
 
     Raises:
-        ValueError: a layer is missing or has another shape; a bias is there and not in the
-            checkpoint.
-        TypeError: it is no linear layer.
+        ValueError: a layer is missing or has another shape.
+        TypeError: it is no linear layer, or neither float16 nor bfloat16 in the model.
     """
-    _swap(
-        model,
-        {
-            name: SparseLinear.from_packed(
-                checkpoint.placeholder(stored),
-                _linear(model, name, checkpoint, stored)[1],
-                validate=False,
-            )
-            for name, stored in names.items()
-        },
-    )
+    swaps = {}
+    for name, stored in names.items():
+        weight, bias = _linear(model, name, checkpoint, stored)
+        if weight.dtype not in ops.VALUE_DTYPES.values():
+            raise _other_dtype(name, weight, checkpoint, stored)
+        swaps[name] = SparseLinear.from_packed(checkpoint.placeholder(stored), validate=False)
+        swaps[name].register_parameter("bias", bias)
+    _swap(model, swaps)
 
 
 class TensorWriter:
@@ -514,7 +518,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     Linear layers that are packed in the files become :class:`SparseLinear`, with ``format="auto"``.
     Every packed weight is checked in depth, and all names, shapes and dtypes are compared, before
-    anything changes.
+    anything changes. What is loaded has memory of its own: the files may change or go afterwards.
 
     Args:
         model: as it was built, dense; layers on the meta device get what is loaded on the CPU.
@@ -545,6 +549,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     layers = {name: _linear(model, name, checkpoint, name) for name in checkpoint.packed}
     plain = _plain_tensors(model, checkpoint)
     swaps = {}
+    for name, (weight, _) in layers.items():
+        if weight.dtype != checkpoint.packed[name].dtype:
+            raise _other_dtype(name, weight, checkpoint, name)
     for name, (weight, bias) in layers.items():
         packed, device = checkpoint.weight(name), weight.device
         packed = packed if device.type == "meta" else packed.to(device)
@@ -555,7 +562,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         swaps[name].refit()
     _swap(model, swaps)
     for name, there in plain.items():  # one by one: no more than one tensor is there twice
-        model.load_state_dict({name: checkpoint.tensor(name)}, strict=False, assign=there.is_meta)
+        memory = torch.empty(checkpoint.nbytes_of(name), dtype=torch.uint8)
+        value = checkpoint.tensor(name, memory)
+        model.load_state_dict({name: value}, strict=False, assign=there.is_meta)
     return model
 
 
@@ -615,31 +624,33 @@ def _linear(
         layer = model.get_submodule(name)
     except AttributeError:
         raise ValueError(
-            f"flash_llm: the checkpoint holds a packed {stored}, but the model has no layer {name}"
+            f"flash_llm: {checkpoint.file_of(stored + _HEADER)} holds a packed {stored}, but the "
+            f"model has no layer {name}"
         ) from None
-    header = checkpoint.packed[stored]
+    header, file = checkpoint.packed[stored], checkpoint.file_of(stored + _HEADER)
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     linear = isinstance(layer, nn.Linear) or is_conv1d(layer)
     if not linear or not isinstance(weight, nn.Parameter):
         raise TypeError(
-            f"flash_llm: {name} must be nn.Linear or Conv1D to be packed, got "
-            f"{type(layer).__name__}"
+            f"flash_llm: {stored} is packed in {file}, but {name} is of class "
+            f"{type(layer).__name__}, neither nn.Linear nor Conv1D"
         )
     shape = tuple(weight.t().shape if is_conv1d(layer) else weight.shape)
     if shape != (header.m, header.k):
         raise ValueError(
-            f"flash_llm: {name} must have shape {list(shape)}, the packed {stored} of the "
-            f"checkpoint has {[header.m, header.k]}"
+            f"flash_llm: {name} must have shape {list(shape)}, the packed {stored} in {file} has "
+            f"{[header.m, header.k]}"
         )
-    if weight.dtype != header.dtype:
-        raise TypeError(
-            f"flash_llm: {name} is {weight.dtype}, but packed as {header.dtype}; build the "
-            f"model in {header.dtype}"
-        )
-    if bias is not None and f"{stored}.bias" not in checkpoint.tensors:
-        raise ValueError(f"flash_llm: {name} has a bias, but the checkpoint has no {stored}.bias")
     assert bias is None or isinstance(bias, nn.Parameter)
     return weight, bias
+
+
+def _other_dtype(name: str, weight: Tensor, checkpoint: Checkpoint, stored: str) -> TypeError:
+    dtype, file = checkpoint.packed[stored].dtype, checkpoint.file_of(stored + _HEADER)
+    return TypeError(
+        f"flash_llm: {name} is {weight.dtype}, but packed as {dtype} in {file}; build the model in "
+        f"{dtype}"
+    )
 
 
 def _swap(model: nn.Module, layers: Mapping[str, SparseLinear]) -> None:

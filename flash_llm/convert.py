@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from flash_llm import encoded, ops
+from flash_llm import encoded, hf, ops
 from flash_llm.checkpoint import (
     CHECKPOINT_VERSION,
     DTYPES,
@@ -104,8 +104,10 @@ def convert_checkpoint(
 ) -> SparsifyReport:
     """Pack the pruned weights of a dense safetensors folder into another folder.
 
-    Two-dimensional tensors called ``….weight`` are packed where that makes them smaller; all else
-    is copied, the other files of the folder too, but no weights in other forms, such as ``.bin``.
+    Two-dimensional tensors called ``….weight`` are packed where that makes them smaller, unless
+    transformers knows the model and could not load them so (it joins the experts of many models
+    into one tensor); all else is copied, the other files of the folder too, but no weights in other
+    forms, such as ``.bin``.
     ``config.json`` gets a ``quantization_config``, so that transformers loads the result once
     flash_llm is imported, and the model card says so.
 
@@ -179,7 +181,9 @@ def convert_checkpoint(
         pack_unprofitable=pack_unprofitable,
         conv1d=bool(is_conv1d_model(src)),
     )
-    chosen = choose_layers(source, options.targets, options.ignore)
+    chosen = dict.fromkeys(choose_layers(source, options.targets, options.ignore), "")
+    if config is not None and "model_type" in config:
+        chosen |= hf.why_dense(src, chosen)
     caller = "flash_llm.convert_checkpoint"
     check_destination(dst, caller)
 
@@ -508,11 +512,14 @@ def _convert_file(
     source: DenseView,
     file: Path,
     out: BinaryIO | None,
-    chosen: set[str],
+    chosen: Mapping[str, str],
     options: _Options,
     stop: threading.Event,
 ) -> list[LayerReport]:
-    """Convert one file to ``out``, or nowhere; raises InterruptedError when ``stop`` is set."""
+    """Convert one file to ``out``, or nowhere; raises InterruptedError when ``stop`` is set.
+
+    ``chosen`` are the layers to report, each with the reason why it stays dense or "".
+    """
     rows = []
     names = source.checkpoint.names(file)
     buffer = _buffer(source.checkpoint, names)
@@ -523,11 +530,12 @@ def _convert_file(
                 raise InterruptedError(f"flash_llm.convert_checkpoint: {file} was given up")
             layer = name.removesuffix(".weight")
             if layer in chosen and name.endswith(".weight"):
-                row, parts = _convert_tensor(layer, source.tensor(name, buffer), options)
+                tensor = source.tensor(name, buffer)
+                row, parts = _convert_tensor(layer, tensor, options, chosen[layer])
                 rows.append(row)
                 if writer is not None:
-                    for part, tensor in parts.items():
-                        writer.add(part, tensor)
+                    for part, stored in parts.items():
+                        writer.add(part, stored)
             elif writer is not None and name in source.encoded:
                 writer.add(name, source.tensor(name))
             elif writer is not None:
@@ -537,16 +545,17 @@ def _convert_file(
 
 
 def _convert_tensor(
-    name: str, tensor: Tensor, options: _Options
+    name: str, tensor: Tensor, options: _Options, why_dense: str = ""
 ) -> tuple[LayerReport, dict[str, Tensor]]:
-    """Pack a weight if that pays, else give it back."""
+    """Pack a weight if that pays and there is no reason against it, else give it back."""
     transposed = options.conv1d and is_conv1d_name(name)
     shape = tuple(tensor.t().shape if transposed else tensor.shape)
     if tensor.dtype == torch.float32 and options.dtype is not None:
         tensor = tensor.to(getattr(torch, options.dtype))
-    if tensor.dtype not in ops.VALUE_DTYPES.values():
-        reason = f"{tensor.dtype} cannot be packed; for float32 pass dtype="
-        row = LayerReport(name, shape, None, tensor.nbytes, None, None, "skipped", reason)
+    if not why_dense and tensor.dtype not in ops.VALUE_DTYPES.values():
+        why_dense = f"{tensor.dtype} cannot be packed; for float32 pass dtype="
+    if why_dense:
+        row = LayerReport(name, shape, None, tensor.nbytes, None, None, "skipped", why_dense)
         return row, {f"{name}.weight": tensor}
     packed = ops.pack(tensor.t() if transposed else tensor, options.format)
     row = decide(name, packed, options.pack_unprofitable)

@@ -7,24 +7,36 @@ without importing either, which takes seconds.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
-from torch import nn
-
-from flash_llm.linear import SparseLinear
+import torch
 
 logger = logging.getLogger("flash_llm")
 
-_QUANTIZERS = "transformers.quantizers.auto"
+_TRANSFORMERS = "transformers.modeling_utils"
 _LORA = "peft.tuners.lora.model"
+
+# Options of from_pretrained that say where a model is and whether its code may run.
+_SOURCE_OPTIONS = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
 
 
 def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> Any:
@@ -36,44 +48,54 @@ def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> Any:
 
     Args:
         folder: a folder, or a name on the hub.
-        options: of ``from_pretrained``, such as ``device_map="auto"``. The dtype is the
-            checkpoint's unless ``dtype`` says otherwise.
+        options: of ``from_pretrained``, such as ``device_map="auto"``, ``revision="v1.0"``,
+            ``subfolder="text_encoder"`` or ``trust_remote_code=True``. The dtype is the
+            checkpoint's unless ``dtype`` says otherwise; packed layers can be float16 or bfloat16.
 
     Returns:
         The model, in ``eval()`` mode.
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: the config names no architecture that transformers knows; a file or a packed
-            weight is broken.
+        OSError: there is no such folder, or no file in it.
+        ValueError: the config names no architecture that transformers knows, or one with code of
+            its own without ``trust_remote_code=True``; a file or a packed weight is broken; a
+            weight is missing or has another shape than in the model.
+        TypeError: ``dtype`` is neither float16 nor bfloat16, and a layer is packed.
         NotImplementedError: it was written by a newer flash_llm.
     """
-    cls, _ = model_class(folder, trust_remote_code=options.get("trust_remote_code"))
-    return cls.from_pretrained(folder, **{"dtype": "auto", **options})
+    source = {name: options[name] for name in _SOURCE_OPTIONS if name in options}
+    cls, _ = model_class(folder, **source)
+    options.pop("code_revision", None)
+    return cls.from_pretrained(folder, **options)
 
 
-def model_class(
-    folder: str | os.PathLike[str], *, trust_remote_code: bool | None = None
-) -> tuple[Any, Any]:
-    """Return the class of transformers that a folder's ``config.json`` names, and the config.
+def model_class(folder: str | os.PathLike[str], **source: Any) -> tuple[Any, Any]:
+    """Return the class of a model that a folder's ``config.json`` names, and the config.
 
     Args:
         folder: a folder, or a name on the hub.
-        trust_remote_code: of ``from_pretrained``; False never runs the code of the folder, None
-            asks.
+        source: options of ``from_pretrained`` that say where the model is (``subfolder``,
+            ``revision``) and whether its own code may run (``trust_remote_code``).
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: the config names no architecture that transformers knows, or code of its own
-            that must not run.
+        ValueError: the config names no architecture that transformers knows, or one with code of
+            its own that must not run.
     """
     import transformers
 
     register()
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    architecture = (config.architectures or [""])[0]
+    config = transformers.AutoConfig.from_pretrained(folder, **source)
+    named = config.architectures
+    architecture = str(named[0]) if isinstance(named, (list, tuple)) and named else ""
     cls = getattr(transformers, architecture, None)
-    if cls is None:
+    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    for auto_class, reference in (getattr(config, "auto_map", None) or {}).items():
+        if str(reference).endswith(f".{architecture}"):
+            own = _own_class(folder, auto_class, reference, known, source)
+            return own or cls, config
+    if not known:
         raise ValueError(
             f"flash_llm.from_pretrained: the config of {folder} names architecture "
             f"{architecture!r}, which transformers {transformers.__version__} does not have"
@@ -81,30 +103,63 @@ def model_class(
     return cls, config
 
 
-def adopt(model: nn.Module) -> None:
-    """Make ``save_pretrained`` of the models of transformers in ``model`` save packed layers.
+def why_dense(folder: str | os.PathLike[str], layers: Iterable[str]) -> dict[str, str]:
+    """Say which weights of a dense folder transformers could not load if they were packed.
 
     Args:
-        model: after its layers were packed.
-    """
-    transformers = sys.modules.get("transformers")
-    if transformers is None:
-        return
-    from flash_llm.hf_quantizer import METHOD, FlashLLMConfig, FlashLLMQuantizer
+        folder: of a dense checkpoint with a ``config.json``; its own code is not run.
+        layers: names of layers in the checkpoint.
 
-    for inner in model.modules():
-        if not isinstance(inner, transformers.PreTrainedModel):
-            continue
-        sparse = any(isinstance(layer, SparseLinear) for layer in inner.modules())
-        if sparse and getattr(inner, "hf_quantizer", None) is None:
-            inner.hf_quantizer = FlashLLMQuantizer(FlashLLMConfig(), pre_quantized=True)
-            inner.quantization_method = METHOD
-            inner.config.quantization_config = inner.hf_quantizer.quantization_config
+    Returns:
+        The reason for each of them. None of them if it cannot be known: transformers is not
+        installed, or does not know the model.
+    """
+    try:
+        cls, config = model_class(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = cls(config)
+    except Exception as error:  # of any kind: the config may hold anything
+        logger.warning(
+            "flash_llm: transformers cannot build the model of %s, so that it is not known which "
+            "weights it can load packed: %s",
+            folder,
+            error,
+        )
+        return {}
+    reasons: dict[str, str] = importlib.import_module("flash_llm.hf_quantizer").why_dense(
+        model, layers
+    )
+    return reasons
+
+
+def _own_class(
+    folder: str | os.PathLike[str],
+    auto_class: str,
+    reference: str,
+    known: bool,
+    source: dict[str, Any],
+) -> Any:
+    """A model's class from code that comes with it, if that may run, as AutoModel decides it.
+
+    Raises:
+        ValueError: it must not run, and transformers has no such class itself.
+    """
+    from transformers import dynamic_module_utils
+
+    source = dict(source)
+    trusted = dynamic_module_utils.resolve_trust_remote_code(  # type: ignore[no-untyped-call]
+        source.pop("trust_remote_code", None), str(folder), known, True
+    )
+    if not trusted:
+        return None
+    cls: Any = dynamic_module_utils.get_class_from_dynamic_module(reference, folder, **source)
+    cls.register_for_auto_class(auto_class)
+    return cls
 
 
 def register() -> None:
     """Tell transformers how packed checkpoints are loaded; imports it."""
-    importlib.import_module("flash_llm.hf_quantizer")  # which registers its classes
+    importlib.import_module("flash_llm.hf_quantizer").install()
 
 
 def register_lora() -> None:
@@ -114,7 +169,7 @@ def register_lora() -> None:
 
 def register_when_imported() -> None:
     """Register with transformers and PEFT now where they are imported, else as soon as they are."""
-    _when_imported(_QUANTIZERS, register, "packed checkpoints cannot be loaded")
+    _when_imported(_TRANSFORMERS, register, "packed checkpoints cannot be loaded")
     _when_imported(_LORA, register_lora, "adapters of packed layers must not be merged")
 
 
@@ -148,7 +203,6 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if name != self.module:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
@@ -156,6 +210,9 @@ class _Finder(importlib.abc.MetaPathFinder):
             def execute_and_act(module: ModuleType) -> None:
                 execute(module)
                 self._act()
+                # Not earlier: an import that is interrupted is tried again.
+                with contextlib.suppress(ValueError):  # removed by another thread
+                    sys.meta_path.remove(self)
 
             spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec

