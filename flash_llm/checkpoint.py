@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flash_llm import _extension, ops
-from flash_llm.linear import SparseLinear, is_conv1d
+from flash_llm.linear import SparseLinear, is_conv1d, refuse_parts
 from flash_llm.ops import PackedHeader, PackedWeight
 
 CHECKPOINT_VERSION = 1
@@ -305,10 +305,12 @@ def save(
 
     Raises:
         ValueError: a tensor is on the meta device.
+        NotImplementedError: a layer holds one process's part of a packed weight.
         ImportError: huggingface_hub, which writes the files, is not installed.
     """
     from huggingface_hub import save_torch_state_dict
 
+    refuse_parts(model)
     state = model.state_dict()
     absent = [name for name, tensor in state.items() if tensor.is_meta]
     if absent:

@@ -14,9 +14,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from flash_llm import _extension
+from flash_llm import _extension, tensor_parallel
 from flash_llm.checkpoint import CHECKPOINT_VERSION, METADATA, Checkpoint, make_room_
-from flash_llm.linear import SparseLinear
+from flash_llm.linear import SparseLinear, refuse_parts
 
 METHOD = "flash_llm"
 
@@ -73,6 +73,7 @@ class FlashLLMQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        distributed = tensor_parallel.styles(model)
         for name, layer in _sparse_layers(model).items():
             if layer.weight_payload.is_meta:
                 continue  # offloaded to disk, and brought back by a hook of accelerate
@@ -80,6 +81,8 @@ class FlashLLMQuantizer(HfQuantizer):
                 layer.packed.validate()
             except (ValueError, TypeError) as error:
                 raise type(error)(f"flash_llm: {name} was not loaded whole: {error}") from None
+            if layer in distributed:
+                tensor_parallel.shard_(layer, *distributed[layer])
             layer.refit()
         return model
 
@@ -92,6 +95,7 @@ class FlashLLMQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         """Save the buffers as they are, and say in each file who wrote it."""
+        refuse_parts(model)
         return None, dict(METADATA)
 
     def is_serializable(self) -> bool:
