@@ -291,7 +291,7 @@ def test_a_model_prepared_for_kbit_training_trains_under_autocast(tmp_path):
     trainer = transformers.Trainer(adapted, arguments, train_dataset=rows)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
     after = adapted.unload().state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
