@@ -32,7 +32,7 @@ from flash_llm.files import (
     sync_folder,
     write_whole,
 )
-from flash_llm.linear import SparseLinear, is_conv1d
+from flash_llm.linear import SparseLinear, is_conv1d, refuse_parts
 from flash_llm.ops import PackedHeader, PackedWeight
 
 CHECKPOINT_VERSION = 1
@@ -466,6 +466,7 @@ def save(
 
     Raises:
         ValueError: a tensor is on the meta device.
+        NotImplementedError: a layer holds one process's part of a packed weight.
         TypeError: safetensors has no name for a dtype; an entry of ``state_dict`` is no tensor.
         OSError: the disk is full or cannot be written; the error names the file, and an earlier
             checkpoint is left as it was.
@@ -473,6 +474,7 @@ def save(
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
+    refuse_parts(model)
     folder, state = Path(folder), _once(model.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):

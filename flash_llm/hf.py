@@ -1,7 +1,7 @@
 """Packed models in transformers' own ``save_pretrained`` and ``from_pretrained``, and in PEFT.
 
 Importing flash_llm makes transformers know packed checkpoints (:mod:`flash_llm.hf_quantizer`) and
-PEFT merge adapters of packed layers (:mod:`flash_llm.lora`), whichever is imported first, and
+PEFT merge adapters of packed layers (:mod:`flash_llm.adapters`), whichever is imported first, and
 without importing either, which takes seconds.
 """
 
@@ -23,7 +23,7 @@ import torch
 logger = logging.getLogger("flash_llm")
 
 _TRANSFORMERS = "transformers.modeling_utils"
-_LORA = "peft.tuners.lora.model"
+_ADAPTERS = "peft.tuners.tuners_utils"
 
 # Options of from_pretrained that say where a model is and whether its code may run.
 _SOURCE_OPTIONS = (
@@ -162,15 +162,15 @@ def register() -> None:
     importlib.import_module("flash_llm.hf_quantizer").install()
 
 
-def register_lora() -> None:
+def register_adapters() -> None:
     """Tell PEFT how adapters of packed layers are merged; imports it."""
-    importlib.import_module("flash_llm.lora")
+    importlib.import_module("flash_llm.adapters")
 
 
 def register_when_imported() -> None:
     """Register with transformers and PEFT now where they are imported, else as soon as they are."""
     _when_imported(_TRANSFORMERS, register, "packed checkpoints cannot be loaded")
-    _when_imported(_LORA, register_lora, "adapters of packed layers must not be merged")
+    _when_imported(_ADAPTERS, register_adapters, "adapters of packed layers must not be merged")
 
 
 def _when_imported(module: str, action: Callable[[], None], consequence: str) -> None:

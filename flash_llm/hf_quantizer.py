@@ -29,7 +29,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from flash_llm import _extension
+from flash_llm import _extension, tensor_parallel
 from flash_llm.checkpoint import (
     CHECKPOINT_VERSION,
     METADATA,
@@ -37,7 +37,7 @@ from flash_llm.checkpoint import (
     Checkpoint,
     make_room_,
 )
-from flash_llm.linear import SparseLinear, is_conv1d
+from flash_llm.linear import SparseLinear, is_conv1d, refuse_parts
 
 METHOD = "flash_llm"
 
@@ -131,6 +131,7 @@ class FlashLLMQuantizer(HfQuantizer):
         assert loading is not None
         folder = load_config.pretrained_model_name_or_path
         _refuse_missing(loading, folder, loading_info.missing_keys)
+        distributed = tensor_parallel.styles(loading.model)
         for name, layer in _sparse_layers(loading.model).items():
             dtype = loading.dtypes[name]
             if layer.weight_payload.is_meta:  # offloaded to disk, brought back by accelerate
@@ -150,6 +151,8 @@ class FlashLLMQuantizer(HfQuantizer):
             except (ValueError, TypeError) as error:
                 raise type(error)(f"flash_llm: {name} was not loaded whole: {error}") from None
             layer.to(dtype)
+            if layer in distributed:
+                tensor_parallel.shard_(layer, *distributed[layer])
             layer.refit()
 
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
@@ -161,6 +164,7 @@ class FlashLLMQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         """Save the buffers as they are, and say in each file who wrote it."""
+        refuse_parts(model)
         return None, dict(METADATA)
 
     def is_serializable(self) -> bool:

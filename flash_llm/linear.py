@@ -8,6 +8,8 @@ device and ``torch.compile`` and CUDA graphs see constants.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from flash_llm import ops
 from flash_llm.ops import PackedHeader, PackedWeight
+from flash_llm.weight_view import WeightView
 
 _BUFFERS = ("weight_header", "weight_offsets", "weight_payload")
 
@@ -25,12 +28,13 @@ class SparseLinear(nn.Linear):
 
     State: buffers ``weight_header`` int64[8], ``weight_offsets`` and ``weight_payload`` int32, and
     the parameter ``bias`` (or None). The weight is frozen; ``bias`` and the input are
-    differentiable. ``weight`` reads back as a new dense tensor, so writing into what it returned
-    changes nothing: assign a tensor to ``weight`` to pack it again. PEFT's LoRA is merged as
-    :mod:`flash_llm.lora` says; convert with :meth:`to_linear` before merging any other adapter.
+    differentiable. ``weight`` reads as a dense tensor that is unpacked when its values are needed
+    and cannot be written to (:mod:`flash_llm.weight_view`): assign a tensor to ``weight`` to pack
+    it again. Adapters of PEFT are merged as :mod:`flash_llm.adapters` says.
     Loading accepts packed keys of any size and a dense ``weight`` key, which it packs; packed keys
     keep their format, which :meth:`refit` then changes if another one is faster on the device.
-    ``.half()`` and ``.bfloat16()`` re-encode the values.
+    ``.half()`` and ``.bfloat16()`` re-encode the values; casts to other dtypes leave the weight as
+    it is, as those of integer weights do, and only bias, input and output take the new dtype.
 
     Code that fills buffers one by one on its own (a loader that does not call ``load_state_dict``)
     must set ``weight_header`` by attribute, or change the payload's length; both make the module
@@ -68,7 +72,9 @@ class SparseLinear(nn.Linear):
     weight_offsets: Tensor
     weight_payload: Tensor
     format: str
+    is_part: bool = False  # holds one process's part of a weight that a model distributes
     _header: PackedHeader
+    _wide_dtype: torch.dtype | None = None  # what the layer was cast to and its weight cannot be
 
     def __init__(
         self,
@@ -183,7 +189,7 @@ class SparseLinear(nn.Linear):
         linear = nn.Linear(
             self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype
         )
-        linear.weight = nn.Parameter(self.weight)
+        linear.weight = nn.Parameter(ops.unpack(self.packed))
         if self.bias is not None:
             linear.bias = self.bias
         linear.train(self.training)
@@ -209,14 +215,40 @@ class SparseLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """A new dense ``[M, K]`` copy; assigning one of this shape and dtype packs it."""
-        return ops.unpack(self.packed)
+        """The dense ``[M, K]`` weight, read-only; one that is assigned is packed."""
+        # Tracing sees the operator, and drops it where only dtype or shape is read.
+        if torch.compiler.is_compiling():
+            return ops.unpack(self.packed)
+        return WeightView(self.packed, self._set_weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return ``input @ weight.T + bias``; see :func:`flash_llm.spmm` for what it accepts."""
-        return ops.spmm_buffers(
-            input, self._current_header(), self.weight_offsets, self.weight_payload, self.bias
-        )
+        """Return ``input @ weight.T + bias``; see :func:`flash_llm.spmm` for what it accepts.
+
+        Under ``torch.autocast`` it accepts what ``nn.Linear`` does and returns autocast's dtype;
+        after a cast to a wider dtype it takes and returns that one. Both round the input to the
+        weight's dtype.
+        """
+        if isinstance(input, Tensor) and input.is_nested:  # nn.TransformerEncoder, of padded input
+            parts = [self.forward(part) for part in input.unbind()]
+            return torch.nested.as_nested_tensor(parts, layout=input.layout)
+        header, offsets, payload = self._current_header(), self.weight_offsets, self.weight_payload
+        result = self._mixed_dtype(input)
+        if result is None:
+            return ops.spmm_buffers(input, header, offsets, payload, self.bias)
+        x = input.to(header.dtype)
+        bias = None if self.bias is None else self.bias.to(header.dtype)
+        return ops.spmm_buffers(x, header, offsets, payload, bias).to(result)
+
+    def _mixed_dtype(self, input: Tensor) -> torch.dtype | None:
+        """Dtype of the result where the input need not have the weight's dtype, else None."""
+        if torch._C._is_any_autocast_enabled():
+            device = input.device.type
+            # autocast leaves float64 as it is.
+            cast = input.is_floating_point() and input.dtype != torch.float64
+            if cast and torch.is_autocast_enabled(device):
+                return torch.get_autocast_dtype(device)
+        wide = self._wide_dtype
+        return wide if wide is not None and input.dtype == wide else None
 
     def reset_parameters(self) -> None:
         """Make weight and bias all zero."""
@@ -295,14 +327,20 @@ class SparseLinear(nn.Linear):
         old_dtype, old_device = self.dtype, self.weight_payload.device
         # fn casts floating point tensors, and the packed values hide in an integer buffer: see what
         # fn does to a tensor of their dtype.
-        probe = torch.empty(0, dtype=old_dtype, device=self.weight_payload.device)
+        probe = torch.empty(0, dtype=self._wide_dtype or old_dtype, device=old_device)
         new_dtype = fn(probe).dtype
-        if new_dtype not in ops.VALUE_DTYPES.values():
-            raise TypeError(
-                f"flash_llm.SparseLinear: a packed weight must stay torch.float16 or "
-                f"torch.bfloat16 and cannot become {new_dtype}; call to_linear() for a dense layer "
-                "first"
-            )
+        packable = new_dtype in ops.VALUE_DTYPES.values()
+        if new_dtype != probe.dtype:
+            # An error would come too late: the modules before this one are cast already.
+            wide = not packable and new_dtype.is_floating_point
+            self._wide_dtype = new_dtype if wide else None
+            if not packable:
+                warnings.warn(
+                    f"flash_llm.SparseLinear: a packed weight stays {old_dtype} when the model is "
+                    f"cast to {new_dtype}, and inputs of the layer are rounded to {old_dtype}; "
+                    "call to_linear() first for a layer that can be cast",
+                    stacklevel=2,
+                )
 
         def keep_integers(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -314,7 +352,7 @@ class SparseLinear(nn.Linear):
         if old_device.type == "meta" and not self.weight_payload.is_meta:
             # to_empty() leaves memory uninitialised, which for offsets means malformed.
             self.reset_parameters()
-        if new_dtype != old_dtype:
+        if packable and new_dtype != old_dtype:
             if self.weight_payload.is_meta:
                 self._header = self._header._replace(value_type=ops.value_type_of(new_dtype))
             else:
@@ -323,13 +361,23 @@ class SparseLinear(nn.Linear):
             self.refit()
         return self
 
+    def keep_part(self, weight: Tensor) -> None:
+        """Pack one process's part of the weight in place of the whole; the bias stays as it is.
+
+        Args:
+            weight: ``[M', K']`` dense part, of the layer's dtype.
+        """
+        self.out_features, self.in_features = weight.shape
+        self._install(ops.pack(weight, self.format))
+        self.is_part = True
+
     def refit(self) -> None:
         """Pack the weight anew if ``format="auto"`` would choose another format where it is now.
 
         Moving the layer does so by itself; this is for code that puts buffers in place.
         """
         if self._wants_other_format():
-            self._install(ops.pack(self.weight, self.format))
+            self._install(ops.pack(ops.unpack(self.packed), self.format))
 
     def _wants_other_format(self) -> bool:
         """Whether ``format="auto"`` would choose another one on the device where the layer is."""
@@ -414,6 +462,32 @@ class SparseLinear(nn.Linear):
         return packed
 
 
+def is_dtensor(tensor: object) -> bool:
+    """Whether a tensor is a ``DTensor``, of which each process holds a part."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # it takes long to import
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a ``DTensor``; any other tensor as it is."""
+    part: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def refuse_parts(model: nn.Module) -> None:
+    """Refuse to save a model whose packed layers are distributed over processes.
+
+    Raises:
+        NotImplementedError: a layer holds a part of its weight; the message names it.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseLinear) and layer.is_part:
+            raise NotImplementedError(
+                f"flash_llm: {name} holds this process's part of a packed weight and cannot be "
+                "saved; pack and save the model in one process, then load it in several"
+            )
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is the Conv1D of transformers: ``x @ weight + bias``, weight ``[K, M]``.
 
@@ -446,6 +520,11 @@ def pack_layer(
     else:
         assert isinstance(layer.weight, Tensor)
         weight = layer.weight
+    if is_dtensor(weight):
+        raise NotImplementedError(
+            f"flash_llm.SparseLinear: weight of {name} is distributed over processes (DTensor); "
+            "pack it before it is distributed"
+        )
     for label, tensor in (("weight", weight), ("bias", layer.bias)):
         if isinstance(tensor, Tensor) and tensor.dtype not in ops.VALUE_DTYPES.values():
             raise TypeError(

@@ -19,8 +19,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.prune import BasePruningMethod
 
-from flash_llm import ops, roles
-from flash_llm.linear import SparseLinear, is_conv1d, pack_layer
+from flash_llm import ops, roles, tensor_parallel
+from flash_llm.linear import SparseLinear, is_conv1d, is_dtensor, local_part, pack_layer
 from flash_llm.ops import PackedWeight
 from flash_llm.progress import ProgressBar, track
 from flash_llm.table import aligned, kind, span
@@ -256,6 +256,8 @@ def sparsify_(
             does not spare, is tied to another parameter;
             ``sparsity``, ``scope`` or ``format`` is wrong; ``model`` itself is the layer.
         TypeError: a weight or bias to pack is not float16 or bfloat16, or ``model`` is no module.
+        NotImplementedError: a weight is distributed over processes, but not by a tensor parallel
+            plan of transformers (under which all processes call this together).
         RuntimeError: the compiled extension is missing, or CUDA failed.
 
     Example:
@@ -269,7 +271,11 @@ def sparsify_(
         raise TypeError(f"flash_llm.sparsify_: model must be a module, got {type(model).__name__}")
     ops.check_format(format)
     layers = match_layers(model, targets, ignore)
-    skip = {module: left_alone or _why_skipped(module) for _, module, left_alone in layers}
+    distributed = tensor_parallel.styles(model)
+    skip = {
+        module: left_alone or _why_skipped(module, module in distributed)
+        for _, module, left_alone in layers
+    }
     to_pack = [(name, module) for name, module, _ in layers if not skip[module]]
     if any(name == "" for name, _ in to_pack):
         raise ValueError(
@@ -278,6 +284,12 @@ def sparsify_(
         )
     refuse_tied(model, to_pack, "flash_llm.sparsify_", "packing one would untie them")
     for name, module in to_pack:
+        if module not in distributed and any(map(is_dtensor, module.parameters())):
+            raise NotImplementedError(
+                f"flash_llm.sparsify_: {name} is distributed over processes (DTensor) by something "
+                "else than the tensor parallel plan of transformers; pack it before that, or add "
+                f'"{name}" to ignore'
+            )
         _refuse_dtype(name, module)
 
     rows: list[LayerReport] = []
@@ -286,7 +298,8 @@ def sparsify_(
         if skip[module]:
             rows.append(_skipped_row(name, module, skip[module]))
             continue
-        packed = pack_layer(module, sparsity=sparsity, scope=scope, format=format)
+        whole = tensor_parallel.gathered(module) if module in distributed else module
+        packed = pack_layer(whole, sparsity=sparsity, scope=scope, format=format)
         row = decide(name, packed, pack_unprofitable)
         rows.append(row)
         if row.decision == "packed":
@@ -299,6 +312,8 @@ def sparsify_(
     # Nothing below can fail half-way.
     for old, new in swaps.items():
         _carry_state(old, new)
+        if old in distributed:
+            tensor_parallel.carry_plan(old, new, *distributed[old])
     for parent in list(model.modules()):
         for child_name, child in parent._modules.items():
             if child in swaps:
@@ -314,7 +329,7 @@ def model_bytes(model: nn.Module) -> int:
     """
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        storage = tensor.untyped_storage()
+        storage = local_part(tensor).untyped_storage()
         # Meta and empty storages have no address; there the tensor itself tells them apart.
         address = storage.data_ptr() if tensor.device.type != "meta" else 0
         storages[(tensor.device, address or id(tensor))] = storage.nbytes()
@@ -473,14 +488,14 @@ def _is_linear_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _why_skipped(module: nn.Module) -> str:
+def _why_skipped(module: nn.Module, distributed: bool) -> str:
     """Why a layer that is wanted cannot be packed, or ""."""
     if isinstance(module, SparseLinear):
         return "already sparse"
     own = _own_behaviour(module)
     if own:
         return f"{type(module).__name__} may compute something else than nn.Linear: {own}"
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not distributed:
         return "its forward was replaced (accelerate?); remove that hook first"
     pruned = {"weight_orig", "weight_mask"} <= {*module._parameters, *module._buffers}
     if ("weight" not in module._parameters and not pruned) or "bias" not in module._parameters:
@@ -558,12 +573,13 @@ def _ties(model: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Module, tupl
 
 def _storage(parameter: Tensor) -> int:
     # Tensors without memory (meta, no elements) are told apart by identity.
-    address = 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
+    address = 0 if parameter.is_meta else local_part(parameter).untyped_storage().data_ptr()
     return address or id(parameter)
 
 
 def _byte_range(parameter: Tensor) -> tuple[int, int]:
     """First byte and one past the last, within the storage; empty for a tensor without elements."""
+    parameter = local_part(parameter)
     if parameter.numel() == 0:
         return 0, 0
     sizes = zip(parameter.shape, parameter.stride(), strict=True)

@@ -41,10 +41,12 @@ PYTHON_RANKS = {
     "row_bitmap": 2,
     "tiled_csl": 2,
     "testing": 3,
+    "weight_view": 2,
     "linear": 3,
     "checkpoint": 4,
+    "tensor_parallel": 4,
     "hf_quantizer": 5,
-    "lora": 5,
+    "adapters": 5,
     "hf": 6,
     "sparsify": 7,
     "encoded": 5,
@@ -61,7 +63,7 @@ PYTHON_RANKS = {
 }
 
 # Optional packages that a module may import at its top, because it is itself imported lazily.
-OWNERS = {("transformers", "hf_quantizer.py"), ("peft", "lora.py"), ("lora", "lora.py")}
+OWNERS = {("transformers", "hf_quantizer.py"), ("peft", "adapters.py"), ("adapters", "adapters.py")}
 
 # The folders of csrc, from the lowest up.
 LAYERS = ("base", "format", "plan", "cpu", "cuda", "torch")
@@ -193,12 +195,12 @@ def test_pruning_methods_import_tensors_and_one_another_only(name):
         assert known or imported.startswith(pure), f"{name}.py:{line}: {imported}"
 
 
-# hf_quantizer and lora derive from classes of transformers and PEFT, so they are themselves what is
+# hf_quantizer and adapters import transformers and PEFT, so they are themselves what is
 # imported lazily.
 @pytest.mark.parametrize(
     "name",
     ["transformers", "peft", "accelerate", "gguf", "rich", "typer", "huggingface_hub"]
-    + ["hf_quantizer", "lora"],
+    + ["hf_quantizer", "adapters"],
 )
 def test_optional_packages_are_imported_lazily(name):
     for path in PACKAGE.rglob("*.py"):

@@ -7,10 +7,10 @@ import pickle
 import pytest
 import torch
 from formats import FORMATS, has_hopper, other_format
-from torch import nn
+from torch import Tensor, nn
 
 import flash_llm
-from flash_llm import SparseLinear, testing
+from flash_llm import SparseLinear, ops, testing
 
 KEYS = ["bias", "weight_header", "weight_offsets", "weight_payload"]
 
@@ -142,6 +142,134 @@ def test_refused_weights_change_nothing():
         with pytest.raises(error, match="flash_llm.SparseLinear: weight must"):
             layer.weight = wrong
     assert torch.equal(layer.weight, linear.weight)
+
+
+def test_reading_metadata_of_the_weight_does_not_unpack(monkeypatch):
+    """T5 reads ``self.wo.weight.dtype`` in each forward."""
+    layer, linear = sparse_linear_and_dense()
+    calls = []
+    unpack = ops.unpack
+    monkeypatch.setattr(ops, "unpack", lambda packed: calls.append(packed) or unpack(packed))
+    weight = layer.weight
+    for read in (
+        *(lambda w: w.dtype, lambda w: w.device, lambda w: w.shape, lambda w: w.size(1), len),
+        *(lambda w: w.numel(), lambda w: w.stride(), lambda w: w.is_meta, lambda w: w.is_cuda),
+        *(lambda w: w.requires_grad, lambda w: w.ndim, lambda w: w.nbytes, lambda w: w.layout),
+        *(lambda w: w.is_contiguous(), lambda w: w.is_floating_point(), lambda w: w.grad),
+        *(lambda w: w.data.dtype, lambda w: w.detach().dtype, lambda w: w.to(w.dtype).dtype),
+    ):
+        expected, found = read(linear.weight.detach()), read(weight)
+        assert found == expected and type(found) is type(expected)
+    assert isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter)
+    assert not calls
+    assert torch.equal(weight, linear.weight) and torch.equal(weight.t(), linear.weight.t())
+    assert len(calls) == 1
+
+
+def write_through_iadd(weight):
+    weight += 1
+
+
+WRITES = {
+    "mul_": lambda w: w.mul_(2),
+    "data": lambda w: w.data.mul_(2),
+    "detach": lambda w: w.detach().zero_(),
+    "+=": write_through_iadd,
+    "row": lambda w: w[3].zero_(),
+    "item": lambda w: w.__setitem__((0, 0), 1),
+    "mask": lambda w: w.__setitem__(w == 0, 1),
+    "transposed": lambda w: w.t().add_(1),
+    "flat": lambda w: w.data.view(-1)[5:].fill_(1),
+    "chunk": lambda w: w.chunk(2)[1].zero_(),
+    "copy_": lambda w: w.copy_(torch.zeros_like(w)),
+    "out": lambda w: torch.mul(w, 2, out=w),
+    "foreach": lambda w: torch._foreach_mul_([w], 2.0),
+    "init": nn.init.normal_,
+    "apply_": lambda w: w.apply_(lambda value: value),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("write", WRITES)
+def test_writing_into_the_weight_is_refused_instead_of_lost(write, inference):
+    layer, linear = sparse_linear_and_dense()
+    with torch.inference_mode(inference), pytest.raises(NotImplementedError, match="packed"):
+        WRITES[write](layer.weight)
+    assert torch.equal(layer.weight, linear.weight)
+
+
+def test_a_whole_new_weight_is_packed_however_it_is_assigned():
+    layer, linear = sparse_linear_and_dense()
+    layer.weight.data = linear.weight.data * 2
+    assert torch.equal(layer.weight, linear.weight * 2)
+    changed = layer.weight.clone()
+    changed[0] = 0
+    layer.weight = changed
+    assert torch.equal(layer.weight, changed)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        layer.weight.data = changed.t()
+
+
+def test_code_around_the_forward_gets_the_dense_weight():
+    layer, linear = sparse_linear_and_dense()
+    dense, x = linear.weight.detach(), torch.randn(3, 70).half()
+    weight = layer.weight
+    for compute in (
+        lambda w: nn.functional.linear(x, w),
+        lambda w: x @ w.T,
+        lambda w: torch.vmap(lambda row: w @ row)(x),
+        lambda w: torch.cat([w, w]),
+        lambda w: torch.from_numpy(w.numpy()),
+        lambda w: torch.tensor(w.tolist()),
+        lambda w: torch.from_dlpack(w),
+        lambda w: nn.Parameter(w).half().detach() + 0,
+        copy.deepcopy,
+        lambda w: pickle.loads(pickle.dumps(w)),
+        lambda w: w.float(),
+        lambda w: w.clone().mul_(2),
+    ):
+        found = compute(weight)
+        assert type(found) is Tensor and torch.equal(found, compute(dense))
+    with torch.inference_mode():
+        inside = layer.weight
+        assert torch.equal(weight.t(), dense.t())
+    assert torch.equal(inside.t(), dense.t())
+    assert repr(weight) == repr(dense) and f"{weight}" == f"{dense}"
+    assert weight.data_ptr() == weight.dense().data_ptr()
+
+
+def test_compiled_code_reads_the_weight_without_a_graph_break():
+    layer, _ = sparse_linear_and_dense()
+    x = torch.randn(3, 70).half()
+
+    def forward(x):
+        return nn.functional.linear(layer(x).to(layer.weight.dtype), layer.weight.t())
+
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), forward(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("ignore", [(), ("layers.0",)], ids=["all", "first-dense"])
+def test_the_fast_path_of_a_transformer_encoder_makes_way(ignore, monkeypatch):
+    """In eval mode torch's encoder takes weights around the layers' forward, if it can."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 2, 256, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).half().eval()
+    flash_llm.sparsify_(encoder, ["linear1", "linear2"], ignore, sparsity=0.6)
+    dense = copy.deepcopy(encoder)
+    for block in dense.layers:
+        for name in ("linear1", "linear2"):
+            if isinstance(getattr(block, name), SparseLinear):
+                setattr(block, name, getattr(block, name).to_linear())
+    x = torch.randn(2, 7, 64).half()
+    padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+    with torch.no_grad():
+        expected = [dense(x), dense(x, src_key_padding_mask=padding)]
+        monkeypatch.setattr(ops, "unpack", None)  # would be called for the fast path
+        found = [encoder(x), encoder(x, src_key_padding_mask=padding)]
+    for y, z in zip(found, expected, strict=True):
+        torch.testing.assert_close(y[~padding], z[~padding], rtol=0.01, atol=0.01)
 
 
 def test_reset_parameters_gives_zeros(format):
@@ -330,20 +458,37 @@ def test_a_cast_that_rounds_to_zero_drops_the_entry(format):
 
 
 @pytest.mark.parametrize(
-    "cast",
+    ("cast", "wide"),
     [
-        lambda module: module.float(),
-        lambda module: module.double(),
-        lambda module: module.to(torch.float32),
-        lambda module: module.type(torch.float64),
+        (lambda module: module.float(), torch.float32),
+        (lambda module: module.double(), torch.float64),
+        (lambda module: module.to("cpu", torch.float32).to("cpu"), torch.float32),
+        (lambda module: module.type(torch.float64), torch.float64),
     ],
     ids=["float", "double", "to-float32", "type-float64"],
 )
-def test_casts_to_wide_types_are_refused(cast):
-    layer, _ = sparse_linear_and_dense()
+def test_a_model_cast_to_a_wide_type_is_not_left_half_cast(cast, wide):
+    layer, linear = sparse_linear_and_dense()
+    model = nn.Sequential(nn.Linear(70, 70), layer, nn.Linear(130, 3)).half()
+    before, x = copy.deepcopy(layer), torch.randn(5, 70)
+    with pytest.warns(UserWarning, match="stays torch.float16 when the model is cast"):
+        cast(model)
+    assert {p.dtype for p in model.parameters()} == {model(x.to(wide)).dtype} == {wide}
+    inputs = x.half().to(wide)
+    testing.assert_spmm_close(layer(inputs).half(), inputs.half(), linear.weight, linear.bias)
+    with pytest.raises(TypeError, match="x must be Half"):
+        layer(x.bfloat16())
+    assert_same_layer(copy.deepcopy(layer).half(), before)
+    with pytest.raises(TypeError, match="x must be Half"):
+        model.half()[1](x)
+
+
+def test_a_cast_to_a_type_that_is_no_float_leaves_the_weight(recwarn):
+    layer, _ = sparse_linear_and_dense(bias=False)
     before = copy.deepcopy(layer)
-    with pytest.raises(TypeError, match=r"flash_llm.SparseLinear: .* call to_linear\(\)"):
-        cast(layer)
+    layer.to(torch.complex64)
+    with pytest.raises(TypeError, match="x must be Half"):
+        layer(torch.ones(1, 70, dtype=torch.complex64))
     assert_same_layer(layer, before)
 
 
@@ -669,6 +814,39 @@ def test_an_adapter_over_a_frozen_layer_trains():
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     assert front.weight.grad.any() and torch.equal(base.weight_payload, payload)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast_takes_and_returns_what_the_dense_layer_does(autocast, compiled, dtype, device):
+    """Also with a bias that prepare_model_for_kbit_training made float32."""
+    layer, linear = sparse_linear_and_dense(dtype=dtype, device=device)
+    layer.bias = nn.Parameter(layer.bias.detach().float())
+    linear.weight.requires_grad_(False)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    inputs = [torch.randn(4, 70, device=device, dtype=d) for d in (torch.float32, dtype)]
+    for x in inputs:
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        with torch.autocast(device, autocast):
+            y, z = run(ours), linear(theirs)
+        assert y.dtype == z.dtype == autocast
+        torch.testing.assert_close(y, z, rtol=0.02, atol=0.02)
+        y.float().sum().backward()
+        z.float().sum().backward()
+        assert ours.grad.dtype == x.dtype and layer.bias.grad.dtype == torch.float32
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0.02, atol=0.02)
+    torch._dynamo.reset()
+
+
+def test_without_autocast_a_wider_input_is_refused_as_by_the_dense_layer():
+    layer, linear = sparse_linear_and_dense()
+    x = torch.randn(4, 70)
+    with pytest.raises(TypeError, match="x must be Half"):
+        layer(x)
+    for wrong in (x.double(), x.int()):
+        for module in (layer, linear):
+            with torch.autocast("cpu", torch.float16), pytest.raises((TypeError, RuntimeError)):
+                module(wrong)
 
 
 def test_model_of_sparse_layers_compiles_into_one_graph(format, device):

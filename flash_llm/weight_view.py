@@ -1,0 +1,130 @@
+"""``WeightView``: what ``layer.weight`` of a packed layer is, unpacked only when values are needed.
+
+Much code reads a weight for its dtype or device alone (T5 in each forward), and much other code
+writes into it in place. The first must cost nothing; the second would change a copy, so it is
+refused. Whatever else is done with a view is done with the dense weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_any, tree_map_only
+
+from flash_llm import ops
+from flash_llm.ops import PackedWeight
+
+
+class WeightView(Tensor):
+    """A read-only dense ``[M, K]`` weight, of the dtype and on the device of the packed one.
+
+    Operations return plain tensors, but views of it (``t()``, slices, ``data``) are read-only too.
+    It has ``__torch_function__``, for which the fused forms of ``torch.nn``'s Transformer layers
+    make way: they would take weights around the layers' ``forward``.
+
+    Args:
+        packed: the weight, unpacked at the first operation that needs values.
+        assign: called with the tensor that replaces ``data``.
+
+    Raises:
+        NotImplementedError: an operation writes into it; it says what to do instead.
+    """
+
+    _source: PackedWeight | Tensor
+    _assign: Callable[[Tensor], None] | None
+
+    @staticmethod
+    def __new__(
+        cls, packed: PackedWeight | Tensor, assign: Callable[[Tensor], None] | None = None
+    ) -> WeightView:
+        """Make a tensor without memory."""
+        # torch refuses views, outside of inference mode, of what was made in it, and the reverse.
+        inference = torch.is_inference_mode_enabled()
+        with torch.inference_mode(False) if inference else nullcontext():
+            view: WeightView = Tensor._make_wrapper_subclass(
+                cls,
+                packed.shape,
+                strides=packed.stride() if isinstance(packed, Tensor) else None,
+                dtype=packed.dtype,
+                device=packed.device,
+            )
+        view._source = packed
+        view._assign = assign
+        return view
+
+    def dense(self) -> Tensor:
+        """Return the values as a plain tensor, which other calls share."""
+        if isinstance(self._source, PackedWeight):
+            self._source = ops.unpack(self._source)
+        return self._source
+
+    @property
+    def data(self) -> Tensor:
+        """The view itself, as it has no gradient; a tensor assigned to it is packed."""
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if self._assign is not None:
+            self._assign(value)
+        else:
+            Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+            self._source = value
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.apply_:  # no operator, so it does not come by below
+            raise _read_only("apply_")
+        if func in _NEED_MEMORY:
+            args = tree_map_only(cls, cls.dense, args)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        for position, argument in enumerate(schema.arguments):
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            if argument.is_write and tree_any(lambda part: isinstance(part, cls), value):
+                raise _read_only(func)
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0]._source)
+        result = func(*tree_map_only(cls, cls.dense, args), **tree_map_only(cls, cls.dense, kwargs))
+        if any(returned.alias_info is not None for returned in schema.returns):
+            return tree_map_only(Tensor, cls, result)
+        return result
+
+
+# These take the memory of a tensor, which a view has not, without an operator that says so.
+_NEED_MEMORY = {
+    Tensor.__array__,
+    Tensor.__deepcopy__,
+    Tensor.__dlpack__,
+    Tensor.__format__,
+    Tensor.__reduce_ex__,
+    Tensor.__repr__,
+    Tensor.data_ptr,
+    Tensor.numpy,
+    Tensor.share_memory_,
+    Tensor.storage,
+    Tensor.tolist,
+    Tensor.untyped_storage,
+}
+
+
+def _read_only(operation: object) -> NotImplementedError:
+    # No TypeError: for that ``w += x`` would go on with ``w = w + x``, which writes nowhere.
+    return NotImplementedError(
+        f"flash_llm.SparseLinear: weight is packed, so {operation} cannot write into it; change a "
+        "clone() and assign that to the layer's weight, or use the dense layer that to_linear() "
+        "returns"
+    )

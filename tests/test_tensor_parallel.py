@@ -1,0 +1,145 @@
+"""Tensor parallel of transformers over packed layers: two processes on a CPU, with gloo."""
+
+import json
+import os
+import socket
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import flash_llm
+from flash_llm import SparseLinear
+
+transformers = pytest.importorskip("transformers")
+distributed = pytest.importorskip("transformers.distributed")
+pytestmark = [pytest.mark.hf, pytest.mark.slow]
+
+IDS = torch.arange(24).view(2, 12)
+
+
+def save_models(folder):
+    """Save a model, dense and packed, whose layers the plan cuts by rows and by columns."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        mlp_bias=True,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        for layer in model.model.layers.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight[torch.rand_like(layer.weight) < 0.7] = 0
+                nn.init.normal_(layer.bias, std=0.5)
+    model.save_pretrained(folder / "dense")
+    flash_llm.sparsify_(model)
+    model.save_pretrained(folder / "packed")
+    return model
+
+
+def load(folder):
+    plan = distributed.DistributedConfig(tp_plan="auto", tp_size=2)
+    auto = transformers.AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype="auto", distributed_config=plan)
+
+
+def gradient(model):
+    """Of the embeddings, and so through all packed layers."""
+    weight = model.get_input_embeddings().weight
+    model(IDS).logits.float().square().sum().backward()
+    return weight.grad.full_tensor() if isinstance(weight, DTensor) else weight.grad
+
+
+def worker(rank, folder, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    found = {}
+    dense = load(folder / "dense")
+    found["report"] = flash_llm.sparsify_(dense).to_json()
+    for name, model in {"packed folder": load(folder / "packed"), "sparsify_": dense}.items():
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+        with torch.no_grad():
+            found[name] = model(IDS).logits.float()
+        found[f"{name} weights"] = {n: m.weight.clone() for n, m in layers.items()}
+        found[f"{name} gradient"] = gradient(model)
+        for save in (model.save_pretrained, lambda to, model=model: flash_llm.save(model, to)):
+            with pytest.raises(NotImplementedError, match="q_proj holds this process's part"):
+                save(folder / f"again-{rank}")
+    found["fsdp"] = fully_sharded()
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def fully_sharded():
+    """What is said of weights that FSDP2 distributes."""
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 64)), nn.ReLU()).half()
+    torch.distributed.fsdp.fully_shard(model[0], mesh=mesh)
+    messages = []
+    for act in (flash_llm.sparsify_, lambda model: SparseLinear.from_linear(model[0][0])):
+        with pytest.raises(NotImplementedError) as error:
+            act(model)
+        messages.append(str(error.value))
+    assert type(model[0][0]) is nn.Linear
+    return messages
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The model in one process, and what each of two processes found."""
+    folder = tmp_path_factory.mktemp("parallel")
+    model = save_models(folder)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (folder, port), nprocs=2)
+    return model, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ["packed folder", "sparsify_"])
+def test_two_processes_give_the_logits_and_gradients_of_one(name, run):
+    model, ranks = run
+    with torch.no_grad():
+        expected = model(IDS).logits.float()
+    expected_gradient = gradient(model)
+    model.zero_grad()
+    for rank in ranks:
+        # Sums over processes are rounded once more to bfloat16.
+        torch.testing.assert_close(rank[name], expected, rtol=0.02, atol=0.02 * expected.std())
+        torch.testing.assert_close(
+            *(rank[f"{name} gradient"], expected_gradient),
+            rtol=0.05,
+            atol=0.05 * expected_gradient.std().item(),
+        )
+
+
+@pytest.mark.parametrize("name", ["packed folder", "sparsify_"])
+def test_each_process_holds_its_part_of_a_weight(name, run):
+    model, ranks = run
+    for layer, whole in model.named_modules():
+        if not isinstance(whole, SparseLinear):
+            continue
+        by_row = layer.endswith(("o_proj", "down_proj"))
+        for part, rank in zip(whole.weight.chunk(2, dim=int(by_row)), ranks, strict=True):
+            assert torch.equal(rank[f"{name} weights"][layer], part), layer
+
+
+def test_the_report_of_each_process_is_that_of_the_whole_model(run):
+    _, (first, second) = run
+    assert first["report"] == second["report"]
+    rows = json.loads(first["report"])["rows"]
+    assert [row["shape"] for row in rows if row["decision"] == "packed"][:2] == [[64, 64], [32, 64]]
+
+
+def test_weights_that_fsdp_distributes_are_refused(run):
+    for rank in run[1]:
+        swapped, packed = rank["fsdp"]
+        assert "0.0 is distributed" in swapped and "weight of Linear is distributed" in packed
