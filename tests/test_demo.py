@@ -78,6 +78,12 @@ def test_the_whole_job_on_a_tiny_model(tiny_weights, tmp_path, capsys, device):
     assert dense["answer"] and packed["answer"]
     decisions = {row["name"]: row["decision"] for row in numbers["sparsify"]["rows"]}
     assert decisions.pop("lm_head") == "skipped"
+    controls = numbers["controls"]
+    assert set(controls) == (
+        set() if device == "cuda" else {"packed, not pruned", "torch int8", "torch int4"}
+    )
+    for control in controls.values():
+        assert control["tokens_per_second"] > 0 and control["perplexity"] > 0
     assert len(decisions) == 14 and set(decisions.values()) == {"packed"}
 
     shown = " ".join(capsys.readouterr().out.split())
