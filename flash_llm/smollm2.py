@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 WINDOW = 512
 """Tokens per calibration sample and per perplexity window."""
-CALIBRATION_SAMPLES = 8
+CALIBRATION_SAMPLES = 16
 """Default number of calibration samples."""
 
 

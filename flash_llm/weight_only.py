@@ -16,8 +16,8 @@ from torch import Tensor, nn
 VALUES = ("int8", "int4")
 """What weights are rounded to."""
 GROUP = 64
-"""Columns of an INT4 weight that share a scale, by default. 128 does not divide SmolLM2's widths; its
-weights were dequantised from groups of 32, so rounding in such groups would cost almost nothing."""
+"""Columns of an INT4 weight that share a scale, by default. 128 does not divide SmolLM2's widths, and
+its weights were dequantised from groups of 32, so rounding them in such groups costs too little."""
 
 
 def round_to_nearest(weight: Tensor, values: str, group: int = GROUP) -> Tensor:
