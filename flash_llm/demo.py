@@ -53,8 +53,8 @@ __all__ = [
 ]
 
 METHOD = "sparsegpt"
-"""Default pruning method: about a minute on two cores. ADMM keeps more, but takes three times as long
-on a CPU without AVX-512."""
+"""Default pruning method: about a minute on two cores. ADMM keeps more, but takes some three times as
+long."""
 SPARSITY = 0.35
 """Default fraction of zeros, at which the model still answers: 1.10 times the dense perplexity."""
 MOST_LOSS = 1.12
@@ -449,8 +449,10 @@ class Comparison:
         )
         if loss > 1.5:
             quality += "That is a heavy loss: compare the answers above before using such a model."
+        elif loss > MOST_LOSS:
+            quality += f"That is a visible loss, above the {MOST_LOSS:.2f} of the defaults."
         elif loss > 1.05:
-            quality += "That is a visible loss."
+            quality += f"That is a visible loss, within the {MOST_LOSS:.2f} of the defaults."
         else:
             quality += "That is a small loss."
         costs = " and ".join(f"{cost:.2f} times at {more:.0%}" for more, cost in COSTS.items())

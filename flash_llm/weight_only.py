@@ -16,7 +16,7 @@ from torch import Tensor, nn
 VALUES = ("int8", "int4")
 """What weights are rounded to."""
 GROUP = 64
-"""Columns of an INT4 weight that share a scale, by default. 128 does not divide SmolLM2's widths, and
+"""Columns of an INT4 weight that share a scale, by default. 128 does not divide SmolLM2's widths;
 its weights were dequantised from groups of 32, so rounding them in such groups costs too little."""
 
 
