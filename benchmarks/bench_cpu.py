@@ -218,7 +218,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_weight_options(parser)
-    parser.set_defaults(shapes=["llama-8b", "576x576", "1536x576", "576x1536"], dtype=["bfloat16"])
+    parser.set_defaults(
+        shapes=["llama-8b", "576x576", "1536x576", "576x1536"],
+        dtype=["bfloat16"],
+        sparsity=[0.0, *parser.get_default("sparsity")],  # 0: the control
+    )
     parser.add_argument("--n", nargs="+", type=int, default=[1, 8], help="tokens")
     parser.add_argument("--config", default="auto", help="force a route, see plan_names")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

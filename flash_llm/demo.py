@@ -53,8 +53,7 @@ __all__ = [
 ]
 
 METHOD = "sparsegpt"
-"""Default pruning method: about a minute on two cores. ADMM keeps more, but takes some three times as
-long."""
+"""Default pruning method: a minute or two on two cores. ADMM keeps more, in three times as long."""
 SPARSITY = 0.35
 """Default fraction of zeros, at which the model still answers: 1.10 times the dense perplexity."""
 MOST_LOSS = 1.12
