@@ -55,8 +55,8 @@ __all__ = [
 METHOD = "sparsegpt"
 """Default pruning method: a minute or two on two cores. ADMM keeps more, in three times as long."""
 SPARSITY = 0.35
-"""Default fraction of zeros: the model still answers, at 1.10 times the dense perplexity. Tiled-CSL,
-which GPUs other than Hopper's take, needs more than 0.5 to get smaller."""
+"""Default fraction of zeros: the model still answers, at 1.10 times the dense perplexity. It takes
+more than 0.5 to make layers smaller in Tiled-CSL, the format of GPUs other than Hopper's."""
 MOST_LOSS = 1.12
 """Perplexity over that of the dense model that the defaults must not exceed."""
 COSTS = {0.5: 1.19, 0.6: 1.49}
