@@ -6,6 +6,10 @@ Each case prunes a copy of the dense model, recovers it for as many epochs as ``
 says, and measures its perplexity on held-out text, all in float32. Rows go to
 ``benchmarks/results/accuracy.jsonl``; a case that was measured before has its row replaced, or is
 left out with ``--missing``, so a run that was stopped goes on.
+
+    python benchmarks/accuracy.py --round int8 int4
+
+prunes nothing, but rounds the same layers to nearest, as torch's weight-only products take them.
 """
 
 import argparse
@@ -22,8 +26,10 @@ from rows import case_of, check_row, commit_hash, print_table, read_rows, write_
 from torch import Tensor, nn
 
 from flash_llm import perplexity, prune_, recover_
-from flash_llm.demo import load_smollm2, pydoc_text
 from flash_llm.prune.calibrate import ALLOCATIONS, METHODS
+from flash_llm.smollm2 import load_smollm2, pydoc_text
+from flash_llm.sparsify import DEFAULT_IGNORE
+from flash_llm.weight_only import GROUP, VALUES, round_
 
 MODEL = "SmolLM2-135M-Instruct"
 # Tokens per window of held-out text.
@@ -81,6 +87,24 @@ class Bench:
             seconds += recover_(model, self.model, epochs=case.recover_epochs, **samples).seconds
         return seconds, perplexity(model, self.heldout, window=WINDOW)
 
+    def round(self, values: str, group: int, commit: str) -> dict[str, object]:
+        """Round a copy's layers to nearest; returns the checked JSON row of its perplexity."""
+        model = copy.deepcopy(self.model)
+        layers = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+        round_(model, [name for name in layers if name not in DEFAULT_IGNORE], values, group)
+        row = {
+            "bench": "rounding",
+            "model": MODEL,
+            "values": values,
+            "group": group if values == "int4" else None,
+            "perplexity": round(perplexity(model, self.heldout, window=WINDOW), 3),
+            "dense_perplexity": round(self.dense_perplexity, 3),
+            "text": self.text,
+            "commit": commit,
+        }
+        check_row(row)
+        return row
+
     def make_row(
         self, case: Case, quality: float, seconds: float, commit: str
     ) -> dict[str, object]:
@@ -129,6 +153,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--allocation", nargs="+", choices=ALLOCATIONS, default=["uniform", "owl"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5, 0.6, 0.7])
     parser.add_argument("--recover-epochs", type=int, default=0, help="of recover_; 0 for none")
+    parser.add_argument(
+        "--round", nargs="+", choices=VALUES, default=[], help="round the weights, prune nothing"
+    )
+    parser.add_argument("--group", type=int, default=GROUP, help="columns of INT4 with one scale")
     parser.add_argument("--nsamples", type=int, default=32, help="calibration samples")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of each")
     parser.add_argument("--seed", type=int, default=0, help="draws the samples")
@@ -159,6 +187,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     bench = Bench(model.float(), calibration, heldout, arguments.windows)
     lines = []
+    for values in arguments.round:
+        row = bench.round(values, arguments.group, commit)
+        write_rows(arguments.out, [row])
+        lines.append((values, f"{row['perplexity']:.2f}", f"{row['dense_perplexity']:.2f}"))
+    if arguments.round:
+        print_table(("values", "perplexity", "dense"), lines)
+        return 0
     for case in cases(arguments):
         if arguments.missing and is_measured(case, bench.text, read_rows(arguments.out)):
             continue

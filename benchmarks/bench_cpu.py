@@ -3,11 +3,14 @@
     python benchmarks/bench_cpu.py --shapes llama-8b 576x576 --n 1 8 --dtype bfloat16
 
 Dense are ``F.linear`` in float32, bfloat16 and float16, the fastest of which is what a user would
-take. All contenders take turns, over weights that are rotated through more than the caches hold.
+take, and torch's weight-only INT8 and INT4 products, which round the weight. A sparsity of 0 is the
+control: what is gained there is the kernel's. All contenders take turns, over weights that are
+rotated through more than the caches hold.
 Rows go to ``benchmarks/results/cpu.jsonl``; a case that was measured before has its row replaced.
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ from weights import DTYPES, Weight, add_weight_options, make_weight, parse_with_
 import flash_llm
 from flash_llm import _extension
 from flash_llm.timing import REPLAYS, Timing, copies_to_rotate, time_cpu
+from flash_llm.weight_only import VALUES, WeightOnlyLinear
 
 DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What torch multiplies at the dtype of the weight.
@@ -48,6 +52,7 @@ class Measurement:
     Attributes:
         ours: our time.
         dense: torch's, by the names of :data:`DENSE`.
+        rounded: torch's weight-only products, by the names of :data:`VALUES`; none for float16.
         floor: time of reading the payload.
         rel_err: of our result.
         isa: instruction set of our kernel.
@@ -55,6 +60,7 @@ class Measurement:
 
     ours: Timing
     dense: dict[str, Timing]
+    rounded: dict[str, Timing]
     floor: Timing
     rel_err: float
     isa: str
@@ -88,11 +94,21 @@ class Operands:
         for name, to in DENSE.items():
             copies = copies_to_rotate(dense.numel() * to.itemsize)
             self.dense[name] = [dense.to(to, copy=True) for _ in range(copies)]
+        self.rounded = {}
+        for values in VALUES if dtype == torch.bfloat16 else ():
+            one = WeightOnlyLinear(dense, None, values)
+            copies = copies_to_rotate(one.weight.nbytes + one.scales.nbytes)
+            self.rounded[values] = [copy.deepcopy(one) for _ in range(copies)]
 
     def dense_calls(self, name: str, n: int) -> list[Callable[[], Tensor]]:
         """Return torch's product in one dtype, on each copy."""
         x = self.x[:n].to(DENSE[name])
         return [lambda w=w: F.linear(x, w) for w in self.dense[name]]
+
+    def rounded_calls(self, values: str, n: int) -> list[Callable[[], Tensor]]:
+        """Return torch's weight-only product on each copy."""
+        x = self.x[:n]
+        return [lambda layer=layer: layer(x) for layer in self.rounded[values]]
 
     def sparse_calls(self, n: int, config: str) -> list[Callable[[], Tensor]]:
         """Return ours on each copy."""
@@ -136,14 +152,17 @@ class Bench:
             contenders: dict[Hashable, Sequence[Callable[[], object]]] = {
                 "ours": ours,
                 **{name: operands.dense_calls(name, n) for name in names},
+                **{values: operands.rounded_calls(values, n) for values in operands.rounded},
                 "floor": [lambda w=w: self.floor.read(w.payload) for w in operands.packed],
             }
             if n > MANY_TOKENS:
                 contenders = {name: calls[:2] for name, calls in contenders.items()}
             timings = time_cpu(contenders, replays=self.replays)
             dense = {name: timings[name] for name in DENSE if name in timings}
+            rounded = {name: timings[name] for name in operands.rounded}
             isa = _extension.require().cpu_isa()
-            yield case, Measurement(timings["ours"], dense, timings["floor"], rel_err, isa)
+            floor = timings["floor"]
+            yield case, Measurement(timings["ours"], dense, rounded, floor, rel_err, isa)
 
 
 def make_row(case: Case, found: Measurement, cpu: str, commit: str) -> dict[str, object]:
@@ -164,6 +183,7 @@ def make_row(case: Case, found: Measurement, cpu: str, commit: str) -> dict[str,
         "dense_us": {
             name: round(found.dense[name].us, 2) if name in found.dense else None for name in DENSE
         },
+        "rounded_us": {name: round(timing.us, 2) for name, timing in found.rounded.items()},
         "stream_floor_us": round(found.floor.us, 2),
         "rel_err": float(f"{found.rel_err:.3g}"),
         "torch": str(torch.__version__),
@@ -175,7 +195,7 @@ def make_row(case: Case, found: Measurement, cpu: str, commit: str) -> dict[str,
 
 HEADINGS = (
     *("M", "K", "N", "sparsity", "dtype", "us", "±%"),
-    *(f"{name} us" for name in DENSE),
+    *(f"{name} us" for name in (*DENSE, *VALUES)),
     *("x own", "x fastest", "of floor"),
 )
 
@@ -183,10 +203,11 @@ HEADINGS = (
 def table_line(case: Case, found: Measurement) -> tuple[str, ...]:
     """Return the cells under :data:`HEADINGS`; ± is the spread of our turns."""
     ours, own = found.ours.us, found.dense[NAME_OF[case.weight.dtype]].us
+    times = found.dense | found.rounded
     return (
         *(str(case.weight.m), str(case.weight.k), str(case.n), f"{case.weight.sparsity:g}"),
         *(case.weight.dtype, f"{ours:.1f}", f"{50 * found.ours.spread:.0f}"),
-        *(f"{found.dense[name].us:.1f}" if name in found.dense else "-" for name in DENSE),
+        *(f"{times[name].us:.1f}" if name in times else "-" for name in (*DENSE, *VALUES)),
         f"{own / ours:.2f}",
         f"{min(dense.us for dense in found.dense.values()) / ours:.2f}",
         f"{found.floor.us / ours:.2f}",
@@ -197,7 +218,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_weight_options(parser)
-    parser.set_defaults(shapes=["llama-8b", "576x576", "1536x576", "576x1536"], dtype=["bfloat16"])
+    parser.set_defaults(
+        shapes=["llama-8b", "576x576", "1536x576", "576x1536"],
+        dtype=["bfloat16"],
+        sparsity=[0.0, *parser.get_default("sparsity")],  # 0: the control
+    )
     parser.add_argument("--n", nargs="+", type=int, default=[1, 8], help="tokens")
     parser.add_argument("--config", default="auto", help="force a route, see plan_names")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

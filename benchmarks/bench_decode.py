@@ -1,9 +1,11 @@
 """Decoding SmolLM2 on the CPU at batch 1, packed against dense; one JSON row per sparsity.
 
-    python benchmarks/bench_decode.py --sparsity 0.5
+    python benchmarks/bench_decode.py --sparsity 0 0.5
 
-The dense model in bfloat16 and in float32, and the packed one (pruned by magnitude: only how many
-zeros there are changes speed), write tokens in turns. Rows go to ``benchmarks/results/cpu.jsonl``.
+The packed model (pruned by magnitude: only how many zeros there are changes speed), the dense one
+in bfloat16 and in float32, and the dense one with the same layers in torch's weight-only INT8 and
+INT4, write tokens in turns. The control is the packed model without zeros: what it gains is the
+kernel's. Rows go to ``benchmarks/results/cpu.jsonl``.
 """
 
 import argparse
@@ -17,15 +19,20 @@ from options import add_row_options, require_fractions, require_positive
 from rows import check_row, commit_hash, cpu_name, print_table, write_rows
 
 from flash_llm import _extension, prune_, sparsify_
-from flash_llm.demo import QUESTION, decoding_speeds, load_smollm2
+from flash_llm.demo import QUESTION, decoding_speeds
+from flash_llm.smollm2 import load_smollm2
+from flash_llm.weight_only import VALUES, quantize_
 
-HEADINGS = ("sparsity", "threads", "packed tok/s", "bf16 tok/s", "fp32 tok/s")
+CONTENDERS = ("packed", "bf16", "fp32", *VALUES)
+HEADINGS = ("sparsity", "threads", *(f"{name} tok/s" for name in CONTENDERS))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5], help="of the layers")
+    parser.add_argument(
+        "--sparsity", nargs="+", type=float, default=[0.0, 0.5], help="of the layers"
+    )
     parser.add_argument("--tokens", type=int, default=64, help="to write in each turn")
     parser.add_argument("--turns", type=int, default=7, help="of each model, after one to warm up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -51,8 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     for sparsity in arguments.sparsity:
         packed = copy.deepcopy(dense)
         prune_(packed, method="magnitude", sparsity=sparsity)
-        sparsify_(packed)
+        report = sparsify_(packed, pack_unprofitable=True)  # without zeros nothing gets smaller
         models = {"packed": packed, "bf16": dense, "fp32": copy.deepcopy(dense).float()}
+        for values in VALUES:
+            models[values] = copy.deepcopy(dense)
+            quantize_(models[values], [layer.name for layer in report.packed], values)
         found = decoding_speeds(models, prompt, arguments.tokens, arguments.turns)
         row: dict[str, object] = {
             "bench": "decode",
@@ -68,7 +78,11 @@ def main(argv: list[str] | None = None) -> int:
         check_row(row)
         write_rows(arguments.out, [row])
         lines.append(
-            (f"{sparsity:g}", str(arguments.threads), *(f"{found[name]:.1f}" for name in models))
+            (
+                f"{sparsity:g}",
+                str(arguments.threads),
+                *(f"{found[name]:.1f}" for name in CONTENDERS),
+            )
         )
     print_table(HEADINGS, lines)
     return 0

@@ -17,8 +17,8 @@ from options import add_row_options, require_fractions, require_positive
 from rows import check_row, commit_hash, cpu_name, print_table, write_rows
 
 from flash_llm import prune_
-from flash_llm.demo import load_smollm2, pydoc_tokens
 from flash_llm.prune.calibrate import METHODS
+from flash_llm.smollm2 import load_smollm2, pydoc_tokens
 
 HEADINGS = ("method", "sparsity", "samples", "threads", "seconds")
 

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     source = arguments.results / "accuracy.jsonl"
-    rows = read_rows(source)
+    rows = [row for row in read_rows(source) if row["bench"] == "accuracy"]
     if not rows:
         parser.error(f"{source} holds no rows")
     # Of the conditions that occur, those with most rows.

@@ -9,6 +9,7 @@ of the weight, one for N = 1 over the fastest of torch's dtypes, and one for N =
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{source} holds no rows of {arguments.dtype}")
     for cpu in sorted({row["cpu"] for row in rows}):
         of_cpu = [row for row in rows if row["cpu"] == cpu]
+        # One name may stand for several CPUs: draw the instruction set with most rows.
+        (isa, _), *_ = Counter(row["isa"] for row in of_cpu).most_common(1)
+        of_cpu = [row for row in of_cpu if row["isa"] == isa]
         facts = {f"{row['threads']} threads, {row['isa']}" for row in of_cpu}
         commits = ", ".join(sorted({str(row["commit"])[:9] for row in of_cpu}))
         path = source.with_name(f"cpu-{cpu}-speedup.png")

@@ -52,6 +52,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "format": (str,),
         "us": (float,),
         "dense_us": (dict,),  # fp32, bf16, fp16; null where it was not measured
+        "rounded_us": (dict,),  # int8, int4; empty where they were not measured
         "stream_floor_us": (float,),
         "rel_err": (float,),
         "torch": (str,),
@@ -64,7 +65,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "threads": (int,),
         "model": (str,),
         "sparsity": (float,),
-        "tokens_per_s": (dict,),  # packed, bf16, fp32
+        "tokens_per_s": (dict,),  # packed, bf16, fp32; int8, int4 where they were measured
         "torch": (str,),
         "commit": (str,),
     },
@@ -138,12 +139,22 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "seconds": (float,),
         "commit": (str,),
     },
+    "rounding": {
+        "bench": (str,),
+        "model": (str,),
+        "values": (str,),
+        "group": (int, NoneType),  # columns that share a scale; null: all
+        "perplexity": (float,),
+        "dense_perplexity": (float,),
+        "text": (str,),
+        "commit": (str,),
+    },
 }
 POSITIVE_FIELDS = (
     *("packed_bytes", "us", "gb_s", "unpack_us"),
     *("bytes", "workers", "threads", "cpu_seconds", "gb_s_core", "peak_bytes"),
     *("cublas_us", "fp8_us", "stream_floor_us"),
-    *("perplexity", "dense_perplexity", "nsamples", "seqlen", "seconds"),
+    *("perplexity", "dense_perplexity", "nsamples", "seqlen", "seconds", "group"),
 )
 # What tells one case from another; a new row replaces the old row of its case.
 CASE_FIELDS = {
@@ -166,6 +177,7 @@ CASE_FIELDS = {
         *("bench", "model", "method", "allocation", "sparsity", "recover_epochs"),
         *("text", "nsamples", "seqlen", "seed"),
     ),
+    "rounding": ("bench", "model", "values", "group", "text"),
 }
 
 
@@ -188,9 +200,10 @@ def check_row(row: dict[str, object]) -> None:
     for field in POSITIVE_FIELDS:
         if row.get(field) is not None and not row[field] > 0:
             raise ValueError(f"{field} must be positive, got {row[field]!r}")
-    for name, us in row.get("dense_us", {}).items():
-        if us is not None and not (type(us) is float and us > 0):
-            raise ValueError(f"dense_us of {name} must be a positive number or null, got {us!r}")
+    for field in ("dense_us", "rounded_us"):
+        for name, us in row.get(field, {}).items():
+            if us is not None and not (type(us) is float and us > 0):
+                raise ValueError(f"{field} of {name} must be a positive number or null, got {us!r}")
     for name, speed in row.get("tokens_per_s", {}).items():
         if not (type(speed) is float and speed > 0):
             raise ValueError(f"tokens_per_s of {name} must be a positive number, got {speed!r}")

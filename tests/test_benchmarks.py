@@ -168,7 +168,7 @@ def test_committed_rows_follow_the_schema():
         for row in found:
             rows.check_row(row)
             of_one_file = {
-                **{"cpu": "cpu", "decode": "cpu", "accuracy": "accuracy"},
+                **{"cpu": "cpu", "decode": "cpu", "accuracy": "accuracy", "rounding": "accuracy"},
                 **{"convert": "pack", "prune": "pack"},
             }
             assert path.stem == (
@@ -185,11 +185,11 @@ def test_the_whole_benchmark_of_the_cpu(dtype, tmp_path, monkeypatch, capsys):
     if shutil.which("g++") is None:
         pytest.skip("the stream floor needs g++")
     out = tmp_path / "cpu.jsonl"
-    arguments = ["--shapes", "64x96", "--sparsity", "0.5", "0.9", "--dtype", dtype, "--n", "1", "8"]
+    arguments = ["--shapes", "64x128", "--sparsity", "0", "0.9", "--dtype", dtype, "--n", "1", "8"]
     assert bench_cpu.main([*arguments, "33", "--commit", "0123abc", "--out", str(out)]) == 0
     found = rows.read_rows(out)
     assert [(row["sparsity"], row["N"]) for row in found] == [
-        (s, n) for n in (1, 8, 33) for s in (0.5, 0.9)
+        (s, n) for n in (1, 8, 33) for s in (0.0, 0.9)
     ]
     isa = _extension.require().cpu_isa()
     for row in found:
@@ -198,6 +198,7 @@ def test_the_whole_benchmark_of_the_cpu(dtype, tmp_path, monkeypatch, capsys):
         own = bench_cpu.NAME_OF[dtype]
         measured = {name for name, us in row["dense_us"].items() if us is not None}
         assert measured == ({"fp32", "bf16", "fp16"} if row["N"] <= 16 else {own})
+        assert set(row["rounded_us"]) == ({"int8", "int4"} if dtype == "bfloat16" else set())
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 7 and table[0].split()[:4] == ["M", "K", "N", "sparsity"]
     with pytest.raises(ValueError, match="dense_us of bf16 must be a positive number"):
@@ -223,8 +224,8 @@ def tiny_weights(monkeypatch):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=128,
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=64,  # weight-only INT4 takes groups of 64 columns
+        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=1024,
@@ -276,6 +277,15 @@ def test_the_whole_benchmark_of_accuracy(tiny_weights, tmp_path, monkeypatch, ca
     with pytest.raises(ValueError, match="perplexity must be positive"):
         rows.check_row({**found[0], "perplexity": 0.0})
 
+    # Rounding has rows of its own.
+    assert accuracy.main([*arguments, "--round", "int8", "int4"]) == 0
+    rounded = [row for row in rows.read_rows(out) if row["bench"] == "rounding"]
+    assert [(row["values"], row["group"]) for row in rounded] == [("int4", 64), ("int8", None)]
+    for row in rounded:
+        rows.check_row(row)
+        assert row["perplexity"] != row["dense_perplexity"] == found[0]["dense_perplexity"]
+    out.write_text("".join(line for line in out.open() if '"rounding"' not in line))
+
     # Recovery makes another case of it.
     recovered = ["--method", "wanda", "--allocation", "uniform", "--recover-epochs", "2"]
     assert accuracy.main([*arguments, "--sparsity", "0.75", *recovered]) == 0
@@ -296,13 +306,13 @@ def test_the_whole_benchmark_of_accuracy(tiny_weights, tmp_path, monkeypatch, ca
 @pytest.mark.hf
 def test_the_whole_benchmark_of_decoding(tiny_weights, tmp_path, capsys):
     out = tmp_path / "cpu.jsonl"
-    arguments = "--sparsity 0.5 0.75 --tokens 3 --turns 1 --commit 0123abc --out".split()
+    arguments = "--sparsity 0 0.75 --tokens 3 --turns 1 --commit 0123abc --out".split()
     assert bench_decode.main([*arguments, str(out)]) == 0
     found = rows.read_rows(out)
-    assert [row["sparsity"] for row in found] == [0.5, 0.75]
+    assert [row["sparsity"] for row in found] == [0.0, 0.75]  # 0: the control
     for row in found:
         rows.check_row(row)
-        assert set(row["tokens_per_s"]) == {"packed", "bf16", "fp32"}
+        assert set(row["tokens_per_s"]) == {"packed", "bf16", "fp32", "int8", "int4"}
     assert len(capsys.readouterr().out.splitlines()) == 3
     with pytest.raises(ValueError, match="tokens_per_s of bf16 must be a positive number"):
         rows.check_row({**found[0], "tokens_per_s": {"bf16": 0.0}})

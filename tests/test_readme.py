@@ -94,6 +94,12 @@ def test_the_layer_order_is_the_one_that_is_tested():
     assert len(ranks) >= 8
 
 
+def accuracy_rows():
+    """Rows of pruned models."""
+    lines = (ROOT / "benchmarks/results/accuracy.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["bench"] == "accuracy"]
+
+
 def test_accuracy_tables_are_what_the_rows_say():
     section = README[README.index("### What it costs") : README.index("## Save and load")]
     commits = re.findall(r"`(\w{7})`", section)
@@ -102,8 +108,7 @@ def test_accuracy_tables_are_what_the_rows_say():
     ).groups()
     (epochs,) = map(int, re.findall(r"after (\d+) epochs", section))
     rows = {0: {}, epochs: {}}
-    for line in (ROOT / "benchmarks/results/accuracy.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in accuracy_rows():
         if (row["nsamples"], row["seqlen"]) == (int(samples), 512):
             assert row["text"].endswith(f"{windows}x512") and row["commit"][:7] in commits
             assert f"{row['dense_perplexity']:.2f}" == dense
@@ -128,10 +133,7 @@ def test_accuracy_tables_are_what_the_rows_say():
 
 
 def test_accuracy_has_the_published_order():
-    rows = [
-        json.loads(line)
-        for line in (ROOT / "benchmarks/results/accuracy.jsonl").read_text().splitlines()
-    ]
+    rows = accuracy_rows()
     compared = 0
     for row in rows:
         same = [other for other in rows if all(other[f] == row[f] for f in SAME_CONDITIONS)]
@@ -144,10 +146,7 @@ def test_accuracy_has_the_published_order():
 
 
 def test_admm_at_60_percent_is_no_worse_than_sparsegpt_at_55():
-    rows = [
-        json.loads(line)
-        for line in (ROOT / "benchmarks/results/accuracy.jsonl").read_text().splitlines()
-    ]
+    rows = accuracy_rows()
     conditions = [field for field in SAME_CONDITIONS if field != "sparsity"]
     pairs = [
         (admm["perplexity"], other["perplexity"])
@@ -171,7 +170,8 @@ def test_cpu_table_is_what_the_rows_say(heading, cpu):
     rows = {}
     for line in (ROOT / "benchmarks/results/cpu.jsonl").read_text().splitlines():
         row = json.loads(line)
-        if (row["bench"], row["cpu"], row.get("dtype")) == ("cpu", cpu, "bfloat16"):
+        case = row["bench"], row["cpu"], row.get("dtype"), row["isa"].startswith("avx512")
+        if case == ("cpu", cpu, "bfloat16", True):
             rows[row["M"], row["K"], row["N"], row["sparsity"]] = row
     lines = re.findall(r"^\| (\d+)×(\d+) \| (\d+) \| (.+) \|$", section, re.MULTILINE)
     assert len(lines) == 12
