@@ -36,6 +36,8 @@ class WeightView(Tensor):
 
     _source: PackedWeight | Tensor
     _assign: Callable[[Tensor], None] | None
+    # The init functions of transformers pass over it: a packed weight is loaded, never drawn.
+    _is_hf_initialized = True
 
     @staticmethod
     def __new__(

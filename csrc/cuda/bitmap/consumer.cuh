@@ -265,7 +265,8 @@ class BitmapConsumer {
   }
 
   // The parts of a 2:4 chunk: shared-memory addresses and counts. The counts come from the chunk
-  // itself and are clamped to its size, so that a malformed chunk leads to no address outside it.
+  // itself and are clamped by its size, so that even a malformed chunk leads to no address beyond
+  // the guard after the rings.
   struct TwoFourParts {
     uint32_t bits, values, residual;
     uint32_t down_offsets;  // where this lane's downward runs begin, one byte per strip
@@ -324,8 +325,8 @@ class BitmapConsumer {
       if constexpr (kFirst == 0) wait_x<kTwoFourStages>();
       start_two_four<kFirst>(a, words);
       ptx::wgmma_wait<1>();
-      // X is transposed in the middle of a chunk, so that no warp waits for the slowest one before
-      // or after.
+      // In the middle of the chunk the slowest warp has half a chunk's time before others wait
+      // for it, at transposed_empty in here and at transposed_full below.
       if constexpr (kFirst + kBatch == 4 && kTokenBlocks == 1) transpose_x(0);
     });
     if constexpr (kFewRegisters) parts = find_parts(load_descriptor());
