@@ -57,10 +57,7 @@ struct RowBitmapKernel {
   void (*multiply)(const RowBitmapProduct& product) = nullptr;
   // Decodes a block that has masks into dense[rows, k], contiguous.
   void (*decode_block)(const RowBlock& block, int rows, int64_t k, uint16_t* dense) = nullptr;
-  // Packs `rows` rows of k columns, `ld` apart: masks[groups][4 rows], which is all zero before,
-  // and the values, as many as there are nonzeros, but none at `end` or beyond.
-  PackedBlock (*pack_block)(const uint16_t* dense, int64_t ld, int rows, int64_t k, uint32_t* masks,
-                            uint16_t* values, const uint16_t* end) = nullptr;
+  RowBitmapPackBlock pack_block = nullptr;
 };
 
 // `isa` must be one that this CPU has.

@@ -95,4 +95,8 @@ RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type) {
   return row_bitmap_portable(type);
 }
 
+RowBitmapPackBlock row_bitmap_block_packer(CpuIsa isa) {
+  return row_bitmap_kernel(isa, ValueType::kBfloat16).pack_block;  // packing moves patterns
+}
+
 }  // namespace flash_llm

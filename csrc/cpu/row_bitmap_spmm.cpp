@@ -17,9 +17,9 @@ namespace flash_llm {
 namespace {
 
 // Elements of the weight, with one token, that are worth a second thread. Measured at 50 % zeros
-// with one and two threads (EPYC with AVX2, idle, 2026-11-29): N = 1, 256x256 22 and 25 us, 384x384
-// 33 and 30, 1536x576 118 and 75, 2048x2048 537 and 338; N = 8, 256x256 52 and 43, 576x576 181 and
-// 112.
+// with one and two threads (EPYC with AVX2 that other processes shared, fastest passes,
+// 2026-11-29): N = 1, 256x256 22 and 25 us, 384x384 33 and 30, 1536x576 118 and 75, 2048x2048 537
+// and 338; N = 8, 256x256 52 and 43, 576x576 181 and 112.
 constexpr int64_t kGrainElems = int64_t{1} << 17;
 // Tokens that are prepared at once, so that a long prompt does not take memory without bound: 60 MB
 // as fp32 at K = 16384. Decoding again costs less than 1 %.

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "base/cpu_isa.h"
-#include "cpu/row_bitmap_kernels.h"
 #include "format/element.h"
 #include "format/packed_checks.h"
 
@@ -137,7 +136,7 @@ Status row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
   CpuIsa isa = CpuIsa::kPortable;
   // All give the same bytes; a name that is none is an error where a product would use it.
   if (!select_cpu_isa(&isa).ok()) isa = CpuIsa::kPortable;
-  const auto pack_block = row_bitmap_kernel(isa, ValueType::kBfloat16).pack_block;
+  const auto pack_block = row_bitmap_block_packer(isa);
   const int64_t blocks = k == 0 ? 0 : num_row_blocks(m), groups = num_groups(k);
   return pack_tiles(blocks, 16, nnz, parallel_for, [&](int64_t block) -> int64_t {
     const int64_t units = int64_t{offsets[block + 1]} - offsets[block];

@@ -34,6 +34,7 @@
 
 #include <cstdint>
 
+#include "base/cpu_isa.h"
 #include "base/parallel.h"
 #include "base/status.h"
 #include "format/packed_format.h"
@@ -91,9 +92,15 @@ Status row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
                        uint32_t* payload);
 // Decodes a block that has masks into dense[rows, k], contiguous.
 void row_bitmap_decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense);
-// Packs a block's rows; see RowBitmapKernel::pack_block.
+// Packs `rows` rows of k columns, `ld` apart: masks[groups][4 rows], which is all zero before, and
+// the values, as many as there are nonzeros, but none at `end` or beyond.
+using RowBitmapPackBlock = PackedBlock (*)(const uint16_t* dense, int64_t ld, int rows, int64_t k,
+                                           uint32_t* masks, uint16_t* values, const uint16_t* end);
+// In C++.
 PackedBlock row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
                                   uint32_t* masks, uint16_t* values, const uint16_t* end);
+// The fastest for an instruction set that this CPU has; all give the same bytes. Defined in cpu/.
+RowBitmapPackBlock row_bitmap_block_packer(CpuIsa isa);
 void row_bitmap_unpack_block(const PackedView& view, int64_t block, uint16_t* dense);
 int64_t row_bitmap_count_stored(const PackedView& view, const ParallelFor& parallel_for);
 Status row_bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets,
