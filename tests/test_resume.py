@@ -218,12 +218,10 @@ def test_a_folder_that_cannot_be_made_or_written(tmp_path, monkeypatch):
         prune_(model, **options, resume_dir=tmp_path / "file")
     assert same(model, before)
 
-    def full(path, data):
-        with path.open("wb") as file:
-            file.write(data[:10])
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         prune_(model, **options, resume_dir=tmp_path / "resume")
     assert same(model, before)
@@ -267,12 +265,10 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     path = report.save(tmp_path)
     before = path.read_bytes()
 
-    def full(path, data):
-        with path.open("wb") as file:
-            file.write(data[:10])
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         report.save(tmp_path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
