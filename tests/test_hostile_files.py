@@ -12,6 +12,7 @@ from torch import nn
 
 import flash_llm
 from flash_llm.prune.report import REPORT_NAME, PruneReport
+from flash_llm.report import report_checkpoint
 
 # Saves over an earlier checkpoint in children that kill themselves, each at a later line of the
 # modules that write; forked, because importing torch takes seconds. Says how many were killed, and
@@ -258,7 +259,7 @@ def test_json_that_is_no_object_is_refused_by_name(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode("latin1"))
     with pytest.raises(ValueError, match=name):
         flash_llm.convert_checkpoint(tmp_path, tmp_path / "packed")
-        flash_llm.report.report_checkpoint(tmp_path)
+        report_checkpoint(tmp_path)
     assert not (tmp_path / "packed.partial").exists()
 
 

@@ -272,3 +272,14 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         report.save(tmp_path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"0": "x"}', '{"0": [1]}', "[" * 100_000, "null"])
+@pytest.mark.parametrize("name", ["run.json", "allocation.json"])
+def test_damaged_files_of_a_run_are_refused_by_name(tmp_path, name, text):
+    options = {"sparsity": 0.5, "calibration": tokens(), "seqlen": 16, "allocation": "owl"}
+    model = Stack()
+    prune_(copy.deepcopy(model), **options, resume_dir=tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=name):
+        prune_(model, **options, resume_dir=tmp_path)
