@@ -218,12 +218,10 @@ def test_a_folder_that_cannot_be_made_or_written(tmp_path, monkeypatch):
         prune_(model, **options, resume_dir=tmp_path / "file")
     assert same(model, before)
 
-    def full(path, data):
-        with path.open("wb") as file:
-            file.write(data[:10])
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         prune_(model, **options, resume_dir=tmp_path / "resume")
     assert same(model, before)
@@ -267,27 +265,13 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     path = report.save(tmp_path)
     before = path.read_bytes()
 
-    def full(path, data):
-        with path.open("wb") as file:
-            file.write(data[:10])
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         report.save(tmp_path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("damage", ["[]", "{}", "7", '{"recipe": 1}', "[" * 100_000, "\xff"])
-@pytest.mark.parametrize("name", ["run.json", "allocation.json"])
-def test_a_file_of_another_shape_is_named(name, damage, tmp_path):
-    options = {"sparsity": 0.5, "calibration": tokens(), "seqlen": 16, "resume_dir": tmp_path}
-    torch.manual_seed(3)
-    model = Stack()
-    prune_(copy.deepcopy(model), allocation="owl", **options)
-    (tmp_path / name).write_bytes(damage.encode("latin-1"))
-    with pytest.raises(ValueError, match=f"{name} is broken"):
-        prune_(model, allocation="owl", **options)
 
 
 def test_the_recipe_names_the_calibration_file_and_a_resumed_run_may_find_it_elsewhere(tmp_path):
@@ -311,3 +295,14 @@ def test_the_recipe_names_the_calibration_file_and_a_resumed_run_may_find_it_els
     del old["recipe"]["calibration"]
     (tmp_path / REPORT_NAME).write_text(json.dumps(old))
     assert PruneReport.load(tmp_path).recipe.calibration is None
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"0": "x"}', '{"0": [1]}', "[" * 100_000, "null"])
+@pytest.mark.parametrize("name", ["run.json", "allocation.json"])
+def test_damaged_files_of_a_run_are_refused_by_name(tmp_path, name, text):
+    options = {"sparsity": 0.5, "calibration": tokens(), "seqlen": 16, "allocation": "owl"}
+    model = Stack()
+    prune_(copy.deepcopy(model), **options, resume_dir=tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=name):
+        prune_(model, **options, resume_dir=tmp_path)
