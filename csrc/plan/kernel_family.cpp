@@ -1,5 +1,6 @@
 #include "plan/kernel_family.h"
 
+#include "format/packed_format.h"
 #include "plan/bitmap_sm90a.h"
 #include "plan/cpu.h"
 #include "plan/spmm_plan.h"
@@ -25,8 +26,9 @@ bool never_chosen(const PlanRequest& /*request*/, std::string* /*reason*/) { ret
 // The dense family takes any problem; its reason is why the family before it in the table did not.
 bool takes_dense(const PlanRequest& request, std::string* reason) {
   if (reason->empty()) {
-    *reason = "no kernel here multiplies this format: pack the weight again on the " +
-              std::string(request.device.is_cpu() ? "CPU" : "GPU");
+    *reason = "format \"" + std::string(packed_format(request.problem.format).name) + "\" has no " +
+              (request.device.is_cpu() ? "CPU" : "GPU") +
+              " kernel, so each call unpacks the weight: pack it again on this device";
   }
   return true;
 }
