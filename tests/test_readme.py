@@ -132,6 +132,19 @@ def test_accuracy_tables_are_what_the_rows_say():
     assert recovered == rows[epochs]
 
 
+def test_the_perplexity_of_rounding_is_what_the_rows_say():
+    lines = (ROOT / "benchmarks/results/accuracy.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["bench"] == "rounding"]
+    found = {(row["values"], row["group"]): row["perplexity"] for row in rows}
+    (dense,) = {row["dense_perplexity"] for row in rows}
+    section = README[README.index("#### Without zeros") :].split("\n#### ")[0]
+    said = (
+        f"from {dense:.2f} to {found['int8', None]:.2f} in INT8 and {found['int4', 64]:.2f} in INT4"
+    )
+    assert said in " ".join(section.split())
+    assert f"in groups of 32 it is {found['int4', 32]:.2f}" in " ".join(section.split())
+
+
 def test_accuracy_has_the_published_order():
     rows = accuracy_rows()
     compared = 0
