@@ -172,19 +172,29 @@ FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, const DeviceInfo& 
   const double density = elems > 0 ? static_cast<double>(nnz) / elems : 1.0;
   FormatChoice choice;
   double fewest = std::numeric_limits<double>::infinity();
+  std::string sizes;
   for (const KernelFamilyRow* family : candidates(device)) {
     for (const PackedFormat& format : all_formats()) {
       if (!family->formats.contains(format.id)) continue;
       const double bytes = format.bytes_per_element(density);
-      if (bytes < fewest) {
-        fewest = bytes;
-        choice = {format.id,
-                  "of the formats that this device has kernels for, it takes the fewest "
-                  "bytes at this density"};
+      if (bytes < fewest) choice.format = format.id;
+      fewest = std::min(fewest, bytes);
+      sizes += (sizes.empty() ? "" : ", ") + std::string(format.name) + " " +
+               std::to_string(static_cast<int>(100 * bytes / 2 + 0.5)) + " %";
+    }
+  }
+  choice.reason = sizes.empty() ? "no kernel of this build runs here"
+                                : "the fewest bytes of the formats that have kernels here (" +
+                                      sizes + " of the dense weight)";
+  for (const KernelFamilyRow& family : kernel_families()) {
+    const std::string missing = missing_feature(family, device);
+    if (!family.chosen_by_format_auto || !family.runs_on(device) || missing.empty()) continue;
+    for (const PackedFormat& format : all_formats()) {
+      if (family.formats.contains(format.id)) {
+        choice.reason += "; " + std::string(format.name) + " needs " + missing;
       }
     }
   }
-  if (choice.reason.empty()) choice.reason = "this build has no kernel for this device";
   return choice;
 }
 
