@@ -506,8 +506,8 @@ class Comparison:
         )
         return [
             "Packed without pruning, which loses nothing, the model is "
-            f"{rates[UNPRUNED]:.2f} times as fast as the dense one: that much of the gain is a "
-            "better matrix-vector product and not zeros. On larger layers zeros gain more. "
+            f"{rates[UNPRUNED]:.2f} times as fast as the dense one: so much is owed to the "
+            "matrix-vector product and not to zeros, which gain more on larger layers. "
             "(sparsify_(model, pack_unprofitable=True) packs without pruning.)",
             f"torch's own weight-only products, rounded to nearest (INT4 in groups of {GROUP}), "
             f"against the dense model: {rounded}. {verdict}",

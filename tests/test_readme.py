@@ -145,6 +145,21 @@ def test_the_perplexity_of_rounding_is_what_the_rows_say():
     assert f"in groups of 32 it is {found['int4', 32]:.2f}" in " ".join(section.split())
 
 
+def test_the_controls_speeds_are_what_the_rows_say():
+    lines = (ROOT / "benchmarks/results/cpu.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["bench"] == "decode"]
+    found = {row["sparsity"]: row["tokens_per_s"] for row in rows if row["isa"] == "avx2"}
+    without, half = found[0.0], found[0.5]
+    said = [
+        f"{without['packed']:.1f} tokens per second without zeros and {half['packed']:.1f} at 50 %",
+        f"{without['bf16']:.1f} and {half['bf16']:.1f} dense in bfloat16",
+        f"{without['int8']:.1f} and {half['int8']:.1f} in torch's INT8",
+        f"{without['int4']:.1f} and {half['int4']:.1f} in INT4",
+    ]
+    text = " ".join(README.split())
+    assert all(part in text for part in said), said
+
+
 def test_accuracy_has_the_published_order():
     rows = accuracy_rows()
     compared = 0
