@@ -549,11 +549,11 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """
     checkpoint = Checkpoint(checkpoint_files(folder))
     layers = {name: _linear(model, name, checkpoint, name) for name in checkpoint.packed}
-    plain = _plain_tensors(model, checkpoint)
-    swaps = {}
     for name, (weight, _) in layers.items():
         if weight.dtype != checkpoint.packed[name].dtype:
             raise _other_dtype(name, weight, checkpoint, name)
+    plain = _plain_tensors(model, checkpoint)
+    swaps = {}
     for name, (weight, bias) in layers.items():
         packed, device = checkpoint.weight(name), weight.device
         packed = packed if device.type == "meta" else packed.to(device)

@@ -239,8 +239,29 @@ def _test_prune(method: str, device: str) -> None:
     _expect(zeros == [24] * 16, f"rows of 32 have {zeros} zeros, not 24 each")
 
 
+def _test_count_stored(format: str, device: str) -> None:
+    packed = ops.pack(_weight(device), format)
+    counted = torch.ops.flash_llm.count_stored(list(packed.header), packed.offsets, packed.payload)
+    _expect(counted == packed.nnz, f"count_stored found {counted} of {packed.nnz} values")
+
+
+def _test_slice(format: str, device: str) -> None:
+    weight = _weight(device)
+    part = ops.pack(weight, format).slice(slice(4, 128), slice(3, 70))
+    _expect(torch.equal(part.to_dense(), weight[4:128, 3:70]), "slice gave another part")
+
+
+def _test_concat(format: str, device: str) -> None:
+    weight = _weight(device)
+    parts = [ops.pack(part, format) for part in (weight[:128], weight[128:])]
+    _expect(torch.equal(ops.PackedWeight.concat(parts).to_dense(), weight), "concat lost rows")
+
+
 _FORMAT_TESTS = {
     "pack": _test_pack,
+    "count_stored": _test_count_stored,
+    "slice": _test_slice,
+    "concat": _test_concat,
     "unpack": _test_unpack,
     "validate": _test_validate,
     "prune_pack": _test_prune_pack,

@@ -20,6 +20,6 @@ def inspect(
 ) -> None:
     """Show the sparsity of every weight, and what packing gives or would give."""
     report = inspect_checkpoint(folder, format=format)
-    options.show(report, as_json, layers)
     if not as_json:
         typer.echo(total_line(folder))
+    options.show(report, as_json, layers)
