@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -418,7 +419,12 @@ def _refuse_unnamed(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Refuse packed weights in files whose config does not name flash_llm."""
+    """Refuse packed weights whose config does not name flash_llm, and files from elsewhere."""
+    folder = load_config.pretrained_model_name_or_path
+    if isinstance(load_config.hf_quantizer, FlashLLMQuantizer) and os.path.isdir(folder or ""):
+        for file in checkpoint_files or ():  # of an index, which may name anything
+            if os.path.relpath(file, folder).split(os.sep)[0] == os.pardir:
+                raise ValueError(f"flash_llm: {file}, which {folder} names, lies outside of it")
     if not isinstance(load_config.hf_quantizer, FlashLLMQuantizer):
         places = dict.fromkeys(state_dict or (), "the state dict")
         for file in checkpoint_files or ():

@@ -273,7 +273,6 @@ def test_an_endless_iterable_is_read_as_far_as_needed():
             r"attention_mask must have the shape of input_ids, \[6, 16\], got \[16\]",
         ),
     ],
-    ids=str,
 )
 def test_what_is_no_calibration_data_is_refused(calibration, error, message):
     with pytest.raises(error, match=message):

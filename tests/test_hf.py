@@ -558,3 +558,18 @@ def test_a_transformers_that_we_do_not_know_stays_importable(monkeypatch, caplog
     monkeypatch.setattr(hf, "register", lambda: 1 / 0)
     hf.register_when_imported()
     assert "packed checkpoints cannot be loaded: division by zero" in caplog.text
+
+
+def test_an_index_cannot_lead_out_of_a_packed_folder(tmp_path):
+    model = packed("llama", tmp_path / "inside")
+    model.save_pretrained(tmp_path / "inside", max_shard_size="50KB")
+    index = tmp_path / "inside/model.safetensors.index.json"
+    places = json.loads(index.read_text())
+    name = next(iter(places["weight_map"].values()))
+    (tmp_path / "inside" / name).rename(tmp_path / name)
+    for elsewhere in (f"../{name}", str(tmp_path / name)):
+        moved = {k: elsewhere if v == name else v for k, v in places["weight_map"].items()}
+        index.write_text(json.dumps({**places, "weight_map": moved}))
+        for loader in (flash_llm, type(model)):
+            with pytest.raises(ValueError, match="outside of it"):
+                loader.from_pretrained(tmp_path / "inside")

@@ -87,7 +87,7 @@ def test_links_into_the_repository_lead_somewhere():
 def test_the_layer_order_is_the_one_that_is_tested():
     from test_layering import PYTHON_RANKS
 
-    line = re.search(r"^`csrc/core → .*`\.$", README, re.MULTILINE)[0]
+    line = re.search(r"^`csrc/base → .*`\.$", README, re.MULTILINE)[0]
     names = [part.strip(" `./").removesuffix(".py") for part in re.split("[→,]", line)]
     ranks = [PYTHON_RANKS[name] for name in names if not name.startswith("csrc")]
     assert ranks == sorted(ranks)

@@ -168,7 +168,6 @@ def more_layers(model):
         ({}, changed_model, "embed.weight of the model is not what it was"),
         ({}, more_layers, "it prunes other layers than these 7"),
     ],
-    ids=str,
 )
 def test_another_run_is_refused_before_anything_changes(arguments, change, message, tmp_path):
     options = {"sparsity": 0.5, "calibration": tokens(), "seqlen": 16, "resume_dir": tmp_path}

@@ -64,13 +64,13 @@ std::vector<KernelConfig> describe_bitmap_configs() {
 bool takes_bitmap(const PlanRequest& request, std::string* reason) {
   const bool two_four = mostly_two_four(request.problem);
   if (request.problem.n > (two_four ? kMaxTokensTwoFour : kMaxTokens)) {
-    *reason = two_four ? "N > 256 above 83 % zeros: unpacking and cuBLAS cost less"
-                       : "N > 1024: unpacking and cuBLAS cost less";
+    explain(reason, two_four ? "N > 256 above 83 % zeros: unpacking and cuBLAS cost less"
+                             : "N > 1024: unpacking and cuBLAS cost less");
     return false;
   }
-  *reason = takes_narrow_passes(request.problem)
-                ? "above 83 % zeros passes of 64 tokens cost less than wider tiles"
-                : "the narrowest tile that covers N decodes each weight once";
+  explain(reason, takes_narrow_passes(request.problem)
+                      ? "above 83 % zeros passes of 64 tokens cost less than wider tiles"
+                      : "the narrowest tile that covers N decodes each weight once");
   return true;
 }
 

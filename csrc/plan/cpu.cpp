@@ -60,24 +60,28 @@ int64_t cpu_block_rows(int64_t k) {
 
 bool takes_tiled_csl_cpu(const PlanRequest& request, std::string* reason) {
   if (request.problem.n > kTiledCslMaxTokens) {
-    *reason = "N > 16: the dense GEMM is compute-bound, unpacking costs less";
+    explain(reason, "N > 16: the dense GEMM is compute-bound, unpacking costs less");
     return false;
   }
-  *reason = "N <= 16: each tile is decoded once per 8 tokens";
+  explain(reason, "N <= 16: each tile is decoded once per 8 tokens");
   return true;
 }
 
 bool takes_row_bitmap_cpu(const PlanRequest& request, std::string* reason) {
   const int64_t most = most_tokens_of_rows(request.problem.value_type, request.device);
   if (most == kAnyTokens) {
-    *reason = "each weight is decoded once, and torch's dense product takes longer at any N";
+    explain(reason, "each weight is decoded once, and torch's dense product takes longer at any N");
     return true;
   }
   if (request.problem.n <= most) {
-    *reason = "N <= " + std::to_string(most) + ": each weight is decoded once for several tokens";
+    if (reason != nullptr) {
+      *reason = "N <= " + std::to_string(most) + ": each weight is decoded once for several tokens";
+    }
     return true;
   }
-  *reason = "N > " + std::to_string(most) + ": decoding blocks and the dense product cost less";
+  if (reason != nullptr) {
+    *reason = "N > " + std::to_string(most) + ": decoding blocks and the dense product cost less";
+  }
   return false;
 }
 

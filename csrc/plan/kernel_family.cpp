@@ -25,7 +25,7 @@ bool never_chosen(const PlanRequest& /*request*/, std::string* /*reason*/) { ret
 
 // The dense family takes any problem; its reason is why the family before it in the table did not.
 bool takes_dense(const PlanRequest& request, std::string* reason) {
-  if (reason->empty()) {
+  if (reason != nullptr && reason->empty()) {
     *reason = "format \"" + std::string(packed_format(request.problem.format).name) + "\" has no " +
               (request.device.is_cpu() ? "CPU" : "GPU") +
               " kernel, so each call unpacks the weight: pack it again on this device";

@@ -39,6 +39,8 @@ struct PlanRequest {
   const std::string& config;  // "auto", or one of the family's configurations
   int64_t ctas;               // 0 lets the plan choose
 
+  bool explain;  // whether the plan's reason is wanted, which costs time
+
   bool forced() const { return config != "auto"; }
 };
 
@@ -47,6 +49,11 @@ struct KernelConfig {
   std::string name;
   std::vector<std::pair<const char*, int>> facts;
 };
+
+// Says why a family takes a problem or does not, where somebody asks (`reason` is not null).
+inline void explain(std::string* reason, const char* text) {
+  if (reason != nullptr) *reason = text;
+}
 
 struct KernelFamilyRow {
   KernelFamily id;

@@ -75,9 +75,11 @@ Status plan_forced(const PlanRequest& request, SpmmPlan* out) {
 Status plan_auto(const PlanRequest& request, SpmmPlan* out) {
   for (const KernelFamilyRow& family : kernel_families()) {
     if (!family.runs_on(request.device) || !family.multiplies(request.problem)) continue;
-    if (const std::string missing = missing_feature(family, request.device); !missing.empty()) {
-      out->reason = "the kernel for this format needs " + missing;
-    } else if (family.takes(request, &out->reason)) {
+    if (!request.device.features.contains(family.needs)) {
+      if (request.explain) {
+        out->reason = "the kernel for this format needs " + missing_feature(family, request.device);
+      }
+    } else if (family.takes(request, request.explain ? &out->reason : nullptr)) {
       return plan_family(family, request, out);
     }
   }
@@ -153,7 +155,7 @@ std::vector<std::string> plan_names(Format format, bool cuda) {
 }
 
 Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const std::string& config,
-                   int64_t ctas, SpmmPlan* out) {
+                   int64_t ctas, SpmmPlan* out, bool explain) {
   *out = SpmmPlan{};
   if (Status status = check_problem(problem); !status.ok()) return status;
   if (ctas < 0 || ctas > 65535) {
@@ -163,7 +165,7 @@ Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const s
     return Status::unsupported("needs a GPU of compute capability 8.0 or newer, this one has " +
                                capability_text(device));
   }
-  const PlanRequest request{problem, device, config, ctas};
+  const PlanRequest request{problem, device, config, ctas, explain};
   return request.forced() ? plan_forced(request, out) : plan_auto(request, out);
 }
 

@@ -54,9 +54,10 @@ Status check_plan(const SpmmPlan& plan, KernelFamily family, const SpmmArgs& arg
 std::vector<std::string> plan_names(Format format, bool cuda);
 
 // Plans a problem. config = "auto" chooses the kernel, any other name forces one. ctas = 0 chooses
-// the number of CTAs, which the CPU and the dense GEMM ignore.
+// the number of CTAs, which the CPU and the dense GEMM ignore. explain = false leaves the reason
+// out.
 Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const std::string& config,
-                   int64_t ctas, SpmmPlan* out);
+                   int64_t ctas, SpmmPlan* out, bool explain = true);
 
 // The format that format="auto" chooses for a device, and one sentence why.
 struct FormatChoice {

@@ -48,11 +48,11 @@ bool takes_lscd(const PlanRequest& request, std::string* reason) {
       static_cast<double>(problem.nnz) >
       (1.0 - kLowSparsity) * static_cast<double>(problem.m) * static_cast<double>(problem.k);
   if (problem.n > (low_sparsity ? kMaxTokensLowSparsity : kMaxTokens)) {
-    *reason = low_sparsity ? "N > 64 below 65 % zeros: unpacking and cuBLAS cost less"
-                           : "N > 128: unpacking and cuBLAS cost less";
+    explain(reason, low_sparsity ? "N > 64 below 65 % zeros: unpacking and cuBLAS cost less"
+                                 : "N > 128: unpacking and cuBLAS cost less");
     return false;
   }
-  *reason = "the narrowest tile that covers N decodes each weight once";
+  explain(reason, "the narrowest tile that covers N decodes each weight once");
   return true;
 }
 

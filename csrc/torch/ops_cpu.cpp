@@ -116,7 +116,8 @@ Tensor spmm_cpu(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
   SpmmPlan plan;
   DeviceInfo device;
   raise_if_error("spmm", detect_cpu(&device));
-  raise_if_error("spmm", select_plan(call.problem(), device, std::string(config), ctas, &plan));
+  raise_if_error("spmm",
+                 select_plan(call.problem(), device, std::string(config), ctas, &plan, false));
   if (call.is_degenerate()) return spmm_degenerate(call);
   if (plan.family == KernelFamily::kDense) {
     return spmm_dense(call, unpack_weight_cpu("spmm", call.weight));

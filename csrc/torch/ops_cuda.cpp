@@ -2,6 +2,7 @@
 // part has them too, and they say so.
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "format/packed_checks.h"
 #include "torch/operators.h"
@@ -24,12 +25,21 @@ using at::Tensor;
 
 cudaStream_t current_stream() { return at::cuda::getCurrentCUDAStream().stream(); }
 
-// What the plan depends on, of the current device.
-DeviceInfo current_device_info() {
-  const cudaDeviceProp* properties = at::cuda::getCurrentDeviceProperties();
-  static const std::string archs = FLASH_LLM_CUDA_ARCHS;
+DeviceInfo describe_device(int index) {
+  const cudaDeviceProp* properties =
+      at::cuda::getDeviceProperties(static_cast<c10::DeviceIndex>(index));
   return gpu(properties->major * 10 + properties->minor, properties->multiProcessorCount,
-             static_cast<int>(properties->sharedMemPerMultiprocessor), archs);
+             static_cast<int>(properties->sharedMemPerMultiprocessor), FLASH_LLM_CUDA_ARCHS);
+}
+
+// What the plan depends on, of the current device; worked out once, since every call asks.
+const DeviceInfo& current_device_info() {
+  static const std::vector<DeviceInfo> devices = [] {
+    std::vector<DeviceInfo> all;
+    for (int i = 0; i < c10::cuda::device_count(); ++i) all.push_back(describe_device(i));
+    return all;
+  }();
+  return devices[static_cast<size_t>(c10::cuda::current_device())];
 }
 
 // A format without kernels here is packed on the host.
@@ -195,8 +205,8 @@ Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
   check_capture("spmm", x);
   const c10::cuda::CUDAGuard guard(x.device());
   SpmmPlan plan;
-  raise_if_error(
-      "spmm", select_plan(call.problem(), current_device_info(), std::string(config), ctas, &plan));
+  raise_if_error("spmm", select_plan(call.problem(), current_device_info(), std::string(config),
+                                     ctas, &plan, false));
   if (call.is_degenerate()) return spmm_degenerate(call);
   if (plan.family == KernelFamily::kDense) {
     return spmm_dense(call, unpack_weight_cuda("spmm", call.weight));

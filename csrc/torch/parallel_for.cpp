@@ -24,8 +24,12 @@ std::chrono::nanoseconds thread_time() {
 
 void parallel_for(int64_t count, int64_t grain, const ParallelBody& body) {
   using Clock = std::chrono::steady_clock;
-  constexpr Clock::duration kShortDelay = std::chrono::microseconds(500);  // to wake a thread up
+  using std::chrono::nanoseconds;
+  constexpr nanoseconds kShortDelay = std::chrono::microseconds(500);  // to wake a thread up
+  constexpr nanoseconds kWindow = std::chrono::milliseconds(64);
   constexpr int64_t kAlone = 16;
+  // Of recent regions, in nanoseconds. Threads that overwrite each other's sums do no harm.
+  static std::atomic<int64_t> recent_work{0}, recent_delay{0};
   static std::atomic<Clock::rep> alone_until{std::numeric_limits<Clock::rep>::min()};
 
   const Clock::time_point start = Clock::now();
@@ -35,18 +39,25 @@ void parallel_for(int64_t count, int64_t grain, const ParallelBody& body) {
     return;
   }
   const auto caller = std::this_thread::get_id();
-  std::chrono::nanoseconds own_work{0};
+  nanoseconds own_work{0};
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     if (std::this_thread::get_id() != caller) return body(begin, end);
-    const auto before = thread_time();
+    const nanoseconds before = thread_time();
     body(begin, end);
     own_work += thread_time() - before;
   });
   const Clock::time_point end = Clock::now();
-  const Clock::duration delay = end - start - own_work;
-  if (delay > kShortDelay && delay > others * own_work) {
-    alone_until = (end + delay * kAlone / others).time_since_epoch().count();
+  int64_t work = recent_work + own_work.count();
+  int64_t delay = recent_delay + nanoseconds(end - start - own_work).count();
+  if (delay > kShortDelay.count() && delay > others * work) {
+    alone_until = (end + nanoseconds(delay * kAlone / others)).time_since_epoch().count();
+    delay = 0;
+  } else if (work + delay > kWindow.count()) {
+    work /= 2;
+    delay /= 2;
   }
+  recent_work = work;
+  recent_delay = delay;
 }
 
 }  // namespace flash_llm
