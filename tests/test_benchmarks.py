@@ -662,48 +662,6 @@ def test_the_whole_benchmark_of_converting(tmp_path, capsys):
     assert "GB/s per core" in capsys.readouterr().out
 
 
-def test_the_readme_quotes_the_measured_conversion():
-    one, two = (
-        row
-        for row in rows.read_rows(rows.RESULTS / "pack.jsonl")
-        if (row["bench"], row["cpu"]) == ("convert", "intel-xeon")
-    )
-    assert (one["workers"], two["workers"]) == (1, 2)
-    text = " ".join((BENCHMARKS.parent / "README.md").read_text().split())
-    assert (
-        f"A synthetic checkpoint of {one['bytes'] / 1e9:.1f} GB was converted with a peak of "
-        f"{one['peak_bytes'] / 1e9:.2f} GB of memory, or {two['peak_bytes'] / 1e9:.2f} GB with two "
-        f"workers, at {one['gb_s_core']:.2f} GB/s of dense input per second of a core's time"
-    ) in text
-
-
-def test_the_readme_quotes_the_measured_pruning_times():
-    seconds = {
-        row["method"]: row["seconds"]
-        for row in rows.read_rows(rows.RESULTS / "pack.jsonl")
-        if (row["bench"], row["cpu"], row["sparsity"]) == ("prune", "intel-xeon", 0.5)
-    }
-    text = " ".join((BENCHMARKS.parent / "README.md").read_text().split())
-    assert (
-        f"magnitude {seconds['magnitude']:.0f} s, Wanda {seconds['wanda']:.0f} s, "
-        f"SparseGPT {seconds['sparsegpt']:.0f} s, ADMM {seconds['admm']:.0f} s"
-    ) in text
-
-
-def test_the_readme_quotes_the_measured_decoding():
-    (row,) = (
-        row
-        for row in rows.read_rows(rows.RESULTS / "cpu.jsonl")
-        if (row["bench"], row["cpu"], row.get("sparsity")) == ("decode", "intel-xeon", 0.5)
-    )
-    speed = row["tokens_per_s"]
-    text = " ".join((BENCHMARKS.parent / "README.md").read_text().split())
-    assert (
-        f"SmolLM2-135M at 50 % zeros decodes {speed['packed']:.0f} tokens per second, against "
-        f"{speed['bf16']:.0f} dense in bfloat16 and {speed['fp32']:.0f} in float32"
-    ) in text
-
-
 def test_the_conversion_with_the_least_processor_time_counts(tmp_path, monkeypatch):
     found = [bench_convert.Conversion(1.0, cpu, 1, 1) for cpu in (3.0, 1.0, 2.0)]
     turns = iter(found)
