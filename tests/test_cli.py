@@ -273,23 +273,23 @@ def test_doctor_finds_nothing_wrong_here():
     assert "checks passed" in result.output and "FAIL" not in result.output
 
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+GUIDE = (Path(__file__).resolve().parents[1] / "examples" / "README.md").read_text()
 
 
-def readme_commands():
-    lines = re.findall(r"^\$ (flash-llm .*)", README, re.MULTILINE)
+def guide_commands():
+    lines = re.findall(r"^\$ (flash-llm .*)", GUIDE, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 
-@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
-def test_the_commands_of_the_readme_are_understood(words):
+@pytest.mark.parametrize("words", guide_commands(), ids=" ".join)
+def test_the_commands_of_the_guide_are_understood(words):
     command = typer.main.get_command(build_app()).commands[words[1]]
     command.make_context(words[1], words[2:])
 
 
-def test_the_readme_shows_every_command_and_exit_code():
-    assert {words[1] for words in readme_commands()} == set(COMMANDS)
-    listed = re.findall(r"^\| (\d+) \| [a-z]", README, re.MULTILINE)
+def test_the_guide_shows_every_command_and_exit_code():
+    assert {words[1] for words in guide_commands()} == set(COMMANDS)
+    listed = re.findall(r"^\| (\d+) \| [a-z]", GUIDE, re.MULTILINE)
     assert listed == re.findall(r"(\d+) [a-z]", EXIT_CODES)
 
 

@@ -239,7 +239,7 @@ def test_vmap_is_right(packed_model):
 
 
 def test_the_guides_snippets_make_a_model_dense_and_pack_it_unpruned():
-    to_dense, pack = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+    _, pack, to_dense = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
     dense = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64)).bfloat16()
     model = copy.deepcopy(dense)
     exec(pack, {"flash_llm": flash_llm, "model": model})

@@ -1,6 +1,5 @@
 """What the README says is run, or compared with the code."""
 
-import json
 import os
 import re
 import subprocess
@@ -9,17 +8,24 @@ from pathlib import Path
 
 import pytest
 
+import flash_llm
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-# What rows of accuracy.jsonl must have in common for their methods to be compared.
-SAME_CONDITIONS = (
-    *("model", "allocation", "sparsity", "recover_epochs"),
-    *("text", "nsamples", "seqlen", "seed"),
-)
+GUIDE = (ROOT / "examples" / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import rows  # noqa: E402
 
 
-def fences(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def fences(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_is_one_page():
+    assert README.count("\n") <= 200
+    sentence = README.split("\n\n")[1]
+    assert "times as fast as cuBLAS" in sentence and sentence.count(". ") == 0
 
 
 def test_exactly_two_setup_commands_of_one_line_near_the_top():
@@ -40,10 +46,12 @@ def test_setup_commands_pin_the_torch_that_setup_names():
         assert f"torch=={pin} " in command
 
 
-@pytest.mark.parametrize("number", range(len(fences("python"))))
-def test_python_snippets_run(number, tmp_path):
+@pytest.mark.parametrize(
+    "snippet", [fences("python")[0], fences("python", GUIDE)[0]], ids=["readme", "guide"]
+)
+def test_python_snippets_run(snippet, tmp_path):
     script = tmp_path / "snippet.py"
-    script.write_text(fences("python")[number])
+    script.write_text(snippet)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, cwd=tmp_path, env=environment
@@ -52,10 +60,9 @@ def test_python_snippets_run(number, tmp_path):
     assert done.stderr == ""
 
 
-def test_the_api_example_is_about_twenty_lines():
+def test_the_api_example_is_ten_lines():
     (example,) = fences("python")
-    lines = [line for line in example.splitlines() if line.strip()]
-    assert len(lines) <= 20
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
 
 
 def test_every_environment_variable_in_the_code_is_listed():
@@ -73,173 +80,159 @@ def test_every_environment_variable_in_the_code_is_listed():
     for path in (ROOT / "csrc").glob("*/*.cpp"):
         named.update(re.findall(r'getenv\("(FLASH_LLM_\w+)"', path.read_text()))
     assert "FLASH_LLM_CPU_ISA" in named
-    listed = set(re.findall(r"^\| `(FLASH_LLM_\w+)` \|", README, re.MULTILINE))
+    listed = set(re.findall(r"^\| `(FLASH_LLM_\w+)` \|", GUIDE, re.MULTILINE))
     assert named == listed
 
 
-def test_links_into_the_repository_lead_somewhere():
-    links = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
-    assert links
-    for target in links:
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize(
+    "page", ["README.md", "examples/README.md", "benchmarks/README.md", "csrc/README.md"]
+)
+def test_links_into_the_repository_lead_somewhere(page):
+    def anchors(text):
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text())
+    for link in links:
+        if "://" in link:
+            continue
+        target, _, anchor = link.partition("#")
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path.read_text()), link
+
+
+def test_every_page_of_the_documentation_is_linked():
+    for page in ("examples/README.md", "benchmarks/README.md", "benchmarks/RESULTS.md",
+                 "csrc/README.md", "csrc/README.md#contributing", "examples/README.md#changelog",
+                 "LICENSE"):  # fmt: skip
+        assert f"]({page})" in README, page
 
 
 def test_the_layer_order_is_the_one_that_is_tested():
     from test_layering import PYTHON_RANKS
 
-    line = re.search(r"^`csrc/base → .*`\.$", README, re.MULTILINE)[0]
+    architecture = (ROOT / "csrc" / "README.md").read_text()
+    line = re.search(r"^`csrc/base → .*`\.$", architecture, re.MULTILINE)[0]
     names = [part.strip(" `./").removesuffix(".py") for part in re.split("[→,]", line)]
     ranks = [PYTHON_RANKS[name] for name in names if not name.startswith("csrc")]
     assert ranks == sorted(ranks)
     assert len(ranks) >= 8
 
 
-def accuracy_rows():
-    """Rows of pruned models."""
-    lines = (ROOT / "benchmarks/results/accuracy.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["bench"] == "accuracy"]
+def test_the_guide_has_a_line_for_every_public_name():
+    section = GUIDE[GUIDE.index("## Every public name") :].split("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)` \| .{10,} \|$", section, re.MULTILINE)
+    assert sorted(listed) == sorted(flash_llm.__all__)
 
 
-def test_accuracy_tables_are_what_the_rows_say():
-    section = README[README.index("### What it costs") : README.index("## Save and load")]
-    commits = re.findall(r"`(\w{7})`", section)
-    dense, windows, samples = re.search(
-        r"\(dense: ([\d.]+)\).*\((\d+) windows.*calibrated on (\d+) samples", section, re.DOTALL
-    ).groups()
-    (epochs,) = map(int, re.findall(r"after (\d+) epochs", section))
-    rows = {0: {}, epochs: {}}
-    for row in accuracy_rows():
-        if (row["nsamples"], row["seqlen"]) == (int(samples), 512):
-            assert row["text"].endswith(f"{windows}x512") and row["commit"][:7] in commits
-            assert f"{row['dense_perplexity']:.2f}" == dense
-            case = row["method"], row["allocation"], row["sparsity"]
-            rows[row["recover_epochs"]][case] = f"{row['perplexity']:.2f}"
-
-    def shown(pattern, levels):
-        lines = re.findall(pattern, section, re.MULTILINE)
-        assert {method for method, *_ in lines} == {"magnitude", "wanda", "sparsegpt", "admm"}
-        return {
-            (method, *(allocation or ["uniform"]), sparsity): cell
-            for method, *allocation, cells in lines
-            for sparsity, cell in zip(levels, cells.split(" | "), strict=True)
-            if cell != "–"
-        }
-
-    allocations = "uniform|owl|sensitivity"
-    pruned = shown(rf"^\| (\w+) \| ({allocations}) \| (.+) \|$", (0.3, 0.5, 0.55, 0.6, 0.7, 0.8))
-    assert pruned == rows[0]  # every row is shown
-    recovered = shown(r"^\| ([a-z]+) \| ([\d.–]+ \| .+) \|$", (0.5, 0.6, 0.7, 0.8))
-    assert recovered == rows[epochs]
+def measured(gpu):
+    """Rows of the bitmap format with prefetch, zeros at random places, float16."""
+    wanted = ("float16", "bitmap", "uniform", True)
+    return [
+        row
+        for row in rows.read_rows(rows.RESULTS / f"spmm-{gpu}.jsonl")
+        if (row["dtype"], row["format"], row["mask"], row["pdl"]) == wanted
+    ]
 
 
-def test_the_perplexity_of_rounding_is_what_the_rows_say():
-    lines = (ROOT / "benchmarks/results/accuracy.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["bench"] == "rounding"]
-    found = {(row["values"], row["group"]): row["perplexity"] for row in rows}
-    (dense,) = {row["dense_perplexity"] for row in rows}
-    section = README[README.index("#### Without zeros") :].split("\n#### ")[0]
+def speed_up(row):
+    return row["cublas_us"] / row["us"]
+
+
+def spans(text):
+    """The ranges "a to b" of a text with two decimals."""
+    return re.findall(r"(\d\.\d\d) to (\d\.\d\d)", " ".join(text.split()))
+
+
+def span(values):
+    return tuple(f"{end(values):.2f}" for end in (min, max))
+
+
+def test_the_first_sentence_is_what_the_rows_say():
+    found = [row for row in measured("h200") if (row["M"], row["K"], row["N"]) == (28672, 7168, 8)]
+    assert {row["sparsity"] for row in found} == {0.5, 0.6, 0.7, 0.8, 0.9}
+    of_dense = [row["packed_bytes"] / (28672 * 7168 * 2) for row in found]
+    speed, (least, most) = span([*map(speed_up, found)]), span(of_dense)
+    assert spans(README.split("\n\n")[1]) == [speed, (most, least)]
+    assert all(f"`{row['commit']}`" in README for row in found)
+
+
+def test_the_readme_says_where_it_wins_as_the_rows_do():
+    def large(gpu, tokens):
+        found = [row for row in measured(gpu) if row["M"] * row["K"] >= 7168**2]
+        return span([speed_up(row) for row in found if row["N"] in tokens])
+
+    few, many = range(1, 65), range(512, 4096)
+    wins, loses = re.findall(r"^- \*\*It .*?(?=^- )", README, re.MULTILINE | re.DOTALL)
+    assert spans(wins) == [large("h200", few), large("h100", few)]
+    assert spans(loses) == [large("h200", many)]
+    for row in measured("h200"):
+        if row["fp8_us"] and (row["sparsity"] == 0.5 or (row["M"], row["K"]) == (4096, 4096)):
+            assert row["fp8_us"] < row["us"]
+
+
+def test_the_readmes_perplexities_are_what_the_rows_say():
+    found = {
+        row["sparsity"]: row
+        for row in rows.read_rows(rows.RESULTS / "accuracy.jsonl")
+        if (row.get("method"), row.get("allocation"), row.get("recover_epochs"))
+        == ("admm", "uniform", 0)
+    }
     said = (
-        f"from {dense:.2f} to {found['int8', None]:.2f} in INT8 and {found['int4', 64]:.2f} in INT4"
+        f"rises from {found[0.5]['dense_perplexity']:.2f} to {found[0.5]['perplexity']:.2f} at "
+        f"50 % zeros and to {found[0.7]['perplexity']:.2f} at 70 %"
     )
-    assert said in " ".join(section.split())
-    assert f"in groups of 32 it is {found['int4', 32]:.2f}" in " ".join(section.split())
+    assert said in " ".join(README.split()) and f"`{found[0.7]['commit']}`" in README
 
 
-def test_the_controls_speeds_are_what_the_rows_say():
-    lines = (ROOT / "benchmarks/results/cpu.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["bench"] == "decode"]
-    found = {row["sparsity"]: row["tokens_per_s"] for row in rows if row["isa"] == "avx2"}
-    without, half = found[0.0], found[0.5]
-    said = [
-        f"{without['packed']:.1f} tokens per second without zeros and {half['packed']:.1f} at 50 %",
-        f"{without['bf16']:.1f} and {half['bf16']:.1f} dense in bfloat16",
-        f"{without['int8']:.1f} and {half['int8']:.1f} in torch's INT8",
-        f"{without['int4']:.1f} and {half['int4']:.1f} in INT4",
-    ]
+def test_the_readmes_six_rows_are_measured():
+    by_case = {(r["M"], r["K"], r["N"], round(r["sparsity"] * 100)): r for r in measured("h200")}
+    lines = re.findall(r"^\| (\d+)×(\d+) \| (\d+) \| (\d+) % \| (.+) \|$", README, re.MULTILINE)
+    assert len(lines) == 6
+    for *case, cells in lines:
+        m, k, *_ = case = tuple(map(int, case))
+        row = by_case[case]
+        assert cells.split(" | ") == [
+            f"{row['packed_bytes'] / 1e6:.1f} / {m * k * 2 / 1e6:.1f}",
+            f"{row['us']:.1f}",
+            f"{row['cublas_us']:.1f}",
+            f"{speed_up(row):.2f}",
+            f"{row['cublas_us'] / row['fp8_us']:.2f}",
+        ]
+
+
+def test_the_readmes_speed_on_a_cpu_is_measured():
+    (row,) = (
+        row
+        for row in rows.read_rows(rows.RESULTS / "cpu.jsonl")
+        if (row["bench"], row["cpu"], row.get("dtype"), row["sparsity"])
+        == ("cpu", "intel-xeon", "bfloat16", 0.5)
+        and (row["M"], row["K"], row["N"]) == (4096, 4096, 1)
+    )
+    said = f"{row['dense_us']['bf16'] / row['us']:.2f} times as fast as `F.linear` in bfloat16"
     text = " ".join(README.split())
-    assert all(part in text for part in said), said
+    assert said in text and f"`{row['commit']}`" in text
 
 
-def test_accuracy_has_the_published_order():
-    rows = accuracy_rows()
-    compared = 0
-    for row in rows:
-        same = [other for other in rows if all(other[f] == row[f] for f in SAME_CONDITIONS)]
-        found = {other["method"]: other["perplexity"] for other in same}
-        order = [found[m] for m in ("admm", "sparsegpt", "wanda", "magnitude") if m in found]
-        if row["sparsity"] >= 0.5:
-            assert order == sorted(order), (row["sparsity"], row["allocation"], found)
-            compared += len(order) - 1
-    assert compared > 0
-
-
-def test_admm_at_60_percent_is_no_worse_than_sparsegpt_at_55():
-    rows = accuracy_rows()
-    conditions = [field for field in SAME_CONDITIONS if field != "sparsity"]
-    pairs = [
-        (admm["perplexity"], other["perplexity"])
-        for admm in rows
-        for other in rows
-        if (admm["method"], admm["sparsity"]) == ("admm", 0.6)
-        and (other["method"], other["sparsity"]) == ("sparsegpt", 0.55)
-        and all(admm[field] == other[field] for field in conditions)
-    ]
-    assert pairs and all(admm <= sparsegpt for admm, sparsegpt in pairs)
-
-
-@pytest.mark.parametrize(
-    ("heading", "cpu"),
-    [("An Intel Xeon (Emerald Rapids)", "intel-xeon"), ("An AMD EPYC (Zen 4)", "amd-epyc")],
-)
-def test_cpu_table_is_what_the_rows_say(heading, cpu):
-    measured = README[README.index("### On a CPU") : README.index("## Environment variables")]
-    section = measured.split(f"#### {heading}")[1].split("####")[0]
-    commit = re.search(r"[Cc]ommit\s+`(\w+)`", section)[1]
-    rows = {}
-    for line in (ROOT / "benchmarks/results/cpu.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        case = row["bench"], row["cpu"], row.get("dtype"), row["isa"].startswith("avx512")
-        if case == ("cpu", cpu, "bfloat16", True):
-            rows[row["M"], row["K"], row["N"], row["sparsity"]] = row
-    lines = re.findall(r"^\| (\d+)×(\d+) \| (\d+) \| (.+) \|$", section, re.MULTILINE)
-    assert len(lines) == 12
-    for m, k, n, cells in lines:
-        for sparsity, cell in zip((0.5, 0.6, 0.7, 0.8, 0.9), cells.split(" | "), strict=True):
-            row = rows[int(m), int(k), int(n), sparsity]
-            fastest = min(row["dense_us"].values())
-            assert cell == f"{row['dense_us']['bf16'] / row['us']:.2f} / {fastest / row['us']:.2f}"
-            assert row["commit"].startswith(commit)
-
-
-@pytest.mark.parametrize(("gpu", "count"), [("h100", 40), ("h200", 24)])
-def test_measured_table_is_what_the_rows_say(gpu, count):
-    measured = README[README.index("### Measured") : README.index("### On a CPU")]
-    commit = re.search(r"commit\s+`(\w+)`", measured)[1]
-    section = measured.split(f"#### One NVIDIA {gpu.upper()}")[1].split("####")[0]
-    rows = {}
-    for line in (ROOT / f"benchmarks/results/spmm-{gpu}.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if (row["dtype"], row["format"], row["mask"]) == ("float16", "bitmap", "uniform"):
-            rows[row["M"], row["K"], row["N"], row["sparsity"], row["pdl"]] = row
-    lines = re.findall(r"^\| (\d+)×(\d+) \| (\d+) \| (.+) \| ([\d.]+) \|$", section, re.MULTILINE)
-    assert len(lines) == count
-    for m, k, n, cells, fp8 in lines:
-        case = int(m), int(k), int(n)
-        sparsities = (0.5, 0.6, 0.7, 0.8, 0.9)
-        for sparsity, cell in zip(sparsities, cells.split(" | "), strict=True):
-            both = [rows[(*case, sparsity, pdl)] for pdl in (True, False)]
-            speedups = [f"{row['cublas_us'] / row['us']:.2f}" for row in both]
-            assert cell == " / ".join(speedups), (*case, sparsity)
-            assert {row["commit"] for row in both} == {commit}
-        of_row = [rows[(*case, sparsity, True)] for sparsity in sparsities]
-        assert fp8 == f"{sorted(row['cublas_us'] / row['fp8_us'] for row in of_row)[2]:.2f}", case
-
-
-@pytest.mark.parametrize("gpu", ["h100", "h200"])
-def test_tiled_csl_is_as_fast_as_the_readme_says(gpu):
-    rows = {}
-    for line in (ROOT / f"benchmarks/results/spmm-{gpu}.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if (row["format"], row["M"], row["N"], row["pdl"]) == ("tiled_csl", 28672, 8, True):
-            rows[row["sparsity"]] = f"{row['cublas_us'] / row['us']:.2f}"
-    assert " / ".join(rows[sparsity] for sparsity in sorted(rows)) in README
+def test_the_support_table_is_what_the_planner_says():
+    """Which cells say "kernel", and which formats are `auto`."""
+    names = ("bitmap", "tiled_csl", "row_bitmap")
+    lines = re.findall(r"^\| (.*) \| float16, bfloat16 \| (.+) \|$", README, re.MULTILINE)
+    assert len(lines) == 4
+    for device, cells in lines:
+        capabilities = [int(major + minor) for major, minor in re.findall(r"(\d+)\.(\d)", device)]
+        for capability in capabilities or [0]:
+            gpu = {"num_sms": 132, "smem_per_sm_bytes": 228 * 1024} if capability else {}
+            auto = {
+                flash_llm.explain_format(
+                    4096, 4096, int(density * 4096**2), compute_capability=capability
+                )[0]
+                for density in (0.5, 0.04)
+            }
+            for name, cell in zip(names, cells.split(" | "), strict=True):
+                plan = flash_llm.explain_plan(
+                    4096, 8, 4096, 2**23, format=name, compute_capability=capability, **gpu
+                )
+                assert cell.startswith("kernel") != plan.startswith("dense"), (capability, name)
+                assert ("`auto`" in cell) == (name in auto), (capability, name)
