@@ -84,9 +84,10 @@ def commits(rows: list[dict]) -> str:
 
 
 def span(values: Iterable[float]) -> str:
-    """Return the least and the greatest value."""
+    """Return the least and the greatest value, or the one value they share."""
     found = sorted(values)
-    return f"{found[0]:.2f} … {found[-1]:.2f}"
+    ends = dict.fromkeys(f"{end:.2f}" for end in (found[0], found[-1]))
+    return " … ".join(ends)
 
 
 def shape(row: dict) -> str:
