@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_llm import ops
-from flash_llm.checkpoint import checkpoint_files
-from flash_llm.convert import CONVERT_IGNORE, EVERY_LAYER, DenseView, choose_layers
+from flash_llm.io.checkpoint import checkpoint_files
+from flash_llm.io.convert import CONVERT_IGNORE, EVERY_LAYER, choose_layers
+from flash_llm.io.dense_view import DenseView
 from flash_llm.ops import PackedWeight
 from flash_llm.progress import ProgressBar, track
 from flash_llm.table import aligned, natural

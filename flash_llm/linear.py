@@ -30,7 +30,7 @@ class SparseLinear(nn.Linear):
     the parameter ``bias`` (or None). The weight is frozen; ``bias`` and the input are
     differentiable. ``weight`` reads as a dense tensor that is unpacked when its values are needed
     and cannot be written to (:mod:`flash_llm.weight_view`): assign a tensor to ``weight`` to pack
-    it again. Adapters of PEFT are merged as :mod:`flash_llm.adapters` says.
+    it again. Adapters of PEFT are merged as :mod:`flash_llm.integrations.adapters` says.
     Loading accepts packed keys of any size and a dense ``weight`` key, which it packs; packed keys
     keep their format, which :meth:`refit` then changes if another one is faster on the device.
     ``.half()`` and ``.bfloat16()`` re-encode the values; casts to other dtypes leave the weight as

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from flash_llm.linear import SparseLinear
 from flash_llm.prune.inputs import Inputs
-from flash_llm.sparsify import refuse_tied
+from flash_llm.select import refuse_tied
 
 
 def matrix(layer: nn.Module) -> Tensor:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flash_llm import _extension, ops
-from flash_llm.files import (
+from flash_llm.io.files import (
     TEMPORARY_NAME,
     fingerprint,
     from_json,
