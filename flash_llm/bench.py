@@ -249,7 +249,7 @@ def _stored_format(view: DenseView, layer: str) -> str:
 def _weight(view: DenseView, layer: str, sparsity: float | None, device: torch.device) -> Tensor:
     """The layer's dense weight; as bfloat16 where it is not of 16 bits."""
     weight = view.tensor(f"{layer}.weight")
-    if weight.dtype not in ops.VALUE_DTYPES.values():
+    if not ops.is_packable(weight.dtype):
         if not weight.is_floating_point():
             raise ValueError(
                 f"flash_llm.bench_checkpoint: {layer}.weight must be floating point, got "

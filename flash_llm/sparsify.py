@@ -370,7 +370,7 @@ def _own_behaviour(module: nn.Module) -> str:
 
 def _refuse_dtype(name: str, module: nn.Module) -> None:
     for label, parameter in module.named_parameters(recurse=False):
-        if parameter.dtype not in ops.VALUE_DTYPES.values():
+        if not ops.is_packable(parameter.dtype):
             raise TypeError(
                 f"flash_llm.sparsify_: {name}.{label} must be torch.float16 or torch.bfloat16, got "
                 f"{parameter.dtype}; cast the model first, for instance with .to(torch.bfloat16), "

@@ -39,7 +39,7 @@ from flash_llm.io.checkpoint import (
     Checkpoint,
     make_room_,
 )
-from flash_llm.linear import SparseLinear, is_conv1d, refuse_parts
+from flash_llm.linear import BUFFERS, SparseLinear, is_conv1d, refuse_parts
 
 METHOD = "flash_llm"
 
@@ -146,7 +146,7 @@ class FlashLLMQuantizer(HfQuantizer):
                 continue
             if layer.weight_payload.device.type == "cpu":
                 # Else they stay mapped onto the file: who overwrites it would change the weights.
-                for part in ("weight_header", "weight_offsets", "weight_payload"):
+                for part in BUFFERS:
                     setattr(layer, part, getattr(layer, part).clone())
             try:
                 layer.packed.validate()

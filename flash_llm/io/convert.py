@@ -29,6 +29,7 @@ from flash_llm.io.checkpoint import (
     CHECKPOINT_VERSION,
     DTYPES,
     INDEX_NAME,
+    PACKED_PARTS,
     SINGLE_NAME,
     Checkpoint,
     TensorWriter,
@@ -146,7 +147,7 @@ def convert_checkpoint(
     """
     src, dst = Path(src), Path(dst)
     ops.check_format(format)
-    if dtype is not None and dtype not in ops.VALUE_DTYPES.values():
+    if dtype is not None and not ops.is_packable(dtype):
         raise ValueError(
             "flash_llm.convert_checkpoint: dtype must be torch.float16 or torch.bfloat16, got "
             f"{dtype}"
@@ -459,7 +460,7 @@ def _convert_tensor(
     shape = tuple(tensor.t().shape if transposed else tensor.shape)
     if tensor.dtype == torch.float32 and options.dtype is not None:
         tensor = tensor.to(getattr(torch, options.dtype))
-    if not why_dense and tensor.dtype not in ops.VALUE_DTYPES.values():
+    if not why_dense and not ops.is_packable(tensor.dtype):
         why_dense = f"{tensor.dtype} cannot be packed; for float32 pass dtype="
     if why_dense:
         row = LayerReport(name, shape, None, tensor.nbytes, None, None, "skipped", why_dense)
@@ -468,11 +469,8 @@ def _convert_tensor(
     row = decide(name, packed, options.pack_unprofitable)
     if row.decision != "packed":
         return row, {f"{name}.weight": tensor}
-    return row, {
-        f"{name}.weight_header": packed.header.to_tensor(),
-        f"{name}.weight_offsets": packed.offsets,
-        f"{name}.weight_payload": packed.payload,
-    }
+    parts = zip(PACKED_PARTS, packed.parts(), strict=True)
+    return row, {name + suffix: part for suffix, part in parts}
 
 
 def _complete(

@@ -325,7 +325,7 @@ class _Request:
         layer_sparsities(
             self.model, layers, self.recipe.sparsity, self.recipe.scope, self.recipe.allocation
         )
-        if pack and dtype not in ops.VALUE_DTYPES.values():
+        if pack and not ops.is_packable(dtype):
             raise TypeError(
                 f"{_CALLER}: the weights of {src} are {str(dtype).removeprefix('torch.')}, packed "
                 "ones are float16 or bfloat16; pass dtype=, or pack=False"
