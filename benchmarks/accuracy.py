@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from flash_llm import perplexity, prune_, recover_
 from flash_llm.prune.calibrate import ALLOCATIONS, METHODS
+from flash_llm.select import DEFAULT_IGNORE
 from flash_llm.smollm2 import load_smollm2, pydoc_text
-from flash_llm.sparsify import DEFAULT_IGNORE
 from flash_llm.weight_only import GROUP, VALUES, round_
 
 MODEL = "SmolLM2-135M-Instruct"

@@ -14,12 +14,16 @@ from flash_llm import interrupts
 with interrupts.deferred():
     import torch  # noqa: F401 (of all packages, the one that takes seconds)
 
-from flash_llm import _extension, hf
-from flash_llm.bitmap import Bitmap
-from flash_llm.checkpoint import load, save
-from flash_llm.convert import convert_checkpoint, inspect_checkpoint
+from flash_llm import _extension
 from flash_llm.evaluate import perplexity
-from flash_llm.hf import from_pretrained
+from flash_llm.formats.bitmap import Bitmap
+from flash_llm.formats.row_bitmap import RowBitmap
+from flash_llm.formats.tiled_csl import TiledCSL
+from flash_llm.integrations import hf
+from flash_llm.integrations.hf import from_pretrained
+from flash_llm.io.checkpoint import load, save
+from flash_llm.io.convert import convert_checkpoint, inspect_checkpoint
+from flash_llm.io.verify import verify_checkpoint
 from flash_llm.linear import SparseLinear
 from flash_llm.ops import PackedWeight, explain_format, pack, prune_pack, spmm, unpack
 from flash_llm.prune.calibrate import prune_
@@ -27,10 +31,7 @@ from flash_llm.prune.checkpoint import prune_checkpoint
 from flash_llm.prune.recover import RecoveryReport, recover_
 from flash_llm.prune.report import PruneReport
 from flash_llm.prune.sensitivity import SensitivityReport, sensitivity
-from flash_llm.row_bitmap import RowBitmap
 from flash_llm.sparsify import SparsifyReport, sparsify_
-from flash_llm.tiled_csl import TiledCSL
-from flash_llm.verify import verify_checkpoint
 
 __version__ = "0.1.0"
 

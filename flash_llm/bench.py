@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_llm import ops
-from flash_llm.checkpoint import checkpoint_files
-from flash_llm.convert import CONVERT_IGNORE, EVERY_LAYER, DenseView, choose_layers
+from flash_llm.io.checkpoint import checkpoint_files
+from flash_llm.io.convert import CONVERT_IGNORE, EVERY_LAYER, choose_layers
+from flash_llm.io.dense_view import DenseView
 from flash_llm.ops import PackedWeight
 from flash_llm.progress import ProgressBar, track
 from flash_llm.table import aligned, natural
@@ -248,7 +249,7 @@ def _stored_format(view: DenseView, layer: str) -> str:
 def _weight(view: DenseView, layer: str, sparsity: float | None, device: torch.device) -> Tensor:
     """The layer's dense weight; as bfloat16 where it is not of 16 bits."""
     weight = view.tensor(f"{layer}.weight")
-    if weight.dtype not in ops.VALUE_DTYPES.values():
+    if not ops.is_packable(weight.dtype):
         if not weight.is_floating_point():
             raise ValueError(
                 f"flash_llm.bench_checkpoint: {layer}.weight must be floating point, got "

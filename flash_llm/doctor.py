@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from flash_llm import _extension, ops
-from flash_llm.bitmap import Bitmap
+from flash_llm.formats.bitmap import Bitmap
+from flash_llm.formats.row_bitmap import RowBitmap
+from flash_llm.formats.tiled_csl import TiledCSL
 from flash_llm.prune.calibrate import METHODS, prune_
-from flash_llm.row_bitmap import RowBitmap
-from flash_llm.tiled_csl import TiledCSL
 
 
 @dataclasses.dataclass(frozen=True)

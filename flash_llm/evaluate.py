@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flash_llm import hf
 from flash_llm.forward import check_token_ids, evaluation_mode
+from flash_llm.integrations import hf
 from flash_llm.progress import ProgressBar, track
 from flash_llm.table import aligned
 

@@ -20,7 +20,8 @@ from flash_llm import ops
 from flash_llm.ops import PackedHeader, PackedWeight
 from flash_llm.weight_view import WeightView
 
-_BUFFERS = ("weight_header", "weight_offsets", "weight_payload")
+BUFFERS = tuple(f"weight_{part}" for part in PackedWeight.PARTS)
+"""Names of the buffers of a :class:`SparseLinear`, one for each part of its weight."""
 
 
 class SparseLinear(nn.Linear):
@@ -30,7 +31,7 @@ class SparseLinear(nn.Linear):
     the parameter ``bias`` (or None). The weight is frozen; ``bias`` and the input are
     differentiable. ``weight`` reads as a dense tensor that is unpacked when its values are needed
     and cannot be written to (:mod:`flash_llm.weight_view`): assign a tensor to ``weight`` to pack
-    it again. Adapters of PEFT are merged as :mod:`flash_llm.adapters` says.
+    it again. Adapters of PEFT are merged as :mod:`flash_llm.integrations.adapters` says.
     Loading accepts packed keys of any size and a dense ``weight`` key, which it packs; packed keys
     keep their format, which :meth:`refit` then changes if another one is faster on the device.
     ``.half()`` and ``.bfloat16()`` re-encode the values; casts to other dtypes leave the weight as
@@ -96,7 +97,7 @@ class SparseLinear(nn.Linear):
         packed = PackedWeight.class_for("tiled_csl" if format == "auto" else format).empty(
             out_features, in_features, dtype=dtype, device=device, payload_words=payload_words
         )
-        for name in _BUFFERS:
+        for name in BUFFERS:
             self.register_buffer(name, None)
         self._install(packed)
         if bias:
@@ -298,9 +299,7 @@ class SparseLinear(nn.Linear):
 
     def _install(self, packed: PackedWeight) -> None:
         self._header = packed.header
-        self._buffers["weight_header"] = packed.header.to_tensor(packed.device)
-        self._buffers["weight_offsets"] = packed.offsets
-        self._buffers["weight_payload"] = packed.payload
+        self._buffers.update(zip(BUFFERS, packed.parts(), strict=True))
 
     def _set_weight(self, dense: Any) -> None:
         if not isinstance(dense, Tensor):
@@ -329,7 +328,7 @@ class SparseLinear(nn.Linear):
         # fn does to a tensor of their dtype.
         probe = torch.empty(0, dtype=self._wide_dtype or old_dtype, device=old_device)
         new_dtype = fn(probe).dtype
-        packable = new_dtype in ops.VALUE_DTYPES.values()
+        packable = ops.is_packable(new_dtype)
         if new_dtype != probe.dtype:
             # An error would come too late: the modules before this one are cast already.
             wide = not packable and new_dtype.is_floating_point
@@ -408,15 +407,15 @@ class SparseLinear(nn.Linear):
             )
             return
         if packed is not None:
-            incoming = (packed.header.to_tensor(), packed.offsets, packed.payload)
+            incoming = packed.parts()
             state_dict = {k: v for k, v in state_dict.items() if k != prefix + "weight"}
-            state_dict.update(zip((prefix + name for name in _BUFFERS), incoming, strict=True))
+            state_dict.update(zip((prefix + name for name in BUFFERS), incoming, strict=True))
             current = (self.weight_header, self.weight_offsets, self.weight_payload)
             # The load below copies in place, which keeps captured CUDA graphs alive but needs
             # buffers of the same size. All three are replaced or none: a mixture of old and new
             # would be malformed for whoever shares them.
             if any(old.shape != new.shape for old, new in zip(current, incoming, strict=True)):
-                for name, old, new in zip(_BUFFERS, current, incoming, strict=True):
+                for name, old, new in zip(BUFFERS, current, incoming, strict=True):
                     self._buffers[name] = torch.empty_like(new, device=old.device)
             self._header = packed.header
         super()._load_from_state_dict(
@@ -432,7 +431,7 @@ class SparseLinear(nn.Linear):
             raise ValueError(
                 f"bias must have shape {list(self.bias.shape)}, got {list(bias.shape)}"
             )
-        parts = {name: state_dict.get(prefix + name) for name in _BUFFERS}
+        parts = {name: state_dict.get(prefix + name) for name in BUFFERS}
         found = [name for name, part in parts.items() if part is not None]
         dense = state_dict.get(prefix + "weight")
         if dense is None and not found:
@@ -444,8 +443,8 @@ class SparseLinear(nn.Linear):
                 raise TypeError(f"weight must be a floating point tensor with values, got {dense}")
             self._check_shape(*dense.shape)
             return ops.pack(dense.to(self.dtype), self.format)
-        if len(found) != len(_BUFFERS):
-            absent = next(name for name in _BUFFERS if name not in found)
+        if len(found) != len(BUFFERS):
+            absent = next(name for name in BUFFERS if name not in found)
             raise ValueError(f"{found[0]} is there, but {absent} is missing")
         tensors: list[Tensor] = []
         for name, part in parts.items():
@@ -526,7 +525,7 @@ def pack_layer(
             "pack it before it is distributed"
         )
     for label, tensor in (("weight", weight), ("bias", layer.bias)):
-        if isinstance(tensor, Tensor) and tensor.dtype not in ops.VALUE_DTYPES.values():
+        if isinstance(tensor, Tensor) and not ops.is_packable(tensor.dtype):
             raise TypeError(
                 f"flash_llm.SparseLinear: {label} of {name} must be torch.float16 or "
                 f"torch.bfloat16, got {tensor.dtype}; cast the model first, for instance with "

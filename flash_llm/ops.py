@@ -113,6 +113,8 @@ class PackedWeight:
 
     FORMAT: ClassVar[str]
     FORMAT_ID: ClassVar[int]
+    PARTS: ClassVar[tuple[str, ...]] = ("header", "offsets", "payload")
+    """Names of the tensors that a weight is stored as, in the order of :meth:`parts`."""
 
     def __init_subclass__(cls) -> None:
         """Make the format known by its name and its number."""
@@ -249,6 +251,10 @@ class PackedWeight:
             )
         return packed
 
+    def parts(self) -> tuple[Tensor, ...]:
+        """Return the tensors that :data:`PARTS` names, the header as a tensor too."""
+        return self.header.to_tensor(self.device), self.offsets, self.payload
+
     @property
     def shape(self) -> torch.Size:
         """``[M, K]`` of the dense weight."""
@@ -379,6 +385,11 @@ def check_format(name: str) -> None:
     if name != "auto" and name not in _CLASS_OF_FORMAT:
         known = " or ".join(f'"{known}"' for known in ("auto", *_CLASS_OF_FORMAT))
         raise ValueError(f'flash_llm: format must be {known}, got "{name}"')
+
+
+def is_packable(dtype: torch.dtype) -> bool:
+    """Whether a weight of this dtype can be packed."""
+    return dtype in VALUE_DTYPES.values()
 
 
 def value_type_of(dtype: torch.dtype) -> int:

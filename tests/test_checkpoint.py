@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import flash_llm
-from flash_llm import SparseLinear, checkpoint
-from flash_llm.checkpoint import CHECKPOINT_VERSION, Checkpoint, checkpoint_files
+from flash_llm import SparseLinear
+from flash_llm.io import checkpoint
+from flash_llm.io.checkpoint import CHECKPOINT_VERSION, Checkpoint, checkpoint_files
 
 
 def build(dtype=torch.float16, device=None):

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 
 import flash_llm
 from flash_llm import bench, demo, doctor, interrupts, ops, timing
+from flash_llm.io.unfinished import NOTE_NAME
 from flash_llm.prune.calibrate import METHODS
-from flash_llm.unfinished import NOTE_NAME
 
 typer = pytest.importorskip("typer")
 from typer.testing import CliRunner  # noqa: E402
@@ -396,7 +396,7 @@ def test_without_typer_the_script_names_the_extra():
 # Converts so slowly that the signal comes in between; says when it has begun.
 SLOW = """
 import time
-from flash_llm import convert
+from flash_llm.io import convert
 original = convert._convert_tensor
 def slow(*arguments):
     print("at work", flush=True)

@@ -18,9 +18,10 @@ from test_hf import IDS, auto_class, dense, output, sparse_layers
 from torch import nn
 
 import flash_llm
-from flash_llm import convert, convert_checkpoint
-from flash_llm.checkpoint import Checkpoint, checkpoint_files
-from flash_llm.unfinished import NOTE_NAME, UnfinishedFolder
+from flash_llm import convert_checkpoint
+from flash_llm.io import convert
+from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
+from flash_llm.io.unfinished import NOTE_NAME, UnfinishedFolder
 
 FAMILIES = ("llama", "qwen2", "opt", "gpt2", "bert")
 
@@ -381,7 +382,8 @@ KILLED = """
 import os, signal, sys, threading
 from pathlib import Path
 import torch
-from flash_llm import convert, convert_checkpoint, files, unfinished
+from flash_llm import convert_checkpoint
+from flash_llm.io import convert, files, unfinished
 torch.set_num_threads(1)
 source, folder, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 

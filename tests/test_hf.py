@@ -467,7 +467,7 @@ def test_float32_is_refused_with_the_right_dtype(tmp_path):
 
 
 def test_packing_while_loading_is_refused_with_the_way_to_do_it(tmp_path):
-    from flash_llm.hf_quantizer import FlashLLMConfig
+    from flash_llm.integrations.hf_quantizer import FlashLLMConfig
 
     dense("llama", tmp_path)
     with pytest.raises(ValueError, match="flash_llm|calibrate"):
@@ -504,7 +504,7 @@ print(type(model.model.layers[0].mlp.up_proj))
 @pytest.mark.parametrize(
     "imports",
     [
-        "from flash_llm.hf_quantizer import METHOD; from transformers import AutoModelForCausalLM",
+        "import flash_llm.integrations.hf_quantizer; from transformers import AutoModelForCausalLM",
         "import flash_llm; from transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM; import flash_llm",
         "import transformers.quantizers.auto; import flash_llm\n"
@@ -537,7 +537,12 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize(
-    "where", ["transformers/modeling_utils.py", "flash_llm/hf_quantizer.py", "quantizers/auto.py"]
+    "where",
+    [
+        "transformers/modeling_utils.py",
+        "flash_llm/integrations/hf_quantizer.py",
+        "quantizers/auto.py",
+    ],
 )
 def test_an_interrupted_import_of_transformers_is_made_up_for(tmp_path, where):
     packed("llama", tmp_path).save_pretrained(tmp_path)
@@ -553,7 +558,7 @@ def test_importing_flash_llm_does_not_import_transformers():
 
 
 def test_a_transformers_that_we_do_not_know_stays_importable(monkeypatch, caplog):
-    from flash_llm import hf
+    from flash_llm.integrations import hf
 
     monkeypatch.setattr(hf, "register", lambda: 1 / 0)
     hf.register_when_imported()

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import flash_llm
+from flash_llm.io.report import report_checkpoint
 from flash_llm.prune.report import REPORT_NAME, PruneReport
-from flash_llm.report import report_checkpoint
 
 # Saves over an earlier checkpoint in children that kill themselves, each at a later line of the
 # modules that write; forked, because importing torch takes seconds. Says how many were killed, and
@@ -22,7 +22,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 import torch
 import flash_llm
-from flash_llm import checkpoint, files
+from flash_llm.io import checkpoint, files
 torch.set_num_threads(1)
 folder, moments = Path(sys.argv[1]), int(sys.argv[2])
 build = lambda: torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3))).half()
@@ -93,7 +93,7 @@ from pathlib import Path
 import torch
 import flash_llm
 from flash_llm.bench import bench_checkpoint
-from flash_llm.report import report_checkpoint
+from flash_llm.io.report import report_checkpoint
 torch.set_num_threads(1)
 folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
 base = folder / "base"

@@ -15,10 +15,10 @@ from test_hf import SIZES, dense, output, sparse_layers
 
 import flash_llm
 from flash_llm import evaluate
-from flash_llm.checkpoint import Checkpoint, checkpoint_files
+from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
+from flash_llm.io.unfinished import NOTE_NAME
 from flash_llm.prune import calibrate, checkpoint
 from flash_llm.prune.report import PruneReport
-from flash_llm.unfinished import NOTE_NAME
 
 transformers = pytest.importorskip("transformers")
 from typer.testing import CliRunner  # noqa: E402

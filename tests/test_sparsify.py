@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize, prune
 
 import flash_llm
 from flash_llm import SparseLinear, SparsifyReport, sparsify_, testing
-from flash_llm.sparsify import model_bytes, select_layers
+from flash_llm.select import select_layers
+from flash_llm.sparsify import model_bytes
 
 
 def linear(k=256, m=128, sparsity=0.8, bias=True, dtype=torch.float16, seed=0):

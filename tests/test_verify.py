@@ -12,7 +12,8 @@ from test_cli import invoke
 from test_convert import as_sparse_bitmask, save_tensors, zeros_among
 
 import flash_llm
-from flash_llm import convert_checkpoint, verify, verify_checkpoint
+from flash_llm import convert_checkpoint, verify_checkpoint
+from flash_llm.io import verify
 
 
 def dense(folder, **changes):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flash_llm.cli import options
-from flash_llm.convert import CONVERT_IGNORE, EVERY_LAYER, convert_checkpoint, parse_dtype
+from flash_llm.io.convert import CONVERT_IGNORE, EVERY_LAYER, convert_checkpoint, parse_dtype
 
 
 def convert(

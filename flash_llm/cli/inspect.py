@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from flash_llm.cli import options
-from flash_llm.convert import inspect_checkpoint
-from flash_llm.report import total_line
+from flash_llm.io.convert import inspect_checkpoint
+from flash_llm.io.report import total_line
 
 
 def inspect(

@@ -11,8 +11,8 @@ from typing import Annotated, Protocol
 
 import typer
 
+from flash_llm.io.unfinished import partial_path
 from flash_llm.progress import LogLines, ProgressBar
-from flash_llm.unfinished import partial_path
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from flash_llm.cli import options
-from flash_llm.convert import parse_dtype
 from flash_llm.demo import pick_device
+from flash_llm.io.convert import parse_dtype
 from flash_llm.prune.checkpoint import parse_allocation, plan_pruning, prune_checkpoint
-from flash_llm.sparsify import DEFAULT_IGNORE, DEFAULT_TARGETS
+from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS
 
 
 def prune(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flash_llm.cli import options
-from flash_llm.report import report_checkpoint
+from flash_llm.io.report import report_checkpoint
 
 
 def report(

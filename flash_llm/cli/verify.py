@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flash_llm.cli import options
-from flash_llm.verify import verify_checkpoint
+from flash_llm.io.verify import verify_checkpoint
 
 
 def verify(

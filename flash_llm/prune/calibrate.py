@@ -52,12 +52,7 @@ from flash_llm.prune.resume import ResumeFolder
 from flash_llm.prune.samples import Calibration, Tokenizer, count_tokens, samples_for
 from flash_llm.prune.sensitivity import LEVELS, allocate, measure_layers
 from flash_llm.prune.sparsegpt import sparsegpt
-from flash_llm.sparsify import (
-    DEFAULT_IGNORE,
-    DEFAULT_TARGETS,
-    parse_patterns,
-    select_layers,
-)
+from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, parse_patterns, select_layers
 
 logger = logging.getLogger("flash_llm")
 

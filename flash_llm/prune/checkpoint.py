@@ -19,26 +19,21 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from flash_llm import hf, ops
-from flash_llm.checkpoint import Checkpoint, checkpoint_files
-from flash_llm.convert import copy_other_files, read_config, write_card
-from flash_llm.files import read_json
+from flash_llm import ops
+from flash_llm.integrations import hf
+from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
+from flash_llm.io.convert import copy_other_files, read_config, write_card
+from flash_llm.io.files import read_json
+from flash_llm.io.unfinished import UnfinishedFolder, check_destination
 from flash_llm.progress import ProgressBar
 from flash_llm.prune.calibrate import layer_sparsities, make_recipe, needs_calibration, prune_
 from flash_llm.prune.layers import matrix
 from flash_llm.prune.report import PruneRecipe, PruneReport
 from flash_llm.prune.resume import ALLOCATION_NAME
 from flash_llm.prune.samples import samples_for
-from flash_llm.sparsify import (
-    DEFAULT_IGNORE,
-    DEFAULT_TARGETS,
-    SparsifyReport,
-    match_layers,
-    refuse_tied,
-    sparsify_,
-)
+from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, match_layers, refuse_tied
+from flash_llm.sparsify import SparsifyReport, sparsify_
 from flash_llm.table import aligned, kind
-from flash_llm.unfinished import UnfinishedFolder, check_destination
 
 _CALLER = "flash_llm.prune_checkpoint"
 # In the unfinished folder, what prune_ keeps to go on.
@@ -330,7 +325,7 @@ class _Request:
         layer_sparsities(
             self.model, layers, self.recipe.sparsity, self.recipe.scope, self.recipe.allocation
         )
-        if pack and dtype not in ops.VALUE_DTYPES.values():
+        if pack and not ops.is_packable(dtype):
             raise TypeError(
                 f"{_CALLER}: the weights of {src} are {str(dtype).removeprefix('torch.')}, packed "
                 "ones are float16 or bfloat16; pass dtype=, or pack=False"

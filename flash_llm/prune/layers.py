@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from flash_llm.linear import SparseLinear
+from flash_llm.linear import SparseLinear, is_conv1d
 from flash_llm.prune.inputs import Inputs
-from flash_llm.sparsify import refuse_tied
+from flash_llm.select import refuse_tied
 
 
 def matrix(layer: nn.Module) -> Tensor:
     """The weight as ``[M, K]``, sharing memory; GPT-2's Conv1D stores it transposed."""
     weight: Tensor = layer.weight.detach()  # type: ignore[operator]
-    return weight.t() if type(layer).__name__ == "Conv1D" else weight
+    return weight.t() if is_conv1d(layer) else weight
 
 
 def check_weights(model: nn.Module, layers: dict[str, nn.Module]) -> None:

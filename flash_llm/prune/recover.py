@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flash_llm.checkpoint import Checkpoint, checkpoint_files
+from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
 from flash_llm.progress import ProgressBar, remark, track
 from flash_llm.prune.blocks import (
     Call,
@@ -37,7 +37,7 @@ from flash_llm.prune.blocks import (
 from flash_llm.prune.layers import check_weights
 from flash_llm.prune.report import save_report
 from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
-from flash_llm.sparsify import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
+from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
 
 REPORT_NAME = "recovery_report.json"
 """The file that :meth:`RecoveryReport.save` writes."""

@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flash_llm.files import from_json, read_json, write_whole
+from flash_llm.io.files import from_json, read_json, write_whole
 from flash_llm.table import aligned, kind, span
 
 REPORT_NAME = "prune_report.json"

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flash_llm.files import from_json, read_json, write_whole
+from flash_llm.io.files import from_json, read_json, write_whole
 from flash_llm.prune.blocks import Sample
 from flash_llm.prune.report import PrunedLayer, PruneRecipe
 

@@ -37,7 +37,7 @@ from flash_llm.prune.layers import check_inputs, check_weights, matrix
 from flash_llm.prune.reconstruction import relative_error
 from flash_llm.prune.report import save_report
 from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
-from flash_llm.sparsify import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
+from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
 
 logger = logging.getLogger("flash_llm")
 

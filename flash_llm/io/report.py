@@ -8,8 +8,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from flash_llm.checkpoint import Checkpoint, checkpoint_files
-from flash_llm.convert import inspect_checkpoint
+from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
+from flash_llm.io.convert import inspect_checkpoint
 from flash_llm.prune.report import REPORT_NAME, PruneReport
 from flash_llm.sparsify import SparsifyReport
 

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flash_llm.checkpoint import INDEX_NAME, checkpoint_files
-from flash_llm.files import fingerprint, sync_folder, sync_tree
+from flash_llm.io.checkpoint import INDEX_NAME, checkpoint_files
+from flash_llm.io.files import fingerprint, sync_folder, sync_tree
 
 NOTE_NAME = "unfinished.json"
 """Says in an unfinished folder what it is made from; the run that works on the folder locks it."""

@@ -1,8 +1,8 @@
 """Packed models in transformers' own ``save_pretrained`` and ``from_pretrained``, and in PEFT.
 
-Importing flash_llm makes transformers know packed checkpoints (:mod:`flash_llm.hf_quantizer`) and
-PEFT merge adapters of packed layers (:mod:`flash_llm.adapters`), whichever is imported first, and
-without importing either, which takes seconds.
+Importing flash_llm makes transformers know packed checkpoints (``hf_quantizer.py``) and PEFT merge
+adapters of packed layers (``adapters.py``), whichever is imported first, and without importing
+either, which takes seconds.
 """
 
 from __future__ import annotations
@@ -126,9 +126,8 @@ def why_dense(folder: str | os.PathLike[str], layers: Iterable[str]) -> dict[str
             error,
         )
         return {}
-    reasons: dict[str, str] = importlib.import_module("flash_llm.hf_quantizer").why_dense(
-        model, layers
-    )
+    quantizer = importlib.import_module("flash_llm.integrations.hf_quantizer")
+    reasons: dict[str, str] = quantizer.why_dense(model, layers)
     return reasons
 
 
@@ -159,12 +158,12 @@ def _own_class(
 
 def register() -> None:
     """Tell transformers how packed checkpoints are loaded; imports it."""
-    importlib.import_module("flash_llm.hf_quantizer").install()
+    importlib.import_module("flash_llm.integrations.hf_quantizer").install()
 
 
 def register_adapters() -> None:
     """Tell PEFT how adapters of packed layers are merged; imports it."""
-    importlib.import_module("flash_llm.adapters")
+    importlib.import_module("flash_llm.integrations.adapters")
 
 
 def register_when_imported() -> None:

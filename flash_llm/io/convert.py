@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,30 +22,26 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from flash_llm import encoded, hf, ops
-from flash_llm.checkpoint import (
+from flash_llm import ops
+from flash_llm.integrations import hf
+from flash_llm.io import encoded
+from flash_llm.io.checkpoint import (
     CHECKPOINT_VERSION,
     DTYPES,
     INDEX_NAME,
     PACKED_PARTS,
     SINGLE_NAME,
-    SPELLINGS,
     Checkpoint,
     TensorWriter,
     checkpoint_files,
 )
-from flash_llm.files import fingerprint, from_json, read_json, replacing, write_whole
+from flash_llm.io.dense_view import DenseView, is_conv1d_model, is_conv1d_name
+from flash_llm.io.files import fingerprint, from_json, read_json, replacing, write_whole
+from flash_llm.io.unfinished import UnfinishedFolder, check_destination
 from flash_llm.progress import ProgressBar, track
-from flash_llm.sparsify import (
-    LayerReport,
-    SparsifyReport,
-    compared_size,
-    decide,
-    matches_name,
-    parse_patterns,
-)
+from flash_llm.select import matches_name, parse_patterns
+from flash_llm.sparsify import LayerReport, SparsifyReport, compared_size, decide
 from flash_llm.table import natural
-from flash_llm.unfinished import UnfinishedFolder, check_destination
 
 EVERY_LAYER = "re:.*"
 CONVERT_IGNORE = (
@@ -69,9 +65,6 @@ model = flash_llm.from_pretrained("this folder")  # or AutoModelForCausalLM.from
 """
 """What a model card says of packed weights."""
 
-# Models whose layers are Conv1D, which keeps its weight as [K, M], and the names of those layers.
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 # Other copies of a checkpoint's weights, which would be dense beside packed ones.
 _WEIGHT_SUFFIXES = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
@@ -154,7 +147,7 @@ def convert_checkpoint(
     """
     src, dst = Path(src), Path(dst)
     ops.check_format(format)
-    if dtype is not None and dtype not in ops.VALUE_DTYPES.values():
+    if dtype is not None and not ops.is_packable(dtype):
         raise ValueError(
             "flash_llm.convert_checkpoint: dtype must be torch.float16 or torch.bfloat16, got "
             f"{dtype}"
@@ -270,24 +263,6 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") 
     return SparsifyReport(tuple(rows))
 
 
-def is_conv1d_model(folder: Path) -> bool | None:
-    """Whether a folder's model has Conv1D layers, whose weights are ``[K, M]`` in dense files.
-
-    Returns:
-        None if there is no ``config.json`` to say so.
-
-    Raises:
-        ValueError: ``config.json`` is no JSON object.
-    """
-    path = folder / "config.json"
-    return read_json(path).get("model_type") in _CONV1D_MODELS if path.is_file() else None
-
-
-def is_conv1d_name(layer: str) -> bool:
-    """Whether a layer of a model with Conv1D layers is one of them."""
-    return layer.rpartition(".")[2] in _CONV1D_LAYERS
-
-
 def read_config(folder: Path, caller: str) -> dict[str, Any] | None:
     """Return what ``config.json`` of a dense checkpoint holds, without what it says of sparsity.
 
@@ -327,73 +302,6 @@ def _says_dense(method: Mapping[str, Any]) -> bool:
         and sparsity.get("format", "dense") in ("dense", encoded.BITMASK_FORMAT)
         and not any(method.get(key) for key in changed)
     )
-
-
-class DenseView:
-    """A checkpoint as if it were dense: what is packed is unpacked when it is asked for.
-
-    Args:
-        files: all files of the checkpoint.
-
-    Attributes:
-        checkpoint: what the files hold.
-        encoded: what other tools store in several parts, by the name of the dense tensor.
-        shapes: of all dense and encoded weights, by layer.
-        names: of all tensors, a packed weight's being ``….weight``.
-    """
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.checkpoint = Checkpoint(files)
-        self.encoded = encoded.find_encoded(self.checkpoint)
-        self._encoded_parts = {part for e in self.encoded.values() for part in e.parts}
-        parts = {name + part for name in self.checkpoint.packed for part in PACKED_PARTS}
-        packed = {f"{name}.weight" for name in self.checkpoint.packed}
-        plain = self.checkpoint.tensors - parts - self._encoded_parts
-        self.names = frozenset(plain | packed | self.encoded.keys())
-        self.shapes = {
-            name.removesuffix(".weight"): self.shape(name)
-            for name in self.names - packed
-            if name.endswith(".weight")
-        }
-
-    def is_packed(self, name: str) -> bool:
-        """Whether a tensor, one of :attr:`names`, is stored packed."""
-        return name.endswith(".weight") and name.removesuffix(".weight") in self.checkpoint.packed
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, one of :attr:`names`, when it is dense."""
-        if self.is_packed(name):
-            header = self.checkpoint.packed[name.removesuffix(".weight")]
-            return header.m, header.k
-        return self.encoded[name].shape if name in self.encoded else self.checkpoint.shape(name)
-
-    def dtype(self, name: str) -> str:
-        """Dtype of a tensor, one of :attr:`names`, as safetensors spells it."""
-        if self.is_packed(name):
-            return SPELLINGS[self.checkpoint.packed[name.removesuffix(".weight")].dtype]
-        return self.checkpoint.dtype(self.encoded[name].parts[0] if name in self.encoded else name)
-
-    def tensor(self, name: str, buffer: Tensor | None = None) -> Tensor:
-        """Load a tensor, dense, to the CPU; one that is stored so to ``buffer``, if there is one.
-
-        Args:
-            name: one of :attr:`names`.
-            buffer: see :meth:`flash_llm.checkpoint.Checkpoint.raw`.
-        """
-        if self.is_packed(name):
-            return self.checkpoint.weight(name.removesuffix(".weight")).to_dense()
-        if name in self.encoded:
-            return self.encoded[name].read()
-        return self.checkpoint.tensor(name, buffer)
-
-    def in_file(self, file: Path) -> Iterator[str]:
-        """Names of the tensors that begin in a file."""
-        begins = {encoded.parts[0]: name for name, encoded in self.encoded.items()}
-        for key in self.checkpoint.names(file):
-            if key not in self._encoded_parts:
-                yield key
-            elif key in begins:  # the other parts may be in other files
-                yield begins[key]
 
 
 def choose_layers(source: DenseView, targets: Sequence[str], ignore: Sequence[str]) -> set[str]:
@@ -552,7 +460,7 @@ def _convert_tensor(
     shape = tuple(tensor.t().shape if transposed else tensor.shape)
     if tensor.dtype == torch.float32 and options.dtype is not None:
         tensor = tensor.to(getattr(torch, options.dtype))
-    if not why_dense and tensor.dtype not in ops.VALUE_DTYPES.values():
+    if not why_dense and not ops.is_packable(tensor.dtype):
         why_dense = f"{tensor.dtype} cannot be packed; for float32 pass dtype="
     if why_dense:
         row = LayerReport(name, shape, None, tensor.nbytes, None, None, "skipped", why_dense)
@@ -561,11 +469,8 @@ def _convert_tensor(
     row = decide(name, packed, options.pack_unprofitable)
     if row.decision != "packed":
         return row, {f"{name}.weight": tensor}
-    return row, {
-        f"{name}.weight_header": packed.header.to_tensor(),
-        f"{name}.weight_offsets": packed.offsets,
-        f"{name}.weight_payload": packed.payload,
-    }
+    parts = zip(PACKED_PARTS, packed.parts(), strict=True)
+    return row, {name + suffix: part for suffix, part in parts}
 
 
 def _complete(

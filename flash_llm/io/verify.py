@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flash_llm.checkpoint import DTYPES, checkpoint_files
-from flash_llm.convert import DenseView, is_conv1d_model, is_conv1d_name
+from flash_llm.io.checkpoint import DTYPES, checkpoint_files
+from flash_llm.io.dense_view import DenseView, is_conv1d_model, is_conv1d_name
 from flash_llm.table import aligned, kind, natural, span
 
 # Elements that are compared at a time, in float64.

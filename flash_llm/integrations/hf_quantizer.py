@@ -4,7 +4,7 @@ transformers has one extension point for weights that are stored in another way,
 uses it a quantizer. What that point does not cover is added to four functions of transformers by
 :func:`install`: the names of packed layers in files, layers that were packed by hand, packed files
 whose config does not name flash_llm, and weights that a packed checkpoint lacks.
-:mod:`flash_llm.hf` installs it as soon as transformers is there.
+:mod:`flash_llm.integrations.hf` installs it as soon as transformers is there.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from flash_llm import _extension, tensor_parallel
-from flash_llm.checkpoint import (
+from flash_llm import _extension
+from flash_llm.integrations import tensor_parallel
+from flash_llm.io.checkpoint import (
     CHECKPOINT_VERSION,
     METADATA,
     PACKED_PARTS,
     Checkpoint,
     make_room_,
 )
-from flash_llm.linear import SparseLinear, is_conv1d, refuse_parts
+from flash_llm.linear import BUFFERS, SparseLinear, is_conv1d, refuse_parts
 
 METHOD = "flash_llm"
 
@@ -145,7 +146,7 @@ class FlashLLMQuantizer(HfQuantizer):
                 continue
             if layer.weight_payload.device.type == "cpu":
                 # Else they stay mapped onto the file: who overwrites it would change the weights.
-                for part in ("weight_header", "weight_offsets", "weight_payload"):
+                for part in BUFFERS:
                     setattr(layer, part, getattr(layer, part).clone())
             try:
                 layer.packed.validate()

@@ -7,7 +7,7 @@ packed base layer by an ``nn.Linear``, which then holds the merged weight, round
 dtype; prune and pack that one again if it is to be sparse. ``unmerge`` puts the packed layer back
 when no adapter is merged any more, weight and bias bit for bit.
 
-:mod:`flash_llm.hf` imports this module as soon as PEFT is there.
+:mod:`flash_llm.integrations.hf` imports this module as soon as PEFT is there.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flash_llm import _extension, ops
-from flash_llm.files import (
+from flash_llm.io.files import (
     TEMPORARY_NAME,
     fingerprint,
     from_json,
@@ -32,7 +32,7 @@ from flash_llm.files import (
     sync_folder,
     write_whole,
 )
-from flash_llm.linear import SparseLinear, is_conv1d, refuse_parts
+from flash_llm.linear import BUFFERS, SparseLinear, is_conv1d, refuse_parts
 from flash_llm.ops import PackedHeader, PackedWeight
 
 CHECKPOINT_VERSION = 1
@@ -43,11 +43,7 @@ METADATA = {"flash_llm": str(CHECKPOINT_VERSION)}
 
 SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 """Names of a folder's only file, and of the list of several."""
-PACKED_PARTS = _HEADER, _OFFSETS, _PAYLOAD = (
-    ".weight_header",
-    ".weight_offsets",
-    ".weight_payload",
-)
+PACKED_PARTS = _HEADER, _OFFSETS, _PAYLOAD = tuple(f".{buffer}" for buffer in BUFFERS)
 """What follows a packed layer's name, instead of ``".weight"``."""
 
 
@@ -384,7 +380,7 @@ def make_room_(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str
     swaps = {}
     for name, stored in names.items():
         weight, bias = _linear(model, name, checkpoint, stored)
-        if weight.dtype not in ops.VALUE_DTYPES.values():
+        if not ops.is_packable(weight.dtype):
             raise _other_dtype(name, weight, checkpoint, stored)
         swaps[name] = SparseLinear.from_packed(checkpoint.placeholder(stored), validate=False)
         swaps[name].register_parameter("bias", bias)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flash_llm.checkpoint import Checkpoint
+from flash_llm.io.checkpoint import Checkpoint
 
 BITMASK_FORMAT = "sparse-bitmask"
 _BITMASK_PARTS = (".compressed", ".bitmask", ".shape", ".row_offsets")

@@ -1,0 +1,1 @@
+"""Packed formats: a subclass of ``PackedWeight`` for each, found by its name."""

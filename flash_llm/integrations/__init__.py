@@ -1,0 +1,1 @@
+"""Other libraries: transformers and its tensor parallel, and PEFT."""

@@ -1,0 +1,1 @@
+"""Checkpoints: packed weights in files, conversion, and what compares and describes folders."""
