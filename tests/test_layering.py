@@ -20,7 +20,6 @@ TOP_LEVEL = {
     "tests",
     "examples",
     "benchmarks",
-    "notebooks",
     "README.md",
     "LICENSE",
 }

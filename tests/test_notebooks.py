@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 pytestmark = [pytest.mark.hf, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 # Instead of the cell that is tagged "parameters", as papermill does.
 SMALL = {
@@ -37,7 +37,7 @@ needs_weights = pytest.mark.skipif(
 
 
 def read(name):
-    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    return nbformat.read(ROOT / "examples" / f"{name}.ipynb", as_version=4)
 
 
 def assigned_names(source):

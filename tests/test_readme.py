@@ -115,7 +115,7 @@ def test_the_layer_order_is_the_one_that_is_tested():
     architecture = (ROOT / "csrc" / "README.md").read_text()
     line = re.search(r"^`csrc/base → .*`\.$", architecture, re.MULTILINE)[0]
     names = [part.strip(" `./").removesuffix(".py") for part in re.split("[→,]", line)]
-    ranks = [PYTHON_RANKS[name] for name in names if not name.startswith("csrc")]
+    ranks = [PYTHON_RANKS[n.replace("/", ".")] for n in names if not n.startswith("csrc")]
     assert ranks == sorted(ranks)
     assert len(ranks) >= 8
 
