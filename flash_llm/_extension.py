@@ -63,7 +63,7 @@ def require() -> ModuleType:
 
     Returns:
         The pybind11 module: ``build_info``, ``configs``, ``plan_names``, ``explain_plan``,
-        ``place_of`` and the constants of the format.
+        ``position_of`` and the constants of the format.
 
     Raises:
         RuntimeError: the extension is missing or does not load. The message says what was found,

@@ -123,8 +123,8 @@ def read_tiled_csl(packed):
     words = packed.payload.cpu().numpy().view(np.uint32)
     tile_cols = -(-k // 64)
     for tile, (first, last) in enumerate(itertools.pairwise(offsets)):
-        places, values = words[first:last] >> 16, words[first:last] & 0xFFFF
-        rows, swizzled = places // 64, places % 64
+        positions, values = words[first:last] >> 16, words[first:last] & 0xFFFF
+        rows, swizzled = positions // 64, positions % 64
         chunk = (swizzled // 8) ^ (rows % 8)
         cols = chunk // 4 * 32 + swizzled % 8 // 2 * 8 + chunk % 4 * 2 + swizzled % 2
         rows, cols = rows + tile // tile_cols * 128, cols + tile % tile_cols * 64
@@ -135,7 +135,7 @@ def read_tiled_csl(packed):
 
 # ---- Bitmap ----
 
-# Axes: lane 4 g + t, half h, strip i, and the place in a run: quad after quad, each as 0, 1, 3, 2.
+# Axes: lane 4 g + t, half h, strip i, and the index in a run: quad after quad, each as 0, 1, 3, 2.
 _LANE, _HALF, _STRIP, _NTH = np.ogrid[:32, :2, :2, :32]
 _ELEM = np.array([0, 1, 3, 2])[_NTH % 4]
 RUN_ROW = 16 * _STRIP + _LANE // 4 + 8 * (_ELEM // 2) + 0 * _HALF
@@ -180,26 +180,26 @@ def is_two_four(chunk):
 
 
 def split_chunk(chunk):
-    """Values [R, column, slot], bits [lane, half, strip] and sigma [lane, strip], a plain chunk."""
+    """Values [R, column, slot], bits [lane, half, strip] and down offsets [lane, strip] (plain)."""
     rows, odd = divmod(len(chunk) - 512 - 64, 128)
     assert odd == 0 and 1 <= rows <= 64, f"a chunk of {len(chunk)} bytes"
-    values, bits, sigma = np.split(chunk, [128 * rows, 128 * rows + 512])
+    values, bits, down_offsets = np.split(chunk, [128 * rows, 128 * rows + 512])
     return (
         values.view("<u2").reshape(rows, 32, 2),
         bits.view("<u4").reshape(32, 2, 2),
-        sigma.reshape(32, 2).astype(int),
+        down_offsets.reshape(32, 2).astype(int),
     )
 
 
 def split_two_four(chunk):
-    """Bits [strip, lane, word], sigma [lane, strip], values and residual steps of both strips.
+    """Bits [strip, lane, word], down offsets [lane, strip], values, residual steps of both strips.
 
-    Steps are pairs of values [step, g, upper] and places [step, row of the strip].
+    Steps are pairs of values [step, g, upper] and residual offsets [step, row of the strip].
     """
-    bits, sigma, rest = np.split(chunk, [1024, 1088])
-    sigma = sigma.reshape(32, 2).astype(int)
-    sizes = int(((sigma[:, 0] & 1) << np.arange(32)).sum())
-    sigma[:, 0] &= ~1
+    bits, down_offsets, rest = np.split(chunk, [1024, 1088])
+    down_offsets = down_offsets.reshape(32, 2).astype(int)
+    sizes = int(((down_offsets[:, 0] & 1) << np.arange(32)).sum())
+    down_offsets[:, 0] &= ~1
     rows, *steps = sizes & 0xFF, sizes >> 8 & 0xFF, sizes >> 16
     assert 1 <= rows <= 64 and len(chunk) <= 64 * 146
     assert len(rest) == 128 * rows + 64 * (sum(steps) | 1)
@@ -209,14 +209,14 @@ def split_two_four(chunk):
     strips = np.split(residual[: sum(steps)], [steps[0]])
     return (
         bits.view("<u4").reshape(2, 32, 4),
-        sigma,
+        down_offsets,
         values.view("<u2").reshape(rows, 32, 2),
         [(strip[:, :16].reshape(-1, 8, 2), strip[:, 16:]) for strip in strips],
     )
 
 
 def slot_columns(stored):
-    """The columns of the slots of a 2:4 chunk [lane, half, strip, place in the run]."""
+    """The columns of the slots of a 2:4 chunk [lane, half, strip, index in the run]."""
     b0, b1, b2, _ = np.moveaxis(stored.reshape(32, 64, 4), -1, 0)
     i0 = np.where(b0, 0, np.where(b1, 1, 2))
     i1 = np.where(b0 & b1, 1, np.where(b2 & (b0 | b1), 2, 3))
@@ -229,13 +229,13 @@ def residual_of(stored):
     return (groups & (groups.cumsum(axis=-1) > 2)).reshape(32, 256)
 
 
-def place_of(col):
-    """Where a column of a 2:4 chunk is, in the words of the residual."""
+def residual_offset(col):
+    """The residual offset of a column of a 2:4 chunk: its byte offset in the transposed X."""
     return 16 * (col ^ (col // 8 % 8))
 
 
 def class_of(col):
-    return place_of(col) // 16 % 8
+    return residual_offset(col) // 16 % 8
 
 
 def steps_of(residual):
@@ -257,38 +257,38 @@ def steps_of(residual):
     return cols, stored
 
 
-def read_runs(values, sigma, stored):
-    """What the runs hold for each of ``stored`` [lane, half, strip, place in the run]."""
+def read_runs(values, down_offsets, stored):
+    """What the runs hold for each of ``stored`` [lane, half, strip, index in the run]."""
     nth = stored.cumsum(axis=-1) - 1
     row = np.where(_HALF == 0, nth, len(values) - 1 - nth)
-    sigma = sigma[:, None, :, None]
-    column = np.where(_HALF == 0, _LANE, sigma // 4)
-    slot = np.where(_HALF == 0, _STRIP, sigma % 4 // 2)
+    down_offsets = down_offsets[:, None, :, None]
+    column = np.where(_HALF == 0, _LANE, down_offsets // 4)
+    slot = np.where(_HALF == 0, _STRIP, down_offsets % 4 // 2)
     return np.where(stored, values[np.where(stored, row, 0), column, slot], 0)
 
 
 def read_plain(chunk):
     """The 32 x 128 elements of a plain chunk."""
-    values, bits, sigma = split_chunk(chunk)
+    values, bits, down_offsets = split_chunk(chunk)
     stored = (bits[..., None] >> PLAIN_BIT.astype(np.uint32) & 1).astype(bool)
     dense = np.zeros((32, 128), np.uint16)
-    dense[RUN_ROW, PLAIN_COL] = read_runs(values, sigma, stored)
+    dense[RUN_ROW, PLAIN_COL] = read_runs(values, down_offsets, stored)
     return dense
 
 
 def read_two_four(chunk):
     """The 32 x 256 elements of a 2:4 chunk."""
-    bits, sigma, values, steps = split_two_four(chunk)
+    bits, down_offsets, values, steps = split_two_four(chunk)
     stored = np.zeros((32, 256), bool)
     stored[BIT_ROW, BIT_COL] = bits[..., None] >> _BIT.astype(np.uint32) & 1
     slots = slot_columns(stored)
     dense = np.zeros((32, 256), np.uint16)
-    np.add.at(dense, (RUN_ROW, slots), read_runs(values, sigma, stored[RUN_ROW, slots]))
+    np.add.at(dense, (RUN_ROW, slots), read_runs(values, down_offsets, stored[RUN_ROW, slots]))
     residual = residual_of(stored)
-    for strip, (found, places) in enumerate(steps):
+    for strip, (found, offsets) in enumerate(steps):
         cols, held = steps_of(residual[16 * strip : 16 * strip + 16])
         found = found.transpose(0, 2, 1).reshape(-1, 16)
-        np.testing.assert_array_equal(places, place_of(cols))
+        np.testing.assert_array_equal(offsets, residual_offset(cols))
         np.testing.assert_array_equal(found != 0, held)
         step, row = np.nonzero(held)
         dense[16 * strip + row, cols[step, row]] = found[step, row]
@@ -312,31 +312,31 @@ def read_bitmap(packed):
 
 
 def _pairing(up, down, pattern):
-    """Sigma of one swap pattern, and the rows that it needs; run lengths [lane, strip] in."""
-    sigma, rows = np.zeros((32, 2), int), 0
+    """Down offsets and rows that one swap pattern needs, from run lengths [lane, strip]."""
+    down_offsets, rows = np.zeros((32, 2), int), 0
     for strip in range(2):
         slot_of = [strip ^ ((column & pattern).bit_count() & 1) for column in range(32)]
         shortest_up = sorted(range(32), key=lambda c: (up[c, slot_of[c]], c))
         longest_down = sorted(range(32), key=lambda lane: (down[lane, strip], lane))[::-1]
         for column, lane in zip(shortest_up, longest_down, strict=True):
-            sigma[lane, strip] = 4 * column + 2 * slot_of[column]
+            down_offsets[lane, strip] = 4 * column + 2 * slot_of[column]
             rows = max(rows, int(up[column, slot_of[column]] + down[lane, strip]))
-    return sigma, rows
+    return down_offsets, rows
 
 
 def write_runs(runs, stored):
-    """Values and sigma for the runs [lane, half, strip, place in the run]."""
+    """Values and down offsets for the runs [lane, half, strip, index in the run]."""
     up, down = stored.sum(axis=-1).transpose(1, 0, 2)
     # min() keeps the first of equals.
-    sigma, rows = min((_pairing(up, down, p) for p in range(8)), key=lambda found: found[1])
+    down_offsets, rows = min((_pairing(up, down, p) for p in range(8)), key=lambda found: found[1])
     values = np.zeros((rows, 32, 2), "<u2")
     for lane, strip in itertools.product(range(32), range(2)):
         run = runs[lane, 0, strip][stored[lane, 0, strip]]
         values[: len(run), lane, strip] = run
         run = runs[lane, 1, strip][stored[lane, 1, strip]]
-        column, slot = sigma[lane, strip] // 4, sigma[lane, strip] % 4 // 2
+        column, slot = down_offsets[lane, strip] // 4, down_offsets[lane, strip] % 4 // 2
         values[rows - len(run) :, column, slot] += run[::-1]
-    return values, sigma.astype(np.uint8)
+    return values, down_offsets.astype(np.uint8)
 
 
 def _joined(*parts):
@@ -349,9 +349,9 @@ def write_plain(dense):
     stored = runs != 0
     if not stored.any():
         return np.zeros(0, np.uint8)
-    values, sigma = write_runs(runs, stored)
+    values, down_offsets = write_runs(runs, stored)
     bits = (stored.astype("<u4") << PLAIN_BIT.astype(np.uint32)).sum(axis=-1, dtype="<u4")
-    return _joined(values, bits, sigma)
+    return _joined(values, bits, down_offsets)
 
 
 def write_two_four(dense):
@@ -362,18 +362,18 @@ def write_two_four(dense):
         return np.zeros(0, np.uint8)
     bits = (stored[BIT_ROW, BIT_COL].astype("<u4") << _BIT.astype(np.uint32)).sum(-1, dtype="<u4")
     slots = slot_columns(stored)
-    values, sigma = write_runs(dense[RUN_ROW, slots], stored[RUN_ROW, slots])
+    values, down_offsets = write_runs(dense[RUN_ROW, slots], stored[RUN_ROW, slots])
     residual, sizes, steps = residual_of(stored), len(values), []
     for strip in range(2):
         rows = slice(16 * strip, 16 * strip + 16)
         cols, held = steps_of(residual[rows])
         found = np.where(held, dense[rows][np.arange(16), cols], 0)
         found = found.reshape(-1, 2, 8).transpose(0, 2, 1).reshape(-1, 16)
-        steps.append(np.concatenate([found, place_of(cols)], axis=1).astype("<u2"))
+        steps.append(np.concatenate([found, residual_offset(cols)], axis=1).astype("<u2"))
         sizes |= len(cols) << (8 + 8 * strip)
     padding = np.zeros((1 - sum(map(len, steps)) % 2, 32), "<u2")
-    sigma[:, 0] |= (sizes >> np.arange(32) & 1).astype(np.uint8)
-    return _joined(bits, sigma, values, *steps, padding)
+    down_offsets[:, 0] |= (sizes >> np.arange(32) & 1).astype(np.uint8)
+    return _joined(bits, down_offsets, values, *steps, padding)
 
 
 def write_bitmap(bits):

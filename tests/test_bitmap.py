@@ -203,11 +203,11 @@ def test_lanes_read_from_different_banks(device):
         dense = testing.random_sparse(600, 300, sparsity, pattern=pattern, device=device)
         for chunk in filter(len, chunks_of(Bitmap.from_dense(dense))):
             kinds.add(is_two_four(chunk))
-            sigma = split_two_four(chunk)[1] if is_two_four(chunk) else split_chunk(chunk)[2]
-            assert not (sigma % 2).any()
+            down_offsets = split_two_four(chunk)[1] if is_two_four(chunk) else split_chunk(chunk)[2]
+            assert not (down_offsets % 2).any()
             for strip in range(2):
-                assert sorted(sigma[:, strip] // 4) == list(range(32))
-            assert len(set(sigma.reshape(-1) // 2)) == 64
+                assert sorted(down_offsets[:, strip] // 4) == list(range(32))
+            assert len(set(down_offsets.reshape(-1) // 2)) == 64
     assert kinds == {True, False}
 
 
@@ -271,14 +271,14 @@ def test_stats_of_no_chunks_and_of_empty_ones():
 def test_fewest_rows_is_a_promise_of_packing_not_of_the_format():
     dense = testing.random_sparse(32, 128, 0.6)
     packed = Bitmap.from_dense(dense)
-    values, bits, sigma = split_chunk(chunks_of(packed)[0])
+    values, bits, down_offsets = split_chunk(chunks_of(packed)[0])
     # One row more, between the upward and the downward run of each column and slot.
     up = np.array([[int(word).bit_count() for word in words] for words in bits[:, 0]])
     row = np.arange(len(values) + 1)[:, None, None]
     below = np.pad(values, [(0, 1), (0, 0), (0, 0)])
     above = np.pad(values, [(1, 0), (0, 0), (0, 0)])
     taller = np.where(row < up, below, np.where(row > up, above, 0)).astype("<u2")
-    parts = (taller, bits, sigma.astype(np.uint8))
+    parts = (taller, bits, down_offsets.astype(np.uint8))
     payload = np.concatenate([part.reshape(-1).view(np.int32) for part in parts])
     header = packed.header._replace(payload_words=len(payload))
     offsets = packed.offsets + torch.tensor([0, 2], dtype=torch.int32)

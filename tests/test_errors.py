@@ -412,7 +412,7 @@ CONTENTS = {
 
 
 def edited(w, chunk, edit):
-    """The bitmap weight after edit(values, bits, sigma) of one chunk, which may write to them."""
+    """The bitmap weight after edit(values, bits, down_offsets), which may write to one chunk's."""
     payload = w.payload.cpu().clone()
     first, last = (64 * int(offset) for offset in w.offsets[chunk : chunk + 2])
     data = payload.numpy().view(np.uint8)[first:last]
@@ -426,22 +426,22 @@ def assign(array, index, value):
     array[index] = value
 
 
-def share_a_column(values, bits, sigma):
+def share_a_column(values, bits, down_offsets):
     """Gives two lanes the same column."""
-    sigma[0, 0] = sigma[1, 0]
+    down_offsets[0, 0] = down_offsets[1, 0]
 
 
-def grow_runs(values, bits, sigma):
+def grow_runs(values, bits, down_offsets):
     bits[:] = 0xFFFFFFFF
 
 
-def move_below_the_matrix(values, bits, sigma):
+def move_below_the_matrix(values, bits, down_offsets):
     """Sets bit 8 j + q with j = 2, row 8, instead of j = 0, row 0, of a lane."""
     lane, half, strip = np.argwhere(bits & 1)[0]
     bits[lane, half, strip] += (1 << 16) - 1
 
 
-def fill_padding(values, bits, sigma):
+def fill_padding(values, bits, down_offsets):
     first = np.argwhere(values == 0)[0]
     values[tuple(first)] = 0x3C00
 
@@ -472,12 +472,14 @@ BITMAP_CONTENTS = {
         lambda w: changed(w, offsets=set_word(w.offsets, 5, int(w.offsets[5]) + 2)),
         ("offsets must end at",),
     ),
-    "odd sigma": (
-        lambda w: edited(w, 0, lambda v, b, sigma: assign(sigma, (3, 1), sigma[3, 1] + 1)),
+    "odd down offset": (
+        lambda w: edited(
+            w, 0, lambda v, b, down_offsets: assign(down_offsets, (3, 1), down_offsets[3, 1] + 1)
+        ),
         ("chunk 0: lane 3 of strip 1: sigma must be even and below 128",),
     ),
-    "sigma outside the row": (
-        lambda w: edited(w, 2, lambda v, b, sigma: assign(sigma, (31, 0), 128)),
+    "down offset outside the row": (
+        lambda w: edited(w, 2, lambda v, b, down_offsets: assign(down_offsets, (31, 0), 128)),
         ("chunk 2: lane 31 of strip 0: sigma must be even and below 128, got 128",),
     ),
     "column taken twice": (
@@ -505,7 +507,7 @@ BITMAP_CONTENTS = {
         ("chunk 3: padding must be 0, got 15360",),
     ),
     "no bits": (
-        lambda w: edited(w, 1, lambda values, bits, sigma: assign(bits, slice(None), 0)),
+        lambda w: edited(w, 1, lambda values, bits, down_offsets: assign(bits, slice(None), 0)),
         ("chunk 1: a chunk without nonzeros must have no bytes",),
     ),
     "wrong count": (lambda w: changed(w, nnz=w.nnz - 1), ("header says nnz = ", "holds")),
@@ -520,7 +522,7 @@ def good_two_four(device):
 
 
 def edited_two_four(w, chunk, edit):
-    """As edited, for edit(bits, sigma, values, steps) of a 2:4 chunk; steps are of both strips."""
+    """As edited, for edit(bits, down_offsets, values, steps of both strips) of a 2:4 chunk."""
     payload = w.payload.cpu().clone()
     first, last = (64 * int(offset) for offset in w.offsets[chunk : chunk + 2])
     data = payload.numpy().view(np.uint8)[first:last]
@@ -548,23 +550,29 @@ def shift_offsets(w, chunk, units):
 
 TWO_FOUR_CONTENTS = {
     "rows": (
-        lambda w: edited_two_four(w, 1, lambda b, sigma, v, s: xor(sigma, (0, 0), 1)),
+        lambda w: edited_two_four(w, 1, lambda b, down_offsets, v, s: xor(down_offsets, (0, 0), 1)),
         ("chunk 1: R = ", " and 0 in the spare bits do not make ", " units"),
     ),
     "steps": (
-        lambda w: edited_two_four(w, 2, lambda b, sigma, v, s: xor(sigma, (14, 0), 1)),
+        lambda w: edited_two_four(
+            w, 2, lambda b, down_offsets, v, s: xor(down_offsets, (14, 0), 1)
+        ),
         ("chunk 2: R = ", "G0 = ", "G1 = ", " units"),
     ),
     "spare bits": (
-        lambda w: edited_two_four(w, 0, lambda b, sigma, v, s: xor(sigma, (31, 0), 1)),
+        lambda w: edited_two_four(
+            w, 0, lambda b, down_offsets, v, s: xor(down_offsets, (31, 0), 1)
+        ),
         ("chunk 0: R = ", " and 128 in the spare bits"),
     ),
-    "odd sigma": (
-        lambda w: edited_two_four(w, 0, lambda b, sigma, v, s: xor(sigma, (7, 1), 1)),
+    "odd down offset": (
+        lambda w: edited_two_four(w, 0, lambda b, down_offsets, v, s: xor(down_offsets, (7, 1), 1)),
         ("chunk 0: lane 7 of strip 1: sigma must be even and below 128",),
     ),
     "column taken twice": (
-        lambda w: edited_two_four(w, 0, lambda b, sigma, v, s: assign(sigma, (1, 1), sigma[0, 1])),
+        lambda w: edited_two_four(
+            w, 0, lambda b, down_offsets, v, s: assign(down_offsets, (1, 1), down_offsets[0, 1])
+        ),
         ("chunk 0: lane 1 of strip 1: column ", " is taken twice"),
     ),
     "runs that overlap": (

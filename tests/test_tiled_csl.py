@@ -1,4 +1,4 @@
-"""Tiled-CSL: what only this format has: places, banks, padding and the order of entries."""
+"""Tiled-CSL: what only this format has: positions, banks, padding and the order of entries."""
 
 import itertools
 
@@ -15,25 +15,28 @@ from flash_llm import TiledCSL, _extension, testing
 def test_full_tile_is_stored_without_bank_conflicts():
     packed = TiledCSL.from_dense(torch.ones(128, 64, dtype=torch.float16))
     # One store instruction of a warp writes entry e of the vectors of its 32 lanes.
-    places = (packed.payload.view(-1, 32, 4) >> 16) & 0xFFFF
-    words = (places // 2).transpose(1, 2).reshape(-1, 32)
+    positions = (packed.payload.view(-1, 32, 4) >> 16) & 0xFFFF
+    words = (positions // 2).transpose(1, 2).reshape(-1, 32)
     assert len(words) == 256
     for store in words:  # two halves of one word are no conflict
         assert len(set((store % 32).tolist())) == len(set(store.tolist()))
 
 
-def test_place_functions_agree_with_each_other_and_with_the_description():
+def test_position_functions_agree_with_each_other_and_with_the_description():
     extension = _extension.require()
     sizes = extension.FORMATS["tiled_csl"]
     assert (sizes["tile_m"], sizes["tile_k"], sizes["unit_words"]) == (128, 64, 4)
-    places = set()
+    positions = set()
     for row, col in itertools.product(range(128), range(64)):
-        place = extension.place_of(row, col)
+        position = extension.position_of(row, col)
         thread, chunk, half = col // 8 % 4, col // 32 * 4 + col // 2 % 4, col % 2
-        assert place == 64 * row + 8 * (chunk ^ (row % 8)) + 2 * thread + half
-        assert (extension.row_of_place(place), extension.col_of_place(place)) == (row, col)
-        places.add(place)
-    assert places == set(range(8192))
+        assert position == 64 * row + 8 * (chunk ^ (row % 8)) + 2 * thread + half
+        assert (extension.row_of_position(position), extension.col_of_position(position)) == (
+            row,
+            col,
+        )
+        positions.add(position)
+    assert positions == set(range(8192))
 
 
 def test_stats_count_what_a_dense_count_counts(dtype, device):

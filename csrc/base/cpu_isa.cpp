@@ -12,19 +12,19 @@ namespace flash_llm {
 namespace {
 
 #if defined(__x86_64__)
-// f16c and leaf 7 are not among the names that every compiler's __builtin_cpu_supports knows.
+// Not every compiler's __builtin_cpu_supports knows f16c and the features of leaf 7.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
 
-// A bit of CPUID's leaf 7 that is there, and of which the operating system saves the registers.
+// Whether CPUID's leaf 7 has this bit and the operating system saves the registers in `states`.
 bool has_leaf_7(unsigned edx_bit, unsigned states) {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kOsxsave = 1U << 27;
   if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0 || (ecx & kOsxsave) == 0) return false;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & edx_bit) == 0) return false;
-  // Volatile, for it must not come before what was asked above.
+  // Volatile, so that the compiler does not move it before the check for OSXSAVE above.
   __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
   return (eax & states) == states;
 }
@@ -34,7 +34,7 @@ bool has_leaf_7(unsigned, unsigned) { return false; }
 
 bool detect(CpuIsa isa) {
 #if defined(__x86_64__)
-  // These ask the operating system, too, whether it saves the registers.
+  // These also check that the operating system saves the registers.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -53,9 +53,9 @@ bool detect(CpuIsa isa) {
   return isa == CpuIsa::kPortable;
 }
 
-// Intel's CPUs have BF16, but multiply 32 elements with it in 2.1 cycles and as fp32 in 1: on a
-// Xeon (Emerald Rapids), 4096x4096 at 90 % zeros and 8 tokens took 2.0 ms with it and 1.3 ms
-// without (2026-11-26). AMD's (Zen 4) take one cycle and two.
+// Intel's CPUs have BF16, but multiply 32 elements in 2.1 cycles with it and in 1 cycle as fp32: on
+// a Xeon (Emerald Rapids), 4096x4096 at 90 % zeros and 8 tokens took 2.0 ms with it and 1.3 ms
+// without (2026-11-26). AMD's (Zen 4) take 1 cycle with it and 2 as fp32.
 bool has_fast_bf16() {
 #if defined(__x86_64__)
   return !__builtin_cpu_is("intel");
@@ -73,14 +73,14 @@ CpuIsa fastest() {
   return best;
 }
 
-// The text of FLASH_LLM_CPU_ISA. Read once, while the library is loaded: getenv in an operator,
-// which Python calls without its lock, would race with a thread that writes the environment.
+// The value of FLASH_LLM_CPU_ISA. It is read once, when the library is loaded: operators run
+// without Python's lock, so getenv in one would race with a thread that writes the environment.
 const std::string kEnvironment = [] {
   const char* text = std::getenv("FLASH_LLM_CPU_ISA");
   return std::string(text == nullptr ? "" : text);
 }();
 
-// What force_cpu_isa was given.
+// The instruction set that force_cpu_isa was given.
 constexpr int kNotForced = -1;
 std::atomic<int> forced{kNotForced};
 
@@ -89,7 +89,7 @@ struct Selection {
   Status status;
 };
 
-// The instruction set that `name` names, which `source` gave; the fastest for "".
+// The instruction set called `name`; the fastest for "". Errors name `source`, where it came from.
 Selection select(const std::string& source, const std::string& name) {
   if (name.empty()) return {fastest(), Status::success()};
   std::string known;

@@ -1,4 +1,4 @@
-// A set of enumerators, for tables.
+// A set of enumerators, such as those that a row of a table supports.
 #pragma once
 
 #include <cstdint>

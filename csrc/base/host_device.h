@@ -1,4 +1,4 @@
-// Marks what the CUDA kernels share with the host, so that both sides agree on every byte.
+// Marks functions that both host code and CUDA kernels call, so that both agree on every byte.
 #pragma once
 
 #ifdef __CUDACC__

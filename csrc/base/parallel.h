@@ -1,6 +1,6 @@
-// ParallelFor: the one way in which core code uses several threads. The caller brings the pool
-// (csrc/torch passes at::parallel_for, so torch.set_num_threads is respected); core only says how
-// the work splits. Results never depend on how the range was cut.
+// ParallelFor: the only way in which host code below torch/ uses several threads. The caller
+// provides it (csrc/torch/parallel_for.h runs on torch's threads and so respects
+// torch.set_num_threads). Results never depend on how the range is divided.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Status: how core and cuda report bad input. Nothing below the torch layer prints, throws or
-// exits; csrc/torch/ops.cpp maps each code to one Python exception type.
+// Status: how all folders below torch/ report errors. They never print, throw or exit;
+// csrc/torch/checks.cpp maps each code to one Python exception type.
 #pragma once
 
 #include <string>
@@ -11,7 +11,7 @@ enum class StatusCode {
   kOk,
   kInvalidValue,  // ValueError: a shape, size, range or malformed buffer
   kInvalidType,   // TypeError: a dtype or device
-  kUnsupported,   // NotImplementedError: an architecture, format or feature that is not there
+  kUnsupported,   // NotImplementedError: an unknown or missing architecture, format or feature
   kRuntime,       // RuntimeError: a CUDA call failed, or an input changed during the call
 };
 

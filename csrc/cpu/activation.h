@@ -1,4 +1,4 @@
-// The epilogue's activations on the host, in the precision of the accumulator.
+// The activations on the host, in the precision of the sums (fp32, or fp64 in the oracle).
 #pragma once
 
 #include <cmath>

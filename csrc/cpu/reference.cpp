@@ -1,4 +1,4 @@
-// The CPU oracle: short enough to be believed.
+// The CPU oracle: so short that reading it shows that it is correct.
 #include <algorithm>
 #include <cstddef>
 #include <vector>

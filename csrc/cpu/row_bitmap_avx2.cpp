@@ -1,5 +1,5 @@
-// The row bitmap's kernels for AVX2: eight elements at a time, moved to their columns by a byte
-// shuffle that a table of 256 holds for their eight bits.
+// The row bitmap's kernels for AVX2: a byte shuffle moves eight elements at a time to their
+// columns. A table of 256 shuffles is indexed by their eight bits.
 #include "cpu/row_bitmap_kernels.h"
 
 #if defined(__x86_64__)
@@ -18,11 +18,12 @@
 namespace flash_llm {
 namespace {
 
-constexpr int kMaxTokens = 2;  // times four rows: half of the registers
+constexpr int kMaxTokens = 2;  // times four rows: their sums take half of the registers
 constexpr int64_t kPartCols = 8;
 constexpr int64_t kParts = kGroupCols / kPartCols;
 
-// Row `bits`: for each column the two bytes of its value among the packed ones, or 0x80 for none.
+// Row `bits`: for each column the indices of the two bytes of its value among the packed values, or
+// 0x80, which gives zero, if the column is not stored.
 using Shuffles = std::array<std::array<uint8_t, 2 * kPartCols>, 256>;
 
 constexpr Shuffles make_shuffles() {
@@ -41,7 +42,7 @@ constexpr Shuffles make_shuffles() {
 
 alignas(64) constexpr Shuffles kShuffles = make_shuffles();
 
-// The other way: row `bits` moves the stored columns to the front.
+// The inverse: row `bits` moves the stored columns to the front.
 constexpr Shuffles make_gathers() {
   Shuffles table{};
   for (size_t bits = 0; bits < table.size(); ++bits) {
@@ -58,7 +59,8 @@ constexpr Shuffles make_gathers() {
 
 alignas(64) constexpr Shuffles kGathers = make_gathers();
 
-// Where the next values of a row are; near the payload's end they are copied before they are read.
+// Reads the values of a row. Near the payload's end they are copied first, so that no load reads
+// past it.
 template <bool kNearEnd>
 struct Values {
   const uint16_t* next;
@@ -75,7 +77,7 @@ struct Values {
     const int count = __builtin_popcount(mask);
     next += kNearEnd ? std::min<std::ptrdiff_t>(end - next, count) : count;
   }
-  // The next eight columns, `bits` of them stored.
+  // The elements of the next eight columns, of which those in `bits` are stored.
   FLASH_LLM_AVX2 inline __m128i take(uint32_t bits) {
     const auto* shuffle = reinterpret_cast<const __m128i*>(kShuffles[bits].data());
     const __m128i elements = _mm_shuffle_epi8(load(), _mm_load_si128(shuffle));
@@ -84,7 +86,7 @@ struct Values {
   }
 };
 
-// Groups of which every load of 16 bytes stays within the payload.
+// How many groups can be read by loads of 16 bytes that all stay within the payload.
 int64_t groups_before_end(const uint16_t* next, const uint16_t* end) {
   return (end - next) / (kBlockRows * kGroupCols);
 }
@@ -224,8 +226,9 @@ FLASH_LLM_AVX2 void decode_block(const RowBlock& block, int rows, int64_t k, uin
   }
 }
 
-// The bits of 32 columns, whose stored values go to kept[0], kept[1], ...; eight more may be
-// overwritten. `below` keeps one less than the smallest magnitudes, of zeros the largest number.
+// Returns the mask of 32 columns and writes their nonzeros to kept[0], kept[1], ...; up to eight
+// elements after them may be overwritten. `below` is the running minimum of magnitude - 1, in which
+// zeros wrap around to the largest number.
 FLASH_LLM_AVX2 inline uint32_t pack_group(const uint16_t* from, uint16_t* kept, __m128i& below) {
   uint32_t mask = 0;
 #pragma GCC unroll 4
@@ -261,7 +264,8 @@ FLASH_LLM_AVX2 PackedBlock row_bitmap_avx2_pack_block(const uint16_t* dense, int
         std::memcpy(padded, from, static_cast<size_t>(cols) * sizeof(uint16_t));
         from = padded;
       }
-      // Not at once to their place: another thread may be writing what follows the block.
+      // Not written to `values` directly: pack_group writes more than `count` elements, and another
+      // thread may be writing what follows the block.
       uint16_t kept[kGroupCols + kPartCols];
       const uint32_t mask = pack_group(from, kept, below);
       const int count = __builtin_popcount(mask);

@@ -1,13 +1,14 @@
-// The row bitmap's kernels for AVX-512 VBMI2: one vpexpandw makes the 32 elements of a group.
+// The row bitmap's kernels for AVX-512 VBMI2: one vpexpandw decodes the 32 elements of a group.
 //
-// The sums of four rows times some tokens stay in registers, so that what is decoded meets several
-// tokens and each load of X several rows. For one bf16 token a group takes 3 cycles on a Zen 4
-// (EPYC at 3.7 GHz), of which the expansion is 1.3 and the product 1, and 4 on an Emerald Rapids
-// (Xeon at 3 GHz), whose port for the mask and the expansion is busy for 3. More tokens cost it
-// 1.1 cycles each, of which 1 is the product.
+// The sums of four rows times some tokens stay in registers, so that decoded elements are
+// multiplied by several tokens and each load of X serves several rows. For one bf16 token a group
+// takes 3 cycles on a Zen 4 (EPYC at 3.7 GHz), of which the expansion takes 1.3 and the product 1,
+// and 4 cycles on an Emerald Rapids (Xeon at 3 GHz), whose port for the mask and the expansion is
+// busy for 3 of them. There, each further token costs 1.1 cycles, of which the product takes 1.
 //
-// NOTE: vpexpandw with zero masking waits there for the register that it overwrites (6.4 cycles a
-// group instead of 3). Merging into a copy of a zero register waits for nothing.
+// NOTE: on Zen 4 vpexpandw with zero masking depends on the old value of the register that it
+// writes (6.4 cycles a group instead of 3). Merging into a copy of a zero register has no such
+// dependency.
 #include "cpu/row_bitmap_kernels.h"
 
 #if defined(__x86_64__)
@@ -15,15 +16,15 @@
 #include <algorithm>
 #include <cstddef>
 
-// GCC 12 finds that its own header leaves registers undefined, which is what it means to do.
+// GCC 12 warns of registers that its own header leaves undefined on purpose.
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
 
-// BF16 is among them for Dot alone: nothing but its intrinsic makes compilers use it, and
-// row_bitmap_avx512 hands that out only where the CPU has it.
+// BF16 is in the list only for Dot. Compilers emit its instructions only for the intrinsic in Dot,
+// and row_bitmap_avx512 returns kernels with Dot only if the CPU has BF16.
 #define FLASH_LLM_AVX512 \
   __attribute__((        \
       target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx2,fma,popcnt")))
@@ -31,14 +32,14 @@
 namespace flash_llm {
 namespace {
 
-// A zero that the compiler does not know for one.
+// A zero register whose value is hidden from the compiler, which would else use zero masking.
 FLASH_LLM_AVX512 inline __m512i opaque_zero() {
   __m512i zero = _mm512_setzero_si512();
   __asm__("" : "+v"(zero));
   return zero;
 }
 
-// Where the next values are, and how to read 32 of them: near the payload's end not past it.
+// Reads values, 32 at a time. Near the payload's end no load reads past it.
 template <bool kNearEnd>
 struct Values {
   const uint16_t* next;
@@ -55,10 +56,11 @@ struct Values {
   }
 };
 
-// Blocks follow each other, so what lies ahead of the values is what will be read, masks too. The
-// CPU's own prefetcher, which sees streams begin and end every few kilobytes and stops at each
-// page, brings 4096x4096 at 50 % zeros in 960 us (Zen 4); with these it takes 830 (on huge pages
-// 630), at 90 % 360 instead of 490 us. Two lines per step of four groups are what is read at 50 %.
+// Prefetches what lies 1 KB ahead of the values. Blocks are contiguous, so it will be read soon,
+// masks included. The hardware prefetcher alone, which sees streams begin and end every few
+// kilobytes and stops at each page, is slower: with these prefetches 4096x4096 takes 830 instead of
+// 960 us at 50 % zeros (on huge pages 630) and 360 instead of 490 us at 90 % (Zen 4). A step of
+// four groups reads two cache lines of values at 50 % zeros.
 FLASH_LLM_AVX512 inline void prefetch_soon(const uint16_t* values) {
   const auto* bytes = reinterpret_cast<const char*>(values);
   _mm_prefetch(bytes + 1024, _MM_HINT_T0);
@@ -71,7 +73,7 @@ FLASH_LLM_AVX512 inline void prefetch_later(const uint16_t* values) {
   _mm_prefetch(bytes + 8192 + 64, _MM_HINT_T1);
 }
 
-// Groups that may be read 64 bytes at a time in each of their rows.
+// How many groups can be read by loads of 64 bytes that all stay within the payload.
 int64_t groups_before_end(const uint16_t* next, const uint16_t* end) {
   return (end - next) / (kBlockRows * kGroupCols);
 }
@@ -79,10 +81,10 @@ int64_t groups_before_end(const uint16_t* next, const uint16_t* end) {
 constexpr int64_t kLanes = 16;  // fp32 numbers in a vector
 static_assert(kLanes <= kKeptLanes);
 
-// What follows says how 32 elements of a row are multiplied by those of a token: kStored vectors
-// keep them decoded, kParts vectors are multiplied and added to 16 sums.
+// The following structs define how 32 elements of a row are multiplied by those of a token. They
+// are kept decoded in kStored vectors; kParts vectors are multiplied and added to 16 sums.
 
-// bf16 whose subnormals are taken for zeros.
+// bf16, by the dot-product instruction, which treats subnormals as zeros.
 struct Dot {
   using X = uint16_t;
   using Vector = __m512i;
@@ -98,7 +100,7 @@ struct Dot {
   }
 };
 
-// As fp32.
+// Multiplication in fp32.
 struct Wide {
   using X = float;
   using Vector = __m512;
@@ -122,7 +124,7 @@ FLASH_LLM_AVX512 inline __m512 odd_bf16(__m512i raw) {
   return _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(-0x10000)));
 }
 
-// bf16, any: the even elements and the odd ones.
+// bf16 with subnormals, as fp32: the even elements in one vector, the odd ones in the other.
 struct WideBf16 : Wide {
   FLASH_LLM_AVX512 static inline void store(__m512i raw, Vector* w) {
     w[0] = even_bf16(raw);
@@ -130,7 +132,8 @@ struct WideBf16 : Wide {
   }
 };
 
-// The same with what Dot reads and keeps: for the few blocks that Dot must not multiply.
+// The same, but reads X and keeps decoded elements as Dot does: for the few blocks that Dot would
+// multiply incorrectly.
 struct WideDot : Wide {
   using X = uint16_t;
   using Vector = __m512i;
@@ -146,7 +149,7 @@ struct WideDot : Wide {
   }
 };
 
-// fp16: the first 16 elements and the others.
+// fp16, as fp32: the first 16 elements in one vector, the other 16 in the other.
 struct WideHalf : Wide {
   FLASH_LLM_AVX512 static inline void store(__m512i raw, Vector* w) {
     w[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(raw));
@@ -154,7 +157,7 @@ struct WideHalf : Wide {
   }
 };
 
-// A group of X as its weights are kept.
+// Widens a group of X to fp32, its elements in the order in which Math keeps those of the weight.
 template <typename Math>
 FLASH_LLM_AVX512 void widen(const uint16_t* group, float* widened) {
   typename Math::Vector parts[Math::kStored];
@@ -164,7 +167,7 @@ FLASH_LLM_AVX512 void widen(const uint16_t* group, float* widened) {
   }
 }
 
-// Each of four vectors added up.
+// The sums over the lanes of each of four vectors.
 FLASH_LLM_AVX512 inline __m128 add_up(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
@@ -180,7 +183,8 @@ constexpr int kFewTokens = 4;
 
 template <typename Math, int kTokens>
 struct FewTokens {
-  // A chain of additions is as slow as their latency unless enough of them are under way.
+  // With few tokens the parts have sums of their own: more independent chains of additions hide
+  // their latency.
   static constexpr int kSums = kTokens <= 2 ? Math::kParts : 1;
   __m512 sums[kBlockRows][kTokens][kSums];
 
@@ -257,7 +261,7 @@ constexpr MultiplyBlock kMultiplyFew[kFewTokens] = {
     FewTokens<Math, 1>::multiply, FewTokens<Math, 2>::multiply, FewTokens<Math, 3>::multiply,
     FewTokens<Math, 4>::multiply};
 
-// Blocks that have normal products only are multiplied by Normal, the others by Any.
+// Blocks whose products are all normal numbers are multiplied by Normal, the others by Any.
 template <typename Normal, typename Any>
 void multiply_few(const RowBitmapProduct& product) {
   const RowBitmapTokens& tokens = product.tokens[0];
@@ -275,22 +279,23 @@ void multiply_few(const RowBitmapProduct& product) {
   }
 }
 
-// More tokens: some columns of two blocks of rows, a panel, are decoded into the first-level cache
-// and meet all tokens there, whose same columns stay in a cache from one panel to the next below
-// it. In registers are the sums of four rows times some tokens; they are kept in memory until the
-// panels with the next columns. Meanwhile the blocks of the next call are fetched, for as streams
-// that begin again every two kilobytes no prefetcher sees them: 4096x4096 at 90 % and 8 tokens
-// takes 1.29 ms with and 1.45 without (Emerald Rapids).
+// More tokens: a panel, some columns of two blocks of rows, is decoded into the first-level cache
+// and multiplied by all tokens. The same columns of X stay in a cache for the next panel below it.
+// The sums of four rows times some tokens are in registers; between the panels of one range of
+// columns and those of the next they are kept in memory. Meanwhile the blocks of the next call are
+// prefetched: they are streams that start anew every two kilobytes, which the hardware prefetcher
+// does not detect. 4096x4096 at 90 % zeros and 8 tokens takes 1.29 ms with these prefetches and
+// 1.45 ms without (Emerald Rapids).
 constexpr int kPanelTokens = 6;
 static_assert(kPanelTokens <= kMaxRowTokens);
-constexpr int kLeastPanelTokens = 3;  // 7 tokens are 3 and 4
+constexpr int kLeastPanelTokens = 3;  // 7 tokens are divided into 3 and 4
 constexpr int64_t kPanelBlocks = 2;
 constexpr int64_t kPanelStored = 32;  // vectors per row of a panel: 8 KB per block
 
 template <typename Math>
 constexpr int64_t kPanelGroups = kPanelStored / Math::kStored;
 
-// Bytes that will be read, to be fetched meanwhile: `step` of them at a time.
+// Bytes to prefetch, because the next call reads them: `step` of them at a time.
 struct Ahead {
   const char* next = nullptr;
   const char* stop = nullptr;
@@ -379,7 +384,8 @@ template <typename Math>
 constexpr MultiplyPanel kMultiplyPanel[] = {multiply_panel<Math, 3>, multiply_panel<Math, 4>,
                                             multiply_panel<Math, 5>, multiply_panel<Math, 6>};
 
-// The words of a block, spread over the groups and token blocks of a call for another one.
+// The words of a block of the next call; its prefetches are spread over the groups and token blocks
+// of this call.
 Ahead ahead_of(const RowBitmapProduct& product, int64_t block) {
   if (block >= num_row_blocks(product.weight.m)) return {};
   const RowBlock row = row_block(product.weight, block);
@@ -400,7 +406,7 @@ void multiply_many(const RowBitmapProduct& product) {
   const int64_t groups = num_groups(product.weight.k), blocks = product.last - product.first;
   alignas(64) Vector elements[kPanelBlocks][kPanelStored * kBlockRows];
   RowBlock rows[kCallBlocks];
-  Ahead ahead[kCallBlocks];  // of the next call
+  Ahead ahead[kCallBlocks];  // the blocks of the next call
   for (int64_t i = 0; i < blocks; ++i) {
     rows[i] = row_block(product.weight, product.first + i);
     ahead[i] = ahead_of(product, product.last + i);

@@ -1,4 +1,5 @@
-// The row bitmap's kernels in C++, for CPUs that have no others; and the choice between them.
+// The row bitmap's kernels in portable C++, for CPUs without any of the other instruction sets, and
+// the choice among all kernels.
 #include <algorithm>
 #include <cstddef>
 
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int kMaxTokens = 4;
 
-// One sum for each column of a group: a loop over them is one over vectors, of any width.
+// One sum for each column of a group, so that loops over them vectorise for any vector width.
 using Lanes = float[kGroupCols];
 
 template <ValueType kType>
@@ -18,7 +19,8 @@ void widen_group(const uint16_t* group, float* widened) {
   for (int64_t i = 0; i < kGroupCols; ++i) widened[i] = to_float<kType>(group[i]);
 }
 
-// The elements of the next group of a row. Zeros count, too: infinity times zero is NaN.
+// Decodes the next group of a row, zeros included: they are multiplied too, since infinity times
+// zero is NaN.
 template <ValueType kType>
 void decode_group(uint32_t mask, const uint16_t*& values, const uint16_t* end, Lanes& elements) {
   std::fill_n(elements, kGroupCols, 0.0F);
@@ -96,7 +98,7 @@ RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type) {
 }
 
 RowBitmapPackBlock row_bitmap_block_packer(CpuIsa isa) {
-  return row_bitmap_kernel(isa, ValueType::kBfloat16).pack_block;  // packing moves patterns
+  return row_bitmap_kernel(isa, ValueType::kBfloat16).pack_block;  // packing copies patterns
 }
 
 }  // namespace flash_llm

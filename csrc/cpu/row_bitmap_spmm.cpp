@@ -1,5 +1,5 @@
-// The row bitmap's products on the CPU: prepares X for the kernels (row_bitmap_kernels.h), cuts the
-// work, and finishes what they have summed.
+// The row bitmap's product on the CPU: converts X for the kernels (row_bitmap_kernels.h), divides
+// the work among threads, and applies bias, activation and rounding to the kernels' sums.
 #include <algorithm>
 #include <cstddef>
 #include <limits>
@@ -16,22 +16,22 @@
 namespace flash_llm {
 namespace {
 
-// Elements of the weight, with one token, that are worth a second thread. Measured at 50 % zeros
-// with one and two threads (EPYC with AVX2 that other processes shared, fastest passes,
-// 2026-11-29): N = 1, 256x256 22 and 25 us, 384x384 33 and 30, 1536x576 118 and 75, 2048x2048 537
-// and 338; N = 8, 256x256 52 and 43, 576x576 181 and 112.
+// Fewest elements of the weight, at one token, for which another thread pays. Measured at 50 %
+// zeros with one and two threads (EPYC with AVX2, shared with other processes, fastest of all
+// passes, 2026-11-29): N = 1, 256x256 22 and 25 us, 384x384 33 and 30, 1536x576 118 and 75,
+// 2048x2048 537 and 338; N = 8, 256x256 52 and 43, 576x576 181 and 112.
 constexpr int64_t kGrainElems = int64_t{1} << 17;
-// Tokens that are prepared at once, so that a long prompt does not take memory without bound: 60 MB
-// as fp32 at K = 16384. Decoding again costs less than 1 %.
+// Tokens that are converted at once. This bounds the memory for a long prompt: 60 MB as fp32 at
+// K = 16384. Decoding the weight again for each such slice costs less than 1 %.
 constexpr int64_t kSliceTokens = 960;
 
 constexpr int kBf16MantissaBits = 7;
-// Products whose biased exponents add up to this are 2^-112 or larger, and multiples of 2^-126, as
-// are all sums of such products.
+// Products of bf16 values whose biased exponents add up to at least this are 2^-112 or larger, and
+// multiples of 2^-126, as are all sums of such products.
 constexpr uint32_t kNormalExponents = 2 * 127 - 112;
 constexpr uint32_t kNever = std::numeric_limits<uint32_t>::max();
 
-// Memory that begins at a cache line and is not filled.
+// Uninitialised memory that is aligned to cache lines.
 class Buffer {
  public:
   explicit Buffer(size_t bytes) : words_(new uint32_t[(bytes + kLineBytes) / sizeof(uint32_t)]) {}
@@ -48,9 +48,9 @@ class Buffer {
   std::unique_ptr<uint32_t[]> words_;
 };
 
-// The smallest magnitude that is not zero, and the largest, as integers.
+// The smallest nonzero magnitude, and the largest, as integers.
 struct Magnitudes {
-  uint16_t smallest_less_1 = 0xFFFF;  // zeros wrap around and never win
+  uint16_t smallest_less_1 = 0xFFFF;  // zeros wrap around to the largest integer
   uint16_t largest = 0;
 
   void add(const uint16_t* x, int64_t count) {
@@ -68,12 +68,12 @@ struct Magnitudes {
 // RowBitmapTokens::smallest_normal for bf16 inputs.
 uint32_t smallest_normal_weight(const Magnitudes& x) {
   const uint32_t exponent = (x.smallest_less_1 + 1U) >> kBf16MantissaBits;
-  if (exponent == 0) return kNever;  // a subnormal input
+  if (exponent == 0) return kNever;  // an input is subnormal
   const uint32_t needed = kNormalExponents > exponent ? kNormalExponents - exponent : 1;
   return std::max(needed, 1U) << kBf16MantissaBits;
 }
 
-// tokens[groups][count][32 columns], from X[count, stride].
+// Fills tokens[groups][count][32 columns] from X[count, stride].
 template <typename T>
 void prepare_groups(const RowBitmapKernel& kernel, const uint16_t* x, int64_t stride, int64_t k,
                     int count, T* tokens) {
@@ -94,7 +94,8 @@ void prepare_groups(const RowBitmapKernel& kernel, const uint16_t* x, int64_t st
   }
 }
 
-// block.count tokens of X from `token0` on; `x` has room for them in the kernel's form.
+// Fills `block` with its block.count tokens of X from `token0` on, in the kernel's layout. `x` is
+// memory for them; a single row that needs no conversion is not copied.
 template <ValueType kType, typename T>
 void prepare(const SpmmArgs& args, const RowBitmapKernel& kernel, int64_t token0, T* x,
              RowBitmapTokens& block) {
@@ -138,12 +139,12 @@ void finish(const SpmmArgs& args, int64_t token0, int tokens, int64_t first_bloc
   }
 }
 
-// T: of X as the kernel wants it.
+// T is the element type of X that the kernel reads.
 template <ValueType kType, typename T>
 void multiply(const SpmmArgs& args, const RowBitmapKernel& kernel,
               const ParallelFor& parallel_for) {
   const int64_t token_blocks = (args.n + kernel.max_tokens - 1) / kernel.max_tokens;
-  // Blocks as equal as can be.
+  // Blocks whose sizes differ by at most one token.
   const auto first_token = [&](int64_t i) { return i * args.n / token_blocks; };
   const int64_t token_elems = num_groups(args.weight.k) * kGroupCols;
   const Buffer x(static_cast<size_t>(args.n * token_elems) * sizeof(T));
@@ -157,7 +158,7 @@ void multiply(const SpmmArgs& args, const RowBitmapKernel& kernel,
     }
   });
 
-  // A token more is a third of what decoding and one token are.
+  // Each further token costs a third of what decoding and the first token cost.
   const int64_t block_work = std::max<int64_t>(1, kBlockRows * args.weight.k * (args.n + 2) / 3);
   const int64_t grain = std::max<int64_t>(1, kGrainElems / block_work);
   parallel_for(num_row_blocks(args.weight.m), grain, [&](int64_t begin, int64_t end) {
@@ -211,7 +212,7 @@ void spmm_cpu_row_bitmap(const SpmmArgs& args, CpuIsa isa, const ParallelFor& pa
 
 void row_bitmap_decode(const PackedView& weight, int64_t first_row, int64_t last_row, CpuIsa isa,
                        const ParallelFor& parallel_for, uint16_t* dense) {
-  // Decoding moves patterns, of whatever type.
+  // Decoding copies 16-bit patterns, so any value type will do.
   const RowBitmapKernel kernel = row_bitmap_kernel(isa, ValueType::kBfloat16);
   const int64_t first = first_row / kBlockRows;
   parallel_for(num_row_blocks(last_row) - first, 4, [&](int64_t begin, int64_t end) {

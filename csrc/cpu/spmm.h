@@ -1,4 +1,4 @@
-// The CPU's kernels. x_stride >= k everywhere. Results do not depend on the number of threads.
+// The CPU's kernels. They require x_stride >= k. Results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -11,23 +11,24 @@
 
 namespace flash_llm {
 
-// Runs the plan's family; kDense and kRowBitmapBlocks, which need a dense GEMM, are the caller's.
+// Runs the plan's kernel family. Refuses kDense and kRowBitmapBlocks: they need a dense GEMM, so
+// the caller runs them.
 Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, CpuIsa isa,
                 const ParallelFor& parallel_for);
 
 // Oracle for any format: unpacks a tile row at a time, accumulates in fp64, rounds once.
 void spmm_cpu_reference(const SpmmArgs& args, const ParallelFor& parallel_for);
 
-// Tiled-CSL only. Vectorised and multi-threaded over tile rows, fp32 accumulation; N is walked in
-// blocks of up to 8, decoding the weight once per block.
+// Tiled-CSL only. Vectorised, multi-threaded over tile rows, fp32 accumulation. Tokens are
+// processed in blocks of up to 8; each block decodes the weight once.
 void spmm_cpu_tiled_csl(const SpmmArgs& args, const ParallelFor& parallel_for);
 
-// Row bitmap only. As above, with the kernels of `isa`, which this CPU must have: over row blocks,
-// in blocks of as many tokens as a kernel's registers hold.
+// Row bitmap only. Uses the kernels of `isa`, which this CPU must have. Multi-threaded over blocks
+// of rows, fp32 accumulation; a block of tokens has as many as a kernel's registers hold.
 void spmm_cpu_row_bitmap(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for);
 
-// Row bitmap only. Decodes rows first_row ... last_row (multiples of 4, the last may be m) with the
-// kernels of `isa` into dense[rows, k], contiguous.
+// Row bitmap only. Decodes rows first_row ... last_row (multiples of 4; last_row may also be m)
+// with the kernels of `isa` into dense[rows, k], contiguous.
 void row_bitmap_decode(const PackedView& weight, int64_t first_row, int64_t last_row, CpuIsa isa,
                        const ParallelFor& parallel_for, uint16_t* dense);
 

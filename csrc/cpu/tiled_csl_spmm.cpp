@@ -1,6 +1,6 @@
-// The CPU kernel for decode sizes: each thread walks whole tile rows. A tile is decoded into a
-// 16 KB buffer (it stays in L1) that is transposed, column by column of 128 rows, so that the
-// inner loop is a plain multiply-add over consecutive rows and vectorises without reordering any
+// The CPU kernel of Tiled-CSL, for few tokens. Each thread computes whole tile rows. A tile is
+// decoded, transposed, into a 16 KB buffer that stays in L1: column after column of 128 rows. So
+// the inner loop is a multiply-add over consecutive rows, which vectorises without reordering any
 // sum.
 #include <algorithm>
 #include <array>
@@ -11,8 +11,8 @@
 #include "format/element.h"
 #include "format/tiled_csl.h"
 
-// One binary, several instruction sets: the loader picks the best clone. Sanitizer builds and other
-// compilers or CPUs compile the plain loop.
+// Compiles a function for several instruction sets; the loader picks the best clone for the CPU.
+// Sanitizer builds, other compilers and other architectures compile it once.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__)
 #define FLASH_LLM_VECTOR_CLONES \
@@ -35,24 +35,25 @@ struct Tile {
 
 using Sums = std::array<std::array<float, kTileM>, kMaxTokens>;
 
-// Place in the format to place in a Tile: one load instead of a dozen shifts per nonzero.
-constexpr std::array<uint16_t, kTileElems> transposed_places() {
+// The index in a Tile for each position of the format: a load instead of a dozen shifts per
+// nonzero.
+constexpr std::array<uint16_t, kTileElems> transposed_positions() {
   std::array<uint16_t, kTileElems> table{};
-  for (int place = 0; place < kTileElems; ++place) {
-    table[static_cast<size_t>(place)] =
-        static_cast<uint16_t>(col_of_place(place) * kTileM + row_of_place(place));
+  for (int position = 0; position < kTileElems; ++position) {
+    table[static_cast<size_t>(position)] =
+        static_cast<uint16_t>(col_of_position(position) * kTileM + row_of_position(position));
   }
   return table;
 }
 
-constexpr std::array<uint16_t, kTileElems> kTransposedPlace = transposed_places();
+constexpr std::array<uint16_t, kTileElems> kTransposedPosition = transposed_positions();
 
 void decode(const PackedView& weight, int64_t tile_idx, Tile& tile) {
   tile.values.fill(0);
   const auto [first, last] = tile_entry_range(weight, tile_idx);
   for (int64_t i = first; i < last; ++i) {
     const uint32_t entry = weight.payload[i];
-    tile.values[kTransposedPlace[(entry >> 16) % kTileElems]] = static_cast<uint16_t>(entry);
+    tile.values[kTransposedPosition[(entry >> 16) % kTileElems]] = static_cast<uint16_t>(entry);
   }
 }
 

@@ -18,7 +18,7 @@ namespace {
 constexpr size_t kLanes = 32;
 constexpr size_t kStrips = kChunkM / kStripM;
 
-// What a chunk covers of the matrix, ragged at the edges.
+// The part of the matrix that a chunk covers; smaller at the edges.
 struct Extent {
   int64_t row0, col0;
   int rows, cols;
@@ -32,7 +32,7 @@ Extent chunk_extent(int64_t chunk_row, int64_t chunk_col, bool two_four, int64_t
 
 int popcount(uint64_t word) { return static_cast<int>(std::bitset<64>(word).count()); }
 
-// By row of a chunk: bit column % 64 of [column / 64].
+// The bits of a row of a chunk: that of column c is bit c % 64 of [c / 64].
 using RowBits = std::array<uint64_t, kTwoFourK / 64>;
 using ElementBits = std::array<RowBits, kChunkM>;
 
@@ -48,7 +48,7 @@ ElementBits element_bits(const uint16_t* dense, int64_t ld, const Extent& extent
   return bits;
 }
 
-// The bits of a plain chunk from those of its pair.
+// The bits of one of the two plain chunks that a 2:4 chunk covers.
 ElementBits half_of_pair(const ElementBits& pair, size_t second) {
   ElementBits bits{};
   for (size_t row = 0; row < kChunkM; ++row) {
@@ -72,7 +72,7 @@ size_t group_at(const RowBits& row, int col) {
 
 struct Group {
   uint8_t slots;     // bit 0, 1: whether slot 0, 1 is stored
-  uint8_t residual;  // the bits that have no slot
+  uint8_t residual;  // the elements without a slot, as bits of the group
 };
 
 constexpr std::array<Group, 16> make_groups() {
@@ -121,7 +121,7 @@ RunWords run_words(const ElementBits& bits, bool two_four) {
   for (size_t row = 0; row < kChunkM; ++row) {
     const size_t strip = row / kStripM, group = row % 8, upper = row / 8 % 2;
     for (size_t half = 0; half < 2; ++half) {
-      // Now bit 8 (2 (lane % 4) + elem % 2) + quad: two bytes are a lane's.
+      // Transposed, it is bit 8 (2 (lane % 4) + elem % 2) + quad: each lane has two bytes.
       const uint64_t lanes = transposed_8x8(half_row(bits[row], two_four, static_cast<int>(half)));
       for (size_t thread = 0; thread < 4; ++thread) {
         runs[4 * group + thread][2 * half + strip] |=
@@ -132,7 +132,7 @@ RunWords run_words(const ElementBits& bits, bool two_four) {
   return runs;
 }
 
-// The inverse for a plain chunk, which stores its runs' words.
+// The inverse of run_words for a plain chunk, whose stored bits are its run words.
 ElementBits plain_element_bits(const RunWords& runs) {
   ElementBits bits{};
   for (size_t row = 0; row < kChunkM; ++row) {
@@ -163,16 +163,16 @@ std::array<uint8_t, kLanes> sorted_lanes(const LaneCounts& counts) {
   return order;
 }
 
-using Sigma = std::array<std::array<uint8_t, kStrips>, kLanes>;  // [lane][strip]
+using DownOffsets = std::array<std::array<uint8_t, kStrips>, kLanes>;  // [lane][strip]
 
 struct RunLayout {
   int rows = 0;
-  Sigma sigma{};
+  DownOffsets down_offsets{};
 };
 
-// For each strip the longest downward run goes on top of the shortest upward run, the second
-// longest on the second shortest and so on; of the swap patterns the first with the fewest rows
-// wins.
+// Pairs the runs of each strip: the longest downward run goes on top of the shortest upward run,
+// the second longest on the second shortest and so on. Of the swap patterns the first with the
+// fewest rows wins.
 RunLayout run_layout(const RunWords& runs) {
   LaneCounts up[kStrips], down[kStrips];
   for (size_t lane = 0; lane < kLanes; ++lane) {
@@ -198,7 +198,7 @@ RunLayout run_layout(const RunWords& runs) {
         const bool swapped = swaps_slots(pattern, static_cast<int>(column));
         const size_t slot = swapped ? 1 - strip : strip;
         layout.rows = std::max(layout.rows, free_up[column] + down[strip][lane]);
-        layout.sigma[lane][strip] = static_cast<uint8_t>(4 * column + 2 * slot);
+        layout.down_offsets[lane][strip] = static_cast<uint8_t>(4 * column + 2 * slot);
       }
     }
     if (layout.rows < best.rows) best = layout;
@@ -220,14 +220,14 @@ ResidualSteps residual_steps(const ElementBits& bits) {
   return steps;
 }
 
-// What is stored, and where. Offsets are in bytes from the chunk's first.
+// What a chunk stores, and where. Offsets are in bytes from the chunk's first byte.
 struct Chunk {
   bool two_four = false;
   ElementBits bits{};
   RunWords runs{};
   int rows = 0;           // of values
   ResidualSteps steps{};  // of the residual, by strip
-  Sigma sigma{};
+  DownOffsets down_offsets{};
 
   int units() const {
     return two_four ? two_four_units(rows, steps[0], steps[1]) : chunk_units(rows);
@@ -235,22 +235,22 @@ struct Chunk {
   int values_begin() const { return two_four ? kTwoFourFixedBytes : 0; }
   int values_end() const { return values_begin() + rows * kChunkRowBytes; }
   int bits_begin() const { return two_four ? 0 : values_end(); }
-  int sigma_begin() const {
+  int down_offsets_begin() const {
     return bits_begin() + (two_four ? kTwoFourBitsBytes : kChunkBitsBytes);
   }
   int residual_begin() const { return values_end(); }
 
-  // Of the n-th value of a run.
+  // Offset of the n-th value of a run.
   int value_offset(int lane, int half, int strip, int n) const {
-    const int sigma_of_run = sigma[static_cast<size_t>(lane)][static_cast<size_t>(strip)];
+    const int down_offset = down_offsets[static_cast<size_t>(lane)][static_cast<size_t>(strip)];
     return values_begin() + (half == 0 ? n * kChunkRowBytes + lane * 4 + strip * 2
-                                       : (rows - 1 - n) * kChunkRowBytes + (sigma_of_run & 0x7E));
+                                       : (rows - 1 - n) * kChunkRowBytes + (down_offset & 0x7E));
   }
-  // Of a residual element: its value, and its place.
+  // Where a step stores the value of a row's element, and where its residual offset.
   int residual_value_offset(int row, int step) const {
     return step_offset(row, step) + row % 8 * 4 + row / 8 % 2 * 2;
   }
-  int residual_place_offset(int row, int step) const {
+  int residual_column_offset(int row, int step) const {
     return step_offset(row, step) + kResidualStepBytes / 2 + row % kStripM * 2;
   }
 
@@ -267,7 +267,7 @@ Chunk lay_out_chunk(const ElementBits& bits, bool two_four) {
   chunk.runs = run_words(bits, two_four);
   const RunLayout layout = run_layout(chunk.runs);
   chunk.rows = layout.rows;
-  chunk.sigma = layout.sigma;
+  chunk.down_offsets = layout.down_offsets;
   if (two_four) chunk.steps = residual_steps(bits);
   return chunk;
 }
@@ -300,19 +300,19 @@ void for_each_value(const Chunk& chunk, const Visit& visit) {
   }
 }
 
-// What a step holds of kPhaseRows rows: columns of the chunk, 0 where a row has none (a residual
-// element never has column 0), and a bit for each class among them.
+// The part of a residual step for kPhaseRows rows: the column of each row's element, 0 where a row
+// has none (no residual element lies in column 0), and a bit for each class among them.
 struct PhaseStep {
   std::array<uint8_t, kPhaseRows> cols{};
   uint8_t classes = 0;
 };
 
-// The residual of kPhaseRows rows. Elements beyond the steps, which a chunk that was not validated
-// may have, are left out.
+// The residual of kPhaseRows rows. A chunk that was not validated may have more elements than its
+// steps hold; the excess is left out.
 std::vector<PhaseStep> phase_steps(const Chunk& chunk, int first_row) {
   std::vector<PhaseStep> steps(
       static_cast<size_t>(chunk.steps[static_cast<size_t>(first_row / kStripM)]));
-  const auto place = [&steps](size_t row, int col) {
+  const auto assign = [&steps](size_t row, int col) {
     const auto of_class = static_cast<uint8_t>(1 << residual_class(col));
     PhaseStep* found = nullptr;
     for (PhaseStep& step : steps) {
@@ -330,15 +330,15 @@ std::vector<PhaseStep> phase_steps(const Chunk& chunk, int first_row) {
     for (int col = 0; col < kTwoFourK; col += 4) {
       const int residual = kGroups[group_at(bits, col)].residual;
       for (int k = 2; k < 4; ++k) {
-        if ((residual >> k & 1) != 0) place(row, col + k);
+        if ((residual >> k & 1) != 0) assign(row, col + k);
       }
     }
   }
   return steps;
 }
 
-// Calls visit(row, col, step, stored) for each entry of each step of the residual; one that is not
-// stored has the column of another or 0.
+// Calls visit(row, col, step, stored) for each entry of each step of the residual. An entry without
+// an element (`stored` is false) has the column of another entry or 0.
 template <typename Visit>
 void for_each_residual(const Chunk& chunk, const Visit& visit) {
   if (!chunk.two_four) return;
@@ -368,12 +368,12 @@ void store(uint8_t* to, T value) {
   std::memcpy(to, &value, sizeof(value));
 }
 
-// A 2:4 chunk's bits as they are stored: [strip][lane][word].
+// The stored bits of a 2:4 chunk: [strip][lane][word].
 using TwoFourBits = std::array<std::array<std::array<uint32_t, 4>, kLanes>, kStrips>;
 
-// A lane's words of 64 columns have 16 columns of a row in their low half and of the row eight
-// below in their high half. Calls visit(row bits, word, shift of the 16 columns, shift within the
-// word).
+// Each of a lane's words, before they are transposed, has 16 of 64 columns: of one row in its low
+// half and of the row eight below in its high half. Calls visit(row, word, shift of the 16 columns
+// in the row's bits, shift in the word).
 template <typename Visit>
 void for_each_sixteen(size_t strip, size_t lane, const Visit& visit) {
   for (size_t upper = 0; upper < 2; ++upper) {
@@ -414,19 +414,19 @@ ElementBits two_four_element_bits(TwoFourBits stored) {
 bool write_chunk(const Chunk& chunk, const uint16_t* dense, int64_t ld, const Extent& extent,
                  uint8_t* out) {
   std::memset(out, 0, static_cast<size_t>(chunk.units()) * kChunkUnitBytes);
-  Sigma sigma = chunk.sigma;
+  DownOffsets down_offsets = chunk.down_offsets;
   if (chunk.two_four) {
     const TwoFourBits bits = two_four_bits(chunk.bits);
     std::memcpy(out + chunk.bits_begin(), bits.data(), kTwoFourBitsBytes);
     const auto sizes =
         static_cast<uint32_t>(chunk.rows | chunk.steps[0] << 8 | chunk.steps[1] << 16);
     for (size_t lane = 0; lane < kLanes; ++lane) {
-      sigma[lane][0] = static_cast<uint8_t>(sigma[lane][0] | (sizes >> lane & 1U));
+      down_offsets[lane][0] = static_cast<uint8_t>(down_offsets[lane][0] | (sizes >> lane & 1U));
     }
   } else {
     std::memcpy(out + chunk.bits_begin(), chunk.runs.data(), kChunkBitsBytes);
   }
-  std::memcpy(out + chunk.sigma_begin(), sigma.data(), kChunkSigmaBytes);
+  std::memcpy(out + chunk.down_offsets_begin(), down_offsets.data(), kChunkDownOffsetBytes);
   bool changed = false;
   const auto store_value = [&](int row, int col, int offset) {
     const uint16_t value = dense[(extent.row0 + row) * ld + extent.col0 + col];
@@ -436,13 +436,14 @@ bool write_chunk(const Chunk& chunk, const uint16_t* dense, int64_t ld, const Ex
   for_each_value(chunk, store_value);
   for_each_residual(chunk, [&](int row, int col, int step, bool stored) {
     if (stored) store_value(row, col, chunk.residual_value_offset(row, step));
-    store(out + chunk.residual_place_offset(row, step), static_cast<uint16_t>(residual_place(col)));
+    store(out + chunk.residual_column_offset(row, step),
+          static_cast<uint16_t>(residual_offset(col)));
   });
   return !changed;
 }
 
-// A chunk's bytes, clamped into the payload: a malformed weight that slipped past validation gives
-// wrong numbers but never touches memory that is not ours.
+// A chunk's bytes, clamped to the payload: a malformed weight that was not validated gives wrong
+// numbers, but nothing outside the payload is read.
 struct StoredChunk {
   const uint8_t* bytes;
   int64_t units;
@@ -455,8 +456,8 @@ StoredChunk stored_chunk(const PackedView& view, int64_t index) {
   return {reinterpret_cast<const uint8_t*>(view.payload + first * kChunkUnitWords), last - first};
 }
 
-// Reads all but the values of a chunk that has bytes. Returns why it cannot be one, or "": then
-// every offset that a Chunk can give lies within the bytes.
+// Reads everything but the values of a chunk that has bytes. Returns what is wrong with its size,
+// or "": then every offset that a Chunk can give lies within the bytes.
 std::string read_chunk(const StoredChunk& stored, Chunk* chunk) {
   chunk->two_four = is_two_four(stored.units);
   if (!chunk->two_four) {
@@ -464,15 +465,17 @@ std::string read_chunk(const StoredChunk& stored, Chunk* chunk) {
     if (chunk->rows < 0) return "no chunk has " + std::to_string(stored.units) + " units";
     std::memcpy(chunk->runs.data(), stored.bytes + chunk->bits_begin(), kChunkBitsBytes);
     chunk->bits = plain_element_bits(chunk->runs);
-    std::memcpy(chunk->sigma.data(), stored.bytes + chunk->sigma_begin(), kChunkSigmaBytes);
+    std::memcpy(chunk->down_offsets.data(), stored.bytes + chunk->down_offsets_begin(),
+                kChunkDownOffsetBytes);
     return "";
   }
-  std::memcpy(chunk->sigma.data(), stored.bytes + chunk->sigma_begin(), kChunkSigmaBytes);
+  std::memcpy(chunk->down_offsets.data(), stored.bytes + chunk->down_offsets_begin(),
+              kChunkDownOffsetBytes);
   uint32_t sizes = 0;
   for (size_t lane = 0; lane < kLanes; ++lane) {
-    uint8_t& sigma = chunk->sigma[lane][0];
-    sizes |= static_cast<uint32_t>(sigma & 1U) << lane;
-    sigma = static_cast<uint8_t>(sigma & ~1U);
+    uint8_t& down_offset = chunk->down_offsets[lane][0];
+    sizes |= static_cast<uint32_t>(down_offset & 1U) << lane;
+    down_offset = static_cast<uint8_t>(down_offset & ~1U);
   }
   chunk->rows = static_cast<int>(sizes & 0xFFU);
   chunk->steps = {static_cast<int>(sizes >> 8 & 0xFFU), static_cast<int>(sizes >> 16 & 0xFFU)};
@@ -486,13 +489,14 @@ std::string read_chunk(const StoredChunk& stored, Chunk* chunk) {
   return "";
 }
 
-// A pair of columns of one band; a last column without a partner makes one too.
-struct PairPlace {
+// A pair of columns of one band; a last column without a partner counts as a pair too.
+struct PairPosition {
   int64_t rows, cols;  // chunks of the weight
   int64_t row_begin, row_end;
   int64_t col;
 
-  PairPlace(int64_t nth, int64_t m, int64_t k) : rows(num_chunk_rows(m)), cols(num_chunk_cols(k)) {
+  PairPosition(int64_t nth, int64_t m, int64_t k)
+      : rows(num_chunk_rows(m)), cols(num_chunk_cols(k)) {
     const int64_t pairs = num_chunk_pairs(cols);
     row_begin = nth / pairs * kBandChunkRows;
     row_end = std::min(rows, row_begin + kBandChunkRows);
@@ -504,15 +508,15 @@ struct PairPlace {
   }
 };
 
-std::string place_text(int row, int col) {
+std::string position_text(int row, int col) {
   return "row " + std::to_string(row) + ", column " + std::to_string(col) + " of the chunk";
 }
 
-// What is wrong with where the runs are, or "".
+// What is wrong with the layout of the runs, or "".
 std::string runs_problem(const Chunk& chunk) {
   int up[kLanes][2] = {};           // length of the upward run by column and slot
-  bool used[kLanes][2] = {};        // slots that a downward run has
-  bool strip_used[2][kLanes] = {};  // columns that a strip's downward runs have
+  bool used[kLanes][2] = {};        // slots taken by a downward run
+  bool strip_used[2][kLanes] = {};  // columns taken by a strip's downward runs
   for (size_t lane = 0; lane < kLanes; ++lane) {
     for (size_t strip = 0; strip < kStrips; ++strip) {
       up[lane][strip] = popcount(chunk.runs[lane][strip]);
@@ -520,12 +524,13 @@ std::string runs_problem(const Chunk& chunk) {
   }
   for (size_t lane = 0; lane < kLanes; ++lane) {
     for (size_t strip = 0; strip < kStrips; ++strip) {
-      const int sigma = chunk.sigma[lane][strip], column = sigma / 4, slot = sigma % 4 / 2;
+      const int down_offset = chunk.down_offsets[lane][strip];
+      const int column = down_offset / 4, slot = down_offset % 4 / 2;
       const auto who = [lane, strip] {
         return "lane " + std::to_string(lane) + " of strip " + std::to_string(strip);
       };
-      if (sigma % 2 != 0 || sigma >= kChunkRowBytes) {
-        return who() + ": sigma must be even and below 128, got " + std::to_string(sigma);
+      if (down_offset % 2 != 0 || down_offset >= kChunkRowBytes) {
+        return who() + ": sigma must be even and below 128, got " + std::to_string(down_offset);
       }
       if (strip_used[strip][column] || used[column][slot]) {
         return who() + ": column " + std::to_string(column) + " is taken twice";
@@ -541,14 +546,14 @@ std::string runs_problem(const Chunk& chunk) {
   return "";
 }
 
-// What is wrong with which bits are set, or "".
+// What is wrong with the bits, or "".
 std::string bits_problem(const Chunk& chunk, const Extent& extent) {
   const int width = chunk.two_four ? kTwoFourK : kChunkK;
   if (num_stored(chunk.bits) == 0) return "a chunk without nonzeros must have no bytes";
   for (int row = 0; row < kChunkM; ++row) {
     for (int col = row < extent.rows ? extent.cols : 0; col < width; ++col) {
       const uint64_t word = chunk.bits[static_cast<size_t>(row)][static_cast<size_t>(col / 64)];
-      if ((word >> col % 64 & 1U) != 0) return place_text(row, col) + " lies outside the matrix";
+      if ((word >> col % 64 & 1U) != 0) return position_text(row, col) + " lies outside the matrix";
     }
   }
   if (!chunk.two_four) return "";
@@ -562,27 +567,27 @@ std::string bits_problem(const Chunk& chunk, const Extent& extent) {
   return "";
 }
 
-// What is wrong with the values, the residual and the padding of a chunk that is right otherwise,
-// or "".
+// What is wrong with the values, the residual or the padding of a chunk whose runs and bits are
+// valid, or "".
 std::string values_problem(const Chunk& chunk, const uint8_t* bytes) {
   std::string problem;
   std::bitset<kMaxChunkUnits * kChunkUnitBytes / 2> written;
   const auto check_value = [&](int row, int col, int offset) {
     written.set(static_cast<size_t>(offset / 2));
     if (problem.empty() && is_zero(load<uint16_t>(bytes + offset))) {
-      problem = "a stored value must not be zero (" + place_text(row, col) + ")";
+      problem = "a stored value must not be zero (" + position_text(row, col) + ")";
     }
   };
   for_each_value(chunk, check_value);
   for_each_residual(chunk, [&](int row, int col, int step, bool stored) {
     if (stored) check_value(row, col, chunk.residual_value_offset(row, step));
-    const int offset = chunk.residual_place_offset(row, step);
+    const int offset = chunk.residual_column_offset(row, step);
     written.set(static_cast<size_t>(offset / 2));
-    const int place = load<uint16_t>(bytes + offset);
-    if (problem.empty() && place != residual_place(col)) {
+    const int found = load<uint16_t>(bytes + offset);
+    if (problem.empty() && found != residual_offset(col)) {
       problem = "step " + std::to_string(step) + " of row " + std::to_string(row) +
-                "'s residual must have place " + std::to_string(residual_place(col)) + ", got " +
-                std::to_string(place);
+                "'s residual must have place " + std::to_string(residual_offset(col)) + ", got " +
+                std::to_string(found);
     }
   });
   if (!problem.empty()) return problem;
@@ -608,12 +613,12 @@ std::string chunk_problem(const StoredChunk& stored, const Extent& extent, int64
   return problem;
 }
 
-// The chunks of a pair are of one kind, and where that is 2:4 the second column has none.
+// Checks that the chunks of a pair are of one kind, and that 2:4 chunks are in its first column.
 Status check_kinds(const PackedView& view) {
   const int64_t num_pairs =
       num_bands(num_chunk_rows(view.m)) * num_chunk_pairs(num_chunk_cols(view.k));
   for (int64_t nth = 0; nth < num_pairs; ++nth) {
-    const PairPlace pair(nth, view.m, view.k);
+    const PairPosition pair(nth, view.m, view.k);
     int64_t plain = -1, two_four = -1;  // the first of each
     for (int64_t row = pair.row_begin; row < pair.row_end; ++row) {
       for (int64_t second = 0; second < pair.width(); ++second) {
@@ -639,8 +644,8 @@ Status check_kinds(const PackedView& view) {
 }
 
 // Chooses the kind of a pair. Writes the units of its chunks to `units` and returns its nonzeros.
-int64_t count_pair(const uint16_t* dense, int64_t ld, const PairPlace& pair, int64_t m, int64_t k,
-                   int32_t* units) {
+int64_t count_pair(const uint16_t* dense, int64_t ld, const PairPosition& pair, int64_t m,
+                   int64_t k, int32_t* units) {
   const bool paired = pair.width() == 2;
   std::array<int, kBandChunkRows> two_four{};
   int64_t nnz = 0, plain_sum = 0, two_four_sum = 0;
@@ -680,7 +685,7 @@ Status bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
   parallel_for(pairs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t nth = begin; nth < end; ++nth) {
       counts[static_cast<size_t>(nth)] =
-          count_pair(dense, ld, PairPlace(nth, m, k), m, k, offsets + 1);
+          count_pair(dense, ld, PairPosition(nth, m, k), m, k, offsets + 1);
     }
   });
   *nnz = 0;
@@ -742,7 +747,7 @@ Status bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets, int64
     return Status::invalid_value("payload must be whole units of 16 words, at most 2^31 - 1, got " +
                                  std::to_string(payload_words) + " words");
   }
-  // A unit of values holds 32 of them, and others hold fewer or bits instead.
+  // A unit holds at most 32 values.
   if (units > chunks * kMaxPlainUnits || header.nnz > units * (kChunkUnitBytes / 2)) {
     return nnz_does_not_fit(header, chunks, "chunk");
   }

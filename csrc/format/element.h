@@ -9,10 +9,10 @@
 
 namespace flash_llm {
 
-// All bits of a value but its sign; as integers they are ordered as the magnitudes are.
+// All bits of a value but its sign. Compared as integers they have the order of the magnitudes.
 inline constexpr uint16_t kMagnitudeMask = 0x7FFF;
 
-// ±0: what packing drops.
+// Whether a value is ±0, which packing drops.
 inline bool is_zero(uint16_t raw) { return (raw & kMagnitudeMask) == 0; }
 
 inline float bits_to_float(uint32_t bits) {
@@ -35,8 +35,8 @@ inline float to_float(uint16_t raw) {
     return bits_to_float(wide << 16);
   } else {
     // Normal: move exponent and mantissa up and rebias. Subnormal: put the mantissa under an
-    // implicit one and subtract that, which normalises it. No fp32 operand is itself subnormal, so
-    // torch.set_flush_denormal changes nothing. Inf and NaN keep an all-ones exponent.
+    // implicit one and subtract that one, which normalises it. No fp32 operand is subnormal, so
+    // torch.set_flush_denormal changes nothing. Inf and NaN keep an exponent of all ones.
     const uint32_t magnitude = (wide & 0x7FFFU) << 13;
     const uint32_t normal = magnitude + 0x38000000U;
     const uint32_t subnormal =
@@ -69,14 +69,14 @@ inline uint16_t from_float(float value) {
   }
 }
 
-// The float next to `value` whose last bit is odd, unless `value` is a float itself. Rounding that
-// to 16 bits is the same as rounding `value`: no tie can appear or vanish on the way.
+// Rounds to odd: returns `value` if it is a float, else the neighbouring float whose last bit is 1.
+// Rounding that to 16 bits gives the same as rounding `value` directly: no tie appears or vanishes.
 inline float round_to_odd(double value) {
   const auto nearest = static_cast<float>(value);
   const double difference = value - static_cast<double>(nearest);
   const uint32_t bits = float_to_bits(nearest);
   if (!(difference != 0.0) || (bits & 1U) != 0 || difference != difference) return nearest;
-  // An even neighbour was chosen; the odd one lies on the other side of `value`.
+  // `nearest` is the even neighbour; the odd one lies on the other side of `value`.
   const bool away_from_zero = (difference > 0.0) == (value > 0.0);
   return bits_to_float(away_from_zero ? bits + 1 : bits - 1);
 }

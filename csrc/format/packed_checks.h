@@ -1,4 +1,4 @@
-// What the formats' packers and validators share.
+// Helpers that the packers and validators of all formats share.
 #pragma once
 
 #include <atomic>
@@ -14,10 +14,11 @@
 
 namespace flash_llm {
 
-// First failure of several threads: the one in the lowest tile wins, so messages are repeatable.
+// The first failure among several threads: the one in the lowest tile wins, so the message does not
+// depend on the threads.
 class FirstFailure {
  public:
-  // `what` a failure is in: "tile".
+  // `what`: the noun for a tile in messages, such as "tile".
   explicit FirstFailure(std::string what) : what_(std::move(what)) {}
 
   void report(int64_t tile, const std::string& message) {
@@ -39,7 +40,7 @@ class FirstFailure {
   std::string message_;
 };
 
-// Buffer lengths against the header, for a format that cuts this weight into `tiles`.
+// Checks buffer lengths against the header, for a format that cuts this weight into `tiles` tiles.
 inline Status check_lengths(const PackedHeader& header, int64_t tiles, int64_t num_offsets,
                             int64_t payload_words) {
   if (num_offsets != tiles + 1) {
@@ -56,12 +57,12 @@ inline Status check_lengths(const PackedHeader& header, int64_t tiles, int64_t n
   return Status::success();
 }
 
-// The matrix to pack is no longer the one that was counted.
+// The error if the matrix to pack has changed since it was counted.
 inline Status dense_changed() {
   return Status::runtime("dense was changed by another thread while it was packed");
 }
 
-// A header whose nnz the payload cannot hold.
+// The error for a header whose nnz the payload cannot hold.
 inline Status nnz_does_not_fit(const PackedHeader& header, int64_t tiles, const char* what) {
   return Status::invalid_value("header says nnz = " + std::to_string(header.nnz) +
                                ", which does not fit a payload of " +
@@ -69,7 +70,7 @@ inline Status nnz_does_not_fit(const PackedHeader& header, int64_t tiles, const 
                                std::to_string(tiles) + " " + what + "s");
 }
 
-// Offsets begin at 0 and never decrease, and check_units(tile, units) has no objection to a tile.
+// Checks that offsets begin at 0 and never decrease, and each tile by check_units(tile, units).
 template <typename CheckUnits>
 Status check_offsets(const PackedView& view, int64_t tiles, const CheckUnits& check_units) {
   if (view.offsets[0] != 0) {
@@ -103,11 +104,11 @@ int64_t sum_over(int64_t count, int64_t grain, const ParallelFor& parallel_for,
   return total;
 }
 
-// What pack_tile returns for a tile that no longer has the size which it was counted with.
+// What pack_tile returns for a tile whose size has changed since it was counted.
 inline constexpr int64_t kTileChanged = -1;
 
-// Runs pack_tile(tile) over all tiles; it writes within what was counted for the tile and returns
-// its nonzeros, or kTileChanged. Their total must be `nnz`.
+// Runs pack_tile(tile) for all tiles. pack_tile writes only the words that were counted for the
+// tile and returns its nonzeros, or kTileChanged. The total must be `nnz`.
 template <typename PackTile>
 Status pack_tiles(int64_t tiles, int64_t grain, int64_t nnz, const ParallelFor& parallel_for,
                   const PackTile& pack_tile) {
@@ -125,8 +126,8 @@ Status pack_tiles(int64_t tiles, int64_t grain, int64_t nnz, const ParallelFor& 
   return changed || packed != nnz ? dense_changed() : Status::success();
 }
 
-// Runs check_range(begin, end, failure) over all tiles; it returns the nonzeros of its range, whose
-// total must be what the header says.
+// Runs check_range(begin, end, failure) over all tiles. check_range returns the nonzeros of its
+// range; their total must equal the header's nnz.
 template <typename CheckRange>
 Status check_tiles(const PackedView& view, int64_t tiles, const char* what,
                    const ParallelFor& parallel_for, const CheckRange& check_range) {

@@ -1,6 +1,7 @@
-// A packed weight as the kernels see it, and the table of formats: what every format must be able
-// to do on the host. Whoever handles packed weights in general (csrc/torch, the CPU oracle, the
-// fuzzer) goes through this table, so that a new format is a pair of files and one row of it.
+// A packed weight as the kernels see it, and the table of formats: the functions that every format
+// implements on the host. Code that handles packed weights of any format (csrc/torch, the CPU
+// oracle, the fuzzer) calls them through this table, so a new format is a pair of files and one
+// row.
 #pragma once
 
 #include <array>
@@ -18,7 +19,7 @@ struct PackedView {
   int64_t m = 0;
   int64_t k = 0;
   int64_t nnz = 0;
-  const int32_t* offsets = nullptr;   // [tiles + 1]; where each tile's part of the payload begins
+  const int32_t* offsets = nullptr;   // [tiles + 1]; where each tile begins in the payload
   const uint32_t* payload = nullptr;  // [payload_words]
   int64_t payload_words = 0;
   // What the value type multiplies its values by (value_type.h); null for types without scales.
@@ -33,30 +34,30 @@ struct PackedFormat {
   int64_t version;
   int tile_m, tile_k;  // rows and columns of a tile; tiles are stored tile row by tile row
   int unit_words;      // offsets count in units of this many payload words
-  // The bytes of rows [a, b) do not depend on the others where a and b are multiples of this: such
-  // slices are copies of a part of offsets and payload.
+  // If a and b are multiples of this, the bytes of rows [a, b) do not depend on other rows: such a
+  // slice is a copy of a part of offsets and payload.
   int slice_rows;
-  // Estimated bytes for each element of a weight in which `density` of the elements are not zero;
-  // format="auto" compares them. For 16-bit values.
+  // Estimated bytes per element of a weight of 16-bit values in which the fraction `density` of the
+  // elements is not zero. format="auto" compares the formats by it.
   double (*bytes_per_element)(double density);
 
   // Pass 1 of packing: fills offsets[tiles + 1] and *nnz from dense[m, k] (row stride `ld`, in
-  // elements, raw 16-bit patterns). Fails when the units would not be addressable with 31 bits.
+  // elements, raw 16-bit patterns). Fails if there are more units than 31 bits can address.
   Status (*count)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
                   const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz);
   // Pass 2: writes payload[unit_words * offsets[tiles]]. `offsets` and `nnz` come from pass 1.
-  // Fails, having written nothing outside the payload, where `dense` no longer is what pass 1 saw:
-  // the caller cannot keep other threads from changing it.
+  // Fails, without writing outside the payload, if `dense` has changed since pass 1: the caller
+  // cannot keep other threads from changing it.
   Status (*pack)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
                  int64_t nnz, const ParallelFor& parallel_for, uint32_t* payload);
   // Writes every element of one tile row: dense is [min(tile_m, rows left), k], contiguous. Safe on
-  // any buffer that check_sizes accepts; what a malformed one unpacks to is unspecified.
+  // any buffers that check_sizes accepts; the result for malformed ones is unspecified.
   void (*unpack_tile_row)(const PackedView& view, int64_t tile_row, uint16_t* dense);
   // The number of stored values; safe on the same buffers.
   int64_t (*count_stored)(const PackedView& view, const ParallelFor& parallel_for);
-  // The cheap check of every call: buffer lengths against the shape, nothing is read.
+  // The cheap check of every call: buffer lengths against the shape. Reads no buffer.
   Status (*check_sizes)(const PackedHeader& header, int64_t num_offsets, int64_t payload_words);
-  // The check in depth, on host buffers of checked sizes: every invariant of the format.
+  // The full check, of every invariant of the format, on host buffers of checked sizes.
   Status (*validate)(const PackedView& view, const ParallelFor& parallel_for);
 
   constexpr int64_t tile_rows(int64_t m) const { return (m + tile_m - 1) / tile_m; }
@@ -71,7 +72,7 @@ const std::array<PackedFormat, kNumFormats>& all_formats();
 // `id` must come from one of the two functions below.
 const PackedFormat& packed_format(Format id);
 
-// The format of a number in a header, or of a name.
+// The format for a number in a header, and for a name.
 Status format_of(int64_t number, const PackedFormat** out);
 Status parse_format(const std::string& name, Format* out);
 

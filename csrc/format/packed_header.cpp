@@ -43,7 +43,7 @@ Status PackedHeader::from_ints(const int64_t* ints, int64_t count, PackedHeader*
                                    " must not be negative, got " + std::to_string(ints[4 + i]));
     }
   }
-  // Bounded so that no later product of two of them overflows 64 bits.
+  // With this bound the product of m and k fits 64 bits.
   for (size_t i = 0; i < 2; ++i) {
     if (ints[4 + i] > INT32_MAX) {
       return Status::invalid_value(std::string("header field ") + kSizeNames[i] +

@@ -1,6 +1,6 @@
 // PackedHeader: the eight integers that describe a packed weight of any format. They travel with
 // every packed weight (as an int64[8] tensor in checkpoints, as a list of ints in operator calls),
-// so that a kernel never has to ask the device what a buffer holds.
+// so that the shape and format are known without reading a buffer from the device.
 #pragma once
 
 #include <array>
@@ -15,12 +15,12 @@ namespace flash_llm {
 inline constexpr int64_t kPackedMagic = 0x4D4C4C4853414C46;
 inline constexpr int kPackedHeaderInts = 8;
 
-// The numbers stand in headers, so they never change. packed_format.cpp has a row for each.
+// The numbers are stored in headers, so they never change. packed_format.cpp has a row for each.
 enum class Format : int64_t { kTiledCsl = 1, kBitmap = 2, kRowBitmap = 3 };
 
 struct PackedHeader {
   int64_t magic = kPackedMagic;
-  int64_t version = 0;  // 1 to the version of the format that this build writes
+  int64_t version = 0;  // from 1 to the version that this build writes
   Format format = Format::kTiledCsl;
   ValueType value_type = ValueType::kFloat16;
   int64_t m = 0;              // rows of the weight: out_features
@@ -28,7 +28,7 @@ struct PackedHeader {
   int64_t nnz = 0;            // values that are not zero
   int64_t payload_words = 0;  // 32-bit words in the payload, padding included
 
-  // The header of a weight that this build writes; sizes are still 0.
+  // A header of the version that this build writes, with all sizes 0.
   static PackedHeader of(Format format);
 
   std::array<int64_t, kPackedHeaderInts> to_ints() const;

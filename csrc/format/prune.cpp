@@ -36,7 +36,7 @@ PruneCut row_cut(const uint16_t* row, int64_t k, int64_t count, std::vector<uint
 
 void prune_group(const uint16_t* in, int count, int keep, uint16_t* out) {
   for (int i = 0; i < count; ++i) {
-    // An element's rank from the top; among equals the later one ranks higher.
+    // The number of elements that rank above this one; of equal magnitudes the later ranks higher.
     int larger = 0;
     for (int j = 0; j < count; ++j) {
       larger +=
@@ -60,7 +60,7 @@ void prune_layer(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, double
   });
   const PruneCut cut = find_prune_cut(histogram.data(), num_pruned(sparsity, m * k));
 
-  // Ties go in row-major order: a row may drop what the rows before it left over.
+  // Ties are pruned in row-major order: each row prunes ties until cut.ties are used up.
   std::vector<int64_t> ties(static_cast<size_t>(m));
   parallel_for(m, 64, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

@@ -1,8 +1,8 @@
 // Magnitude pruning of a 16-bit matrix: the p smallest magnitudes of each group become +0.
 //
 // Magnitudes are compared as the low 15 bits of the raw pattern, which orders fp16 and bf16 alike
-// (finite < Inf < NaN) and exactly; of equal magnitudes the one that comes first in row-major order
-// is pruned first. So CPU and CUDA agree bit for bit.
+// (finite < Inf < NaN) and exactly. Of equal magnitudes the first in row-major order is pruned
+// first. So CPU and CUDA agree bit for bit.
 #pragma once
 
 #include <cstdint>
@@ -45,8 +45,8 @@ struct PruneCut {
   int64_t ties = 0;
 };
 
-// The cut that drops `count` elements, given how often each of the kNumMagnitudes magnitudes
-// occurs.
+// The cut that prunes `count` elements, given the number of elements of each of the kNumMagnitudes
+// magnitudes.
 PruneCut find_prune_cut(const int64_t* histogram, int64_t count);
 
 // out[m, k] (contiguous) = dense[m, k] (row stride `ld`) with the pruned elements set to +0.

@@ -16,24 +16,24 @@ namespace {
 
 int popcount(uint32_t mask) { return static_cast<int>(std::bitset<32>(mask).count()); }
 
-// The units of a block that stores `nnz` values; 0 for none.
+// The units of a block with `nnz` values; 0 if it has none.
 int64_t block_units(int64_t groups, int64_t nnz) {
   if (nnz == 0) return 0;
   const int64_t words = 1 + groups * kBlockRows + (nnz + 1) / 2;
   return (words + kBlockUnitWords - 1) / kBlockUnitWords;
 }
 
-// Columns of a group that lie inside the matrix.
+// The number of columns of a group that lie inside the matrix.
 int cols_of(int64_t k, int64_t group) {
   return static_cast<int>(std::min<int64_t>(kGroupCols, k - group * kGroupCols));
 }
 
-// Adds the block's nonzeros to *nnz; "" if nothing is wrong with it.
+// Returns what is wrong with a block, or "". Adds its nonzeros to *nnz.
 std::string check_block(const PackedView& view, int64_t block, int64_t* nnz) {
   const int64_t groups = num_groups(view.k);
   const int64_t units = int64_t{view.offsets[block + 1]} - view.offsets[block];
   if (units == 0) return "";
-  // row_block sees no masks in a block that is shorter than they are and at the payload's end.
+  // masks is null if the block is too short for them and lies at the payload's end.
   const RowBlock parts = row_block(view, block);
   int64_t stored = 0;
   for (int64_t i = 0; parts.masks != nullptr && i < groups * kBlockRows; ++i) {
@@ -74,7 +74,7 @@ std::string check_block(const PackedView& view, int64_t block, int64_t* nnz) {
 
 Status row_bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
                         const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz) {
-  // Without columns there are no groups, and no tiles either.
+  // Without columns there are no groups and no blocks.
   const int64_t blocks = k == 0 ? 0 : num_row_blocks(m);
   std::vector<int64_t> stored(static_cast<size_t>(blocks));
   parallel_for(blocks, 16, [&](int64_t begin, int64_t end) {
@@ -109,8 +109,8 @@ PackedBlock row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, i
   for (int64_t group = 0; group < num_groups(k); ++group) {
     for (int row = 0; row < rows; ++row) {
       const uint16_t* from = dense + row * ld + group * kGroupCols;
-      // Without a branch per element, which no CPU foresees: three times as fast. Hence one place
-      // more than is kept.
+      // Every element is written, and `count` moves on only for nonzeros: a branch per element
+      // would be mispredicted, and this is three times as fast. It needs room for one more element.
       uint16_t kept[kGroupCols + 1];
       uint32_t mask = 0, count = 0;
       for (int col = 0; col < cols_of(k, group); ++col) {
@@ -120,7 +120,8 @@ PackedBlock row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, i
         kept[count] = value;
         count += stored;
         mask |= stored << col;
-        below = std::min(below, static_cast<uint16_t>(magnitude - 1));  // of 0 the largest
+        below =
+            std::min(below, static_cast<uint16_t>(magnitude - 1));  // 0 wraps around to the largest
       }
       if (count > end - values) return {};
       values = std::copy_n(kept, count, values);
@@ -134,7 +135,7 @@ Status row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
                        const int32_t* offsets, int64_t nnz, const ParallelFor& parallel_for,
                        uint32_t* payload) {
   CpuIsa isa = CpuIsa::kPortable;
-  // All give the same bytes; a name that is none is an error where a product would use it.
+  // All write the same bytes, so an unknown FLASH_LLM_CPU_ISA is no error here. It is one in spmm.
   if (!select_cpu_isa(&isa).ok()) isa = CpuIsa::kPortable;
   const auto pack_block = row_bitmap_block_packer(isa);
   const int64_t blocks = k == 0 ? 0 : num_row_blocks(m), groups = num_groups(k);

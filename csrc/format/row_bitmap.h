@@ -1,30 +1,30 @@
-// Row bitmap: one bit per element and one 16-bit value per nonzero, in the order in which a CPU
-// reads them: forward, row block after row block.
+// Row bitmap: one bit per element and one 16-bit value per nonzero, stored in the order in which a
+// CPU kernel reads them: block of rows after block of rows.
 //
 // The weight W[M, K] is cut into blocks of 4 rows, and each row into groups of 32 columns. One
-// vector instruction (AVX-512 VBMI2 vpexpandw) makes the 32 elements of a group of its mask and its
-// values; a kernel decodes the four groups below each other against one load of X.
+// vector instruction (AVX-512 VBMI2 vpexpandw) expands a group's values by its mask into the 32
+// elements. A kernel multiplies the groups of the four rows of a block by one load of X.
 //
 //   offsets  int32[blocks + 1], in units of 16 bytes; offsets[0] = 0, never decreasing,
 //            offsets[blocks] = payload_words / 4
-//   payload  the blocks' words; one without nonzeros has none, any other
+//   payload  the blocks' words. A block without nonzeros has none, any other has
 //              word 0   the smallest of its values without their signs, as an integer
 //              masks    uint32[groups][4 rows]: bit c of group j of a row says whether the element
 //                       of column 32 j + c is stored
-//              values   uint16, group by group, in each row by row, in each by rising column: in
-//              the
-//                       order of the masks
+//              values   uint16, in the order of the masks: group by group, in each group row by
+//                       row, in each row by rising column
 //              zeros    up to the next unit
 //
-// so at 50 % zeros of a large weight the payload has 0.1 % more than the exact bytes. Two streams,
-// masks and values, are read from one end to the other, and where a group's values begin depends on
-// nothing but the masks before it.
+// so at 50 % zeros a large weight's payload has 0.1 % more bytes than its bits and nonzeros alone
+// need. A kernel reads two streams, masks and values, from one end to the other; where a group's
+// values begin depends on nothing but the masks before it.
 //
-// Word 0 is what lets bf16 be multiplied by an instruction that treats subnormals as zeros: where
-// no product of a block can be one, that makes no difference (cpu/row_bitmap_spmm.cpp).
+// Word 0 decides whether bf16 values may be multiplied by an instruction that treats subnormals as
+// zeros: it gives the same result if no product of the block can be subnormal
+// (cpu/row_bitmap_spmm.cpp).
 //
-// A kernel may load 32 values where a group has fewer; it must not do so within 64 bytes of the
-// payload's end, for nothing pads that.
+// A kernel may load 32 values where a group has fewer, but not within 64 bytes of the payload's
+// end: there is no padding behind it.
 //
 // Invariants (row_bitmap_validate checks all of them): a block is as long as its masks say, word 0
 // is right, bits outside the matrix are 0, no stored value is ±0, halfwords after the last value
@@ -49,15 +49,15 @@ inline constexpr int kBlockUnitWords = 4;
 constexpr int64_t num_row_blocks(int64_t m) { return (m + kBlockRows - 1) / kBlockRows; }
 constexpr int64_t num_groups(int64_t k) { return (k + kGroupCols - 1) / kGroupCols; }
 
-// Rows of a block that lie inside the matrix.
+// The number of rows of a block that lie inside the matrix.
 constexpr int rows_of_block(int64_t m, int64_t block) {
   const int64_t left = m - block * kBlockRows;
   return static_cast<int>(left < kBlockRows ? left : kBlockRows);
 }
 
-// A block's parts. One that has no words, or, in a malformed weight, none that could be read, has
-// no masks. There may be fewer values up to `end`, the payload's, than the masks say: readers
-// check.
+// A block's parts. `masks` is null if the block has no words or, in a malformed weight, lies
+// outside the payload. `end` is the end of the payload. There may be fewer values up to it than the
+// masks say, so readers must check.
 struct RowBlock {
   const uint32_t* masks = nullptr;  // [groups][kBlockRows]
   const uint16_t* values = nullptr;
@@ -65,7 +65,7 @@ struct RowBlock {
   uint32_t smallest = 0;  // word 0
 };
 
-// What packing a block found: word 0, and where its values end; null if they did not fit.
+// The result of packing a block: word 0, and the end of its values, null if they did not fit.
 struct PackedBlock {
   uint32_t smallest = 0;
   const uint16_t* end = nullptr;
@@ -92,14 +92,15 @@ Status row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
                        uint32_t* payload);
 // Decodes a block that has masks into dense[rows, k], contiguous.
 void row_bitmap_decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense);
-// Packs `rows` rows of k columns, `ld` apart: masks[groups][4 rows], which is all zero before, and
-// the values, as many as there are nonzeros, but none at `end` or beyond.
+// Packs `rows` rows of k columns with row stride `ld`: writes masks[groups][4 rows], which must be
+// all zero before, and one value for each nonzero, but nothing at `end` or beyond.
 using RowBitmapPackBlock = PackedBlock (*)(const uint16_t* dense, int64_t ld, int rows, int64_t k,
                                            uint32_t* masks, uint16_t* values, const uint16_t* end);
-// In C++.
+// The portable one, in C++.
 PackedBlock row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
                                   uint32_t* masks, uint16_t* values, const uint16_t* end);
-// The fastest for an instruction set that this CPU has; all give the same bytes. Defined in cpu/.
+// The fastest packer for `isa`, which this CPU must have; all write the same bytes. Defined in
+// cpu/.
 RowBitmapPackBlock row_bitmap_block_packer(CpuIsa isa);
 void row_bitmap_unpack_block(const PackedView& view, int64_t block, uint16_t* dense);
 int64_t row_bitmap_count_stored(const PackedView& view, const ParallelFor& parallel_for);

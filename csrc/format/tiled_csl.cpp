@@ -14,7 +14,7 @@
 namespace flash_llm {
 namespace {
 
-// The part of the matrix that tile (tile_row, tile_col) covers; ragged at the edges.
+// The part of the matrix that a tile covers; smaller at the edges.
 struct TileExtent {
   int64_t row0, col0;
   int rows, cols;
@@ -32,12 +32,12 @@ int64_t round_up_to_vector(int64_t entries) {
   return (entries + kVectorEntries - 1) / kVectorEntries * kVectorEntries;
 }
 
-// A bank's entries in rising order of place, and which come next.
+// The entries of one bank, by rising position; those from `head` on are not stored yet.
 struct BankQueue {
   std::array<uint32_t, kTileElems / kNumBanks> entries;
   size_t end = 0;
   size_t head = 0;
-  int words = 0;  // from head on
+  int words = 0;  // with entries from head on
 
   // Whether entries i and i + 1 exist and lie in one word.
   bool paired(size_t i) const { return i + 1 < end && entries[i] >> 17 == entries[i + 1] >> 17; }
@@ -47,38 +47,38 @@ struct BankQueue {
   }
 };
 
-// Returns the tile's nonzeros, or kTileChanged if they do not make `num_entries`.
+// Packs a tile. Returns its nonzeros, or kTileChanged if they do not fill `num_entries` entries.
 int64_t pack_tile(const uint16_t* dense, int64_t ld, const TileExtent& extent, int num_entries,
                   uint32_t* entries) {
   std::array<BankQueue, kNumBanks> queues;
-  std::array<uint16_t, kVectorEntries> free_places{};  // the lowest ones: all that padding may need
+  std::array<uint16_t, kVectorEntries> free_positions{};  // the lowest; padding needs no more
   int num_free = 0, nnz = 0;
-  for (int place = 0; place < kTileElems; ++place) {
-    const int row = row_of_place(place), col = col_of_place(place);
+  for (int position = 0; position < kTileElems; ++position) {
+    const int row = row_of_position(position), col = col_of_position(position);
     const bool inside = row < extent.rows && col < extent.cols;
     const uint16_t value =
         inside ? dense[(extent.row0 + row) * ld + extent.col0 + col] : uint16_t{0};
     if (!is_zero(value)) {
-      queues[static_cast<size_t>(bank_of_place(place))].push(static_cast<uint32_t>(place) << 16 |
-                                                             value);
+      queues[static_cast<size_t>(bank_of_position(position))].push(
+          static_cast<uint32_t>(position) << 16 | value);
       ++nnz;
     } else if (num_free < kVectorEntries) {
-      free_places[static_cast<size_t>(num_free++)] = static_cast<uint16_t>(place);
+      free_positions[static_cast<size_t>(num_free++)] = static_cast<uint16_t>(position);
     }
   }
 
   if (round_up_to_vector(nnz) != num_entries) return kTileChanged;
 
-  int pos = 0;
-  const auto emit = [&](uint32_t entry) { entries[storage_index(pos++, num_entries)] = entry; };
-  while (pos < nnz) {                  // one round
+  int nth = 0;  // of the order in which entries are stored
+  const auto emit = [&](uint32_t entry) { entries[storage_index(nth++, num_entries)] = entry; };
+  while (nth < nnz) {                  // one round
     std::array<int, kNumBanks> order;  // the longest queue first, then the lowest bank
     for (int bank = 0; bank < kNumBanks; ++bank) {
       const auto i = static_cast<size_t>(bank);
       order[i] = queues[i].words * kNumBanks + kNumBanks - 1 - bank;
     }
     std::sort(order.begin(), order.end(), std::greater<>());
-    int room = store_room(pos, num_entries);
+    int room = store_room(nth, num_entries);
     for (const int key : order) {
       BankQueue& queue = queues[static_cast<size_t>(kNumBanks - 1 - key % kNumBanks)];
       if (room == 0 || queue.words == 0) break;
@@ -88,7 +88,7 @@ int64_t pack_tile(const uint16_t* dense, int64_t ld, const TileExtent& extent, i
       room -= taken;
     }
   }
-  for (size_t i = 0; pos < num_entries; ++i) emit(static_cast<uint32_t>(free_places[i]) << 16);
+  for (size_t i = 0; nth < num_entries; ++i) emit(static_cast<uint32_t>(free_positions[i]) << 16);
   return nnz;
 }
 
@@ -144,8 +144,8 @@ void tiled_csl_unpack_tile_row(const PackedView& view, int64_t tile_row, uint16_
     const TileExtent extent = tile_extent(tile, view.m, view.k);
     const auto [first, last] = tile_entry_range(view, tile);
     for (int64_t i = first; i < last; ++i) {
-      const int place = static_cast<int>(view.payload[i] >> 16) % kTileElems;
-      const int row = row_of_place(place), col = col_of_place(place);
+      const int position = static_cast<int>(view.payload[i] >> 16) % kTileElems;
+      const int row = row_of_position(position), col = col_of_position(position);
       if (row < extent.rows && col < extent.cols) {
         dense[row * view.k + extent.col0 + col] = static_cast<uint16_t>(view.payload[i]);
       }
@@ -194,27 +194,27 @@ Status tiled_csl_validate(const PackedView& view, const ParallelFor& parallel_fo
       int padding = 0;
       const auto [first, last] = tile_entry_range(view, tile);
       for (int64_t i = first; i < last; ++i) {
-        const auto place = static_cast<int>(view.payload[i] >> 16);
+        const auto position = static_cast<int>(view.payload[i] >> 16);
         const auto value = static_cast<uint16_t>(view.payload[i]);
-        if (place >= kTileElems) {
-          failure.report(tile, "place must be below 8192, got " + std::to_string(place));
+        if (position >= kTileElems) {
+          failure.report(tile, "place must be below 8192, got " + std::to_string(position));
           return range_nnz;
         }
-        if (row_of_place(place) >= extent.rows || col_of_place(place) >= extent.cols) {
-          // Padding may point outside the matrix: what it writes is a zero that nobody reads.
+        if (row_of_position(position) >= extent.rows || col_of_position(position) >= extent.cols) {
+          // Padding may lie outside the matrix: it writes a zero that is never read.
           if (!is_zero(value)) {
-            failure.report(tile, "place " + std::to_string(place) + " (row " +
-                                     std::to_string(row_of_place(place)) + ", column " +
-                                     std::to_string(col_of_place(place)) +
+            failure.report(tile, "place " + std::to_string(position) + " (row " +
+                                     std::to_string(row_of_position(position)) + ", column " +
+                                     std::to_string(col_of_position(position)) +
                                      ") lies outside the matrix");
             return range_nnz;
           }
         }
-        if (seen.test(static_cast<size_t>(place))) {
-          failure.report(tile, "place " + std::to_string(place) + " occurs twice");
+        if (seen.test(static_cast<size_t>(position))) {
+          failure.report(tile, "place " + std::to_string(position) + " occurs twice");
           return range_nnz;
         }
-        seen.set(static_cast<size_t>(place));
+        seen.set(static_cast<size_t>(position));
         if (is_zero(value)) {
           ++padding;
           if (value != 0) {
@@ -235,7 +235,7 @@ Status tiled_csl_validate(const PackedView& view, const ParallelFor& parallel_fo
 }
 
 int64_t tiled_csl_count_stored(const PackedView& view, const ParallelFor& parallel_for) {
-  // Entries that pad a tile hold zero.
+  // Padding entries have the value zero.
   return sum_over(view.payload_words, int64_t{1} << 14, parallel_for, [&](int64_t i) {
     return is_zero(static_cast<uint16_t>(view.payload[i])) ? 0 : 1;
   });

@@ -7,37 +7,38 @@
 //            offsets[num_tiles] = payload_words / 4
 //   entries  uint32[payload_words]; a vector is 4 entries = 16 bytes, the unit of a global load
 //   entry    bits 0..15  the value, a raw fp16 or bf16 pattern
-//            bits 16..31 its place in the tile, 0..8191
+//            bits 16..31 its position in the tile, 0..8191
 //
 // Invariants (tiled_csl_validate checks all of them):
-//   * places are distinct within a tile and, padding aside, lie inside the matrix in ragged tiles;
+//   * positions are distinct within a tile and, except for padding, lie inside the matrix;
 //   * no stored value is -0; an entry whose value is +0 is padding. A tile has fewer than 4 of
-//     them, just enough to fill its last vector. A padding entry writes a zero where a zero
-//     belongs, so kernels need not know it;
+//     them, just enough to fill its last vector. A padding entry writes a zero to an element that
+//     is zero, so kernels need no special case;
 //   * the number of entries that are not padding is nnz.
 //
-// Place. A decoded tile is 128 rows of 128 bytes. Row r keeps its 64 columns permuted and swizzled:
+// Position: the index of an element in the decoded tile (error messages call it place). A decoded
+// tile is 128 rows of 128 bytes. The 64 columns of row r are permuted and swizzled:
 //
 //   column c = 32 u + 8 t + 2 v + h      u = 0..1 (half of the tile), t = 0..3 (thread),
 //                                        v = 0..3 (word), h = 0..1 (half of a word)
 //   chunk  q = 4 u + v                   0..7, 16 bytes each
-//   place    = 64 r + 8 (q ^ (r mod 8)) + 2 t + h
+//   position = 64 r + 8 (q ^ (r mod 8)) + 2 t + h
 //
 // The XOR is the paper's swizzle: ldmatrix reads eight rows of one chunk without bank conflicts.
 // The permutation hands thread t of an mma.m16n8k16 quad, for the two k-steps of half u, the 8
-// consecutive columns 32 u + 8 t .. + 7: the kernel reads X straight from global memory, 16 bytes
-// per thread and 64 contiguous bytes per quad. (A sum over K does not care in which order K is
-// walked.)
+// consecutive columns 32 u + 8 t .. + 7: the kernel loads X directly from global memory, 16 bytes
+// per thread and 64 contiguous bytes per quad. (The sum over K may be taken in any order.)
 //
-// Order. Entries may stand in any order; tiled_csl_pack picks the one that the paper calls
-// ahead-of-time sparse data reordering. A warp stores 32 entries at a time into shared memory, lane
-// l taking entry e of vector l (see storage_index), and then takes one wavefront for each different
-// word in the bank that it hits most; bank = word mod 32, word = place / 2. Each bank has a queue
-// of its words that hold nonzeros, in rising order. pack fills one store after the other: in rounds
-// each bank gives its first word, one or two entries, the longest queue first and then the lowest
-// bank, until the store is full. (A word of two entries may be cut by the end of a store.) That
-// takes the fewest wavefronts there can be, about the words of the longest queue: 58 for a tile at
-// 80 % zeros, with 52 stores, where (rank within bank, bank) takes 73.
+// Order. Entries may be in any order; tiled_csl_pack uses the one that the paper calls
+// ahead-of-time sparse data reordering. A warp stores 32 entries at a time into shared memory: lane
+// l stores entry e of vector l (see storage_index). Such a store takes as many wavefronts as the
+// bank that it hits most has different words; bank = word mod 32, word = position / 2. Each bank
+// has a queue of its words that hold nonzeros, in rising order. The packer fills one store after
+// the other. It does so in rounds: in each round every bank adds its first word, with one or two
+// entries, the bank with the longest queue first, of equal ones the lowest, until the store is
+// full. (The end of a store may split a word of two entries.) This order takes the fewest
+// wavefronts possible, about the number of words in the longest queue: 58 for a tile at 80 % zeros,
+// with 52 stores, where the order (rank within bank, bank) takes 73.
 #pragma once
 
 #include <algorithm>
@@ -58,37 +59,38 @@ inline constexpr int kTileElems = kTileM * kTileK;
 inline constexpr int kTileBytes = kTileElems * 2;  // decoded
 inline constexpr int kVectorEntries = 4;
 inline constexpr int kNumBanks = 32;
-inline constexpr int kWarpEntries = 32 * kVectorEntries;  // what one warp-wide 16-byte load brings
+inline constexpr int kWarpEntries =
+    32 * kVectorEntries;  // in one warp-wide load of 16 bytes per lane
 
-// What follows is shared with the CUDA packer and kernels: the bytes must be identical.
-FLASH_LLM_HOST_DEVICE constexpr int place_of(int row, int col) {
+// The CUDA packer and kernels use these functions too, so both write the same bytes.
+FLASH_LLM_HOST_DEVICE constexpr int position_of(int row, int col) {
   const int thread = (col >> 3) & 3, chunk = (col >> 5) * 4 + ((col >> 1) & 3), half = col & 1;
   return row * kTileK + ((chunk ^ (row & 7)) << 3) + thread * 2 + half;
 }
 
-FLASH_LLM_HOST_DEVICE constexpr int row_of_place(int place) { return place / kTileK; }
+FLASH_LLM_HOST_DEVICE constexpr int row_of_position(int position) { return position / kTileK; }
 
-FLASH_LLM_HOST_DEVICE constexpr int col_of_place(int place) {
-  const int chunk = ((place >> 3) & 7) ^ ((place >> 6) & 7);
-  return (chunk >> 2) * 32 + ((place >> 1) & 3) * 8 + (chunk & 3) * 2 + (place & 1);
+FLASH_LLM_HOST_DEVICE constexpr int col_of_position(int position) {
+  const int chunk = ((position >> 3) & 7) ^ ((position >> 6) & 7);
+  return (chunk >> 2) * 32 + ((position >> 1) & 3) * 8 + (chunk & 3) * 2 + (position & 1);
 }
 
-FLASH_LLM_HOST_DEVICE constexpr int bank_of_place(int place) { return (place >> 1) & 31; }
+FLASH_LLM_HOST_DEVICE constexpr int bank_of_position(int position) { return (position >> 1) & 31; }
 
-// Where the entry at position `pos` of the conflict-avoiding order is stored, in a tile of
-// `num_entries` (a multiple of 4). Each block of 128 entries is 32 lanes x 4 entries; consecutive
-// positions run over the lanes first, so 32 consecutive positions are stored by one instruction.
-FLASH_LLM_HOST_DEVICE constexpr int storage_index(int pos, int num_entries) {
-  const int block = pos / kWarpEntries * kWarpEntries;
+// The index at which the nth entry of the order above is stored, in a tile of `num_entries` (a
+// multiple of 4). Each block of 128 entries is 32 lanes x 4 entries; consecutive entries of the
+// order go to consecutive lanes, so 32 of them are stored by one instruction.
+FLASH_LLM_HOST_DEVICE constexpr int storage_index(int nth, int num_entries) {
+  const int block = nth / kWarpEntries * kWarpEntries;
   const int left = num_entries - block;
   const int lanes = (left < kWarpEntries ? left : kWarpEntries) / kVectorEntries;
-  const int within = pos - block;
+  const int within = nth - block;
   return block + within % lanes * kVectorEntries + within / lanes;
 }
 
-// Positions from `pos` on that the store of position `pos` still has room for.
-FLASH_LLM_HOST_DEVICE constexpr int store_room(int pos, int num_entries) {
-  const int within = pos % kWarpEntries, left = num_entries - (pos - within);
+// How many entries the store that has the nth entry still takes, that entry included.
+FLASH_LLM_HOST_DEVICE constexpr int store_room(int nth, int num_entries) {
+  const int within = nth % kWarpEntries, left = num_entries - (nth - within);
   const int lanes = (left < kWarpEntries ? left : kWarpEntries) / kVectorEntries;
   return lanes - within % lanes;
 }
@@ -99,8 +101,8 @@ FLASH_LLM_HOST_DEVICE constexpr int64_t num_tile_cols(int64_t k) {
 }
 constexpr int64_t num_tiles(int64_t m, int64_t k) { return num_tile_rows(m) * num_tile_cols(k); }
 
-// [first, last) of a tile's entries, clamped into the buffer: a malformed weight that slipped past
-// validation gives wrong numbers but never touches memory that is not ours.
+// [first, last) of a tile's entries, clamped to the buffer: a malformed weight that was not
+// validated gives wrong numbers, but nothing outside the buffer is read.
 inline std::pair<int64_t, int64_t> tile_entry_range(const PackedView& view, int64_t tile) {
   const int64_t first =
       std::clamp<int64_t>(int64_t{view.offsets[tile]} * kVectorEntries, 0, view.payload_words);

@@ -1,5 +1,6 @@
-// What the stored values of a packed weight are. It is a property of the weight alone: which dtypes
-// of X a kernel multiplies them with is the kernel family's business (plan/kernel_family.h).
+// The type of a packed weight's stored values. It is a property of the weight alone; the
+// table of kernel families (plan/kernel_family.h) says with which dtypes of X a kernel multiplies
+// it.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +10,13 @@
 
 namespace flash_llm {
 
-// The numbers stand in headers of packed weights, so they never change.
+// The numbers are stored in headers of packed weights, so they never change.
 enum class ValueType : int64_t { kFloat16 = 1, kBfloat16 = 2 };
 
 inline constexpr ValueType kValueTypes[] = {ValueType::kFloat16, ValueType::kBfloat16};
 
-// Which elements of a weight share a scale. A value type with scales has a third tensor beside
-// offsets and payload.
+// Which elements of a weight share a scale. Weights of a value type with scales have a third tensor
+// besides offsets and payload.
 enum class ScaleGroup {
   kNone,  // the values are the weight's elements
   kRow,   // one scale for each row
@@ -34,10 +35,10 @@ constexpr ValueTraits value_traits(ValueType type) {
     case ValueType::kBfloat16:
       return {"bfloat16", 16, ScaleGroup::kNone};
   }
-  return {};  // never: `type` comes from a checked header
+  return {};  // unreachable: `type` comes from a checked header
 }
 
-// The value type of a number in a header, or of a name.
+// The value type for a number in a header, and for a name.
 Status value_type_of(int64_t number, ValueType* out);
 Status parse_value_type(const std::string& name, ValueType* out);
 

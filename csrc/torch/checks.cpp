@@ -60,8 +60,8 @@ uint16_t* mutable_raw(const Tensor& tensor) {
 
 namespace {
 
-// The memory of a tensor may be smaller than its sizes say: UntypedStorage.resize_ leaves them as
-// they were, and so do sharded optimizers, which free a weight between its uses.
+// A tensor's storage may be smaller than its sizes say: UntypedStorage.resize_ does not change
+// them. Sharded optimizers free a weight that way between its uses.
 void check_storage(const char* op, const char* name, const Tensor& tensor) {
   const size_t needed = at::detail::computeStorageNbytes(
       tensor.sizes(), tensor.strides(), tensor.itemsize(), tensor.storage_offset());
@@ -98,7 +98,7 @@ PackedWeight check_packed(const char* op, at::IntArrayRef header, const Tensor& 
   raise_if_error(op, weight.format().check_sizes(weight.header, offsets.numel(), payload.numel()));
   weight.offsets = offsets.contiguous();
   weight.payload = payload.contiguous();
-  // Kernels read whole 16-byte vectors; a view into a larger buffer may start anywhere.
+  // Kernels read aligned 16-byte vectors; a view into a larger buffer may start at any word.
   if (reinterpret_cast<uintptr_t>(weight.payload.const_data_ptr()) % 16 != 0) {
     weight.payload = weight.payload.clone();
   }
@@ -152,7 +152,7 @@ const PackedFormat& choose_format(const char* op, c10::string_view name, const D
                                   const DeviceInfo& device) {
   Format id;
   if (name == "auto") {
-    // The count waits for the device, and only where it could make a difference.
+    // Counting waits for the device, so it is done only if the format depends on the count.
     const int64_t nnz =
         format_depends_on_density(device) ? at::count_nonzero(dense.tensor).item<int64_t>() : 0;
     id = select_format(dense.m, dense.k, nnz, device).format;
@@ -228,7 +228,7 @@ void activate_(Tensor& y, Activation activation) {
   }
 }
 
-// The dense route: unpack, then the vendor's GEMM. Autocast must not change the dtype underway.
+// Autocast must not change the dtype of the GEMM.
 Tensor spmm_dense(const SpmmCall& call, const Tensor& dense) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   Tensor y = at::linear(call.x, dense, call.bias);

@@ -1,5 +1,5 @@
-// What the operators check before any work, and what they know afterwards. The checks do not depend
-// on the device; every failure becomes the Python exception that its Status stands for.
+// The checks that the operators make first, and the structs that hold checked arguments. The checks
+// do not depend on the device; every failure raises the Python exception for its Status.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -21,13 +21,14 @@ namespace flash_llm {
 
 using Packed = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // header, offsets, payload
 
-// Raises the Python exception that `status` stands for, with the operator's name in front.
+// Raises the Python exception for `status`, unless it is success; the message begins with the
+// operator's name.
 void raise_if_error(const char* op, const Status& status);
 
-// The dtype of an unpacked weight, and of the x that it multiplies.
+// The dtype of an unpacked weight of this value type, and of the x that it multiplies.
 at::ScalarType scalar_type(ValueType type);
 
-// Raw 16-bit elements.
+// A tensor's elements as raw 16-bit patterns.
 const uint16_t* raw(const at::Tensor& tensor);
 uint16_t* mutable_raw(const at::Tensor& tensor);
 
@@ -35,13 +36,13 @@ uint16_t* mutable_raw(const at::Tensor& tensor);
 struct PackedWeight {
   PackedHeader header;
   at::Tensor offsets, payload;
-  bool copied = false;  // just now, by kernels in the current stream
+  bool copied = false;  // by this call, with kernels in the current stream
 
   const PackedFormat& format() const { return packed_format(header.format); }
   PackedView view() const;
 };
 
-// `scales` must be there exactly where the value type has scales, which none has yet.
+// `scales` must be given if and only if the value type has scales; none has yet.
 PackedWeight check_packed(const char* op, at::IntArrayRef header, const at::Tensor& offsets,
                           const at::Tensor& payload, const std::optional<at::Tensor>& scales);
 
@@ -57,16 +58,16 @@ DenseMatrix check_dense(const char* op, const at::Tensor& dense);
 at::Tensor header_tensor(const PackedHeader& header);
 PackedHeader make_header(const DenseMatrix& dense, Format format, int64_t nnz, int64_t words);
 
-// Refuses the name of a format that does not exist; "auto" is one that does.
+// Refuses the name of an unknown format; "auto" is allowed.
 void check_format(const char* op, c10::string_view name);
 
-// The format to pack `dense`, a checked matrix on `device`, into; "auto" counts its nonzeros.
+// The format into which to pack `dense` on `device`; "auto" may count its nonzeros.
 const PackedFormat& choose_format(const char* op, c10::string_view name, const DenseMatrix& dense,
                                   const DeviceInfo& device);
 
 PruneTarget check_prune_target(std::optional<double> sparsity, c10::string_view scope);
 
-// Everything about one spmm call that does not depend on the device.
+// One checked spmm call; nothing in it depends on the device.
 struct SpmmCall {
   PackedWeight weight;
   at::Tensor x;  // [n, k], rows contiguous
@@ -76,7 +77,7 @@ struct SpmmCall {
   std::vector<int64_t> y_sizes;
 
   SpmmProblem problem() const;
-  // Nothing to multiply: an empty result, or act(bias) where K is 0.
+  // Whether there is nothing to multiply: the result is empty, or act(bias) if K is 0.
   bool is_degenerate() const;
 };
 
@@ -84,7 +85,7 @@ SpmmCall check_spmm(const at::Tensor& x, at::IntArrayRef header, const at::Tenso
                     const at::Tensor& payload, const std::optional<at::Tensor>& bias,
                     c10::string_view activation, const std::optional<at::Tensor>& scales);
 
-// Of a call that has something to multiply.
+// The arguments of the kernels. The call must not be degenerate.
 SpmmArgs spmm_args(const SpmmCall& call, const at::Tensor& y);
 
 void activate_(at::Tensor& y, Activation activation);
@@ -92,7 +93,7 @@ void activate_(at::Tensor& y, Activation activation);
 // The result of a degenerate call.
 at::Tensor spmm_degenerate(const SpmmCall& call);
 
-// The vendor's GEMM with the unpacked weight.
+// The product by the vendor's GEMM, with the unpacked weight `dense`.
 at::Tensor spmm_dense(const SpmmCall& call, const at::Tensor& dense);
 
 }  // namespace flash_llm

@@ -1,5 +1,5 @@
-// flash_llm._C: what is not a tensor. It links to the library that holds the operators of ops.cpp,
-// so loading the module registers them too.
+// flash_llm._C: functions of the build, plans and formats that take no tensors. The module links to
+// the library that has the operators, so loading it registers them too (schemas.cpp).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>
@@ -88,7 +88,7 @@ std::string explain_plan(int64_t m, int64_t n, int64_t k, int64_t nnz,
   return plan.to_string();
 }
 
-// The instruction set of the CPU kernels now, and all that this CPU has.
+// The instruction set that the CPU kernels use now.
 std::string current_cpu_isa() {
   CpuIsa isa{};
   raise_if_error("cpu_isa", select_cpu_isa(&isa));
@@ -123,9 +123,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("explain_plan", &explain_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("nnz"),
         py::arg("value_type"), py::arg("format"), py::arg("compute_capability"), py::arg("num_sms"),
         py::arg("smem_per_sm_bytes"), py::arg("config") = "auto", py::arg("ctas") = 0);
-  m.def("place_of", &place_of, py::arg("row"), py::arg("col"));
-  m.def("row_of_place", &row_of_place, py::arg("place"));
-  m.def("col_of_place", &col_of_place, py::arg("place"));
+  m.def("position_of", &position_of, py::arg("row"), py::arg("col"));
+  m.def("row_of_position", &row_of_position, py::arg("position"));
+  m.def("col_of_position", &col_of_position, py::arg("position"));
   m.def("explain_format", &explain_format, py::arg("m"), py::arg("k"), py::arg("nnz"),
         py::arg("compute_capability"));
   m.def("cpu_isa", &current_cpu_isa);

@@ -28,7 +28,7 @@ FLASH_LLM_OPERATORS(cpu)
 FLASH_LLM_OPERATORS(cuda)
 #undef FLASH_LLM_OPERATORS
 
-// Also for tensors on CUDA whose format the host packs and unpacks.
+// Packing and unpacking on the host, also used for CUDA tensors in a format without CUDA kernels.
 Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, const PackedFormat& format);
 at::Tensor unpack_weight_cpu(const char* op, const PackedWeight& weight);
 

@@ -59,8 +59,8 @@ CpuIsa cpu_isa(const char* op) {
   return isa;
 }
 
-// For a large tensor that is written next: faults of 4 KB pages took 7 of 10 ms of unpacking 4096 x
-// 4096.
+// Call it for a large tensor before it is first written: page faults of 4 KB pages took 7 of 10 ms
+// of unpacking 4096 x 4096.
 void prefer_huge_pages(const Tensor& tensor) {
   flash_llm::prefer_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
 }
@@ -88,8 +88,8 @@ void validate_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& p
   raise_if_error("validate", weight.format().validate(weight.view(), parallel_for));
 }
 
-// The dense route a block of rows at a time: what is decoded is multiplied while it is in the
-// cache.
+// The product by the dense GEMM, one block of rows at a time: decoded rows are multiplied while
+// they are in the cache.
 Tensor spmm_cpu_blocks(const SpmmCall& call, CpuIsa isa) {
   const PackedHeader& h = call.weight.header;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);

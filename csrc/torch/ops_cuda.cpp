@@ -1,5 +1,5 @@
-// The operators on CUDA: they bring memory and the stream to the kernels. A build without its CUDA
-// part has them too, and they say so.
+// The operators on CUDA: they allocate memory and pass it, with the current stream, to the kernels.
+// A build without CUDA registers them too; each then raises an error that says how to build it.
 #include <optional>
 #include <string>
 #include <vector>
@@ -32,7 +32,7 @@ DeviceInfo describe_device(int index) {
              static_cast<int>(properties->sharedMemPerMultiprocessor), FLASH_LLM_CUDA_ARCHS);
 }
 
-// What the plan depends on, of the current device; worked out once, since every call asks.
+// The current device, as plans see it. All devices are described once, since every call needs this.
 const DeviceInfo& current_device_info() {
   static const std::vector<DeviceInfo> devices = [] {
     std::vector<DeviceInfo> all;
@@ -42,7 +42,7 @@ const DeviceInfo& current_device_info() {
   return devices[static_cast<size_t>(c10::cuda::current_device())];
 }
 
-// A format without kernels here is packed on the host.
+// Packs into a format that has no CUDA kernels.
 Packed pack_dense_on_host(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
   const Tensor host = dense.tensor.contiguous().cpu();
   const auto [header, offsets, payload] =
@@ -89,7 +89,8 @@ Packed pack_cuda(const Tensor& dense, c10::string_view format) {
                          choose_format("pack", format, matrix, current_device_info()));
 }
 
-// Per-row cuts of a layer-wide target: one threshold, ties spent in row-major order.
+// Cuts for each row from a target for the whole layer: all rows have one threshold, and the ties to
+// prune are counted in row-major order.
 void layer_cuts(const DenseMatrix& dense, double sparsity, Tensor& thresholds, Tensor& ties) {
   const cudaStream_t stream = current_stream();
   const Tensor histogram = at::zeros({kNumMagnitudes}, ties.options());
@@ -166,15 +167,15 @@ Tensor unpack_cuda(at::IntArrayRef header, const Tensor& offsets, const Tensor& 
   return unpack_weight_cuda("unpack", weight);
 }
 
-// In depth on the host: validation happens when a weight is built or loaded, not per call.
+// On the host: a weight is validated when it is built or loaded, not in every call.
 void validate_cuda(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload,
                    const std::optional<Tensor>& scales) {
   const PackedWeight weight = check_packed("validate", header, offsets, payload, scales);
   validate_cpu(header, weight.offsets.cpu(), weight.payload.cpu(), std::nullopt);
 }
 
-// X as the kernels want it: 16-byte pieces, rows padded with zeros to a multiple of `multiple`
-// columns. Most models have it so; else a small copy is made.
+// X as the kernels need it: rows aligned to 16 bytes, a multiple of `multiple` columns. In most
+// models it already is; otherwise this makes a small copy, padded with zeros.
 Tensor kernel_ready(const Tensor& x, int64_t multiple) {
   const int64_t k = x.size(1), padded_k = (k + multiple - 1) / multiple * multiple;
   const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 &&
@@ -186,7 +187,7 @@ Tensor kernel_ready(const Tensor& x, int64_t multiple) {
   return padded;
 }
 
-// A graph that is captured on one device would leave out, silently, what is launched on another.
+// A graph that is captured on one device silently omits kernels launched on another.
 void check_capture(const char* op, const Tensor& x) {
   const c10::DeviceIndex current = c10::cuda::current_device();
   if (x.device().index() == current) return;
@@ -200,7 +201,7 @@ Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
                  const Tensor& payload, const std::optional<Tensor>& bias,
                  c10::string_view activation, c10::string_view config, int64_t ctas, bool prefetch,
                  const std::optional<Tensor>& scales) {
-  // Checked before the guard: any one argument on a GPU brings a call here.
+  // Checked before the guard: a single argument on a GPU is enough to dispatch a call here.
   SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation, scales);
   check_capture("spmm", x);
   const c10::cuda::CUDAGuard guard(x.device());
@@ -216,7 +217,7 @@ Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
   const Tensor workspace = at::empty({plan.workspace_bytes}, y.options().dtype(at::kByte));
   SpmmArgs args = spmm_args(call, y);
   if (plan.rounds_before_activation) args.activation = Activation::kNone;
-  // A weight that was copied just now is still being written when a dependent launch would read it.
+  // If this call copied the weight, a dependent launch could read the copy before it is written.
   prefetch = prefetch && !call.weight.copied;
   raise_if_error(
       "spmm", cuda::run_spmm(plan, args, workspace.mutable_data_ptr(), prefetch, current_stream()));
@@ -236,7 +237,7 @@ int64_t count_stored_cuda(at::IntArrayRef header, const Tensor& offsets, const T
   return total.item<int64_t>();
 }
 
-#else  // without FLASH_LLM_WITH_CUDA: every CUDA call explains itself
+#else  // without FLASH_LLM_WITH_CUDA: every CUDA operator raises an error
 
 [[noreturn]] void raise_no_cuda(const char* op) {
   TORCH_CHECK_NOT_IMPLEMENTED(

@@ -42,7 +42,7 @@ void check_range(const char* what, int64_t first, int64_t last, int64_t size) {
                     " must satisfy 0 <= first <= last <= ", size, ", got ", first, " and ", last);
 }
 
-// Whole tile rows [first_row, last_row) as a copy of a part of both buffers.
+// Rows [first_row, last_row), whole tile rows, by copying a part of both buffers.
 Packed copy_rows(const PackedWeight& weight, int64_t first_row, int64_t last_row) {
   const PackedFormat& format = weight.format();
   const int64_t tile_cols = format.tile_cols(weight.header.k);
@@ -62,7 +62,7 @@ Packed copy_rows(const PackedWeight& weight, int64_t first_row, int64_t last_row
   PackedHeader header = weight.header;
   header.m = last_row - first_row;
   header.payload_words = payload.numel();
-  header.nnz = payload.numel();  // which every format's sizes allow, until they are counted
+  header.nnz = payload.numel();  // every format's check_sizes accepts this; counted next
   header.nnz = count_stored(header, offsets, payload);
   return {header_tensor(header), offsets, payload};
 }

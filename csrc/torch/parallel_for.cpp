@@ -13,7 +13,7 @@ namespace flash_llm {
 
 namespace {
 
-// CPU time of this thread, which waiting for a core does not take.
+// CPU time of this thread. It does not advance while the thread waits for a core.
 std::chrono::nanoseconds thread_time() {
   timespec time = {};
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
@@ -25,10 +25,11 @@ std::chrono::nanoseconds thread_time() {
 void parallel_for(int64_t count, int64_t grain, const ParallelBody& body) {
   using Clock = std::chrono::steady_clock;
   using std::chrono::nanoseconds;
-  constexpr nanoseconds kShortDelay = std::chrono::microseconds(500);  // to wake a thread up
+  constexpr nanoseconds kShortDelay = std::chrono::microseconds(500);  // time to wake up a thread
   constexpr nanoseconds kWindow = std::chrono::milliseconds(64);
   constexpr int64_t kAlone = 16;
-  // Of recent regions, in nanoseconds. Threads that overwrite each other's sums do no harm.
+  // Totals of recent regions, in nanoseconds. If threads overwrite each other's totals, no harm is
+  // done.
   static std::atomic<int64_t> recent_work{0}, recent_delay{0};
   static std::atomic<Clock::rep> alone_until{std::numeric_limits<Clock::rep>::min()};
 

@@ -1,4 +1,4 @@
-// The threads of torch for the kernels of the layers below.
+// ParallelFor (base/parallel.h) on torch's threads.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +7,16 @@
 
 namespace flash_llm {
 
-// at::parallel_for, or this thread alone for a while after regions that were delayed.
+// Runs at::parallel_for or, for a while after regions that were delayed, only the calling thread.
 //
 // A region ends when its last thread does. On a busy machine the system takes a thread from its
-// core for 4 to 20 ms, so that with two threads and one more process on two cores each of a token's
-// 210 small layers took 8 ms, packed or dense, which one thread computes in 0.03 to 0.5 ms (EPYC
-// with AVX2, 2026-11-29). So when recent regions lost more time to delays than the other threads'
-// work would have taken this thread, it computes what follows alone: for 16 times the delay where
-// there is one other thread, and for less the more others there are, because it then does without
-// them. A short delay now and then, as virtual machines have, changes nothing. No result depends on
-// it.
+// core for 4 to 20 ms. So with two threads, and one other process on the two cores, each of the 210
+// small layers that a token passes took 8 ms, packed or dense, although one thread computes it in
+// 0.03 to 0.5 ms (EPYC with AVX2, 2026-11-29). Therefore, when recent regions lost more time to
+// delays than the calling thread would need for the other threads' work, it computes the next
+// regions alone: for 16 times the delay if there is one other thread, and for less time the more
+// other threads there are, because it then gives up more. Occasional short delays, as on virtual
+// machines, change nothing. No result depends on this choice.
 void parallel_for(int64_t count, int64_t grain, const ParallelBody& body);
 
 }  // namespace flash_llm

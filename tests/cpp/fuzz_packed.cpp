@@ -1,15 +1,15 @@
-// fuzz_packed SECONDS [SEED]: throws damaged packed weights at header parsing, validate, unpack and
-// a CPU kernel, in every format. Meant for a build with ASan and UBSan, which end the run at the
+// fuzz_packed SECONDS [SEED]: passes damaged packed weights of every format to header parsing,
+// validate, unpack and a CPU kernel. It is meant for a build with ASan and UBSan, which stop at the
 // first bad access.
 //
-// Each round packs a random matrix, damages it in a few places (or not at all, or replaces it by
-// noise) and checks what must hold whatever the damage:
-//   * an undamaged weight validates, and unpacks to what was packed;
-//   * a weight that validates means one matrix: unpacking, packing again, in any format, and
-//     unpacking gives that matrix and the same nnz;
-//   * unpack and spmm on anything that passes the cheap size check touch no foreign memory;
-//   * packing another matrix than was counted touches none either, and gives a valid weight or an
-//     error.
+// Each round packs a random matrix, damages the result (in a few places, not at all, or by
+// replacing it with noise) and checks:
+//   * an undamaged weight is valid, and unpacks to what was packed;
+//   * a weight that is valid stands for one matrix: unpacking it, packing that in any format and
+//     unpacking again gives the same matrix and the same nnz;
+//   * unpack and spmm access only the weight's own memory if the cheap size check passes;
+//   * packing a matrix that changed after it was counted does so too, and gives a valid weight or
+//     an error.
 // A failure prints the seed and the round, which reproduce it.
 #include <algorithm>
 #include <chrono>
@@ -90,7 +90,7 @@ class Fuzzer {
     return pick_of<int64_t>(0, 1, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 256, 260, 400);
   }
 
-  // Drops most elements evenly, as a bitmap likes it for 2:4 chunks.
+  // Zeroes most elements at random, so that the bitmap format uses 2:4 chunks.
   void thin_out(DenseMatrix& dense) {
     const int64_t kept = pick_of<int64_t>(5, 30, 100, 200);
     for (int64_t row = 0; row < dense.m; ++row) {
@@ -118,7 +118,7 @@ class Fuzzer {
     }
   }
 
-  // Up to 2 more or less, wrapping around as corrupted integers do.
+  // The value plus -2 to 2; wraps around on overflow.
   int64_t nudged(int64_t value) {
     return static_cast<int64_t>(static_cast<uint64_t>(value) + static_cast<uint64_t>(below(5)) -
                                 2U);
@@ -160,7 +160,7 @@ class Fuzzer {
         packed.offsets.resize(
             static_cast<size_t>(1 + below(static_cast<int64_t>(packed.offsets.size()) + 2)), 0);
         break;
-      case 4:  // length of the payload, with the header following or not
+      case 4:  // length of the payload, with or without the header's
         packed.payload.resize(
             static_cast<size_t>(below(static_cast<int64_t>(packed.payload.size()) + 9)), 0);
         if (below(2)) packed.header.payload_words = static_cast<int64_t>(packed.payload.size());
@@ -175,7 +175,7 @@ class Fuzzer {
           packed.payload[pick_index(packed.payload.size())] = static_cast<uint32_t>(rng_());
         }
         break;
-      case 7:  // two words change places: in a tile of Tiled-CSL it stays valid
+      case 7:  // swaps two words: within a tile of Tiled-CSL the weight stays valid
         if (!packed.payload.empty()) {
           std::swap(packed.payload[pick_index(packed.payload.size())],
                     packed.payload[pick_index(packed.payload.size())]);
@@ -194,7 +194,7 @@ class Fuzzer {
           packed.header.m = nudged(packed.header.m);
         }
         break;
-      case 10: {  // two bytes near a tile's end: in a bitmap, where two runs go or a bit
+      case 10: {  // two bytes near a tile's end: in a bitmap, down offsets or bits
         const auto bytes = reinterpret_cast<uint8_t*>(packed.payload.data());
         const int64_t end = byte_at(packed, pick_offset(packed));
         if (end < 64 || end > 4 * static_cast<int64_t>(packed.payload.size())) break;
@@ -202,7 +202,7 @@ class Fuzzer {
         std::swap(bytes[end - 1 - below(reach)], bytes[end - 1 - below(reach)]);
         break;
       }
-      case 11: {  // near its beginning: the bits, the runs and the sizes of a 2:4 chunk
+      case 11: {  // near a tile's beginning: the bits, down offsets and sizes of a 2:4 chunk
         const auto bytes = reinterpret_cast<uint8_t*>(packed.payload.data());
         const int64_t begin = byte_at(packed, pick_offset(packed));
         if (begin < 0 || begin + 1088 > 4 * static_cast<int64_t>(packed.payload.size())) break;
@@ -214,7 +214,7 @@ class Fuzzer {
         }
         break;
       }
-      case 12: {  // a tile grows or shrinks by some units, the offsets and the header following
+      case 12: {  // a tile grows or shrinks by some units; offsets and header stay consistent
         const size_t tile = pick_index(packed.offsets.size());
         const int64_t unit = packed.format().unit_words, units = 1 + below(2);
         const int64_t at = unit * int64_t{packed.offsets[tile]};
@@ -246,11 +246,11 @@ class Fuzzer {
     return 4 * packed.format().unit_words * offset;
   }
 
-  // Whether the weight is valid.
+  // Runs all checks on a weight. Returns whether it is valid.
   bool exercise(const Packed& packed) {
     if (!check_sizes(packed).ok()) return false;
     const PackedHeader& header = packed.header;
-    // 16 MB at most: a header may claim a huge K with M = 0, or the reverse.
+    // The matrix takes at most 32 MB; a header may have a huge K with M = 0, or the reverse.
     if (header.m > 4096 || header.k > 4096) return false;
     const bool valid = check(packed).ok();
     require(valid == check(packed, threaded_for).ok(), "validate depends on threads");
@@ -320,18 +320,18 @@ int main(int argc, char** argv) {
          seconds) {
     fuzzer.run_round(rounds++);
   }
-  bool walked = true;
+  bool covered = true;
   for (const auto format : flash_llm::testing::kFormats) {
     const auto outcomes = fuzzer.outcomes(format);
     std::printf("fuzz_packed: %s: %llu weights accepted, %llu refused\n",
                 flash_llm::packed_format(format).name,
                 static_cast<unsigned long long>(outcomes.accepted),
                 static_cast<unsigned long long>(outcomes.refused));
-    walked = walked && outcomes.accepted > 0 && outcomes.refused > 0;
+    covered = covered && outcomes.accepted > 0 && outcomes.refused > 0;
   }
   std::printf("fuzz_packed: seed %llu, %llu rounds in %.0f s, clean\n",
               static_cast<unsigned long long>(seed), static_cast<unsigned long long>(rounds),
               seconds);
-  // All paths must have been walked, else the run says nothing.
-  return walked ? 0 : 1;
+  // Every format must have had both outcomes, else the run proves nothing.
+  return covered ? 0 : 1;
 }

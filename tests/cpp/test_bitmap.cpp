@@ -1,6 +1,6 @@
 // Bitmap: the elements of a lane, golden bytes, the pairing of runs, an independent reader of the
-// format, its size, and that validate rejects every invariant of its own that is broken. What holds
-// for every format is in test_packed_format.cpp.
+// format, its size, and that validate refuses every broken invariant of this format. What holds for
+// every format is in test_packed_format.cpp.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -25,10 +25,10 @@ constexpr int kLanes = 32;
 
 Packed pack_bitmap(const DenseMatrix& dense) { return pack_or_die(dense, Format::kBitmap); }
 
-// Where the residual says that a column of the chunk is.
-int place_of(int col) { return 16 * (col ^ (col / 8 % 8)); }
+// The residual offset of a column of the chunk.
+int offset_of_column(int col) { return 16 * (col ^ (col / 8 % 8)); }
 
-// A chunk's bytes by the offsets in bitmap.h, to read and to damage.
+// Access to a chunk's bytes, to read and to damage them, by the layout that bitmap.h describes.
 struct Chunk {
   uint8_t* bytes = nullptr;
   int units = 0;
@@ -61,7 +61,7 @@ struct Chunk {
   }
   uint8_t* values() const { return bytes + (two_four ? 1088 : 0); }
   uint8_t* residual() const { return bytes + 1088 + 128 * rows; }
-  uint8_t& sigma(int lane, int strip) const {
+  uint8_t& down_offset(int lane, int strip) const {
     return bytes[(two_four ? 1024 : rows * 128 + 512) + 2 * lane + strip];
   }
   // Bit `lane` of R | G0 << 8 | G1 << 16.
@@ -71,7 +71,7 @@ struct Chunk {
     return size;
   }
 
-  // Of a plain chunk.
+  // The words of a plain chunk's bits.
   uint32_t bits(int lane, int half, int strip) const {
     uint32_t out;
     std::memcpy(&out, word_at(lane, half, strip), sizeof(out));
@@ -80,7 +80,7 @@ struct Chunk {
   void set_bits(int lane, int half, int strip, uint32_t word) const {
     std::memcpy(word_at(lane, half, strip), &word, sizeof(word));
   }
-  // The bits of a 2:4 chunk's group with this row and column in it.
+  // The bits of the group of a 2:4 chunk that has the element at (row, col).
   int group(int row, int col) const {
     const int i = row / 16, g = row % 8, h = col / 32 % 2, u = col / 16 % 2;
     const int n = row % 16 / 8 * 4 + col % 16 / 4, p = col / 64;
@@ -93,13 +93,13 @@ struct Chunk {
     return group;
   }
 
-  // Value and place of a row in a step of its strip.
+  // Value and residual offset of a row in a step of its strip.
   std::pair<uint16_t, uint16_t> residual_entry(int row, int step) const {
     const int at = static_cast<int>(residual() - bytes) + 64 * (step + (row < 16 ? 0 : steps[0]));
     return {value(at + row % 8 * 4 + row / 8 % 2 * 2), value(at + 32 + row % 16 * 2)};
   }
 
-  // One element, from the text of bitmap.h.
+  // One element, decoded as the text of bitmap.h describes.
   uint16_t element(int row, int col) const {
     if (rows < 0) return 0;
     return two_four ? two_four_element(row, col) : plain_element(row, col);
@@ -112,13 +112,13 @@ struct Chunk {
 
   uint16_t run_value(int lane, int half, int strip, int rank) const {
     const int row = half == 0 ? rank : rows - 1 - rank;
-    const int offset = half == 0 ? 4 * lane + 2 * strip : sigma(lane, strip) & 0xFE;
+    const int offset = half == 0 ? 4 * lane + 2 * strip : down_offset(lane, strip) & 0xFE;
     uint16_t out;
     std::memcpy(&out, values() + 128 * row + offset, sizeof(out));
     return out;
   }
 
-  // Find its bit, then its rank in the run.
+  // Finds the element's bit, then its rank in the run.
   uint16_t plain_element(int row, int col) const {
     const int strip = row / 16, half = col / 64, quad = col % 64 / 8;
     const int lane = row % 8 * 4 + col % 8 / 2, elem = row % 16 / 8 * 2 + col % 2;
@@ -134,7 +134,7 @@ struct Chunk {
     return 0;
   }
 
-  // Find its bit, then its place among those of its group, then its rank.
+  // Finds the element's bit, then its slot in the group (or that it has none), then its rank.
   uint16_t two_four_element(int row, int col) const {
     const int bits = group(row, col), k = col % 4;
     if ((bits >> k & 1) == 0) return 0;
@@ -143,8 +143,8 @@ struct Chunk {
     if (before >= 2) {
       std::vector<uint16_t> found;
       for (int step = 0; step < steps[strip]; ++step) {
-        const auto [value, place] = residual_entry(row, step);
-        if (value != 0 && place == place_of(col)) found.push_back(value);
+        const auto [value, offset] = residual_entry(row, step);
+        if (value != 0 && offset == offset_of_column(col)) found.push_back(value);
       }
       EXPECT_EQ(found.size(), 1U) << "row " << row << ", column " << col;
       return found.empty() ? uint16_t{0} : found[0];
@@ -164,7 +164,7 @@ struct Chunk {
     return 0;
   }
 
-  // i0 and i1.
+  // i0 and i1 of bitmap.h.
   static int slot_column(int bits, int slot) {
     const bool b0 = bits & 1, b1 = bits & 2, b2 = bits & 4;
     if (slot == 0) return b0 ? 0 : b1 ? 1 : 2;
@@ -177,8 +177,8 @@ TEST(ChunkElements, AreTheAFragmentsOfMmaM16N8K16) {
   for (int strip = 0; strip < 2; ++strip) {
     for (int fragment = 0; fragment < kChunkK / 16; ++fragment) {
       for (int lane = 0; lane < kLanes; ++lane) {
-        // PTX ISA: lane 4 g + t holds, in registers a0..a3 of two halves each, rows g, g + 8, g,
-        // g + 8 and columns 2 t.. and again 2 t + 8...
+        // PTX ISA: lane 4 g + t holds in registers a0..a3, of two elements each, rows g, g + 8, g
+        // and g + 8; in a0 and a1 columns 2 t + 0..1, in a2 and a3 columns 2 t + 8..9.
         const int g = lane / 4, t = lane % 4;
         const int rows[] = {g, g + 8, g, g + 8};
         const int cols[] = {2 * t, 2 * t, 2 * t + 8, 2 * t + 8};
@@ -189,9 +189,9 @@ TEST(ChunkElements, AreTheAFragmentsOfMmaM16N8K16) {
             const int row = chunk_row(strip, lane, elem), col = chunk_col(half, lane, quad, elem);
             ASSERT_EQ(row, 16 * strip + rows[reg]);
             ASSERT_EQ(col, 16 * fragment + cols[reg] + part);
-            const auto place = static_cast<size_t>(row * kChunkK + col);
-            ASSERT_FALSE(seen.test(place)) << "row " << row << " column " << col;
-            seen.set(place);
+            const auto index = static_cast<size_t>(row * kChunkK + col);
+            ASSERT_FALSE(seen.test(index)) << "row " << row << " column " << col;
+            seen.set(index);
           }
         }
       }
@@ -224,8 +224,8 @@ TEST(TwoFourElements, AreTheAFragmentsOfMmaSpM16N8K32) {
     for (int half = 0; half < 2; ++half) {
       for (int fragment = 0; fragment < 4; ++fragment) {
         for (int lane = 0; lane < kLanes; ++lane) {
-          // PTX ISA: of the 32 columns lane 4 g + t has, in registers a0..a3, two of the four from
-          // 4 t on in rows g and g + 8, then two of the four from 4 t + 16 on.
+          // PTX ISA: of the 32 columns lane 4 g + t holds in registers a0 and a1 two of the four
+          // from 4 t on, of rows g and g + 8, and in a2 and a3 two of the four from 4 t + 16 on.
           const int g = lane / 4, t = lane % 4;
           for (int reg = 0; reg < 4; ++reg) {
             const int quad = two_four_quad_order(2 * fragment + reg / 2);
@@ -252,7 +252,7 @@ TEST(TwoFourElements, ANibbleNamesTheFirstTwoOfAGroup) {
       if ((group >> k & 1) != 0 && stored.size() < 2) stored.push_back(k);
     }
     const int nibble = two_four_nibble(group), slots[] = {nibble & 3, nibble >> 2};
-    // What the hardware wants: different columns, in rising order.
+    // The hardware requires different columns in rising order.
     EXPECT_LT(slots[0], slots[1]) << group;
     EXPECT_LT(nibble, 16);
     std::vector<int> named;
@@ -334,7 +334,8 @@ TEST(SwapPatterns, AreParities) {
   }
 }
 
-// 17 x 70: one chunk, ragged on both sides. Worked out by hand from bitmap.h, as is what follows.
+// 17 x 70: one chunk that is cut off on both sides. All expected bytes are computed by hand from
+// bitmap.h.
 DenseMatrix golden_matrix() {
   DenseMatrix dense = zeros(17, 70);
   // Lane 0 of strip 0 and half 0, quad 0: stored in the order j = 0, 1, 3, 2.
@@ -363,7 +364,7 @@ std::vector<uint8_t> golden_bytes() {
     uint8_t& byte = expected[512 + lane * 16 + word * 4 + bit / 8];
     byte = static_cast<uint8_t>(byte | 1U << bit % 8);
   };
-  // Upward runs, each in its lane's column.
+  // The upward runs, each in its lane's column.
   put16(0, 0, 0, 0x3C00);
   put16(1, 0, 0, 0xBC00);
   put16(2, 0, 0, 0xC200);
@@ -371,7 +372,8 @@ std::vector<uint8_t> golden_bytes() {
   put16(0, 4, 0, 0x0001);
   put16(0, 10, 0, 0x7E01);
   put16(0, 11, 0, 0x7C00);
-  // Four rows hold the longest, so pattern 0 will do. Downward runs of strip 0, longest first:
+  // The longest run needs four rows and pattern 0 needs no more, so it is used. Downward runs of
+  // strip 0, longest first:
   // lanes 0 (two values), 6 (one), then 31, 30 ... 1 without 6. They take the columns with the
   // shortest upward runs first: 1, 2, 3, 5 ... 31 (empty), then 4, 10, 11 and at last 0.
   put16(3, 1, 0, 0x4400);
@@ -389,12 +391,12 @@ std::vector<uint8_t> golden_bytes() {
   put_bit(6, 2, 8);
   put_bit(1, 3, 0);
 
-  const std::array<uint8_t, 64> sigma = {
+  const std::array<uint8_t, 64> down_offsets = {
       4,   126, 0,   2,  44,  122, 40,  118, 16,  114, 124, 110, 8,  106, 120, 102,
       116, 98,  112, 94, 108, 90,  104, 86,  100, 82,  96,  78,  92, 74,  88,  70,
       84,  66,  80,  62, 76,  58,  72,  54,  68,  50,  64,  46,  60, 42,  56,  38,
       52,  34,  48,  30, 36,  26,  32,  22,  28,  18,  24,  14,  20, 10,  12,  6};
-  std::copy(sigma.begin(), sigma.end(), expected.end() - 64);
+  std::copy(down_offsets.begin(), down_offsets.end(), expected.end() - 64);
   return expected;
 }
 
@@ -426,8 +428,8 @@ TEST(ReadBitmap, VersionOneIsRead) {
   EXPECT_EQ(unpack(packed, serial_for), expected.values);
 }
 
-// 17 x 140: one pair, ragged on both sides, which is smaller as 2:4 (28 units) than plain (15 for
-// three rows and 13 for two). By hand too.
+// 17 x 140: one pair that is cut off on both sides. As 2:4 it takes as many units (28) as plain (15
+// for three rows and 13 for two), so it is stored as 2:4. Also computed by hand.
 DenseMatrix golden_two_four_matrix() {
   DenseMatrix dense = zeros(17, 140);
   dense.at(0, 0) = 0x3C00;  // b0, b1 and b2 of group 0: lane 0, half 0, quad 0; the third is
@@ -462,7 +464,7 @@ TEST(PackBitmap, GoldenBytesOfATwoFourPair) {
     put16(512 * strip + 16 * lane + 4 * word, static_cast<uint16_t>(bits));
     put16(512 * strip + 16 * lane + 4 * word + 2, static_cast<uint16_t>(bits >> 16));
   };
-  // Words are columns of groups; bit 4 n + p is group n of 64 columns p.
+  // Word k has column k of all groups; bit 4 n + p is group n of the p-th 64 columns.
   for (const size_t k : {0U, 1U, 2U}) put_bits(0, 0, k, 1U << 0);   // row 0, columns 0..2
   for (const size_t k : {1U, 3U}) put_bits(0, 1, k, 1U << 16);      // row 8, columns 17 and 19
   for (const size_t k : {0U, 3U}) put_bits(0, 14, k, 1U << 0);      // row 3, columns 32 and 35
@@ -471,15 +473,16 @@ TEST(PackBitmap, GoldenBytesOfATwoFourPair) {
   put_bits(1, 3, 0, 1U << 0);                                       // row 16, column 48
   for (const size_t k : {0U, 1U, 2U}) put_bits(1, 0, k, 1U << 10);  // row 16, columns 136..138
 
-  // Four rows hold the longest run, so pattern 0 will do. Strip 0: lane 12, with two values, then
-  // 31, 30 ... 0 without 12 take the columns 1, 2, 3, 5, 6, 7, 9 ... 31 (empty), 4, 8 (one value)
-  // and 0. Strip 1: lanes 0, 31 ... 1 take the columns 0, 1, 3 ... 31 and 2.
-  const std::array<uint8_t, 64> sigma = {
+  // The longest run needs four rows and pattern 0 needs no more, so it is used. Strip 0: lane 12,
+  // with two values, then 31, 30 ... 0 without 12 take the columns 1, 2, 3, 5, 6, 7, 9 ... 31
+  // (empty), 4, 8 (one value) and 0. Strip 1: lanes 0, 31 ... 1 take the columns 0, 1, 3 ... 31
+  // and 2.
+  const std::array<uint8_t, 64> down_offsets = {
       0,   2,   32,  10, 16, 126, 124, 122, 120, 118, 116, 114, 112, 110, 108, 106,
       104, 102, 100, 98, 96, 94,  92,  90,  4,   86,  88,  82,  84,  78,  80,  74,
       76,  70,  72,  66, 68, 62,  64,  58,  60,  54,  56,  50,  52,  46,  48,  42,
       44,  38,  40,  34, 36, 30,  28,  26,  24,  22,  20,  18,  12,  14,  8,   6};
-  std::copy(sigma.begin(), sigma.end(), expected.begin() + 1024);
+  std::copy(down_offsets.begin(), down_offsets.end(), expected.begin() + 1024);
   // R = 4, G0 = 1, G1 = 1: bits 2, 8 and 16.
   for (const size_t lane : {2U, 8U, 16U}) expected[1024 + 2 * lane] |= 1;
 
@@ -498,10 +501,10 @@ TEST(PackBitmap, GoldenBytesOfATwoFourPair) {
   put_value(1, 2, 1, 0xFC00);
   put_value(3, 0, 1, 0xFFFF);
 
-  // A step of each strip, and one to make them odd.
+  // One step of each strip, and one that makes their number odd.
   put16(1600, 0x4500);
   put16(1664, 0x8001);
-  // Seven rows without an element take the place of the first.
+  // The seven rows without an element repeat the residual offset of the first.
   for (size_t row = 0; row < 8; ++row) {
     put16(1600 + 32 + 2 * row, 16 * 2);
     put16(1664 + 32 + 2 * row, 16 * 139);  // 138 / 8 % 8 = 1
@@ -512,7 +515,7 @@ TEST(PackBitmap, GoldenBytesOfATwoFourPair) {
   EXPECT_TRUE(status.ok()) << status.message;
 }
 
-// A residual whose order was worked out by hand. Values are 1 + column.
+// A residual whose order is computed by hand. Values are 1 + column.
 DenseMatrix residual_matrix() {
   DenseMatrix dense = zeros(32, 256);
   const auto put = [&dense](int64_t row, std::initializer_list<int64_t> residual) {
@@ -530,7 +533,7 @@ DenseMatrix residual_matrix() {
   put(12, {2});
   put(15, {47});
   put(24, {255});
-  dense.at(0, 200) = dense.at(4, 204) = kHalfOne;  // else the second column would be empty
+  dense.at(0, 200) = dense.at(4, 204) = kHalfOne;  // otherwise the pair's second column is empty
   return dense;
 }
 
@@ -543,25 +546,25 @@ TEST(PackBitmap, AResidualGoesWhereNoOtherRowHasItsClass) {
   ASSERT_EQ(chunk.steps[0], 3);
   ASSERT_EQ(chunk.steps[1], 1);
   using Row = std::array<int, 16>;
-  // Row 1's 38 is of row 0's class in steps 0 and 1, and so goes to step 2. Then row 3's 2 has no
-  // step without that class and goes to the first, its 15 finds class 6 in none of the others, and
-  // its 22 takes what is left.
+  // Row 1's column 38 is of the class that row 0 has in steps 0 and 1, so it goes to step 2. Then
+  // all steps have the class of row 3's column 2, so it goes to the first; its column 15 goes to
+  // the first of the others, none of which has class 6; its column 22 goes to the last.
   const std::array<Row, 3> stored = {
       Row{2, 7, 3, 2, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0},
       Row{11, 0, 0, 15, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 47},
       Row{0, 38, 0, 22, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0},
   };
-  const std::array<Row, 3> places = {
+  const std::array<Row, 3> offsets = {
       Row{2, 7, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2},
       Row{10, 10, 10, 14, 10, 10, 10, 10, 42, 42, 42, 42, 42, 42, 42, 42},
       Row{34, 34, 34, 20, 34, 34, 34, 34, 0, 0, 0, 0, 0, 0, 0, 0},
   };
   for (size_t step = 0; step < 3; ++step) {
     for (size_t row = 0; row < 16; ++row) {
-      const auto [value, place] =
+      const auto [value, offset] =
           chunk.residual_entry(static_cast<int>(row), static_cast<int>(step));
       EXPECT_EQ(value, stored[step][row] == 0 ? 0 : 1 + stored[step][row]) << step << ", " << row;
-      EXPECT_EQ(place, 16 * places[step][row]) << step << ", " << row;
+      EXPECT_EQ(offset, 16 * offsets[step][row]) << step << ", " << row;
     }
   }
   for (int row = 16; row < 32; ++row) {
@@ -584,16 +587,16 @@ TEST(PackBitmap, AStripBorrowsTheOthersSlotsWhereThatSavesRows) {
   ASSERT_EQ(chunk.rows, 32);
   for (int i = 0; i < 16; ++i) {
     // The full runs belong to lanes 15 ... 0 (equal lengths: the last lane comes first).
-    EXPECT_EQ(chunk.sigma(15 - i, 0), 4 * (2 * i + 1) + 2);
-    EXPECT_EQ(chunk.sigma(31 - i, 0), 4 * (2 * i));
+    EXPECT_EQ(chunk.down_offset(15 - i, 0), 4 * (2 * i + 1) + 2);
+    EXPECT_EQ(chunk.down_offset(31 - i, 0), 4 * (2 * i));
     // Strip 1 has no values; its own slots in the even columns are the empty ones.
-    EXPECT_EQ(chunk.sigma(31 - i, 1), 4 * (2 * i) + 2);
-    EXPECT_EQ(chunk.sigma(15 - i, 1), 4 * (2 * i + 1));
+    EXPECT_EQ(chunk.down_offset(31 - i, 1), 4 * (2 * i) + 2);
+    EXPECT_EQ(chunk.down_offset(15 - i, 1), 4 * (2 * i + 1));
   }
 }
 
 TEST(PackBitmap, EmptyFullAndSingleChunksInOneWeight) {
-  // Four chunks: empty, completely full, one element in the last corner, empty but for -0.
+  // Four chunks: an empty one, a full one, one with only its last element, one with nothing but -0.
   DenseMatrix dense = zeros(32, 4 * 128);
   for (int64_t row = 0; row < 32; ++row) {
     for (int64_t col = 0; col < 128; ++col) {
@@ -618,28 +621,28 @@ TEST(PackBitmap, EmptyFullAndSingleChunksInOneWeight) {
   EXPECT_EQ(same.payload, packed.payload);
 }
 
-TEST(ChunkOrder, EveryChunkHasAPlaceAndAColumnOfABandLiesTogether) {
+TEST(ChunkOrder, IndicesAreDistinctAndAColumnOfABandIsContiguous) {
   for (const int64_t rows : {1, 15, 16, 17, 40}) {
     for (const int64_t cols : {1, 3, 56}) {
-      std::set<int64_t> places;
+      std::set<int64_t> indices;
       for (int64_t row = 0; row < rows; ++row) {
         for (int64_t col = 0; col < cols; ++col) {
-          const int64_t place = chunk_index(row, col, rows, cols);
-          places.insert(place);
+          const int64_t index = chunk_index(row, col, rows, cols);
+          indices.insert(index);
           if (row % 16 != 15 && row + 1 < rows) {
-            EXPECT_EQ(chunk_index(row + 1, col, rows, cols), place + 1);
+            EXPECT_EQ(chunk_index(row + 1, col, rows, cols), index + 1);
           }
         }
       }
-      EXPECT_EQ(static_cast<int64_t>(places.size()), rows * cols);
-      EXPECT_EQ(*places.begin(), 0);
-      EXPECT_EQ(*places.rbegin(), rows * cols - 1);
+      EXPECT_EQ(static_cast<int64_t>(indices.size()), rows * cols);
+      EXPECT_EQ(*indices.begin(), 0);
+      EXPECT_EQ(*indices.rbegin(), rows * cols - 1);
     }
   }
 }
 
-// Each pair of chunk columns of each band has a sparsity of its own, so that kinds alternate; some
-// pairs have one column full and one empty.
+// Each pair of each band has its own sparsity, so that both kinds occur; in some pairs one column
+// is full and one empty.
 DenseMatrix mixed_pairs(int64_t m, int64_t k, uint32_t seed) {
   const double sparsities[] = {0.9, 0.0, 0.97, 0.5, 0.85, 1.0, 0.999, 0.7};
   DenseMatrix dense = random_patterns(m, k, 0.0, seed);
@@ -657,7 +660,7 @@ DenseMatrix mixed_pairs(int64_t m, int64_t k, uint32_t seed) {
 }
 
 // Bands of 16 chunk rows, column after column within a band; the last may be lower.
-int64_t place_of_chunk(int64_t row, int64_t col, int64_t m, int64_t k) {
+int64_t index_of_chunk(int64_t row, int64_t col, int64_t m, int64_t k) {
   const int64_t chunk_rows = (m + 31) / 32, chunk_cols = (k + 127) / 128, band = row / 16 * 16;
   return band * chunk_cols + col * std::min<int64_t>(16, chunk_rows - band) + row - band;
 }
@@ -677,12 +680,12 @@ void expect_independent_reader_agrees(const DenseMatrix& dense) {
   Packed packed = pack_bitmap(dense);
   const int64_t m = dense.m, k = dense.k, chunk_rows = (m + 31) / 32, chunk_cols = (k + 127) / 128;
   ASSERT_EQ(packed.offsets.size(), static_cast<size_t>(chunk_rows * chunk_cols + 1));
-  // All of each chunk, so that nothing is stored outside a ragged matrix either.
+  // Reads all of each chunk, to see that nothing is stored outside the matrix.
   for (int64_t row = 0; row < chunk_rows; ++row) {
     for (int64_t col = 0; col < chunk_cols; ++col) {
       const int64_t even = col / 2 * 2;
-      const Chunk first(packed, place_of_chunk(row, even, m, k));
-      const Chunk own(packed, place_of_chunk(row, col, m, k));
+      const Chunk first(packed, index_of_chunk(row, even, m, k));
+      const Chunk own(packed, index_of_chunk(row, col, m, k));
       ASSERT_TRUE(!first.two_four || col == even || own.rows < 0);
       const Chunk& chunk = first.two_four ? first : own;
       for (int64_t r = 32 * row; r < 32 * row + 32; ++r) {
@@ -727,14 +730,14 @@ TEST_P(BitmapDensity, EveryStoredHalfwordIsAValueAndNoBankIsReadTwice) {
         stored += (byte - residual) % 64 < 32 && chunk.value(byte) != 0;
       }
     }
-    // A row of values is as wide as shared memory: the column is the bank. Lanes of one load have
-    // one strip and one half, each lane in any row.
+    // A row of values is as wide as all banks of shared memory, so the column is the bank. In one
+    // load all lanes read the same strip and half, each lane in any row.
     std::set<int> slots;
     for (int strip = 0; strip < 2; ++strip) {
       std::set<int> banks;
       for (int lane = 0; lane < kLanes; ++lane) {
-        banks.insert(chunk.sigma(lane, strip) / 4);
-        slots.insert(chunk.sigma(lane, strip) / 2);
+        banks.insert(chunk.down_offset(lane, strip) / 4);
+        slots.insert(chunk.down_offset(lane, strip) / 2);
       }
       EXPECT_EQ(banks.size(), 32U) << "chunk " << idx << ", strip " << strip;
       EXPECT_EQ(*banks.rbegin(), 31);
@@ -774,8 +777,8 @@ INSTANTIATE_TEST_SUITE_P(Shapes, BitmapPairs,
                                            std::pair<int64_t, int64_t>{600, 1100}));
 
 TEST(BitmapKinds, FollowTheUnitsOfTheWholePair) {
-  // In the first chunk row 2:4 takes 20 units instead of 11, in each of the others 20 instead of
-  // 22: four of them outweigh the first.
+  // As 2:4 the first chunk row takes 20 units instead of 11, each of the others 20 instead of 22:
+  // four of the others are enough for 2:4.
   DenseMatrix dense = zeros(160, 256);
   dense.at(0, 0) = kHalfOne;
   EXPECT_EQ(kinds_of(pack_bitmap(dense)), (std::pair<int, int>{0, 1}));
@@ -786,8 +789,8 @@ TEST(BitmapKinds, FollowTheUnitsOfTheWholePair) {
 }
 
 TEST(BitmapKinds, AChunkThatIsTooLargeMakesItsPairPlain) {
-  // One chunk row with more than a 2:4 pattern, two of it in one row, and fifteen of one element in
-  // each column, which are smaller as 2:4.
+  // The first chunk row is a full 2:4 pattern with two more elements in one row. The other fifteen
+  // have one element in each chunk column and are smaller as 2:4.
   DenseMatrix dense = zeros(512, 256);
   for (int64_t row = 0; row < 32; ++row) {
     for (int64_t col = 0; col < 256; ++col) {
@@ -797,7 +800,7 @@ TEST(BitmapKinds, AChunkThatIsTooLargeMakesItsPairPlain) {
   for (int64_t row = 32; row < 512; row += 32) dense.at(row, 0) = dense.at(row, 255) = kHalfOne;
   dense.at(0, 2) = dense.at(0, 6) = kHalfOne;
   EXPECT_EQ(kinds_of(pack_bitmap(dense)), (std::pair<int, int>{0, 32}));
-  // With one it fits.
+  // With one of the two it fits.
   dense.at(0, 6) = 0;
   const Packed packed = pack_bitmap(dense);
   EXPECT_EQ(kinds_of(packed), (std::pair<int, int>{16, 0}));
@@ -843,7 +846,7 @@ TEST(BitmapResidual, FewColumnsOfAStepAreOfOneClass) {
   for (auto& value : dense.values) value = keep(rng) ? kHalfOne : uint16_t{0};
   Packed packed = pack_bitmap(dense);
   EXPECT_EQ(unpack(packed, serial_for), dense.values);
-  // As ldmatrix fetches them: eight rows at once, the different columns of a class after another.
+  // ldmatrix loads the columns of eight rows at once, different columns of one class one by one.
   int64_t phases = 0, cycles = 0, found = 0, expected = 0;
   for (int64_t idx = 0; idx + 1 < static_cast<int64_t>(packed.offsets.size()); ++idx) {
     const Chunk chunk(packed, idx);
@@ -858,12 +861,12 @@ TEST(BitmapResidual, FewColumnsOfAStepAreOfOneClass) {
       for (int step = 0; step < chunk.steps[row / 16]; ++step) {
         std::array<std::set<int>, 8> classes;
         for (int i = 0; i < 8; ++i) {
-          const auto [value, place] = chunk.residual_entry(row + i, step);
-          classes[place / 16 % 8].insert(place);
+          const auto [value, offset] = chunk.residual_entry(row + i, step);
+          classes[offset / 16 % 8].insert(offset);
           found += value != 0;
         }
         size_t most = 0;
-        for (const auto& places : classes) most = std::max(most, places.size());
+        for (const auto& offsets : classes) most = std::max(most, offsets.size());
         cycles += static_cast<int64_t>(most);
         ++phases;
       }
@@ -871,7 +874,7 @@ TEST(BitmapResidual, FewColumnsOfAStepAreOfOneClass) {
   }
   EXPECT_GT(found, 2000);
   EXPECT_EQ(found, expected);
-  // 1.06; with each row's columns in their order 1.65.
+  // It is 1.06; 1.65 if each row's columns are taken in rising order.
   EXPECT_LT(static_cast<double>(cycles) / static_cast<double>(phases), 1.1);
 }
 
@@ -930,8 +933,8 @@ TEST(BitmapSizes, AWeightWithoutElementsHasNoChunks) {
   }
 }
 
-// Every invariant, broken one at a time in a weight that is valid otherwise: the second chunk row
-// of two, so that messages must name the chunk.
+// Each test breaks one invariant of a weight that is valid otherwise, in the second of two chunk
+// rows, so that messages must name the chunk.
 class MalformedBitmap : public ::testing::Test {
  protected:
   Packed good_;
@@ -956,43 +959,44 @@ class MalformedBitmap : public ::testing::Test {
   }
 };
 
-TEST_F(MalformedBitmap, OddSigma) {
-  ++chunk().sigma(5, 1);  // from 110
+TEST_F(MalformedBitmap, OddDownOffset) {
+  ++chunk().down_offset(5, 1);  // from 110
   expect_refused("chunk 1: lane 5 of strip 1: sigma must be even and below 128, got 111");
 }
 
-TEST_F(MalformedBitmap, SigmaBeyondARow) {
-  chunk().sigma(5, 1) = 128;
+TEST_F(MalformedBitmap, DownOffsetBeyondARow) {
+  chunk().down_offset(5, 1) = 128;
   expect_refused("chunk 1: lane 5 of strip 1: sigma must be even and below 128, got 128");
 }
 
 TEST_F(MalformedBitmap, ColumnTakenTwiceByOneStrip) {
-  const uint8_t taken = chunk().sigma(6, 0);  // column 2
-  chunk().sigma(7, 0) = taken;
+  const uint8_t taken = chunk().down_offset(6, 0);  // column 2
+  chunk().down_offset(7, 0) = taken;
   expect_refused("chunk 1: lane 7 of strip 0: column 2 is taken twice");
-  // The other slot does not help: two lanes of one load would read one bank. Strip 1's lane 30,
-  // which has that slot, is only met later.
-  chunk().sigma(7, 0) = static_cast<uint8_t>(taken + 2);
+  // The other slot is no better: two lanes of one load would read one bank. Strip 1's lane 30,
+  // which has that slot, is checked later.
+  chunk().down_offset(7, 0) = static_cast<uint8_t>(taken + 2);
   expect_refused("chunk 1: lane 7 of strip 0: column 2 is taken twice");
 }
 
 TEST_F(MalformedBitmap, SlotTakenByBothStrips) {
-  // Each strip's columns stay distinct. Lane 6 of strip 0 and lane 30 of strip 1 share column 2.
-  ASSERT_EQ(chunk().sigma(6, 0), 8);
-  ASSERT_EQ(chunk().sigma(30, 1), 10);
-  chunk().sigma(30, 1) = 8;
+  // The columns of each strip stay distinct. Lane 6 of strip 0 and lane 30 of strip 1 share
+  // column 2.
+  ASSERT_EQ(chunk().down_offset(6, 0), 8);
+  ASSERT_EQ(chunk().down_offset(30, 1), 10);
+  chunk().down_offset(30, 1) = 8;
   expect_refused("chunk 1: lane 30 of strip 1: column 2 is taken twice");
 }
 
 TEST_F(MalformedBitmap, RunsThatOverlap) {
-  // Lane 0's two values, sent down onto the four of its own column.
-  ASSERT_EQ(chunk().sigma(1, 0), 0);
-  std::swap(chunk().sigma(0, 0), chunk().sigma(1, 0));
+  // Lane 0's two values of half 1 now run downward into the four of its own column.
+  ASSERT_EQ(chunk().down_offset(1, 0), 0);
+  std::swap(chunk().down_offset(0, 0), chunk().down_offset(1, 0));
   expect_refused("chunk 1: lane 0 of strip 0: runs of 4 and 2 values overlap in 4 rows");
 }
 
 TEST_F(MalformedBitmap, UpwardRunLongerThanTheChunk) {
-  // Nothing comes down in that column: the lane named is the one whose empty run it is.
+  // The downward run of that column is empty; the message names its lane.
   chunk().set_bits(0, 0, 0, 0x0101011FU);
   expect_refused("chunk 1: lane 1 of strip 0: runs of 8 and 0 values overlap in 4 rows");
 }
@@ -1086,7 +1090,7 @@ class MalformedTwoFour : public MalformedBitmap {
 
   // Flips a bit of R | G0 << 8 | G1 << 16.
   void flip_size_bit(int bit) { chunk().bytes[1024 + 2 * bit] ^= 1; }
-  // The bit of an element.
+  // Flips the bit of an element.
   void flip(int row, int col) {
     const int lane = row % 8 * 4 + col / 16 % 4,
               bit = (row / 8 % 2 * 4 + col / 4 % 4) * 4 + col / 64;
@@ -1110,15 +1114,15 @@ TEST_F(MalformedTwoFour, SpareBitsThatAreNotZero) {
   flip_size_bit(24);
   expect_refused("chunk 1: R = 4, G0 = 1, G1 = 1 and 1 in the spare bits do not make 28 units");
   flip_size_bit(24);
-  chunk().sigma(24, 1) ^= 1;
+  chunk().down_offset(24, 1) ^= 1;
   expect_refused("chunk 1: lane 24 of strip 1: sigma must be even and below 128, got 39");
-  chunk().sigma(24, 1) ^= 1;
-  chunk().sigma(0, 0) = 128;
+  chunk().down_offset(24, 1) ^= 1;
+  chunk().down_offset(0, 0) = 128;
   expect_refused("chunk 1: lane 0 of strip 0: sigma must be even and below 128, got 128");
 }
 
 TEST_F(MalformedTwoFour, ColumnTakenTwice) {
-  chunk().sigma(9, 0) = chunk().sigma(10, 0);
+  chunk().down_offset(9, 0) = chunk().down_offset(10, 0);
   expect_refused("chunk 1: lane 10 of strip 0: column 24 is taken twice");
 }
 
@@ -1149,7 +1153,7 @@ TEST_F(MalformedTwoFour, StoredZeros) {
 }
 
 TEST_F(MalformedTwoFour, ResidualWithMoreOrFewerStepsThanItsRowsNeed) {
-  flip(0, 3);  // the group of row 0 is full now: two steps
+  flip(0, 3);  // now row 0's group is full and takes two steps
   expect_refused("chunk 1: the residual of strip 0 takes 2 steps, got 1");
   for (const int col : {2, 3}) flip(0, col);  // and now none
   expect_refused("chunk 1: the residual of strip 0 takes 0 steps, got 1");
@@ -1159,12 +1163,12 @@ TEST_F(MalformedTwoFour, ResidualWithMoreOrFewerStepsThanItsRowsNeed) {
 }
 
 TEST_F(MalformedTwoFour, StepsThatChangeStrips) {
-  // G0 = 2 and G1 = 0 are as large.
+  // G0 = 2 and G1 = 0 give the same size.
   for (const int bit : {8, 9, 16}) flip_size_bit(bit);
   expect_refused("chunk 1: the residual of strip 0 takes 1 steps, got 2");
 }
 
-TEST_F(MalformedTwoFour, PlaceThatIsNotTheBits) {
+TEST_F(MalformedTwoFour, ResidualOffsetThatIsNotTheBits) {
   const int residual = static_cast<int>(chunk().residual() - chunk().bytes);
   chunk().set_value(residual + 32, 33);
   expect_refused("chunk 1: step 0 of row 0's residual must have place 32, got 33");
@@ -1173,8 +1177,8 @@ TEST_F(MalformedTwoFour, PlaceThatIsNotTheBits) {
   expect_refused("chunk 1: step 0 of row 16's residual must have place 2224, got 65535");
 }
 
-TEST_F(MalformedTwoFour, PlaceOfARowWithoutAnElement) {
-  // It is that of the first of its eight rows with one, or 0.
+TEST_F(MalformedTwoFour, ResidualOffsetOfARowWithoutAnElement) {
+  // It must be that of the first of its eight rows that has an element, or 0.
   const int residual = static_cast<int>(chunk().residual() - chunk().bytes);
   chunk().set_value(residual + 32 + 2 * 7, 0);
   expect_refused("chunk 1: step 0 of row 7's residual must have place 32, got 0");
@@ -1185,11 +1189,11 @@ TEST_F(MalformedTwoFour, PlaceOfARowWithoutAnElement) {
 
 TEST_F(MalformedTwoFour, PaddingThatIsNotZero) {
   const int residual = static_cast<int>(chunk().residual() - chunk().bytes);
-  const int places[] = {1088 + 4,         // values that no run has
-                        residual + 2,     // a row that needs no step
-                        residual + 128,   // the step that makes them odd
-                        residual + 190};  // to its end
-  for (const int byte : places) {
+  const int padding[] = {1088 + 4,         // values that no run has
+                         residual + 2,     // a row that needs no step
+                         residual + 128,   // the step that makes them odd
+                         residual + 190};  // to its end
+  for (const int byte : padding) {
     chunk().set_value(byte, 1);
     expect_refused("chunk 1: padding must be 0, got 1 at byte " + std::to_string(byte));
     chunk().set_value(byte, 0);
@@ -1205,7 +1209,7 @@ TEST_F(MalformedTwoFour, ChunkWithoutNonzeros) {
 }
 
 TEST_F(MalformedTwoFour, KindsThatDiffer) {
-  // The second chunk moves to the second column, and a plain one takes its place or comes after it.
+  // The second chunk moves to the second column; then a plain chunk replaces or follows it.
   good_.offsets = {0, 28, 28, 28, 56};
   expect_refused(
       "chunk 3 holds 28 units, a size of 2:4 chunks, but is not the first of two columns");
@@ -1218,7 +1222,7 @@ TEST_F(MalformedTwoFour, KindsThatDiffer) {
 }
 
 TEST_F(MalformedTwoFour, AColumnWithoutAPartner) {
-  // A weight of one column with the same bytes.
+  // A weight of one chunk column with the same bytes.
   good_.header.k = 128;
   good_.offsets = {0, 28, 56};
   expect_refused(
@@ -1228,7 +1232,7 @@ TEST_F(MalformedTwoFour, AColumnWithoutAPartner) {
 
 TEST(ValidateBitmap, SmallestOffendingChunkIsReportedWhateverTheThreads) {
   Packed packed = pack_bitmap(random_patterns(kChunkM, 64 * kChunkK, 0.5, 5));
-  for (const int chunk : {60, 41, 22}) Chunk(packed, chunk).sigma(3, 1) = 255;
+  for (const int chunk : {60, 41, 22}) Chunk(packed, chunk).down_offset(3, 1) = 255;
   const std::string expected =
       "chunk 22: lane 3 of strip 1: sigma must be even and below 128, got 255";
   EXPECT_EQ(check(packed).message, expected);
@@ -1246,11 +1250,12 @@ TEST(ValidateBitmap, AResidualInAnotherOrderIsRefused) {
 }
 
 TEST(ValidateBitmap, AnyPairingThatFitsIsRead) {
-  // Only packing is canonical. Two empty downward runs trade places; a row nobody needs is added.
+  // Only packing is canonical: two empty downward runs are swapped, and a row that no run needs is
+  // added.
   const DenseMatrix golden = golden_matrix();
   Packed packed = pack_bitmap(golden);
   const std::vector<uint16_t> expected = unpack(packed, serial_for);
-  std::swap(Chunk(packed, 0).sigma(20, 0), Chunk(packed, 0).sigma(21, 0));
+  std::swap(Chunk(packed, 0).down_offset(20, 0), Chunk(packed, 0).down_offset(21, 0));
   EXPECT_TRUE(check(packed).ok());
   EXPECT_EQ(unpack(packed, serial_for), expected);
 

@@ -1,5 +1,5 @@
 // What holds for every packed format: the table, the header, round trips, and the checks that do
-// not look into a tile.
+// not read the contents of a tile.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -141,7 +141,8 @@ INSTANTIATE_TEST_SUITE_P(
                                          Shape{545, 257}, Shape{530, 640}),
                        ::testing::Values(0.0, 0.1, 0.5, 0.9, 1.0)));
 
-// The matrix is another one when it is packed than when it was counted: another thread writes it.
+// The matrix changes after it was counted and before it is packed, as if another thread wrote to
+// it.
 class Changed : public ::testing::TestWithParam<std::tuple<Format, CpuIsa>> {
  protected:
   void SetUp() override {
@@ -151,8 +152,8 @@ class Changed : public ::testing::TestWithParam<std::tuple<Format, CpuIsa>> {
   }
   void TearDown() override { ASSERT_TRUE(force_cpu_isa("").ok()); }
 
-  // Packs `after` with the counts of `before` and returns how that ended. Nothing outside of the
-  // payload may be written, and what is accepted must be a valid weight.
+  // Packs `after` with the counts of `before` and returns the status. Checks that nothing outside
+  // the payload is written, and that the weight is valid if the status is success.
   static StatusCode pack_changed(const DenseMatrix& before, const DenseMatrix& after) {
     constexpr uint32_t kGuard = 0xDEADBEEF;
     constexpr size_t kGuardWords = 4096;
@@ -217,7 +218,7 @@ INSTANTIATE_TEST_SUITE_P(Packers, Changed,
                                            std::tuple{Format::kRowBitmap, CpuIsa::kAvx2},
                                            std::tuple{Format::kRowBitmap, CpuIsa::kAvx512}));
 
-// Broken one at a time in a weight that is valid otherwise.
+// Each test breaks one thing in a weight that is valid otherwise.
 class Malformed : public ::testing::TestWithParam<Format> {
  protected:
   Packed good_ = pack_or_die(random_patterns(200, 150, 0.7, 3), GetParam());
@@ -252,7 +253,7 @@ TEST_P(Malformed, NegativeOffset) {
 }
 
 TEST_P(Malformed, OffsetsThatEndEarly) {
-  // The last tile is gone, which no other check can see.
+  // The last tile is missing, which no other check detects.
   good_.offsets.back() = good_.offsets[good_.offsets.size() - 2];
   expect_refused(good_, StatusCode::kInvalidValue, "offsets must end at");
 }
@@ -346,7 +347,7 @@ TEST_P(Malformed, ShapeOfAnotherWeight) {
                  "offsets must hold " + std::to_string(tiles + 1) + " elements for a 300x150");
 }
 
-// Nothing is read, so sizes that no test can allocate are checked too.
+// These checks read no buffer, so sizes that no test can allocate are tested too.
 TEST_P(Malformed, PayloadBeyondWhatOffsetsCanAddress) {
   PackedHeader header = PackedHeader::of(GetParam());
   header.m = header.k = INT32_MAX;

@@ -1,4 +1,4 @@
-// Kernel choice is a pure function: these tests are its specification, and need no GPU.
+// The choice of a kernel is a pure function. These tests specify it and need no GPU.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -59,7 +59,7 @@ TEST(Configs, RowsAreDistinctOrderedAndFitTheSmallestGpu) {
     const std::string stem =
         "w" + std::to_string(config.warps_per_tile) + "n" + std::to_string(config.tile_n);
     EXPECT_EQ(std::string(config.name).substr(0, stem.size()), stem);
-    // sm_86 and sm_89 have the least: 99 KB for one CTA.
+    // sm_86 and sm_89 have the least shared memory: 99 KB for one CTA.
     EXPECT_LE(lscd_smem_bytes(config), 99 * 1024) << config.name;
   }
 }
@@ -204,7 +204,7 @@ TEST(SelectPlan, RefusesWhatThirtyTwoBitsCannotIndex) {
     EXPECT_EQ(failure_of(problem(1, negative, 1, 1.0), kH200).code, StatusCode::kInvalidValue);
     EXPECT_EQ(failure_of(problem(1, 1, negative, 1.0), kH200).code, StatusCode::kInvalidValue);
   }
-  // Each fits, their tiles of work do not: 2^24 tile rows x 2^10 tile columns.
+  // M and K fit, the number of tiles does not: 2^24 tile rows x 2^10 tile columns.
   const Status status = failure_of(problem(INT32_MAX, 8, 65536, 1.0), kH200, "w1n8");
   EXPECT_EQ(status.code, StatusCode::kInvalidValue);
   EXPECT_NE(status.message.find("32-bit indices"), std::string::npos) << status.message;
@@ -270,8 +270,8 @@ TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
   EXPECT_EQ(plan.workspace_bytes, int64_t{132 + 56} * 512 * 8 * 4);
   const SpmmPlan two_blocks = plan_of(bitmap_problem(28672, 128, 7168), kH200, "n64");
   EXPECT_EQ(two_blocks.workspace_bytes, int64_t{132 / 2 + 2 * 56} * 512 * 64 * 4);
-  // A kernel that stores whole rows itself needs two slots per cluster, however many tokens there
-  // are.
+  // A kernel that stores complete output tiles itself needs two slots per cluster for any number of
+  // tokens.
   for (const int64_t n : {129, 1024, 1 << 20}) {
     const SpmmPlan wide = plan_of(bitmap_problem(28672, n, 7168), kH200, "n256");
     EXPECT_EQ(wide.workspace_bytes, int64_t{2 * 132 / 2} * 256 * 256 * 4);
@@ -375,7 +375,8 @@ TEST(GpuFeatures, FollowTheGpuAndTheListOfArchitectures) {
   const auto has = [](int capability, const std::string& archs, GpuFeature feature) {
     return gpu_features(capability, archs).contains(feature);
   };
-  // PTX serves newer GPUs, machine code only those of its major version, "a" exactly one.
+  // PTX runs on newer GPUs too, machine code only on GPUs of its major version, an "a" architecture
+  // on exactly one.
   EXPECT_TRUE(has(80, "8.0", GpuFeature::kMmaSync));
   EXPECT_TRUE(has(86, "8.0", GpuFeature::kMmaSync));
   EXPECT_FALSE(has(80, "8.6", GpuFeature::kMmaSync));

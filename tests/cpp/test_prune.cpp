@@ -1,4 +1,4 @@
-// Magnitude pruning against an oracle that sorts, so slow and so plain that it can be believed.
+// Magnitude pruning against an oracle that sorts: slow, but simple.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -66,7 +66,7 @@ std::vector<uint16_t> prune(const DenseMatrix& dense, const PruneTarget& target,
   return out;
 }
 
-// Few distinct magnitudes of both signs, so that nearly every cut falls among ties.
+// Few distinct magnitudes of both signs, so that nearly every cut has ties.
 DenseMatrix tied_patterns(int64_t m, int64_t k, uint32_t seed) {
   DenseMatrix dense = random_patterns(m, k, 0.2, seed, 2);
   for (auto& value : dense.values) value &= 0x8003;

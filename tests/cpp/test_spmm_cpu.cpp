@@ -1,6 +1,5 @@
-// The CPU kernels: the reference, on every format, against a naive product over the dense matrix,
-// the fast kernel against the same, all against exact integers; and the conversions that they rest
-// on.
+// The CPU kernels: the reference, for every format, and the fast kernels against a naive product of
+// the dense matrix; all of them against exact integers; and the conversions that they use.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -32,7 +31,7 @@ uint16_t from_float_of(float value, ValueType type) {
                                      : from_float<ValueType::kBfloat16>(value);
 }
 
-// The meaning of a pattern, by the definition of the formats.
+// The value of a pattern, by the definition of fp16 and bf16.
 double pattern_value(uint16_t raw, ValueType type) {
   const int mantissa_bits = type == ValueType::kFloat16 ? 10 : 7;
   const int bias = type == ValueType::kFloat16 ? 15 : 127;
@@ -81,7 +80,7 @@ TEST_P(Element, RoundsToNearestTiesToEven) {
 }
 
 TEST_P(Element, DoublesRoundOnce) {
-  // Halfway between two neighbours, and a hair above: through a plain float both would round to
+  // Halfway between two neighbours, and slightly above: rounded to float first, both would round to
   // even.
   const int mantissa_bits = GetParam() == ValueType::kFloat16 ? 10 : 7;
   const double half_ulp = std::ldexp(1.0, -mantissa_bits - 1);
@@ -114,7 +113,7 @@ TEST_P(Element, OverflowGivesInfinity) {
 INSTANTIATE_TEST_SUITE_P(Types, Element,
                          ::testing::Values(ValueType::kFloat16, ValueType::kBfloat16));
 
-// A kernel, and a format that it takes.
+// A kernel, and a format that it multiplies.
 struct Kernel {
   const char* name;
   Format format;
@@ -130,7 +129,7 @@ const Kernel kReference{"reference", Format::kTiledCsl, spmm_cpu_reference};
 const Kernel kBitmapReference{"reference, bitmap", Format::kBitmap, spmm_cpu_reference};
 const Kernel kRowsReference{"reference, row bitmap", Format::kRowBitmap, spmm_cpu_reference};
 
-// Those that sum in fp32, one for each instruction set that this CPU has.
+// The kernels that sum in fp32, one for each instruction set that this CPU has.
 std::vector<Kernel> fast_kernels() {
   std::vector<Kernel> kernels{{"tiles", Format::kTiledCsl, spmm_cpu_tiled_csl}};
   const auto add = [&](CpuIsa isa, auto* multiply) {
@@ -188,7 +187,8 @@ struct Product {
     return {y.begin() + kGuard, y.begin() + kGuard + static_cast<std::ptrdiff_t>(elems)};
   }
 
-  // sum (or, with absolute values, its magnitude) of one output, over the dense matrix.
+  // The exact sum of one output, bias included, from the dense matrix; with `absolute` that of the
+  // absolute values of its terms.
   double exact(int64_t token, int64_t row, bool absolute) const {
     double sum = bias.empty() ? 0.0 : pattern_value(bias[static_cast<size_t>(row)], type);
     if (absolute) sum = std::abs(sum);
@@ -230,7 +230,7 @@ Product random_product(int64_t m, int64_t n, int64_t k, double sparsity, ValueTy
   std::uniform_int_distribution<int> one_in_16(0, 15);
   const auto draw = [&](bool rare) {
     if (!integers) return from_float_of(normal(rng), type);
-    // bf16 holds integers up to 256: sparse inputs keep the sums below that.
+    // bf16 holds all integers up to 256; sparse inputs keep the sums below that.
     if (rare && one_in_16(rng) != 0) return uint16_t{0};
     return from_float_of(static_cast<float>(coin(rng) ? small(rng) : -small(rng)), type);
   };
@@ -239,7 +239,7 @@ Product random_product(int64_t m, int64_t n, int64_t k, double sparsity, ValueTy
       if (!is_zero_pattern(product.weight.at(row, col))) product.weight.at(row, col) = draw(false);
     }
   }
-  // What lies between the rows of x must not be read: poison.
+  // The gaps between the rows of x must not be read, so they are poisoned.
   product.x.assign(static_cast<size_t>(n * product.x_stride), kPoison);
   for (int64_t token = 0; token < n; ++token) {
     for (int64_t col = 0; col < k; ++col) {
@@ -286,12 +286,13 @@ TEST_P(SpmmCpu, RealsStayWithinRounding) {
     const auto reference = product.run(kReference);
     std::vector<std::vector<uint16_t>> fast;
     for (const Kernel& kernel : kFast) fast.push_back(product.run(kernel));
-    // One order of summation, whatever the format.
+    // The order of summation is the same for every format.
     EXPECT_EQ(product.run(kBitmapReference), reference);
     EXPECT_EQ(product.run(kRowsReference), reference);
-    // Half an ulp of the output; its smallest subnormal; and for fp32 sums the classical bound
-    // (K + 2) u sum|w x|. No activation here has a slope above 1.13. GELU in torch's form,
-    // v (1 + erf) / 2, cancels for negative v: that leaves |v| times the unit roundoff.
+    // The bound adds half an ulp of the output, its smallest subnormal and, for fp32 sums, the
+    // classical bound (K + 2) u sum|w x|. No activation here has a slope above 1.13. GELU in
+    // torch's form, v (1 + erf) / 2, has cancellation for negative v, which adds |v| times the unit
+    // roundoff.
     const bool half = product.type == ValueType::kFloat16;
     const double output_ulp = half ? std::ldexp(1.0, -11) : std::ldexp(1.0, -8);
     const double tiny = std::ldexp(1.0, half ? -24 : -133);
@@ -387,7 +388,7 @@ TEST(SpmmCpuSpecial, ActivationsPassNan) {
 }
 
 TEST(SpmmCpuSpecial, AMalformedWeightNeverReachesForeignMemory) {
-  // What the sanitizers watch: offsets and payloads that validate would refuse.
+  // For the sanitizers: offsets and payloads that validate refuses must not cause bad accesses.
   const Product product = random_product(200, 3, 150, 0.7, ValueType::kFloat16, false, false, 4);
   for (const Kernel& kernel : kKernels) {
     Packed packed = pack_or_die(product.weight, kernel.format);

@@ -1,5 +1,5 @@
-// Tiled-CSL: places, the stored order, golden bytes, and that validate rejects every invariant of
-// its own that is broken. What holds for every format is in test_packed_format.cpp.
+// Tiled-CSL: positions, the stored order, golden bytes, and that validate refuses every broken
+// invariant of this format. What holds for every format is in test_packed_format.cpp.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -18,40 +18,41 @@
 namespace flash_llm::testing {
 namespace {
 
-uint32_t entry(int place, uint16_t value) {
-  return static_cast<uint32_t>(place) << 16 | static_cast<uint32_t>(value);
+uint32_t entry(int position, uint16_t value) {
+  return static_cast<uint32_t>(position) << 16 | static_cast<uint32_t>(value);
 }
 
 Packed pack_tiled(const DenseMatrix& dense) { return pack_or_die(dense, Format::kTiledCsl); }
 
-TEST(Place, IsABijectionThatInverts) {
+TEST(Position, IsABijectionThatInverts) {
   std::bitset<kTileElems> seen;
   for (int row = 0; row < kTileM; ++row) {
     for (int col = 0; col < kTileK; ++col) {
-      const int place = place_of(row, col);
-      ASSERT_GE(place, 0);
-      ASSERT_LT(place, kTileElems);
-      ASSERT_FALSE(seen.test(static_cast<size_t>(place))) << "row " << row << " column " << col;
-      seen.set(static_cast<size_t>(place));
-      ASSERT_EQ(row_of_place(place), row);
-      ASSERT_EQ(col_of_place(place), col);
+      const int position = position_of(row, col);
+      ASSERT_GE(position, 0);
+      ASSERT_LT(position, kTileElems);
+      ASSERT_FALSE(seen.test(static_cast<size_t>(position))) << "row " << row << " column " << col;
+      seen.set(static_cast<size_t>(position));
+      ASSERT_EQ(row_of_position(position), row);
+      ASSERT_EQ(col_of_position(position), col);
     }
   }
   EXPECT_TRUE(seen.all());
 }
 
-TEST(Place, LdmatrixReadsEightRowsWithoutBankConflicts) {
-  // ldmatrix takes 16 bytes from each of eight rows: the same eight columns everywhere, in the same
-  // order, and all 128 bytes in different banks. Row 0 is not swizzled, so it names the columns.
+TEST(Position, LdmatrixReadsEightRowsWithoutBankConflicts) {
+  // ldmatrix reads 16 bytes from each of eight rows. They must be the same eight columns in every
+  // row, in the same order, and all 128 bytes must lie in different banks. Row 0 is not swizzled,
+  // so it gives the columns.
   for (int row0 = 0; row0 < kTileM; row0 += 8) {
     for (int chunk = 0; chunk < 8; ++chunk) {
       std::set<int> banks;
       for (int row = row0; row < row0 + 8; ++row) {
-        const int first = place_of(row, col_of_place(8 * chunk));
+        const int first = position_of(row, col_of_position(8 * chunk));
         EXPECT_EQ(first % 8, 0) << "row " << row << ", chunk " << chunk;
         for (int i = 0; i < 8; ++i) {
-          EXPECT_EQ(place_of(row, col_of_place(8 * chunk + i)), first + i);
-          banks.insert(bank_of_place(first + i));
+          EXPECT_EQ(position_of(row, col_of_position(8 * chunk + i)), first + i);
+          banks.insert(bank_of_position(first + i));
         }
       }
       EXPECT_EQ(banks.size(), 32U) << "rows from " << row0 << ", chunk " << chunk;
@@ -59,14 +60,14 @@ TEST(Place, LdmatrixReadsEightRowsWithoutBankConflicts) {
   }
 }
 
-TEST(Place, AThreadOfTheQuadOwnsEightConsecutiveColumnsInEachHalf) {
-  // In the fragments of two k-steps (four chunks), thread t holds words 2t and 2t + 1 of each
-  // chunk: eight columns in a row, so that it reads X in one 16-byte piece, and a quad 64 bytes.
+TEST(Position, AThreadOfTheQuadOwnsEightConsecutiveColumnsInEachHalf) {
+  // In the fragments of two k-steps (four chunks), thread t holds values 2 t and 2 t + 1 of each
+  // chunk: eight consecutive columns, so that it loads 16 contiguous bytes of X, and a quad 64.
   for (int half = 0; half < 2; ++half) {
     for (int thread = 0; thread < 4; ++thread) {
       for (int i = 0; i < 8; ++i) {
         const int chunk = 4 * half + i / 2;
-        EXPECT_EQ(col_of_place(8 * chunk + 2 * thread + i % 2), 32 * half + 8 * thread + i);
+        EXPECT_EQ(col_of_position(8 * chunk + 2 * thread + i % 2), 32 * half + 8 * thread + i);
       }
     }
   }
@@ -86,7 +87,7 @@ TEST(StorageIndex, IsAPermutationForEveryLength) {
 }
 
 TEST(StorageIndex, ConsecutivePositionsAreStoredByOneInstruction) {
-  // In a full block, lane l keeps entries 4l .. 4l+3 and stores entry e of each lane at once.
+  // In a full block lane l holds entries 4 l to 4 l + 3. Store e takes entry e of every lane.
   for (int pos = 0; pos < 2 * kWarpEntries; ++pos) {
     const int index = storage_index(pos, 2 * kWarpEntries) % kWarpEntries;
     EXPECT_EQ(index / kVectorEntries, pos % 32) << "lane of position " << pos;
@@ -94,8 +95,9 @@ TEST(StorageIndex, ConsecutivePositionsAreStoredByOneInstruction) {
   }
 }
 
-// Shared-memory wavefronts that a warp takes to store a tile's entries: of the stores of each block
-// of 32 vectors, the different words in the bank that is hit most.
+// The number of shared-memory wavefronts that a warp needs to store a tile's entries: for each of
+// the four stores of a block of 32 vectors, the number of different words in the bank that it hits
+// most.
 int wavefronts(const std::vector<uint32_t>& entries) {
   int total = 0;
   for (size_t block = 0; block < entries.size(); block += kWarpEntries) {
@@ -104,9 +106,9 @@ int wavefronts(const std::vector<uint32_t>& entries) {
       size_t most = 0;
       for (size_t i = block + store; i < std::min(block + kWarpEntries, entries.size());
            i += kVectorEntries) {
-        const auto place = static_cast<int>(entries[i] >> 16);
-        auto& bank = words[static_cast<size_t>(bank_of_place(place))];
-        bank.insert(place / 2);
+        const auto position = static_cast<int>(entries[i] >> 16);
+        auto& bank = words[static_cast<size_t>(bank_of_position(position))];
+        bank.insert(position / 2);
         most = std::max(most, bank.size());
       }
       total += static_cast<int>(most);
@@ -136,23 +138,23 @@ TEST(PackTiledCsl, FullTileStoresWithoutBankConflicts) {
 }
 
 TEST(PackTiledCsl, StoresTakeAsFewWavefrontsAsTheFullestBankAllows) {
-  // The point of the order, as a number. No order can do better than one wavefront per store and
-  // one per word of a bank, and padding may add a few; rows one after the other take half as many
-  // again.
+  // The order exists to need few wavefronts. Any order needs at least one for each store, and one
+  // for each word of a bank; padding may add a few. Entries in row-major order need 1.5 times as
+  // many.
   for (const double zeros : {0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98}) {
     for (uint32_t seed = 0; seed < 5; ++seed) {
       std::mt19937 rng(seed);
       std::uniform_real_distribution<double> uniform(0.0, 1.0);
       DenseMatrix dense = testing::zeros(kTileM, kTileK);
       std::array<int, kNumBanks> words{};
-      for (int place = 0; place < kTileElems; place += 2) {
+      for (int position = 0; position < kTileElems; position += 2) {
         bool any = false;
-        for (int i = place; i < place + 2; ++i) {
+        for (int i = position; i < position + 2; ++i) {
           if (uniform(rng) < zeros) continue;
-          dense.at(row_of_place(i), col_of_place(i)) = kHalfOne;
+          dense.at(row_of_position(i), col_of_position(i)) = kHalfOne;
           any = true;
         }
-        words[static_cast<size_t>(bank_of_place(place))] += any;
+        words[static_cast<size_t>(bank_of_position(position))] += any;
       }
       const Packed packed = pack_tiled(dense);
       const auto vectors = static_cast<int>(packed.payload.size()) / kVectorEntries;
@@ -165,7 +167,7 @@ TEST(PackTiledCsl, StoresTakeAsFewWavefrontsAsTheFullestBankAllows) {
       std::vector<uint32_t> row_major;
       for (int row = 0; row < kTileM; ++row) {
         for (int col = 0; col < kTileK; ++col) {
-          if (dense.at(row, col) != 0) row_major.push_back(entry(place_of(row, col), kHalfOne));
+          if (dense.at(row, col) != 0) row_major.push_back(entry(position_of(row, col), kHalfOne));
         }
       }
       EXPECT_GT(wavefronts(row_major), 1.5 * taken) << zeros << " zeros, seed " << seed;
@@ -174,23 +176,24 @@ TEST(PackTiledCsl, StoresTakeAsFewWavefrontsAsTheFullestBankAllows) {
 }
 
 TEST(PackTiledCsl, GoldenBytes) {
-  // 3 x 70: two tiles side by side, the second six columns wide. Worked out by hand from
-  // tiled_csl.h: with c = 32 u + 8 t + 2 v + h, place = 64 r + 8 ((4 u + v) ^ r) + 2 t + h.
+  // 3 x 70: two tiles side by side, the second six columns wide. Computed by hand from
+  // tiled_csl.h: with c = 32 u + 8 t + 2 v + h, position = 64 r + 8 ((4 u + v) ^ r) + 2 t + h.
   DenseMatrix dense = zeros(3, 70);
-  dense.at(0, 0) = 0x3C00;   //  1.0 at place 0, bank 0
-  dense.at(0, 1) = 0xBC00;   // -1.0 at place 1, bank 0
-  dense.at(1, 17) = 0x0001;  // smallest subnormal at place 64 + 8 (0 ^ 1) + 4 + 1 = 77, bank 6
-  dense.at(2, 63) = 0x7C00;  // Inf at place 128 + 8 (7 ^ 2) + 6 + 1 = 175, bank 23
-  dense.at(2, 5) = 0x7E01;   // NaN with a payload at place 128 + 8 (2 ^ 2) + 1 = 129, bank 0
+  dense.at(0, 0) = 0x3C00;   //  1.0 at position 0, bank 0
+  dense.at(0, 1) = 0xBC00;   // -1.0 at position 1, bank 0
+  dense.at(1, 17) = 0x0001;  // smallest subnormal at position 64 + 8 (0 ^ 1) + 4 + 1 = 77, bank 6
+  dense.at(2, 63) = 0x7C00;  // Inf at position 128 + 8 (7 ^ 2) + 6 + 1 = 175, bank 23
+  dense.at(2, 5) = 0x7E01;   // NaN with a payload at position 128 + 8 (2 ^ 2) + 1 = 129, bank 0
   dense.at(0, 40) = 0x8000;  // -0 is dropped
-  dense.at(1, 69) = 0x4000;  //  2.0 in tile 1, column 5: place 64 + 8 (2 ^ 1) + 1 = 89
+  dense.at(1, 69) = 0x4000;  //  2.0 in tile 1, column 5: position 64 + 8 (2 ^ 1) + 1 = 89
   const Packed packed = pack_tiled(dense);
 
   EXPECT_EQ(packed.header.nnz, 6);
   EXPECT_EQ(packed.offsets, (std::vector<int32_t>{0, 2, 3}));
   // Tile 0 has five entries in two vectors, so each store takes two. Bank 0 has the longest queue:
-  // both entries of its first word, 0 and 1, fill the first store. Then 129, of the lowest bank,
-  // and 77; then 175 and padding at the lowest free places 2, 3, 4. Two lanes: positions alternate.
+  // both entries of its first word, at positions 0 and 1, fill the first store. Then come 129, of
+  // the lowest bank, and 77; then 175 and padding at the lowest free positions 2, 3 and 4. There
+  // are two lanes, so the entries of this order alternate between the two vectors.
   const std::vector<uint32_t> expected = {
       entry(0, 0x3C00),  entry(129, 0x7E01), entry(175, 0x7C00), entry(3, 0),
       entry(1, 0xBC00),  entry(77, 0x0001),  entry(2, 0),        entry(4, 0),
@@ -202,7 +205,7 @@ TEST(PackTiledCsl, GoldenBytes) {
 }
 
 TEST(PackTiledCsl, EmptyFullAndSingleTilesInOneWeight) {
-  // Four tiles: empty, completely full, one element in the last corner, one element short of full.
+  // Four tiles: an empty one, a full one, one with only its last element, and one that lacks one.
   DenseMatrix dense = zeros(kTileM, 4 * kTileK);
   for (int row = 0; row < kTileM; ++row) {
     for (int col = 0; col < kTileK; ++col) {
@@ -220,7 +223,7 @@ TEST(PackTiledCsl, EmptyFullAndSingleTilesInOneWeight) {
   EXPECT_EQ(unpack(packed, serial_for), dense.values);
 }
 
-// Every invariant, broken one at a time in a weight that is valid otherwise.
+// Each test breaks one invariant of a weight that is valid otherwise.
 class MalformedTiledCsl : public ::testing::Test {
  protected:
   Packed good_ = pack_tiled(random_patterns(200, 150, 0.7, 3));
@@ -277,7 +280,7 @@ TEST_F(MalformedTiledCsl, PlaceOutsideTheTile) {
   expect_refused(good_, "tile 0: place must be below 8192, got 8192");
 }
 
-TEST_F(MalformedTiledCsl, PaddingPlaceOutsideTheTile) {
+TEST_F(MalformedTiledCsl, PaddingPositionOutsideTheTile) {
   const size_t i = find_entry(1, true);
   good_.payload[i] = entry(0xFFFF, 0);
   expect_refused(good_, "tile 1: place must be below 8192, got 65535");
@@ -286,18 +289,18 @@ TEST_F(MalformedTiledCsl, PaddingPlaceOutsideTheTile) {
 TEST_F(MalformedTiledCsl, RowOutsideTheMatrix) {
   // 200 rows: the lower tiles have 72.
   const size_t i = find_entry(3, false);
-  good_.payload[i] = entry(place_of(72, 0), kHalfOne);
+  good_.payload[i] = entry(position_of(72, 0), kHalfOne);
   expect_refused(good_, "(row 72, column 0) lies outside the matrix");
 }
 
 TEST_F(MalformedTiledCsl, ColumnOutsideTheMatrix) {
   // 150 columns: the last tile has 22.
   const size_t i = find_entry(2, false);
-  good_.payload[i] = entry(place_of(5, 22), kHalfOne);
+  good_.payload[i] = entry(position_of(5, 22), kHalfOne);
   expect_refused(good_, "(row 5, column 22) lies outside the matrix");
 }
 
-TEST_F(MalformedTiledCsl, DuplicatePlace) {
+TEST_F(MalformedTiledCsl, DuplicatePosition) {
   const auto [first, last] = tile_entry_range(good_.view(), 4);
   const auto i = static_cast<size_t>(first), j = static_cast<size_t>(last - 5);
   good_.payload[j] = (good_.payload[i] & 0xFFFF0000U) | kHalfOne;
@@ -305,7 +308,7 @@ TEST_F(MalformedTiledCsl, DuplicatePlace) {
   expect_refused(good_, "occurs twice");
 }
 
-TEST_F(MalformedTiledCsl, PaddingAtThePlaceOfAValue) {
+TEST_F(MalformedTiledCsl, PaddingAtThePositionOfAValue) {
   const size_t value = find_entry(1, false), padding = find_entry(1, true);
   good_.payload[padding] = good_.payload[value] & 0xFFFF0000U;
   expect_refused(good_, "occurs twice");

@@ -20,8 +20,8 @@ namespace flash_llm::testing {
 
 inline constexpr uint16_t kHalfOne = 0x3C00;
 
-// Cuts the range into pieces of `grain`, dealt to four threads in an order that serial code never
-// has.
+// Divides the range into pieces of `grain` and distributes them to four threads, in another order
+// than serial code has.
 inline void threaded_for(int64_t count, int64_t grain, const ParallelBody& body) {
   constexpr int64_t kThreads = 4;
   std::vector<std::thread> threads;
@@ -39,7 +39,7 @@ inline void threaded_for(int64_t count, int64_t grain, const ParallelBody& body)
 struct DenseMatrix {
   int64_t m = 0;
   int64_t k = 0;
-  int64_t ld = 0;                // elements between rows; what lies past column k is never zero
+  int64_t ld = 0;                // row stride; elements past column k are never zero
   std::vector<uint16_t> values;  // [m * ld]
 
   uint16_t& at(int64_t row, int64_t col) { return values[static_cast<size_t>(row * ld + col)]; }
@@ -54,8 +54,8 @@ inline DenseMatrix zeros(int64_t m, int64_t k) {
 
 inline bool is_zero_pattern(uint16_t value) { return (value & 0x7FFF) == 0; }
 
-// Random 16-bit patterns of every kind (NaN, Inf, subnormals, -0 among them). Each row draws a
-// sparsity of its own around `sparsity`, so tiles differ; 0 gives no zeros at all, 1 only zeros.
+// Random 16-bit patterns of every kind (NaN, Inf, subnormals, -0 among them). Each row has
+// a random sparsity around `sparsity`, so tiles differ; 0 gives no zeros at all, 1 only zeros.
 inline DenseMatrix random_patterns(int64_t m, int64_t k, double sparsity, uint32_t seed,
                                    int64_t row_gap = 0) {
   DenseMatrix dense{m, k, k + row_gap, {}};
@@ -88,8 +88,8 @@ struct Packed {
   }
 };
 
-// The first pass of packing; the payload is there, and every word of it valid in no format, so that
-// a word which the second pass forgets is seen.
+// The first pass of packing. It also fills the payload with words that are invalid in every format,
+// so that tests detect a word that the second pass does not write.
 inline Status count(const DenseMatrix& dense, Format format, const ParallelFor& parallel_for,
                     Packed* out, ValueType type = ValueType::kFloat16) {
   out->header = PackedHeader::of(format);
@@ -130,14 +130,14 @@ inline Packed pack_or_die(const DenseMatrix& dense, Format format,
   return packed;
 }
 
-// Row-major [m, k], poisoned first: an element that unpack forgets is seen.
+// Row-major [m, k]; poisoned first, so that tests detect an element that unpack does not write.
 inline std::vector<uint16_t> unpack(const Packed& packed, const ParallelFor& parallel_for) {
   std::vector<uint16_t> dense(static_cast<size_t>(packed.header.m * packed.header.k), 0xDEAD);
   unpack(packed.format(), packed.view(), parallel_for, dense.data());
   return dense;
 }
 
-// The header and the sizes, as every call checks them.
+// Checks the header and the sizes, as every operator call does.
 inline Status check_sizes(const Packed& packed) {
   const auto ints = packed.header.to_ints();
   PackedHeader header;
@@ -147,7 +147,7 @@ inline Status check_sizes(const Packed& packed) {
                                      static_cast<int64_t>(packed.payload.size()));
 }
 
-// And in depth, as an operator does when a weight is loaded.
+// Checks every invariant too, as the operator validate does.
 inline Status check(const Packed& packed, const ParallelFor& parallel_for = serial_for) {
   Status status = check_sizes(packed);
   return status.ok() ? packed.format().validate(packed.view(), parallel_for) : status;

@@ -443,7 +443,7 @@ __device__ __forceinline__ void write_residual_columns(const BitRows& bits, int 
           if (lane % 8 == residual_class(col)) {
             with_class.insert(step);
             *reinterpret_cast<uint16_t*>(out + residual_column_byte(row, first_step + step)) =
-                static_cast<uint16_t>(residual_place(col));
+                static_cast<uint16_t>(residual_offset(col));
           }
         }
         left &= left - 1;

@@ -379,7 +379,7 @@ class BitmapConsumer {
   }
 
   // Writes this warp's part of the transposed X: 256 columns of the `block`-th 64 (or all, if
-  // fewer) tokens, each column at the offset that residual entries store for it (residual_place).
+  // fewer) tokens, each column at the offset that residual entries store for it (residual_offset).
   __device__ __forceinline__ void transpose_x(int block) const {
     ptx::mbarrier_wait(smem_.transposed_empty(), transposed_phase_ ^ 1);
     constexpr unsigned kMatrices = kTwoFourK / 8 * kTransposedN / 8;

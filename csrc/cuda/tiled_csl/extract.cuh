@@ -19,7 +19,7 @@
 
 namespace flash_llm {
 
-// Masks the position in an entry (`place` in format/tiled_csl.h) to lie inside the tile, so that a
+// Masks the position in an entry (see format/tiled_csl.h) to lie inside the tile, so that a
 // malformed entry cannot write elsewhere. One instruction (LEA) makes an address of the masked
 // position; without the asm the compiler would shift first, which takes one more.
 __device__ __forceinline__ uint32_t masked(uint32_t bits, uint32_t mask) {

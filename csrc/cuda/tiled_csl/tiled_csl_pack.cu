@@ -1,5 +1,5 @@
 // Tiled-CSL on the device: count, pack and unpack, one CTA per tile. The tile goes through shared
-// memory in the order of positions (`place` in format/tiled_csl.h), so that packing and unpacking
+// memory in the order of positions (see format/tiled_csl.h), so that packing and unpacking
 // access the dense matrix in whole rows. pack_kernel writes the same bytes as format/tiled_csl.cpp.
 #include <cstdint>
 
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = threadIdx.x; i < kTileElems; i += kThreads) {
     const int row = i / kTileK, col = i % kTileK;
-    values[place_of(row, col)] = load_or_zero(dense, tile, row, col);
+    values[position_of(row, col)] = load_or_zero(dense, tile, row, col);
   }
   __syncthreads();
 
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(PackedView view, uint1
     if (row >= tile.rows || col0 >= tile.cols) continue;
     uint32_t word[4];
 #pragma unroll
-    for (int q = 0; q < 4; ++q) word[q] = words[place_of(row, col0 + 2 * q) / 2];
+    for (int q = 0; q < 4; ++q) word[q] = words[position_of(row, col0 + 2 * q) / 2];
     uint16_t* out = dense + (tile.row0 + row) * view.k + tile.col0 + col0;
     if (aligned && col0 + 8 <= tile.cols) {
       *reinterpret_cast<uint4*>(out) = make_uint4(word[0], word[1], word[2], word[3]);
