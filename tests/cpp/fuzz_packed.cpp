@@ -216,7 +216,7 @@ class Fuzzer {
       }
       case 12: {  // a tile grows or shrinks by some units; offsets and header stay consistent
         const size_t tile = pick_index(packed.offsets.size());
-        const int64_t unit = packed.format().unit_words, units = 1 + below(2);
+        const int64_t unit = unit_words(packed), units = 1 + below(2);
         const int64_t at = unit * int64_t{packed.offsets[tile]};
         const bool grows = below(2) != 0;
         const auto words = static_cast<int64_t>(packed.payload.size());
@@ -242,8 +242,15 @@ class Fuzzer {
     return packed.offsets[pick_index(packed.offsets.size())];
   }
 
+  // Payload words of a unit; 0 where the header's format is damaged.
+  static int64_t unit_words(const Packed& packed) {
+    const PackedFormat* format = nullptr;
+    const auto number = static_cast<int64_t>(packed.header.format);
+    return format_of(number, &format).ok() ? format->unit_words : 0;
+  }
+
   static int64_t byte_at(const Packed& packed, int64_t offset) {
-    return 4 * packed.format().unit_words * offset;
+    return 4 * unit_words(packed) * offset;
   }
 
   // Runs all checks on a weight. Returns whether it is valid.
