@@ -204,7 +204,7 @@ def test_broken_files_are_named(tmp_path):
     path.unlink()
     prune_(copy.deepcopy(model), **options)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="run.json is broken"):
+    with pytest.raises(ValueError, match="run.json cannot be read"):
         prune_(copy.deepcopy(model), **options)
 
 

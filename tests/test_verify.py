@@ -174,8 +174,8 @@ def test_folders_that_cannot_be_compared(tmp_path):
 def test_inspect_says_how_much_all_tensors_take(tmp_path):
     tensors = dense(tmp_path / "dense")
     total = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
-    last = invoke("inspect", str(tmp_path / "dense")).stdout.splitlines()[-1]
-    assert last == f"{tmp_path / 'dense'}: 4 tensors, {total:.3f} MB in 1 files"
+    first = invoke("inspect", str(tmp_path / "dense")).stdout.splitlines()[0]
+    assert first == f"{tmp_path / 'dense'}: 4 tensors, {total:.3f} MB in 1 files"
 
 
 @pytest.mark.parametrize("given", ["model.gguf", "org/name", "gguf", "empty"])
