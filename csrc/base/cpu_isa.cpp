@@ -101,7 +101,8 @@ Selection select(const std::string& source, const std::string& name) {
                                        "that it has is \"" +
                                        cpu_isa_name(fastest()) + "\"")};
     }
-    known += (known.empty() ? "\"" : ", \"") + std::string(cpu_isa_name(isa)) + "\"";
+    if (!known.empty()) known += ", ";
+    known.append("\"").append(cpu_isa_name(isa)).append("\"");
   }
   return {CpuIsa::kPortable,
           Status::invalid_value(source + " must be one of " + known + ", got \"" + name + "\"")};

@@ -1,6 +1,7 @@
 #include "plan/spmm_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <limits>
 #include <utility>
@@ -182,7 +183,7 @@ FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, const DeviceInfo& 
       if (bytes < fewest) choice.format = format.id;
       fewest = std::min(fewest, bytes);
       sizes += (sizes.empty() ? "" : ", ") + std::string(format.name) + " " +
-               std::to_string(static_cast<int>(100 * bytes / 2 + 0.5)) + " %";
+               std::to_string(std::lround(100 * bytes / 2)) + " %";
     }
   }
   choice.reason = sizes.empty() ? "no kernel of this build runs here"
