@@ -93,19 +93,22 @@ struct Selection {
 Selection select(const std::string& source, const std::string& name) {
   if (name.empty()) return {fastest(), Status::success()};
   std::string known;
-  for (const CpuIsa isa : kCpuIsas) {
-    if (cpu_isa_name(isa) == name) {
-      if (detect(isa)) return {isa, Status::success()};
-      return {isa, Status::unsupported(source + "=" + name +
-                                       " forces an instruction set that this CPU lacks; the best "
-                                       "that it has is \"" +
-                                       cpu_isa_name(fastest()) + "\"")};
-    }
+  const CpuIsa* named = nullptr;
+  for (const CpuIsa& isa : kCpuIsas) {
+    if (cpu_isa_name(isa) == name) named = &isa;
     if (!known.empty()) known += ", ";
     known.append("\"").append(cpu_isa_name(isa)).append("\"");
   }
-  return {CpuIsa::kPortable,
-          Status::invalid_value(source + " must be one of " + known + ", got \"" + name + "\"")};
+  if (named == nullptr) {
+    return {CpuIsa::kPortable,
+            Status::invalid_value(source + " must be one of " + known + ", got \"" + name + "\"")};
+  }
+  if (detect(*named)) return {*named, Status::success()};
+  return {*named,
+          Status::unsupported(source + "=" + name +
+                              " forces an instruction set that this CPU lacks; the best that it "
+                              "has is \"" +
+                              cpu_isa_name(fastest()) + "\"")};
 }
 
 }  // namespace
