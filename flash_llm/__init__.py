@@ -1,8 +1,8 @@
 """Sparse language models whose weights are loaded as sparse and computed as dense (Flash-LLM).
 
 Pack a pruned ``nn.Linear`` into a :class:`SparseLinear`, or multiply directly with :func:`spmm`.
-Importing this package prints nothing, creates no CUDA context and never fails for want of the
-compiled extension: the first operator that needs it raises, and says what to do.
+Importing this package prints nothing, creates no CUDA context and does not fail if the compiled
+extension is missing: the first operator that needs it raises an error that says what to do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from flash_llm import interrupts
 
 with interrupts.deferred():
-    import torch  # noqa: F401 (of all packages, the one that takes seconds)
+    import torch  # noqa: F401 (the one import that takes seconds)
 
 from flash_llm import _extension
 from flash_llm.evaluate import perplexity
@@ -91,9 +91,9 @@ def configs() -> list[dict[str, Any]]:
 
     Returns:
         For each: ``name``, ``format`` (of the weights that it multiplies), ``tile_n`` (tokens per
-        CTA), ``ctas_per_sm`` (by registers), ``smem_bytes`` (of one CTA, at least), and what is
-        particular to the format's kernel: ``warps_per_tile`` and ``packed_x`` (whether X is
-        reordered first), or ``x_stages`` (of X in shared memory).
+        CTA), ``ctas_per_sm`` (as many as the registers allow), ``smem_bytes`` (least shared memory
+        per CTA), and the fields of that format's kernel: ``warps_per_tile`` and ``packed_x``
+        (whether X is reordered first), or ``x_stages`` (stages of X in shared memory).
 
     Raises:
         RuntimeError: the extension is missing.
@@ -126,16 +126,16 @@ def explain_plan(
         value_type: ``"float16"`` or ``"bfloat16"``.
         format: name of the packed format; ``"auto"`` as :func:`pack` would choose.
         compute_capability: 10 * major + minor of the GPU, 90 for an H100; 0 means the CPU.
-        num_sms: its multiprocessors, 132 for an H100 SXM.
-        smem_per_sm_bytes: shared memory of one, 233472 for an H100.
+        num_sms: number of multiprocessors, 132 for an H100 SXM.
+        smem_per_sm_bytes: shared memory of one multiprocessor, 233472 for an H100.
         config: ``"auto"``, or the kernel to force.
-        ctas: the grid to force, 0 for the plan's own.
+        ctas: number of CTAs to force; 0 lets the plan choose it.
 
     Returns:
-        One line for a human.
+        One line of text.
 
     Raises:
-        ValueError: a size does not fit 31 bits, ``format`` is unknown, it has no kernel
+        ValueError: a size does not fit 31 bits, ``format`` is unknown or has no kernel
             ``config`` on this device, or ``ctas`` lies outside [0, 65535].
         TypeError: ``value_type`` is unknown.
         NotImplementedError: the architecture is older than sm_80.

@@ -252,7 +252,7 @@ def test_inspect_totals_what_is_there_and_what_packing_would_make_of_it(tmp_path
 def test_convert_and_inspect_report_errors_without_a_traceback(tmp_path):
     source, target = pruned_checkpoint(tmp_path / "dense"), tmp_path / "packed"
     for arguments, message in [
-        (("convert", str(source), str(source)), "is there already"),
+        (("convert", str(source), str(source)), f"{source} exists"),
         (("convert", str(source), str(target), "--dtype", "float64"), "dtype must be float16 or"),
         (("convert", str(source), str(target), "--targets", "no"), 'target "no" matches no'),
         (("convert", str(tmp_path), str(target)), "has neither model.safetensors nor"),

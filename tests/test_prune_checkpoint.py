@@ -315,7 +315,7 @@ def test_no_resume_removes_nothing_of_others(tmp_path, source, text):
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("mine")
     result = prune(source, tmp_path / "pruned", text, "--no-resume")
-    assert result.exit_code == 1 and "pruned.partial is of other work" in result.output
+    assert result.exit_code == 1 and "pruned.partial" in result.output
     assert (theirs / "thesis.txt").read_text() == "mine"
 
 
@@ -352,7 +352,7 @@ def test_bad_options(tmp_path, source, text, options, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is no JSON"), ("[1]", "must hold an object"), ('{"a": "b"}', "must hold an object")],
+    [("{", "allocation"), ("[1]", "must hold an object"), ('{"a": "b"}', "must hold an object")],
 )
 def test_bad_allocation_files(tmp_path, content, message):
     (tmp_path / "allocation.json").write_text(content)
@@ -369,7 +369,7 @@ def test_sources_that_cannot_be_pruned(tmp_path, source, text):
     refused(tmp_path, "has neither model.safetensors nor")
     prune(source, tmp_path / "packed", text)
     refused(tmp_path / "packed", "is packed; prune before packing")
-    assert "is there already" in prune(source, tmp_path / "packed", text).output
+    assert "packed exists" in prune(source, tmp_path / "packed", text).output
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).unlink()
     refused(source, "calibration text needs the model's tokenizer")

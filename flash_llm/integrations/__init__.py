@@ -1,1 +1,1 @@
-"""Other libraries: transformers and its tensor parallel, and PEFT."""
+"""Integrations with transformers, its tensor parallelism, and PEFT."""

@@ -1,13 +1,13 @@
-"""Adapters of PEFT over packed layers, so that merging one gives what it should.
+"""Merging of PEFT adapters over packed layers.
 
-PEFT takes a :class:`SparseLinear` for the ``nn.Linear`` that it is, and training needs no more.
-Merging writes into the base layer's weight, and a packed weight cannot be written to: the sum of a
+A :class:`SparseLinear` is an ``nn.Linear``, which is all that PEFT needs for training. Merging,
+however, writes into the base layer's weight, and a packed weight cannot be written to: the sum of a
 sparse weight and an adapter's has few zeros. So ``merge`` of every kind of adapter first replaces a
 packed base layer by an ``nn.Linear``, which then holds the merged weight, rounded to the layer's
-dtype; prune and pack that one again if it is to be sparse. ``unmerge`` puts the packed layer back
-when no adapter is merged any more, weight and bias bit for bit.
+dtype. To make it sparse again, prune and pack it. Once no adapter is merged any more, ``unmerge``
+restores the packed layer, weight and bias bit for bit.
 
-:mod:`flash_llm.integrations.hf` imports this module as soon as PEFT is there.
+:mod:`flash_llm.integrations.hf` imports this module as soon as PEFT is imported.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from torch import Tensor
 
 from flash_llm.linear import SparseLinear
 
-_HELD = "_packed_base"  # attribute of the layer of PEFT whose base layer is dense meanwhile
+_HELD = "_packed_base"  # attribute of a PEFT layer while its base layer is dense
 
 
 @dataclasses.dataclass
 class _PackedBase:
-    """A packed layer, kept while adapters are merged into a dense one in its place."""
+    """A packed layer that is kept while adapters are merged into its dense replacement."""
 
     layer: SparseLinear
-    bias: Tensor | None  # its values: the parameter is shared, and merging may change it
-    tuners: list[Any]  # layers of PEFT, one around the other, that merged into the dense layer
+    bias: Tensor | None  # a copy: the layers share the parameter, and merging may change it
+    tuners: list[Any]  # nested PEFT layers that merged into the dense layer
     busy: bool = False
 
     def restored(self, like: Tensor) -> SparseLinear:
-        """Return the layer as it was, on the device of ``like``."""
+        """Return the packed layer as it was, on the device of ``like``."""
         layer = self.layer.to(like.device)
         if self.bias is not None:
             layer.bias.data = self.bias.to(like.device)
@@ -43,7 +43,7 @@ class _PackedBase:
 
 
 def _over_packed(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a ``merge`` or ``unmerge`` so that it finds a dense base layer."""
+    """Wrap a ``merge`` or ``unmerge`` so that its base layer is dense during the call."""
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **options: Any) -> Any:
@@ -83,7 +83,7 @@ def _wrap_new(cls: Any, /, **options: Any) -> None:
     _wrap(cls)
 
 
-# PEFT has no place where other packages say how their layers are merged.
+# PEFT has no extension point for merging, so the methods of all its layers are wrapped.
 _layer: Any = BaseTunerLayer
 _classes = [_layer]
 for _cls in _classes:

@@ -1,8 +1,8 @@
-"""Packed models in transformers' own ``save_pretrained`` and ``from_pretrained``, and in PEFT.
+"""Packed models in ``save_pretrained`` and ``from_pretrained`` of transformers, and in PEFT.
 
-Importing flash_llm makes transformers know packed checkpoints (``hf_quantizer.py``) and PEFT merge
-adapters of packed layers (``adapters.py``), whichever is imported first, and without importing
-either, which takes seconds.
+Importing flash_llm teaches transformers to load packed checkpoints (``hf_quantizer.py``) and PEFT
+to merge adapters over packed layers (``adapters.py``). The order of the imports does not matter,
+and flash_llm imports neither package itself, which would take seconds.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _SOURCE_OPTIONS = (
 def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> Any:
     """Load a model that ``save_pretrained`` wrote, dense or packed.
 
-    The same as the ``from_pretrained`` of the class that the folder's ``config.json`` names, which
-    works too once flash_llm is imported. Without flash_llm transformers says "Unknown quantization
-    type" and goes on with random weights in place of the packed ones.
+    This calls ``from_pretrained`` of the class that the folder's ``config.json`` names. Calling it
+    directly works too once flash_llm is imported. Without flash_llm transformers logs "Unknown
+    quantization type" and continues with random weights in place of the packed ones.
 
     Args:
         folder: a folder, or a name on the hub.
@@ -57,12 +57,12 @@ def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> Any:
 
     Raises:
         ImportError: transformers is not installed.
-        OSError: there is no such folder, or no file in it.
+        OSError: the folder or one of its files does not exist.
         ValueError: the config names no architecture that transformers knows, or one with code of
-            its own without ``trust_remote_code=True``; a file or a packed weight is broken; a
-            weight is missing or has another shape than in the model.
+            its own and ``trust_remote_code=True`` is not set; a file or a packed weight is broken;
+            a weight is missing or has another shape than in the model.
         TypeError: ``dtype`` is neither float16 nor bfloat16, and a layer is packed.
-        NotImplementedError: it was written by a newer flash_llm.
+        NotImplementedError: a newer flash_llm wrote the checkpoint.
     """
     source = {name: options[name] for name in _SOURCE_OPTIONS if name in options}
     cls, _ = model_class(folder, **source)
@@ -104,24 +104,24 @@ def model_class(folder: str | os.PathLike[str], **source: Any) -> tuple[Any, Any
 
 
 def why_dense(folder: str | os.PathLike[str], layers: Iterable[str]) -> dict[str, str]:
-    """Say which weights of a dense folder transformers could not load if they were packed.
+    """Return which weights of a dense folder transformers could not load if they were packed.
 
     Args:
-        folder: of a dense checkpoint with a ``config.json``; its own code is not run.
+        folder: a dense checkpoint with a ``config.json``; its own code is not run.
         layers: names of layers in the checkpoint.
 
     Returns:
-        The reason for each of them. None of them if it cannot be known: transformers is not
-        installed, or does not know the model.
+        The reason for each such layer, by name; empty if it cannot be determined because
+        transformers is not installed or does not know the model.
     """
     try:
         cls, config = model_class(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = cls(config)
-    except Exception as error:  # of any kind: the config may hold anything
+    except Exception as error:  # of any kind, because the config may contain anything
         logger.warning(
-            "flash_llm: transformers cannot build the model of %s, so that it is not known which "
-            "weights it can load packed: %s",
+            "flash_llm: transformers cannot build the model of %s, so it is unknown which of its "
+            "weights transformers can load packed: %s",
             folder,
             error,
         )
@@ -138,10 +138,10 @@ def _own_class(
     known: bool,
     source: dict[str, Any],
 ) -> Any:
-    """A model's class from code that comes with it, if that may run, as AutoModel decides it.
+    """Return the class from the model's own code; None if AutoModel would not run that code.
 
     Raises:
-        ValueError: it must not run, and transformers has no such class itself.
+        ValueError: the code must not run, and transformers has no such class itself.
     """
     from transformers import dynamic_module_utils
 
@@ -157,26 +157,26 @@ def _own_class(
 
 
 def register() -> None:
-    """Tell transformers how packed checkpoints are loaded; imports it."""
+    """Import transformers and register the loading of packed checkpoints with it."""
     importlib.import_module("flash_llm.integrations.hf_quantizer").install()
 
 
 def register_adapters() -> None:
-    """Tell PEFT how adapters of packed layers are merged; imports it."""
+    """Import PEFT and change how it merges adapters over packed layers."""
     importlib.import_module("flash_llm.integrations.adapters")
 
 
 def register_when_imported() -> None:
-    """Register with transformers and PEFT now where they are imported, else as soon as they are."""
+    """Register with transformers and PEFT: now if they are imported, else when they are."""
     _when_imported(_TRANSFORMERS, register, "packed checkpoints cannot be loaded")
     _when_imported(_ADAPTERS, register_adapters, "adapters of packed layers must not be merged")
 
 
 def _when_imported(module: str, action: Callable[[], None], consequence: str) -> None:
-    """Act now if ``module`` is there, else after it is imported; ``consequence`` is of failing."""
+    """Call ``action`` once ``module`` is imported; if it fails, warn of the ``consequence``."""
 
     def act() -> None:
-        # A package that is too old or too new must stay importable.
+        # A version of the package that does not fit must stay importable.
         try:
             action()
         except Exception as error:
@@ -191,7 +191,7 @@ def _when_imported(module: str, action: Callable[[], None], consequence: str) ->
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds ``module`` where it is, and adds a call to its end."""
+    """Finds ``module`` as usual, and calls ``act`` after its code has run."""
 
     def __init__(self, module: str, act: Callable[[], None]) -> None:
         self.module = module
@@ -209,7 +209,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             def execute_and_act(module: ModuleType) -> None:
                 execute(module)
                 self._act()
-                # Not earlier: an import that is interrupted is tried again.
+                # Only now, because an interrupted import can be tried again.
                 with contextlib.suppress(ValueError):  # removed by another thread
                     sys.meta_path.remove(self)
 

@@ -1,10 +1,10 @@
 """The quantizer that transformers calls when a checkpoint's config names flash_llm.
 
-transformers has one extension point for weights that are stored in another way, and calls whatever
-uses it a quantizer. What that point does not cover is added to four functions of transformers by
-:func:`install`: the names of packed layers in files, layers that were packed by hand, packed files
+transformers has one extension point for weights that are stored in another form, and calls its
+users quantizers. :func:`install` wraps five functions of transformers for what that point does not
+cover: the names of packed layers in files, models whose layers were packed in memory, packed files
 whose config does not name flash_llm, and weights that a packed checkpoint lacks.
-:mod:`flash_llm.integrations.hf` installs it as soon as transformers is there.
+:mod:`flash_llm.integrations.hf` calls it as soon as transformers is imported.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _CONVERTED = "joins, splits or permutes this weight"
 
 
 class FlashLLMConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a model with packed layers; the files say which those are.
+    """``quantization_config`` of a model with packed layers; the files say which layers these are.
 
     Args:
-        version: of the layout in files; newer ones are refused.
-        unused: what a later version may add.
+        version: version of the layout in files; newer ones are refused.
+        unused: fields that a later version may add.
 
     Raises:
-        NotImplementedError: ``version`` is newer than this package.
+        NotImplementedError: ``version`` is newer than the versions that this package reads.
     """
 
     def __init__(self, version: int = CHECKPOINT_VERSION, **unused: Any) -> None:
@@ -73,21 +73,21 @@ class _Loading:
 
     model: Any
     checkpoint: Checkpoint
-    places: dict[str, str] = dataclasses.field(default_factory=dict)
-    """The model's names of its packed layers, and the checkpoint's."""
+    stored_names: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The name in the checkpoint of each packed layer, by its name in the model."""
     dtypes: dict[str, torch.dtype] = dataclasses.field(default_factory=dict)
-    """Of the packed layers if they were dense, by the model's names."""
+    """The dtype of each packed layer in the dense model, by its name in the model."""
 
 
 class FlashLLMQuantizer(HfQuantizer):
-    """Makes room for packed layers before their buffers are loaded, and checks them afterwards."""
+    """Creates the packed layers before their buffers are loaded, and checks them afterwards."""
 
-    requires_calibration = True  # dense checkpoints are pruned and packed by sparsify_
+    requires_calibration = True  # it cannot pack a dense checkpoint; sparsify_ does
 
     _loading: _Loading | None = None  # while a model is being loaded
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing but the extension is needed; say so before the model is built."""
+        """Refuse a dense checkpoint or a missing extension before the model is built."""
         if not self.pre_quantized:
             raise ValueError(
                 "flash_llm: from_pretrained does not pack a dense checkpoint; load it without "
@@ -104,39 +104,39 @@ class FlashLLMQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Make room for packed layers, now that it is known how transformers renames weights."""
+        """Create the packed layers, now that it is known how transformers renames weights."""
         if self._loading is not None:
             model, checkpoint = self._loading.model, self._loading.checkpoint
-            self._loading.places = places = _places(model, checkpoint, weight_conversions)
+            stored_names = _stored_names(model, checkpoint, weight_conversions)
+            self._loading.stored_names = stored_names
             state = model.state_dict()
-            self._loading.dtypes = {name: state[f"{name}.weight"].dtype for name in places}
-            make_room_(model, checkpoint, places)
+            self._loading.dtypes = {name: state[f"{name}.weight"].dtype for name in stored_names}
+            make_room_(model, checkpoint, stored_names)
             for layer in _sparse_layers(model).values():
                 layer.format = "auto"
-                # What is loaded is all there is: else transformers would ask for the dense weight,
-                # to initialise it.
+                # Otherwise transformers would initialise the layer, and ask for its dense weight.
                 layer._is_hf_initialized = True
         return weight_conversions
 
     def finish_loading(self, load_config: Any, loading_info: Any) -> None:
-        """Check what was loaded, give packed layers memory of their own and the model's dtype.
+        """Check the packed layers, and give them memory of their own and the model's dtype.
 
         Args:
-            load_config: of transformers, for this model.
-            loading_info: of transformers: which names were missing and unexpected.
+            load_config: the configuration of this load, from transformers.
+            loading_info: the missing and unexpected names, from transformers.
 
         Raises:
-            ValueError: a weight is missing, or a packed one was not loaded whole.
+            ValueError: a weight is missing, or a packed weight was not loaded completely.
             TypeError: a layer that is offloaded to the disk has another dtype in the checkpoint.
         """
-        loading, self._loading = self._loading, None  # the quantizer stays with the model
+        loading, self._loading = self._loading, None  # the quantizer outlives the load
         assert loading is not None
         folder = load_config.pretrained_model_name_or_path
         _refuse_missing(loading, folder, loading_info.missing_keys)
         distributed = tensor_parallel.styles(loading.model)
         for name, layer in _sparse_layers(loading.model).items():
             dtype = loading.dtypes[name]
-            if layer.weight_payload.is_meta:  # offloaded to disk, brought back by accelerate
+            if layer.weight_payload.is_meta:  # offloaded to the disk; accelerate loads it
                 if layer.dtype != dtype:
                     raise TypeError(
                         f"flash_llm: {name} of {folder} is packed as {layer.dtype} and cannot "
@@ -145,47 +145,47 @@ class FlashLLMQuantizer(HfQuantizer):
                     )
                 continue
             if layer.weight_payload.device.type == "cpu":
-                # Else they stay mapped onto the file: who overwrites it would change the weights.
+                # Otherwise they stay mapped to the file, and writing to it changes the weights.
                 for part in BUFFERS:
                     setattr(layer, part, getattr(layer, part).clone())
             try:
                 layer.packed.validate()
             except (ValueError, TypeError) as error:
-                raise type(error)(f"flash_llm: {name} was not loaded whole: {error}") from None
+                raise type(error)(f"flash_llm: {name} was not loaded completely: {error}") from None
             layer.to(dtype)
             if layer in distributed:
                 tensor_parallel.shard_(layer, *distributed[layer])
             layer.refit()
 
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
-        # Exact, so the layers keep their dtype; ``dtype`` is the model's own by default.
+        # Unpacking is exact in each layer's own dtype, whatever ``dtype`` asks for.
         for name, layer in _sparse_layers(model).items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.to_linear())
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Save the buffers as they are, and say in each file who wrote it."""
+        """Save the buffers unchanged, with the metadata of flash_llm in each file."""
         refuse_parts(model)
         return None, dict(METADATA)
 
     def is_serializable(self) -> bool:
-        """Packed layers are plain integer tensors."""
+        """Return True: packed layers are plain integer tensors."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Gradients reach biases and inputs, so adapters can be trained."""
+        """Return True: gradients reach biases and inputs, so adapters can be trained."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """The operators have fake kernels."""
+        """Return True: the operators have fake kernels."""
         return True
 
 
 def install() -> None:
-    """Register with transformers and extend its functions; calling it again changes nothing."""
+    """Register with transformers and wrap its functions; calling it again changes nothing."""
     from transformers.modeling_utils import PreTrainedModel
 
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = FlashLLMConfig
@@ -200,7 +200,7 @@ def install() -> None:
 def _extend(
     owner: Any, name: str, extension: Callable[..., Any], kind: Callable[[Any], Any] = lambda f: f
 ) -> None:
-    """Let ``extension(original, *args, **kwargs)`` be called instead of a function."""
+    """Replace a function by one that calls ``extension(original, *args, **kwargs)``."""
     original = getattr(owner, name)
     if getattr(original, "_extended_by_flash_llm", False):
         return
@@ -225,7 +225,7 @@ def _rename_packed(
     meta_state_dict: Mapping[str, Any] | None = None,
     reverse: bool = False,
 ) -> tuple[str, str | None]:
-    """The parts of a packed layer go where its dense weight would go; they are never converted."""
+    """Name the parts of a packed layer after its dense weight; they are never converted."""
     layer, part = _split(source_key)
     prefixes = {"base_model_prefix": base_model_prefix, "meta_state_dict": meta_state_dict}
     if not part:
@@ -239,7 +239,7 @@ def _rename_packed(
 
 
 def _split(key: str) -> tuple[str, str]:
-    """The layer and the part of a packed weight that a tensor's name says; else it and ""."""
+    """Split a tensor's name into layer and part of a packed weight; the part is "" for others."""
     for part in PACKED_PARTS:
         if key.endswith(part):
             return key.removesuffix(part), part
@@ -249,18 +249,18 @@ def _split(key: str) -> tuple[str, str]:
 def _targets(
     model: Any, keys: Iterable[str], conversions: Sequence[Any]
 ) -> dict[str, tuple[str, str | None]]:
-    """Where transformers loads tensors of files.
+    """Return where transformers loads tensors of files.
 
     Args:
-        model: dense, on the meta device.
+        model: the dense model, on the meta device.
         keys: names of tensors in files.
         conversions: of names and weights between the files and the model.
 
     Returns:
-        For each key that has a place its name in the model, and a pattern if transformers makes
-        that tensor from this one and others, or from a part of it.
+        For each key that the model has a tensor for, the tensor's name in the model, and a pattern
+        if transformers makes it from several tensors or from a part of one.
     """
-    conversions = copy.deepcopy(conversions)  # they note that they were used
+    conversions = copy.deepcopy(conversions)  # transformers marks those that it used
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     state = model.state_dict()
@@ -279,22 +279,22 @@ def _targets(
     return targets
 
 
-def _places(model: Any, checkpoint: Checkpoint, conversions: Sequence[Any]) -> dict[str, str]:
-    """The model's names of a checkpoint's packed layers, and the checkpoint's.
+def _stored_names(model: Any, checkpoint: Checkpoint, conversions: Sequence[Any]) -> dict[str, str]:
+    """Return the name in the checkpoint of each packed layer, by its name in the model.
 
-    A packed layer goes where transformers would load its dense weight. One that the model has not
-    is left out: transformers does without such dense weights too.
+    A packed layer goes where transformers would load its dense weight. Layers that the model does
+    not have are left out, as transformers ignores dense weights that the model does not have.
 
     Raises:
-        ValueError: transformers makes other weights of a packed one, or a dense tensor has another
-            shape in the model.
+        ValueError: transformers would convert a packed weight, or a dense tensor has another shape
+            in the model.
     """
     stored = {f"{name}.weight": name for name in checkpoint.packed}
     plain = {key for key in checkpoint.tensors if _split(key)[0] not in checkpoint.packed}
-    state, places = model.state_dict(), {}
+    state, stored_names = model.state_dict(), {}
     for key, (name, pattern) in _targets(model, stored.keys() | plain, conversions).items():
         if key in plain and pattern is None and checkpoint.shape(key) != tuple(state[name].shape):
-            # transformers does not compare them in a quantised model.
+            # In a quantised model transformers does not compare the shapes.
             raise ValueError(
                 f"flash_llm: {key} in {checkpoint.file_of(key)} has shape "
                 f"{list(checkpoint.shape(key))}, but {name} of {type(model).__name__} has "
@@ -308,19 +308,19 @@ def _places(model: Any, checkpoint: Checkpoint, conversions: Sequence[Any]) -> d
                 "dense"
             )
         if key in stored:
-            places[name.removesuffix(".weight")] = stored[key]
-    return places
+            stored_names[name.removesuffix(".weight")] = stored[key]
+    return stored_names
 
 
 def why_dense(model: Any, layers: Iterable[str]) -> dict[str, str]:
-    """Say which weights of a dense checkpoint transformers could not load if they were packed.
+    """Return which weights of a dense checkpoint transformers could not load if they were packed.
 
     Args:
-        model: that the checkpoint is of, on the meta device.
+        model: the model of the checkpoint, on the meta device.
         layers: names of layers in the checkpoint.
 
     Returns:
-        The reason for each of them.
+        The reason for each such layer, by name.
     """
     conversions = conversion_mapping.get_model_conversion_mapping(model)
     reasons = {}
@@ -330,7 +330,7 @@ def why_dense(model: Any, layers: Iterable[str]) -> dict[str, str]:
         if pattern is not None:
             reason = f"transformers {_CONVERTED} to make {name}"
         elif not (isinstance(module, nn.Linear) or is_conv1d(module)):
-            reason = f"{name} is of class {type(module).__name__}, no linear layer"
+            reason = f"{name} is of class {type(module).__name__}, which is not a linear layer"
         else:
             continue
         reasons[key.removesuffix(".weight")] = reason
@@ -354,10 +354,10 @@ def _dequantize_packed(
 
 
 def _adopt(model: Any) -> None:
-    """Make the model's quantizer and config say whether there are packed layers in it.
+    """Make the model's quantizer and config say whether the model has packed layers.
 
     Raises:
-        ValueError: there are, and the model is quantised in another way too.
+        ValueError: it has, and it is quantised by another method too.
     """
     packed = _sparse_layers(model)
     quantizer = getattr(model, "hf_quantizer", None)
@@ -376,9 +376,9 @@ def _adopt(model: Any) -> None:
 
 @contextmanager
 def _separate_weights(model: Any) -> Iterator[None]:
-    """Let transformers save weights under the model's names where it would join packed ones.
+    """Make transformers save packed weights under the model's names instead of joining them.
 
-    It can load such names too.
+    It can load these names too.
     """
     weights = [f"{name}.weight" for name in _sparse_layers(model)]
     if not weights:
@@ -420,23 +420,23 @@ def _refuse_unnamed(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Refuse packed weights whose config does not name flash_llm, and files from elsewhere."""
+    """Refuse packed weights whose config does not name flash_llm, and files outside the folder."""
     folder = load_config.pretrained_model_name_or_path
     if isinstance(load_config.hf_quantizer, FlashLLMQuantizer) and os.path.isdir(folder or ""):
-        for file in checkpoint_files or ():  # of an index, which may name anything
+        for file in checkpoint_files or ():  # an index may name any path
             if os.path.relpath(file, folder).split(os.sep)[0] == os.pardir:
-                raise ValueError(f"flash_llm: {file}, which {folder} names, lies outside of it")
+                raise ValueError(f"flash_llm: {file}, which {folder} names, lies outside it")
     if not isinstance(load_config.hf_quantizer, FlashLLMQuantizer):
-        places = dict.fromkeys(state_dict or (), "the state dict")
+        sources = dict.fromkeys(state_dict or (), "the state dict")
         for file in checkpoint_files or ():
             if str(file).endswith(".safetensors"):
                 with safe_open(file, framework="pt") as handle:
-                    places |= dict.fromkeys(handle.keys(), str(file))
-        packed = next((key for key in places if _split(key)[1]), None)
-        # A class of one's own may have been built with packed layers.
+                    sources |= dict.fromkeys(handle.keys(), str(file))
+        packed = next((key for key in sources if _split(key)[1]), None)
+        # A user's own class may build packed layers itself.
         if packed is not None and not any(_split(key)[1] for key in model.state_dict()):
             raise ValueError(
-                f"flash_llm: {places[packed]} holds the packed {packed}, but the config that "
+                f"flash_llm: {sources[packed]} contains the packed {packed}, but the config that "
                 f"{type(model).__name__} is loaded with does not name flash_llm; it needs "
                 f'"quantization_config": {{"quant_method": "{METHOD}", "version": '
                 f"{CHECKPOINT_VERSION}}}"
@@ -456,7 +456,7 @@ def _finish_loading(
 def _refuse_missing(loading: _Loading, folder: str, missing_keys: set[str]) -> None:
     """Refuse a checkpoint that lacks parameters of the class that wrote it; they would be random.
 
-    What only another class has, such as a new head, is initialised as for dense checkpoints.
+    Parameters that only the loading class has, such as a new head, are initialised as usual.
     """
     model, checkpoint = loading.model, loading.checkpoint
     missing = [name for name in _parameters(model) if name in missing_keys]
@@ -469,10 +469,10 @@ def _refuse_missing(loading: _Loading, folder: str, missing_keys: set[str]) -> N
     if len(missing) > 1:
         message += f" and {len(missing) - 1} more"
     message += f" of {type(model).__name__}"
-    left = sorted(checkpoint.packed.keys() - set(loading.places.values()))
+    left = sorted(checkpoint.packed.keys() - set(loading.stored_names.values()))
     if left:
         file = checkpoint.file_of(left[0] + PACKED_PARTS[0])
-        message += f"; the model has no place for the packed {left[0]} in {file}"
+        message += f"; the model has no layer for the packed {left[0]} in {file}"
     raise ValueError(message)
 
 
@@ -481,17 +481,17 @@ def _parameters(model: nn.Module) -> list[str]:
 
 
 def _written_parameters(model: Any) -> list[str]:
-    """Names of the parameters of the class that wrote the checkpoint of ``model``."""
+    """Return the parameters' names of the class that wrote the checkpoint of ``model``."""
     try:
         with torch.device("meta"):
             cls = getattr(transformers, model.config.architectures[0])
             return _parameters(cls(copy.deepcopy(model.config)))
-    except Exception:  # the config may hold anything; then nothing may be missing
+    except Exception:  # the config may contain anything; then all parameters are required
         return _parameters(model)
 
 
 def _bare_name(model: Any, name: str) -> str:
-    """A parameter's name in the model without a head."""
+    """Return a parameter's name in the model without a head."""
     return name.removeprefix(f"{model.base_model_prefix}.")
 
 

@@ -1,9 +1,9 @@
-"""Tensor parallel of transformers: every process packs its own part of a layer.
+"""Tensor parallelism of transformers: every process packs its own part of a layer.
 
 transformers (``from_pretrained(..., distributed_config=DistributedConfig(tp_size=n))``) makes a
-``DTensor`` of each parameter that its plan names, and replaces ``forward`` of the layer by one that
-splits inputs and combines outputs. A packed weight is no parameter: it is taken whole here, cut as
-the plan cuts a dense weight, and packed again.
+``DTensor`` of each parameter that its plan names, and replaces the layer's ``forward`` by one that
+splits inputs and combines outputs. A packed weight is not a parameter, so this module starts from
+the whole weight, cuts it as the plan cuts a dense one, and packs the part again.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from flash_llm.linear import SparseLinear, is_dtensor
 
 
 def styles(model: nn.Module) -> dict[nn.Module, tuple[Any, Any]]:
-    """Return style and device mesh of the linear layers that a plan of transformers distributes.
+    """Return style and device mesh of each linear layer that a transformers plan distributes.
 
     Args:
-        model: any module; plans belong to the models of transformers in it.
+        model: any module; each model of transformers inside it has its own plan.
     """
     transformers = sys.modules.get("transformers")
     if transformers is None:
@@ -45,12 +45,12 @@ def styles(model: nn.Module) -> dict[nn.Module, tuple[Any, Any]]:
 
 
 def gathered(linear: nn.Module) -> nn.Linear:
-    """Return a layer with the whole weight of one whose weight is distributed, without bias.
+    """Return a layer with the whole weight of a distributed layer, without bias.
 
     All processes of the mesh must call this together.
 
     Args:
-        linear: ``nn.Linear``; a weight that is no ``DTensor`` is whole already.
+        linear: ``nn.Linear``; a weight that is not a ``DTensor`` is already whole.
     """
     weight: Any = linear.weight
     whole: Tensor = weight.full_tensor() if is_dtensor(weight) else weight
@@ -60,14 +60,15 @@ def gathered(linear: nn.Module) -> nn.Linear:
 
 
 def shard_(layer: SparseLinear, style: Any, mesh: Any) -> None:
-    """Let a layer keep this process's part of its weight; the bias stays as it is.
+    """Reduce a layer to this process's part of its weight; the bias stays as it is.
 
     Args:
-        layer: with the whole weight.
-        style: of transformers, which says how the weight is cut.
-        mesh: of the processes.
+        layer: packed layer with the whole weight.
+        style: the transformers style, which says how the weight is cut.
+        mesh: the device mesh of the processes.
     """
-    # Its forward must see plain tensors, and no bias where outputs are summed over the processes.
+    # With this flag transformers passes plain tensors to forward, and leaves the bias out where it
+    # sums outputs over the processes.
     layer._hf_quantized_needs_local_tp = True
     dense = layer.to_linear()
     style.shard_param(dense, "weight", mesh)
@@ -77,15 +78,15 @@ def shard_(layer: SparseLinear, style: Any, mesh: Any) -> None:
 
 
 def carry_plan(old: nn.Module, new: SparseLinear, style: Any, mesh: Any) -> None:
-    """Let a packed layer take the place of a dense one that a plan distributes.
+    """Distribute a packed layer as a plan distributes the dense layer that it replaces.
 
     Args:
-        old: whose ``forward`` the plan replaced.
-        new: with the whole weight of ``old``, and its bias.
-        style: of the plan, for this layer.
-        mesh: of the processes.
+        old: the dense layer, whose ``forward`` the plan replaced.
+        new: the packed layer, with the whole weight and the bias of ``old``.
+        style: the plan's style for this layer.
+        mesh: the device mesh of the processes.
     """
     shard_(new, style, mesh)
-    if "config" in vars(old):  # the style of DeepSeek's latent attention reads it
+    if "config" in vars(old):  # read by the style of DeepSeek's latent attention
         new.config = old.config
     style.install_forward(new, mesh)

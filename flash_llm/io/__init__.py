@@ -1,1 +1,1 @@
-"""Checkpoints: packed weights in files, conversion, and what compares and describes folders."""
+"""Checkpoints: packed weights in files, conversion, and reports on and comparison of folders."""

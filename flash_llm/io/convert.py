@@ -1,9 +1,9 @@
 """Pack a dense checkpoint file by file, without building the model.
 
-Any folder of safetensors will do in whose weights a pruner has left zeros, and so will what
-compressed-tensors wrote as ``sparse-bitmask``. One tensor of each file is in memory at a time. The
-new folder is built under a temporary name and renamed when it is whole;
-files that were finished before an interruption are kept and not made again.
+The source is any folder of safetensors whose weights contain zeros, stored dense or as the
+``sparse-bitmask`` of compressed-tensors. One tensor of each file is in memory at a time. The new
+folder is built under a temporary name and renamed when it is complete; files that were finished
+before an interruption are not converted again.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ CONVERT_IGNORE = (
     r"re:.*(embed|wte$|wpe$|lm_head$|shared$)",
     r"re:.*(router|gate)$",
 )
-"""Weights that are no linear layers of their own in the models of transformers: embeddings, heads
-that are tied to them, and the routers of experts."""
+"""Weights in models of transformers that are not linear layers of their own: embeddings, heads tied
+to them, and the routers of experts."""
 
 CARD_NOTE = """
 ## Packed by flash_llm
 
 Some weights of this checkpoint are packed. Import flash_llm before you load them: transformers does
-not find it by itself, and would go on with **random weights** in their place.
+not find it by itself, and would continue with **random weights** instead of the packed ones.
 
 ```python
 import flash_llm
@@ -63,16 +63,15 @@ import flash_llm
 model = flash_llm.from_pretrained("this folder")  # or AutoModelForCausalLM.from_pretrained
 ```
 """
-"""What a model card says of packed weights."""
+"""The section that a model card gets if weights are packed."""
 
-
-# Other copies of a checkpoint's weights, which would be dense beside packed ones.
+# Copies of the weights in other forms, which would still be dense beside the packed weights.
 _WEIGHT_SUFFIXES = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """What decides the bytes of the result; an unfinished folder is continued by the same only."""
+    """Options that decide the result's bytes; only equal ones continue an unfinished folder."""
 
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
@@ -97,27 +96,26 @@ def convert_checkpoint(
 ) -> SparsifyReport:
     """Pack the pruned weights of a dense safetensors folder into another folder.
 
-    Two-dimensional tensors called ``….weight`` are packed where that makes them smaller, unless
-    transformers knows the model and could not load them so (it joins the experts of many models
-    into one tensor); all else is copied, the other files of the folder too, but no weights in other
-    forms, such as ``.bin``.
-    ``config.json`` gets a ``quantization_config``, so that transformers loads the result once
-    flash_llm is imported, and the model card says so.
+    Two-dimensional tensors named ``….weight`` are packed if that makes them smaller, except where
+    transformers knows the model and could not load them packed (it joins the experts of many models
+    into one tensor). The other tensors and the other files of the folder are copied, but no weights
+    in other forms, such as ``.bin``. ``config.json`` gets a ``quantization_config``, so that
+    transformers loads the result once flash_llm is imported, and the model card says so.
 
     Args:
         src: folder with ``model.safetensors`` or an index of several files.
-        dst: folder to make; it must not be there. Until it is whole it is called ``dst.partial``,
-            and calling again with the same arguments goes on with that.
+        dst: folder to create; it must not exist. Until it is complete it is named ``dst.partial``,
+            and the same call continues from that folder.
         targets: patterns of the layers to pack: a layer's name or the end of one, or ``"re:"`` and
             a regular expression that matches the name from its beginning.
-        ignore: patterns of the layers to leave alone; wins over ``targets``.
-        format: ``"auto"`` (the fastest on the CPU; a layer is packed anew when it is loaded on a
-            device that wants another one), or a format's name.
-        dtype: cast float32 weights to this one first, float16 or bfloat16. None leaves them
+        ignore: patterns of the layers to leave dense; overrides ``targets``.
+        format: ``"auto"`` (the fastest on the CPU; a layer is packed again when it is loaded on a
+            device for which another format is faster), or a format's name.
+        dtype: cast float32 weights to this dtype first, float16 or bfloat16. None leaves them
             dense.
-        pack_unprofitable: also pack what that does not shrink.
-        workers: files to work on at once; each needs memory for about two tensors.
-        dry_run: only say what would be done; nothing is written.
+        pack_unprofitable: also pack weights that do not get smaller.
+        workers: files to convert at once; each needs memory for about two tensors.
+        dry_run: only report what would be done; nothing is written.
         progress: True for a tqdm bar over the files, or a callable such as
             ``rich.progress.track``.
 
@@ -126,12 +124,12 @@ def convert_checkpoint(
 
     Raises:
         FileNotFoundError: ``src`` holds no checkpoint.
-        FileExistsError: ``dst`` is there, or ``dst.partial`` is of other work or in work by
+        FileExistsError: ``dst`` exists, or ``dst.partial`` belongs to other work or is in use by
             another run.
         ValueError: a file is broken, or not directly in ``src``; a target matches nothing; a layer
-            is packed already; ``format``, ``dtype`` or ``workers`` is wrong.
-        OSError: the disk is full or cannot be written; ``src`` is untouched, and what is finished
-            stays in ``dst.partial``.
+            is packed already; ``format``, ``dtype`` or ``workers`` is invalid.
+        OSError: the disk is full or not writable; ``src`` is untouched, and finished files stay in
+            ``dst.partial``.
 
     Example:
         >>> import tempfile, torch, flash_llm
@@ -206,7 +204,7 @@ def convert_checkpoint(
             converted = [pool.submit(convert, file) for file in files]
             for found in track(converted, "convert", progress):
                 rows.extend(found.result())
-        except BaseException:  # Ctrl-C too: the files in work are given up at their next tensor
+        except BaseException:  # including Ctrl-C: each worker stops at its next tensor
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
@@ -231,20 +229,20 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 
 def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") -> SparsifyReport:
-    """Say what a safetensors folder holds: sparsities, and what packing gives or would give.
+    """Report the sparsities in a safetensors folder, and the sizes of its weights when packed.
 
     Args:
-        folder: dense or packed, of this package or any other.
-        format: what dense weights would be packed in; ``"auto"`` as :func:`convert_checkpoint`.
+        folder: dense or packed, written by this package or any other.
+        format: format to pack dense weights in; ``"auto"`` as in :func:`convert_checkpoint`.
 
     Returns:
         A row for each packed layer and each two-dimensional dense weight: ``decision`` says how it
-        is stored, ``packed_bytes`` what it takes packed. Both kinds are in the natural order of
-        their names, packed layers first.
+        is stored, ``packed_bytes`` is its packed size. Packed layers come first; both kinds are in
+        the natural order of their names.
 
     Raises:
         FileNotFoundError: ``folder`` holds no checkpoint.
-        ValueError: a file is broken, or ``format`` unknown.
+        ValueError: a file is broken, or ``format`` is unknown.
     """
     ops.check_format(format)
     source = DenseView(checkpoint_files(folder))
@@ -264,17 +262,17 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") 
 
 
 def read_config(folder: Path, caller: str) -> dict[str, Any] | None:
-    """Return what ``config.json`` of a dense checkpoint holds, without what it says of sparsity.
+    """Return the ``config.json`` of a dense checkpoint without its entries about compression.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint.
         caller: function named in errors.
 
     Returns:
         The JSON object; None if there is no such file.
 
     Raises:
-        ValueError: it is no JSON object, or the checkpoint is quantised.
+        ValueError: it is not a JSON object, or the checkpoint is quantised.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -293,9 +291,9 @@ def read_config(folder: Path, caller: str) -> dict[str, Any] | None:
 
 
 def _says_dense(method: Mapping[str, Any]) -> bool:
-    """Whether the weights of compressed-tensors are dense, or encoded in a way that is read."""
+    """Whether compressed-tensors stored the weights dense or in the encoding that we read."""
     sparsity = method.get("sparsity_config") or {}
-    changed = ("config_groups", "kv_cache_scheme", "transform_config")  # values or activations
+    changed = ("config_groups", "kv_cache_scheme", "transform_config")  # of values or activations
     return (
         method.get("quant_method") == "compressed-tensors"
         and isinstance(sparsity, dict)
@@ -305,12 +303,12 @@ def _says_dense(method: Mapping[str, Any]) -> bool:
 
 
 def choose_layers(source: DenseView, targets: Sequence[str], ignore: Sequence[str]) -> set[str]:
-    """Return the dense layers that may be packed: two-dimensional weights that patterns choose.
+    """Return the dense layers with two-dimensional weights that the patterns select.
 
     Args:
         source: a checkpoint.
         targets: parsed patterns of the layers to pack.
-        ignore: parsed patterns of the layers to leave alone; wins over ``targets``.
+        ignore: parsed patterns of the layers to leave dense; overrides ``targets``.
 
     Raises:
         ValueError: a target matches nothing.
@@ -335,16 +333,16 @@ def choose_layers(source: DenseView, targets: Sequence[str], ignore: Sequence[st
 
 
 def copy_other_files(src: Path, folder: Path, files: Sequence[Path]) -> None:
-    """Copy all that is not the weights of a checkpoint: tokenizer, model card, parts in subfolders.
+    """Copy a checkpoint's files other than its weights: tokenizer, model card, subfolders.
 
-    Left out are other forms of the same weights beside ``files``, such as ``.bin``, and folders
-    whose names begin with a dot, which are of tools such as git. Links to files are copied as
-    files, which a cache of the hub consists of; links to folders are not followed.
+    Not copied are other forms of the same weights beside ``files``, such as ``.bin``, and folders
+    whose names begin with a dot, which belong to tools such as git. Links to files are copied as
+    files, because the hub's cache consists of them; links to folders are not followed.
 
     Args:
         src: folder of a checkpoint.
-        folder: where the files go; it may be in ``src``.
-        files: those of its weights.
+        folder: destination; it may be inside ``src``.
+        files: the files with the checkpoint's weights.
     """
     inside = [folder.resolve(), *folder.resolve().parents]
     for root, folders, names in os.walk(src):
@@ -366,20 +364,20 @@ def copy_other_files(src: Path, folder: Path, files: Sequence[Path]) -> None:
 
 
 def write_card(src: Path, folder: Path) -> None:
-    """Write the model card of a checkpoint with packed weights: that of ``src`` and a note."""
+    """Write the model card of a checkpoint with packed weights: the card of ``src`` and a note."""
     card = src / "README.md"
     text = card.read_text(errors="replace") if card.is_file() else ""
     (folder / "README.md").write_text(text + CARD_NOTE)
 
 
 def _buffer(checkpoint: Checkpoint, names: Iterable[str]) -> Tensor:
-    """Memory for any of these tensors, one at a time."""
+    """Allocate memory that is large enough for any one of these tensors."""
     nbytes = max(map(checkpoint.nbytes_of, names), default=0)
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:
-    """A config of transformers in which every dtype, those of inner configs too, is this one."""
+    """Return a config of transformers with every dtype, also in inner configs, replaced."""
     if not isinstance(config, dict):
         return config
     return {
@@ -389,16 +387,16 @@ def _with_dtype(config: Any, dtype: str) -> Any:
 
 
 def _marker(unfinished: UnfinishedFolder, file: Path) -> Path:
-    """The file that says that the result of ``file`` is whole."""
+    """Return the path of the marker that is written when ``file`` is converted."""
     return unfinished.path / f"{file.name}.done"
 
 
 def _keep_finished(
     unfinished: UnfinishedFolder, files: Sequence[Path]
 ) -> dict[str, list[LayerReport]]:
-    """Remove what an earlier run has not finished; return the rows of the others by file name.
+    """Remove what an earlier run left unfinished; return the rows of finished files by name.
 
-    A result is finished if it is the very file of which its marker speaks.
+    A file is finished if its fingerprint is the one in its marker.
     """
     finished = {}
     for file in files:
@@ -424,9 +422,9 @@ def _convert_file(
     options: _Options,
     stop: threading.Event,
 ) -> list[LayerReport]:
-    """Convert one file to ``out``, or nowhere; raises InterruptedError when ``stop`` is set.
+    """Convert one file, writing to ``out`` if given; raises InterruptedError once ``stop`` is set.
 
-    ``chosen`` are the layers to report, each with the reason why it stays dense or "".
+    ``chosen`` maps each layer to report to the reason why it stays dense, or to "".
     """
     rows = []
     names = source.checkpoint.names(file)
@@ -435,7 +433,7 @@ def _convert_file(
         writer = None if out is None else stack.enter_context(TensorWriter(out, names))
         for name in source.in_file(file):
             if stop.is_set():
-                raise InterruptedError(f"flash_llm.convert_checkpoint: {file} was given up")
+                raise InterruptedError(f"flash_llm.convert_checkpoint: stopped in {file}")
             layer = name.removesuffix(".weight")
             if layer in chosen and name.endswith(".weight"):
                 tensor = source.tensor(name, buffer)
@@ -455,7 +453,7 @@ def _convert_file(
 def _convert_tensor(
     name: str, tensor: Tensor, options: _Options, why_dense: str = ""
 ) -> tuple[LayerReport, dict[str, Tensor]]:
-    """Pack a weight if that pays and there is no reason against it, else give it back."""
+    """Pack a weight unless ``why_dense`` is given or packing does not pay; then return it dense."""
     transposed = options.conv1d and is_conv1d_name(name)
     shape = tuple(tensor.t().shape if transposed else tensor.shape)
     if tensor.dtype == torch.float32 and options.dtype is not None:

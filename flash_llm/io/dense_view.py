@@ -1,4 +1,4 @@
-"""A checkpoint as if it were dense, whatever its weights are stored as."""
+"""Read any checkpoint as dense tensors, however its weights are stored."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from flash_llm.io import encoded
 from flash_llm.io.checkpoint import PACKED_PARTS, SPELLINGS, Checkpoint
 from flash_llm.io.files import read_json
 
-# Models whose layers are Conv1D, which keeps its weight as [K, M], and the names of those layers.
+# Models with Conv1D layers, whose weights are [K, M], and the names of these layers.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 
 class DenseView:
-    """A checkpoint as if it were dense: what is packed is unpacked when it is asked for.
+    """A checkpoint seen as dense tensors: packed weights are unpacked when they are read.
 
     Args:
         files: all files of the checkpoint.
 
     Attributes:
-        checkpoint: what the files hold.
-        encoded: what other tools store in several parts, by the name of the dense tensor.
-        shapes: of all dense and encoded weights, by layer.
-        names: of all tensors, a packed weight's being ``….weight``.
+        checkpoint: the files as they are stored.
+        encoded: tensors that other tools store in several parts, by the dense tensor's name.
+        shapes: shape of each dense or encoded weight, by layer name.
+        names: names of all tensors; a packed weight is named ``….weight``.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -44,24 +44,24 @@ class DenseView:
         }
 
     def is_packed(self, name: str) -> bool:
-        """Whether a tensor, one of :attr:`names`, is stored packed."""
+        """Return whether a tensor, one of :attr:`names`, is stored packed."""
         return name.endswith(".weight") and name.removesuffix(".weight") in self.checkpoint.packed
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, one of :attr:`names`, when it is dense."""
+        """Return the dense shape of a tensor, one of :attr:`names`."""
         if self.is_packed(name):
             header = self.checkpoint.packed[name.removesuffix(".weight")]
             return header.m, header.k
         return self.encoded[name].shape if name in self.encoded else self.checkpoint.shape(name)
 
     def dtype(self, name: str) -> str:
-        """Dtype of a tensor, one of :attr:`names`, as safetensors spells it."""
+        """Return the dtype of a tensor, one of :attr:`names`, as safetensors spells it."""
         if self.is_packed(name):
             return SPELLINGS[self.checkpoint.packed[name.removesuffix(".weight")].dtype]
         return self.checkpoint.dtype(self.encoded[name].parts[0] if name in self.encoded else name)
 
     def tensor(self, name: str, buffer: Tensor | None = None) -> Tensor:
-        """Load a tensor, dense, to the CPU; one that is stored so to ``buffer``, if there is one.
+        """Load a tensor to the CPU as dense; one that is stored dense can go into ``buffer``.
 
         Args:
             name: one of :attr:`names`.
@@ -74,28 +74,28 @@ class DenseView:
         return self.checkpoint.tensor(name, buffer)
 
     def in_file(self, file: Path) -> Iterator[str]:
-        """Names of the tensors that begin in a file."""
-        begins = {encoded.parts[0]: name for name, encoded in self.encoded.items()}
+        """Yield the names of the tensors whose first part is in a file."""
+        first_parts = {encoded.parts[0]: name for name, encoded in self.encoded.items()}
         for key in self.checkpoint.names(file):
             if key not in self._encoded_parts:
                 yield key
-            elif key in begins:  # the other parts may be in other files
-                yield begins[key]
+            elif key in first_parts:  # the other parts may be in other files
+                yield first_parts[key]
 
 
 def is_conv1d_model(folder: Path) -> bool | None:
-    """Whether a folder's model has Conv1D layers, whose weights are ``[K, M]`` in dense files.
+    """Return whether a folder's model has Conv1D layers, whose dense weights are ``[K, M]``.
 
     Returns:
-        None if there is no ``config.json`` to say so.
+        None if there is no ``config.json`` that tells.
 
     Raises:
-        ValueError: ``config.json`` is no JSON object.
+        ValueError: ``config.json`` is not a JSON object.
     """
     path = folder / "config.json"
     return read_json(path).get("model_type") in _CONV1D_MODELS if path.is_file() else None
 
 
 def is_conv1d_name(layer: str) -> bool:
-    """Whether a layer of a model with Conv1D layers is one of them."""
+    """Return whether a layer of a model with Conv1D layers is one of them, by its name."""
     return layer.rpartition(".")[2] in _CONV1D_LAYERS

@@ -1,12 +1,12 @@
-"""Read tensors that other tools store in several parts, as the dense tensors that they stand for.
+"""Read dense tensors that other tools store in several parts.
 
-compressed-tensors wrote the format ``sparse-bitmask`` until 2026. It keeps a bit for every element
-and the values of the others one after the other: instead of a tensor ``N`` a file has ``P.shape``
-int64, ``P.bitmask`` uint8[..., ceil(K / 8)], the lowest bit first, ``P.compressed`` with the
-values, and ``P.row_offsets``, which the bits imply. Up to its version 0.8 the prefix P is the whole
-name N; later ones store weights only, and P is the name of the layer, N = ``P.weight``.
+compressed-tensors wrote the format ``sparse-bitmask`` until 2026. It stores one bit for each
+element, and the values whose bit is set in one sequence. Instead of a tensor ``N`` a file has
+``P.shape`` (int64), ``P.bitmask`` (uint8[..., ceil(K / 8)], lowest bit first), ``P.compressed``
+(the values) and ``P.row_offsets``, which follow from the bits. Up to version 0.8 the prefix P is
+the full name N. Later versions store only weights; P is the layer's name, and N is ``P.weight``.
 
-``torch.nn.utils.prune`` keeps ``N_orig`` and ``N_mask`` instead of ``N`` until a mask is made
+``torch.nn.utils.prune`` stores ``N_orig`` and ``N_mask`` instead of ``N`` until a mask is made
 permanent.
 """
 
@@ -31,7 +31,7 @@ class Encoded:
     """A tensor that is stored in several parts.
 
     Attributes:
-        parts: their names; the dtype and the file of the first one are the tensor's.
+        parts: names of the parts; the tensor has the dtype and the file of the first one.
         shape: of the dense tensor.
         read: returns the dense tensor.
     """
@@ -42,10 +42,10 @@ class Encoded:
 
 
 def find_encoded(checkpoint: Checkpoint) -> dict[str, Encoded]:
-    """Return what is stored in parts, by the name of the dense tensor.
+    """Return the tensors that are stored in parts, by the name of the dense tensor.
 
     Raises:
-        ValueError: a part is missing or contradicts the others; the dense tensor is there too.
+        ValueError: a part is missing or contradicts the others, or the dense tensor is stored too.
     """
     found = {**_find_bitmasks(checkpoint), **_find_masked(checkpoint)}
     for name, encoded in found.items():
@@ -60,7 +60,7 @@ def _find_bitmasks(checkpoint: Checkpoint) -> dict[str, Encoded]:
         for key in sorted(checkpoint.tensors)
         if key.endswith(".bitmask") and checkpoint.dtype(key) == "U8"
     ]
-    # One compressor wrote all of them, and no model is without weights.
+    # The same version wrote all tensors, and every model has weights among them.
     whole_names = any(f".{prefix}".endswith(".weight") for prefix in prefixes)
     found = {}
     for prefix in prefixes:
@@ -74,8 +74,8 @@ def _find_bitmasks(checkpoint: Checkpoint) -> dict[str, Encoded]:
         bits = checkpoint.shape(f"{prefix}.bitmask")
         if not shape or min(shape) < 0 or bits != (*shape[:-1], (shape[-1] + 7) // 8):
             raise ValueError(
-                f"flash_llm: {prefix}.bitmask of a weight of shape {list(shape)} has shape "
-                f"{list(bits)}"
+                f"flash_llm: {prefix}.bitmask has shape {list(bits)}, which does not fit a weight "
+                f"of shape {list(shape)}"
             )
 
         def read(prefix: str = prefix, shape: tuple[int, ...] = shape) -> Tensor:
@@ -91,8 +91,8 @@ def _read_bitmask(checkpoint: Checkpoint, prefix: str, shape: tuple[int, ...]) -
     values = checkpoint.tensor(f"{prefix}.compressed")
     if values.shape != (int(mask.sum()),):
         raise ValueError(
-            f"flash_llm: {prefix}.compressed must have shape [{int(mask.sum())}], as "
-            f"{prefix}.bitmask says, got {list(values.shape)}"
+            f"flash_llm: {prefix}.compressed must have shape [{int(mask.sum())}], one value for "
+            f"each bit set in {prefix}.bitmask, got {list(values.shape)}"
         )
     dense = torch.zeros(shape, dtype=values.dtype, device="cpu")
     dense[torch.from_numpy(mask)] = values
@@ -109,13 +109,13 @@ def _find_masked(checkpoint: Checkpoint) -> dict[str, Encoded]:
         shape, mask_shape = (checkpoint.shape(part) for part in parts)
         if shape != mask_shape:
             raise ValueError(
-                f"flash_llm: {parts[1]} must have shape {list(shape)}, as {key}, got "
+                f"flash_llm: {parts[1]} must have shape {list(shape)}, like {key}, got "
                 f"{list(mask_shape)}"
             )
 
         def read(parts: tuple[str, ...] = parts) -> Tensor:
             values, mask = (checkpoint.tensor(part) for part in parts)
-            # Where the mask is 0 a product would be -0.0 or NaN for some values.
+            # Where the mask is 0, the product is -0.0 for negative and NaN for infinite values.
             return (values * mask.to(values.dtype)).masked_fill_(mask == 0, 0)
 
         found[name] = Encoded(parts, shape, read)

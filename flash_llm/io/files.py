@@ -1,6 +1,6 @@
-"""Files of our own: JSON that is checked as it is read, and writing that never leaves half a file.
+"""Read JSON with checks, and write files atomically.
 
-A kill or a full disk leaves the old file or the new one.
+After a kill or an error there is either the old file or the complete new one.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# Deeper than any configuration, and far from where Python's encoder gives up.
+# More than any real configuration has, and far below what Python's encoder can handle.
 _MAX_JSON_DEPTH = 64
 
 TEMPORARY_NAME = r"\.[0-9a-f]{16}\.tmp"
-"""Regular expression of the names that files have until they are whole."""
+"""Regular expression of the temporary names of files that are being written."""
 
 
 def read_json(path: Path, caller: str = "flash_llm") -> dict[str, Any]:
     """Return the JSON object that a file holds.
 
     Args:
-        path: of the file.
+        path: the file.
         caller: function named in errors.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it holds no JSON, something else than an object, or one that is nested too deep.
+        ValueError: it is not JSON, not an object, or nested too deeply.
     """
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{caller}: {path} is no JSON: {error}") from None
+        raise ValueError(f"{caller}: {path} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{caller}: {path} must hold an object, got {type(found).__name__}")
     level: list[Any] = [found]
@@ -51,14 +51,14 @@ def read_json(path: Path, caller: str = "flash_llm") -> dict[str, Any]:
 
 
 def from_json(kind: Any, found: Any) -> Any:
-    """Return what JSON says of a value of an annotated type, such as a dataclass.
+    """Convert parsed JSON to a value of an annotated type, such as a dataclass.
 
     Args:
         kind: a dataclass, a union, ``tuple``, ``list`` or ``dict`` of types, or a type of JSON.
-        found: as ``json`` read it; arrays become tuples where ``kind`` says so.
+        found: what ``json`` parsed; arrays become tuples where ``kind`` says so.
 
     Raises:
-        ValueError: it is something else; the message names the value.
+        ValueError: the value does not have that type; the message names it.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(found, dict):
@@ -88,10 +88,10 @@ def from_json(kind: Any, found: Any) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Give a new file to write, which becomes ``path`` if all goes well and vanishes if not.
+    """Open a temporary file that is renamed to ``path`` on success and deleted on failure.
 
-    Until then its name is random and it is opened as new, so that two writers never share it and
-    no link is followed. Its bytes are on the disk before it is renamed.
+    Its name is random and it is opened exclusively, so two writers never share it and no link is
+    followed. Its bytes are on the disk before it is renamed.
 
     Raises:
         OSError: it cannot be written; the error names ``path``.
@@ -113,22 +113,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole, or leave it as it was.
+    """Write a file atomically: on failure the old file stays as it was.
 
     Raises:
-        OSError: it cannot be written; nothing is left of the attempt.
+        OSError: it cannot be written; the error names ``path``.
     """
     with replacing(path) as file:
         file.write(data)
 
 
 def fingerprint(found: os.stat_result) -> list[int]:
-    """Size, time of change and number of a file: others as soon as it is written or replaced."""
+    """Return size, mtime in ns and inode, which change when a file is written or replaced."""
     return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power failure, where its file system can."""
+    """Make a folder's entries survive a power failure, if its file system supports that."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):

@@ -1,7 +1,8 @@
-"""Folders that are built under a temporary name and renamed when they are whole.
+"""Folders that are built under a temporary name and renamed when they are complete.
 
-A kill at any moment leaves either no folder of the final name or a whole one, and beside it what is
-finished, so that the same call goes on with that. One run at a time works on a folder.
+After a kill at any moment there is either no folder of the final name or a complete one. Finished
+parts stay in the temporary folder, and the same call continues from them. Only one run at a time
+works on a folder.
 """
 
 from __future__ import annotations
@@ -22,38 +23,41 @@ from flash_llm.io.checkpoint import INDEX_NAME, checkpoint_files
 from flash_llm.io.files import fingerprint, sync_folder, sync_tree
 
 NOTE_NAME = "unfinished.json"
-"""Says in an unfinished folder what it is made from; the run that works on the folder locks it."""
+"""The file in an unfinished folder that records what the folder is made from.
 
-# What flock answers on file systems that have no locks.
+The run that works on the folder holds a lock on this file."""
+
+# The errors of flock on file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def partial_path(dst: Path) -> Path:
-    """Return what a folder is called until it is whole."""
+    """Return the path of a folder while it is unfinished."""
     return dst.with_name(dst.name + ".partial")
 
 
 class UnfinishedFolder:
-    """A folder in work: a note of what it is, what the work needs to go on, and the result so far.
+    """An unfinished folder: the note of what it is made from, the result so far and resume data.
 
-    It is locked until :meth:`close`, :meth:`finish`, :meth:`discard` or the end of the process;
-    used with ``with``, it is closed in the end.
+    It is locked until :meth:`close`, :meth:`finish`, :meth:`discard` or the end of the process.
+    As a context manager it is closed on exit.
 
     Args:
-        dst: what the result is going to be called; it must not be there.
-        src: checkpoint that the work begins with.
-        options: what else decides the result, for JSON.
+        dst: the final path of the result; it must not exist.
+        src: the checkpoint that the work starts from.
+        options: everything else that decides the result, as JSON values.
         caller: function named in errors.
         resume: False removes what an earlier run of the same caller left in ``dst.partial``.
 
     Attributes:
         path: ``dst.partial``.
-        content: the folder in it that becomes ``dst``.
+        content: the folder inside ``path`` that is renamed to ``dst``.
 
     Raises:
-        FileExistsError: ``dst`` is there; or ``dst.partial`` is in work by another run, of other
-            work, of a checkpoint that has changed since, or holds links or another user's files.
-        OSError: it cannot be made.
+        FileExistsError: ``dst`` exists; or another run is using ``dst.partial``, or that folder
+            belongs to other work, was made from a checkpoint that has changed since, or contains
+            links or files of another user.
+        OSError: it cannot be created.
     """
 
     def __init__(
@@ -87,8 +91,8 @@ class UnfinishedFolder:
                 self._write_note(made_from)
             elif found != made_from:
                 raise FileExistsError(
-                    f"{caller}: {self.path} is of other work, or {src} has changed since; remove "
-                    "it to begin anew"
+                    f"{caller}: {self.path} belongs to other work, or {src} has changed since; "
+                    "remove it to start again"
                 )
             self.content.mkdir(exist_ok=True)
         except BaseException:
@@ -102,17 +106,17 @@ class UnfinishedFolder:
         self.close()
 
     def close(self) -> None:
-        """Let other runs go on with the folder."""
-        with contextlib.suppress(OSError):  # of a note that could not be written, said already
+        """Release the lock, so that another run can continue."""
+        with contextlib.suppress(OSError):  # writing the note failed, which was reported then
             self._note.close()
 
     def discard(self) -> None:
-        """Remove all of it."""
+        """Remove the whole folder."""
         shutil.rmtree(self.path)
         self.close()
 
     def check_source(self) -> None:
-        """Refuse a source that is not what it was when the work began.
+        """Refuse a source that has changed since the work began.
 
         Raises:
             ValueError: a file has been replaced or changed; the message names it.
@@ -121,16 +125,16 @@ class UnfinishedFolder:
         for name in sorted(self._files.keys() | now.keys()):
             if self._files.get(name) != now.get(name):
                 raise ValueError(
-                    f"{self._caller}: {self._src / name} was changed during the work; the result "
-                    f"would be of two models. Remove {self.path} and begin anew"
+                    f"{self._caller}: {self._src / name} was changed during the work, so the "
+                    f"result would mix two models. Remove {self.path} and start again"
                 )
 
     def finish(self) -> None:
-        """Give the result its name, once it is on the disk, and remove the rest.
+        """Sync the result to the disk, rename it to ``dst``, and remove the rest.
 
         Raises:
             ValueError: the source was changed during the work.
-            FileExistsError: the name has been taken meanwhile.
+            FileExistsError: ``dst`` exists by now.
             OSError: the result cannot be written to the disk.
         """
         self.check_source()
@@ -141,12 +145,12 @@ class UnfinishedFolder:
         self.discard()
 
     def _lock(self) -> BinaryIO:
-        """Open the note, which is made if the folder is new, and lock it."""
+        """Open the note, creating it in a new folder, and lock it."""
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
                 self._refuse_foreign()
-                note = open(  # noqa: SIM115 (open means locked)
+                note = open(  # noqa: SIM115 (locked while open)
                     self.path / NOTE_NAME, "a+b", opener=_open_no_link
                 )
             except FileNotFoundError:  # another run has just finished or discarded it
@@ -168,30 +172,32 @@ class UnfinishedFolder:
                     return note
             except FileNotFoundError:
                 pass
-            note.close()  # of a folder that has just been removed
+            note.close()  # its folder has just been removed
 
     def _refuse_foreign(self) -> None:
-        """Refuse a folder that is not of this class, and whatever leads out of it."""
+        """Refuse a folder that this class did not make, and anything that leads out of it."""
         problem = None
         if not stat.S_ISDIR(os.lstat(self.path).st_mode):
-            problem = "is no folder"
+            problem = "is not a folder"
         elif os.listdir(self.path) and not os.path.lexists(self.path / NOTE_NAME):
-            problem = "is of other work"
+            problem = "belongs to other work"
         else:
-            # Compared with a new file's: a file system may map users.
+            # The owner of a new file is the reference, because a file system may map user ids.
             with tempfile.TemporaryFile(dir=self.path) as probe:
                 owner = os.fstat(probe.fileno()).st_uid
             for path in (self.path, *self.path.rglob("*")):
                 found = os.lstat(path)
                 if not stat.S_ISDIR(found.st_mode) and not stat.S_ISREG(found.st_mode):
-                    problem = f"holds {path.name}, which is no plain file"
+                    problem = f"contains {path.name}, which is not a regular file"
                 elif found.st_uid != owner:
-                    problem = f"holds {path.name}, which is another user's"
+                    problem = f"contains {path.name}, which belongs to another user"
         if problem:
-            raise FileExistsError(f"{self._caller}: {self.path} {problem}; remove it to begin anew")
+            raise FileExistsError(
+                f"{self._caller}: {self.path} {problem}; remove it to start again"
+            )
 
     def _read_note(self) -> Any:
-        """What the note holds; None where the folder holds nothing but an empty one."""
+        """Return what the note records; None if the folder contains only an empty note."""
         self._note.seek(0)
         text = self._note.read()
         if not text and os.listdir(self.path) == [NOTE_NAME]:
@@ -199,7 +205,7 @@ class UnfinishedFolder:
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
-            return ""  # of nobody's work
+            return ""  # equals no work's record
 
     def _write_note(self, made_from: dict[str, Any]) -> None:
         try:
@@ -223,25 +229,25 @@ class UnfinishedFolder:
 
 
 def check_destination(dst: Path, caller: str) -> None:
-    """Refuse a folder that is there already or cannot be made; ``caller`` is named in errors.
+    """Refuse a folder that exists or cannot be created; ``caller`` is named in errors.
 
     Raises:
-        FileExistsError: ``dst`` is there, if only as a link that leads nowhere.
-        OSError: the folder that ``dst`` goes into is none, or cannot be written.
+        FileExistsError: ``dst`` exists, even if only as a broken link.
+        OSError: the parent of ``dst`` is not a folder, or not writable.
     """
     if os.path.lexists(dst):
-        raise FileExistsError(f"{caller}: {dst} is there already")
+        raise FileExistsError(f"{caller}: {dst} exists already")
     parent = dst.absolute().parent
     while not os.path.lexists(parent):
         parent = parent.parent
     if not parent.is_dir():
-        raise NotADirectoryError(f"{caller}: {dst} cannot be made: {parent} is no folder")
+        raise NotADirectoryError(f"{caller}: {dst} cannot be created: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{caller}: {dst} cannot be made: {parent} cannot be written")
+        raise PermissionError(f"{caller}: {dst} cannot be created: {parent} is not writable")
 
 
 def _fingerprints(src: Path) -> dict[str, list[int]]:
-    """Fingerprint of each file that decides what a checkpoint is."""
+    """Return the fingerprint of each file that a checkpoint's content depends on."""
     files = [*checkpoint_files(src), src / INDEX_NAME, src / "config.json"]
     return {os.path.relpath(f, src): fingerprint(f.stat()) for f in files if f.is_file()}
 
