@@ -44,7 +44,7 @@ FLASH_LLM_HOST_DEVICE __forceinline__ float activate(float value, Activation act
   return value;  // never: the switch is exhaustive
 }
 
-// What turns the fp32 sums of one SpMM into Y.
+// Turns the fp32 sums of one SpMM into Y.
 struct Epilogue {
   const uint16_t* bias;  // [m] or null
   uint16_t* y;           // [n, m]

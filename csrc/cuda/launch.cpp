@@ -18,8 +18,8 @@ Status check_launch(const SpmmPlan& plan, int64_t workspace_bytes) {
   }
   if (plan.workspace_bytes < workspace_bytes) {
     return Status::invalid_value("plan " + plan.to_string() + " has a workspace of " +
-                                 std::to_string(plan.workspace_bytes) + " bytes, needed are " +
-                                 std::to_string(workspace_bytes));
+                                 std::to_string(plan.workspace_bytes) +
+                                 " bytes, the kernel needs " + std::to_string(workspace_bytes));
   }
   return Status::success();
 }
@@ -43,7 +43,7 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, boo
     case KernelFamily::kDense:
       break;
   }
-  return Status::invalid_value("plan " + plan.to_string() + " is not for a kernel of the GPU");
+  return Status::invalid_value("plan " + plan.to_string() + " is not for a GPU kernel");
 }
 
 const PackKernels* pack_kernels(Format format) {

@@ -36,8 +36,8 @@ struct PackKernels {
   // Pass 1: units[tiles] and nonzeros nnz[tiles] of each tile.
   Status (*count)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units,
                   int32_t* nnz, cudaStream_t stream);
-  // Pass 2: the same bytes as the host's. `offsets` and `nnz` come from pass 1. Sets *changed,
-  // which is 0 before, and leaves tiles out, where `dense` no longer is what pass 1 saw.
+  // Pass 2: writes the same bytes as the host's packer. `offsets` and `nnz` come from pass 1. Where
+  // `dense` has changed since pass 1, it sets *changed, which is 0 before, and leaves tiles out.
   Status (*pack)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
                  const int32_t* nnz, uint32_t* payload, int32_t* changed, cudaStream_t stream);
   // dense[m, k] (contiguous, 16-byte aligned) from a packed weight.
@@ -54,12 +54,13 @@ Status end_weight_writes(void* scratch, cudaStream_t stream);
 PackKernels tiled_csl_kernels();
 PackKernels bitmap_kernels();
 
-// The kernels of a format; null for one that is packed and unpacked on the host.
+// The kernels of a format; null for a format that is packed and unpacked on the host.
 const PackKernels* pack_kernels(Format format);
 
-// The steps of magnitude pruning, which csrc/torch calls in turn. A cut is what is pruned of a row:
-// all magnitudes below a threshold, and the first `ties` of those equal to it (format/prune.h).
-// Finds the cut of each row that prunes `count` elements: thresholds[m] and ties[m].
+// The steps of magnitude pruning, which csrc/torch calls in turn. A cut says what is pruned in a
+// row: all magnitudes below a threshold, and the first `ties` of those equal to it
+// (format/prune.h). Finds the cut of each row that prunes `count` elements: thresholds[m] and
+// ties[m].
 Status prune_row_cuts(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int64_t count,
                       int32_t* thresholds, int64_t* ties, cudaStream_t stream);
 // Adds the number of elements of each magnitude to histogram[kNumMagnitudes].

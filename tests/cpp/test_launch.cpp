@@ -65,7 +65,7 @@ INSTANTIATE_TEST_SUITE_P(Configurations, EveryKernel, testing::ValuesIn(every_ke
 TEST_P(EveryKernel, RefusesAWorkspaceThatIsTooSmall) {
   Call small = call();
   --small.plan.workspace_bytes;
-  expect_refused(small, std::to_string(small.plan.workspace_bytes) + " bytes, needed are " +
+  expect_refused(small, std::to_string(small.plan.workspace_bytes) + " bytes, the kernel needs " +
                             std::to_string(small.plan.workspace_bytes + 1));
 }
 

@@ -4,8 +4,7 @@
 //
 // Shared memory holds a chunk's bits row by row, one byte for 8 columns (BitRows), and its values
 // in the order in which its runs take them (SlotRows): 32 x 128 elements, or 32 x 128 slots of a
-// 2:4 chunk. Of the latter, column 64 half + 8 quad + 2 (lane % 4) + slot is slot `slot` of a
-// group.
+// 2:4 chunk, in which column 64 half + 8 quad + 2 (lane % 4) + slot holds slot `slot` of a group.
 #include <cstdint>
 
 #include "cuda/bitmap/decode.cuh"
@@ -64,7 +63,7 @@ struct ChunkPosition {
     first = row < rows ? chunk_index(row, col & ~int64_t{1}, rows, cols) : -1;
   }
 
-  // Where the second of the pair is.
+  // The index in `offsets` of the pair's second chunk.
   __device__ int64_t second(int64_t m, int64_t k) const {
     return chunk_index(row, col | 1, num_chunk_rows(m), num_chunk_cols(k));
   }
@@ -118,7 +117,7 @@ struct BitRows {
   __device__ __forceinline__ uint32_t half_word(int row, int sixteenth) const {
     return reinterpret_cast<const uint16_t*>(words[row])[sixteenth];
   }
-  // Of the first `cols` columns, in all rows.
+  // The number of bits set in the first `cols` columns of all rows.
   __device__ __forceinline__ int num_stored(int cols, int lane) const {
     int count = 0;
     for (int word = 0; word < cols / 32; ++word) count += __popc(words[lane][word]);
@@ -468,7 +467,7 @@ __device__ __forceinline__ bool write_residual(const DenseMatrix& dense, const E
   for (int i = 0; i < most_steps; ++i) {
     const int step = first_step + i;
     auto* column = reinterpret_cast<uint16_t*>(out + residual_column_byte(row, step));
-    const uint32_t own = i < steps ? *column : 0U;  // 0 is none: no residual element is in column 0
+    const uint32_t own = i < steps ? *column : 0U;  // 0 means none: column 0 is never residual
     const uint32_t stored = __ballot_sync(kAllLanes, own != 0) >> (lane & 24) & 0xFFU;
     const uint32_t other = __shfl_sync(kAllLanes, own, __ffs(static_cast<int>(stored)) - 1, 8);
     if (own != 0) {

@@ -1,7 +1,7 @@
 // The consumer warps of the bitmap kernel. For each column of chunks a warp decodes its strips of
 // 16 rows into A fragments in registers (decode.cuh) and multiplies them by wgmma or, for few
 // tokens, mma.sync (plain chunks), or by wgmma.sp (2:4 chunks). While one batch of fragments is
-// multiplied the next is decoded into other registers. wgmma reads the B operand, X, from shared
+// multiplied, the next is decoded into other registers. wgmma reads the B operand, X, from shared
 // memory once per warpgroup and strip.
 //
 // The residual of a 2:4 chunk, which is a few elements per row at most, is multiplied by
@@ -159,7 +159,7 @@ class BitmapConsumer {
     }
   }
 
-  // To be called after the last product with X's stage x_state_ was issued.
+  // Must be called once the last product with X's stage x_state_ has been issued.
   __device__ __forceinline__ void finish_x_stage() {
     if constexpr (kWgmma) {
       x_in_use_ = true;
@@ -174,8 +174,8 @@ class BitmapConsumer {
     x_in_use_ = false;
   }
 
-  // Issues the products of a batch of a plain chunk with stage x_state_ of X. The batch's fragments
-  // are kFirst and the following, of 16 columns each.
+  // Issues the products of a batch of a plain chunk with stage x_state_ of X. The batch holds the
+  // fragments from kFirst on, of 16 columns each.
   template <int kFirst>
   __device__ __forceinline__ void start_plain(const Batch& a) {
     if constexpr (kWgmma) {
@@ -212,9 +212,9 @@ class BitmapConsumer {
     }
   }
 
-  // The same for a 2:4 chunk, fragments kFirst % 4 and the following of half kFirst / 4. Fragment p
-  // of half h multiplies columns 64 p + 32 h to 64 p + 32 h + 31, in the p-th box of X from stage
-  // x_state_ on.
+  // The same for a 2:4 chunk; the batch holds the fragments from kFirst % 4 on of half kFirst / 4.
+  // Fragment p of half h multiplies columns 64 p + 32 h to 64 p + 32 h + 31, in the p-th box of X
+  // from stage x_state_ on.
   template <int kFirst>
   __device__ __forceinline__ void start_two_four(const Batch& a,
                                                  const TwoFourWords (&words)[C::kStrips]) {
@@ -325,8 +325,8 @@ class BitmapConsumer {
       if constexpr (kFirst == 0) wait_x<kTwoFourStages>();
       start_two_four<kFirst>(a, words);
       ptx::wgmma_wait<1>();
-      // In the middle of the chunk the slowest warp has half a chunk's time before others wait
-      // for it, at transposed_empty in here and at transposed_full below.
+      // X is transposed in the middle of the chunk, so that the slowest warp has the time of half a
+      // chunk before others wait for it, in here at transposed_empty, below at transposed_full.
       if constexpr (kFirst + kBatch == 4 && kTokenBlocks == 1) transpose_x(0);
     });
     if constexpr (kFewRegisters) parts = find_parts(load_descriptor());

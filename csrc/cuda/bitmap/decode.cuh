@@ -6,7 +6,7 @@
 // different banks.
 //
 // The elements of a quad of a 2:4 chunk are slots, half as many as elements of W. Deriving the
-// slots' bits from those of the elements takes 0.4 instructions per element more.
+// slots' bits from those of the elements takes another 0.4 instructions per element.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_
 // are zero-extended, so that bytes 2, 3, 6 and 7 of PRMT's input are zero. If b0 and b1 say whether
 // the low and the high element are stored, the four selectors
 //   neither 3232   b0 7610   b1 1032   both 5410
-// all equal 0x3232 + b0 * 0x43DE + b1 * 0xDE00 (mod 2^16). (Bytes 7 and 6 are zero as 3 and 2 are.)
+// all equal 0x3232 + b0 * 0x43DE + b1 * 0xDE00 (mod 2^16). (Bytes 6 and 7 are zero, like 2 and 3.)
 // b0 and b1 are in the lower or the upper two bytes of `quad_bits`, so that this is one dp2a.
 template <int kBit, bool kUpper>
 __device__ __forceinline__ uint32_t selector(uint32_t quad_bits) {
@@ -161,7 +161,7 @@ struct ChunkCursor {
   uint32_t down[2];  // [strip]: the downward runs, of half 1
 
   // `value_bytes` is the size of the values, which precede the bits. If `stored` is false, the
-  // chunk is taken as all zeros; `smem_chunk` must be readable even then.
+  // chunk is treated as all zeros; `smem_chunk` must be readable even then.
   __device__ __forceinline__ ChunkCursor(uint32_t smem_chunk, uint32_t value_bytes, bool stored,
                                          int lane) {
     const uint32_t smem_bits = smem_chunk + value_bytes;

@@ -67,13 +67,13 @@ __device__ __forceinline__ void store_sums(const BitmapParams& p, uint32_t flags
 
 constexpr int kFinishWarps = 4;
 // Loads in flight per lane. With more, the kernel would need more than 32 registers, and the main
-// kernel leaves no more than 4096 of an SM's 64K: no CTA could be resident before that one ends.
+// kernel leaves at most 4096 of an SM's 64K: no CTA could be resident before the main kernel ends.
 constexpr int kFinishInFlight = 4;
 
 // Finishes the output tiles; CTAs with equal blockIdx.x work on one tile. kParts warps work on 16
 // rows and 8 tokens: kParts lanes share a sum, and each adds the partial sums of every kParts-th
 // cluster. With one part, the many clusters that share a tile of a small weight would be a chain of
-// round trips to L2. If the main kernel stores complete tiles, only shared ones are left to do.
+// round trips to L2. If the main kernel stores complete tiles, only shared ones remain.
 template <ValueType kType, bool kFinishesAll, int kParts>
 __global__ void __launch_bounds__(kFinishWarps * 32)
     bitmap_finish_kernel(const __grid_constant__ BitmapParams p, int strips) {

@@ -47,7 +47,7 @@ class ChunkProducer {
   __device__ __forceinline__ void run() {
 #pragma unroll 1
     while (position_.before(end_)) {
-      // If any offset is malformed, the whole column is taken as empty.
+      // If any offset is malformed, the whole column is treated as empty.
       const bool sound = pair_.begin >= 0 && pair_.units >= 0 && pair_.units <= kMaxChunkUnits &&
                          pair_.begin <= p_.payload_units - pair_.units;
       const int units = __all_sync(~0U, sound) ? pair_.units : 0;
@@ -76,7 +76,7 @@ class ChunkProducer {
     int begin;        // offset of the group's first chunk in the payload
     int total;        // size of all chunks
     int before_wrap;  // size of those that fit before the end of the ring
-    int reserved;     // total, and what stays unused at the end of the ring
+    int reserved;     // total plus what stays unused at the end of the ring
   };
 
   // Sets own_offset_ to this lane's chunk in the pair of columns at next_, the first of an output
@@ -122,8 +122,8 @@ class ChunkProducer {
     return {begin, end - begin};
   }
 
-  // Prefetches the offsets of the pair at next_, if it exists. That is kBitmapPairsAhead pairs
-  // early, because the latency of a busy memory is long.
+  // Prefetches the offsets of the pair at next_, if it exists, kBitmapPairsAhead pairs before they
+  // are used, because a busy memory has a long latency.
   __device__ __forceinline__ void prefetch_pair() {
     const bool exists = has_chunk();
     const int32_t* offset = exists ? own_offset_ : p_.offsets;
@@ -166,8 +166,8 @@ class ChunkProducer {
     for (int i = 0; i < C::kRingGroups; ++i) {
       const int group = ring_ * C::kRingGroups + i;
       GroupCopy copy = plan_copy(group, units);
-      // Very full chunks may exceed the ring together with what stays unused at its end: empty the
-      // ring and start at its beginning, where every group fits (bitmap_min_ring_bytes).
+      // Very full chunks and the unused end of the ring together may exceed the ring: then empty it
+      // and start at its beginning, where every group fits (bitmap_min_ring_bytes).
       if (copy.reserved > p_.ring_units) {
         while (released_ != issued_) release_oldest();
         head_ = 0;

@@ -38,12 +38,17 @@ struct BitmapKernelConfig {
   static constexpr int kCluster = kClusterArg;
   static constexpr int kXStages = kXStagesArg;
 
-  // The producer warps have a warpgroup of their own because setmaxnreg moves registers between
-  // warpgroups. An SM's 64K registers are 512 for each of the 128 threads of a warpgroup. The
-  // launch divides them evenly between the warpgroups, in multiples of 8, and setmaxnreg again:
-  //   tile_n <= 64   5 *  96 >= 4 * 104 + 56
-  //   tile_n = 128   5 *  96 >= 4 * 112 + 32   with 104 ptxas serialises the wgmmas (C7512)
-  //   tile_n = 256   3 * 168 >= 2 * 208 + 56   184 are enough for ptxas, 224 would fit; not timed
+  // Registers per thread. The producer warps have a warpgroup of their own because setmaxnreg moves
+  // registers between warpgroups. An SM's 64K registers are 512 for each of the 128 threads of a
+  // warpgroup. The launch divides them evenly between the 5 or 3 warpgroups, in multiples of 8 (96
+  // or 168, which the spill check of setup.py prints), and setmaxnreg divides the same sum again:
+  //                  launched    consumers  producer   used by them in the SASS of nvcc 13.0
+  //   tile_n <= 64   5 *  96 >=   4 * 104  +  56       93 or 94, and 33 or 34
+  //   tile_n = 128   5 *  96 >=   4 * 112  +  32       107, and 24
+  //   tile_n = 256   3 * 168 >=   2 * 208  +  56       192, and 25
+  // Up to 64 tokens 104 is the most that leaves the producer enough: with 112 it would have 32. At
+  // 128 tokens ptxas serialises the wgmmas with 104 (its C7512). At 256 tokens ptxas manages with
+  // 184, and 224 would fit; neither was timed.
   static constexpr int kAllWarps = kWarps + 4;
   static constexpr int kThreads = kAllWarps * 32;
   static constexpr int kLaunchRegisters = 512 / (kWarps / 4 + 1) / 8 * 8;

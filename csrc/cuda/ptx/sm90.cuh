@@ -136,7 +136,7 @@ __device__ __forceinline__ void dealloc_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// setmaxnreg.inc: raises them to kRegisters; waits until so many are free.
+// setmaxnreg.inc: raises the registers per thread to kRegisters; waits until enough are free.
 template <int kRegisters>
 __device__ __forceinline__ void alloc_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

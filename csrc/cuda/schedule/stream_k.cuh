@@ -1,7 +1,7 @@
 // Stream-K (Osama et al., arXiv 2301.03598), which balances split-K. A row of the work grid is an
 // output tile (rows of W by tokens), and its work units are steps along K. All units form one
-// sequence, row after row, and each worker, a CTA or a cluster of CTAs, gets an equal work range of
-// it, which may begin and end anywhere in a row.
+// sequence, row after row, which is cut into equal work ranges, one for each worker (a CTA or a
+// cluster of CTAs). A work range may begin and end anywhere in a row.
 //
 //   rows           |----- row 0 -----|----- row 1 -----|----- row 2 -----|
 //   work ranges    [--- 0 ---)[--- 1 ---)[--- 2 ---)[--- 3 ---)[-- 4 --)

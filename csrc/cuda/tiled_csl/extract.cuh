@@ -8,8 +8,8 @@
 // tile boundaries too, because tiles that are adjacent in K are adjacent in memory. The number of
 // batches per tile is not limited.
 //
-// This keeps some 40 KB per SM in flight, but each batch waits for its loads. On sm_90 entries are
-// prefetched into L2 kAhead vectors early, so that this is the latency of L2 and not of memory.
+// This keeps about 40 KB per SM in flight, but each batch waits for its loads. On sm_90 entries are
+// prefetched into L2 kAhead vectors early, so that a batch waits for L2 and not for memory.
 #pragma once
 
 #include <cstdint>

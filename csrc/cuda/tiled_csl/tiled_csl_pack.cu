@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  // A bank's positions in rising order: row after row, the two halves of a word each.
+  // A bank's positions in ascending order: row by row, the two halves of each word.
   const auto position_in_bank = [](int bank, int i) { return i / 2 * kTileK + bank * 2 + i % 2; };
   for (int bank = warp; bank < kNumBanks; bank += kWarps) {
     for (int part = 0; part < kBankPositions / 32; ++part) {
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads)
     while (mask == 0 && part + 1 < kBankPositions / 32) mask = present[++part][lane];
     const int first = __ffs(static_cast<int>(mask)) - 1;
     const int word = mask == 0 ? 0 : __popc(mask >> (first & ~1) & 3U);  // its entries
-    // The longest queue goes first, of equal ones that of the lowest bank: all keys are different.
+    // The longest queue goes first, and the lowest bank among equal ones: all keys are different.
     const int key = words << 7 | (31 - lane) << 2 | word;
     int before = 0;
     for (int bank = 0; bank < kNumBanks; ++bank) {
