@@ -406,7 +406,7 @@ def test_packed_tensors_are_refused_whatever_the_config_says(tmp_path, case):
     config = json.loads((tmp_path / "config.json").read_text())
     CONFIGS[case](config)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    message = r"model\.safetensors holds the packed .*weight_.*quantization_config"
+    message = r"model\.safetensors .*weight_.*quantization_config"
     with pytest.raises(ValueError, match=message):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message.replace(r"model\.safetensors", "state dict")):
@@ -577,5 +577,5 @@ def test_an_index_cannot_lead_out_of_a_packed_folder(tmp_path):
         moved = {k: elsewhere if v == name else v for k, v in places["weight_map"].items()}
         index.write_text(json.dumps({**places, "weight_map": moved}))
         for loader in (flash_llm, type(model)):
-            with pytest.raises(ValueError, match="outside of it"):
+            with pytest.raises(ValueError, match=name):
                 loader.from_pretrained(tmp_path / "inside")

@@ -481,7 +481,7 @@ def _parameters(model: nn.Module) -> list[str]:
 
 
 def _written_parameters(model: Any) -> list[str]:
-    """Return the parameters' names of the class that wrote the checkpoint of ``model``."""
+    """Return the names of the parameters of the class that wrote the checkpoint."""
     try:
         with torch.device("meta"):
             cls = getattr(transformers, model.config.architectures[0])

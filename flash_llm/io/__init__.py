@@ -1,1 +1,1 @@
-"""Checkpoints: packed weights in files, conversion, and reports on and comparison of folders."""
+"""Checkpoints: packed weights in files, conversion, inspection and comparison of folders."""

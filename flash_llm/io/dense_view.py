@@ -87,7 +87,7 @@ def is_conv1d_model(folder: Path) -> bool | None:
     """Return whether a folder's model has Conv1D layers, whose dense weights are ``[K, M]``.
 
     Returns:
-        None if there is no ``config.json`` that tells.
+        None if there is no ``config.json``.
 
     Raises:
         ValueError: ``config.json`` is not a JSON object.

@@ -107,7 +107,7 @@ class UnfinishedFolder:
 
     def close(self) -> None:
         """Release the lock, so that another run can continue."""
-        with contextlib.suppress(OSError):  # writing the note failed, which was reported then
+        with contextlib.suppress(OSError):  # again, after a failed write of the note
             self._note.close()
 
     def discard(self) -> None:
