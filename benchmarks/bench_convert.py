@@ -1,10 +1,10 @@
-"""Converting a synthetic checkpoint of any size; one JSON row per number of workers.
+"""Convert a synthetic checkpoint of any size; one JSON row per number of workers.
 
     python benchmarks/bench_convert.py --gigabytes 8 --workers 1 2
 
 Random weights with zeros are written to a folder inside ``--folder`` (which needs room for them and
-for the result), read once so that they are in the page cache, and converted by a process of its
-own, several times. Rows go to ``benchmarks/results/pack.jsonl``.
+for the result), read once so that they are in the page cache, and converted several times, each
+time by a new process. Rows go to ``benchmarks/results/pack.jsonl``.
 """
 
 import argparse
@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 from options import add_row_options, require_positive
-from rows import check_row, commit_hash, cpu_name, print_table, write_rows
+from rows import commit_hash, cpu_name, print_table, write_rows
 from safetensors.torch import save_file
 from weights import DTYPES, make_weight
 
-# What one conversion took; the peak is that of its memory (ru_maxrss would begin with ours).
+# Prints what one conversion took. VmHWM is the peak of its memory alone; ru_maxrss would start from
+# the peak of this process.
 CHILD = """
 import json, re, sys, time
 import torch
@@ -42,12 +43,12 @@ class Source:
     """A checkpoint to make.
 
     Attributes:
-        nbytes: of its weights, at most.
-        shards: files.
+        nbytes: greatest size of its weights.
+        shards: number of files.
         m: rows of each weight.
         k: columns of each weight.
         sparsity: fraction of zeros.
-        dtype: of the weights.
+        dtype: dtype of the weights.
     """
 
     nbytes: int
@@ -59,7 +60,7 @@ class Source:
 
     @property
     def layers_of_shard(self) -> int:
-        """Weights in one file."""
+        """Number of weights in one file."""
         return self.nbytes // (self.m * self.k * DTYPES[self.dtype].itemsize * self.shards)
 
 
@@ -68,10 +69,10 @@ class Conversion:
     """What one conversion took.
 
     Attributes:
-        seconds: by the clock.
-        cpu_seconds: of all threads, in the kernel too.
-        peak_bytes: of resident memory, with what importing torch takes.
-        packed_bytes: of the result's weights.
+        seconds: wall-clock time.
+        cpu_seconds: user and system time of all threads.
+        peak_bytes: peak of resident memory, including torch's libraries.
+        packed_bytes: size of the packed weights.
     """
 
     seconds: float
@@ -89,19 +90,19 @@ def make_source(source: Source, folder: Path) -> int:
     weight = make_weight(
         source.m, source.k, source.sparsity, "uniform", DTYPES[source.dtype], "cpu"
     )
-    places = {}
+    file_of = {}
     for shard in range(source.shards):
         first = shard * source.layers_of_shard
         names = {f"layers.{first + i}.weight": first + i for i in range(source.layers_of_shard)}
         file = f"model-{shard + 1:05}-of-{source.shards:05}.safetensors"
         save_file({name: weight.roll(i, 0) for name, i in names.items()}, folder / file)
-        places.update(dict.fromkeys(names, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    return len(places) * weight.nbytes
+        file_of.update(dict.fromkeys(names, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
+    return len(file_of) * weight.nbytes
 
 
 def convert(source: Path, target: Path, workers: int, threads: int) -> Conversion:
-    """Convert in a process of its own.
+    """Convert in a new process.
 
     Raises:
         RuntimeError: it failed, or did not pack every weight.
@@ -130,7 +131,7 @@ def measure(source: Path, target: Path, workers: int, threads: int, runs: int) -
 
 
 def read_once(file: Path) -> None:
-    """Bring a file into the page cache."""
+    """Read a file, so that it is in the page cache."""
     with file.open("rb", buffering=0) as opened:
         while opened.read(2**24):
             pass
@@ -146,8 +147,8 @@ def make_row(
     cpu: str,
     commit: str,
 ) -> dict[str, object]:
-    """Return the checked JSON row of a measurement."""
-    row: dict[str, object] = {
+    """Return the JSON row of a measurement."""
+    return {
         "bench": "convert",
         "cpu": cpu,
         "bytes": nbytes,
@@ -170,8 +171,6 @@ def make_row(
         "torch": str(torch.__version__),
         "commit": commit,
     }
-    check_row(row)
-    return row
 
 
 HEADINGS = ("GB", "workers", "threads", "seconds", "GB/s", "GB/s per core", "peak GB", "of dense")
@@ -200,14 +199,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--workers", nargs="+", type=int, default=[1])
-    parser.add_argument("--threads", type=int, default=1, help="of torch, for each worker")
-    parser.add_argument("--runs", type=int, default=3, help="the fastest counts")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch per worker")
+    parser.add_argument("--runs", type=int, default=3, help="the least CPU time counts")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     add_row_options(parser, "pack.jsonl")
     arguments = parser.parse_args(argv)
-    require_positive(parser, arguments, "shards", "threads", "runs")
-    if min(arguments.workers) < 1:
-        parser.error(f"--workers must be positive, got {min(arguments.workers)}")
+    require_positive(parser, arguments, "shards", "threads", "runs", "workers")
     if source_of(arguments).layers_of_shard < 1:
         parser.error("--gigabytes must be enough for a weight in each shard")
     return arguments
@@ -227,7 +224,7 @@ def source_of(arguments: argparse.Namespace) -> Source:
 def rows_of(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Make the checkpoint and yield the row of each number of workers."""
     commit = commit_hash(arguments.commit)
-    cpu = cpu_name(Path("/proc/cpuinfo").read_text())
+    cpu = cpu_name()
     source = source_of(arguments)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder, target = Path(temporary, "dense"), Path(temporary, "packed")

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_pack.py --shapes opt-30b.fc1 7168x7168 --sparsity 0.6 --format bitmap
 
-Rows go to ``benchmarks/results/pack-<gpu>.jsonl`` unless ``--out`` says otherwise; a case that was
-measured before has its row replaced. With ``--device cpu`` the name is the CPU's.
+Rows go to ``benchmarks/results/pack-<gpu>.jsonl`` unless ``--out`` says otherwise; a new row
+replaces the old row of its case. With ``--device cpu`` the file has the name of the CPU.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rows import RESULTS, check_row, commit_hash, cpu_name, gpu_name, print_table, write_rows
+from options import add_device_option, add_row_options, require_device, rows_file
+from rows import commit_hash, cpu_name, gpu_name, print_table, write_rows
 from torch import Tensor
 from weights import (
     DTYPES,
@@ -44,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found out about a case.
+    """What was measured of a case.
 
     Attributes:
         pack: time of ``flash_llm.pack``, with its allocations and its wait for the device.
@@ -63,7 +64,7 @@ def gigabytes_per_second(case: Case, timing: Timing) -> float:
 
 
 def pack_calls(dense: Sequence[Tensor], fmt: str) -> list[Callable[[], object]]:
-    """Return packing of each copy, until it is done."""
+    """Return calls that pack each copy and wait until the device is done."""
 
     def pack(weight: Tensor) -> None:
         flash_llm.pack(weight, fmt)
@@ -100,7 +101,7 @@ def measure(
         if not torch.equal(w.to_dense(), dense):
             raise RuntimeError(f"{weight} as {fmt}: unpacking does not give back what was packed")
     copies = [dense.clone() for _ in range(copies_to_rotate(dense.nbytes))]
-    # By the clock: packing waits for the device, so no graph can hold it.
+    # Wall-clock time: packing waits for the device, so it cannot be captured in a graph.
     packing = time_cpu({fmt: pack_calls(copies, fmt) for fmt in formats}, replays=replays)
     time_calls = time_cuda if device == "cuda" else time_cpu
     unpacking = time_calls(
@@ -117,8 +118,8 @@ def measure(
 def make_row(
     case: Case, found: Measurement, gpu: str, device: str, commit: str
 ) -> dict[str, object]:
-    """Return the checked JSON row of a measurement."""
-    row: dict[str, object] = {
+    """Return the JSON row of a measurement."""
+    return {
         "bench": "pack",
         "gpu": gpu,
         "device": device,
@@ -136,8 +137,6 @@ def make_row(
         "cuda": str(torch.version.cuda),
         "commit": commit,
     }
-    check_row(row)
-    return row
 
 
 HEADINGS = (
@@ -171,13 +170,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_weight_options(parser)
     parser.add_argument("--format", nargs="+", default=["tiled_csl", "bitmap"], help="formats")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    add_device_option(parser)
     parser.add_argument("--replays", type=int, default=REPLAYS)
-    parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/pack-<gpu>.jsonl")
+    add_row_options(parser, "pack-<gpu>.jsonl")
     arguments = parse_with_weights(parser, argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA GPU here; --device cpu measures the CPU")
+    require_device(parser, arguments)
     return arguments
 
 
@@ -186,12 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     device = arguments.device
     commit = commit_hash(arguments.commit)
-    gpu = (
-        gpu_name(torch.cuda.get_device_name())
-        if device == "cuda"
-        else cpu_name(Path("/proc/cpuinfo").read_text())
-    )
-    out = arguments.out or RESULTS / f"pack-{gpu}.jsonl"
+    gpu = gpu_name(torch.cuda.get_device_name()) if device == "cuda" else cpu_name()
     lines = []
     with torch.inference_mode():
         for weight in weights_of(arguments):
@@ -202,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
                 lines.append(table_line(case, found))
                 print(f"{case}: {found.pack.us:.1f} us", file=sys.stderr, flush=True)
                 rows.append(make_row(case, found, gpu, device, commit))
-            write_rows(out, rows)  # a run that is cut short keeps what it measured
+            write_rows(rows_file(arguments.out, gpu), rows)  # an interrupted run keeps its rows
     print_table(HEADINGS, lines)
     return 0
 

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_spmm.py --shapes opt-30b.fc1 7168x7168 --sparsity 0.6 0.8 --n 8 16 32
 
-Rows go to ``benchmarks/results/spmm-<gpu>.jsonl`` unless ``--out`` says otherwise; a case that was
-measured before has its row replaced. With ``--device cpu`` torch's dense product takes the place of
-cuBLAS, there is no FP8 and no floor, and nothing is written: it serves to try things out.
+Rows go to ``benchmarks/results/spmm-<gpu>.jsonl`` unless ``--out`` says otherwise; a new row
+replaces the old row of its case. ``--device cpu`` is for trying things out: torch's dense product
+replaces cuBLAS, FP8 and the floor are not measured, and no rows are written.
 """
 
 import argparse
@@ -16,7 +16,14 @@ from pathlib import Path
 import fp8
 import torch
 import torch.nn.functional as F
-from rows import RESULTS, check_row, commit_hash, gpu_name, print_table, write_rows
+from options import (
+    add_device_option,
+    add_row_options,
+    require_device,
+    require_positive,
+    rows_file,
+)
+from rows import commit_hash, gpu_name, print_table, write_rows
 from stream_floor import StreamFloor
 from torch import Tensor
 from weights import (
@@ -54,14 +61,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found out about a case.
+    """What was measured of a case.
 
     Attributes:
         ours: our time.
-        dense: cuBLAS's.
-        fp8: cuBLAS's in FP8; None where it cannot be had.
-        floor: time of reading the payload; None on the CPU.
-        rel_err: of our result, see :func:`relative_error`.
+        dense: cuBLAS's time.
+        fp8: cuBLAS's time in FP8; None where the GPU or the shape does not support it.
+        floor: time to read the payload; None on the CPU.
+        rel_err: relative error of our result, see :func:`relative_error`.
         packed_bytes: bytes of the packed weight, header and offsets included.
         plan: what ``explain_plan`` says.
     """
@@ -79,7 +86,7 @@ def exact_product(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x W^T``, float64 ``[N, M]``, of ``x`` [N, K] and ``weight`` [M, K]."""
     wide_x = x.double()
     exact = wide_x.new_empty(x.shape[0], weight.shape[0])
-    for first in range(0, weight.shape[0], 4096):  # float64 of all of W would not fit beside it
+    for first in range(0, weight.shape[0], 4096):  # all of W in float64 would not fit
         part = slice(first, first + 4096)
         exact[:, part] = wide_x @ weight[part].double().T
     return exact
@@ -109,7 +116,7 @@ def explain(case: Case, packed: PackedWeight, device: str) -> str:
         w.k,
         packed.nnz,
         w.dtype,
-        format=packed.FORMAT,  # which may have been chosen by pack
+        format=packed.FORMAT,  # pack may have chosen it
         config=case.config,
         **hardware,
     )
@@ -118,18 +125,16 @@ def explain(case: Case, packed: PackedWeight, device: str) -> str:
 class Operands:
     """A weight on the device in every form that is timed, and the tokens of the largest N.
 
-    All of it is made once and serves every N, whose tokens are the first N.
-
     Args:
         weight: which weight.
-        max_n: the largest N.
+        max_n: the largest N; a smaller N uses the first of its tokens.
         formats: names of the packed formats.
         device: ``"cuda"`` or ``"cpu"``.
         real: see :func:`weights.make_weight`.
 
     Attributes:
         x: ``[max_n, K]``.
-        exact: float64 ``[max_n, M]``, the right product.
+        exact: float64 ``[max_n, M]``, the exact product.
         dense: copies of W.
         packed: for each format copies of W, packed.
     """
@@ -154,12 +159,12 @@ class Operands:
             self._fp8 = [values.clone() for _ in range(copies_to_rotate(values.nbytes))]
 
     def dense_calls(self, n: int) -> Calls:
-        """Return cuBLAS on each copy."""
+        """Return cuBLAS's product on each copy."""
         x = self.x[:n]
         return [lambda w=w: F.linear(x, w) for w in self.dense]
 
     def sparse_calls(self, case: Case) -> Calls:
-        """Return ours on each copy."""
+        """Return our product on each copy."""
         x, config, pdl = self.x[: case.n], case.config, case.pdl
         return [
             lambda w=w: flash_llm.spmm(x, w, config=config, prefetch=pdl)
@@ -167,7 +172,7 @@ class Operands:
         ]
 
     def fp8_calls(self, n: int) -> Calls:
-        """Return FP8 on each copy; empty where this GPU, shape or N does not suit it.
+        """Return the FP8 product on each copy; empty if this GPU, shape or N does not support it.
 
         Raises:
             RuntimeError: its result is wrong.
@@ -222,7 +227,7 @@ class Bench:
     def _measure(
         self, weight: Weight, n: int, operands: Operands
     ) -> list[tuple[Case, Measurement]]:
-        """Every time of one N comes from the same turns."""
+        """Measure all contenders of one N in the same turns."""
         cases = [Case(weight, n, fmt, self.config, pdl) for fmt in self.formats for pdl in self.pdl]
         ours = {case: operands.sparse_calls(case) for case in cases}
         before = {case: calls[0]() for case, calls in ours.items()}
@@ -266,9 +271,9 @@ class Bench:
 
 
 def make_row(case: Case, found: Measurement, gpu: str, commit: str) -> dict[str, object]:
-    """Return the checked JSON row of a measurement on a GPU."""
+    """Return the JSON row of a measurement on a GPU."""
     assert found.floor is not None
-    row = {
+    return {
         "bench": "spmm",
         "gpu": gpu,
         "M": case.weight.m,
@@ -290,8 +295,6 @@ def make_row(case: Case, found: Measurement, gpu: str, commit: str) -> dict[str,
         "cuda": str(torch.version.cuda),
         "commit": commit,
     }
-    check_row(row)
-    return row
 
 
 HEADINGS = (
@@ -330,15 +333,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--format", nargs="+", default=["tiled_csl"], help="packed formats")
     parser.add_argument("--pdl", choices=list(PDL), default="both", help="prefetch of weights")
     parser.add_argument("--config", default="auto", help="force a kernel, see plan_names")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    add_device_option(parser)
     parser.add_argument("--replays", type=int, default=REPLAYS)
-    parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/spmm-<gpu>.jsonl")
+    add_row_options(parser, "spmm-<gpu>.jsonl")
     arguments = parse_with_weights(parser, argv)
-    if min(arguments.n) < 1:
-        parser.error(f"N must be positive, got {min(arguments.n)}")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA GPU here; --device cpu tries things out")
+    require_positive(parser, arguments, "n")
+    require_device(parser, arguments)
     return arguments
 
 
@@ -348,7 +348,6 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = arguments.device == "cuda"
     commit = commit_hash(arguments.commit) if on_gpu else ""
     gpu = gpu_name(torch.cuda.get_device_name()) if on_gpu else "cpu"
-    out = arguments.out or RESULTS / f"spmm-{gpu}.jsonl"
     bench = Bench(
         arguments.device,
         arguments.format,
@@ -367,8 +366,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{case} {found.plan}: {found.ours.us:.1f} us", file=sys.stderr, flush=True)
                 if on_gpu:
                     rows.append(make_row(case, found, gpu, commit))
-            if on_gpu:  # weight by weight: a run that is cut short keeps what it measured
-                write_rows(out, rows)
+            if on_gpu:  # after each weight, so that an interrupted run keeps its rows
+                write_rows(rows_file(arguments.out, gpu), rows)
     print_table(HEADINGS, lines)
     return 0
 

@@ -4,21 +4,21 @@ import torch
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
-# Largest relative error (Frobenius norms) of a product that is right: two operands of 4 significant
-# bits each give about 0.04 on random values.
+# Largest relative error (Frobenius norms) of a correct product: two operands of 4 significant bits
+# each give about 0.04 on random values.
 MAX_REL_ERR = 0.1
 
 
 def suits(m: int, k: int, capability: tuple[int, int]) -> bool:
     """Whether a GPU of this compute capability multiplies by an FP8 weight ``[m, k]``.
 
-    torch wants multiples of 16 in ``m`` and ``k``; N is free.
+    torch requires multiples of 16 for ``m`` and ``k``; N can be any number.
     """
     return capability >= (8, 9) and m % 16 == 0 and k % 16 == 0
 
 
 def quantise(dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Return e4m3 values of the same shape and the float32 scalar that they are to be times."""
+    """Return e4m3 values of the same shape and the float32 scalar to multiply them by."""
     scale = (dense.abs().amax().float() / torch.finfo(E4M3).max).clamp(min=1e-12)
     return (dense.float() / scale).to(E4M3), scale
 
@@ -34,7 +34,7 @@ def linear(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.
         dtype: float16 or bfloat16.
 
     Returns:
-        ``[N, M]`` of ``dtype``, accumulated in the fast way, which is what inference takes.
+        ``[N, M]`` of ``dtype``, with fast accumulation, as in inference.
 
     Raises:
         RuntimeError: cuBLAS has no kernel for these sizes.

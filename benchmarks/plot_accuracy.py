@@ -18,7 +18,7 @@ STYLES = dict(zip(ALLOCATIONS, ("-", "--", ":"), strict=True))
 
 
 def conditions(row: dict) -> tuple:
-    """Return what rows must have in common to be compared."""
+    """Return what rows that are compared must have in common."""
     return tuple(
         row[field] for field in ("model", "text", "nsamples", "seqlen", "seed", "recover_epochs")
     )
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [row for row in read_rows(source) if row["bench"] == "accuracy"]
     if not rows:
         parser.error(f"{source} holds no rows")
-    # Of the conditions that occur, those with most rows.
+    # Draw the conditions with the most rows.
     (chosen, _), *_ = Counter(map(conditions, rows)).most_common(1)
     model, text, nsamples, seqlen, *_ = chosen
     path = source.with_name("accuracy.png")

@@ -18,16 +18,16 @@ from rows import RESULTS, read_rows
 
 
 def over_own(row: dict) -> float:
-    """How many times as fast as torch in the dtype of the weight."""
+    """Return the speed-up over torch in the dtype of the weight."""
     return row["dense_us"][NAME_OF[row["dtype"]]] / row["us"]
 
 
 def over_fastest(row: dict) -> float:
-    """How many times as fast as the fastest of torch's dtypes."""
+    """Return the speed-up over the fastest of torch's dtypes."""
     return min(us for us in row["dense_us"].values() if us is not None) / row["us"]
 
 
-# Tokens, what is drawn, and what to call it.
+# Tokens, the value to draw, and the title.
 PANELS: tuple[tuple[int, Callable[[dict], float], str], ...] = (
     (1, over_own, "N = 1, over torch in the same dtype"),
     (1, over_fastest, "N = 1, over torch's fastest dtype"),
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{source} holds no rows of {arguments.dtype}")
     for cpu in sorted({row["cpu"] for row in rows}):
         of_cpu = [row for row in rows if row["cpu"] == cpu]
-        # One name may stand for several CPUs: draw the instruction set with most rows.
+        # Several CPUs may have the same name: draw the instruction set with the most rows.
         (isa, _), *_ = Counter(row["isa"] for row in of_cpu).most_common(1)
         of_cpu = [row for row in of_cpu if row["isa"] == isa]
         facts = {f"{row['threads']} threads, {row['isa']}" for row in of_cpu}

@@ -2,10 +2,10 @@
 
     python benchmarks/plot_spmm.py h200 --shape 28672x7168
 
-``spmm-<gpu>-speedup.png``: speed-up over cuBLAS against sparsity, a line per N; dashed, dense FP8
-at N = 8. ``spmm-<gpu>-floor.png``: the fraction of our time in which the packed bytes could be
-read. A panel with our prefetch (programmatic dependent launch) and one without. Needs matplotlib
-(extra ``plot``).
+``spmm-<gpu>-speedup.png``: speed-up over cuBLAS against sparsity, a line per N, and dense FP8 at
+N = 8 as a dashed line. ``spmm-<gpu>-floor.png``: the time to read the packed bytes as a fraction of
+our time. Each has a panel with prefetch (programmatic dependent launch) and one without. Needs
+matplotlib (extra ``plot``).
 """
 
 import argparse
@@ -22,7 +22,7 @@ PDL_TITLES = {True: "with prefetch (PDL)", False: "without prefetch"}
 
 
 def best_rows(rows: list[dict]) -> list[dict]:
-    """Return one row per case: of the format "auto", or else of the fastest format."""
+    """Return one row per case: that of the format "auto" or, without one, of the fastest format."""
     best: dict[tuple, dict] = {}
     fields = ("M", "K", "N", "sparsity", "mask", "dtype", "pdl")
     for row in sorted(rows, key=lambda r: (r["format"] != "auto", r["us"])):
@@ -31,12 +31,12 @@ def best_rows(rows: list[dict]) -> list[dict]:
 
 
 def speed_up(row: dict) -> float:
-    """How many times as fast as cuBLAS."""
+    """Return the speed-up over cuBLAS."""
     return row["cublas_us"] / row["us"]
 
 
 def of_floor(row: dict) -> float:
-    """The fraction of our time in which the payload could be read."""
+    """Return the time to read the payload as a fraction of our time."""
     return row["stream_floor_us"] / row["us"]
 
 

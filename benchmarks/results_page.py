@@ -20,14 +20,14 @@ from plot_spmm import of_floor, speed_up
 from rows import RESULTS, read_rows
 
 PAGE = RESULTS.parent / "RESULTS.md"
-LARGE = 7168 * 7168  # weights of a layer that is called large
+LARGE = 7168 * 7168  # least number of weights of a layer that counts as large
 GPUS = {"h100": "One NVIDIA H100", "h200": "One NVIDIA H200"}
 CPUS = {
     ("intel-xeon", "avx512"): "Intel Xeon (Emerald Rapids), AVX-512",
     ("amd-epyc", "avx512_bf16"): "AMD EPYC (Zen 4), AVX-512 with BF16",
     ("amd-epyc", "avx2"): "AMD EPYC without AVX-512, AVX2",
 }
-# What was observed beside the rows.
+# Observations that the rows do not contain.
 NOTES = {
     ("intel-xeon", "avx512"): (
         "The CPU has VBMI2, BF16 and FP16; the virtual machine hides AMX. The kernels "
@@ -60,8 +60,8 @@ def grid(
 
     Args:
         first: headings of the columns before the sparsities.
-        rows: in the order of the lines.
-        cell: of all rows of one line and one sparsity.
+        rows: the rows, in the order of the lines.
+        cell: the text of a cell, from all rows of its line and sparsity.
         line_of: a row's entries under ``first``.
     """
     levels = sorted({row["sparsity"] for row in rows})
@@ -108,7 +108,7 @@ def prose(part: str) -> str:
 
 
 def picture(path: Path, what: str) -> str:
-    """Return the picture in Markdown, or nothing where it was not drawn."""
+    """Return the picture in Markdown, or "" if its file does not exist."""
     return f"![{what}](results/{path.name})" if path.exists() else ""
 
 
@@ -120,7 +120,7 @@ def uniform_rows(rows: list[dict]) -> list[dict]:
 
 
 def gpu_section(results: Path, gpu: str) -> list[str]:
-    """Return the section of one GPU; nothing where it has no rows."""
+    """Return the section of one GPU; empty if it has no rows."""
     rows = read_rows(results / f"spmm-{gpu}.jsonl")
     uniform = uniform_rows(rows)
     if not uniform:
@@ -201,7 +201,7 @@ def gpu_section(results: Path, gpu: str) -> list[str]:
     tiled = sorted((row for row in rows if row["format"] == "tiled_csl"), key=by_shape)
     if tiled:
         parts += [
-            "Format `tiled_csl`, which GPUs other than Hopper use; times as fast as cuBLAS:",
+            "Speed-up over cuBLAS of the format `tiled_csl`, which GPUs other than Hopper use:",
             grid(
                 ["M×K", "N"],
                 tiled,
@@ -243,14 +243,13 @@ def gpu_sections(results: Path) -> list[str]:
     return [
         "## On a GPU",
         "Float16, random weights with zeros at random places, format `bitmap` "
-        '(`format="auto"` chooses it on a Hopper GPU). A cell says how many times as fast '
-        "as cuBLAS (`F.linear` on the dense weight) the product is in the same run. The "
-        "first number is with prefetch, the default: the kernel begins to read its weight "
-        "while the previous kernel ends. The second is with `prefetch=False`. The column FP8 "
-        "is the speed-up of dense FP8 weights (`torch._scaled_mm`, x already quantised), the "
-        "median over the sparsities of the line. From 256 tokens on the tensor cores are the "
-        "limit; above 1024 tokens the weight is unpacked and cuBLAS multiplies. Other GPUs "
-        "have not been measured.",
+        '(`format="auto"` chooses it on a Hopper GPU). A cell is the speed-up over cuBLAS '
+        "(`F.linear` on the dense weight) in the same run. The first number is with prefetch, "
+        "the default: the kernel begins to read its weight while the previous kernel ends. The "
+        "second is with `prefetch=False`. The column FP8 is the speed-up of dense FP8 weights "
+        "(`torch._scaled_mm`, x already quantised), the median over the sparsities of the "
+        "line. From 256 tokens on the tensor cores are the limit; above 1024 tokens the weight "
+        "is unpacked and cuBLAS multiplies. Other GPUs have not been measured.",
         *parts,
     ]
 
@@ -267,11 +266,11 @@ def cpu_sections(results: Path) -> list[str]:
         return []
     parts = [
         "## On a CPU",
-        "Format `row_bitmap`, the machine's threads as given. A cell says how many times as "
-        "fast the product is as `F.linear` in the weight's dtype, and, after the stroke, as "
-        "the fastest measured of `F.linear` in bfloat16, float16 and float32, in the same "
-        "run. The machines are shared: runs differ by a tenth, on the EPYC with AVX-512 by a "
-        "fifth. Other CPUs have not been measured.",
+        "Format `row_bitmap`. The first number of a cell is the speed-up over `F.linear` in "
+        "the weight's dtype; the second is the speed-up over the fastest measured of "
+        "`F.linear` in bfloat16, float16 and float32. Both come from the same run. The "
+        "machines are shared: runs differ by a tenth, on the EPYC with AVX-512 by a fifth. "
+        "Other CPUs have not been measured.",
     ]
 
     def cell(of_cell: list[dict]) -> str:
@@ -315,8 +314,7 @@ def cpu_sections(results: Path) -> list[str]:
         rounded = [row for row in rows if row["rounded_us"]]
         if rounded:
             parts += [
-                "Times as fast as torch's weight-only products in INT8 and, after the "
-                "stroke, in INT4:",
+                "Speed-up over torch's weight-only products in INT8 / INT4:",
                 grid(
                     ["dtype", "M×K", "N"],
                     rounded,
@@ -400,7 +398,7 @@ def accuracy_section(results: Path) -> list[str]:
             "The weights were dequantised from a Q4_1 file with groups of 32 columns, so INT4 in "
             "groups of 32 loses nothing here.",
             table(
-                ["model", "text", "values", "columns a scale", "perplexity", "dense", "commit"],
+                ["model", "text", "values", "columns per scale", "perplexity", "dense", "commit"],
                 [
                     [
                         row["model"],
@@ -449,8 +447,8 @@ def cost_section(results: Path) -> list[str]:
     if converting:
         parts += [
             "`flash-llm convert` on a synthetic checkpoint whose files are in the page "
-            "cache. GB/s are of dense input, by the clock and per second of a core's time; "
-            "memory is the peak of the process, most of it page cache.",
+            "cache. GB/s is dense input per second of wall-clock time and, per core, of "
+            "processor time; memory is the peak of the process, most of it page cache.",
             table(
                 [
                     "CPU",
@@ -492,8 +490,8 @@ def page(results: Path = RESULTS) -> str:
         "# Results",
         "<!-- Written by benchmarks/results_page.py from benchmarks/results. Do not edit. -->",
         "All measurements of this repository. [README.md](README.md) has the method and the "
-        "fields of the rows. Let a weight have M rows (out_features) and K columns "
-        '(in_features), and N tokens come at a time. "–" has not been measured.',
+        "fields of the rows. A weight has M rows (out_features) and K columns (in_features), "
+        'and N is the number of tokens per call. "–" means not measured.',
         *gpu_sections(results),
         *cpu_sections(results),
         *decode_section(results),

@@ -10,8 +10,8 @@ from types import NoneType
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
-# Patterns of zeros, made by weights.py: at random places; at random places in rows that differ in
-# sparsity; whole 128 x 128 blocks empty and the others full; where real weights are small.
+# Patterns of zeros, made by weights.py: at random; at random in rows that differ in sparsity; whole
+# blocks of 128 x 128; where real weights are small.
 MASKS = ("uniform", "rows", "blocks", "real")
 
 # The rows of each benchmark: field -> types. Times in microseconds; sparsity a fraction of zeros.
@@ -30,7 +30,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "packed_bytes": (int, NoneType),  # null: measured before this was recorded
         "us": (float,),
         "cublas_us": (float,),
-        "fp8_us": (float, NoneType),  # null: the GPU or the shape does not suit it
+        "fp8_us": (float, NoneType),  # null: the GPU or the shape does not support it
         "stream_floor_us": (float,),
         "rel_err": (float,),
         "plan": (str,),
@@ -156,7 +156,7 @@ POSITIVE_FIELDS = (
     *("cublas_us", "fp8_us", "stream_floor_us"),
     *("perplexity", "dense_perplexity", "nsamples", "seqlen", "seconds", "group"),
 )
-# What tells one case from another; a new row replaces the old row of its case.
+# The fields that identify a case; a new row replaces the old row of its case.
 CASE_FIELDS = {
     "spmm": ("bench", "gpu", "M", "K", "N", "sparsity", "mask", "dtype", "format", "pdl"),
     "cpu": (
@@ -185,8 +185,8 @@ def check_row(row: dict[str, object]) -> None:
     """Check one row against the schema of its benchmark.
 
     Raises:
-        ValueError: there is no such benchmark, a field is missing, unknown, of the wrong type, a
-            time or a size is not positive, or the mask has no such name.
+        ValueError: the benchmark or the mask is unknown; a field is missing, unknown or of the
+            wrong type; or a time or size is not positive.
     """
     if row.get("bench") not in FIELDS:
         raise ValueError(f"bench must be one of {', '.join(FIELDS)}, got {row.get('bench')!r}")
@@ -219,12 +219,18 @@ def read_rows(path: Path) -> list[dict[str, object]]:
 
 
 def case_of(row: dict[str, object]) -> tuple[object, ...]:
-    """Return what tells the row's case from others."""
+    """Return the values that identify the row's case."""
     return tuple(row[field] for field in CASE_FIELDS[str(row["bench"])])
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    """Write rows to ``path``, keeping what it holds about other cases, in a stable order."""
+    """Check rows and write them to ``path`` in a stable order, keeping the rows of other cases.
+
+    Raises:
+        ValueError: a row does not fit the schema; nothing is written.
+    """
+    for row in rows:
+        check_row(row)
     by_case = {case_of(row): row for row in [*read_rows(path), *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(by_case[case]) for case in sorted(by_case)]
@@ -238,12 +244,13 @@ def gpu_name(full: str) -> str:
     return (chip or "-".join(words)).lower()
 
 
-def cpu_name(cpuinfo: str) -> str:
-    """Return the CPU's model as a file name, from the text of ``/proc/cpuinfo``.
+def cpu_name(cpuinfo: str | None = None) -> str:
+    """Return the CPU's model as a file name; ``cpuinfo`` is by default ``/proc/cpuinfo``.
 
     ``AMD EPYC 9654 96-Core Processor`` is ``amd-epyc-9654``; where no model is named, ``cpu``.
     """
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    text = Path("/proc/cpuinfo").read_text() if cpuinfo is None else cpuinfo
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     name = re.sub(
         r"\((?:R|TM)\)|@.*|\b(?:CPU|Processor|\d+-Core)\b", " ", found[1] if found else ""
     )
@@ -264,7 +271,7 @@ def commit_hash(given: str | None) -> str:
     A working tree with changes to tracked files is marked by ``+`` at the end.
 
     Raises:
-        ValueError: none of the three is there.
+        ValueError: none of the three names a commit.
     """
     if named := given or os.environ.get("FLASH_LLM_COMMIT"):
         return named

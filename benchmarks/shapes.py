@@ -1,8 +1,8 @@
 """Named weight shapes M x K (out_features x in_features) of models that people serve.
 
 OPT fuses Q, K and V into one product, as Flash-LLM's own benchmark does. The Llama shapes are those
-of Llama 3 8B (hidden 4096, MLP 14336) and 70B (hidden 8192, MLP 28672); every attention projection
-of the first as large as its hidden size is ``llama-8b.o``.
+of Llama 3 8B (hidden 4096, MLP 14336) and 70B (hidden 8192, MLP 28672); ``.o`` stands for each
+attention projection of hidden x hidden.
 """
 
 SHAPES: dict[str, tuple[int, int]] = {
@@ -31,7 +31,7 @@ def parse_shape(text: str) -> tuple[int, int]:
     """Return (M, K) of a name in :data:`SHAPES` or of text such as ``28672x7168``.
 
     Raises:
-        ValueError: neither.
+        ValueError: the text is neither.
     """
     if text in SHAPES:
         return SHAPES[text]

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads)
     const uint4 vector = __ldcs(data + i);
     sum ^= vector.x ^ vector.y ^ vector.z ^ vector.w;
   }
-  // Keeps the loads alive. The store all but never happens, and nobody reads it.
+  // Keeps the compiler from removing the loads. The store almost never runs, and nobody reads it.
   if (sum == 0x9E3779B9U) *sink = sum;
 }
 

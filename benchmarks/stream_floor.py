@@ -1,7 +1,7 @@
-"""The stream floor: the time of a plain read of some bytes, by a kernel compiled on the spot.
+"""The stream floor: the time of a plain read of some bytes, by a kernel that nvcc compiles.
 
-The kernel belongs to the benchmark and not to the library, so it is no part of the extension: nvcc
-compiles ``stream_floor.cu`` into a shared library of its own.
+The kernel belongs to the benchmark and not to the library, so it is not part of the extension: it
+is compiled from ``stream_floor.cu`` into a shared library of its own.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ def compile_library(folder: str, arch: str) -> Path:
     """Compile the kernel for ``arch`` (such as ``sm_90``) and return the library's path.
 
     Raises:
-        RuntimeError: nvcc is missing or fails; the message holds what it said.
+        RuntimeError: nvcc is missing or fails; the message contains its output.
     """
     library = Path(folder) / f"stream_floor_{arch}.so"
     command = [find_nvcc(), "-O3", "-std=c++17", f"-arch={arch}", "-shared", "-Xcompiler", "-fPIC"]

