@@ -3,10 +3,10 @@ which C++ programs load without Python, and the Python module ``flash_llm._C``, 
 
 Environment:
     FLASH_LLM_BUILD_CUDA: ``auto`` (default: with CUDA when nvcc and a CUDA build of torch agree on
-        the major version), ``1`` (with CUDA or fail) or ``0`` (CPU only). A GPU is never asked for.
-    FLASH_LLM_CUDA_ARCHS: architectures to compile for, ``8.0+PTX;9.0a`` by default. PTX for 8.0 is
-        what lets GPUs newer than both run at all.
-    MAX_JOBS: compilers that run at once, the number of CPUs by default.
+        the major version), ``1`` (with CUDA or fail) or ``0`` (CPU only). No GPU is needed.
+    FLASH_LLM_CUDA_ARCHS: architectures to compile for, ``8.0+PTX;9.0a`` by default. GPUs newer than
+        both run the PTX for 8.0.
+    MAX_JOBS: number of parallel compilers, the number of CPUs by default.
 
 ``python setup.py check_spills`` reads the built library and fails if a hot kernel spills.
 """
@@ -26,7 +26,8 @@ TORCH_PIN = "2.11.0"
 BUILD_TOOLS = f'torch=={TORCH_PIN} numpy "setuptools>=77" wheel ninja'
 
 if int(setuptools.__version__.split(".")[0]) < 77:
-    # Without isolation nobody checks pyproject.toml's `requires`, and older ones misread the file.
+    # Without build isolation pip does not check `requires` in pyproject.toml, and older versions
+    # misread that file.
     raise SystemExit(
         f"flash_llm: building needs setuptools 77 or newer, found {setuptools.__version__}. Run:\n"
         f"    {sys.executable} -m pip install {BUILD_TOOLS}"
@@ -38,7 +39,7 @@ try:
 except ImportError as error:
     raise SystemExit(
         f"flash_llm: building needs torch in this environment, and importing it failed: {error}\n"
-        "Without --no-build-isolation pip builds in an environment where torch never is. Run:\n"
+        "Without --no-build-isolation pip builds in an environment without torch. Run:\n"
         f"    {sys.executable} -m pip install {BUILD_TOOLS}\n"
         f'    {sys.executable} -m pip install --no-build-isolation -e "."'
     ) from error
@@ -88,14 +89,14 @@ LIBRARY = "libflash_llm"
 
 DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"
 MIN_CUDA_ARCH = (8, 0)
-# What torch's CUDA headers include; a toolkit with nvcc alone lacks them.
+# Headers that torch's CUDA headers include; a toolkit with nvcc alone lacks them.
 CUDA_HEADERS = ["cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h"]
-# Kernels where a spilled register costs memory traffic in the main loop. Matched in mangled names.
+# Kernels where a spilled register costs memory traffic in the main loop, matched in mangled names.
 HOT_KERNEL = re.compile(r"lscd|bitmap_kernel|bitmap_finish", re.IGNORECASE)
 
 
 def say(text):
-    """Prints one line of the build's own; pip shows it with -v."""
+    """Prints a message of this build; pip shows it with -v."""
     print(f"flash_llm: {text}", file=sys.stderr)
 
 
@@ -103,7 +104,7 @@ def find_nvcc():
     """Returns (CUDA home, nvcc version such as "13.0"), or (None, None)."""
     home = cpp_extension.CUDA_HOME or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
-    if home:  # torch compiles with this one, so no other would help
+    if home:  # torch compiles with this nvcc, so no other is tried
         candidates = [f"{home}/bin/nvcc"]
     for nvcc in candidates:
         if nvcc and Path(nvcc).exists():
@@ -114,7 +115,7 @@ def find_nvcc():
 
 
 def why_not_cuda(mode, home, nvcc_version):
-    """Returns the sentence that says why there will be no CUDA part, "" when there will be one."""
+    """Returns the reason why there is no CUDA part, or "" if there is one."""
     torch_cuda = torch.version.cuda
     if mode == "0":
         return "built with FLASH_LLM_BUILD_CUDA=0"
@@ -146,13 +147,13 @@ def cuda_archs():
 
 
 def string_macro(name, text):
-    """Returns a -D flag for a C string, cut to characters that ninja and the shell leave alone."""
+    """Returns a -D flag for a C string; characters special to ninja or the shell become '."""
     plain = re.sub(r"[^A-Za-z0-9 .,:;=+_/()*-]", "'", text)
     return f'-D{name}="{plain}"'
 
 
 def make_extensions():
-    """Decides what is built, says it once, and returns (library, Python module, with CUDA?)."""
+    """Decides what to build, prints it, and returns (library, Python module, with CUDA?)."""
     mode = os.environ.get("FLASH_LLM_BUILD_CUDA", "auto")
     if mode not in ("auto", "0", "1"):
         raise SystemExit(
@@ -185,7 +186,7 @@ def make_extensions():
         ]
         say(f"building with CUDA {nvcc_version} for {archs}")
     else:
-        archs = DEFAULT_CUDA_ARCHS  # what explain_plan then speaks of
+        archs = DEFAULT_CUDA_ARCHS  # for explain_plan
         cxx.append(string_macro("FLASH_LLM_NO_CUDA_REASON", reason))
         say(f"building for the CPU only: {reason}")
 
@@ -199,7 +200,7 @@ def make_extensions():
         extra_link_args=[*link, f"-Wl,-soname,{LIBRARY}.so"],
         depends=headers,
     )
-    operators.libraries.remove("torch_python")  # it would want a Python in the process
+    operators.libraries.remove("torch_python")  # it would need Python in the process
     module = cpp_extension.CppExtension(
         "flash_llm._C",
         MODULE_SOURCES,
@@ -207,7 +208,7 @@ def make_extensions():
         extra_link_args=[f"-l:{LIBRARY}.so", "-Wl,-rpath,$ORIGIN"],
         depends=headers,
     )
-    # Torch's headers do not pass -Wextra; as system headers they need not.
+    # Torch's headers cause -Wextra warnings, which are not reported for system headers.
     system_flags = [flag for path in operators.include_dirs for flag in ("-isystem", path)]
     for extension in (operators, module):
         extension.include_dirs = [str(ROOT / "csrc")]
@@ -217,7 +218,7 @@ def make_extensions():
 
 
 def find_cuobjdump():
-    """Returns the path of cuobjdump, of the toolkit or of triton; None if neither has it."""
+    """Returns the path of cuobjdump, from the toolkit or from triton; None if neither has it."""
     if found := shutil.which("cuobjdump"):
         return found
     home, _ = find_nvcc()
@@ -230,7 +231,7 @@ def find_cuobjdump():
 
 def kernel_resources(library, cuobjdump):
     """Returns rows (arch, kernel name, registers, stack bytes, shared bytes) of a built library."""
-    # It fails on a library without device code, which then has no rows.
+    # cuobjdump fails on a library without device code, which has no rows.
     said = subprocess.run(
         [cuobjdump, "--dump-resource-usage", library], capture_output=True, text=True
     ).stdout
@@ -248,7 +249,7 @@ def kernel_resources(library, cuobjdump):
 
 
 def demangled(names):
-    """Returns the kernels' names as C++ spells them, where binutils is there to say so."""
+    """Returns the kernels' demangled names; without c++filt the names as they are."""
     if not (cxxfilt := shutil.which("c++filt")):
         return names
     said = subprocess.run([cxxfilt], input="\n".join(names), capture_output=True, text=True).stdout
@@ -257,7 +258,7 @@ def demangled(names):
 
 
 def find_spills(library, cuobjdump):
-    """Prints the hot kernels' resources; returns a line for each that keeps anything on a stack."""
+    """Prints the hot kernels' resources; returns a line for each kernel that uses a stack."""
     hot = [row for row in kernel_resources(library, cuobjdump) if HOT_KERNEL.search(row[1])]
     if not hot:
         return [f"no kernel matching {HOT_KERNEL.pattern!r} was found in {library}"]
@@ -271,22 +272,22 @@ OPERATORS, MODULE, WITH_CUDA = make_extensions()
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's build_ext, with objects kept between builds and the spill check after the link."""
+    """torch's build_ext that keeps objects between builds and checks for spills after linking."""
 
     def finalize_options(self):
         super().finalize_options()
-        # setuptools skips by time stamps alone and would miss a change of FLASH_LLM_BUILD_CUDA;
-        # ninja, which this always asks, compares command lines too.
+        # setuptools compares only time stamps and would miss a change of FLASH_LLM_BUILD_CUDA. With
+        # this flag it always runs ninja, which also compares command lines.
         self.force = True
-        # pip builds an editable install in a throw-away folder. This one makes the second build,
-        # such as that of README's second command, take seconds.
+        # pip builds an editable install in a temporary folder. With this permanent one the second
+        # build, such as that of README's second command, takes seconds.
         kind = "cuda" if WITH_CUDA else "cpu"
         tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-{kind}"
         self.build_temp = str(ROOT / "build" / tag)
 
     def get_ext_filename(self, name):
         filename = super().get_ext_filename(name)
-        # Whatever its Python, so without that one's tag.
+        # The library does not depend on the Python version, so its name has no Python tag.
         library = name.rpartition(".")[2] == LIBRARY
         return str(Path(filename).with_name(f"{LIBRARY}.so")) if library else filename
 
@@ -294,13 +295,13 @@ class BuildExtension(cpp_extension.BuildExtension):
         library = self.get_ext_fullpath(OPERATORS.name)
         MODULE.library_dirs.append(str(Path(library).parent))
         super().build_extensions()
-        # A warning only: another nvcc than CI's may spill a register and still be right.
+        # Only a warning: the code of another nvcc than CI's may spill and is still correct.
         if WITH_CUDA and (cuobjdump := find_cuobjdump()):
             for spill in find_spills(library, cuobjdump):
                 say(f"WARNING: {spill}")
 
     def build_extension(self, extension):
-        # Each has a folder of its own: ninja forgets what its file there no longer names.
+        # One folder per extension: ninja forgets targets that its file in a folder no longer names.
         whole = self.build_temp
         self.build_temp = str(Path(whole) / extension.name)
         super().build_extension(extension)
@@ -331,7 +332,7 @@ class CheckSpills(Command):
         say("spill check: no hot kernel spills")
 
 
-# ninja may live in the virtual environment's bin/, which is not on PATH when that is not activated.
+# ninja may be in the virtual environment's bin/, which is on PATH only in an activated environment.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
 
@@ -340,7 +341,7 @@ setup(
     package_data={"flash_llm": ["py.typed"]},
     ext_modules=[OPERATORS, MODULE],
     cmdclass={"build_ext": BuildExtension, "check_spills": CheckSpills},
-    # The extension runs with this torch and no other: the C++ interface has no stable ABI.
+    # The extension works only with this torch, because the C++ interface has no stable ABI.
     install_requires=[
         f"torch=={torch.__version__.split('+')[0]}",
         "numpy",

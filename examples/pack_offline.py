@@ -2,9 +2,9 @@
 
     python examples/pack_offline.py PRUNED PACKED --prompt "The capital of France is"
 
-PRUNED is any folder of safetensors with zeros in its weights; what pruned it does not matter. Files
-are packed one by one: no model is built, and memory for about two tensors is enough. Run it again
-after an interruption, and it goes on. In the shell this is ``flash-llm convert`` and ``verify``.
+PRUNED is any folder of safetensors with zeros in its weights, from any pruner. Files are packed one
+by one: no model is built, and memory for about two tensors is enough. After an interruption, run it
+again to continue. The shell commands ``flash-llm convert`` and ``flash-llm verify`` do the same.
 """
 
 import argparse
@@ -15,12 +15,12 @@ import flash_llm
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pruned", help="folder of safetensors, dense, with zeros")
-    parser.add_argument("packed", help="folder to write; it must not be there")
-    parser.add_argument("--workers", type=int, default=1, help="files to work on at once")
-    parser.add_argument("--prompt", help="also load the packed model and complete this")
+    parser.add_argument("packed", help="folder to write; it must not exist")
+    parser.add_argument("--workers", type=int, default=1, help="files to convert at once")
+    parser.add_argument("--prompt", help="load the packed model and complete this text")
     arguments = parser.parse_args()
 
-    # Each layer is packed if that makes it smaller; the report says what was decided, and why.
+    # Each layer is packed if that makes it smaller; the report gives each decision and its reason.
     report = flash_llm.convert_checkpoint(
         arguments.pruned, arguments.packed, workers=arguments.workers, progress=True
     )

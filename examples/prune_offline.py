@@ -1,9 +1,9 @@
-"""Prune a language model offline: a folder of transformers in, the same with zeros out.
+"""Prune a language model offline, from one folder of transformers into another.
 
     python examples/prune_offline.py MODEL PRUNED --text calibration.txt --sparsity 0.5
 
 PRUNED is an ordinary dense checkpoint, as large as MODEL, that transformers loads without
-flash_llm; examples/pack_offline.py makes it small.
+flash_llm; examples/pack_offline.py packs it.
 """
 
 import argparse
@@ -18,17 +18,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder with config.json, weights and tokenizer")
     parser.add_argument("pruned", help="folder to write")
-    parser.add_argument("--text", required=True, help="file of text to stay good at")
+    parser.add_argument("--text", required=True, help="file of calibration text")
     parser.add_argument("--method", default="sparsegpt", help="magnitude, wanda, sparsegpt or admm")
     parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros")
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
-    parser.add_argument("--seqlen", type=int, default=2048, help="tokens in each")
+    parser.add_argument("--seqlen", type=int, default=2048, help="tokens per sample")
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
 
-    # One long text, cut into samples of equal length that lie evenly over it.
+    # Samples of equal length, evenly spaced over one long text.
     with open(arguments.text, encoding="utf-8") as file:
         ids = torch.tensor(tokenizer(file.read(), verbose=False)["input_ids"])
     length = min(arguments.seqlen, len(ids))

@@ -1,9 +1,9 @@
-"""From a dense language model to a sparse one that answers, in two calls of the public API.
+"""Turn a dense language model into a sparse one that answers, in two calls of the public API.
 
 Run it from anywhere: ``python examples/quickstart.py``. It takes SmolLM2-135M-Instruct, prunes it
-with ``flash_llm.prune_``, packs it with ``flash_llm.sparsify_``, and uses a GPU when there is one;
-without one it takes two to three minutes on two cores. Loading, measuring and the tables come from
-``flash_llm.demo``; ``flash-llm demo --help`` lists what can be varied.
+with ``flash_llm.prune_``, packs it with ``flash_llm.sparsify_``, and uses a GPU if there is one;
+without a GPU it takes two to three minutes on two cores. Loading, measuring and the tables come
+from ``flash_llm.demo``; ``flash-llm demo --help`` lists its options.
 """
 
 import copy
@@ -25,10 +25,10 @@ def main() -> None:
     compare.measure("dense", model)
     dense = copy.deepcopy(model)
 
-    # Set 35 % of each row of each linear layer to zero: those that matter least to inputs like the
-    # calibration text, and let the others make up for them ("admm" keeps more, and takes longer).
-    # The model stays dense, so nothing is gained yet. Pruning computes in the dtype of the model;
-    # many CPUs are fastest in float32.
+    # Set 35 % of the weights in each row of each linear layer to zero, those that matter least for
+    # inputs like the calibration text, and adjust the others to compensate ("admm" loses less but
+    # takes longer). The model stays dense, so it is no faster yet. Pruning computes in the dtype of
+    # the model; many CPUs are fastest in float32.
     compare.step("2. Prune")
     pruned = flash_llm.prune_(
         model.float(),
@@ -40,18 +40,18 @@ def main() -> None:
     )
     compare.measure("pruned", model.bfloat16())
 
-    # Swap each layer that gets smaller for a SparseLinear, which stores only what is not zero.
+    # Replace each layer that gets smaller by a SparseLinear, which stores only the nonzeros.
     compare.step("3. Pack")
     packed = flash_llm.sparsify_(model, progress=compare.progress)
     compare.measure("packed", model)
 
-    # What pruning has to compete with: packing all weights, and rounding them to 8 and 4 bits.
+    # The alternatives to pruning: packing all weights, and rounding them to 8 and 4 bits.
     compare.step("4. Compare")
     controls = compare.measure_controls(dense, packed)
     compare.time_decoding(dense=dense, packed=model, **controls)
     compare.show(packed)
     print(f"\n{len(pruned.layers)} layers pruned, {len(packed.packed)} packed.")
-    # print(pruned) and print(packed) list every layer. From here on the model is used as before:
+    # print(pruned) and print(packed) list every layer. The model can be used as before:
     # model.generate(...), model.save_pretrained(...), torch.compile(model).
 
 

@@ -1,4 +1,4 @@
-// Runs a packed layer without Python, and compares it with the dense layer that it was made from:
+// Runs a packed layer without Python and compares it with the dense layer that it was packed from:
 //   packed_layer LIBRARY PACKED DENSE LAYER
 // LIBRARY is libflash_llm.so, PACKED and DENSE are safetensors files, and LAYER is the layer's name
 // in both. Exit code 0: they agree; 1: they differ; 2: something is missing or broken.
@@ -94,14 +94,14 @@ int run(const std::string& library, const std::string& packed_path, const std::s
   at::Tensor expected = at::matmul(x.to(at::kFloat), weight.to(at::kFloat).t());
   if (bias) expected += bias->to(at::kFloat);
   const double error = ((y - expected).abs().max() / expected.abs().max()).item<double>();
-  // One unit in the last place of the largest output; y is rounded once, to half of that.
+  // One unit in the last place of the largest output. y is rounded once, by at most half of that.
   const double limit = weight.scalar_type() == at::kHalf
                            ? static_cast<double>(std::numeric_limits<at::Half>::epsilon())
                            : static_cast<double>(std::numeric_limits<at::BFloat16>::epsilon());
   std::cout << layer << " " << weight.sizes() << " on " << device << ": "
             << offsets.nbytes() + payload.nbytes() << " bytes packed, " << weight.nbytes()
             << " dense, relative error " << error << " (limit " << limit << ")\n";
-  return error <= limit ? 0 : 1;  // so that NaN fails
+  return error <= limit ? 0 : 1;  // NaN fails too
 }
 
 int main(int argc, char** argv) try {
