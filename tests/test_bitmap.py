@@ -119,7 +119,6 @@ def test_pairs_choose_their_kind_on_their_own(m, k, dtype, seed, device):
 
 @pytest.mark.gpu
 @each(("m", "k"), [(32, 1280), (1100, 5000), (2049, 1153)])
-@each("dtype", DTYPES)
 def test_cpu_and_cuda_choose_the_same_kinds(m, k, dtype):
     for seed in range(9):
         dense = from_bits(mixed_pairs(m, k, dtype, seed), dtype)
