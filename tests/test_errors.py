@@ -368,8 +368,8 @@ def set_word(tensor, index, value):
     return tensor
 
 
-def word(place, value):
-    return place << 16 | value
+def word(position, value):
+    return position << 16 | value
 
 
 # Contents that only the check in depth reads. The weight is 130 x 70: tile 3 has 2 rows, 6 columns.
@@ -384,17 +384,17 @@ CONTENTS = {
     ),
     "overfull tile": (
         lambda w: changed(w, offsets=set_word(w.offsets, 1, 2049)),
-        ("tile 0", "2049", "2048"),
+        ("tile 0 ", "2049"),
     ),
     "past the end": (
         lambda w: changed(w, offsets=set_word(w.offsets, 4, int(w.offsets[4]) + 1)),
         ("offsets ",),
     ),
-    "place outside the tile": (
+    "position outside the tile": (
         lambda w: changed(w, payload=set_word(w.payload, 0, word(8192, 1))),
         ("tile 0: ", "8192"),
     ),
-    "place outside the matrix": (
+    "position outside the matrix": (
         lambda w: changed(w, payload=set_word(w.payload, -1, word(64 * 100, 1))),
         ("tile 3: ", "6400"),
     ),
@@ -554,19 +554,19 @@ def shift_offsets(w, chunk, units):
 TWO_FOUR_CONTENTS = {
     "rows": (
         lambda w: edited_two_four(w, 1, lambda b, down_offsets, v, s: xor(down_offsets, (0, 0), 1)),
-        ("chunk 1: R = ",),
+        ("chunk 1: ", "R = "),
     ),
     "steps": (
         lambda w: edited_two_four(
             w, 2, lambda b, down_offsets, v, s: xor(down_offsets, (14, 0), 1)
         ),
-        ("chunk 2: R = ", "G0 = ", "G1 = "),
+        ("chunk 2: ", "R = ", "G0 = ", "G1 = "),
     ),
     "spare bits": (
         lambda w: edited_two_four(
             w, 0, lambda b, down_offsets, v, s: xor(down_offsets, (31, 0), 1)
         ),
-        ("chunk 0: R = ", "128"),
+        ("chunk 0: ", "R = ", "128"),
     ),
     "odd down offset": (
         lambda w: edited_two_four(w, 0, lambda b, down_offsets, v, s: xor(down_offsets, (7, 1), 1)),
@@ -598,7 +598,7 @@ TWO_FOUR_CONTENTS = {
         ),
         ("chunk 3: ",),
     ),
-    "place": (
+    "residual offset": (
         lambda w: edited_two_four(
             w, 3, lambda b, s, v, steps: assign(steps[:, 16:], slice(None), 0xFFFF)
         ),

@@ -674,7 +674,7 @@ BROKEN = {
     ),
     "part missing": (
         lambda s: s.pop("mlp.weight_offsets"),
-        "weight_header .*weight_offsets",
+        "weight_offsets",
     ),
     "dense and packed": (
         lambda s: s.update({"mlp.weight": torch.zeros(130, 70)}),
