@@ -80,7 +80,7 @@ print(kills, found["old"], found["new"])
 
 @pytest.mark.slow
 def test_a_kill_during_save_leaves_the_earlier_checkpoint_or_the_new_one(tmp_path):
-    command = [sys.executable, "-c", KILLED_SAVES, str(tmp_path / "saved"), "30"]
+    command = [sys.executable, "-c", KILLED_SAVES, str(tmp_path / "saved"), "26"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kills, old, new = map(int, done.stdout.split())

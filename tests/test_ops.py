@@ -410,7 +410,7 @@ def write(stop):
 for fmt in sys.argv[1:]:
     print(fmt, flush=True)
     counts = {"packed": 0, "refused": 0}
-    thread = threading.Thread(target=write, args=(time.monotonic() + 1,))
+    thread = threading.Thread(target=write, args=(time.monotonic() + 0.7,))
     thread.start()
     while thread.is_alive():
         for pack in (flash_llm.pack, lambda w, f: flash_llm.prune_pack(w, 0.3, format=f)):
@@ -465,6 +465,6 @@ def test_hostile_operators(tmp_path):
     program = str(Path(__file__).with_name("hostile_operators.py"))
     call = tmp_path / "call"
     try:
-        print(run_program((program,), "10", HOSTILE_CALL=str(call)))
+        print(run_program((program,), "5", HOSTILE_CALL=str(call)))
     except AssertionError as error:
         raise AssertionError(f"{call.read_text()}{error}") from None
