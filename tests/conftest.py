@@ -10,7 +10,7 @@ import os
 import hypothesis
 import pytest
 import torch
-from formats import FORMATS, GPU_FORMATS, has_hopper
+from formats import DTYPES, FORMATS, GPU_FORMATS, has_hopper
 
 from flash_llm import _extension
 
@@ -62,7 +62,7 @@ def device(request):
     return request.param
 
 
-@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.fixture(params=DTYPES, ids=["fp16", "bf16"])
 def dtype(request):
     return request.param
 
@@ -88,13 +88,3 @@ def force_isa():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def poisoned_memory(device):
-    """Leave NaN in the memory that the next allocations will get, so unwritten output shows."""
-    sizes = [1 << power for power in range(9, 22)]
-    blocks = [
-        torch.full((size,), float("nan"), dtype=torch.float32, device=device) for size in sizes
-    ]
-    del blocks

@@ -1,9 +1,13 @@
 """What tests know of packed formats: names, plans, and a reading of their bytes of our own.
 
+Here is also :func:`each`, which runs many combinations of arguments in one case.
+
 The readers and the writers follow the comments in csrc/format/tiled_csl.h, csrc/format/bitmap.h and
 csrc/format/row_bitmap.h alone, and call nothing of flash_llm.
 """
 
+import functools
+import inspect
 import itertools
 
 import numpy as np
@@ -16,6 +20,7 @@ from flash_llm import _extension
 FORMATS = ("tiled_csl", "bitmap", "row_bitmap")
 # Those that a GPU has kernels for. The host packs and unpacks the others, which cannot be captured.
 GPU_FORMATS = ("tiled_csl", "bitmap")
+DTYPES = (torch.float16, torch.bfloat16)
 
 SPECIAL = {
     # zero, -0, smallest and largest subnormal, smallest normal, 1, largest finite, Inf, NaNs
@@ -32,6 +37,66 @@ SPECIAL = {
 
 def other_format(format):
     return "tiled_csl" if format == "bitmap" else "bitmap"
+
+
+# ---- many combinations in one case ----
+
+
+def each(names, values, ids=None):
+    """As pytest.mark.parametrize, but within one case: runs the test for each of the values.
+
+    For combinations that are too many, or take too little time, to be cases of their own. Several
+    of these on a test make a product. Each combination begins from the same seed. All of them run;
+    the case fails with the names of those that fail and their errors.
+    """
+    names = [names] if isinstance(names, str) else names
+    values = [(value,) if len(names) == 1 else value for value in values]
+    if ids is None:  # functions have no name that tells them apart, so they get their index
+        ids = [
+            ", ".join(
+                f"{name}{index}" if inspect.isfunction(part) else f"{name}={part}"
+                for name, part in zip(names, value, strict=True)
+            )
+            for index, value in enumerate(values)
+        ]
+    loop = [
+        (label, dict(zip(names, value, strict=True)))
+        for label, value in zip(ids, values, strict=True)
+    ]
+
+    def decorate(test):
+        body, loops = getattr(test, "looped", (test, []))
+        loops = [loop, *loops]
+
+        @functools.wraps(test)
+        def run(**case):
+            _run_each(body, case, loops)
+
+        run.looped = body, loops
+        signature = inspect.signature(test)
+        kept = [p for name, p in signature.parameters.items() if name not in names]
+        run.__signature__ = signature.replace(parameters=kept)
+        return run
+
+    return decorate
+
+
+def _run_each(body, case, loops):
+    first, failed = None, []
+    combinations = list(itertools.product(*loops))
+    for combination in combinations:
+        arguments = {name: value for _, part in combination for name, value in part.items()}
+        torch.manual_seed(0)
+        try:
+            body(**case, **arguments)
+        except (Exception, pytest.fail.Exception) as error:
+            first = first or error
+            label = ", ".join(label for label, _ in combination)
+            failed.append(f"{label}: {type(error).__name__}: {error}")
+    assert combinations, "there is nothing to run"
+    if failed:
+        head = f"{len(failed)} of {len(combinations)} combinations fail:"
+        raise AssertionError("\n".join([head, *failed])) from first
 
 
 # ---- plans ----
@@ -324,11 +389,16 @@ def _pairing(up, down, pattern):
     return down_offsets, rows
 
 
-def write_runs(runs, stored):
-    """Values and down offsets for the runs [lane, half, strip, index in the run]."""
+def best_pairing(stored):
+    """Down offsets and the number of rows for the runs [lane, half, strip, index in the run]."""
     up, down = stored.sum(axis=-1).transpose(1, 0, 2)
     # min() keeps the first of equals.
-    down_offsets, rows = min((_pairing(up, down, p) for p in range(8)), key=lambda found: found[1])
+    return min((_pairing(up, down, p) for p in range(8)), key=lambda found: found[1])
+
+
+def write_runs(runs, stored):
+    """Values and down offsets for the runs [lane, half, strip, index in the run]."""
+    down_offsets, rows = best_pairing(stored)
     values = np.zeros((rows, 32, 2), "<u2")
     for lane, strip in itertools.product(range(32), range(2)):
         run = runs[lane, 0, strip][stored[lane, 0, strip]]
@@ -354,8 +424,18 @@ def write_plain(dense):
     return _joined(values, bits, down_offsets)
 
 
+def two_four_size(dense):
+    """How many bytes a 2:4 chunk of 32 x 256 bit patterns takes; may be too many."""
+    stored = without_negative_zero(dense) != 0
+    if not stored.any():
+        return 0
+    _, rows = best_pairing(stored[RUN_ROW, slot_columns(stored)])
+    steps = residual_of(stored).reshape(2, 16, 256).sum(axis=2).max(axis=1).sum()
+    return int(1024 + 64 + 128 * rows + 64 * (steps | 1))
+
+
 def write_two_four(dense):
-    """The bytes of a 2:4 chunk of 32 x 256 bit patterns; may be too many."""
+    """The bytes of a 2:4 chunk of 32 x 256 bit patterns."""
     dense = without_negative_zero(dense)
     stored = dense != 0
     if not stored.any():
@@ -386,12 +466,15 @@ def write_bitmap(bits):
         in_band = range(band, min(band + 16, rows))
         pairs = [padded[32 * r : 32 * r + 32, 128 * col : 128 * col + 256] for r in in_band]
         plain = [(write_plain(pair[:, :128]), write_plain(pair[:, 128:])) for pair in pairs]
-        two_four = [(write_two_four(pair), np.zeros(0, np.uint8)) for pair in pairs]
         plain_bytes = sum(len(a) + len(b) for a, b in plain)
-        sizes = [len(a) for a, _ in two_four]
+        sizes = [two_four_size(pair) for pair in pairs]
         wins = 0 < 64 * sum(sizes) <= 65 * plain_bytes and max(sizes) <= 64 * 146
-        kind = two_four if wins and col + 1 < cols else plain
-        for row, (first, second) in zip(in_band, kind, strict=True):
+        if wins and col + 1 < cols:
+            written = [(write_two_four(pair), np.zeros(0, np.uint8)) for pair in pairs]
+            assert [len(first) for first, _ in written] == sizes
+        else:
+            written = plain
+        for row, (first, second) in zip(in_band, written, strict=True):
             chunks[row, col], chunks[row, col + 1] = first, second
     return [chunks[place] for place in chunk_places(m, k)]
 

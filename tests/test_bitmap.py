@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from formats import (
+    DTYPES,
     SPECIAL,
     assert_same_weight,
     bits_of,
     chunk_places,
     chunks_of,
+    each,
     from_bits,
     is_two_four,
     read,
@@ -46,8 +48,8 @@ def mixed_pairs(m, k, dtype=torch.float16, seed=0):
     return bits
 
 
-@pytest.mark.parametrize(("m", "k"), EDGES)
-@pytest.mark.parametrize("pattern", testing.PATTERNS)
+@each(("m", "k"), EDGES)
+@each("pattern", testing.PATTERNS)
 def test_round_trip_at_the_edges_of_chunks_and_bands(m, k, pattern, device):
     dense = testing.random_sparse(m, k, 0.5, pattern=pattern, device=device)
     packed = Bitmap.from_dense(dense)
@@ -57,9 +59,8 @@ def test_round_trip_at_the_edges_of_chunks_and_bands(m, k, pattern, device):
     assert torch.equal(packed.to_dense(), dense)
 
 
-@pytest.mark.parametrize(
-    "position", [(0, 0), (31, 127), (32, 0), (511, 130), (512, 130), (599, 299)]
-)
+@each("position", [(0, 0), (31, 127), (32, 0), (511, 130), (512, 130), (599, 299)])
+@each("dtype", DTYPES)
 def test_one_element_makes_one_chunk_of_one_row(position, dtype, device):
     dense = torch.zeros(600, 300, dtype=dtype, device=device)
     dense[position] = -1.5
@@ -87,8 +88,8 @@ def assert_canonical(packed, bits):
         np.testing.assert_array_equal(chunk, written, err_msg=f"chunk {place}")
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.78, 0.9, 0.99, 1.0])
-@pytest.mark.parametrize("pattern", testing.PATTERNS)
+@each("sparsity", [0.0, 0.1, 0.5, 0.78, 0.9, 0.99, 1.0])
+@each("pattern", testing.PATTERNS)
 def test_bytes_are_those_that_the_description_prescribes(sparsity, pattern, device):
     for m, k in ((530, 200), (70, 640)):
         dense = testing.random_sparse(m, k, sparsity, pattern=pattern, device=device)
@@ -102,22 +103,22 @@ def test_property_bytes_are_those_that_the_description_prescribes(weight):
 
 
 # Odd and even numbers of columns, and a last band of one to three chunk rows.
-@pytest.mark.parametrize(("m", "k"), [(32, 1280), (50, 1200), (530, 1153), (600, 1100)])
-def test_pairs_choose_their_kind_on_their_own(m, k, dtype, device):
-    for seed in range(2):
-        bits = mixed_pairs(m, k, dtype, seed)
-        packed = Bitmap.from_dense(from_bits(bits, dtype, device))
-        packed.validate()
-        expected = without_negative_zero(bits)
-        np.testing.assert_array_equal(read(packed), expected)
-        np.testing.assert_array_equal(bits_of(packed.to_dense()), expected)
-        assert_canonical(packed, expected)
-        kinds = {is_two_four(chunk) for chunk in chunks_of(packed) if len(chunk)}
-        assert kinds == {True, False}
+@each(("m", "k"), [(32, 1280), (50, 1200), (530, 1153), (600, 1100)])
+@each(("dtype", "seed"), zip(DTYPES, (0, 1), strict=True))
+def test_pairs_choose_their_kind_on_their_own(m, k, dtype, seed, device):
+    bits = mixed_pairs(m, k, dtype, seed)
+    packed = Bitmap.from_dense(from_bits(bits, dtype, device))
+    packed.validate()
+    expected = without_negative_zero(bits)
+    np.testing.assert_array_equal(read(packed), expected)
+    np.testing.assert_array_equal(bits_of(packed.to_dense()), expected)
+    assert_canonical(packed, expected)
+    kinds = {is_two_four(chunk) for chunk in chunks_of(packed) if len(chunk)}
+    assert kinds == {True, False}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("m", "k"), [(32, 1280), (1100, 5000), (2049, 1153)])
+@each(("m", "k"), [(32, 1280), (1100, 5000), (2049, 1153)])
 def test_cpu_and_cuda_choose_the_same_kinds(m, k, dtype):
     for seed in range(9):
         dense = from_bits(mixed_pairs(m, k, dtype, seed), dtype)
@@ -130,6 +131,7 @@ def test_cpu_and_cuda_choose_the_same_kinds(m, k, dtype):
         assert_same_weight(Bitmap.from_dense(dense[:, 3:]), Bitmap.from_dense(dense.cuda()[:, 3:]))
 
 
+@each("dtype", DTYPES)
 def test_every_bit_pattern_survives_in_a_two_four_chunk(dtype, device):
     # At random places, 1 of 16: a few hundred groups have three or four.
     bits = np.zeros(1024 * 1024, np.uint16)
@@ -145,22 +147,23 @@ def test_every_bit_pattern_survives_in_a_two_four_chunk(dtype, device):
 
 
 def test_every_group_of_a_two_four_chunk_takes_all_patterns(device):
+    # Axes: chunk, row and group within a chunk. At each place within a chunk, each of the sixteen
+    # patterns stands in one of the chunks; one in 5 of the other chunks has one element there.
     rng = np.random.default_rng(0)
-    seen = np.zeros((32, 64), np.uint16)  # by row and group within a chunk: those of the sixteen
-    for _ in range(9):
-        # One group in 70 is any, one in 5 has a single element.
-        draw = rng.random((2048, 2048))
-        group = np.where(draw < 0.014, rng.integers(0, 16, draw.shape, np.uint8), 0)
-        group[draw > 0.8] = 1 << rng.integers(0, 4, (draw > 0.8).sum(), np.uint8)
-        patterns = (np.uint16(1) << group).reshape(64, 32, 32, 64)
-        seen |= np.bitwise_or.reduce(patterns, axis=(0, 2))
-        bits = (group[..., None] >> np.arange(4, dtype=np.uint8) & 1).reshape(2048, 8192)
-        bits = bits * rng.integers(1, 0x8000, bits.shape, np.uint16)
-        packed = Bitmap.from_dense(from_bits(bits, torch.float16, device))
-        assert packed.stats().two_four_pairs == 4 * 32
-        np.testing.assert_array_equal(bits_of(packed.to_dense()), bits)
-        np.testing.assert_array_equal(read(packed), bits)
-    assert (seen == 0xFFFF).all()
+    draw = rng.random((32 * 32, 32, 64))
+    nth = draw.argsort(axis=0).argsort(axis=0)
+    group = np.where(nth < 16, nth, 0)
+    alone = draw > 0.8
+    group[alone] = 1 << rng.integers(0, 4, alone.sum())
+    patterns = np.bitwise_or.reduce(1 << group, axis=0)
+    assert (patterns == 0xFFFF).all()
+    group = group.reshape(32, 32, 32, 64).transpose(0, 2, 1, 3).reshape(1024, 2048)
+    bits = (group[..., None] >> np.arange(4) & 1).reshape(1024, 8192)
+    bits = (bits * rng.integers(1, 0x8000, bits.shape)).astype(np.uint16)
+    packed = Bitmap.from_dense(from_bits(bits, torch.float16, device))
+    assert packed.stats().two_four_pairs == 2 * 32
+    np.testing.assert_array_equal(bits_of(packed.to_dense()), bits)
+    np.testing.assert_array_equal(read(packed), bits)
 
 
 def test_version_one_is_read(device):
@@ -219,7 +222,7 @@ def test_a_full_chunk_has_no_padding(device):
     assert torch.equal(packed.to_dense(), dense)
 
 
-@pytest.mark.parametrize(("sparsity", "bound"), [(0.5, 1.10), (0.6, 1.10), (0.9, 1.35)])
+@each(("sparsity", "bound"), [(0.5, 1.10), (0.6, 1.10), (0.9, 1.35)])
 def test_size_stays_near_one_bit_per_element_and_two_bytes_per_nonzero(sparsity, bound, device):
     dense = testing.random_sparse(1024, 2048, sparsity, device=device)
     stats = Bitmap.from_dense(dense).stats()
@@ -230,6 +233,7 @@ def test_size_stays_near_one_bit_per_element_and_two_bytes_per_nonzero(sparsity,
     assert stats.two_four_pairs == (16 if sparsity == 0.9 else 0)
 
 
+@each("dtype", DTYPES)
 def test_stats_count_what_a_dense_count_counts(dtype, device):
     bits = mixed_pairs(600, 1700, dtype)
     bits[128:160] = 0
@@ -289,7 +293,8 @@ def test_fewest_rows_is_a_promise_of_packing_not_of_the_format():
     assert torch.equal(flash_llm.spmm(x, again), flash_llm.spmm(x, packed))
 
 
-@pytest.mark.parametrize("k", [256, 1024, 1020])
+@each("k", [256, 1024, 1020])
+@each("dtype", DTYPES)
 def test_a_weight_that_was_pruned_to_two_of_four_is_stored_so(k, dtype):
     """It has no residual, and every slot is full."""
     weight = torch.randn(64, k, generator=torch.Generator().manual_seed(1)).to(dtype)

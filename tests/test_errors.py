@@ -1,11 +1,14 @@
-"""Every documented error: its type, and a message that names operator, argument and values."""
+"""Every documented error: its type, and a message that names operator, argument and values.
+
+The tests look for those names and values, not for the words between them.
+"""
 
 import re
 
 import numpy as np
 import pytest
 import torch
-from formats import FORMATS, blocks_of, other_format, plan_names, runs_here
+from formats import FORMATS, blocks_of, each, other_format, plan_names, runs_here
 from torch import nn
 
 import flash_llm
@@ -34,61 +37,61 @@ def changed(w, **fields):
 # ---- spmm ----
 
 
-@pytest.mark.parametrize(
+@each(
     ("call", "error", "parts"),
     [
         (
             lambda w, x, b: flash_llm.spmm(x[:, 1:], w),
             ValueError,
-            ("x.size(-1) must equal K=70", "got 69"),
+            ("x.size(-1)", "K=70", "69"),
         ),
-        (lambda w, x, b: flash_llm.spmm(x[0, 0], w), ValueError, ("x must have at least one dim",)),
+        (lambda w, x, b: flash_llm.spmm(x[0, 0], w), ValueError, ("x ",)),
         (
             lambda w, x, b: flash_llm.spmm(x.float(), w),
             TypeError,
-            ("x must be Half", "got Float"),
+            ("x ", "Half", "Float"),
         ),
         (
             lambda w, x, b: flash_llm.spmm(x.bfloat16(), w),
             TypeError,
-            ("x must be Half", "got BFloat16"),
+            ("x ", "Half", "BFloat16"),
         ),
-        (lambda w, x, b: flash_llm.spmm(x.int(), w), TypeError, ("x must be Half", "got Int")),
+        (lambda w, x, b: flash_llm.spmm(x.int(), w), TypeError, ("x ", "Half", "Int")),
         (
             lambda w, x, b: flash_llm.spmm(x, w, b[1:]),
             ValueError,
-            ("bias must have shape [M=130]", "129"),
+            ("bias ", "[M=130]", "129"),
         ),
         (
             lambda w, x, b: flash_llm.spmm(x, w, b.view(1, -1)),
             ValueError,
-            ("bias must have shape [M=130]", "[1, 130]"),
+            ("bias ", "[M=130]", "[1, 130]"),
         ),
         (
             lambda w, x, b: flash_llm.spmm(x, w, b.float()),
             TypeError,
-            ("bias must be Half", "got Float"),
+            ("bias ", "Half", "Float"),
         ),
         (
             lambda w, x, b: flash_llm.spmm(x, w, activation="tanh"),
             ValueError,
-            ("activation must be", "tanh"),
+            ("activation ", "tanh"),
         ),
         (
             lambda w, x, b: flash_llm.spmm(x, w, activation=""),
             ValueError,
-            ("activation must be",),
+            ("activation ",),
         ),
         (
             lambda w, x, b: flash_llm.spmm(x, w, config="fast"),
             ValueError,
-            ("config must be", "fast"),
+            ("config ", "fast"),
         ),
-        (lambda w, x, b: flash_llm.spmm(x, w, ctas=-1), ValueError, ("ctas must", "got -1")),
+        (lambda w, x, b: flash_llm.spmm(x, w, ctas=-1), ValueError, ("ctas ", "-1")),
         (
             lambda w, x, b: flash_llm.spmm(x, w, ctas=1 << 40),
             ValueError,
-            ("ctas must", str(1 << 40)),
+            ("ctas ", str(1 << 40)),
         ),
     ],
 )
@@ -98,18 +101,18 @@ def test_spmm_arguments(call, error, parts, format, device):
         call(w, x, bias)
 
 
-@pytest.mark.parametrize(
+@each(
     ("call", "parts"),
     [
-        (lambda w, x: flash_llm.spmm(x.tolist(), w), ("spmm: x must be a tensor", "list")),
-        (lambda w, x: flash_llm.spmm(x.numpy(), w), ("spmm: x must be a tensor", "ndarray")),
-        (lambda w, x: flash_llm.spmm(x, w, 0.5), ("spmm: bias must be a tensor", "float")),
-        (lambda w, x: flash_llm.spmm(x, w.to_dense()), ("spmm: w must be a packed", "Tensor")),
-        (lambda w, x: flash_llm.unpack(x), ("unpack: w must be a packed weight", "Tensor")),
-        (lambda w, x: flash_llm.ops.validate(x), ("validate: w must be a packed", "Tensor")),
-        (lambda w, x: flash_llm.pack([[1.0]]), ("pack: dense must be a tensor", "list")),
-        (lambda w, x: flash_llm.pack(w), ("pack: dense must be a tensor", "TiledCSL")),
-        (lambda w, x: flash_llm.prune_pack(None, 0.5), ("dense must be a tensor", "NoneType")),
+        (lambda w, x: flash_llm.spmm(x.tolist(), w), ("spmm: x ", "list")),
+        (lambda w, x: flash_llm.spmm(x.numpy(), w), ("spmm: x ", "ndarray")),
+        (lambda w, x: flash_llm.spmm(x, w, 0.5), ("spmm: bias ", "float")),
+        (lambda w, x: flash_llm.spmm(x, w.to_dense()), ("spmm: w ", "Tensor")),
+        (lambda w, x: flash_llm.unpack(x), ("unpack: w ", "Tensor")),
+        (lambda w, x: flash_llm.ops.validate(x), ("validate: w ", "Tensor")),
+        (lambda w, x: flash_llm.pack([[1.0]]), ("pack: dense ", "list")),
+        (lambda w, x: flash_llm.pack(w), ("pack: dense ", "TiledCSL")),
+        (lambda w, x: flash_llm.prune_pack(None, 0.5), ("prune_pack: dense ", "NoneType")),
     ],
 )
 def test_objects_that_are_no_tensors(call, parts):
@@ -118,8 +121,8 @@ def test_objects_that_are_no_tensors(call, parts):
         call(w, x)
 
 
-@pytest.mark.parametrize("left", ["nothing", "all but a byte", "all but a byte of a view"])
-@pytest.mark.parametrize(
+@each("left", ["nothing", "all but a byte", "all but a byte of a view"])
+@each(
     ("op", "argument"),
     [
         *(("spmm", "x"), ("spmm", "bias"), ("spmm", "offsets"), ("spmm", "payload")),
@@ -145,16 +148,16 @@ def test_a_storage_smaller_than_its_tensor_is_no_segfault(op, argument, left, fo
     # What UntypedStorage.resize_ takes away its tensors do not notice.
     tensor.untyped_storage().resize_(0 if left == "nothing" else needed - 1)
     arguments[argument] = tensor
-    with raises(ValueError, f"flash_llm::{op}: {argument} ", f"needs a storage of {needed} bytes"):
+    with raises(ValueError, f"flash_llm::{op}: {argument} ", str(needed)):
         getattr(torch.ops.flash_llm, op)(**arguments)
 
 
-@pytest.mark.parametrize("nbytes", [0, 63])
+@each("nbytes", [0, 63])
 def test_a_header_beyond_its_storage_is_refused(nbytes):
     w, _, _ = good("cpu")
     header = w.header.to_tensor()
     header.untyped_storage().resize_(nbytes)
-    with raises(ValueError, "header needs a storage of 64 bytes", f"{nbytes}"):
+    with raises(ValueError, "header ", "64", str(nbytes)):
         TiledCSL.from_tensors(header, w.offsets, w.payload)
 
 
@@ -170,18 +173,18 @@ def test_a_storage_that_was_given_back_is_used_again(format, device):
     assert torch.equal(flash_llm.spmm(x, w, bias), expected)
 
 
-@pytest.mark.parametrize("tokens", [2**31, 2**40])
+@each("tokens", [2**31, 2**40])
 def test_more_tokens_than_31_bits_count(tokens, format, device):
     w, x, _ = good(device, format)
-    with raises(ValueError, "flash_llm::spmm: ", f"N={tokens}", "31 bits"):
+    with raises(ValueError, "flash_llm::spmm: ", f"N={tokens}"):
         flash_llm.spmm(x[:1].expand(tokens, -1), w)
 
 
 def test_kernels_of_the_other_device_are_refused(format, device):
     w, x, _ = good(device, format)
-    here = "on CUDA" if device == "cuda" else "on the CPU"
+    here = "CUDA" if device == "cuda" else "CPU"
     for other in set(plan_names(format, "cpu" if device == "cuda" else "cuda")) - {"dense"}:
-        with raises(ValueError, "flash_llm::spmm: config must be", here, f'got "{other}"'):
+        with raises(ValueError, "flash_llm::spmm: config ", here, f'"{other}"'):
             flash_llm.spmm(x, w, config=other)
 
 
@@ -192,8 +195,8 @@ def test_kernels_of_the_other_format_are_refused_with_the_names_of_this_one(form
     assert others or (format != "bitmap" and device == "cpu")  # bitmap has no kernel of its own
     known = [f'"{name}"' for name in names]
     for config in others:
-        parts = (*known, f'for format "{format}"', f'got "{config}"')
-        with raises(ValueError, 'flash_llm::spmm: config must be "auto" or one of ', *parts):
+        parts = (*known, f'"{format}"', f'"{config}"')
+        with raises(ValueError, "flash_llm::spmm: config ", *parts):
             flash_llm.spmm(x, w, config=config)
 
 
@@ -205,20 +208,20 @@ def test_bitmap_kernels_need_a_hopper():
         if runs_here("bitmap", "cuda", config):
             assert flash_llm.spmm(x, w, config=config).shape == (5, 130)
             continue
-        parts = (f'config "{config}" needs a Hopper GPU', "9.0", f"has {capability}", '"dense"')
+        parts = (f'config "{config}"', "9.0", capability, '"dense"')
         with raises(NotImplementedError, "flash_llm::spmm: ", *parts):
             flash_llm.spmm(x, w, config=config)
 
 
 def test_fp32_message_names_the_cast():
-    with raises(TypeError, "flash_llm::pack: dense must be", "Float", ".to(torch.bfloat16)"):
+    with raises(TypeError, "flash_llm::pack: dense ", "Float", ".to(torch.bfloat16)"):
         TiledCSL.from_dense(torch.zeros(3, 3))
-    with raises(TypeError, "flash_llm::prune_pack: dense must be", ".to(torch.bfloat16)"):
+    with raises(TypeError, "flash_llm::prune_pack: dense ", "Float", ".to(torch.bfloat16)"):
         flash_llm.prune_pack(torch.zeros(3, 3), 0.5)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("where", ["x", "weight", "bias", "offsets"])
+@each("where", ["x", "weight", "bias", "offsets"])
 def test_mixed_devices(where, format):
     w, x, bias = good("cuda", format)
     if where == "x":
@@ -229,7 +232,7 @@ def test_mixed_devices(where, format):
         bias = bias.cpu()
     else:
         w = changed(w, offsets=w.offsets.cpu())
-    with raises(TypeError, "flash_llm::spmm: ", "must be on", "cuda:0"):
+    with raises(TypeError, "flash_llm::spmm: ", "cuda:0"):
         flash_llm.spmm(x, w, bias)
 
 
@@ -241,7 +244,7 @@ def test_a_graph_of_one_device_refuses_inputs_on_another(format):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         torch.zeros(1, device="cuda:0")  # torch warns of graphs that are empty
-        with raises(ValueError, "x is on cuda:1", "captured on cuda:0"):
+        with raises(ValueError, "x ", "cuda:1", "cuda:0"):
             flash_llm.spmm(x, w, bias)
 
 
@@ -254,78 +257,78 @@ OPERATORS = {
 }
 
 MALFORMED = {
-    "magic": (lambda w: changed(w, magic=7), ValueError, ("magic number", "got 7")),
+    "magic": (lambda w: changed(w, magic=7), ValueError, ("magic", "7")),
     "newer version": (
         lambda w: changed(w, version=w.header.version + 1),
         NotImplementedError,
-        ("format version ", ", this build reads version"),
+        ("version ",),
     ),
     "version zero": (
         lambda w: changed(w, version=0),
         NotImplementedError,
-        ("format version 0, this build reads version",),
+        ("version 0",),
     ),
     "format": (
         lambda w: changed(w, format=9),
         NotImplementedError,
-        ("format 9", "knows 1 (tiled_csl), 2 (bitmap), 3 (row_bitmap)"),
+        ("format 9", "1 (tiled_csl)", "2 (bitmap)", "3 (row_bitmap)"),
     ),
     "the other format": (
         lambda w: changed(w, format=1 if w.header.format != 1 else 2, version=1),
         ValueError,
-        ("offsets must hold",),
+        ("offsets ",),
     ),
     "value type": (lambda w: changed(w, value_type=3), TypeError, ("value type 3",)),
-    "negative m": (lambda w: changed(w, m=-1), ValueError, ("m must not be negative", "-1")),
-    "negative nnz": (lambda w: changed(w, nnz=-1), ValueError, ("nnz must not be negative",)),
-    "huge k": (lambda w: changed(w, k=1 << 31), ValueError, ("k must fit 31 bits", str(1 << 31))),
+    "negative m": (lambda w: changed(w, m=-1), ValueError, ("m ", "-1")),
+    "negative nnz": (lambda w: changed(w, nnz=-1), ValueError, ("nnz ", "-1")),
+    "huge k": (lambda w: changed(w, k=1 << 31), ValueError, ("k ", str(1 << 31))),
     "huge m and k": (
         lambda w: changed(w, m=2**31 - 1, k=2**31 - 1),
         ValueError,
-        ("offsets must hold",),
+        ("offsets ",),
     ),
     "nnz above payload": (
         lambda w: changed(w, nnz=2 * w.header.payload_words + 1),
         ValueError,
-        ("nnz = ", "does not fit"),
+        ("nnz = ",),
     ),
     "short offsets": (
         lambda w: changed(w, offsets=w.offsets[:-1]),
         ValueError,
-        ("offsets must hold ", " elements for a 130x70 weight, got "),
+        ("offsets ", "130x70"),
     ),
     "long payload": (
         lambda w: changed(w, payload=torch.cat([w.payload, w.payload[:16]])),
         ValueError,
-        ("payload must hold",),
+        ("payload ",),
     ),
     "half a unit": (
         lambda w: changed(
             w, payload=w.payload[:-1], payload_words=w.header.payload_words - 1, nnz=w.nnz - 1
         ),
         ValueError,
-        ("payload must be whole",),
+        ("payload ",),
     ),
     "int64 offsets": (
         lambda w: changed(w, offsets=w.offsets.long()),
         TypeError,
-        ("offsets must be int32", "got Long"),
+        ("offsets ", "int32", "Long"),
     ),
     "float payload": (
         lambda w: changed(w, payload=w.payload.float()),
         TypeError,
-        ("payload must be int32", "got Float"),
+        ("payload ", "int32", "Float"),
     ),
     "two-dimensional": (
         lambda w: changed(w, payload=w.payload.view(-1, 4)),
         ValueError,
-        ("payload must be one-dimensional", "got 2"),
+        ("payload ", "2"),
     ),
 }
 
 
-@pytest.mark.parametrize("op", OPERATORS)
-@pytest.mark.parametrize("case", MALFORMED)
+@each("op", OPERATORS)
+@each("case", MALFORMED)
 def test_malformed_weights_are_refused_by_every_operator(op, case, format, device):
     change, error, parts = MALFORMED[case]
     w, x, _ = good(device, format)
@@ -333,11 +336,11 @@ def test_malformed_weights_are_refused_by_every_operator(op, case, format, devic
         OPERATORS[op](change(w), x)
 
 
-@pytest.mark.parametrize("op", OPERATORS)
-@pytest.mark.parametrize(
+@each("op", OPERATORS)
+@each(
     ("format", "changes", "parts"),
     [
-        ("tiled_csl", {"nnz": 0}, ("nnz = 0", "does not fit")),
+        ("tiled_csl", {"nnz": 0}, ("nnz = 0",)),
         # More chunks' worth of payload than there are chunks; 137 units are a full one.
         ("bitmap", {"payload_words": 16 * (5 * 137 + 2), "nnz": 1}, ("nnz = 1", "5 chunks")),
         ("bitmap", {"payload_words": 16 * 11, "nnz": 11 * 32 + 1}, ("nnz = 353", "176 words")),
@@ -348,14 +351,14 @@ def test_sizes_that_contradict_each_other_are_refused(op, format, changes, parts
     w, x, _ = good(device, format)
     words = changes.get("payload_words", w.header.payload_words)
     broken = changed(w, **changes, payload=w.payload.new_zeros(words))
-    with raises(ValueError, f"flash_llm::{op}: header says ", *parts):
+    with raises(ValueError, f"flash_llm::{op}: header ", *parts):
         OPERATORS[op](broken, x)
 
 
 def test_offsets_are_counted_in_the_tiles_of_the_format(device):
     for format, count in (("tiled_csl", 5), ("bitmap", 6), ("row_bitmap", 34)):
         w, _, _ = good(device, format)
-        with raises(ValueError, f"offsets must hold {count} elements", f"got {count - 1}"):
+        with raises(ValueError, "offsets ", str(count), str(count - 1)):
             changed(w, offsets=w.offsets[1:]).validate()
 
 
@@ -365,39 +368,39 @@ def set_word(tensor, index, value):
     return tensor
 
 
-def word(place, value):
-    return place << 16 | value
+def word(position, value):
+    return position << 16 | value
 
 
 # Contents that only the check in depth reads. The weight is 130 x 70: tile 3 has 2 rows, 6 columns.
 CONTENTS = {
     "first offset": (
         lambda w: changed(w, offsets=w.offsets + 1),
-        ("offsets[0] must be 0", "got 1"),
+        ("offsets[0] ", "1"),
     ),
     "decreasing": (
         lambda w: changed(w, offsets=set_word(w.offsets, 2, 0)),
-        ("offsets must never decrease",),
+        ("offsets[2] ",),
     ),
     "overfull tile": (
         lambda w: changed(w, offsets=set_word(w.offsets, 1, 2049)),
-        ("holds 2049 vectors, at most 2048",),
+        ("tile 0 ", "2049"),
     ),
     "past the end": (
         lambda w: changed(w, offsets=set_word(w.offsets, 4, int(w.offsets[4]) + 1)),
-        ("offsets must end at",),
+        ("offsets ",),
     ),
-    "place outside the tile": (
+    "position outside the tile": (
         lambda w: changed(w, payload=set_word(w.payload, 0, word(8192, 1))),
-        ("tile 0: place must be below 8192", "8192"),
+        ("tile 0: ", "8192"),
     ),
-    "place outside the matrix": (
+    "position outside the matrix": (
         lambda w: changed(w, payload=set_word(w.payload, -1, word(64 * 100, 1))),
-        ("tile 3: place 6400", "outside the matrix"),
+        ("tile 3: ", "6400"),
     ),
     "duplicate": (
         lambda w: changed(w, payload=set_word(w.payload, 1, int(w.payload[0]))),
-        ("tile 0: place", "occurs twice"),
+        ("tile 0: ",),
     ),
     "negative zero": (
         lambda w: changed(w, payload=set_word(w.payload, 0, int(w.payload[0]) & ~0xFFFF | 0x8000)),
@@ -405,9 +408,9 @@ CONTENTS = {
     ),
     "too much padding": (
         lambda w: changed(w, payload=set_word(w.payload, slice(0, 4), w.payload[:4] & ~0xFFFF)),
-        ("tile 0: more than 3 stored zeros",),
+        ("tile 0: ", "3"),
     ),
-    "wrong count": (lambda w: changed(w, nnz=w.nnz - 1), ("header says nnz = ", "holds")),
+    "wrong count": (lambda w: changed(w, nnz=w.nnz - 1), ("nnz = ",)),
 }
 
 
@@ -450,67 +453,67 @@ def fill_padding(values, bits, down_offsets):
 BITMAP_CONTENTS = {
     "first offset": (
         lambda w: changed(w, offsets=w.offsets + 1),
-        ("offsets[0] must be 0", "got 1"),
+        ("offsets[0] ", "1"),
     ),
     "decreasing": (
         lambda w: changed(w, offsets=set_word(w.offsets, 2, 0)),
-        ("offsets must never decrease", "offsets[2] = 0"),
+        ("offsets[2] = 0",),
     ),
     "a size between two": (
         lambda w: changed(w, offsets=set_word(w.offsets, 1, int(w.offsets[1]) + 1)),
-        ("chunk 0 holds ", " units"),
+        ("chunk 0 ",),
     ),
     "smaller than any": (
         lambda w: changed(w, offsets=set_word(w.offsets, 1, 7)),
-        ("chunk 0 holds 7 units",),
+        ("chunk 0 ", "7"),
     ),
     "larger than any": (
         lambda w: changed(w, offsets=set_word(w.offsets, 1, 139)),
-        ("chunk 0 holds 139 units",),
+        ("chunk 0 ", "139"),
     ),
     "past the end": (
         lambda w: changed(w, offsets=set_word(w.offsets, 5, int(w.offsets[5]) + 2)),
-        ("offsets must end at",),
+        ("offsets ",),
     ),
     "odd down offset": (
         lambda w: edited(
             w, 0, lambda v, b, down_offsets: assign(down_offsets, (3, 1), down_offsets[3, 1] + 1)
         ),
-        ("chunk 0: lane 3 of strip 1: sigma must be even and below 128",),
+        ("chunk 0: lane 3 of strip 1: ",),
     ),
     "down offset outside the row": (
         lambda w: edited(w, 2, lambda v, b, down_offsets: assign(down_offsets, (31, 0), 128)),
-        ("chunk 2: lane 31 of strip 0: sigma must be even and below 128, got 128",),
+        ("chunk 2: lane 31 of strip 0: ", "128"),
     ),
     "column taken twice": (
         lambda w: edited(w, 0, share_a_column),
-        ("chunk 0: lane 1 of strip 0: column ", " is taken twice"),
+        ("chunk 0: lane 1 of strip 0: ",),
     ),
     "runs that overlap": (
         lambda w: edited(w, 1, grow_runs),
-        ("chunk 1: lane 0 of strip 0: runs of 32 and 32 values overlap",),
+        ("chunk 1: lane 0 of strip 0: ", "32 and 32"),
     ),
     "row outside the matrix": (
         lambda w: edited(w, 4, move_below_the_matrix),
-        ("chunk 4: row ", "outside the matrix"),
+        ("chunk 4: row ",),
     ),
     "stored zero": (
         lambda w: edited(w, 0, lambda values, b, s: assign(values, values != 0, 0)),
-        ("chunk 0: a stored value must not be zero",),
+        ("chunk 0: ",),
     ),
     "negative zero": (
         lambda w: edited(w, 0, lambda values, b, s: assign(values, values != 0, 0x8000)),
-        ("chunk 0: a stored value must not be zero",),
+        ("chunk 0: ",),
     ),
     "padding": (
         lambda w: edited(w, 3, fill_padding),
-        ("chunk 3: padding must be 0, got 15360",),
+        ("chunk 3: ", "15360"),
     ),
     "no bits": (
         lambda w: edited(w, 1, lambda values, bits, down_offsets: assign(bits, slice(None), 0)),
-        ("chunk 1: a chunk without nonzeros must have no bytes",),
+        ("chunk 1: ",),
     ),
-    "wrong count": (lambda w: changed(w, nnz=w.nnz - 1), ("header says nnz = ", "holds")),
+    "wrong count": (lambda w: changed(w, nnz=w.nnz - 1), ("nnz = ",)),
 }
 
 
@@ -551,61 +554,61 @@ def shift_offsets(w, chunk, units):
 TWO_FOUR_CONTENTS = {
     "rows": (
         lambda w: edited_two_four(w, 1, lambda b, down_offsets, v, s: xor(down_offsets, (0, 0), 1)),
-        ("chunk 1: R = ", " and 0 in the spare bits do not make ", " units"),
+        ("chunk 1: ", "R = "),
     ),
     "steps": (
         lambda w: edited_two_four(
             w, 2, lambda b, down_offsets, v, s: xor(down_offsets, (14, 0), 1)
         ),
-        ("chunk 2: R = ", "G0 = ", "G1 = ", " units"),
+        ("chunk 2: ", "R = ", "G0 = ", "G1 = "),
     ),
     "spare bits": (
         lambda w: edited_two_four(
             w, 0, lambda b, down_offsets, v, s: xor(down_offsets, (31, 0), 1)
         ),
-        ("chunk 0: R = ", " and 128 in the spare bits"),
+        ("chunk 0: ", "R = ", "128"),
     ),
     "odd down offset": (
         lambda w: edited_two_four(w, 0, lambda b, down_offsets, v, s: xor(down_offsets, (7, 1), 1)),
-        ("chunk 0: lane 7 of strip 1: sigma must be even and below 128",),
+        ("chunk 0: lane 7 of strip 1: ",),
     ),
     "column taken twice": (
         lambda w: edited_two_four(
             w, 0, lambda b, down_offsets, v, s: assign(down_offsets, (1, 1), down_offsets[0, 1])
         ),
-        ("chunk 0: lane 1 of strip 1: column ", " is taken twice"),
+        ("chunk 0: lane 1 of strip 1: ",),
     ),
     "runs that overlap": (
         lambda w: edited_two_four(
             w, 1, lambda bits, s, v, r: assign(bits, slice(None), ~0 & 0xFFFFFFFF)
         ),
-        ("chunk 1: lane 0 of strip 0: runs of 32 and 32 values overlap",),
+        ("chunk 1: lane 0 of strip 0: ", "32 and 32"),
     ),
     "no bits": (
         lambda w: edited_two_four(w, 1, lambda bits, s, v, r: assign(bits, slice(None), 0)),
-        ("chunk 1: a chunk without nonzeros must have no bytes",),
+        ("chunk 1: ",),
     ),
     "stored zero": (
         lambda w: edited_two_four(w, 0, lambda b, s, values, r: assign(values, values != 0, 0)),
-        ("chunk 0: a stored value must not be zero",),
+        ("chunk 0: ",),
     ),
     "zero in the residual": (
         lambda w: edited_two_four(
             w, 3, lambda b, s, v, steps: assign(steps[:, :16], slice(None), 0x8000)
         ),
-        ("chunk 3: a stored value must not be zero",),
+        ("chunk 3: ",),
     ),
-    "place": (
+    "residual offset": (
         lambda w: edited_two_four(
             w, 3, lambda b, s, v, steps: assign(steps[:, 16:], slice(None), 0xFFFF)
         ),
-        ("chunk 3: step 0 of row ", "'s residual must have place ", ", got 65535"),
+        ("chunk 3: step 0 of row ", "65535"),
     ),
     "padding": (
         lambda w: edited_two_four(
             w, 0, lambda b, s, values, r: assign(values, tuple(np.argwhere(values == 0)[0]), 1)
         ),
-        ("chunk 0: padding must be 0, got 1 at byte ",),
+        ("chunk 0: ", "1 at byte "),
     ),
     "padding in the residual": (
         lambda w: edited_two_four(
@@ -613,25 +616,25 @@ TWO_FOUR_CONTENTS = {
             0,
             lambda b, s, v, steps: assign(steps, tuple(np.argwhere(steps[:, :16] == 0)[-1]), 9),
         ),
-        ("chunk 0: padding must be 0, got 9 at byte ",),
+        ("chunk 0: ", "9 at byte "),
     ),
     "a size between two": (
         lambda w: shift_offsets(w, 0, 1),
-        ("the chunks of a pair must be of one kind, but chunk ", " is plain and chunk ", " is 2:4"),
+        ("chunk ", "chunk ", "2:4"),
     ),
     "larger than any": (
         lambda w: changed(w, offsets=set_word(w.offsets, 1, 148)),
-        ("chunk 0 holds 148 units; 0, 9, 11 ... 137 (plain) and 18, 20 ... 146 (2:4) are sizes",),
+        ("chunk 0 ", "148"),
     ),
     "the second column": (
         # What chunk 4 holds becomes chunk 5's, the first of the second column.
         lambda w: changed(w, offsets=set_word(w.offsets, 5, int(w.offsets[4]))),
-        ("chunk 5 holds ", "a size of 2:4 chunks, but is not the first of two columns"),
+        ("chunk 5 ", "2:4"),
     ),
 }
 
 
-@pytest.mark.parametrize("case", TWO_FOUR_CONTENTS)
+@each("case", TWO_FOUR_CONTENTS)
 def test_validate_reads_every_invariant_of_two_four_chunks(case, device):
     change, parts = TWO_FOUR_CONTENTS[case]
     w, x = good_two_four(device)
@@ -658,57 +661,57 @@ def with_noise_after_the_values(w):
 # The same for a row bitmap of 33 blocks, of which the last has 2 rows, and 3 groups, of which the
 # last has 6 columns: 1 + 12 words come before the values of a block.
 ROW_BITMAP_CONTENTS = {
-    "first offset": (lambda w: changed(w, offsets=w.offsets + 1), ("offsets[0] must be 0",)),
+    "first offset": (lambda w: changed(w, offsets=w.offsets + 1), ("offsets[0] ",)),
     "decreasing": (
         lambda w: changed(w, offsets=set_word(w.offsets, 2, 0)),
-        ("offsets must never decrease",),
+        ("offsets[2] ",),
     ),
     "too short for masks": (
         lambda w: changed(w, offsets=set_word(w.offsets, 1, 3)),
-        ("block 0 holds 3 units", "masks alone need more"),
+        ("block 0 ", "3"),
     ),
     "past the end": (
         lambda w: changed(w, offsets=set_word(w.offsets, -1, int(w.offsets[-1]) + 1)),
-        ("offsets must end at",),
+        ("offsets ",),
     ),
     "units of another block": (
         lambda w: changed(w, offsets=set_word(w.offsets, 1, int(w.offsets[1]) - 1)),
-        ("block 0: holds", "units, but"),
+        ("block 0: ",),
     ),
     "masks of nothing": (
         lambda w: changed(w, payload=set_word(w.payload, slice(1, 13), w.payload[1:13] & 0)),
-        ("block 0: holds", "but 0 are what its bits say"),
+        ("block 0: ", "0"),
     ),
     "bit beyond the columns": (
         lambda w: changed(w, payload=set_word(w.payload, 9, int(w.payload[9]) | 1 << 6)),
-        ("block 0: row 0, group 2: a bit lies outside the matrix",),
+        ("block 0: row 0, group 2: ",),
     ),
     "bit beyond the rows": (
         lambda w: changed(w, payload=set_word(w.payload, 4 * int(w.offsets[-2]) + 1 + 2, 1)),
-        ("block 32: row 2, group 0: a bit lies outside the matrix",),
+        ("block 32: row 2, group 0: ",),
     ),
     "stored zero": (
         lambda w: changed(w, payload=set_word(w.payload, 13, int(w.payload[13]) & ~0xFFFF)),
-        ("block 0: value 0 is zero",),
+        ("block 0: value 0 ",),
     ),
     "negative zero": (
         lambda w: changed(
             w, payload=set_word(w.payload, 13, int(w.payload[13]) & ~0x7FFF | 0x8000)
         ),
-        ("block 0: value 0 is zero",),
+        ("block 0: value 0 ",),
     ),
     "smallest value": (
         lambda w: changed(w, payload=set_word(w.payload, 0, int(w.payload[0]) + 1)),
-        ("block 0: says that", "is its smallest value"),
+        ("block 0: ",),
     ),
-    "padding": (with_noise_after_the_values, ("what follows its last value must be 0",)),
-    "wrong count": (lambda w: changed(w, nnz=w.nnz - 1), ("header says nnz = ", "holds")),
+    "padding": (with_noise_after_the_values, ("block ",)),
+    "wrong count": (lambda w: changed(w, nnz=w.nnz - 1), ("nnz = ",)),
 }
 
 CONTENTS_OF = {"tiled_csl": CONTENTS, "bitmap": BITMAP_CONTENTS, "row_bitmap": ROW_BITMAP_CONTENTS}
 
 
-@pytest.mark.parametrize(
+@each(
     ("format", "case"),
     [(format, case) for format, cases in CONTENTS_OF.items() for case in cases],
 )
@@ -732,14 +735,14 @@ def test_validate_reads_every_invariant(format, case, device):
 # ---- building one ----
 
 
-@pytest.mark.parametrize(
+@each(
     ("header", "error", "parts"),
     [
-        (torch.zeros(8), TypeError, ("header must be int64", "float32")),
-        (torch.zeros(8, dtype=torch.int32), TypeError, ("header must be int64", "int32")),
-        (torch.zeros(7, dtype=torch.int64), ValueError, ("shape [8]", "got [7]")),
-        (torch.zeros(2, 4, dtype=torch.int64), ValueError, ("shape [8]", "got [2, 4]")),
-        (torch.zeros(8, dtype=torch.int64, device="meta"), ValueError, ("meta device",)),
+        (torch.zeros(8), TypeError, ("header ", "int64", "float32")),
+        (torch.zeros(8, dtype=torch.int32), TypeError, ("header ", "int64", "int32")),
+        (torch.zeros(7, dtype=torch.int64), ValueError, ("header ", "[8]", "[7]")),
+        (torch.zeros(2, 4, dtype=torch.int64), ValueError, ("header ", "[8]", "[2, 4]")),
+        (torch.zeros(8, dtype=torch.int64, device="meta"), ValueError, ("header ", "meta")),
     ],
 )
 def test_header_tensors(header, error, parts):
@@ -750,26 +753,26 @@ def test_header_tensors(header, error, parts):
 
 def test_header_of_the_wrong_length_at_the_operator():
     w, _, _ = good("cpu")
-    with raises(ValueError, "flash_llm::unpack: header must hold 8 integers", "got 3"):
+    with raises(ValueError, "flash_llm::unpack: header ", "8", "3"):
         torch.ops.flash_llm.unpack([1, 2, 3], w.offsets, w.payload)
 
 
-@pytest.mark.parametrize("format", ["auto", *FORMATS])
-@pytest.mark.parametrize("op", ["pack", "prune_pack"])
-@pytest.mark.parametrize(
+@each("format", ["auto", *FORMATS])
+@each("op", ["pack", "prune_pack"])
+@each(
     ("shape", "dtype", "error", "parts"),
     [
-        ((3,), torch.float16, ValueError, ("dense must be two-dimensional", "got 1")),
-        ((3, 3, 3), torch.float16, ValueError, ("dense must be two-dimensional", "got 3")),
-        ((), torch.bfloat16, ValueError, ("dense must be two-dimensional", "got 0")),
-        ((3, 3), torch.float32, TypeError, ("dense must be float16 or bfloat16", "got Float")),
-        ((3, 3), torch.float64, TypeError, ("dense must be", "got Double")),
-        ((3, 3), torch.int32, TypeError, ("dense must be", "got Int")),
-        ((3, 3), torch.bool, TypeError, ("dense must be", "got Bool")),
-        ((3, 3), torch.complex64, TypeError, ("dense must be", "ComplexFloat")),
-        ((2**31, 1), torch.float16, ValueError, ("2^31 - 1 rows", "2147483648x1")),
-        ((1, 2**31), torch.float16, ValueError, ("2^31 - 1 rows", "1x2147483648")),
-        ((2**31 - 1,) * 2, torch.float16, ValueError, ("2147483647x2147483647", "more tiles")),
+        ((3,), torch.float16, ValueError, ("dense ", "1")),
+        ((3, 3, 3), torch.float16, ValueError, ("dense ", "3")),
+        ((), torch.bfloat16, ValueError, ("dense ", "0")),
+        ((3, 3), torch.float32, TypeError, ("dense ", "float16", "bfloat16", "Float")),
+        ((3, 3), torch.float64, TypeError, ("dense ", "Double")),
+        ((3, 3), torch.int32, TypeError, ("dense ", "Int")),
+        ((3, 3), torch.bool, TypeError, ("dense ", "Bool")),
+        ((3, 3), torch.complex64, TypeError, ("dense ", "ComplexFloat")),
+        ((2**31, 1), torch.float16, ValueError, ("2147483648x1",)),
+        ((1, 2**31), torch.float16, ValueError, ("1x2147483648",)),
+        ((2**31 - 1,) * 2, torch.float16, ValueError, ("2147483647x2147483647",)),
     ],
 )
 def test_what_cannot_be_packed(op, shape, dtype, error, parts, format, device):
@@ -779,19 +782,19 @@ def test_what_cannot_be_packed(op, shape, dtype, error, parts, format, device):
         getattr(flash_llm, op)(*arguments, format=format)
 
 
-@pytest.mark.parametrize(
+@each(
     ("sparsity", "scope", "parts"),
     [
-        (-0.1, "row", ("sparsity must lie in [0, 1]", "-0.1")),
-        (1.01, "layer", ("sparsity must lie in [0, 1]", "1.01")),
-        (float("nan"), "row", ("sparsity must lie in [0, 1]", "nan")),
-        (float("inf"), "layer", ("sparsity must lie in [0, 1]", "inf")),
-        (None, "row", ('sparsity must be given for scope "row"',)),
-        (None, "layer", ('sparsity must be given for scope "layer"',)),
-        (0.6, "2:4", ("sparsity must be 0.5", '"2:4"', "0.6")),
-        (0.5, "column", ("scope must be", "column")),
+        (-0.1, "row", ("sparsity ", "[0, 1]", "-0.1")),
+        (1.01, "layer", ("sparsity ", "[0, 1]", "1.01")),
+        (float("nan"), "row", ("sparsity ", "[0, 1]", "nan")),
+        (float("inf"), "layer", ("sparsity ", "[0, 1]", "inf")),
+        (None, "row", ("sparsity ", '"row"')),
+        (None, "layer", ("sparsity ", '"layer"')),
+        (0.6, "2:4", ("sparsity ", "0.5", '"2:4"', "0.6")),
+        (0.5, "column", ("scope ", "column")),
         *(
-            (None, scope, ("scope must be", f'"{scope}"'))
+            (None, scope, ("scope ", f'"{scope}"'))
             for scope in ("0:4", "5:4", "2:65", "-1:4", "2:", ":4", "2:4:8", "a:b", "2 :4", "")
         ),
     ],
@@ -802,7 +805,7 @@ def test_pruning_targets(sparsity, scope, parts, device):
         flash_llm.prune_pack(dense, sparsity, scope=scope)
 
 
-@pytest.mark.parametrize(
+@each(
     "call",
     [
         lambda dense, name: flash_llm.pack(dense, name),
@@ -818,14 +821,14 @@ def test_pruning_targets(sparsity, scope, parts, device):
 def test_formats_that_nobody_knows(call, device):
     dense = torch.ones(4, 8, dtype=torch.float16, device=device)
     for name in ("csr", "", "TILED_CSL", "Auto", "bitmap "):
-        with raises(ValueError, "flash_llm", "format must be ", f'got "{name}"') as caught:
+        with raises(ValueError, "flash_llm", "format ", f'"{name}"') as caught:
             call(dense, name)
         for known in ("auto", *FORMATS):
             assert f'"{known}"' in str(caught.value)
 
 
 def test_auto_is_no_format_of_a_weight():
-    with raises(ValueError, "format must be ", 'got "auto"') as caught:
+    with raises(ValueError, "format ", '"auto"') as caught:
         PackedWeight.class_for("auto")
     for known in FORMATS:
         assert f'"{known}"' in str(caught.value)
@@ -838,7 +841,7 @@ def test_auto_is_no_format_of_a_weight():
 def test_from_tensors_of_the_other_format(format, device):
     w, _, _ = good(device, format)
     other = other_format(format)
-    with raises(ValueError, f'header must name format "{other}", got "{format}"'):
+    with raises(ValueError, "header ", f'"{other}"', f'"{format}"'):
         PackedWeight.class_for(other).from_tensors(w.header, w.offsets, w.payload)
 
 
@@ -852,23 +855,23 @@ def test_from_tensors_of_another_class():
 
     try:
         w, _, _ = good("cpu")
-        with raises(ValueError, 'header must name format "other"', '"tiled_csl"'):
+        with raises(ValueError, "header ", '"other"', '"tiled_csl"'):
             Other.from_tensors(w.header, w.offsets, w.payload)
     finally:
         flash_llm.ops._CLASS_OF_FORMAT.pop("other")
         flash_llm.ops._CLASS_OF_ID.pop(1234)
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "error", "parts"),
     [
-        ({"m": -1, "k": 3}, ValueError, ("m and k must not be negative", "-1 and 3")),
+        ({"m": -1, "k": 3}, ValueError, ("m and k ", "-1 and 3")),
         ({"m": 3, "k": 3, "dtype": torch.float32}, TypeError, ("float32", ".to(torch.bfloat16)")),
-        ({"m": 3, "k": 3, "payload_words": 4}, ValueError, ("payload_words must be 0", "4 on cpu")),
+        ({"m": 3, "k": 3, "payload_words": 4}, ValueError, ("payload_words ", "4 on cpu")),
         (
             {"m": 3, "k": 3, "payload_words": -4, "device": "meta"},
             ValueError,
-            ("payload_words must be 0", "-4 on meta"),
+            ("payload_words ", "-4 on meta"),
         ),
     ],
 )
@@ -879,47 +882,47 @@ def test_empty_weights(arguments, error, parts, format):
 
 def test_value_types():
     assert PackedHeader(0, 0, 0, value_type_of(torch.bfloat16), 0, 0, 0, 0).dtype == torch.bfloat16
-    with raises(TypeError, "must be torch.float16 or torch.bfloat16", "torch.int8"):
+    with raises(TypeError, "torch.float16", "torch.bfloat16", "torch.int8"):
         value_type_of(torch.int8)
 
 
 # ---- modules ----
 
 
-@pytest.mark.parametrize(
+@each(
     ("make", "error", "parts"),
     [
         (lambda: SparseLinear(4, 4, dtype=torch.float32), TypeError, ("float32",)),
-        (lambda: SparseLinear(-4, 4), ValueError, ("must not be negative", "4 and -4")),
+        (lambda: SparseLinear(-4, 4), ValueError, ("4 and -4",)),
         (
             lambda: SparseLinear.from_linear(nn.Linear(4, 4)),
             TypeError,
-            ("weight of Linear", "float32", ".to(torch.bfloat16)"),
+            ("weight ", "Linear", "float32", ".to(torch.bfloat16)"),
         ),
         (
             lambda: SparseLinear.from_linear(nn.Conv2d(4, 4, 1).half()),
             TypeError,
-            ("expected nn.Linear or Conv1D", "Conv2d"),
+            ("nn.Linear", "Conv1D", "Conv2d"),
         ),
         (
             lambda: SparseLinear.from_linear(nn.Linear(4, 4).half(), sparsity=2.0),
             ValueError,
-            ("sparsity must lie in [0, 1]",),
+            ("sparsity ", "[0, 1]"),
         ),
         (
             lambda: SparseLinear.from_linear(nn.Linear(4, 4).half(), scope="col"),
             ValueError,
-            ("scope must be", "col"),
+            ("scope ", "col"),
         ),
         (
             lambda: SparseLinear.from_packed(good("cpu")[0], torch.zeros(7).half()),
             ValueError,
-            ("bias must have shape [130]", "got [7]"),
+            ("bias ", "[130]", "[7]"),
         ),
         (
             lambda: SparseLinear.from_packed(good("cpu")[0], torch.zeros(130)),
             TypeError,
-            ("bias must be torch.float16 on cpu", "torch.float32 on cpu"),
+            ("bias ", "torch.float16", "torch.float32"),
         ),
     ],
 )
@@ -930,44 +933,44 @@ def test_sparse_linear_construction(make, error, parts):
 
 def test_forward_names_what_is_wrong(device):
     layer = SparseLinear(70, 130, device=device)
-    with raises(ValueError, "flash_llm::spmm: x.size(-1) must equal K=70, got 71"):
+    with raises(ValueError, "flash_llm::spmm: x.size(-1) ", "K=70", "71"):
         layer(torch.ones(2, 71, dtype=torch.float16, device=device))
-    with raises(TypeError, "flash_llm::spmm: x must be Half", "Float"):
+    with raises(TypeError, "flash_llm::spmm: x ", "Half", "Float"):
         layer(torch.ones(2, 70, device=device))
 
 
 # ---- plans and builds ----
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "error", "parts"),
     [
-        ({"compute_capability": 75}, NotImplementedError, ("8.0 or newer", "7.5")),
-        ({"config": "w9n9", "compute_capability": 90}, ValueError, ("config must be", "w9n9")),
-        ({"config": "w1n8"}, ValueError, ("config must be", "CPU", "w1n8")),
-        ({"ctas": -3}, ValueError, ("ctas must", "-3")),
-        ({"m": 1 << 31}, ValueError, ("must each fit 31 bits",)),
-        ({"value_type": "float32"}, TypeError, ("value_type must be", "float32")),
-        ({"format": "csr"}, ValueError, ('format must be "auto" or', "csr")),
+        ({"compute_capability": 75}, NotImplementedError, ("8.0", "7.5")),
+        ({"config": "w9n9", "compute_capability": 90}, ValueError, ("config ", "w9n9")),
+        ({"config": "w1n8"}, ValueError, ("config ", "CPU", "w1n8")),
+        ({"ctas": -3}, ValueError, ("ctas ", "-3")),
+        ({"m": 1 << 31}, ValueError, (str(1 << 31),)),
+        ({"value_type": "float32"}, TypeError, ("value_type ", "float32")),
+        ({"format": "csr"}, ValueError, ("format ", '"auto"', "csr")),
         (
             {"format": "bitmap", "config": "n8", "compute_capability": 80},
             NotImplementedError,
-            ('config "n8" needs a Hopper GPU (compute capability 9.0)', "this GPU has 8.0"),
+            ('config "n8"', "9.0", "8.0"),
         ),
         (
             {"format": "bitmap", "config": "w1n8", "compute_capability": 90},
             ValueError,
-            ('"n8"', '"dense"', 'for format "bitmap" on CUDA', 'got "w1n8"'),
+            ('"n8"', '"dense"', '"bitmap"', "CUDA", '"w1n8"'),
         ),
         (
             {"format": "tiled_csl", "config": "n8", "compute_capability": 90},
             ValueError,
-            ('"w1n8"', '"dense"', 'for format "tiled_csl" on CUDA', 'got "n8"'),
+            ('"w1n8"', '"dense"', '"tiled_csl"', "CUDA", '"n8"'),
         ),
         (
             {"format": "bitmap", "config": "cpu_tiles"},
             ValueError,
-            ('"cpu_reference", "dense"', 'for format "bitmap" on the CPU', 'got "cpu_tiles"'),
+            ('"cpu_reference"', '"dense"', '"bitmap"', "CPU", '"cpu_tiles"'),
         ),
     ],
 )
@@ -977,7 +980,7 @@ def test_explain_plan(arguments, error, parts):
 
 
 @pytest.mark.skipif(_extension.require().build_info()["cuda"], reason="this build has CUDA")
-@pytest.mark.parametrize("op", ["pack", "prune_pack", "spmm", "unpack", "validate"])
+@each("op", ["pack", "prune_pack", "spmm", "unpack", "validate"])
 def test_a_build_without_cuda_says_what_to_do(op, format):
     """No GPU is needed to reach the CUDA implementation of an operator."""
     w, x, _ = good("cpu", format)
@@ -990,11 +993,11 @@ def test_a_build_without_cuda_says_what_to_do(op, format):
         "validate": (header, w.offsets, w.payload),
     }[op]
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    with raises(NotImplementedError, f"flash_llm::{op}: ", "Found: ", "Needed: ", "pip install"):
+    with raises(NotImplementedError, f"flash_llm::{op}: ", "CUDA", "pip install"):
         getattr(torch.ops.flash_llm, op).default.redispatch(cuda, *arguments)
 
 
-@pytest.mark.parametrize("operand", ["x", "offsets", "payload", "bias"])
+@each("operand", ["x", "offsets", "payload", "bias"])
 def test_one_operand_on_the_meta_device_does_not_answer_with_noise(operand, format):
     """Meta outranks the CPU in dispatch: the fake must refuse, not return fresh memory."""
     w = flash_llm.pack(torch.eye(64).half(), format)
@@ -1005,36 +1008,36 @@ def test_one_operand_on_the_meta_device_does_not_answer_with_noise(operand, form
         "bias": torch.ones(64).half(),
     }
     parts[operand] = parts[operand].to("meta")
-    with pytest.raises(TypeError, match=f"must be on .*, got .*|{operand}"):
+    with pytest.raises(TypeError, match="flash_llm::spmm: .*meta"):
         torch.ops.flash_llm.spmm(
             parts["x"], list(w.header), parts["offsets"], parts["payload"], parts["bias"]
         )
 
 
 def test_a_layer_that_was_never_loaded_does_not_answer():
-    with pytest.raises(TypeError, match="x must be on meta like the weight, got cpu"):
+    with pytest.raises(TypeError, match="x .*meta.*cpu"):
         SparseLinear(16, 16, device="meta")(torch.ones(1, 16).half())
 
 
 def test_validation_of_meta_buffers_is_refused():
     w = TiledCSL.from_dense(torch.eye(64).half())
-    with pytest.raises(TypeError, match="payload must be int32"):
+    with pytest.raises(TypeError, match="payload .*int32"):
         TiledCSL.from_tensors(w.header, w.offsets, torch.zeros(3, device="meta"))
-    with pytest.raises(TypeError, match="offsets must be on meta"):
+    with pytest.raises(TypeError, match="offsets .*meta"):
         TiledCSL.from_tensors(w.header, w.offsets, w.payload.to("meta"))
-    with pytest.raises(ValueError, match="must hold values"):
+    with pytest.raises(ValueError, match="flash_llm::validate: .*meta"):
         w.to("meta").validate()
 
 
-@pytest.mark.parametrize(
+@each(
     ("changes", "error", "message"),
     [
-        ({"bias": torch.ones(5).half()}, ValueError, "bias must have shape"),
-        ({"bias": torch.ones(64)}, TypeError, "bias must be torch.float16"),
-        ({"activation": "bogus"}, ValueError, "activation must be one of"),
-        ({"offsets": torch.zeros(9, dtype=torch.int32)}, ValueError, "offsets must have shape"),
-        ({"payload": torch.zeros(4, dtype=torch.int32)}, ValueError, "payload must have shape"),
-        ({"header": [1, 2, 3]}, ValueError, "header must hold 8 integers"),
+        ({"bias": torch.ones(5).half()}, ValueError, "bias "),
+        ({"bias": torch.ones(64)}, TypeError, "bias .*torch.float16"),
+        ({"activation": "bogus"}, ValueError, "activation .*bogus"),
+        ({"offsets": torch.zeros(9, dtype=torch.int32)}, ValueError, "offsets "),
+        ({"payload": torch.zeros(4, dtype=torch.int32)}, ValueError, "payload "),
+        ({"header": [1, 2, 3]}, ValueError, "header .*8.*3"),
     ],
 )
 def test_tracing_refuses_what_the_kernel_refuses(changes, error, message, format):
@@ -1062,27 +1065,27 @@ def test_a_malformed_weight_is_refused_when_a_layer_is_built_around_it():
     payload = w.payload.clone()
     payload[1] = payload[0]
     twice = TiledCSL(w.header, w.offsets, payload)
-    with pytest.raises(ValueError, match="occurs twice"):
+    with pytest.raises(ValueError, match="flash_llm::validate: .*tile 0: "):
         SparseLinear.from_packed(twice)
     past_the_end = TiledCSL(w.header, torch.tensor([0, 10**6], dtype=torch.int32), w.payload)
-    with pytest.raises(ValueError, match="vectors"):
+    with pytest.raises(ValueError, match="tile 0"):
         past_the_end.stats()
 
 
 def test_wrong_kinds_of_argument_are_type_errors():
     dense = torch.eye(64).half()
     w = TiledCSL.from_dense(dense)
-    with pytest.raises(TypeError, match="header must be a tensor or a PackedHeader, got list"):
+    with pytest.raises(TypeError, match="header .*PackedHeader.*list"):
         TiledCSL.from_tensors(list(w.header), w.offsets, w.payload)
-    with pytest.raises(TypeError, match="w must be a packed weight"):
+    with pytest.raises(TypeError, match="w .*Tensor"):
         SparseLinear.from_packed(dense)
-    with pytest.raises(TypeError, match="bias must be a tensor, got int"):
+    with pytest.raises(TypeError, match="bias .*int"):
         SparseLinear.from_packed(w, 3)
-    with pytest.raises(TypeError, match="sparsity must be a number, got str"):
+    with pytest.raises(TypeError, match="sparsity .*str"):
         flash_llm.prune_pack(dense, "0.5")
-    with pytest.raises(TypeError, match="activation must be a string, got int"):
+    with pytest.raises(TypeError, match="activation .*int"):
         flash_llm.spmm(dense, w, activation=5)
-    with pytest.raises(ValueError, match="dense must hold values"):
+    with pytest.raises(ValueError, match="flash_llm::pack: dense .*meta"):
         flash_llm.pack(dense.to("meta"))
-    with pytest.raises(ValueError, match=r"got 1\.0000001$"):
+    with pytest.raises(ValueError, match=r"sparsity .* 1\.0000001$"):
         flash_llm.prune_pack(dense, 1.0000001)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from formats import each
 from safetensors.torch import save_file
 from torch import nn
 
@@ -55,14 +56,16 @@ def save(size, moment=None):
 
 kills, found = 0, {"old": 0, "new": 0}
 for before in SIZES:
+    earlier = folder.with_name(f"before-{before}")
+    flash_llm.save(old, earlier, max_shard_size=before)
     for after in SIZES:
         shutil.rmtree(folder, ignore_errors=True)
-        flash_llm.save(old, folder, max_shard_size=before)
+        shutil.copytree(earlier, folder)
         status, lines = save(after)
         assert status == 0 and lines > 20
         for moment in range(1, lines, max(lines // moments, 1)):
             shutil.rmtree(folder)
-            flash_llm.save(old, folder, max_shard_size=before)
+            shutil.copytree(earlier, folder)
             assert save(after, moment)[0] == signal.SIGKILL
             again = flash_llm.load(build(), folder)
             whole = "new" if isinstance(again[0], flash_llm.SparseLinear) else "old"
@@ -77,7 +80,7 @@ print(kills, found["old"], found["new"])
 
 @pytest.mark.slow
 def test_a_kill_during_save_leaves_the_earlier_checkpoint_or_the_new_one(tmp_path):
-    command = [sys.executable, "-c", KILLED_SAVES, str(tmp_path / "saved"), "30"]
+    command = [sys.executable, "-c", KILLED_SAVES, str(tmp_path / "saved"), "26"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kills, old, new = map(int, done.stdout.split())
@@ -91,9 +94,10 @@ import json, random, resource, shutil, struct, sys
 from collections import Counter
 from pathlib import Path
 import torch
-import flash_llm
+import flash_llm.bench
 from flash_llm.bench import bench_checkpoint
 from flash_llm.io.report import report_checkpoint
+flash_llm.bench._time_products = lambda *_: ()  # takes seconds
 torch.set_num_threads(1)
 folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
 base = folder / "base"
@@ -172,8 +176,6 @@ for read in READERS.values():  # what is allocated once
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (256 << 20),) * 2)
 found = Counter()
-import flash_llm.bench
-flash_llm.bench._time_products = lambda *_: ()
 for number in range(rounds):
     shutil.rmtree(target)
     shutil.copytree(base, target)
@@ -226,7 +228,7 @@ def test_malformed_files_give_typed_errors_in_little_memory(tmp_path):
     assert sum(counts.values()) == 1500 and counts["ValueError"] > 400
 
 
-@pytest.mark.parametrize(
+@each(
     "change",
     [
         lambda r: r["layers"][0].update(shape=[float("inf"), 3]),
@@ -246,11 +248,11 @@ def test_damaged_reports_are_refused_by_name(tmp_path, change):
     assert PruneReport.load(tmp_path).layers[0].shape == (2, 3)
     change(found)
     (tmp_path / REPORT_NAME).write_text(json.dumps(found))
-    with pytest.raises(ValueError, match=f"{REPORT_NAME} is no report of prune_"):
+    with pytest.raises(ValueError, match=REPORT_NAME):
         PruneReport.load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 900 + "1" + "}" * 900, "", "[]", "\xff"])
+@each("text", ["[" * 100_000, '{"a":' * 900 + "1" + "}" * 900, "", "[]", "\xff"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", REPORT_NAME])
 def test_json_that_is_no_object_is_refused_by_name(tmp_path, name, text):
     save_file({"a.weight": torch.zeros(8, 8)}, tmp_path / "a.safetensors")
@@ -258,8 +260,10 @@ def test_json_that_is_no_object_is_refused_by_name(tmp_path, name, text):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / name).write_bytes(text.encode("latin1"))
     with pytest.raises(ValueError, match=name):
-        flash_llm.convert_checkpoint(tmp_path, tmp_path / "packed")
-        report_checkpoint(tmp_path)
+        if name == REPORT_NAME:
+            report_checkpoint(tmp_path)
+        else:
+            flash_llm.convert_checkpoint(tmp_path, tmp_path / "packed")
     assert not (tmp_path / "packed.partial").exists()
 
 
@@ -277,8 +281,8 @@ def test_what_a_small_file_claims_is_compared_before_memory_is_asked_for(tmp_pat
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
     monkeypatch.setattr(ops.PackedWeight, "to_dense", None)
-    with pytest.raises(ValueError, match=r"a\.weight must have shape \[4, 64\]"):
+    with pytest.raises(ValueError, match=r"a\.weight .*\[4, 64\]"):
         flash_llm.verify_checkpoint(tmp_path / "small", tmp_path / "dense")
-    with pytest.raises(ValueError, match=r"a is packed as \[4, 2147483640\]"):
+    with pytest.raises(ValueError, match=r"\ba .*\[4, 2147483640\]"):
         bench.bench_checkpoint(tmp_path / "small")
     assert flash_llm.inspect_checkpoint(tmp_path / "small").rows[0].shape == (4, 2**31 - 8)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from formats import DTYPES, FORMATS, each
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_llm
@@ -27,8 +28,15 @@ def arguments(w):
 # ---- opcheck ----
 
 
-@pytest.mark.parametrize("n", [0, 1, 9, 33])
-@pytest.mark.parametrize("activation", ["none", "gelu"])
+@each(
+    ("n", "activation", "dtype"),
+    [
+        (0, "none", torch.float16),
+        (1, "gelu", torch.bfloat16),
+        (9, "gelu", torch.float16),
+        (33, "none", torch.bfloat16),
+    ],
+)
 def test_opcheck_spmm(n, activation, format, device, dtype):
     w, _ = packed_and_dense(format, dtype=dtype, device=device)
     x = torch.randn(n, 70).to(device, dtype)
@@ -48,7 +56,7 @@ def test_opcheck_spmm_with_every_argument(format, device):
         torch.library.opcheck(torch.ops.flash_llm.spmm.default, every)
 
 
-@pytest.mark.parametrize(
+@each(
     "x_of",
     [
         lambda x: x[:, 1:71],
@@ -65,18 +73,31 @@ def test_opcheck_spmm_on_views(x_of, format, device):
     torch.library.opcheck(torch.ops.flash_llm.spmm.default, (x, *arguments(w)))
 
 
-@pytest.mark.parametrize(("m", "k"), [(130, 70), (0, 5), (5, 0), (1, 1), (128, 64)])
+@each(
+    ("m", "k", "dtype"),
+    [
+        (130, 70, torch.float16),
+        (128, 64, torch.bfloat16),
+        (0, 5, torch.float16),
+        (5, 0, torch.bfloat16),
+    ],
+)
 def test_opcheck_conversions(m, k, format, device, dtype):
     w, dense = packed_and_dense(format, m, k, dtype=dtype, device=device)
     pack, prune_pack = torch.ops.flash_llm.pack.default, torch.ops.flash_llm.prune_pack.default
     torch.library.opcheck(pack, (dense, format))
-    torch.library.opcheck(pack, (dense.t(),))
     torch.library.opcheck(prune_pack, (dense, 0.7, "row", format))
-    torch.library.opcheck(prune_pack, (dense, None, "2:4"))
     torch.library.opcheck(torch.ops.flash_llm.unpack.default, arguments(w))
     torch.library.opcheck(torch.ops.flash_llm.validate.default, arguments(w))
 
 
+def test_opcheck_packing_by_default(device):
+    dense = testing.random_sparse(130, 70, device=device)
+    torch.library.opcheck(torch.ops.flash_llm.pack.default, (dense.t(),))
+    torch.library.opcheck(torch.ops.flash_llm.prune_pack.default, (dense, None, "2:4"))
+
+
+@each("dtype", DTYPES)
 def test_fakes_have_the_shapes_of_the_real_thing(format, device, dtype):
     w, _ = packed_and_dense(format, dtype=dtype, device=device)
     x = torch.randn(2, 3, 70).to(device, dtype)
@@ -87,17 +108,15 @@ def test_fakes_have_the_shapes_of_the_real_thing(format, device, dtype):
         assert (y.shape, y.dtype, y.device) == ((2, 3, 130), dtype, x.device)
         unpacked = torch.ops.flash_llm.unpack(header, fake_offsets, fake_payload)
         assert (unpacked.shape, unpacked.dtype) == ((130, 70), dtype)
-        with pytest.raises(ValueError, match="flash_llm::spmm: offsets must have shape"):
+        with pytest.raises(ValueError, match="flash_llm::spmm: offsets "):
             torch.ops.flash_llm.spmm(
                 mode.from_tensor(x), header, fake_offsets.new_empty(3), fake_payload
             )
-        with pytest.raises(
-            ValueError, match=r"flash_llm::spmm: x must have shape \[\.\.\., K=70\]"
-        ):
+        with pytest.raises(ValueError, match="flash_llm::spmm: x .*K=70"):
             torch.ops.flash_llm.spmm(
                 mode.from_tensor(x)[..., 1:], header, fake_offsets, fake_payload
             )
-        with pytest.raises(TypeError, match="flash_llm::spmm: x must be"):
+        with pytest.raises(TypeError, match="flash_llm::spmm: x "):
             torch.ops.flash_llm.spmm(
                 mode.from_tensor(x).float(), header, fake_offsets, fake_payload
             )
@@ -134,8 +153,9 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@each(("activation", "dtype"), zip(ACTIVATIONS, 2 * DTYPES, strict=True))
 def test_compiles_into_one_graph(activation, format, device, dtype, fresh_dynamo):
+    torch._dynamo.reset()  # which gives up on code that it has compiled often
     w, dense = packed_and_dense(format, dtype=dtype, device=device)
     bias = torch.randn(130).to(device, dtype)
 
@@ -216,8 +236,9 @@ def rounding(dtype):
     return {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(9,), (2, 3), (), (0,)])
+@each("activation", ACTIVATIONS)
+@each("shape", [(9,), (2, 3), (), (0,)])
+@each("dtype", DTYPES)
 def test_gradients_match_a_dense_float64_layer(activation, shape, format, device, dtype):
     w, dense = packed_and_dense(format, dtype=dtype, device=device)
     x = torch.randn(*shape, 70).to(device, dtype).requires_grad_()
@@ -243,6 +264,7 @@ def test_gradients_match_a_dense_float64_layer(activation, shape, format, device
         assert bool((error <= 1.2 * slack + 2 * u * exact_grad.abs() + 1e-7).all()), error.max()
 
 
+@each("dtype", DTYPES)
 def test_integer_gradients_are_exact(format, device, dtype):
     weight = testing.small_integers(130, 70, sparsity=0.5, dtype=dtype, device=device)
     x = testing.small_integers(4, 70, dtype=dtype, device=device, seed=1).requires_grad_()
@@ -256,7 +278,7 @@ def test_integer_gradients_are_exact(format, device, dtype):
     assert torch.equal(bias.grad, grad_z.sum(0).to(dtype))
 
 
-@pytest.mark.parametrize("activation", [None, "silu"])
+@each("activation", [None, "silu"])
 def test_only_the_gradients_that_are_asked_for_are_computed(activation, format, monkeypatch):
     w, _ = packed_and_dense(format)
     bias = torch.zeros(130, dtype=torch.float16)
@@ -310,12 +332,12 @@ def test_autocast_leaves_the_operator_alone(format, device):
     with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(flash_llm.spmm(x, w), flash_llm.spmm(x, w))
         assert flash_llm.spmm(x, w).dtype == torch.float16
-        with pytest.raises(TypeError, match="flash_llm::spmm: x must be Half"):
+        with pytest.raises(TypeError, match="flash_llm::spmm: x .*Half"):
             flash_llm.spmm(x.float(), w)
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
-@pytest.mark.parametrize("leading", [(), (0,), (3,), (2, 0)])
+@each("shape", [(0, 8), (8, 0), (0, 0)])
+@each("leading", [(), (0,), (3,), (2, 0)])
 def test_bias_gradient_of_empty_shapes(shape, leading, format):
     """M = 0 once failed in backward: "cannot reshape tensor of 0 elements"."""
     m, k = shape
@@ -376,34 +398,35 @@ CHANGED_WEIGHT = """
 import sys, threading, time
 import torch, flash_llm
 
-fmt = sys.argv[1]
 torch.set_num_threads(1)
 weight = torch.randn(256, 512).half()
 others = [weight * (torch.rand(256, 512) < density) for density in (1.0, 0.5, 0.1, 0.0)]
-counts, stop = {"packed": 0, "refused": 0}, time.monotonic() + 2
 
-def write():
+def write(stop):
     while time.monotonic() < stop:
         for other in others:
             weight.copy_(other)
 
-thread = threading.Thread(target=write)
-thread.start()
-while thread.is_alive():
-    for pack in (flash_llm.pack, lambda w, f: flash_llm.prune_pack(w, 0.3, format=f)):
-        try:
-            pack(weight, fmt).validate()
-            counts["packed"] += 1
-        except RuntimeError as error:
-            assert "pack: dense was changed by another thread" in str(error), error
-            counts["refused"] += 1
-assert counts["packed"] > 0, counts
-print(fmt, counts)
+for fmt in sys.argv[1:]:
+    print(fmt, flush=True)
+    counts = {"packed": 0, "refused": 0}
+    thread = threading.Thread(target=write, args=(time.monotonic() + 0.7,))
+    thread.start()
+    while thread.is_alive():
+        for pack in (flash_llm.pack, lambda w, f: flash_llm.prune_pack(w, 0.3, format=f)):
+            try:
+                pack(weight, fmt).validate()
+                counts["packed"] += 1
+            except RuntimeError as error:
+                assert "pack: dense " in str(error), error
+                counts["refused"] += 1
+    assert counts["packed"] > 0, counts
+    print(counts)
 """
 
 
-def test_packing_a_weight_that_another_thread_changes_corrupts_nothing(format):
-    print(run_program(("-c", CHANGED_WEIGHT), format))
+def test_packing_a_weight_that_another_thread_changes_corrupts_nothing():
+    print(run_program(("-c", CHANGED_WEIGHT), *FORMATS))
 
 
 SHARED_CORE = """
@@ -442,6 +465,6 @@ def test_hostile_operators(tmp_path):
     program = str(Path(__file__).with_name("hostile_operators.py"))
     call = tmp_path / "call"
     try:
-        print(run_program((program,), "20", HOSTILE_CALL=str(call)))
+        print(run_program((program,), "5", HOSTILE_CALL=str(call)))
     except AssertionError as error:
         raise AssertionError(f"{call.read_text()}{error}") from None

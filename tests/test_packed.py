@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from formats import (
+    DTYPES,
     FORMATS,
     SPECIAL,
     assert_same_weight,
     bits_of,
+    each,
     from_bits,
     has_hopper,
     plan_names,
@@ -30,8 +32,8 @@ from flash_llm.ops import PackedHeader, PackedWeight
 SIZES = (0, 1, 7, 8, 63, 64, 65, 127, 129, 200, 576)
 
 
-@pytest.mark.parametrize("m", SIZES)
-@pytest.mark.parametrize("k", SIZES)
+@each("m", SIZES)
+@each("k", SIZES)
 def test_round_trip_of_every_size_and_pattern(m, k, format, dtype, device):
     for pattern, sparsity in (("tiles", 0.0), ("uniform", 0.9), ("rows", 0.5), ("columns", 0.5)):
         dense = testing.random_sparse(m, k, sparsity, pattern=pattern, dtype=dtype, device=device)
@@ -44,12 +46,14 @@ def test_round_trip_of_every_size_and_pattern(m, k, format, dtype, device):
         np.testing.assert_array_equal(read(packed), bits_of(dense), err_msg=pattern)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.49, 0.5, 0.51, 1.0])
+@each("sparsity", [0.0, 0.49, 0.5, 0.51, 1.0])
+@each("dtype", DTYPES)
 def test_any_density_survives_past_the_published_limit_of_half(sparsity, format, dtype, device):
     dense = testing.random_sparse(300, 200, sparsity, dtype=dtype, device=device)
     assert torch.equal(flash_llm.pack(dense, format).to_dense(), dense)
 
 
+@each("dtype", DTYPES)
 def test_every_bit_pattern_survives(format, dtype, device):
     bits = np.arange(1 << 16, dtype=np.uint16).reshape(128, 512)
     packed = flash_llm.pack(from_bits(bits, dtype, device), format)
@@ -72,7 +76,7 @@ def test_packing_a_weight_that_another_stream_changes_corrupts_nothing(gpu_forma
         try:
             flash_llm.pack(weight, gpu_format).validate()
         except RuntimeError as error:
-            assert "flash_llm::pack: dense was changed" in str(error)
+            assert "flash_llm::pack: dense" in str(error)
             refused += 1
         stream.synchronize()
     assert refused > 0
@@ -80,6 +84,7 @@ def test_packing_a_weight_that_another_stream_changes_corrupts_nothing(gpu_forma
         assert torch.equal(flash_llm.pack(other, gpu_format).to_dense(), other)
 
 
+@each("dtype", DTYPES)
 def test_a_negative_zero_is_a_zero(format, dtype, device):
     """Pruning by ``weight * mask`` leaves -0 where a weight was negative: it must cost nothing."""
     weight = testing.random_sparse(130, 300, 0.0, dtype=dtype, device=device)
@@ -96,7 +101,7 @@ def test_a_negative_zero_is_a_zero(format, dtype, device):
     assert torch.equal(flash_llm.spmm(x, packed), flash_llm.spmm(x, flash_llm.pack(plain, format)))
 
 
-@pytest.mark.parametrize(
+@each(
     "view",
     [
         lambda big: big[3:100, 5:77],
@@ -108,6 +113,7 @@ def test_a_negative_zero_is_a_zero(format, dtype, device):
     ],
     ids=["sliced", "transposed", "strided", "expanded-rows", "expanded-columns", "flipped"],
 )
+@each("dtype", DTYPES)
 def test_views_pack_like_their_contiguous_copy(view, format, dtype, device):
     big = testing.random_sparse(140, 150, 0.6, dtype=dtype, device=device)
     seen = view(big)
@@ -134,7 +140,8 @@ def test_thread_count_does_not_change_the_bytes(format):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("m", "k"), [(0, 5), (1, 1), (129, 65), (576, 200), (1024, 4096)])
+@each(("m", "k"), [(0, 5), (1, 1), (129, 65), (576, 200), (1024, 4096)])
+@each("dtype", DTYPES)
 def test_cpu_and_cuda_pack_the_same_bytes(m, k, format, dtype):
     for pattern in testing.PATTERNS:
         dense = testing.random_sparse(m, k, 0.7, pattern=pattern, dtype=dtype)
@@ -149,8 +156,8 @@ def test_cpu_and_cuda_pack_the_same_bytes(m, k, format, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sparsity", [0.0, 0.05, 0.5, 0.75, 0.8, 0.9, 0.95, 0.99, 1.0])
-@pytest.mark.parametrize("pattern", testing.PATTERNS)
+@each("sparsity", [0.0, 0.05, 0.5, 0.75, 0.8, 0.9, 0.95, 0.99, 1.0])
+@each("pattern", testing.PATTERNS)
 def test_cpu_and_cuda_pack_the_same_bytes_at_any_density(sparsity, pattern, format):
     for m, k in ((1030, 700), (40, 1280)):
         dense = testing.random_sparse(m, k, sparsity, pattern=pattern)
@@ -160,6 +167,7 @@ def test_cpu_and_cuda_pack_the_same_bytes_at_any_density(sparsity, pattern, form
 
 
 @pytest.mark.gpu
+@each("dtype", DTYPES)
 def test_cpu_and_cuda_pack_the_same_specials(format, dtype):
     rng = np.random.default_rng(0)
     for density in (0.05, 0.2, 0.9):
@@ -182,7 +190,8 @@ def test_auto_takes_the_format_of_a_cpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.96, 1.0])
+@each("sparsity", [0.0, 0.5, 0.9, 0.96, 1.0])
+@each("dtype", DTYPES)
 def test_auto_on_a_gpu_takes_what_explain_format_says(sparsity, dtype):
     dense = testing.random_sparse(600, 520, sparsity, dtype=dtype, device="cuda")
     nnz = int((dense != 0).sum())
@@ -226,8 +235,8 @@ def magnitude_pruned(bits, scope, sparsity):
     return out
 
 
-@pytest.mark.parametrize(("m", "k"), [(1, 1), (7, 9), (65, 64), (33, 130), (0, 4), (4, 0)])
-@pytest.mark.parametrize(
+@each(("m", "k"), [(1, 1), (7, 9), (65, 64), (33, 130), (0, 4), (4, 0)])
+@each(
     ("scope", "sparsity"),
     [
         *itertools.product(("row", "layer"), (0.0, 0.3, 0.5, 0.999, 1.0)),
@@ -250,7 +259,8 @@ def test_prune_pack_drops_the_smallest_magnitudes(m, k, scope, sparsity, format,
 # ---- the object ----
 
 
-@pytest.mark.parametrize(("m", "k"), [(0, 0), (1, 1), (129, 65), (576, 200)])
+@each(("m", "k"), [(0, 0), (1, 1), (129, 65), (576, 200)])
+@each("dtype", DTYPES)
 def test_empty_is_what_packing_zeros_gives(m, k, format, dtype, device):
     empty = PackedWeight.class_for(format).empty(m, k, dtype=dtype, device=device)
     empty.validate()
@@ -259,7 +269,7 @@ def test_empty_is_what_packing_zeros_gives(m, k, format, dtype, device):
     assert_same_weight(empty, flash_llm.pack(-zeros, format))
 
 
-@pytest.mark.parametrize(("m", "k"), [(0, 0), (0, 5), (5, 0)])
+@each(("m", "k"), [(0, 0), (0, 5), (5, 0)])
 def test_stats_of_nothing(m, k, format):
     stats = flash_llm.pack(torch.zeros(m, k, dtype=torch.float16), format).stats()
     assert (stats.nnz, stats.dense_bytes, stats.bytes_per_element) == (0, 0, 0.0)
@@ -401,7 +411,7 @@ def test_property_corruption_is_refused_or_harmless(weight, format, data):
     assert packed.nnz == np.count_nonzero(read(packed))
 
 
-@pytest.mark.parametrize("garbage", ["offsets", "payload", "both"])
+@each("garbage", ["offsets", "payload", "both"])
 def test_operators_survive_garbage_buffers(garbage, format, device):
     """Sizes right, content random: any answer, but no crash and no foreign memory."""
     generator = torch.Generator().manual_seed(0)
@@ -456,22 +466,22 @@ def test_slice_and_concat_refuse_what_does_not_fit(device):
         testing.random_sparse(64, 96, 0.5, dtype=torch.bfloat16, device=device, seed=5),
         "row_bitmap",
     )
-    with pytest.raises(ValueError, match="step 1"):
+    with pytest.raises(ValueError, match=r"rows .*slice\(0, 64, 2\)"):
         packed.slice(slice(0, 64, 2))
-    with pytest.raises(ValueError, match="there must be a weight"):
+    with pytest.raises(ValueError, match="flash_llm::concat"):
         flash_llm.PackedWeight.concat([])
     narrow = flash_llm.pack(
         testing.random_sparse(64, 95, 0.5, dtype=torch.bfloat16, device=device, seed=5),
         "row_bitmap",
     )
-    with pytest.raises(ValueError, match="weight 1 has 95"):
+    with pytest.raises(ValueError, match="K=96 .*weight 1 .*95"):
         flash_llm.PackedWeight.concat([packed, narrow])
-    for other in (
-        flash_llm.pack(packed.to_dense(), "tiled_csl"),
-        flash_llm.pack(packed.to_dense().half(), "row_bitmap"),
+    for other, named in (
+        (flash_llm.pack(packed.to_dense(), "tiled_csl"), "tiled_csl"),
+        (flash_llm.pack(packed.to_dense().half(), "row_bitmap"), "float16"),
     ):
-        with pytest.raises(TypeError, match="weight 1 has"):
+        with pytest.raises(TypeError, match=f"row_bitmap.* bfloat16.*weight 1 .*{named}"):
             flash_llm.PackedWeight.concat([packed, other])
     broken = dataclasses.replace(packed, offsets=packed.offsets.flip(0))
-    with pytest.raises(ValueError, match="malformed"):
+    with pytest.raises(ValueError, match="flash_llm::slice: offsets .*rows 4 to 8"):
         broken.slice(slice(4, 8))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from formats import bits_of, blocks_of, from_bits, weights, write_row_bitmap
+from formats import DTYPES, bits_of, blocks_of, each, from_bits, weights, write_row_bitmap
 from hypothesis import given
 
 import flash_llm
@@ -21,11 +21,9 @@ ROUTES = ("cpu_rows", "cpu_blocks")
 AWKWARD_K = (1, 2, 31, 32, 33, 63, 64, 65, 95, 127, 129, 300, 1031, 4099)
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=_extension.require().cpu_isas())
 def isa(request, force_isa):
-    """Force the kernels of an instruction set."""
-    if request.param not in _extension.require().cpu_isas():
-        pytest.skip(f"this CPU has no {request.param}")
+    """Force the kernels of an instruction set, one that this CPU has."""
     force_isa(request.param)
     assert _extension.require().cpu_isa() == request.param
     return request.param
@@ -46,8 +44,9 @@ def bits_at(m, k, columns, dtype):
 # ---- bytes ----
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97, 1.0])
-@pytest.mark.parametrize(("m", "k"), [(1, 1), (3, 31), (4, 32), (5, 33), (130, 70), (200, 576)])
+@each("sparsity", [0.0, 0.5, 0.97, 1.0])
+@each(("m", "k"), [(1, 1), (3, 31), (4, 32), (5, 33), (130, 70), (200, 576)])
+@each("dtype", DTYPES)
 def test_bytes_are_as_described(m, k, sparsity, dtype):
     dense = testing.random_sparse(m, k, sparsity, dtype=dtype)
     blocks, written = blocks_of(RowBitmap.from_dense(dense)), write_row_bitmap(bits_of(dense))
@@ -67,6 +66,7 @@ def test_property_bytes_are_as_described(weight):
         np.testing.assert_array_equal(block, expected)
 
 
+@each("dtype", DTYPES)
 def test_stats_count_what_a_dense_count_counts(dtype):
     dense = testing.random_sparse(301, 200, 0.6, dtype=dtype)
     dense[8:12] = 0
@@ -87,21 +87,32 @@ def test_a_large_weight_is_as_large_as_its_bits_and_values():
 # ---- every instruction set ----
 
 
+def test_this_cpu_has_every_instruction_set():
+    """Says which kernels the tests below could not run here."""
+    missing = [isa for isa in ISAS if isa not in _extension.require().cpu_isas()]
+    if missing:
+        pytest.skip(f"this CPU has no {', '.join(missing)}")
+
+
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("k", AWKWARD_K)
+@each("k", AWKWARD_K)
+@each("dtype", DTYPES)
 def test_small_integers_are_exact(k, route, isa, dtype):
     for m, sparsity in itertools.product((1, 2, 3, 4, 5, 67), (0.0, 0.5, 0.9)):
         weight = testing.small_integers(m, k, sparsity=sparsity, dtype=dtype, seed=m)
         w = RowBitmap.from_dense(weight)
         bias = testing.small_integers(m, dtype=dtype, seed=3)
-        for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 33) if m == 67 else (1, 5, 8):
-            x = testing.small_integers(n, k, dtype=dtype, seed=n)
-            y = flash_llm.spmm(x, w, bias, activation="relu", config=route)
-            assert torch.equal(y, exact(x, weight, bias, "relu")), (m, n, sparsity)
+        sizes = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 33) if m == 67 else (1, 5, 8)
+        tokens = testing.small_integers(max(sizes), k, dtype=dtype, seed=1)
+        expected = exact(tokens, weight, bias, "relu")
+        for n in sizes:
+            y = flash_llm.spmm(tokens[:n], w, bias, activation="relu", config=route)
+            assert torch.equal(y, expected[:n]), (m, n, sparsity)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.9, 0.99, 1.0])
-@pytest.mark.parametrize("pattern", testing.PATTERNS)
+@each("sparsity", [0.0, 0.4, 0.9, 0.99, 1.0])
+@each("pattern", testing.PATTERNS)
+@each("dtype", DTYPES)
 def test_results_stay_within_the_float64_bound(pattern, sparsity, isa, dtype):
     weight = testing.random_sparse(131, 1100, sparsity, pattern=pattern, dtype=dtype)
     w, bias = RowBitmap.from_dense(weight), torch.randn(131).to(dtype)
@@ -111,7 +122,8 @@ def test_results_stay_within_the_float64_bound(pattern, sparsity, isa, dtype):
         testing.assert_spmm_close(y, x, weight, bias, activation)
 
 
-@pytest.mark.parametrize("k", [64, 70, 129])
+@each("k", [64, 70, 129])
+@each("dtype", DTYPES)
 def test_masks_of_one_bit_anywhere(k, isa, dtype):
     """The first and the last column of a group, and of the matrix, each on its own."""
     x = testing.small_integers(9, k, dtype=dtype)
@@ -122,6 +134,7 @@ def test_masks_of_one_bit_anywhere(k, isa, dtype):
         assert torch.equal(RowBitmap.from_dense(weight).to_dense(), weight), column
 
 
+@each("dtype", DTYPES)
 def test_full_and_empty_rows_next_to_each_other(isa, dtype):
     weight = testing.small_integers(64, 200, dtype=dtype)
     for period in (2, 3, 5, 8):
@@ -134,23 +147,26 @@ def test_full_and_empty_rows_next_to_each_other(isa, dtype):
             assert torch.equal(y, exact(x, mixed)), (period, n)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.8, 1.0])
-@pytest.mark.parametrize(("m", "k"), [(1, 1), (3, 31), (4, 32), (6, 33), (9, 200)])
+@each("sparsity", [0.0, 0.3, 0.8, 1.0])
+@each(("m", "k"), [(1, 1), (3, 31), (4, 32), (6, 33), (9, 200)])
+@each("dtype", DTYPES)
 def test_every_instruction_set_packs_the_same_bytes(m, k, sparsity, isa, dtype, force_isa):
     # Every pattern of 16 bits may come: subnormals, infinities, NaN, and both zeros among them.
     bits = torch.randint(-(2**15), 2**15, (m, k + 1), dtype=torch.int16)
     bits[torch.rand(m, k + 1) < sparsity] = 0
     bits[torch.rand(m, k + 1) < 0.1] = -(2**15)  # -0, which is not stored
     dense = bits.view(dtype)[:, 1:]  # rows apart, beginning anywhere
-    packed = flash_llm.pack(dense, "row_bitmap")
     force_isa("portable")
     expected = flash_llm.pack(dense, "row_bitmap")
+    force_isa(isa)
+    packed = flash_llm.pack(dense, "row_bitmap")
     assert packed.header == expected.header
     assert torch.equal(packed.offsets, expected.offsets)
     assert torch.equal(packed.payload, expected.payload)
     packed.validate()
 
 
+@each("dtype", DTYPES)
 def test_unpacking_keeps_every_bit(isa, dtype):
     rng = np.random.default_rng(0)
     for m, k, density in itertools.product((1, 4, 7, 66), (1, 31, 32, 33, 70, 161), (0.1, 1.0)):
@@ -161,6 +177,7 @@ def test_unpacking_keeps_every_bit(isa, dtype):
         )
 
 
+@each("dtype", DTYPES)
 def test_infinity_and_nan_meet_absent_zeros(isa, dtype):
     """In x, in the weight, in a group that stores nothing and in a block that stores nothing."""
     weight = testing.small_integers(24, 150, sparsity=0.7, dtype=dtype)
@@ -176,9 +193,9 @@ def test_infinity_and_nan_meet_absent_zeros(isa, dtype):
         assert torch.equal(y[finite], expected[finite].to(dtype))
 
 
-@pytest.mark.parametrize("k", [96, 2100])
-@pytest.mark.parametrize("n", [1, 8])
-@pytest.mark.parametrize("where", ["weight", "x", "product", "sum"])
+@each("k", [96, 2100])
+@each("n", [1, 8])
+@each("where", ["weight", "x", "product", "sum"])
 def test_tiny_bf16_numbers_count(where, n, k, isa):
     """An instruction that flushes subnormals is used only where there can be none."""
     weight, x = torch.zeros(16, k), torch.zeros(n, k)
@@ -207,7 +224,8 @@ def test_a_tiny_number_in_one_block_changes_no_other(isa):
     testing.assert_spmm_close(y, x, weight)
 
 
-@pytest.mark.parametrize("n", [6, 97, 130, 963])
+@each("n", [6, 97, 130, 963])
+@each("dtype", DTYPES)
 def test_many_tokens_columns_and_blocks_at_once(n, isa, dtype):
     # More of each than a kernel takes in one go: 96 or 960 tokens, 1024 columns and 64 rows.
     weight = testing.small_integers(201, 2100, sparsity=0.5, dtype=dtype)
@@ -217,9 +235,9 @@ def test_many_tokens_columns_and_blocks_at_once(n, isa, dtype):
     assert torch.equal(y, exact(x, weight))
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("n", [1, 9, 100])
-def test_thread_count_does_not_change_a_bit(n, route, isa, dtype):
+@each("n", [1, 9, 100])
+@each("dtype", DTYPES)
+def test_thread_count_does_not_change_a_bit(n, isa, dtype):
     weight = testing.random_sparse(1003, 700, 0.5, dtype=dtype)
     w, x = RowBitmap.from_dense(weight), torch.randn(n, 700).to(dtype)
     threads = torch.get_num_threads()
@@ -235,6 +253,7 @@ def test_thread_count_does_not_change_a_bit(n, route, isa, dtype):
     assert torch.equal(dense, weight)
 
 
+@each("dtype", DTYPES)
 def test_malformed_weights_stay_within_their_memory(isa, dtype):
     """Masks that promise more values than the payload has, at its very end."""
     for k, step in ((200, 4), (2100, 404)):
@@ -255,6 +274,7 @@ def test_malformed_weights_stay_within_their_memory(isa, dtype):
 # ---- choosing one ----
 
 
+@each("dtype", DTYPES)
 def test_results_of_all_instruction_sets_agree(force_isa, dtype):
     weight = testing.random_sparse(300, 500, 0.5, dtype=dtype)
     w, x = RowBitmap.from_dense(weight), torch.randn(5, 500).to(dtype)
@@ -281,11 +301,11 @@ def test_the_best_is_taken_unless_one_is_forced(force_isa):
 
 def test_a_name_that_cannot_be_forced_changes_nothing(force_isa):
     force_isa("portable")
-    known = '"portable", "avx2", "avx512", "avx512_bf16", got "sse9"'
-    with pytest.raises(ValueError, match=f"flash_llm::set_cpu_isa: name must be one of {known}"):
+    known = ".*".join([*ISAS, "sse9"])
+    with pytest.raises(ValueError, match=f"flash_llm::set_cpu_isa: name .*{known}"):
         force_isa("sse9")
     for name in set(ISAS) - set(_extension.require().cpu_isas()):
-        with pytest.raises(NotImplementedError, match=f"{name} .* this CPU lacks"):
+        with pytest.raises(NotImplementedError, match=f"flash_llm::set_cpu_isa: name={name} "):
             force_isa(name)
     assert _extension.require().cpu_isa() == "portable"
 
@@ -314,5 +334,5 @@ def test_the_environment_is_read_when_the_library_is_loaded():
 
     assert says("portable") == ["portable"] * 2
     for line, op in zip(says("sse9"), ("spmm", "unpack"), strict=True):
-        assert line.startswith(f"ValueError flash_llm::{op}: FLASH_LLM_CPU_ISA must be one of")
-        assert line.endswith('got "sse9"')
+        assert line.startswith(f"ValueError flash_llm::{op}: FLASH_LLM_CPU_ISA ")
+        assert '"sse9"' in line

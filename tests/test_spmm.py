@@ -1,12 +1,13 @@
 """SpMM against two oracles: exact small integers, and float64 within a stated bound."""
 
 import functools
+import inspect
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from formats import every_plan
+from formats import DTYPES, each, every_plan
 
 import flash_llm
 from flash_llm import PackedWeight, testing
@@ -14,6 +15,26 @@ from flash_llm import PackedWeight, testing
 SIZES = (0, 1, 7, 8, 63, 64, 65, 127, 129, 200, 576)
 AWKWARD_N = (0, 1, 7, 9, 65)
 ACTIVATIONS = (None, "relu", "gelu", "silu")
+
+
+def test_each_runs_every_combination_and_names_those_that_fail():
+    seen = []
+
+    @each("m", [1, 2])
+    @each(("n", "k"), [(3, 4), (5, 6)])
+    def body(m, n, k, case):
+        seen.append((m, n, k, case, torch.initial_seed()))
+        torch.manual_seed(1)
+        assert (m, n) != (2, 5)
+        if n == 3 and m == 2:
+            pytest.fail("as pytest.raises does")
+
+    with pytest.raises(AssertionError) as caught:
+        body(case="here")
+    assert seen == [(m, n, k, "here", 0) for m in (1, 2) for n, k in ((3, 4), (5, 6))]
+    _, *failed = str(caught.value).split("\nm=")
+    assert [text[:8] for text in failed] == ["2, n=3, ", "2, n=5, "]
+    assert list(inspect.signature(body).parameters) == ["case"]
 
 
 # Each kernel on its device.
@@ -35,6 +56,15 @@ def rounds_sum(format, config):
     return dense or (format == "bitmap" and widths.get(config, 0) > 64)
 
 
+def poison_memory(device):
+    """Leave NaN in the memory that the next allocations will get, so unwritten output shows."""
+    sizes = [1 << power for power in range(9, 22)]
+    blocks = [
+        torch.full((size,), float("nan"), dtype=torch.float32, device=device) for size in sizes
+    ]
+    del blocks
+
+
 def integers(m, k, n, dtype, device, sparsity=0.6, seed=0):
     weight = testing.small_integers(m, k, sparsity=sparsity, dtype=dtype, device=device, seed=seed)
     x = testing.small_integers(n, k, dtype=dtype, device=device, seed=seed + 1)
@@ -45,21 +75,23 @@ def integers(m, k, n, dtype, device, sparsity=0.6, seed=0):
 # ---- every shape ----
 
 
-@pytest.mark.parametrize("m", SIZES)
-@pytest.mark.parametrize("k", SIZES)
+@each("m", SIZES)
+@each("k", SIZES)
 def test_small_integers_are_exact_for_every_shape(m, k, format, device, dtype):
+    tokens, weight, bias = integers(m, k, max(AWKWARD_N), dtype, device)
+    w = flash_llm.pack(weight, format)
+    expected, with_bias = exact(tokens, weight), exact(tokens, weight, bias, "relu")
     for n in AWKWARD_N:
-        x, weight, bias = integers(m, k, n, dtype, device)
-        w = flash_llm.pack(weight, format)
+        x = tokens[:n]
         y = flash_llm.spmm(x, w)
         assert y.shape == (n, m) and y.dtype == dtype and y.is_contiguous()
-        assert torch.equal(y, exact(x, weight)), n
+        assert torch.equal(y, expected[:n]), n
         y = flash_llm.spmm(x, w, bias, activation="relu")
-        assert torch.equal(y, exact(x, weight, bias, "relu")), n
+        assert torch.equal(y, with_bias[:n]), n
 
 
 @pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
-@pytest.mark.parametrize(
+@each(
     ("m", "k"),
     [
         *((128, 64), (1, 1), (63, 127), (129, 65), (200, 576), (576, 200), (384, 1024)),
@@ -69,10 +101,14 @@ def test_small_integers_are_exact_for_every_shape(m, k, format, device, dtype):
 )
 def test_every_configuration_is_exact_for_every_n_and_grid(device, format, config, m, k, dtype):
     many = (255, 256, 257, 600) if device == "cuda" else ()
-    for n in (1, 7, 8, 9, 16, 31, 32, 33, 64, 65, 128, 129, *many):
-        x, weight, bias = integers(m, k, n, dtype, device)
-        w = flash_llm.pack(weight, format)
-        expected = exact(x, weight, bias, "relu")
+    sizes = (1, 7, 8, 9, 16, 31, 32, 33, 64, 65, 128, 129, *many)
+    if config == "cpu_reference":
+        sizes = (1, 9)  # it multiplies token after token
+    tokens, weight, bias = integers(m, k, max(sizes), dtype, device)
+    w = flash_llm.pack(weight, format)
+    all_expected = exact(tokens, weight, bias, "relu")
+    for n in sizes:
+        x, expected = tokens[:n], all_expected[:n]
         if device == "cuda" and config == "dense":
             # cuBLAS adds partial sums in bf16 even where torch has told it not to (H100, N = 33).
             expected = F.linear(x, weight, bias).relu()
@@ -98,7 +134,8 @@ def full_precision_gemm():
 
 @pytest.mark.usefixtures("full_precision_gemm")
 @pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
-@pytest.mark.parametrize("pattern", testing.PATTERNS)
+@each("pattern", testing.PATTERNS)
+@each("dtype", DTYPES)
 def test_every_configuration_stays_within_the_float64_bound(device, format, config, pattern, dtype):
     weight = testing.random_sparse(
         300, 450, 0.7, pattern=pattern, dtype=dtype, device=device, seed=3
@@ -114,7 +151,8 @@ def test_every_configuration_stays_within_the_float64_bound(device, format, conf
         )
 
 
-@pytest.mark.parametrize("n", [1, 40])
+@each("n", [1, 40])
+@each("dtype", DTYPES)
 def test_the_dense_route_gives_the_bits_of_linear(n, format, device, dtype):
     """So torch's own precision settings hold for it."""
     weight = testing.random_sparse(300, 450, 0.7, dtype=dtype, device=device)
@@ -123,8 +161,9 @@ def test_the_dense_route_gives_the_bits_of_linear(n, format, device, dtype):
     assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9, 1.0])
+@each("sparsity", [0.0, 0.3, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+@each("dtype", DTYPES)
 def test_any_density_gives_right_numbers(device, format, config, sparsity, dtype):
     """The published kernel is silently wrong for tiles that are more than half full."""
     x, weight, bias = integers(257, 192, 17, dtype, device, sparsity)
@@ -133,6 +172,7 @@ def test_any_density_gives_right_numbers(device, format, config, sparsity, dtype
 
 
 @pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+@each("dtype", DTYPES)
 def test_uneven_tiles_rows_and_columns(device, format, config, dtype):
     for pattern in testing.PATTERNS:
         mask = testing.random_sparse(
@@ -144,8 +184,9 @@ def test_uneven_tiles_rows_and_columns(device, format, config, dtype):
         assert torch.equal(y, exact(x, weight, bias)), pattern
 
 
-@pytest.mark.parametrize("density", [0.02, 0.6])
+@each("density", [0.02, 0.6])
 @pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+@each("dtype", DTYPES)
 def test_full_and_empty_parts_among_others(device, format, config, density, dtype):
     """What a kernel sets aside for a part is not what every part takes."""
     m, k, n = 1100, 1500, 9
@@ -162,6 +203,7 @@ def test_full_and_empty_parts_among_others(device, format, config, density, dtyp
 
 @pytest.mark.usefixtures("full_precision_gemm")
 @pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+@each("dtype", DTYPES)
 def test_tiles_of_every_number_of_batches_in_turn(device, format, config, dtype):
     """A kernel that clears only what a tile has stored must leave nothing for the next tile."""
     # Around the multiples of a batch, 7 vectors of 4 for each of 32 lanes; padding as well.
@@ -182,7 +224,8 @@ def test_tiles_of_every_number_of_batches_in_turn(device, format, config, dtype)
 
 
 @pytest.mark.usefixtures("full_precision_gemm")
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@each("activation", ACTIVATIONS)
+@each("dtype", DTYPES)
 def test_the_plan_that_is_chosen_stays_within_the_bound(activation, format, device, dtype):
     weight = testing.random_sparse(576, 1536, 0.6, dtype=dtype, device=device)
     w = flash_llm.pack(weight, format)
@@ -193,7 +236,8 @@ def test_the_plan_that_is_chosen_stays_within_the_bound(activation, format, devi
         testing.assert_spmm_close(y, x, weight, None, activation, rounds_sum=True)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@each("activation", ACTIVATIONS)
+@each("dtype", DTYPES)
 def test_no_tokens_and_no_inputs(activation, format, device, dtype):
     empty = PackedWeight.class_for(format).empty
     bias = torch.randn(130).to(device, dtype)
@@ -213,7 +257,7 @@ def test_no_tokens_and_no_inputs(activation, format, device, dtype):
 # ---- views of the inputs ----
 
 
-@pytest.mark.parametrize(
+@each(
     "view",
     [
         lambda big: big[3:9, 5:75],
@@ -234,6 +278,7 @@ def test_no_tokens_and_no_inputs(activation, format, device, dtype):
     ],
 )
 @pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN_AND_AUTO)
+@each("dtype", DTYPES)
 def test_views_of_x_multiply_like_their_contiguous_copy(view, device, format, config, dtype):
     x = view(testing.small_integers(80, 150, dtype=dtype, device=device))
     weight = testing.small_integers(130, 70, sparsity=0.5, dtype=dtype, device=device, seed=7)
@@ -242,6 +287,7 @@ def test_views_of_x_multiply_like_their_contiguous_copy(view, device, format, co
     assert torch.equal(y, exact(x, weight))
 
 
+@each("dtype", DTYPES)
 def test_bias_may_be_a_view(format, device, dtype):
     x, weight, _ = integers(130, 70, 5, dtype, device)
     w = flash_llm.pack(weight, format)
@@ -254,8 +300,10 @@ def test_bias_may_be_a_view(format, device, dtype):
 
 
 @pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
-def test_every_output_element_is_written(device, format, config, dtype, poisoned_memory):
+@each("dtype", DTYPES)
+def test_every_output_element_is_written(device, format, config, dtype):
     """Fresh memory holds NaN here, so an element that no one wrote shows."""
+    poison_memory(device)
     for m, k, n in ((1, 1, 1), (129, 65, 9), (300, 200, 33)):
         x, weight, _ = integers(m, k, n, dtype, device)
         w = flash_llm.pack(weight, format)
@@ -267,6 +315,7 @@ def test_every_output_element_is_written(device, format, config, dtype, poisoned
 
 
 @pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+@each("dtype", DTYPES)
 def test_inf_and_nan_spread_as_in_a_dense_product(device, format, config, dtype):
     weight = testing.small_integers(140, 130, sparsity=0.7, dtype=dtype, device=device)
     weight[:, 128] = 0
@@ -288,6 +337,7 @@ def test_inf_and_nan_spread_as_in_a_dense_product(device, format, config, dtype)
 
 
 @pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+@each("dtype", DTYPES)
 def test_inf_meets_a_part_of_the_weight_that_stores_nothing(device, format, config, dtype):
     weight = testing.small_integers(600, 400, sparsity=0.5, dtype=dtype, device=device)
     weight[:, 128:256] = 0
@@ -313,6 +363,7 @@ def test_sums_leave_the_range_of_fp16_only_at_the_end(device, format, config):
 
 
 @pytest.mark.parametrize(("device", "format", "config"), EVERY_PLAN)
+@each("dtype", DTYPES)
 def test_single_products_of_every_bit_pattern_round_correctly(device, format, config, dtype):
     """K = 1: one exact product and one rounding, for subnormal, overflowing and NaN results too."""
     bits = torch.arange(-(1 << 15), 1 << 15).to(device, torch.int16)
@@ -360,11 +411,13 @@ def test_thread_count_does_not_change_a_bit(format, config):
         torch.set_num_threads(threads)
 
 
+@each("dtype", DTYPES)
 def test_prefetch_changes_no_bit(format, device, dtype):
     weight = testing.random_sparse(1100, 700, 0.7, dtype=dtype, device=device)
     w = flash_llm.pack(weight, format)
     bias = torch.randn(1100).to(device, dtype)
-    for n, activation in itertools.product((1, 9, 64, 100, 200), ACTIVATIONS):
+    sizes = (1, 9, 64, 100, 200) if device == "cuda" else (1, 9)  # a CPU prefetches nothing
+    for n, activation in itertools.product(sizes, ACTIVATIONS):
         x = torch.randn(n, 700).to(device, dtype)
         with_it = flash_llm.spmm(x, w, bias, activation=activation, prefetch=True)
         without = flash_llm.spmm(x, w, bias, activation=activation, prefetch=False)
@@ -379,12 +432,14 @@ def strided(w):
     return type(w)(w.header, offsets, payload)
 
 
-@pytest.mark.parametrize("prefetch", [True, False])
+@each("prefetch", [True, False])
+@each("dtype", DTYPES)
 def test_a_weight_packed_just_now_multiplies_right(prefetch, format, device, dtype):
     """Its memory held another weight of the same size a moment ago."""
     mask = testing.small_integers(1100, 700, sparsity=0.5, dtype=dtype, device=device) != 0
     cases = [integers(1100, 700, 9, dtype, device, sparsity=0.0, seed=seed) for seed in range(6)]
     weights = [weight * mask for _, weight, _ in cases]
+    expected = [exact(x, weight, bias) for (x, _, bias), weight in zip(cases, weights, strict=True)]
     for make in (
         lambda weight: flash_llm.pack(weight, format),
         lambda weight: flash_llm.prune_pack(weight, 0.0, format=format),
@@ -395,10 +450,11 @@ def test_a_weight_packed_just_now_multiplies_right(prefetch, format, device, dty
             flash_llm.spmm(x, make(weight), bias, prefetch=prefetch)
             for (x, _, bias), weight in zip(cases, weights, strict=True)
         ]
-        for y, (x, _, bias), weight in zip(results, cases, weights, strict=True):
-            assert torch.equal(y, exact(x, weight, bias))
+        for y, right in zip(results, expected, strict=True):
+            assert torch.equal(y, right)
 
 
+@each("dtype", DTYPES)
 def test_repeated_calls_agree_bit_for_bit(format, device, dtype):
     weight = testing.random_sparse(576, 576, 0.7, dtype=dtype, device=device)
     w = flash_llm.pack(weight, format)
@@ -409,18 +465,17 @@ def test_repeated_calls_agree_bit_for_bit(format, device, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("format", "config"),
-    [
-        *(("tiled_csl", "cpu_tiles"), ("tiled_csl", "dense"), ("bitmap", "dense")),
-        *(("row_bitmap", "cpu_rows"), ("row_bitmap", "cpu_blocks"), ("row_bitmap", "dense")),
-    ],
-)
-def test_a_layer_of_a_real_model(format, config):
+def test_a_layer_of_a_real_model():
     weight = testing.random_sparse(4096, 4096, 0.8, dtype=torch.bfloat16)
     x = torch.randn(4, 4096).bfloat16()
-    y = flash_llm.spmm(x, flash_llm.pack(weight, format), config=config)
-    testing.assert_spmm_close(y, x, weight)
+    for format, configs in (
+        ("tiled_csl", ("cpu_tiles", "dense")),
+        ("bitmap", ("dense",)),
+        ("row_bitmap", ("cpu_rows", "cpu_blocks", "dense")),
+    ):
+        w = flash_llm.pack(weight, format)
+        for config in configs:
+            testing.assert_spmm_close(flash_llm.spmm(x, w, config=config), x, weight)
 
 
 # ---- CUDA only ----
@@ -444,7 +499,7 @@ def test_second_stream_orders_with_its_own_work(device, format, config):
 
 
 @pytest.mark.parametrize(("device", "format", "config"), CUDA_PLANS_AND_AUTO)
-@pytest.mark.parametrize("k", [576, 200, 70])
+@each("k", [576, 200, 70])
 def test_captured_graph_replays_with_new_inputs(device, format, config, k):
     x, weight, bias = integers(576, k, 8, torch.bfloat16, "cuda")
     w = flash_llm.pack(weight, format)
@@ -465,7 +520,7 @@ def test_captured_graph_replays_with_new_inputs(device, format, config, k):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("n", [8, 32, 64, 100, 200])
+@each("n", [8, 32, 64, 100, 200])
 def test_chained_calls_see_each_others_results(n, gpu_format):
     """A call's kernels overlap their launches; each must still wait for what it reads."""
     weights = [
@@ -601,7 +656,7 @@ def relay_weights(links, size, dtype, device):
 @WITH_AND_WITHOUT_PREFETCH
 @LINKS
 @pytest.mark.parametrize("keep", [True, False], ids=["new-memory", "same-memory"])
-@pytest.mark.parametrize(
+@each(
     ("size", "n", "ctas"),
     [
         *((576, 8, 0), (576, 1, 5), (1024, 16, 0), (1024, 100, 0)),
@@ -609,7 +664,8 @@ def relay_weights(links, size, dtype, device):
         *((2048, 8, 0), (2048, 32, 7), (2048, 64, 0), (4096, 16, 0), (4096, 256, 0)),
     ],
 )
-def test_spmm_feeds_spmm(device, size, n, ctas, keep, links, prefetch, dtype, poisoned_memory):
+def test_spmm_feeds_spmm(device, size, n, ctas, keep, links, prefetch, dtype):
+    poison_memory(device)
     weights, packed = relay_weights(links, size, dtype, device)
     for seed in range(4):
         x = relay_input(n, size, dtype, device, seed)
@@ -626,9 +682,8 @@ def test_spmm_feeds_spmm(device, size, n, ctas, keep, links, prefetch, dtype, po
 @ON_HOPPER
 @WITH_AND_WITHOUT_PREFETCH
 @LINKS
-@pytest.mark.parametrize(
-    ("size", "n"), [(576, 8), (1024, 64), (2048, 16), (2048, 100), (1024, 200)]
-)
+@each(("size", "n"), [(576, 8), (1024, 64), (2048, 16), (2048, 100), (1024, 200)])
+@each("dtype", DTYPES)
 def test_spmm_feeds_spmm_in_a_graph(device, size, n, links, prefetch, dtype):
     weights, packed = relay_weights(links, size, dtype, device)
     inputs = [relay_input(n, size, dtype, device, seed) for seed in range(6)]
@@ -666,11 +721,10 @@ def ternary_rounds(multiply, x, weights, mixes, rounds=8):
 @ON_HOPPER
 @WITH_AND_WITHOUT_PREFETCH
 @pytest.mark.usefixtures("full_precision_gemm")
-@pytest.mark.parametrize("n", [8, 32, 64, 100, 200])
-@pytest.mark.parametrize("k", [512, 72, 70])
-def test_torch_ops_between_calls_are_waited_for(
-    device, n, k, format, prefetch, dtype, poisoned_memory
-):
+@each("n", [8, 32, 64, 100, 200])
+@each("k", [512, 72, 70])
+def test_torch_ops_between_calls_are_waited_for(device, n, k, format, prefetch, dtype):
+    poison_memory(device)
     weights = [
         testing.small_integers(1100, k, sparsity=0.6, dtype=dtype, device=device, seed=seed)
         for seed in range(3)
@@ -698,7 +752,8 @@ def test_torch_ops_between_calls_are_waited_for(
 
 @ON_HOPPER
 @WITH_AND_WITHOUT_PREFETCH
-@pytest.mark.parametrize("n", [8, 64, 200])
+@each("n", [8, 64, 200])
+@each("dtype", DTYPES)
 def test_an_input_that_is_written_in_place_between_calls(device, n, format, prefetch, dtype):
     """The kernel before a call writes the memory that the call reads, and so does the one after."""
     _, weight, _ = integers(2048, 1024, n, dtype, device)
@@ -719,8 +774,8 @@ def test_an_input_that_is_written_in_place_between_calls(device, n, format, pref
 
 @ON_HOPPER
 @WITH_AND_WITHOUT_PREFETCH
-@pytest.mark.parametrize("n", [8, 200])
-@pytest.mark.parametrize("shared", [True, False], ids=["one-weight", "own-weights"])
+@each("n", [8, 200])
+@each("shared", [True, False], ids=["one-weight", "own-weights"])
 def test_chains_on_two_streams_at_once(device, shared, n, format, prefetch):
     weights, packed = relay_weights((format,), 2048, torch.float16, device)
     # Each stream begins with another weight, or both use the first.
@@ -772,7 +827,7 @@ def test_an_input_that_another_stream_makes(device, format, prefetch):
 
 @ON_HOPPER
 @WITH_AND_WITHOUT_PREFETCH
-@pytest.mark.parametrize("source", ["cuda", "pinned"])
+@each("source", ["cuda", "pinned"])
 def test_a_weight_that_is_replaced_by_a_copy_between_calls(device, source, gpu_format, prefetch):
     """load_state_dict copies in place; copies are no kernels, so prefetching waits for them."""
     x, weight, _ = integers(1100, 700, 8, torch.float16, device)

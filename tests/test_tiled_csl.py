@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from formats import bits_of, from_bits, weights, without_negative_zero
+from formats import DTYPES, bits_of, each, from_bits, weights, without_negative_zero
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,6 +39,7 @@ def test_position_functions_agree_with_each_other_and_with_the_description():
     assert positions == set(range(8192))
 
 
+@each("dtype", DTYPES)
 def test_stats_count_what_a_dense_count_counts(dtype, device):
     dense = testing.random_sparse(300, 200, pattern="tiles", dtype=dtype, device=device)
     packed = TiledCSL.from_dense(dense)

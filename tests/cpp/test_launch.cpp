@@ -65,14 +65,13 @@ INSTANTIATE_TEST_SUITE_P(Configurations, EveryKernel, testing::ValuesIn(every_ke
 TEST_P(EveryKernel, RefusesAWorkspaceThatIsTooSmall) {
   Call small = call();
   --small.plan.workspace_bytes;
-  expect_refused(small, std::to_string(small.plan.workspace_bytes) + " bytes, the kernel needs " +
-                            std::to_string(small.plan.workspace_bytes + 1));
+  expect_refused(small, std::to_string(small.plan.workspace_bytes + 1));
 }
 
 TEST_P(EveryKernel, RefusesAPlanForMoreWorkThanThereIs) {
   Call few = call();
   few.args.weight.m = few.args.weight.k = 1;
-  expect_refused(few, "the call has M=1 N=");
+  expect_refused(few, "M=1 N=");
 }
 
 TEST_P(EveryKernel, RefusesThePlanOfAnotherFamily) {
@@ -100,26 +99,26 @@ TEST_P(EveryKernel, RefusesConfigurationsThatDoNotExist) {
   for (const int config : {-1, 100}) {
     Call other = call();
     other.plan.config = config;
-    expect_refused(other, "configuration has index " + std::to_string(config));
+    expect_refused(other, std::to_string(config));
   }
 }
 
 TEST(BitmapLaunch, RefusesAnActivationThatItsKernelLeavesToTheCaller) {
   Call call = call_of(Format::kBitmap, 128, "n128");
   call.args.activation = Activation::kGelu;
-  expect_refused(call, "leaves the activation to the caller");
+  expect_refused(call, "activation");
 }
 
 TEST(BitmapLaunch, RefusesAPlanForFewerRowsWhereEachHasItsSums) {
   Call call = call_of(Format::kBitmap, 8, "n8");
   call.args.weight.m *= 2;
-  expect_refused(call, "the call has M=8192");
+  expect_refused(call, "M=8192");
 }
 
 TEST(BitmapLaunch, RefusesRingsThatHoldNoFullChunks) {
   Call call = call_of(Format::kBitmap, 8, "n8");
   call.plan.ring_bytes = 64;
-  expect_refused(call, "does not fit");
+  expect_refused(call, call.plan.to_string());
 }
 
 }  // namespace

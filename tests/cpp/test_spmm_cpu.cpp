@@ -416,7 +416,8 @@ TEST(ParseActivation, KnowsFourNames) {
   for (const char* name : {"", "tanh", "ReLU", "relu "}) {
     const Status status = parse_activation(name, &activation);
     EXPECT_EQ(status.code, StatusCode::kInvalidValue);
-    EXPECT_NE(status.message.find("got \"" + std::string(name) + "\""), std::string::npos);
+    EXPECT_TRUE(mentions(status.message, {"activation ", "\"" + std::string(name) + "\""}))
+        << status.message;
   }
 }
 

@@ -7,7 +7,9 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -19,6 +21,18 @@
 namespace flash_llm::testing {
 
 inline constexpr uint16_t kHalfOne = 0x3C00;
+
+// Whether a message holds these parts, one after the other. Tests look for the names and numbers of
+// an error, not for the words between them.
+inline bool mentions(const std::string& message, std::initializer_list<std::string> parts) {
+  size_t from = 0;
+  for (const std::string& part : parts) {
+    from = message.find(part, from);
+    if (from == std::string::npos) return false;
+    from += part.size();
+  }
+  return true;
+}
 
 // Divides the range into pieces of `grain` and distributes them to four threads, in another order
 // than serial code has.
