@@ -25,7 +25,8 @@ from flash_llm.evaluate import perplexity
 from flash_llm.forward import evaluation_mode
 from flash_llm.linear import SparseLinear
 from flash_llm.progress import LogLines, ProgressBar
-from flash_llm.prune.calibrate import METHODS, prune_
+from flash_llm.prune.calibrate import make_recipe, prune_
+from flash_llm.prune.criteria import check_prune_target
 from flash_llm.smollm2 import (
     CALIBRATION_SAMPLES,
     WINDOW,
@@ -595,10 +596,8 @@ def main(
         ImportError: the weights or the ``demo`` extra are not installed.
         RuntimeError: the compiled extension is missing.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if not 0.0 <= sparsity <= 1.0:
-        raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}")
+    make_recipe(method=method)
+    check_prune_target(sparsity, "row")
     if windows < 1:
         raise ValueError(f"windows must be at least 1, got {windows}")
     start = time.perf_counter()

@@ -20,7 +20,8 @@ from flash_llm import _extension, ops
 from flash_llm.formats.bitmap import Bitmap
 from flash_llm.formats.row_bitmap import RowBitmap
 from flash_llm.formats.tiled_csl import TiledCSL
-from flash_llm.prune.calibrate import METHODS, prune_
+from flash_llm.prune.calibrate import prune_
+from flash_llm.prune.methods import METHODS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import flash_llm
 from flash_llm import bench, demo, doctor, interrupts, ops, timing
 from flash_llm.io.unfinished import NOTE_NAME
-from flash_llm.prune.calibrate import METHODS
+from flash_llm.prune.methods import METHODS
 
 typer = pytest.importorskip("typer")
 from typer.testing import CliRunner  # noqa: E402

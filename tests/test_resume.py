@@ -1,6 +1,7 @@
 """A pruning run that was killed goes on where it was, to the same bits; another run is refused."""
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -13,11 +14,9 @@ import torch
 from test_prune import Stack, linear_layers, tokens
 
 from flash_llm import PruneReport, prune_
-from flash_llm.prune import calibrate
+from flash_llm.prune.methods import METHODS
 from flash_llm.prune.report import REPORT_NAME
 from flash_llm.prune.resume import ResumeFolder
-
-METHODS = ["magnitude", "wanda", "sparsegpt", "admm"]
 
 
 class Killed(BaseException):
@@ -69,16 +68,13 @@ def test_a_run_that_stops_after_any_layer_goes_on_to_the_same_bits(
     monkeypatch.setattr(ResumeFolder, "keep", keep)
 
     pruned = []
-    for name in ("magnitude_mask", "wanda_mask"):
-        function = getattr(calibrate, name)
-        monkeypatch.setattr(
-            calibrate, name, lambda *a, function=function: (pruned.append(1), function(*a))[1]
-        )
-    reconstructions = {
-        name: lambda *a, function=function, **k: (pruned.append(1), function(*a, **k))[1]
-        for name, function in calibrate.RECONSTRUCTIONS.items()
-    }
-    monkeypatch.setattr(calibrate, "RECONSTRUCTIONS", reconstructions)
+    for name, row in METHODS.items():
+
+        def counted(*a, function=row.function, **k):
+            pruned.append(1)
+            return function(*a, **k)
+
+        monkeypatch.setitem(METHODS, name, dataclasses.replace(row, function=counted))
     model = model_with_a_layer_outside()
     report = prune_(model, **options)
     assert same(model, expected)

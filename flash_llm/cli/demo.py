@@ -9,13 +9,10 @@ import typer
 
 from flash_llm import demo as demo_module
 from flash_llm.cli import options
-from flash_llm.prune.calibrate import METHODS
 
 
 def demo(
-    method: Annotated[
-        str, typer.Option(help=f"Of pruning: {', '.join(METHODS[:-1])} or {METHODS[-1]}.")
-    ] = demo_module.METHOD,
+    method: options.Method = demo_module.METHOD,
     sparsity: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Fraction of zeros in every row.")
     ] = demo_module.SPARSITY,

@@ -13,6 +13,7 @@ import typer
 
 from flash_llm.io.unfinished import partial_path
 from flash_llm.progress import LogLines, ProgressBar
+from flash_llm.prune.methods import METHODS
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -23,6 +24,7 @@ Ignore = Annotated[
     list[str] | None, typer.Option(help="Layers to leave alone; instead of the default.")
 ]
 Layers = Annotated[bool, typer.Option("--layers", help="Show a row for each single layer.")]
+Method = Annotated[str, typer.Option(help=f"Pruning method: {', '.join(METHODS)}.")]
 Target = Annotated[Path, typer.Argument(help="Folder to make; it must not be there.")]
 Targets = Annotated[list[str] | None, typer.Option(help="Layers to work on: a name's end, or re:…")]
 TrustRemoteCode = Annotated[

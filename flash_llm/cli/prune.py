@@ -19,7 +19,7 @@ def prune(
         Path, typer.Argument(help="Folder of a dense model of transformers, as safetensors.")
     ],
     target: options.Target,
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or admm.")] = "wanda",
+    method: options.Method = "wanda",
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of zeros in [0, 1]; not needed for N:M.")
     ] = None,

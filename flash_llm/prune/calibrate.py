@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from flash_llm.progress import ProgressBar, remark, track
-from flash_llm.prune.admm import admm
 from flash_llm.prune.allocation import outlier_ratio, owl_sparsities
 from flash_llm.prune.blocks import (
     Sample,
@@ -38,28 +37,18 @@ from flash_llm.prune.blocks import (
     record_calls,
     taking_turns,
 )
-from flash_llm.prune.criteria import (
-    check_prune_target,
-    global_magnitude_masks,
-    magnitude_mask,
-    wanda_mask,
-)
-from flash_llm.prune.inputs import Inputs, collect_inputs, gram, squares
+from flash_llm.prune.criteria import check_prune_target, global_magnitude_masks
+from flash_llm.prune.inputs import Inputs, Statistic, collect_inputs, squares
 from flash_llm.prune.layers import check_inputs, check_weights, matrix
+from flash_llm.prune.methods import METHODS
 from flash_llm.prune.reconstruction import SingularHessianError, relative_error
 from flash_llm.prune.report import PrunedLayer, PruneRecipe, PruneReport
 from flash_llm.prune.resume import ResumeFolder
 from flash_llm.prune.samples import Calibration, Tokenizer, count_tokens, samples_for
 from flash_llm.prune.sensitivity import LEVELS, allocate, measure_layers
-from flash_llm.prune.sparsegpt import sparsegpt
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, parse_patterns, select_layers
 
 logger = logging.getLogger("flash_llm")
-
-RECONSTRUCTIONS = {"sparsegpt": sparsegpt, "admm": admm}
-"""The methods that turn a weight and the Gram matrix of its inputs into a new weight."""
-
-METHODS = ("magnitude", "wanda", *RECONSTRUCTIONS)
 
 ALLOCATIONS = ("uniform", "owl", "sensitivity")
 """The allocations that have a name; all but the first are measured on the calibration text."""
@@ -217,7 +206,7 @@ def prune_(
         if scope == "global":
             assert sparsity is not None
             pruner.prune_globally(sparsity, progress)
-        elif method == "magnitude":
+        elif METHODS[method].statistic is None:
             for name in track(list(layers), "pruning", progress):
                 pruner.prune(name, None, sequential=False)
         else:
@@ -265,7 +254,7 @@ def make_recipe(**arguments: Any) -> PruneRecipe:
 def needs_calibration(recipe: PruneRecipe) -> bool:
     """Whether the method or the allocation looks at what the layers' inputs are."""
     measured = isinstance(recipe.allocation, str) and recipe.allocation != "uniform"
-    return measured or recipe.method != "magnitude"
+    return measured or METHODS[recipe.method].statistic is not None
 
 
 def _check_allocation(method: str, scope: str, allocation: str | Mapping[str, float]) -> None:
@@ -383,7 +372,6 @@ class _Pruner:
         self.sparsities = sparsities
         self.recipe = recipe
         self.done = done
-        self.statistic = gram if recipe.method in RECONSTRUCTIONS else squares
         self.entries: dict[str, PrunedLayer] = {}
 
     def prune(self, name: str, inputs: Inputs | None, *, sequential: bool) -> None:
@@ -393,33 +381,31 @@ class _Pruner:
             self.entries[name] = self.done.restore(name, weight)
             return
         error = None
-        method, scope, sparsity = self.recipe.method, self.recipe.scope, self.sparsities[name]
-        if method == "magnitude" or inputs is None:
-            if method != "magnitude":
-                logger.warning(
-                    "flash_llm.prune_: no calibration token reached %s; pruned by magnitude",
-                    name,
-                )
-            weight.masked_fill_(~magnitude_mask(weight, sparsity, scope), 0.0)
-        elif method == "wanda":
+        method = METHODS[self.recipe.method]
+        if inputs is not None:
             check_inputs(name, inputs, weight)
-            norm = inputs.norm.to(weight.device)
-            weight.masked_fill_(~wanda_mask(weight, norm, sparsity, scope), 0.0)
-        else:
-            check_inputs(name, inputs, weight)
-            hessian = inputs.total.to(weight.device)
-            pruned = self._reconstruct(name, weight, hessian)
+        elif method.statistic is not None:
+            logger.warning(
+                "flash_llm.prune_: no calibration token reached %s; pruned by magnitude", name
+            )
+            method = METHODS["magnitude"]
+        if method.updates_weights:
+            assert inputs is not None
+            pruned = self._reconstruct(name, weight, inputs)
             if not bool(pruned.isfinite().all()):
                 raise ValueError(
                     f"flash_llm.prune_: the new weights of {name} overflow {weight.dtype}"
                 )
-            error = relative_error(weight, pruned, hessian)
+            error = relative_error(weight, pruned, inputs.total.to(weight.device))
             weight.copy_(pruned)
+        else:
+            mask = method(weight, inputs, self.sparsities[name], self.recipe.scope)
+            weight.masked_fill_(~mask, 0.0)
         self._note(name, inputs, sequential, error)
         if self.done is not None:
             self.done.keep(self.entries[name], weight)
 
-    def _reconstruct(self, name: str, weight: Tensor, hessian: Tensor) -> Tensor:
+    def _reconstruct(self, name: str, weight: Tensor, inputs: Inputs) -> Tensor:
         """The new weight; where rounding leaves the Hessian singular, with ten times the damping.
 
         Channels that are large on the same few tokens only (massive activations) are collinear, and
@@ -428,9 +414,9 @@ class _Pruner:
         damping = self.recipe.damping
         while True:
             try:
-                return RECONSTRUCTIONS[self.recipe.method](
+                return METHODS[self.recipe.method](
                     weight,
-                    hessian,
+                    inputs,
                     self.sparsities[name],
                     self.recipe.scope,
                     damping=damping,
@@ -469,6 +455,8 @@ class _Pruner:
         self, stacks: list[Stack], samples: Sequence[Sample], progress: bool | ProgressBar
     ) -> None:
         """Prune block by block, then what is outside the blocks."""
+        statistic = METHODS[self.recipe.method].statistic
+        assert statistic is not None  # prune_ calibrates no other method
         for stack in stacks:
             # A stack that others feed (a decoder) is called with what they put out when pruned.
             with taking_turns([other for other in stacks if other is not stack]):
@@ -477,7 +465,7 @@ class _Pruner:
                 continue
             bar = track(range(len(stack.blocks)), "pruning", progress)
             for index in bar:
-                names = self._prune_block(stack, index)
+                names = self._prune_block(stack, index, statistic)
                 if names:
                     last = self.entries[names[-1]]
                     error = "" if last.error is None else f", error {last.error:.3f}"
@@ -485,13 +473,13 @@ class _Pruner:
 
         rest = {name: layer for name, layer in self.layers.items() if name not in self.entries}
         if rest:
-            with taking_turns(stacks), collect_inputs(rest, self.statistic) as inputs:
+            with taking_turns(stacks), collect_inputs(rest, statistic) as inputs:
                 for sample in track(samples, "pruning the rest", progress):
                     forward(self.model, sample)
             for name in rest:
                 self.prune(name, inputs.pop(name, None), sequential=False)
 
-    def _prune_block(self, stack: Stack, index: int) -> list[str]:
+    def _prune_block(self, stack: Stack, index: int, statistic: Statistic) -> list[str]:
         """Prune the layers inside a block and hand its outputs on; returns their names."""
         inside = [name for name in self.layers if name.startswith(stack.prefix(index))]
         to_do = {
@@ -501,7 +489,7 @@ class _Pruner:
         }
         with stack.on_device(index) as block:
             # The layers that are done are still dense here, as they were when the others were.
-            with collect_inputs(to_do, self.statistic) as inputs:
+            with collect_inputs(to_do, statistic) as inputs:
                 if to_do:
                     for call in stack.calls[index]:
                         stack.run(block, call)

@@ -31,9 +31,10 @@ from flash_llm.prune.blocks import (
     record_calls,
     taking_turns,
 )
-from flash_llm.prune.criteria import check_prune_target, magnitude_mask, wanda_mask
+from flash_llm.prune.criteria import check_prune_target
 from flash_llm.prune.inputs import Inputs, collect_inputs, gram
 from flash_llm.prune.layers import check_inputs, check_weights, matrix
+from flash_llm.prune.methods import METHODS
 from flash_llm.prune.reconstruction import relative_error
 from flash_llm.prune.report import save_report
 from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
@@ -241,8 +242,9 @@ def sensitivity(
         >>> len(report.layers), report.layers[0].errors[0] < report.layers[0].errors[1]
         (14, True)
     """
-    if method not in ("wanda", "magnitude"):
-        raise ValueError(f'method must be "wanda" or "magnitude", got {method!r}')
+    known = [name for name, row in METHODS.items() if not row.updates_weights]
+    if method not in known:
+        raise ValueError(f"method must be one of {', '.join(known)}, got {method!r}")
     if scope not in ("row", "layer"):
         raise ValueError(f'scope must be "row" or "layer", got {scope!r}')
     steps = tuple(sorted(levels))
@@ -310,12 +312,8 @@ def measure_layers(
         else:
             check_inputs(name, inputs, weight)
             hessian = inputs.total.to(weight.device)
-            norm = inputs.norm.to(weight.device)
             for level in levels:
-                if method == "wanda":
-                    mask = wanda_mask(weight, norm, level, scope)
-                else:
-                    mask = magnitude_mask(weight, level, scope)
+                mask = METHODS[method](weight, inputs, level, scope)
                 errors.append(relative_error(weight, weight * mask, hessian))
         found[name] = LayerSensitivity(
             name=name,
