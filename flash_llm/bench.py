@@ -8,9 +8,9 @@ same dtype. ``benchmarks/`` measures more, on random weights.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Hashable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ from flash_llm.io.convert import CONVERT_IGNORE, EVERY_LAYER, choose_layers
 from flash_llm.io.dense_view import DenseView
 from flash_llm.ops import PackedWeight
 from flash_llm.progress import ProgressBar, track
-from flash_llm.table import aligned, natural
+from flash_llm.report import Report
+from flash_llm.table import aligned, natural, shape_text
 from flash_llm.timing import copies_to_rotate, time_cpu, time_cuda
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256)
@@ -76,6 +77,8 @@ class ShapeTiming:
     packed_bytes: int
     products: tuple[ProductTiming, ...]
 
+    IN_JSON: ClassVar[tuple[str, ...]] = ("dense_wins_from",)
+
     @property
     def dense_wins_from(self) -> int | None:
         """The smallest timed N from which on dense is the faster one; None if it is not at the end.
@@ -91,7 +94,7 @@ class ShapeTiming:
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchReport:
+class BenchReport(Report):
     """Sparse against dense for the shapes of a checkpoint; prints as a table.
 
     Attributes:
@@ -106,14 +109,6 @@ class BenchReport:
     threads: int
     shapes: tuple[ShapeTiming, ...]
 
-    def to_json(self) -> str:
-        """Return the fields, ``dense_wins_from`` with each shape, as indented JSON."""
-        shapes = [
-            {**dataclasses.asdict(shape), "dense_wins_from": shape.dense_wins_from}
-            for shape in self.shapes
-        ]
-        return json.dumps({**dataclasses.asdict(self), "shapes": shapes}, indent=2)
-
     def __str__(self) -> str:
         """Two tables in one: a line for each shape and N, and after each shape the crossover."""
         titles = ("MxK", "layers", "sparsity", "format", "N", "sparse us", "dense us", "speed-up")
@@ -122,7 +117,7 @@ class BenchReport:
             for product in shape.products:
                 table.append(
                     (
-                        "x".join(map(str, shape.shape)),
+                        shape_text(shape.shape),
                         str(shape.num_layers),
                         f"{shape.sparsity:.4f}",
                         shape.format,
@@ -139,7 +134,7 @@ class BenchReport:
             if shape.packed_bytes >= shape.dense_bytes:
                 ratio = shape.packed_bytes / max(shape.dense_bytes, 1)
                 line += f", but packing takes {ratio:.2f}x the bytes, so that it stays dense"
-            lines.append(f"{'x'.join(map(str, shape.shape))}: {line}")
+            lines.append(f"{shape_text(shape.shape)}: {line}")
         for stored, timed in dict.fromkeys((s.stored_format, s.format) for s in self.shapes):
             if stored not in ("dense", timed):
                 lines.append(f"Stored as {stored}, repacked as {timed} for this device.")

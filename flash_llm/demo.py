@@ -27,6 +27,7 @@ from flash_llm.linear import SparseLinear
 from flash_llm.progress import LogLines, ProgressBar
 from flash_llm.prune.calibrate import make_recipe, prune_
 from flash_llm.prune.criteria import check_prune_target
+from flash_llm.report import as_json
 from flash_llm.smollm2 import (
     CALIBRATION_SAMPLES,
     WINDOW,
@@ -35,7 +36,8 @@ from flash_llm.smollm2 import (
     pydoc_text,
     pydoc_tokens,
 )
-from flash_llm.sparsify import LayerReport, SparsifyReport, model_bytes, sparsify_
+from flash_llm.sparsify import SparsifyReport, model_bytes, sparsify_
+from flash_llm.table import grouped, shape_text
 from flash_llm.weight_only import GROUP, VALUES, quantize_, round_
 
 __all__ = [
@@ -407,13 +409,14 @@ class Comparison:
         for title in ("sparsity", "dense MB", "packed MB"):
             table.add_column(title, justify="right")
         table.add_column("decision")
-        for (group, decision), rows in _by_group(report).items():
+        groups = grouped(report.rows, lambda row: (row.name.rpartition(".")[2], row.decision))
+        for (group, decision), rows in groups.items():
             shapes = {row.shape for row in rows}
             packed = [row.packed_bytes for row in rows if row.packed_bytes is not None]
             zeros = [row.sparsity for row in rows if row.sparsity is not None]
             table.add_row(
                 f"{len(rows)} x {group}",
-                "x".join(map(str, shapes.pop())) if len(shapes) == 1 else "various",
+                shape_text(shapes.pop()) if len(shapes) == 1 else "various",
                 f"{statistics.mean(zeros):.3f}" if zeros else "-",
                 f"{sum(row.dense_bytes for row in rows) / 1e6:.2f}",
                 f"{sum(packed) / 1e6:.2f}" if packed else "-",
@@ -544,7 +547,7 @@ class Comparison:
                 "dense_float32_tokens_per_second": self.tokens_per_second.get(FLOAT32),
                 "max_logit_difference": self.logit_difference(),
                 "agrees": self.agrees(),
-                "sparsify": json.loads(report.to_json()),
+                "sparsify": as_json(report),
             },
             indent=2,
         )
@@ -557,14 +560,6 @@ def in_float32(model: nn.Module) -> nn.Module:
         if isinstance(layer, SparseLinear):
             twin.set_submodule(name, layer.to_linear())
     return twin.float()
-
-
-def _by_group(report: SparsifyReport) -> dict[tuple[str, str], list[LayerReport]]:
-    """Rows by the last part of the layer's name and by decision."""
-    groups: dict[tuple[str, str], list[LayerReport]] = {}
-    for row in report.rows:
-        groups.setdefault((row.name.rpartition(".")[2], row.decision), []).append(row)
-    return groups
 
 
 def main(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import platform
 import re
@@ -12,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from flash_llm.formats.row_bitmap import RowBitmap
 from flash_llm.formats.tiled_csl import TiledCSL
 from flash_llm.prune.calibrate import prune_
 from flash_llm.prune.methods import METHODS
+from flash_llm.report import Report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Check:
 
 
 @dataclasses.dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Report):
     """Everything that a bug report needs.
 
     Attributes:
@@ -53,14 +54,12 @@ class Diagnosis:
     facts: dict[str, str]
     checks: tuple[Check, ...]
 
+    IN_JSON: ClassVar[tuple[str, ...]] = ("ok",)
+
     @property
     def ok(self) -> bool:
         """Whether every self-test passed."""
         return all(check.ok for check in self.checks)
-
-    def to_json(self) -> str:
-        """The diagnosis as a JSON object."""
-        return json.dumps({**dataclasses.asdict(self), "ok": self.ok}, indent=2)
 
     def __str__(self) -> str:
         width = max(map(len, self.facts))

@@ -7,7 +7,6 @@ into windows of a fixed length, and each token is scored once, in the first wind
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import time
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from flash_llm.forward import check_token_ids, evaluation_mode
 from flash_llm.integrations import hf
 from flash_llm.progress import ProgressBar, track
+from flash_llm.report import Report
 from flash_llm.table import aligned
 
 
@@ -125,7 +125,7 @@ class ModelPerplexity:
 
 
 @dataclasses.dataclass(frozen=True)
-class PerplexityReport:
+class PerplexityReport(Report):
     """Perplexities of models on one text; prints as a table.
 
     Attributes:
@@ -141,10 +141,6 @@ class PerplexityReport:
     stride: int
     max_windows: int | None
     models: tuple[ModelPerplexity, ...]
-
-    def to_json(self) -> str:
-        """Return the fields as indented JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
 
     def __str__(self) -> str:
         """A line for each model; "to the first" is the ratio to the first one's perplexity."""

@@ -470,7 +470,7 @@ def test_report_shows_the_folder_and_how_it_was_pruned(tmp_path, source, text):
     assert "There is no report of its pruning." in invoke("report", source).stdout
     (tmp_path / "pruned" / "prune_report.json").write_text("{}")
     broken = invoke("report", tmp_path / "pruned")
-    assert broken.exit_code == 1 and "is no report of prune_" in broken.output
+    assert broken.exit_code == 1 and "holds no PruneReport" in broken.output
 
 
 def test_eval_compares_models(tmp_path, source, text):

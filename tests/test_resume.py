@@ -15,7 +15,6 @@ from test_prune import Stack, linear_layers, tokens
 
 from flash_llm import PruneReport, prune_
 from flash_llm.prune.methods import METHODS
-from flash_llm.prune.report import REPORT_NAME
 from flash_llm.prune.resume import ResumeFolder
 
 
@@ -235,7 +234,7 @@ def test_report_and_recipe_are_kept_beside_the_model(tmp_path):
         nsamples=3,
     )
     path = report.save(tmp_path / "model")
-    assert path == tmp_path / "model" / REPORT_NAME == tmp_path / "model" / "prune_report.json"
+    assert path == tmp_path / "model" / "prune_report.json"
     assert PruneReport.load(path.parent) == report
     stored = json.loads(path.read_text())
     assert list(stored) == ["recipe", "layers", "num_samples", "num_tokens", "seconds", "sparsity"]
@@ -250,8 +249,8 @@ def test_report_and_recipe_are_kept_beside_the_model(tmp_path):
 def test_what_is_no_report_is_refused(text, tmp_path):
     with pytest.raises(FileNotFoundError):
         PruneReport.load(tmp_path)
-    (tmp_path / REPORT_NAME).write_text(text)
-    with pytest.raises(ValueError, match="prune_report.json is no report of prune_"):
+    (tmp_path / PruneReport.FILE_NAME).write_text(text)
+    with pytest.raises(ValueError, match="prune_report.json holds no PruneReport"):
         PruneReport.load(tmp_path)
 
 
@@ -286,9 +285,9 @@ def test_the_recipe_names_the_calibration_file_and_a_resumed_run_may_find_it_els
         report = prune_(copy.deepcopy(model), **{**options, "resume_dir": None, **arguments})
         assert report.recipe.calibration is None
     # Reports of before the recipe had it can still be read.
-    old = json.loads((tmp_path / REPORT_NAME).read_text())
+    old = json.loads((tmp_path / PruneReport.FILE_NAME).read_text())
     del old["recipe"]["calibration"]
-    (tmp_path / REPORT_NAME).write_text(json.dumps(old))
+    (tmp_path / PruneReport.FILE_NAME).write_text(json.dumps(old))
     assert PruneReport.load(tmp_path).recipe.calibration is None
 
 

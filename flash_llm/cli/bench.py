@@ -35,4 +35,4 @@ def bench(
         device=pick_device(device)[0],
         progress=options.progress(),
     )
-    typer.echo(report.to_json() if as_json else str(report))
+    options.show(report, as_json)

@@ -39,4 +39,4 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         progress=options.transformers_progress(),
     )
-    typer.echo(report.to_json() if as_json else str(report))
+    options.show(report, as_json)

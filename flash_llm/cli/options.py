@@ -7,13 +7,14 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import typer
 
 from flash_llm.io.unfinished import partial_path
 from flash_llm.progress import LogLines, ProgressBar
 from flash_llm.prune.methods import METHODS
+from flash_llm.report import Report
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -33,17 +34,7 @@ TrustRemoteCode = Annotated[
 ]
 
 
-class Report(Protocol):
-    """What a command prints."""
-
-    def to_json(self) -> str:
-        """All of it, as a JSON object."""
-
-    def summary(self) -> str:
-        """Text with one line for all layers of a kind."""
-
-
-def show(report: Report, as_json: bool, layers: bool) -> None:
+def show(report: Report, as_json: bool, layers: bool = False) -> None:
     """Print a report.
 
     Args:

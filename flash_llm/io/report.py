@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections import Counter
 from pathlib import Path
 
 from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
 from flash_llm.io.convert import inspect_checkpoint
-from flash_llm.prune.report import REPORT_NAME, PruneReport
+from flash_llm.prune.report import PruneReport
+from flash_llm.report import Report
 from flash_llm.sparsify import SparsifyReport
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointReport:
+class CheckpointReport(Report):
     """Sizes, formats and sparsities of a checkpoint, and the report of its pruning.
 
     Attributes:
@@ -34,20 +34,6 @@ class CheckpointReport:
     formats: dict[str, int]
     weights: SparsifyReport
     pruning: PruneReport | None
-
-    def to_json(self) -> str:
-        """Return the fields as indented JSON."""
-        return json.dumps(
-            {
-                "folder": self.folder,
-                "num_files": self.num_files,
-                "nbytes": self.nbytes,
-                "formats": self.formats,
-                "weights": json.loads(self.weights.to_json()),
-                "pruning": json.loads(self.pruning.to_json()) if self.pruning else None,
-            },
-            indent=2,
-        )
 
     def __str__(self) -> str:
         return self._text(str(self.weights), str(self.pruning))
@@ -103,11 +89,12 @@ def report_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
     formats = Counter(
         str(row.format) if row.decision == "packed" else "dense" for row in weights.rows
     )
+    pruned = (folder / PruneReport.FILE_NAME).is_file()
     return CheckpointReport(
         folder=str(folder),
         num_files=len(files),
         nbytes=Checkpoint(files).nbytes,
         formats=dict(formats),
         weights=weights,
-        pruning=PruneReport.load(folder) if (folder / REPORT_NAME).is_file() else None,
+        pruning=PruneReport.load(folder) if pruned else None,
     )

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from flash_llm.io.checkpoint import DTYPES, checkpoint_files
 from flash_llm.io.dense_view import DenseView, is_conv1d_model, is_conv1d_name
-from flash_llm.table import aligned, kind, natural, span
+from flash_llm.report import Report
+from flash_llm.table import aligned, grouped, kind, natural, shape_text, span
 
 # Elements that are compared at a time, in float64.
 _CHUNK = 1 << 20
@@ -63,7 +64,7 @@ class TensorError:
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Report):
     """One row for each tensor; prints as a table of those that are packed or differ.
 
     Attributes:
@@ -72,27 +73,18 @@ class VerifyReport:
 
     rows: tuple[TensorError, ...]
 
+    IN_JSON: ClassVar[tuple[str, ...]] = ("max_relative_error",)
+
     @property
     def max_relative_error(self) -> float:
         """The largest relative error of any tensor; 0 without tensors."""
         return max((row.relative_error for row in self.rows), default=0.0)
 
-    def to_json(self) -> str:
-        """Return ``{"rows": [...], "max_relative_error"}`` as indented JSON."""
-        return json.dumps(
-            {
-                "rows": [dataclasses.asdict(row) for row in self.rows],
-                "max_relative_error": self.max_relative_error,
-            },
-            indent=2,
-        )
-
     def summary(self) -> str:
         """The table of ``print`` with one line for all tensors that differ in a number only."""
-        groups: dict[tuple[str, tuple[int, ...], bool, str], list[TensorError]] = {}
-        for row in self._shown():
-            key = kind(row.name), row.shape, row.packed, row.dtype_text
-            groups.setdefault(key, []).append(row)
+        groups = grouped(
+            self._shown(), lambda row: (kind(row.name), row.shape, row.packed, row.dtype_text)
+        )
         table = [
             ("tensors", "number", "shape", "stored", "dtype", "zeros", "before", "largest error")
         ]
@@ -101,7 +93,7 @@ class VerifyReport:
                 (
                     name,
                     str(len(rows)),
-                    "x".join(map(str, shape)),
+                    shape_text(shape),
                     "packed" if packed else "dense",
                     dtype,
                     span(row.sparsity for row in rows),
@@ -119,7 +111,7 @@ class VerifyReport:
             table.append(
                 (
                     row.name,
-                    "x".join(map(str, row.shape)),
+                    shape_text(row.shape),
                     "packed" if row.packed else "dense",
                     row.dtype_text,
                     f"{row.sparsity:.4f}",

@@ -7,13 +7,12 @@ finished is kept there, so that a run that was killed goes on where it was.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -31,9 +30,10 @@ from flash_llm.prune.layers import matrix
 from flash_llm.prune.report import PruneRecipe, PruneReport
 from flash_llm.prune.resume import ALLOCATION_NAME
 from flash_llm.prune.samples import samples_for
+from flash_llm.report import Report
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, match_layers, refuse_tied
 from flash_llm.sparsify import SparsifyReport, sparsify_
-from flash_llm.table import aligned, kind
+from flash_llm.table import aligned, kind, shape_text
 
 _CALLER = "flash_llm.prune_checkpoint"
 # In the unfinished folder, what prune_ keeps to go on.
@@ -43,7 +43,7 @@ _SAMPLING = ("nsamples", "seqlen", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
-class PrunePlan:
+class PrunePlan(Report):
     """What would be pruned; prints as a table.
 
     Attributes:
@@ -60,16 +60,18 @@ class PrunePlan:
     model_bytes: int
     missing: tuple[str, ...] = ()
 
+    IN_JSON: ClassVar[tuple[str, ...]] = ("num_layers", "layer_bytes")
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that would be pruned."""
+        return len(self.shapes)
+
     @property
     def layer_bytes(self) -> int:
         """Bytes of the dense weights of all layers that would be pruned."""
         itemsize = int(getattr(torch, self.dtype).itemsize)
         return sum(m * k * itemsize for m, k in self.shapes.values())
-
-    def to_json(self) -> str:
-        """Return the fields, ``num_layers`` and ``layer_bytes`` as indented JSON."""
-        more = {"num_layers": len(self.shapes), "layer_bytes": self.layer_bytes}
-        return json.dumps({**dataclasses.asdict(self), **more}, indent=2)
 
     def __str__(self) -> str:
         return self._text([(name, "1", shape) for name, shape in self.shapes.items()])
@@ -80,12 +82,13 @@ class PrunePlan:
         return self._text([(name, str(n), shape) for (name, shape), n in groups.items()])
 
     def _text(self, rows: list[tuple[str, str, tuple[int, int]]]) -> str:
-        table = [("layers", "number", "shape"), *((a, n, f"{m}x{k}") for a, n, (m, k) in rows)]
+        table = [("layers", "number", "shape")]
+        table += [(name, number, shape_text(shape)) for name, number, shape in rows]
         return "\n".join(
             [
                 *aligned(table, left={0, 2}),
                 *_left_alone_lines(self.left_alone),
-                f"{len(self.shapes)} layers would be pruned: {self.layer_bytes / 1e6:.3f} of "
+                f"{self.num_layers} layers would be pruned: {self.layer_bytes / 1e6:.3f} of "
                 f"{self.model_bytes / 1e6:.3f} MB of weights, {self.dtype}",
                 *([f"Still needed: {', '.join(self.missing)}"] if self.missing else []),
             ]

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +33,10 @@ from flash_llm.prune.blocks import (
     record_calls,
 )
 from flash_llm.prune.layers import check_weights
-from flash_llm.prune.report import save_report
 from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
+from flash_llm.report import SavedReport
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
-
-REPORT_NAME = "recovery_report.json"
-"""The file that :meth:`RecoveryReport.save` writes."""
+from flash_llm.table import aligned
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class RecoveredBlock:
 
 
 @dataclass(frozen=True)
-class RecoveryReport:
+class RecoveryReport(SavedReport):
     """What :func:`flash_llm.recover_` did; ``print`` it for a table.
 
     Attributes:
@@ -80,36 +76,21 @@ class RecoveryReport:
     num_samples: int
     seconds: float
 
-    def to_json(self) -> str:
-        """The report as a JSON object."""
-        return json.dumps(asdict(self), indent=2)
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``recovery_report.json`` beside a saved model.
-
-        Args:
-            folder: made if it is not there; an earlier report in it is replaced.
-
-        Returns:
-            The file.
-
-        Raises:
-            OSError: it cannot be written; an earlier one is left as it was.
-        """
-        return save_report(folder, REPORT_NAME, self.to_json())
+    FILE_NAME: ClassVar[str] = "recovery_report.json"
 
     def __str__(self) -> str:
-        width = max([len(block.name) for block in self.blocks] + [len("block")])
-        lines = [f"{'block':<{width}}  before   after  epoch"]
+        table = [("block", "before", "after", "epoch")]
         for block in self.blocks:
-            lines.append(
-                f"{block.name:<{width}}  {block.before:6.4f}  {block.after:6.4f}  {block.epoch:5}"
+            table.append(
+                (block.name, f"{block.before:.4f}", f"{block.after:.4f}", str(block.epoch))
             )
-        lines.append(
-            f"{len(self.blocks)} blocks recovered ({self.epochs} epochs over {self.num_samples} "
-            f"calibration samples) in {self.seconds:.1f} s"
+        return "\n".join(
+            [
+                *aligned(table, left={0}),
+                f"{len(self.blocks)} blocks recovered ({self.epochs} epochs over "
+                f"{self.num_samples} calibration samples) in {self.seconds:.1f} s",
+            ]
         )
-        return "\n".join(lines)
 
 
 def recover_(

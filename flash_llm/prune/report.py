@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from typing import ClassVar
 
-from flash_llm.io.files import from_json, read_json, write_whole
-from flash_llm.table import aligned, kind, span
-
-REPORT_NAME = "prune_report.json"
-"""The file that :meth:`PruneReport.save` writes."""
+from flash_llm.report import SavedReport
+from flash_llm.table import aligned, grouped, kind, shape_text, span
 
 
 @dataclass(frozen=True)
@@ -72,8 +67,10 @@ class PrunedLayer:
 
 
 @dataclass(frozen=True)
-class PruneReport:
+class PruneReport(SavedReport):
     """What :func:`flash_llm.prune_` did; ``print`` it for a table.
+
+    ``save`` writes it, with the recipe in it, to ``prune_report.json`` beside a saved model.
 
     Attributes:
         recipe: what was asked for.
@@ -89,6 +86,9 @@ class PruneReport:
     num_tokens: int
     seconds: float
 
+    FILE_NAME: ClassVar[str] = "prune_report.json"
+    IN_JSON: ClassVar[tuple[str, ...]] = ("sparsity",)
+
     @property
     def sparsity(self) -> float:
         """Fraction of zeros over the weights of all pruned layers."""
@@ -96,82 +96,34 @@ class PruneReport:
         zeros = sum(s * layer.sparsity for s, layer in zip(sizes, self.layers, strict=True))
         return zeros / max(sum(sizes), 1)
 
-    def to_json(self) -> str:
-        """The report as a JSON object."""
-        return json.dumps({**asdict(self), "sparsity": self.sparsity}, indent=2)
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``prune_report.json``, with the recipe in it, beside a saved model.
-
-        Args:
-            folder: made if it is not there; an earlier report in it is replaced.
-
-        Returns:
-            The file.
-
-        Raises:
-            OSError: it cannot be written; an earlier one is left as it was.
-        """
-        return save_report(folder, REPORT_NAME, self.to_json())
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> PruneReport:
-        """Read what :meth:`save` wrote.
-
-        Args:
-            folder: of the saved model.
-
-        Raises:
-            OSError: there is no report, or it cannot be read.
-            ValueError: it is no report of this version.
-        """
-        path = Path(folder) / REPORT_NAME
-        try:
-            stored = read_json(path)
-            stored.pop("sparsity", None)  # follows from the layers
-            report: PruneReport = from_json(cls, stored)
-        except ValueError as error:
-            raise ValueError(f"{path} is no report of prune_: {error}") from None
-        return report
-
     def summary(self) -> str:
         """The table of ``print`` with one line for all layers that differ in a number only."""
-        groups: dict[tuple[str, tuple[int, int]], list[PrunedLayer]] = {}
-        for layer in self.layers:
-            groups.setdefault((kind(layer.name), layer.shape), []).append(layer)
         table = [("layers", "number", "shape", "sparsity", "error")]
-        for (name, (m, k)), layers in groups.items():
-            sparsities, errors = (x.sparsity for x in layers), (x.error for x in layers)
-            table.append((name, str(len(layers)), f"{m}x{k}", span(sparsities), span(errors)))
+        groups = grouped(self.layers, lambda layer: (kind(layer.name), layer.shape))
+        for (name, shape), layers in groups.items():
+            sparsities = span(layer.sparsity for layer in layers)
+            errors = span(layer.error for layer in layers)
+            table.append((name, str(len(layers)), shape_text(shape), sparsities, errors))
         return "\n".join([*aligned(table, left={0, 2}), self._totals()])
 
     def __str__(self) -> str:
-        width = max([len(layer.name) for layer in self.layers] + [len("layer")])
-        lines = [f"{'layer':<{width}}  {'shape':>13}  sparsity  tokens  inputs     error"]
+        table = [("layer", "shape", "sparsity", "tokens", "inputs", "error")]
         for layer in self.layers:
-            shape = f"{layer.shape[0]}x{layer.shape[1]}"
-            inputs = "-" if layer.num_tokens == 0 else "pruned" if layer.sequential else "one pass"
-            lines.append(
-                f"{layer.name:<{width}}  {shape:>13}  {layer.sparsity:8.4f}  "
-                f"{layer.num_tokens:>6}  {inputs:<8}  "
-                + ("-" if layer.error is None else f"{layer.error:.4f}")
+            inputs = "pruned" if layer.sequential else "one pass"
+            table.append(
+                (
+                    layer.name,
+                    shape_text(layer.shape),
+                    f"{layer.sparsity:.4f}",
+                    str(layer.num_tokens),
+                    "-" if layer.num_tokens == 0 else inputs,
+                    span([layer.error]),
+                )
             )
-        return "\n".join([*lines, self._totals()])
+        return "\n".join([*aligned(table, left={0, 1, 4}), self._totals()])
 
     def _totals(self) -> str:
         return (
             f"{len(self.layers)} layers pruned by {self.recipe.method} to sparsity "
             f"{self.sparsity:.4f} ({self.num_samples} calibration samples) in {self.seconds:.1f} s"
         )
-
-
-def save_report(folder: str | os.PathLike[str], name: str, text: str) -> Path:
-    """Write a report whole into a folder, which is made if it is not there; returns the file.
-
-    Raises:
-        OSError: it cannot be written; an earlier one is left as it was.
-    """
-    path = Path(folder) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text.encode())
-    return path

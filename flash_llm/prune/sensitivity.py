@@ -8,14 +8,12 @@ the sum of the squared changes is least.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -36,17 +34,15 @@ from flash_llm.prune.inputs import Inputs, collect_inputs, gram
 from flash_llm.prune.layers import check_inputs, check_weights, matrix
 from flash_llm.prune.methods import METHODS
 from flash_llm.prune.reconstruction import relative_error
-from flash_llm.prune.report import save_report
 from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
+from flash_llm.report import SavedReport
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
+from flash_llm.table import aligned, shape_text
 
 logger = logging.getLogger("flash_llm")
 
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Sparsities that are measured unless others are asked for."""
-
-REPORT_NAME = "sensitivity_report.json"
-"""The file that :meth:`SensitivityReport.save` writes."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class LayerSensitivity:
 
 
 @dataclass(frozen=True)
-class SensitivityReport:
+class SensitivityReport(SavedReport):
     """What :func:`flash_llm.sensitivity` measured; ``print`` it for a table.
 
     Attributes:
@@ -84,6 +80,8 @@ class SensitivityReport:
     layers: tuple[LayerSensitivity, ...]
     num_samples: int
     seconds: float
+
+    FILE_NAME: ClassVar[str] = "sensitivity_report.json"
 
     def allocate(self, sparsity: float) -> dict[str, float]:
         """Each layer's sparsity such that the whole has the target and the least error.
@@ -103,24 +101,6 @@ class SensitivityReport:
             ValueError: ``sparsity`` is outside [0, 1].
         """
         return allocate(self.levels, self.layers, sparsity)
-
-    def to_json(self) -> str:
-        """The report as a JSON object."""
-        return json.dumps(asdict(self), indent=2)
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``sensitivity_report.json``.
-
-        Args:
-            folder: made if it is not there; an earlier report in it is replaced.
-
-        Returns:
-            The file.
-
-        Raises:
-            OSError: it cannot be written; an earlier one is left as it was.
-        """
-        return save_report(folder, REPORT_NAME, self.to_json())
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draw error against sparsity, a line per kind of layer: the median over the blocks.
@@ -171,18 +151,18 @@ class SensitivityReport:
         return figure
 
     def __str__(self) -> str:
-        width = max([len(layer.name) for layer in self.layers] + [len("layer")])
-        heading = "  ".join(f"{level:6.3g}" for level in self.levels)
-        lines = [f"{'layer':<{width}}  {'shape':>13}  {heading}"]
+        table = [("layer", "shape", *(f"{level:.3g}" for level in self.levels))]
         for layer in self.layers:
-            shape = f"{layer.shape[0]}x{layer.shape[1]}"
-            errors = "  ".join(f"{error:6.4f}" for error in layer.errors) or "no token reached it"
-            lines.append(f"{layer.name:<{width}}  {shape:>13}  {errors}")
-        lines.append(
-            f"Relative change of the outputs of {len(self.layers)} layers, pruned by {self.method} "
-            f"to each sparsity ({self.num_samples} calibration samples), in {self.seconds:.1f} s"
+            errors = [f"{error:.4f}" for error in layer.errors] or ["-"] * len(self.levels)
+            table.append((layer.name, shape_text(layer.shape), *errors))
+        return "\n".join(
+            [
+                *aligned(table, left={0, 1}),
+                f"Relative change of the outputs of {len(self.layers)} layers, each pruned by "
+                f"{self.method} to each sparsity ({self.num_samples} calibration samples; - where "
+                f"no token reached the layer), in {self.seconds:.1f} s",
+            ]
         )
-        return "\n".join(lines)
 
 
 def sensitivity(
