@@ -1,4 +1,4 @@
-"""What all reports have in common: they print, turn into JSON, and some are kept beside a model."""
+"""The base of all reports: they print, convert to JSON, and some are saved beside a model."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _Saved = TypeVar("_Saved", bound="SavedReport")
 
 
 class Report:
-    """Base of the dataclasses that say what a call did or found; ``print`` one for a table."""
+    """Base of the dataclasses that describe the result of a call; ``print`` one for a table."""
 
     IN_JSON: ClassVar[tuple[str, ...]] = ()
-    """Properties that JSON holds beside the fields."""
+    """Names of the properties that JSON holds in addition to the fields."""
 
     def to_json(self) -> str:
         """Return the fields and the properties of ``IN_JSON`` as an indented JSON object."""
         return json.dumps(as_json(self), indent=2)
 
     def summary(self) -> str:
-        """Return the text of ``print``, with one line for layers whose names differ in a number."""
+        """Return the text of ``print``, with one line for layers that differ only in a number."""
         return str(self)
 
 
 class SavedReport(Report):
-    """A report that is kept in a file beside a saved model."""
+    """A report that can be saved in a folder, such as that of the model."""
 
     FILE_NAME: ClassVar[str]
     """Name of the file."""

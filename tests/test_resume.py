@@ -159,9 +159,9 @@ def more_layers(model):
         ({"allocation": {"up": 0.5}}, None, "allocation was 'uniform' and is {'up': 0.5} now"),
         ({"seed": 1}, None, "seed was None and is 1 now"),
         ({"ignore": ["blocks.0.up"]}, None, "ignore was .* and is .'blocks.0.up'. now"),
-        ({"calibration": tokens(5)}, None, "the calibration samples are others"),
-        ({}, changed_model, "embed.weight of the model is not what it was"),
-        ({}, more_layers, "it prunes other layers than these 7"),
+        ({"calibration": tokens(5)}, None, "the calibration samples differ"),
+        ({}, changed_model, "embed.weight of the model has changed"),
+        ({}, more_layers, "its layers are not these 7"),
     ],
 )
 def test_another_run_is_refused_before_anything_changes(arguments, change, message, tmp_path):

@@ -26,7 +26,7 @@ def bench(
     device: options.Device = "auto",
     as_json: options.AsJson = False,
 ) -> None:
-    """Time each weight shape of a model, sparse against dense, and say from where dense wins."""
+    """Time each weight shape of a model, sparse against dense, and show the crossovers."""
     report = bench_checkpoint(
         folder,
         tokens=tokens or TOKENS,

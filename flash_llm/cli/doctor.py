@@ -9,7 +9,7 @@ from flash_llm.doctor import diagnose
 
 
 def doctor(as_json: options.AsJson = False) -> None:
-    """Say what is installed and built, and test every operator; exit code 1 on a failure."""
+    """Show what is installed and built, and test every operator; exit code 1 on a failure."""
     diagnosis = diagnose()
     options.show(diagnosis, as_json)
     if not diagnosis.ok:

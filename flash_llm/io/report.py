@@ -1,4 +1,4 @@
-"""What a folder of weights holds and how it was pruned: what ``flash-llm report`` shows."""
+"""The contents of a checkpoint and how it was pruned: what ``flash-llm report`` shows."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ class CheckpointReport(Report):
 
     Attributes:
         folder: of the checkpoint.
-        num_files: safetensors files.
-        nbytes: of all tensors.
-        formats: number of weights by how they are stored: the name of a packed format, or
-            ``"dense"``.
-        weights: a row for each of them, as of :func:`flash_llm.inspect_checkpoint`.
-        pruning: what ``flash-llm prune`` saved beside the model; None where there is nothing.
+        num_files: number of safetensors files.
+        nbytes: bytes of all tensors.
+        formats: number of weights by the name of the packed format, or ``"dense"``.
+        weights: a row for each weight, as in :func:`flash_llm.inspect_checkpoint`.
+        pruning: the report that ``flash-llm prune`` saved beside the model; None without one.
     """
 
     folder: str
@@ -39,7 +38,7 @@ class CheckpointReport(Report):
         return self._text(str(self.weights), str(self.pruning))
 
     def summary(self) -> str:
-        """The same with one line for all layers that differ in a number only."""
+        """Return the same text with one line for layers that differ only in a number."""
         return self._text(self.weights.summary(), self.pruning.summary() if self.pruning else "")
 
     def _text(self, weights: str, pruning: str) -> str:
@@ -57,7 +56,7 @@ class CheckpointReport(Report):
 
 
 def total_line(folder: str | os.PathLike[str]) -> str:
-    """Say in a line how much all tensors of a checkpoint take, those that are no weights too.
+    """Return one line with the number and bytes of all tensors of a checkpoint.
 
     Args:
         folder: packed or dense.
@@ -74,7 +73,7 @@ def total_line(folder: str | os.PathLike[str]) -> str:
 
 
 def report_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
-    """Say what a safetensors folder holds, and how it was pruned if that was saved beside it.
+    """Return the contents of a safetensors folder, and the report of its pruning if there is one.
 
     Args:
         folder: packed or dense.

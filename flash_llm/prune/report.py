@@ -1,4 +1,4 @@
-"""What pruning was asked for and what it did: a table, or a JSON file to keep beside the model."""
+"""Recipe and report of pruning: a table, or a JSON file beside the model."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from flash_llm.table import aligned, grouped, kind, shape_text, span
 
 @dataclass(frozen=True)
 class PruneRecipe:
-    """What :func:`flash_llm.prune_` was asked for, under the names of its arguments.
+    """The arguments of :func:`flash_llm.prune_`, by their names.
 
     Attributes:
         method: pruning method.
-        sparsity: target fraction of zeros; None where scope or allocation say it.
+        sparsity: target fraction of zeros; None if scope or allocation gives it.
         scope: group within which the sparsity holds.
-        allocation: how the target is shared out among the layers.
-        nsamples: calibration samples to use at most.
-        seqlen: tokens of a sample at most.
-        seed: what the samples were drawn with.
+        allocation: how the target is distributed over the layers.
+        nsamples: largest number of calibration samples.
+        seqlen: largest number of tokens of a sample.
+        seed: for drawing the samples.
         damping: fraction of the mean diagonal added to the Hessian.
         preserve_mask: whether zeros stay zeros.
         targets: patterns of the layers to prune.
         ignore: patterns of the layers to leave alone.
-        calibration: name of the calibration file; None for what was in memory, or where none was
-            used.
+        calibration: name of the calibration file; None if the text was in memory or not needed.
     """
 
     method: str
@@ -50,12 +49,12 @@ class PrunedLayer:
     Attributes:
         name: qualified module name.
         shape: ``(M, K)`` = (out_features, in_features).
-        sparsity: fraction of zeros in the weight afterwards.
-        num_tokens: calibration tokens that reached the layer; 0 when the method needs none, or
-            when no token came by (an expert that was never chosen) and magnitude had to decide.
-        sequential: True when the statistics come from the outputs of already pruned blocks.
+        sparsity: fraction of zeros in the pruned weight.
+        num_tokens: calibration tokens that reached the layer; 0 if the method needs none, or if no
+            token reached the layer (an expert that was never chosen) and magnitude was used.
+        sequential: True if the statistics are of the outputs of already pruned blocks.
         error: ``|W X - W' X| / |W X|`` over the calibration tokens X, the relative change of the
-            layer's outputs; None for methods that do not know it (magnitude, Wanda).
+            layer's outputs; None for methods that do not compute it (magnitude, Wanda).
     """
 
     name: str
@@ -73,11 +72,11 @@ class PruneReport(SavedReport):
     ``save`` writes it, with the recipe in it, to ``prune_report.json`` beside a saved model.
 
     Attributes:
-        recipe: what was asked for.
+        recipe: the arguments.
         layers: every pruned layer, in model order.
         num_samples: calibration samples.
         num_tokens: tokens of all of them.
-        seconds: wall-clock time; of a run that was resumed, since then.
+        seconds: wall-clock time; of a resumed run, the time since it was resumed.
     """
 
     recipe: PruneRecipe
@@ -97,7 +96,7 @@ class PruneReport(SavedReport):
         return zeros / max(sum(sizes), 1)
 
     def summary(self) -> str:
-        """The table of ``print`` with one line for all layers that differ in a number only."""
+        """Return the table of ``print``, with one line for layers that differ only in a number."""
         table = [("layers", "number", "shape", "sparsity", "error")]
         groups = grouped(self.layers, lambda layer: (kind(layer.name), layer.shape))
         for (name, shape), layers in groups.items():

@@ -1,9 +1,9 @@
 """Sensitivity: how much each layer's outputs change when it alone is pruned.
 
-A layer is pruned to one level after another, by Wanda or magnitude, on the inputs that it has in
-the dense model, and the relative change of its outputs on the calibration tokens is noted. No
-weight of the model changes. :meth:`SensitivityReport.allocate` shares a target sparsity out so that
-the sum of the squared changes is least.
+The mask of each layer is computed for several sparsities from its inputs in the dense model, and
+the relative change of its outputs on the calibration tokens is measured. No weight of the model
+changes. :meth:`SensitivityReport.allocate` distributes a target sparsity over the layers such that
+the sum of the squared changes is minimal.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from flash_llm.prune.reconstruction import relative_error
 from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
 from flash_llm.report import SavedReport
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
-from flash_llm.table import aligned, shape_text
+from flash_llm.table import aligned, grouped, shape_text
 
 logger = logging.getLogger("flash_llm")
 
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-"""Sparsities that are measured unless others are asked for."""
+"""The sparsities that are measured by default."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class LayerSensitivity:
     Attributes:
         name: qualified module name.
         shape: ``(M, K)`` = (out_features, in_features).
-        num_tokens: calibration tokens that reached the layer; 0 means that nothing is known.
-        errors: per level, ``|W X - W' X| / |W X|`` over the calibration tokens X; empty when no
+        num_tokens: number of calibration tokens that reached the layer.
+        errors: for each level, ``|W X - W' X| / |W X|`` over the calibration tokens X; empty if no
             token reached the layer.
     """
 
@@ -67,9 +67,11 @@ class LayerSensitivity:
 class SensitivityReport(SavedReport):
     """What :func:`flash_llm.sensitivity` measured; ``print`` it for a table.
 
+    ``save`` writes it to ``sensitivity_report.json``.
+
     Attributes:
-        method: what chose the weights to prune.
-        levels: the sparsities, rising.
+        method: the method that chose the weights to prune.
+        levels: the sparsities, increasing.
         layers: every layer, in model order.
         num_samples: calibration samples.
         seconds: wall-clock time.
@@ -84,18 +86,17 @@ class SensitivityReport(SavedReport):
     FILE_NAME: ClassVar[str] = "sensitivity_report.json"
 
     def allocate(self, sparsity: float) -> dict[str, float]:
-        """Each layer's sparsity such that the whole has the target and the least error.
+        """Return the sparsity of each layer for a target sparsity of the whole, at the least error.
 
-        What is least is the sum over the layers of the squared relative errors, interpolated
-        between the levels (:func:`flash_llm.prune.allocation.least_error_sparsities`). No layer's
-        sparsity is far from the target; one that no token reached gets it.
+        The error is the sum over the layers of the squared relative errors, interpolated between
+        the levels (:func:`flash_llm.prune.allocation.least_error_sparsities`). Every sparsity is
+        close to the target; a layer that no token reached gets the target itself.
 
         Args:
             sparsity: target fraction of zeros over all weights, in [0, 1].
 
         Returns:
-            Sparsities in [0, 1] by layer; a dict that :func:`flash_llm.prune_` takes as
-            ``allocation``.
+            Sparsities in [0, 1] by layer: an ``allocation`` for :func:`flash_llm.prune_`.
 
         Raises:
             ValueError: ``sparsity`` is outside [0, 1].
@@ -129,9 +130,8 @@ class SensitivityReport(SavedReport):
             raise ValueError("there is nothing to plot: no calibration token reached a layer")
         figure = Figure(figsize=(7.0, 4.5), layout="constrained")
         axis = figure.subplots()
-        for kind in dict.fromkeys(_kind(layer.name) for layer in drawn):
-            alike = [layer.errors for layer in drawn if _kind(layer.name) == kind]
-            errors = torch.tensor(alike, dtype=torch.float64)
+        for kind, layers in grouped(drawn, lambda layer: layer.name.rpartition(".")[2]).items():
+            errors = torch.tensor([layer.errors for layer in layers], dtype=torch.float64)
             (line,) = axis.plot(self.levels, errors.median(dim=0).values, marker="o", label=kind)
             axis.fill_between(
                 self.levels,
@@ -183,19 +183,19 @@ def sensitivity(
 ) -> SensitivityReport:
     """Measure how much each layer's outputs change when it alone is pruned; changes no weight.
 
-    For each layer and level: ``|W X - W' X| / |W X|`` in the Frobenius norm, X being the inputs of
-    the layer in the dense model on the calibration tokens and W' the weight pruned to that level.
+    For each layer and level: ``|W X - W' X| / |W X|`` in the Frobenius norm, where X are the inputs
+    of the layer in the dense model on the calibration tokens, and W' is the pruned weight.
 
     Args:
         model: dense; called as ``model(ids)`` with int64 token ids ``[B, L]``.
         calibration: text, as in :func:`flash_llm.prune_`.
         levels: sparsities to measure, in (0, 1), each once.
-        method: ``"wanda"`` or ``"magnitude"``, which leave the weights that stay as they are.
+        method: ``"wanda"`` or ``"magnitude"``, which do not update the weights that stay.
         scope: ``"row"`` or ``"layer"``.
         tokenizer: for files and strings.
-        nsamples: use only so many samples; None for all.
+        nsamples: number of samples to use; None for all.
         seqlen: tokens per sample.
-        seed: draws the samples, as in :func:`flash_llm.prune_`.
+        seed: for drawing the samples, as in :func:`flash_llm.prune_`.
         targets: patterns of the layers to measure, as in :func:`flash_llm.sparsify_`.
         ignore: patterns of the layers to leave out; wins over ``targets``.
         device: where blocks run, one at a time; None means where the model is.
@@ -271,11 +271,11 @@ def measure_layers(
 
     Args:
         model: dense.
-        stacks: of the model; their calls are used up.
+        stacks: of the model; their calls are deleted.
         layers: linear layers by name.
         samples: from :func:`flash_llm.prune.samples.samples_for`.
-        levels: rising sparsities.
-        method: ``"wanda"`` or ``"magnitude"``.
+        levels: increasing sparsities.
+        method: as in :func:`sensitivity`.
         scope: ``"row"`` or ``"layer"``.
         progress: as in :func:`sensitivity`.
 
@@ -310,7 +310,7 @@ def measure_layers(
     for stack, index in track(blocks, "measuring", progress):
         inside = {n: layer for n, layer in layers.items() if n.startswith(stack.prefix(index))}
         with stack.on_device(index), collect_inputs(inside, gram) as inputs:
-            stack.advance(index)  # also the last, whose outputs nobody takes
+            stack.advance(index)  # the last block too: its layers' inputs are collected
             for name in inside:
                 measure(name, inputs.pop(name, None))
     rest = {name: layer for name, layer in layers.items() if name not in found}
@@ -326,7 +326,7 @@ def measure_layers(
 def allocate(
     levels: Sequence[float], layers: Sequence[LayerSensitivity], sparsity: float
 ) -> dict[str, float]:
-    """Each layer's sparsity, as :meth:`SensitivityReport.allocate` says."""
+    """Return the sparsities that :meth:`SensitivityReport.allocate` describes."""
     known = [layer for layer in layers if layer.errors]
     found = least_error_sparsities(
         levels,
@@ -337,8 +337,3 @@ def allocate(
     shares = dict.fromkeys((layer.name for layer in layers), sparsity)
     shares.update(zip((layer.name for layer in known), found, strict=True))
     return shares
-
-
-def _kind(name: str) -> str:
-    """The last part of a layer's name."""
-    return name.rpartition(".")[2]
