@@ -190,7 +190,7 @@ def _items(calibration: Any) -> Iterable[Any]:
         return [calibration]
     if not isinstance(calibration, Iterable):
         raise TypeError(
-            "calibration must be the name of a file, token tensors or strings, got "
+            "calibration must be a file's name, token tensors or strings, got "
             f"{type(calibration).__name__}"
         )
     return calibration
