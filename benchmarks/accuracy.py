@@ -26,7 +26,8 @@ from rows import case_of, commit_hash, print_table, read_rows, write_rows
 from torch import Tensor, nn
 
 from flash_llm import perplexity, prune_, recover_
-from flash_llm.prune.calibrate import ALLOCATIONS, METHODS
+from flash_llm.prune.calibrate import ALLOCATIONS
+from flash_llm.prune.methods import METHODS
 from flash_llm.select import DEFAULT_IGNORE
 from flash_llm.smollm2 import load_smollm2, pydoc_text
 from flash_llm.weight_only import GROUP, VALUES, round_
@@ -145,7 +146,7 @@ def is_measured(case: Case, text: str, rows: list[dict[str, object]]) -> bool:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--allocation", nargs="+", choices=ALLOCATIONS, default=["uniform", "owl"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5, 0.6, 0.7])
     parser.add_argument("--recover-epochs", type=int, default=0, help="of recover_; 0 for none")

@@ -16,7 +16,7 @@ from options import add_row_options, require_fractions, require_positive
 from rows import commit_hash, cpu_name, print_table, write_rows
 
 from flash_llm import prune_
-from flash_llm.prune.calibrate import METHODS
+from flash_llm.prune.methods import METHODS
 from flash_llm.smollm2 import load_smollm2, pydoc_tokens
 
 HEADINGS = ("method", "sparsity", "samples", "threads", "seconds")
@@ -25,7 +25,7 @@ HEADINGS = ("method", "sparsity", "samples", "threads", "seconds")
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros")
     parser.add_argument("--nsamples", type=int, default=32, help="calibration samples")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of each sample")

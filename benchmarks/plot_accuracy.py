@@ -12,7 +12,8 @@ from pathlib import Path
 
 from rows import RESULTS, read_rows
 
-from flash_llm.prune.calibrate import ALLOCATIONS, METHODS
+from flash_llm.prune.calibrate import ALLOCATIONS
+from flash_llm.prune.methods import METHODS
 
 STYLES = dict(zip(ALLOCATIONS, ("-", "--", ":"), strict=True))
 

@@ -370,7 +370,7 @@ def accuracy_section(results: Path) -> list[str]:
     parts = ["## Accuracy"] if rows else []
 
     def order(row: dict) -> tuple:
-        method, allocation = METHODS.index(row["method"]), ALLOCATIONS.index(row["allocation"])
+        method, allocation = [*METHODS].index(row["method"]), ALLOCATIONS.index(row["allocation"])
         return conditions(row), method, allocation, row["sparsity"]
 
     pruned.sort(key=order)
@@ -421,7 +421,7 @@ def cost_section(results: Path) -> list[str]:
     rows = read_rows(results / "pack.jsonl")
     pruning = sorted(
         (row for row in rows if row["bench"] == "prune"),
-        key=lambda row: METHODS.index(row["method"]),
+        key=lambda row: [*METHODS].index(row["method"]),
     )
     converting = [row for row in rows if row["bench"] == "convert"]
     parts = ["## What pruning and converting take"] if rows else []

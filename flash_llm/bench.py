@@ -1,16 +1,16 @@
-"""Time the linear layers of a checkpoint, sparse against dense, on the machine at hand.
+"""Time the linear layers of a checkpoint, sparse against dense, on this machine.
 
-Every distinct weight shape of the folder is timed once, on one of its own weights, with the method
+Every distinct weight shape of the folder is timed once, with one of its own weights, by the method
 of :mod:`flash_llm.timing`: on CUDA against cuBLAS in graphs, on the CPU against ``F.linear`` in the
-same dtype. ``benchmarks/`` measures more, on random weights.
+same dtype. ``benchmarks/`` measures more cases, on random weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Hashable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,22 +22,23 @@ from flash_llm.io.convert import CONVERT_IGNORE, EVERY_LAYER, choose_layers
 from flash_llm.io.dense_view import DenseView
 from flash_llm.ops import PackedWeight
 from flash_llm.progress import ProgressBar, track
-from flash_llm.table import aligned, natural
+from flash_llm.report import Report
+from flash_llm.table import aligned, natural, shape_text
 from flash_llm.timing import copies_to_rotate, time_cpu, time_cuda
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256)
 """Default numbers of tokens: from decoding one sequence to a short prompt."""
 
-# It hardly counts where the weight comes from when so many tokens are multiplied by it.
+# With more tokens it hardly matters whether the weight is in a cache, so two copies are enough.
 _MANY_TOKENS = 16
 
-# Above this the dense weight, which is made for comparison, is out of proportion to the file.
+# Above this ratio the dense weight, which is needed for comparison, is too large for such a file.
 _MOST_TIMES_SMALLER = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class ProductTiming:
-    """One product ``y[N, M] = x[N, K] . w^T``, both ways.
+    """Times of one product ``y[N, M] = x[N, K] . w^T``, sparse and dense.
 
     Attributes:
         num_tokens: N.
@@ -52,18 +53,18 @@ class ProductTiming:
 
 @dataclasses.dataclass(frozen=True)
 class ShapeTiming:
-    """All products of one weight shape.
+    """Times of all products of one weight shape.
 
     Attributes:
-        layer: whose weight was taken.
+        layer: name of the layer whose weight was timed.
         num_layers: layers of this shape in the checkpoint.
         shape: ``(M, K)`` = (out_features, in_features).
         sparsity: fraction of zeros in [0, 1] of the weight.
         stored_format: name of the packed format in the folder, or ``"dense"``.
         format: name of the packed format that was timed.
-        dense_bytes: of the dense weight.
-        packed_bytes: of the packed weight.
-        products: by number of tokens.
+        dense_bytes: bytes of the dense weight.
+        packed_bytes: bytes of the packed weight.
+        products: by increasing number of tokens.
     """
 
     layer: str
@@ -76,11 +77,13 @@ class ShapeTiming:
     packed_bytes: int
     products: tuple[ProductTiming, ...]
 
+    IN_JSON: ClassVar[tuple[str, ...]] = ("dense_wins_from",)
+
     @property
     def dense_wins_from(self) -> int | None:
-        """The smallest timed N from which on dense is the faster one; None if it is not at the end.
+        """The smallest timed N from which dense is always faster; None if never.
 
-        Between this and the timed N before lies the crossover.
+        The crossover lies between this N and the timed N before it.
         """
         wins = None
         for product in reversed(self.products):
@@ -91,13 +94,13 @@ class ShapeTiming:
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchReport:
+class BenchReport(Report):
     """Sparse against dense for the shapes of a checkpoint; prints as a table.
 
     Attributes:
-        device: where it was measured.
+        device: ``"cpu"``, or the name of the GPU.
         dtype: of weights and tokens.
-        threads: of torch, which count on the CPU.
+        threads: number of torch's threads, which matters on the CPU.
         shapes: largest first.
     """
 
@@ -106,23 +109,15 @@ class BenchReport:
     threads: int
     shapes: tuple[ShapeTiming, ...]
 
-    def to_json(self) -> str:
-        """Return the fields, ``dense_wins_from`` with each shape, as indented JSON."""
-        shapes = [
-            {**dataclasses.asdict(shape), "dense_wins_from": shape.dense_wins_from}
-            for shape in self.shapes
-        ]
-        return json.dumps({**dataclasses.asdict(self), "shapes": shapes}, indent=2)
-
     def __str__(self) -> str:
-        """Two tables in one: a line for each shape and N, and after each shape the crossover."""
+        """One line for each shape and N, then the crossover of each shape."""
         titles = ("MxK", "layers", "sparsity", "format", "N", "sparse us", "dense us", "speed-up")
         table = [titles]
         for shape in self.shapes:
             for product in shape.products:
                 table.append(
                     (
-                        "x".join(map(str, shape.shape)),
+                        shape_text(shape.shape),
                         str(shape.num_layers),
                         f"{shape.sparsity:.4f}",
                         shape.format,
@@ -139,7 +134,7 @@ class BenchReport:
             if shape.packed_bytes >= shape.dense_bytes:
                 ratio = shape.packed_bytes / max(shape.dense_bytes, 1)
                 line += f", but packing takes {ratio:.2f}x the bytes, so that it stays dense"
-            lines.append(f"{'x'.join(map(str, shape.shape))}: {line}")
+            lines.append(f"{shape_text(shape.shape)}: {line}")
         for stored, timed in dict.fromkeys((s.stored_format, s.format) for s in self.shapes):
             if stored not in ("dense", timed):
                 lines.append(f"Stored as {stored}, repacked as {timed} for this device.")
@@ -161,23 +156,23 @@ def bench_checkpoint(
 
     Args:
         folder: safetensors, packed or dense.
-        tokens: the numbers N of tokens to multiply at once.
+        tokens: the numbers N of tokens to time.
         sparsity: prune dense weights to this fraction of zeros in [0, 1] of each row, by magnitude.
-            None takes the zeros that are there.
-        format: ``"auto"`` (what is fastest on the device), or a format's name.
+            None keeps the weights as they are.
+        format: ``"auto"`` (the fastest on the device), or a format's name.
         device: where to run.
         progress: True for a tqdm bar over the shapes, or a callable such as
             ``rich.progress.track``.
 
     Returns:
-        The times. float32 weights are cast to bfloat16, for both ways; weights that are packed in
-        another format are packed anew.
+        The times. float32 weights are cast to bfloat16 for both products; weights that are packed
+        in another format are packed again.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
-        ValueError: a file is broken; there is no linear layer; dense weights without zeros and no
-            ``sparsity``, or a ``sparsity`` for packed ones; ``tokens``, ``sparsity`` or ``format``
-            is wrong.
+        ValueError: a file is broken; there is no linear layer; the weights are dense without zeros
+            and ``sparsity`` is None, or packed and it is not; ``tokens``, ``sparsity`` or
+            ``format`` is wrong.
         RuntimeError: the compiled extension is missing, or CUDA failed.
     """
     ops.check_format(format)
@@ -223,7 +218,7 @@ def bench_checkpoint(
 
 
 def _layers_by_shape(view: DenseView) -> dict[tuple[int, int], list[str]]:
-    """The layers that are packed or that a conversion would consider."""
+    """Return the packed layers by shape, or else those that a conversion would consider."""
     layers: dict[tuple[int, int], list[str]] = {}
     for name in sorted(view.checkpoint.packed, key=natural):
         header, stored = view.checkpoint.packed[name], view.checkpoint.placeholder(name)
@@ -247,7 +242,7 @@ def _stored_format(view: DenseView, layer: str) -> str:
 
 
 def _weight(view: DenseView, layer: str, sparsity: float | None, device: torch.device) -> Tensor:
-    """The layer's dense weight; as bfloat16 where it is not of 16 bits."""
+    """Return the layer's dense weight, cast to bfloat16 if it cannot be packed as it is."""
     weight = view.tensor(f"{layer}.weight")
     if not ops.is_packable(weight.dtype):
         if not weight.is_floating_point():
@@ -263,9 +258,9 @@ def _weight(view: DenseView, layer: str, sparsity: float | None, device: torch.d
 def _time_products(
     weight: Tensor, packed: PackedWeight, tokens: Sequence[int]
 ) -> tuple[ProductTiming, ...]:
-    """Time every N, over copies that together exceed the caches."""
+    """Time every N, with copies of the weights that together exceed the caches."""
     dense_copies = [weight.clone() for _ in range(copies_to_rotate(weight.nbytes))]
-    # Packed one by one, because a clone has none of the huge pages that packing asks for.
+    # Packed one by one: packing requests huge pages, a clone would not have them.
     others = copies_to_rotate(packed.nbytes) - 1
     packed_copies = [packed, *(ops.pack(weight, packed.FORMAT) for _ in range(others))]
     time_calls = time_cuda if weight.is_cuda else time_cpu

@@ -1,8 +1,8 @@
-"""The main job on real weights: one model as dense, pruned and packed, measured and shown.
+"""A demonstration on real weights: measures and compares a model as dense, pruned and packed.
 
 Model and text are those of :mod:`flash_llm.smollm2`, so nothing is downloaded when this runs.
 ``flash-llm demo`` calls :func:`main`; ``examples/quickstart.py`` takes the same steps through the
-public API and leaves measuring and showing to :class:`Comparison`.
+public API and uses :class:`Comparison` to measure and show.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from flash_llm.evaluate import perplexity
 from flash_llm.forward import evaluation_mode
 from flash_llm.linear import SparseLinear
 from flash_llm.progress import LogLines, ProgressBar
-from flash_llm.prune.calibrate import METHODS, prune_
+from flash_llm.prune.calibrate import make_recipe, prune_
+from flash_llm.prune.criteria import check_prune_target
+from flash_llm.report import as_json
 from flash_llm.smollm2 import (
     CALIBRATION_SAMPLES,
     WINDOW,
@@ -34,7 +36,8 @@ from flash_llm.smollm2 import (
     pydoc_text,
     pydoc_tokens,
 )
-from flash_llm.sparsify import LayerReport, SparsifyReport, model_bytes, sparsify_
+from flash_llm.sparsify import SparsifyReport, model_bytes, sparsify_
+from flash_llm.table import grouped, shape_text
 from flash_llm.weight_only import GROUP, VALUES, quantize_, round_
 
 __all__ = [
@@ -53,40 +56,41 @@ __all__ = [
 ]
 
 METHOD = "sparsegpt"
-"""Default pruning method: a minute or two on two cores. ADMM keeps more, in three times as long."""
+"""Default pruning method: a minute or two on two cores. ADMM loses less, in three times as long."""
 SPARSITY = 0.35
-"""Default fraction of zeros: the model still answers, at 1.10 times the dense perplexity. It takes
-more than 0.5 to make layers smaller in Tiled-CSL, the format of GPUs other than Hopper's."""
+"""Default fraction of zeros: the model still answers, at 1.10 times the dense perplexity. In
+Tiled-CSL, the format of GPUs other than Hopper's, layers become smaller only above 0.5."""
 MOST_LOSS = 1.12
-"""Perplexity over that of the dense model that the defaults must not exceed."""
+"""Upper limit for the perplexity with the defaults, relative to the dense model."""
 COSTS = {0.5: 1.19, 0.6: 1.49}
-"""Perplexity over the dense one at more zeros, of rows in ``benchmarks/results/accuracy.jsonl``:
-ADMM, uniform allocation, 32 calibration samples, no recovery."""
+"""Perplexity relative to the dense model by fraction of zeros, from
+``benchmarks/results/accuracy.jsonl``: ADMM, uniform allocation, 32 calibration samples, no
+recovery."""
 WINDOWS = 4
-"""Held-out windows that the perplexity is taken over by default."""
+"""Default number of held-out windows for the perplexity."""
 DEQUANTISED = (
-    "Its weights were dequantised from a Q4_1 file, which has 4 bits for each: the dense model has "
-    "lost something already, and what pruning costs comes on top."
+    "Its weights were dequantised from a Q4_1 file of 4 bits per weight: the dense model has "
+    "already lost some quality, and the loss by pruning comes on top."
 )
-"""What to know about the dense model of :mod:`flash_llm.smollm2`."""
+"""A note on the dense model of :mod:`flash_llm.smollm2`."""
 QUESTION = "What is the capital of France?"
 ANSWER_TOKENS = 48
 TIMING_TOKENS = 32
-"""Most tokens that each model writes in a timed turn."""
+"""Largest number of tokens that each model generates in a timed turn."""
 TIMING_TURNS = 2
-"""Timed turns of each model; one more comes first and is not counted."""
+"""Timed turns of each model, after one that is not counted."""
 FLOAT32 = "dense, float32"
-"""The row of the dense model's speed in float32."""
+"""Name of the dense model in float32, of which only the speed is measured."""
 UNPRUNED = "packed, not pruned"
-"""The control: the dense model's weights, packed as they are."""
+"""Name of the control: the dense model's weights, packed without pruning."""
 ROUNDED = {values: f"torch {values}" for values in VALUES}
-"""Names of the dense model in torch's weight-only products."""
+"""Names of the dense model with torch's weight-only products."""
 LOGIT_TOKENS = 32
 PERPLEXITY_AGREEMENT = 0.01
-"""Largest relative difference in perplexity that is put down to rounding."""
+"""Largest relative difference in perplexity that rounding can explain."""
 LOGIT_AGREEMENT = 0.1
-"""Likewise for logits, as a fraction of the largest: bfloat16 against float32 on the same pruned
-model is 0.035 (1.19 of 34.5, sparsity 0.6), packed against dense in bfloat16 0.024 (CPU)."""
+"""Likewise for logits, as a fraction of the largest. On the same pruned model, bfloat16 against
+float32 is 0.035 (1.19 of 34.5, sparsity 0.6), packed against dense in bfloat16 0.024 (CPU)."""
 
 
 def pick_device(wanted: str = "auto") -> tuple[torch.device, str]:
@@ -123,7 +127,7 @@ def pick_device(wanted: str = "auto") -> tuple[torch.device, str]:
 
 
 def decode_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits of a text that is fed one token at a time, as when generating.
+    """Return the logits of a text that is processed one token at a time, as in generation.
 
     Args:
         model: a transformers causal language model.
@@ -143,15 +147,15 @@ def decode_logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def greedy_decode(model: nn.Module, prompt: Tensor, num_tokens: int) -> tuple[Tensor, list[float]]:
-    """Generate ``num_tokens`` tokens at batch 1 with a key/value cache, end-of-text or not.
+    """Generate ``num_tokens`` tokens at batch 1 with a key/value cache; ignores end-of-text.
 
     Args:
         model: a transformers causal language model.
         prompt: ``[1, L]`` token ids on the model's device.
-        num_tokens: tokens to generate; the first comes from the prompt's own pass.
+        num_tokens: tokens to generate; the first one results from the pass of the prompt.
 
     Returns:
-        ``[num_tokens]`` ids, and the seconds that each token after the first took.
+        ``[num_tokens]`` ids, and the seconds for each token after the first.
     """
     tokens, seconds = [], []
     ids, cache = prompt, None
@@ -169,23 +173,23 @@ def greedy_decode(model: nn.Module, prompt: Tensor, num_tokens: int) -> tuple[Te
 def decoding_speeds(
     models: Mapping[str, nn.Module], prompt: Tensor, num_tokens: int, turns: int = TIMING_TURNS
 ) -> dict[str, float]:
-    """Time greedy decoding at batch 1, the models in turns so that none has a warmer machine.
+    """Time greedy decoding at batch 1; the models take turns, so that all see the same conditions.
 
     Args:
         models: transformers causal language models by name.
         prompt: ``[1, L]`` token ids, on any device.
-        num_tokens: tokens that each model writes in a turn, at least 2.
-        turns: that count; one more comes first.
+        num_tokens: tokens that each model generates in a turn, at least 2.
+        turns: timed turns, after one that is not counted.
 
     Returns:
-        Tokens per second by name, the median over all tokens but those that came with the prompt.
+        Tokens per second by name: the median over all tokens except the first of each turn.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(1 + turns):
         for name, model in models.items():
             there = prompt.to(next(model.parameters()).device)
             _, times = greedy_decode(model, there, num_tokens)
-            if turn > 0:  # in the first, memory is allocated and kernels are chosen
+            if turn > 0:  # the first turn allocates memory and chooses kernels
                 seconds[name] += times
     return {name: 1.0 / statistics.median(times) for name, times in seconds.items()}
 
@@ -196,11 +200,11 @@ class Measurement:
 
     Attributes:
         perplexity: on the held-out text.
-        weight_bytes: parameters and buffers.
+        weight_bytes: bytes of parameters and buffers.
         answer: greedy answer to the question, up to the end of text; None for the pruned model,
-            which says what the packed one says.
-        logits: ``[LOGIT_TOKENS, vocabulary]`` float32 of the first held-out tokens, fed one at a
-            time, through the packed layers where there are any.
+            whose answer is that of the packed model.
+        logits: ``[LOGIT_TOKENS, vocabulary]`` float32 for the first held-out tokens, processed one
+            at a time, by the packed layers if there are any.
     """
 
     perplexity: float
@@ -211,11 +215,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Control:
-    """The model made faster without pruning.
+    """The model with a faster product, but not pruned.
 
     Attributes:
         perplexity: on the held-out text.
-        weight_bytes: parameters and buffers.
+        weight_bytes: bytes of parameters and buffers.
     """
 
     perplexity: float
@@ -223,18 +227,18 @@ class Control:
 
 
 class Comparison:
-    """Measures a model as ``dense``, ``pruned`` and ``packed``, then shows what that did.
+    """Measures a model as ``dense``, ``pruned`` and ``packed``, and shows the differences.
 
-    Perplexities are those of the weights, computed in float32: a CPU without bfloat16 instructions
-    takes five times as long in bfloat16. Answers, logits and speeds are of the model as it is.
+    Perplexities are computed in float32: a CPU without bfloat16 instructions takes five times as
+    long in bfloat16. Answers, logits and speeds are measured in the dtype of the model.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
-        heldout: ``[T]`` token ids that were not calibrated on.
-        question: asked of every stage through the chat template.
-        windows: held-out windows of ``window`` tokens for the perplexity.
+        heldout: ``[T]`` token ids that were not used for calibration.
+        question: for the dense and the packed model, in the chat template.
+        windows: number of held-out windows for the perplexity.
         window: tokens per window.
-        answer_tokens: most tokens of an answer.
+        answer_tokens: largest number of tokens of an answer.
 
     Raises:
         ImportError: rich (extra ``demo``) is not installed.
@@ -253,7 +257,7 @@ class Comparison:
         self.console = import_extra("rich.console").Console()
         self.stages: dict[str, Measurement] = {}
         self.controls: dict[str, Control] = {}
-        self.tokens_per_second: dict[str, float] = {}  # by stage and control, and of FLOAT32
+        self.tokens_per_second: dict[str, float] = {}  # by stage, control and FLOAT32
         self._tokenizer = tokenizer
         self._heldout = heldout
         self._question = question
@@ -263,7 +267,7 @@ class Comparison:
 
     @property
     def progress(self) -> ProgressBar:
-        """A bar of rich on a terminal and lines in a log, in the form that ``prune_`` takes."""
+        """Progress of long calls: a bar of rich on a terminal, lines in a log elsewhere."""
         if not self.console.is_terminal:
             return LogLines
         bar: Callable[[Sequence[Any], str], Any] = functools.partial(
@@ -276,14 +280,14 @@ class Comparison:
         self.console.rule(text, align="left")
 
     def measure(self, stage: str, model: nn.Module) -> Measurement:
-        """Measure the model as it is now.
+        """Measure the model in its current state.
 
         Args:
             stage: ``"dense"``, ``"pruned"`` or ``"packed"``.
             model: a transformers causal language model.
 
         Returns:
-            The measurement, which is also kept for :meth:`show`.
+            The measurement; :meth:`show` uses it as well.
         """
         self.stages[stage] = Measurement(
             perplexity=self._perplexity(in_float32(model)),
@@ -294,13 +298,13 @@ class Comparison:
         return self.stages[stage]
 
     def measure_controls(self, dense: nn.Module, report: SparsifyReport) -> dict[str, nn.Module]:
-        """Measure what makes the dense model faster without pruning; on a GPU nothing is measured.
+        """Measure what speeds up the dense model without pruning, on a CPU; nothing on a GPU.
 
-        On a CPU that is packing its weights as they are, and torch's weight-only INT8 and INT4.
+        The controls are the dense weights, packed, and torch's weight-only INT8 and INT4.
 
         Args:
             dense: a transformers causal language model that was not pruned.
-            report: of packing the pruned model; the same layers are taken.
+            report: of packing the pruned model; the controls change the same layers.
 
         Returns:
             The models by name, for :meth:`time_decoding`.
@@ -330,13 +334,13 @@ class Comparison:
         )
 
     def time_decoding(self, **models: nn.Module) -> None:
-        """Time greedy decoding at batch 1, the models in turns so that none has a warmer machine.
+        """Time greedy decoding as :func:`decoding_speeds` does.
 
-        On a CPU the dense model takes a turn in float32 too, which many CPUs multiply faster.
+        On a CPU the dense model is also timed in float32, in which many CPUs multiply faster.
 
         Args:
-            models: by stage or control. A pruned model that is not packed would do for the dense
-                one: zeros in a dense tensor change no speed.
+            models: by stage or control. A pruned model may stand for the dense one: zeros in a
+                dense tensor do not change the speed.
         """
         dense = models.get("dense")
         if dense is not None and next(dense.parameters()).device.type == "cpu":
@@ -369,9 +373,9 @@ class Comparison:
         return (pruned - packed).abs().max().item()
 
     def agrees(self) -> bool:
-        """Whether packing changed perplexity and logits by no more than rounding can."""
+        """Whether rounding explains the differences between the pruned and the packed model."""
         pruned, packed = self.stages["pruned"].perplexity, self.stages["packed"].perplexity
-        # written so that a NaN disagrees
+        # Comparisons that are False for NaN.
         return (
             abs(packed / pruned - 1.0) <= PERPLEXITY_AGREEMENT
             and self.logit_difference() <= LOGIT_AGREEMENT * self._largest_logit()
@@ -381,11 +385,11 @@ class Comparison:
         return self.stages["pruned"].logits.abs().max().item()
 
     def show(self, report: SparsifyReport) -> None:
-        """Print the tables, the answers and what they mean.
+        """Print the tables, the answers and their interpretation.
 
         Args:
-            report: what ``sparsify_`` returned; all three stages must have been measured, and dense
-                and packed decoding timed.
+            report: of ``sparsify_``. All three stages must have been measured, and decoding of the
+                dense and the packed model timed.
         """
         self.step("Layers")
         self._show_layers(report)
@@ -406,13 +410,14 @@ class Comparison:
         for title in ("sparsity", "dense MB", "packed MB"):
             table.add_column(title, justify="right")
         table.add_column("decision")
-        for (group, decision), rows in _by_group(report).items():
+        groups = grouped(report.rows, lambda row: (row.name.rpartition(".")[2], row.decision))
+        for (group, decision), rows in groups.items():
             shapes = {row.shape for row in rows}
             packed = [row.packed_bytes for row in rows if row.packed_bytes is not None]
             zeros = [row.sparsity for row in rows if row.sparsity is not None]
             table.add_row(
                 f"{len(rows)} x {group}",
-                "x".join(map(str, shapes.pop())) if len(shapes) == 1 else "various",
+                shape_text(shapes.pop()) if len(shapes) == 1 else "various",
                 f"{statistics.mean(zeros):.3f}" if zeros else "-",
                 f"{sum(row.dense_bytes for row in rows) / 1e6:.2f}",
                 f"{sum(packed) / 1e6:.2f}" if packed else "-",
@@ -438,7 +443,7 @@ class Comparison:
         self.console.print(table)
 
     def findings(self, report: SparsifyReport) -> list[str]:
-        """What the numbers say, in plain sentences, good or bad."""
+        """Return the interpretation of the numbers, as sentences."""
         dense, pruned, packed = (self.stages[name] for name in ("dense", "pruned", "packed"))
         zeros = [row.sparsity for row in report.packed if row.sparsity is not None]
         loss = pruned.perplexity / dense.perplexity
@@ -471,7 +476,7 @@ class Comparison:
         return [
             quality,
             f"{agreement}: perplexity {pruned.perplexity:.3f} pruned, {packed.perplexity:.3f} "
-            f"packed. Fed {len(pruned.logits)} tokens one at a time, their logits differ by at "
+            f"packed. Over {len(pruned.logits)} tokens, one at a time, their logits differ by at "
             f"most {self.logit_difference():.2f}; the largest is {self._largest_logit():.1f}.",
             f"The whole model takes {packed.weight_bytes / 1e6:.1f} MB instead of "
             f"{dense.weight_bytes / 1e6:.1f} MB ({size:.2f} times).",
@@ -482,7 +487,7 @@ class Comparison:
         ]
 
     def _control_findings(self) -> list[str]:
-        """What the gain is owed to, and whether rounding the weights is the better choice."""
+        """Return where the gain comes from, and whether rounding the weights is better."""
         if not self.controls:
             return []
         rates = {
@@ -506,8 +511,8 @@ class Comparison:
         )
         return [
             "Packed without pruning, which loses nothing, the model is "
-            f"{rates[UNPRUNED]:.2f} times as fast as the dense one: so much is owed to the "
-            "matrix-vector product and not to zeros, which gain more on larger layers. "
+            f"{rates[UNPRUNED]:.2f} times as fast as the dense one: this part of the gain is due "
+            "to the matrix-vector product and not to zeros, which gain more on larger layers. "
             "(sparsify_(model, pack_unprofitable=True) packs without pruning.)",
             f"torch's own weight-only products, rounded to nearest (INT4 in groups of {GROUP}), "
             f"against the dense model: {rounded}. {verdict}",
@@ -521,7 +526,7 @@ class Comparison:
         return f"; in float32 the dense one makes {rate:.1f} ({speed:.2f} times)."
 
     def to_json(self, report: SparsifyReport, **facts: Any) -> str:
-        """All numbers as a JSON object, with ``facts`` beside them."""
+        """Return all numbers, and ``facts``, as a JSON object."""
         stages = {
             name: {
                 "perplexity": stage.perplexity,
@@ -543,27 +548,19 @@ class Comparison:
                 "dense_float32_tokens_per_second": self.tokens_per_second.get(FLOAT32),
                 "max_logit_difference": self.logit_difference(),
                 "agrees": self.agrees(),
-                "sparsify": json.loads(report.to_json()),
+                "sparsify": as_json(report),
             },
             indent=2,
         )
 
 
 def in_float32(model: nn.Module) -> nn.Module:
-    """A copy of the model in float32, its packed layers dense."""
+    """Return a copy of the model in float32, with its packed layers unpacked."""
     twin = copy.deepcopy(model)
     for name, layer in list(twin.named_modules()):
         if isinstance(layer, SparseLinear):
             twin.set_submodule(name, layer.to_linear())
     return twin.float()
-
-
-def _by_group(report: SparsifyReport) -> dict[tuple[str, str], list[LayerReport]]:
-    """Rows by the last part of the layer's name and by decision."""
-    groups: dict[tuple[str, str], list[LayerReport]] = {}
-    for row in report.rows:
-        groups.setdefault((row.name.rpartition(".")[2], row.decision), []).append(row)
-    return groups
 
 
 def main(
@@ -576,7 +573,7 @@ def main(
     question: str = QUESTION,
     json_path: Path | None = None,
 ) -> bool:
-    """Load SmolLM2-135M-Instruct, prune it, pack it, and show what that did.
+    """Load SmolLM2-135M-Instruct, prune it, pack it, and show what this costs and saves.
 
     Args:
         method: of :func:`flash_llm.prune_`.
@@ -584,21 +581,19 @@ def main(
         windows: held-out windows of 512 tokens for each perplexity.
         calibration_samples: samples of 512 tokens to prune with.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-        question: asked of the dense and of the packed model.
-        json_path: also write every number there.
+        question: for the dense and the packed model.
+        json_path: file to write all numbers to; None for none.
 
     Returns:
-        True when the packed model agrees with the pruned one to rounding.
+        Whether the packed model agrees with the pruned one up to rounding.
 
     Raises:
         ValueError: an argument is out of range.
         ImportError: the weights or the ``demo`` extra are not installed.
         RuntimeError: the compiled extension is missing.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if not 0.0 <= sparsity <= 1.0:
-        raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}")
+    make_recipe(method=method)
+    check_prune_target(sparsity, "row")
     if windows < 1:
         raise ValueError(f"windows must be at least 1, got {windows}")
     start = time.perf_counter()

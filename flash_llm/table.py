@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
+from typing import TypeVar
+
+_Row = TypeVar("_Row")
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 def aligned(table: Sequence[Sequence[str]], left: Container[int] = ()) -> list[str]:
@@ -26,6 +30,19 @@ def aligned(table: Sequence[Sequence[str]], left: Container[int] = ()) -> list[s
 def kind(name: str) -> str:
     """Return what a layer has in common with those of other blocks: layers.*.mlp.up_proj."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def grouped(rows: Iterable[_Row], key: Callable[[_Row], _Key]) -> dict[_Key, list[_Row]]:
+    """Return the rows by their key, in the order in which the keys first occur."""
+    groups: dict[_Key, list[_Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """Return a shape as reports print it: 4096x14336."""
+    return "x".join(map(str, shape))
 
 
 def span(values: Iterable[float | None], digits: int = 4) -> str:

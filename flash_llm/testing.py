@@ -1,9 +1,9 @@
-"""Inputs and oracles for tests and benchmarks: random sparse weights, and what a result may miss.
+"""Inputs and oracles for tests and benchmarks: random sparse weights, references and tolerances.
 
-Two oracles. :func:`spmm_reference` computes in float64 on the same rounded inputs, and
-:func:`spmm_error_bound` states how far a correct kernel may be from it. Small integers
+There are two oracles. :func:`spmm_reference` computes in float64 from the same rounded inputs, and
+:func:`spmm_error_bound` gives the largest error of a correct kernel. Small integers
 (:func:`small_integers`) have exact products and sums in float32, so that results can be compared
-with ``torch.equal``, which shows the index, order and split-K errors that tolerances hide.
+with ``torch.equal``, which reveals the index, order and split-K errors that tolerances hide.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Half the distance from 1 to the next number: what one correct rounding may miss, relatively.
+# Half the distance from 1 to the next number: the largest relative error of a correct rounding.
 _UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# Half the smallest subnormal: what one correct rounding may miss near zero, absolutely.
+# Half the smallest subnormal: the largest absolute error of a correct rounding near zero.
 _HALF_SUBNORMAL = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 
 PATTERNS = ("uniform", "tiles", "rows", "columns")
@@ -37,11 +37,11 @@ def random_sparse(
         k: columns.
         sparsity: expected fraction of zeros in [0, 1] (for ``"uniform"``, ``"rows"`` and
             ``"columns"``).
-        pattern: ``"uniform"``: each element on its own; ``"tiles"``: each 128 x 64 tile is empty,
-            full or of a density of its own; ``"rows"`` and ``"columns"``: whole ones are zero and
-            the others dense.
+        pattern: ``"uniform"``: each element independently; ``"tiles"``: each 128 x 64 tile is
+            empty, full or has its own density; ``"rows"`` and ``"columns"``: some are zero, the
+            others dense.
         dtype: float16 or bfloat16.
-        device: where the result lives.
+        device: of the result.
         seed: of the generator.
 
     Returns:
@@ -87,9 +87,9 @@ def small_integers(
 
     Args:
         shape: of the result.
-        sparsity: expected fraction of zeros in [0, 1]; the rest is never zero.
+        sparsity: expected fraction of zeros in [0, 1]; all other elements are nonzero.
         dtype: of the result.
-        device: where the result lives.
+        device: of the result.
         seed: of the generator.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -124,7 +124,7 @@ def spmm_reference(
         x: ``[..., K]``.
         weight: dense ``[M, K]``.
         bias: ``[M]`` or None.
-        activation: as ``spmm`` takes it.
+        activation: as in ``spmm``.
 
     Returns:
         ``[..., M]`` float64.
@@ -141,7 +141,7 @@ def spmm_error_bound(
     *,
     rounds_sum: bool = False,
 ) -> Tensor:
-    """Largest error of each element that float32 accumulation and one rounding can explain.
+    """Return the largest error of each element that float32 sums and one rounding can explain.
 
     With A = |x| @ |weight|.T + |bias| and y the exact result,
     ``bound = (1 + u) * e + u * |y| + s`` where
@@ -149,10 +149,10 @@ def spmm_error_bound(
     * ``e = 1.13 * (K + 2) * 2**-23 * A``: K products and the bias, summed in float32 in any order.
       Rounding to nearest needs 2**-24 each; tensor cores truncate, which needs 2**-23. Products of
       16-bit values are exact. 1.13 bounds the slope of relu, silu and gelu;
-    * with an activation, e grows by ``8 * 2**-24 * A`` for evaluating it in float32;
-    * on the dense route e grows by ``1.13 * (1 + u) * u * |p|`` for each step p that is rounded on
-      its way: the product before a bias (cuBLAS adds some biases in a second kernel) and the sum
-      before an activation;
+    * with an activation, e grows by ``8 * 2**-24 * A`` for its evaluation in float32;
+    * on the dense route e grows by ``1.13 * (1 + u) * u * |p|`` for each intermediate result p that
+      is rounded: the product before a bias (cuBLAS adds some biases in a second kernel) and the
+      sum before an activation;
     * ``u`` is the unit roundoff of the output: 2**-11 for float16, 2**-8 for bfloat16;
     * ``s`` is half the output's smallest subnormal.
 
@@ -160,8 +160,8 @@ def spmm_error_bound(
         x: ``[..., K]`` float16 or bfloat16.
         weight: dense ``[M, K]``.
         bias: ``[M]`` or None.
-        activation: as ``spmm`` takes it.
-        rounds_sum: whether the dense route may have been taken.
+        activation: as in ``spmm``.
+        rounds_sum: whether the result may be of the dense route.
 
     Returns:
         ``[..., M]`` float64.
@@ -193,16 +193,16 @@ def assert_spmm_close(
     """Check a result of ``spmm`` against the float64 oracle.
 
     Args:
-        y: what ``spmm(x, pack(weight), bias, activation=activation)`` returned.
+        y: result of ``spmm(x, pack(weight), bias, activation=activation)``.
         x: ``[..., K]`` finite.
         weight: dense ``[M, K]`` finite.
         bias: ``[M]`` or None.
-        activation: as ``spmm`` takes it.
-        rounds_sum: as :func:`spmm_error_bound` takes it.
+        activation: as in ``spmm``.
+        rounds_sum: as in :func:`spmm_error_bound`.
 
     Raises:
-        AssertionError: shape or dtype differ from what they should be, or an element is further
-            off than :func:`spmm_error_bound` (NaN included); the message names the worst one.
+        AssertionError: shape or dtype is wrong, or an element is NaN or its error larger than
+            :func:`spmm_error_bound`; the message names the worst element.
     """
     expected = spmm_reference(x, weight, bias, activation)
     if y.shape != expected.shape or y.dtype != x.dtype:

@@ -13,7 +13,7 @@ from torch import nn
 
 import flash_llm
 from flash_llm.io.report import report_checkpoint
-from flash_llm.prune.report import REPORT_NAME, PruneReport
+from flash_llm.prune.report import PruneReport
 
 # Saves over an earlier checkpoint in children that kill themselves, each at a later line of the
 # modules that write; forked, because importing torch takes seconds. Says how many were killed, and
@@ -213,7 +213,7 @@ def test_malformed_files_give_typed_errors_in_little_memory(tmp_path):
     flash_llm.sparsify_(model, sparsity=0.8, pack_unprofitable=True)
     flash_llm.save(model, tmp_path / "base", max_shard_size=5_000)
     (tmp_path / "base" / "config.json").write_text('{"model_type": "x", "inner": {"dtype": [1]}}')
-    (tmp_path / "base" / REPORT_NAME).write_text(json.dumps(a_report()))
+    (tmp_path / "base" / PruneReport.FILE_NAME).write_text(json.dumps(a_report()))
     dense = {f"{i}.weight": layer.weight for i, layer in enumerate(model)}
     dense |= {f"{i}.bias": layer.bias.detach() for i, layer in enumerate(model)}
     (tmp_path / "dense").mkdir()
@@ -244,23 +244,25 @@ def test_malformed_files_give_typed_errors_in_little_memory(tmp_path):
 )
 def test_damaged_reports_are_refused_by_name(tmp_path, change):
     found = a_report()
-    (tmp_path / REPORT_NAME).write_text(json.dumps(found))
+    (tmp_path / PruneReport.FILE_NAME).write_text(json.dumps(found))
     assert PruneReport.load(tmp_path).layers[0].shape == (2, 3)
     change(found)
-    (tmp_path / REPORT_NAME).write_text(json.dumps(found))
-    with pytest.raises(ValueError, match=REPORT_NAME):
+    (tmp_path / PruneReport.FILE_NAME).write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=PruneReport.FILE_NAME):
         PruneReport.load(tmp_path)
 
 
 @each("text", ["[" * 100_000, '{"a":' * 900 + "1" + "}" * 900, "", "[]", "\xff"])
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", REPORT_NAME])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", PruneReport.FILE_NAME]
+)
 def test_json_that_is_no_object_is_refused_by_name(tmp_path, name, text):
     save_file({"a.weight": torch.zeros(8, 8)}, tmp_path / "a.safetensors")
     index = {"weight_map": {"a.weight": "a.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / name).write_bytes(text.encode("latin1"))
     with pytest.raises(ValueError, match=name):
-        if name == REPORT_NAME:
+        if name == PruneReport.FILE_NAME:
             report_checkpoint(tmp_path)
         else:
             flash_llm.convert_checkpoint(tmp_path, tmp_path / "packed")

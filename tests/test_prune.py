@@ -14,7 +14,6 @@ import flash_llm
 from flash_llm import prune_
 from flash_llm.prune.allocation import outlier_ratio, owl_sparsities
 from flash_llm.prune.blocks import calibration_mode, find_stacks, record_calls
-from flash_llm.prune.calibrate import RECONSTRUCTIONS
 from flash_llm.prune.criteria import (
     drop_smallest,
     global_magnitude_masks,
@@ -23,6 +22,7 @@ from flash_llm.prune.criteria import (
     wanda_mask,
 )
 from flash_llm.prune.inputs import collect_inputs, gram, squares
+from flash_llm.prune.methods import METHODS, Method
 
 SPARSITIES = [0.0, 0.1, 0.5, 0.6, 0.95, 1.0]
 SHAPES = [(0, 5), (3, 0), (1, 1), (3, 7), (5, 12), (2, 65)]
@@ -368,7 +368,7 @@ def test_each_block_is_reconstructed_on_the_pruned_blocks_before_it(family, meth
     expected = copy.deepcopy(model)
     stack = expected.transformer.h if family == "gpt2" else expected.model.layers
     groups = [linear_layers(block).values() for block in stack]
-    errors = reconstruct_the_slow_way(expected, groups, tokens(), RECONSTRUCTIONS[method])
+    errors = reconstruct_the_slow_way(expected, groups, tokens(), METHODS[method].function)
 
     report = prune_(model, method=method, sparsity=0.5, calibration=tokens())
     # float32 against float64: a near tie may fall the other way, and all that follows with it.
@@ -756,7 +756,7 @@ def test_what_a_block_changes_in_place_is_as_it_was_when_the_block_is_run_again(
     if method == "wanda":
         prune_the_slow_way(expected, groups, tokens(), 0.5)
     else:
-        errors = reconstruct_the_slow_way(expected, groups, tokens(), RECONSTRUCTIONS[method])
+        errors = reconstruct_the_slow_way(expected, groups, tokens(), METHODS[method].function)
     report = prune_(model, method=method, sparsity=0.5, calibration=tokens(), device=device)
     assert all(layer.sequential for layer in report.layers)
     if method == "wanda":
@@ -1019,7 +1019,31 @@ def spoiled(value):
     return model
 
 
-@pytest.mark.parametrize("method", RECONSTRUCTIONS)
+@pytest.mark.parametrize("statistic", [None, squares, gram])
+def test_a_method_is_one_function_and_its_row(monkeypatch, statistic):
+    seen = []
+
+    def first_columns_mask(weight, *arguments):
+        *of_inputs, sparsity, scope = arguments
+        seen.append([list(found.shape) for found in of_inputs])
+        return (torch.arange(weight.shape[1]) >= sparsity * weight.shape[1]).expand_as(weight)
+
+    monkeypatch.setitem(METHODS, "first", Method(first_columns_mask, statistic))
+    model = Stack()
+    expected = copy.deepcopy(model)
+    report = prune_(model, method="first", sparsity=0.5, calibration=tokens())
+    assert report.recipe.method == "first" and report.sparsity == 0.5
+    assert report.num_samples == (0 if statistic is None else len(tokens()))
+    for name, layer in linear_layers(model).items():
+        half = layer.weight.shape[1] // 2
+        assert not layer.weight[:, :half].any()
+        assert torch.equal(layer.weight[:, half:], expected.get_submodule(name).weight[:, half:])
+    shapes = {None: [], squares: [[8]], gram: [[8, 8]]}
+    assert shapes[statistic] in seen and len({len(found) for found in seen}) == 1
+    assert flash_llm.sensitivity(expected, tokens(), (0.5,), method="first").layers[0].errors
+
+
+@pytest.mark.parametrize("method", [n for n, m in METHODS.items() if m.updates_weights])
 def test_damping_is_raised_where_rounding_leaves_the_hessian_singular(method, caplog):
     model = Stack()
     rows = torch.zeros(1, 2, dtype=torch.int64)  # one distinct token for eight channels

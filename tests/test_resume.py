@@ -1,6 +1,7 @@
 """A pruning run that was killed goes on where it was, to the same bits; another run is refused."""
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -13,11 +14,8 @@ import torch
 from test_prune import Stack, linear_layers, tokens
 
 from flash_llm import PruneReport, prune_
-from flash_llm.prune import calibrate
-from flash_llm.prune.report import REPORT_NAME
+from flash_llm.prune.methods import METHODS
 from flash_llm.prune.resume import ResumeFolder
-
-METHODS = ["magnitude", "wanda", "sparsegpt", "admm"]
 
 
 class Killed(BaseException):
@@ -69,16 +67,13 @@ def test_a_run_that_stops_after_any_layer_goes_on_to_the_same_bits(
     monkeypatch.setattr(ResumeFolder, "keep", keep)
 
     pruned = []
-    for name in ("magnitude_mask", "wanda_mask"):
-        function = getattr(calibrate, name)
-        monkeypatch.setattr(
-            calibrate, name, lambda *a, function=function: (pruned.append(1), function(*a))[1]
-        )
-    reconstructions = {
-        name: lambda *a, function=function, **k: (pruned.append(1), function(*a, **k))[1]
-        for name, function in calibrate.RECONSTRUCTIONS.items()
-    }
-    monkeypatch.setattr(calibrate, "RECONSTRUCTIONS", reconstructions)
+    for name, row in METHODS.items():
+
+        def counted(*a, function=row.function, **k):
+            pruned.append(1)
+            return function(*a, **k)
+
+        monkeypatch.setitem(METHODS, name, dataclasses.replace(row, function=counted))
     model = model_with_a_layer_outside()
     report = prune_(model, **options)
     assert same(model, expected)
@@ -164,9 +159,9 @@ def more_layers(model):
         ({"allocation": {"up": 0.5}}, None, "allocation was 'uniform' and is {'up': 0.5} now"),
         ({"seed": 1}, None, "seed was None and is 1 now"),
         ({"ignore": ["blocks.0.up"]}, None, "ignore was .* and is .'blocks.0.up'. now"),
-        ({"calibration": tokens(5)}, None, "the calibration samples are others"),
-        ({}, changed_model, "embed.weight of the model is not what it was"),
-        ({}, more_layers, "it prunes other layers than these 7"),
+        ({"calibration": tokens(5)}, None, "the calibration samples differ"),
+        ({}, changed_model, "embed.weight of the model has changed"),
+        ({}, more_layers, "its layers are not these 7"),
     ],
 )
 def test_another_run_is_refused_before_anything_changes(arguments, change, message, tmp_path):
@@ -239,7 +234,7 @@ def test_report_and_recipe_are_kept_beside_the_model(tmp_path):
         nsamples=3,
     )
     path = report.save(tmp_path / "model")
-    assert path == tmp_path / "model" / REPORT_NAME == tmp_path / "model" / "prune_report.json"
+    assert path == tmp_path / "model" / "prune_report.json"
     assert PruneReport.load(path.parent) == report
     stored = json.loads(path.read_text())
     assert list(stored) == ["recipe", "layers", "num_samples", "num_tokens", "seconds", "sparsity"]
@@ -254,8 +249,8 @@ def test_report_and_recipe_are_kept_beside_the_model(tmp_path):
 def test_what_is_no_report_is_refused(text, tmp_path):
     with pytest.raises(FileNotFoundError):
         PruneReport.load(tmp_path)
-    (tmp_path / REPORT_NAME).write_text(text)
-    with pytest.raises(ValueError, match="prune_report.json is no report of prune_"):
+    (tmp_path / PruneReport.FILE_NAME).write_text(text)
+    with pytest.raises(ValueError, match="prune_report.json holds no PruneReport"):
         PruneReport.load(tmp_path)
 
 
@@ -290,9 +285,9 @@ def test_the_recipe_names_the_calibration_file_and_a_resumed_run_may_find_it_els
         report = prune_(copy.deepcopy(model), **{**options, "resume_dir": None, **arguments})
         assert report.recipe.calibration is None
     # Reports of before the recipe had it can still be read.
-    old = json.loads((tmp_path / REPORT_NAME).read_text())
+    old = json.loads((tmp_path / PruneReport.FILE_NAME).read_text())
     del old["recipe"]["calibration"]
-    (tmp_path / REPORT_NAME).write_text(json.dumps(old))
+    (tmp_path / PruneReport.FILE_NAME).write_text(json.dumps(old))
     assert PruneReport.load(tmp_path).recipe.calibration is None
 
 

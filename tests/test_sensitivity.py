@@ -188,7 +188,7 @@ def test_a_layer_that_no_token_reaches_gets_the_target(caplog):
     assert "no calibration token reached unused" in caplog.text
     assert report.layers[-1] == LayerSensitivity("unused", (8, 8), 0, ())
     assert report.allocate(0.4)["unused"] == 0.4
-    assert "no token reached it" in str(report)
+    assert str(report).splitlines()[-2].split() == ["unused", "8x8", *["-"] * len(report.levels)]
 
 
 def test_blocks_in_another_order_are_measured_in_one_pass():
@@ -242,7 +242,7 @@ def test_there_is_nothing_to_plot():
         ({"levels": [0.0, 0.5]}, ValueError, r"in \(0, 1\), got \[0.0, 0.5\]"),
         ({"levels": [1.5]}, ValueError, "sparsity must lie in"),
         ({"levels": [None]}, ValueError, "sparsity must be given"),
-        ({"method": "admm"}, ValueError, 'method must be "wanda" or "magnitude"'),
+        ({"method": "admm"}, ValueError, "method must be one of magnitude, wanda,"),
         ({"scope": "2:4"}, ValueError, 'scope must be "row" or "layer"'),
         ({"calibration": []}, ValueError, "holds no tokens"),
         ({"targets": "nothing"}, ValueError, "nothing"),

@@ -1,4 +1,4 @@
-// The steps of magnitude pruning on the device; format/prune.h defines what they compute.
+// The steps of magnitude pruning on the GPU; format/prune.h defines their results.
 #include <cstdint>
 
 #include "cuda/dense_matrix.cuh"
@@ -14,8 +14,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kHighBins = 256;
 constexpr int kLowBins = 128;
 constexpr int kLowBits = 7;
-
-__device__ __forceinline__ int magnitude(uint16_t value) { return value & 0x7FFF; }
+static_assert(kHighBins * kLowBins == kNumMagnitudes && kLowBins == 1 << kLowBits);
 
 // The bin of the `left`-th smallest element. Subtracts the counts of the bins below it from `left`.
 __device__ int find_bin(const int* histogram, int bins, int64_t& left) {
@@ -112,12 +111,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint16_t* in = dense.row(r) + col0;
   const int count = static_cast<int>(min(int64_t{group}, dense.k - col0));
   for (int i = 0; i < count; ++i) {
-    int larger = 0;  // elements that are kept in preference to this one; of equal ones the later
-    for (int j = 0; j < count; ++j) {
-      larger +=
-          magnitude(in[j]) > magnitude(in[i]) || (magnitude(in[j]) == magnitude(in[i]) && j > i);
-    }
-    out[r * dense.k + col0 + i] = larger < keep ? in[i] : uint16_t{0};
+    out[r * dense.k + col0 + i] = kept_in_group(in, count, keep, i) ? in[i] : uint16_t{0};
   }
 }
 

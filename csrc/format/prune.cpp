@@ -8,12 +8,8 @@
 #include <mutex>
 #include <vector>
 
-#include "format/element.h"
-
 namespace flash_llm {
 namespace {
-
-uint16_t magnitude(uint16_t value) { return value & kMagnitudeMask; }
 
 void apply_cut(const uint16_t* in, int64_t count, PruneCut cut, uint16_t* out) {
   for (int64_t i = 0; i < count; ++i) {
@@ -36,13 +32,7 @@ PruneCut row_cut(const uint16_t* row, int64_t k, int64_t count, std::vector<uint
 
 void prune_group(const uint16_t* in, int count, int keep, uint16_t* out) {
   for (int i = 0; i < count; ++i) {
-    // The number of elements that rank above this one; of equal magnitudes the later ranks higher.
-    int larger = 0;
-    for (int j = 0; j < count; ++j) {
-      larger +=
-          magnitude(in[j]) > magnitude(in[i]) || (magnitude(in[j]) == magnitude(in[i]) && j > i);
-    }
-    out[i] = larger < keep ? in[i] : uint16_t{0};
+    out[i] = kept_in_group(in, count, keep, i) ? in[i] : uint16_t{0};
   }
 }
 

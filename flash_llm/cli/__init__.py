@@ -1,4 +1,4 @@
-"""The command ``flash-llm``: a module for each command, which parses and calls the package."""
+"""The command ``flash-llm``: one module per command, which parses and calls the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All commands together, and what becomes of errors and of Ctrl-C."""
+"""The typer application: its commands, and the exit codes of errors and of Ctrl-C."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def _program(
 
 
 def _with_exit_codes(name: str, command: Callable[..., None]) -> Callable[..., None]:
-    """Make an expected error one line and exit code 1, and Ctrl-C exit code 130."""
+    """Turn an expected error into one line and exit code 1, and Ctrl-C into exit code 130."""
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
         try:
             with interrupts.raised_until_caught():
                 command(*args, **options)
-        except BrokenPipeError:  # of `| head`, which has enough; typer exits in silence
+        except BrokenPipeError:  # by `| head`; typer exits without a message
             raise
         except (ImportError, OSError, RuntimeError, ValueError, TypeError) as error:
             if isinstance(error, typer.Exit):  # which derives from RuntimeError

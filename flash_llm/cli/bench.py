@@ -26,7 +26,7 @@ def bench(
     device: options.Device = "auto",
     as_json: options.AsJson = False,
 ) -> None:
-    """Time each weight shape of a model, sparse against dense, and say from where dense wins."""
+    """Time each weight shape of a model, sparse against dense, and show the crossovers."""
     report = bench_checkpoint(
         folder,
         tokens=tokens or TOKENS,
@@ -35,4 +35,4 @@ def bench(
         device=pick_device(device)[0],
         progress=options.progress(),
     )
-    typer.echo(report.to_json() if as_json else str(report))
+    options.show(report, as_json)

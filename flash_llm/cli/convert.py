@@ -18,12 +18,12 @@ def convert(
     ignore: options.Ignore = None,
     format: options.Format = "auto",
     dtype: options.Dtype = None,
-    workers: Annotated[int, typer.Option(min=1, help="Files to work on at once.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Files to convert at once.")] = 1,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
     layers: options.Layers = False,
 ) -> None:
-    """Pack the pruned weights of a checkpoint; an interrupted run goes on when repeated."""
+    """Pack the pruned weights of a checkpoint; repeat the command to continue after Ctrl-C."""
     with options.resumable(target):
         report = convert_checkpoint(
             source,

@@ -9,13 +9,10 @@ import typer
 
 from flash_llm import demo as demo_module
 from flash_llm.cli import options
-from flash_llm.prune.calibrate import METHODS
 
 
 def demo(
-    method: Annotated[
-        str, typer.Option(help=f"Of pruning: {', '.join(METHODS[:-1])} or {METHODS[-1]}.")
-    ] = demo_module.METHOD,
+    method: options.Method = demo_module.METHOD,
     sparsity: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Fraction of zeros in every row.")
     ] = demo_module.SPARSITY,
@@ -26,13 +23,13 @@ def demo(
         int, typer.Option(min=1, help="Calibration samples of 512 tokens.")
     ] = demo_module.CALIBRATION_SAMPLES,
     device: options.Device = "auto",
-    question: Annotated[str, typer.Option(help="Asked of both models.")] = demo_module.QUESTION,
+    question: Annotated[str, typer.Option(help="Question for both models.")] = demo_module.QUESTION,
     json_path: Annotated[
         Path | None,
         typer.Option("--json", metavar="OUT", help="Also write all numbers to this file."),
     ] = None,
 ) -> None:
-    """Prune and pack SmolLM2-135M-Instruct, and show what that costs and saves."""
+    """Prune and pack SmolLM2-135M-Instruct, and show what this costs and saves."""
     agrees = demo_module.main(
         method=method,
         sparsity=sparsity,

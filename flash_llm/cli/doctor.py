@@ -9,8 +9,8 @@ from flash_llm.doctor import diagnose
 
 
 def doctor(as_json: options.AsJson = False) -> None:
-    """Say what is installed and built, and test every operator; exit code 1 on a failure."""
+    """Show what is installed and built, and test every operator; exit code 1 on a failure."""
     diagnosis = diagnose()
-    typer.echo(diagnosis.to_json() if as_json else str(diagnosis))
+    options.show(diagnosis, as_json)
     if not diagnosis.ok:
         raise typer.Exit(1)

@@ -19,7 +19,7 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="UTF-8 file that the models have not seen.")],
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens between two windows; the window's by default.")
+        int | None, typer.Option(min=1, help="Tokens between window starts; by default the window.")
     ] = None,
     max_windows: Annotated[
         int | None, typer.Option(min=1, help="Windows to score, from the start; all by default.")
@@ -39,4 +39,4 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         progress=options.transformers_progress(),
     )
-    typer.echo(report.to_json() if as_json else str(report))
+    options.show(report, as_json)

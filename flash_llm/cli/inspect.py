@@ -14,11 +14,11 @@ from flash_llm.io.report import total_line
 
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of safetensors, dense or packed.")],
-    format: Annotated[str, typer.Option(help="What dense weights would be packed in.")] = "auto",
+    format: Annotated[str, typer.Option(help="Format to pack dense weights in.")] = "auto",
     as_json: options.AsJson = False,
     layers: options.Layers = False,
 ) -> None:
-    """Show the sparsity of every weight, and what packing gives or would give."""
+    """Show the sparsity of every weight, and its size when packed."""
     report = inspect_checkpoint(folder, format=format)
     if not as_json:
         typer.echo(total_line(folder))

@@ -1,4 +1,4 @@
-"""Options that several commands have in common."""
+"""Options and functions that several commands share."""
 
 from __future__ import annotations
 
@@ -7,47 +7,40 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import typer
 
 from flash_llm.io.unfinished import partial_path
 from flash_llm.progress import LogLines, ProgressBar
+from flash_llm.prune.methods import METHODS
+from flash_llm.report import Report
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-DryRun = Annotated[bool, typer.Option(help="Only say what would be done.")]
+DryRun = Annotated[bool, typer.Option(help="Only show what would be done.")]
 Dtype = Annotated[str | None, typer.Option(help="float16 or bfloat16: cast float32 weights first.")]
-Format = Annotated[str, typer.Option(help="Of packed weights: auto, or a format's name.")]
+Format = Annotated[str, typer.Option(help="Format of packed weights: auto, or its name.")]
 Ignore = Annotated[
-    list[str] | None, typer.Option(help="Layers to leave alone; instead of the default.")
+    list[str] | None, typer.Option(help="Layers to leave alone, instead of the default ones.")
 ]
 Layers = Annotated[bool, typer.Option("--layers", help="Show a row for each single layer.")]
-Target = Annotated[Path, typer.Argument(help="Folder to make; it must not be there.")]
-Targets = Annotated[list[str] | None, typer.Option(help="Layers to work on: a name's end, or re:…")]
+Method = Annotated[str, typer.Option(help=f"Pruning method: {', '.join(METHODS)}.")]
+Target = Annotated[Path, typer.Argument(help="Folder to create; it must not exist.")]
+Targets = Annotated[list[str] | None, typer.Option(help="Layers to change: a name's end, or re:…")]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run the Python code that comes with the model."),
+    typer.Option("--trust-remote-code", help="Run the Python code in the model's folder."),
 ]
 
 
-class Report(Protocol):
-    """What a command prints."""
-
-    def to_json(self) -> str:
-        """All of it, as a JSON object."""
-
-    def summary(self) -> str:
-        """Text with one line for all layers of a kind."""
-
-
-def show(report: Report, as_json: bool, layers: bool) -> None:
+def show(report: Report, as_json: bool, layers: bool = False) -> None:
     """Print a report.
 
     Args:
-        report: of a command.
-        as_json: print JSON, which has all layers.
-        layers: print a row for each layer, not for each kind.
+        report: result of a command.
+        as_json: print JSON, with all layers.
+        layers: print a row for each layer instead of each kind of layer.
     """
     if as_json:
         typer.echo(report.to_json())
@@ -56,13 +49,13 @@ def show(report: Report, as_json: bool, layers: bool) -> None:
 
 
 def in_words_of_the_shell(text: str) -> str:
-    """Say what a Python function says as a user of its command knows it.
+    """Rewrite a text that names Python arguments for users of the command.
 
     Args:
         text: a report, or the message of an error.
 
     Returns:
-        The text without the function's name at its beginning, and with ``--nsamples`` for
+        The text without a function's name at its beginning, and with ``--nsamples`` instead of
         ``nsamples=``.
     """
     text = re.sub(r"^flash_llm(\.\w+)*: ", "", text)
@@ -74,12 +67,12 @@ def in_words_of_the_shell(text: str) -> str:
 
 
 def progress() -> bool | ProgressBar:
-    """How long work shows its progress: by a bar on a terminal, by lines on stderr elsewhere."""
+    """Return how to show progress: by a bar on a terminal, by lines on stderr elsewhere."""
     return True if sys.stderr.isatty() else LogLines
 
 
 def transformers_progress() -> bool | ProgressBar:
-    """:func:`progress`, for work of transformers too, which draws its own bars on a terminal only.
+    """Return :func:`progress`, and keep transformers from drawing bars outside a terminal.
 
     Raises:
         ImportError: transformers is not installed.
@@ -93,10 +86,10 @@ def transformers_progress() -> bool | ProgressBar:
 
 @contextlib.contextmanager
 def resumable(target: Path) -> Iterator[None]:
-    """Say after Ctrl-C where the unfinished result is and how to go on.
+    """Say after Ctrl-C where the unfinished result is and how to continue.
 
     Args:
-        target: folder that is being made.
+        target: folder that is being created.
     """
     try:
         yield

@@ -19,9 +19,9 @@ def prune(
         Path, typer.Argument(help="Folder of a dense model of transformers, as safetensors.")
     ],
     target: options.Target,
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or admm.")] = "wanda",
+    method: options.Method = "wanda",
     sparsity: Annotated[
-        float | None, typer.Option(help="Fraction of zeros in [0, 1]; not needed for N:M.")
+        float | None, typer.Option(help="Fraction of zeros in [0, 1]; optional for N:M.")
     ] = None,
     scope: Annotated[str, typer.Option(help="row, layer, N:M or (magnitude) global.")] = "row",
     allocation: Annotated[
@@ -41,25 +41,25 @@ def prune(
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens of each sample.")] = 2048,
     seed: Annotated[
         int | None,
-        typer.Option(help="Draw the samples at random; else they are spread over the file."),
+        typer.Option(help="Draw the samples at random; by default they are spread over the file."),
     ] = None,
     targets: options.Targets = None,
     ignore: options.Ignore = None,
     pack: Annotated[
-        bool, typer.Option(help="Save packed weights, or dense ones with zeros.")
+        bool, typer.Option(help="Save packed weights, or dense weights with zeros.")
     ] = True,
     format: options.Format = "auto",
     dtype: options.Dtype = None,
     device: options.Device = "auto",
     resume: Annotated[
-        bool, typer.Option(help="Go on with TARGET.partial if it is there, or begin anew.")
+        bool, typer.Option(help="Continue from TARGET.partial if it exists, or start over.")
     ] = True,
     dry_run: options.DryRun = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     layers: options.Layers = False,
 ) -> None:
-    """Prune a model and save it, packed; an interrupted run goes on when repeated."""
+    """Prune a model and save it, packed; repeat the command to continue after Ctrl-C."""
     chosen: dict[str, Any] = {
         "method": method,
         "sparsity": sparsity,

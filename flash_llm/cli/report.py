@@ -12,7 +12,7 @@ from flash_llm.io.report import report_checkpoint
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that flash-llm prune or convert made.")],
+    folder: Annotated[Path, typer.Argument(help="Folder created by flash-llm prune or convert.")],
     as_json: options.AsJson = False,
     layers: options.Layers = False,
 ) -> None:

@@ -20,7 +20,7 @@ def verify(
     as_json: options.AsJson = False,
     layers: options.Layers = False,
 ) -> None:
-    """Show how far every tensor is from that of a reference."""
+    """Show the difference between every tensor and that of a reference."""
     report = verify_checkpoint(folder, reference)
     options.show(report, as_json, layers)
     if report.max_relative_error > max_error:

@@ -1,31 +1,30 @@
-"""What a folder of weights holds and how it was pruned: what ``flash-llm report`` shows."""
+"""The contents of a checkpoint and how it was pruned: what ``flash-llm report`` shows."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections import Counter
 from pathlib import Path
 
 from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
 from flash_llm.io.convert import inspect_checkpoint
-from flash_llm.prune.report import REPORT_NAME, PruneReport
+from flash_llm.prune.report import PruneReport
+from flash_llm.report import Report
 from flash_llm.sparsify import SparsifyReport
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointReport:
+class CheckpointReport(Report):
     """Sizes, formats and sparsities of a checkpoint, and the report of its pruning.
 
     Attributes:
         folder: of the checkpoint.
-        num_files: safetensors files.
-        nbytes: of all tensors.
-        formats: number of weights by how they are stored: the name of a packed format, or
-            ``"dense"``.
-        weights: a row for each of them, as of :func:`flash_llm.inspect_checkpoint`.
-        pruning: what ``flash-llm prune`` saved beside the model; None where there is nothing.
+        num_files: number of safetensors files.
+        nbytes: bytes of all tensors.
+        formats: number of weights by the name of the packed format, or ``"dense"``.
+        weights: a row for each weight, as in :func:`flash_llm.inspect_checkpoint`.
+        pruning: the report that ``flash-llm prune`` saved beside the model; None without one.
     """
 
     folder: str
@@ -35,25 +34,11 @@ class CheckpointReport:
     weights: SparsifyReport
     pruning: PruneReport | None
 
-    def to_json(self) -> str:
-        """Return the fields as indented JSON."""
-        return json.dumps(
-            {
-                "folder": self.folder,
-                "num_files": self.num_files,
-                "nbytes": self.nbytes,
-                "formats": self.formats,
-                "weights": json.loads(self.weights.to_json()),
-                "pruning": json.loads(self.pruning.to_json()) if self.pruning else None,
-            },
-            indent=2,
-        )
-
     def __str__(self) -> str:
         return self._text(str(self.weights), str(self.pruning))
 
     def summary(self) -> str:
-        """The same with one line for all layers that differ in a number only."""
+        """Return the same text with one line for layers that differ only in a number."""
         return self._text(self.weights.summary(), self.pruning.summary() if self.pruning else "")
 
     def _text(self, weights: str, pruning: str) -> str:
@@ -71,7 +56,7 @@ class CheckpointReport:
 
 
 def total_line(folder: str | os.PathLike[str]) -> str:
-    """Say in a line how much all tensors of a checkpoint take, those that are no weights too.
+    """Return one line with the number and bytes of all tensors of a checkpoint.
 
     Args:
         folder: packed or dense.
@@ -88,7 +73,7 @@ def total_line(folder: str | os.PathLike[str]) -> str:
 
 
 def report_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
-    """Say what a safetensors folder holds, and how it was pruned if that was saved beside it.
+    """Return the contents of a safetensors folder, and the report of its pruning if there is one.
 
     Args:
         folder: packed or dense.
@@ -103,11 +88,12 @@ def report_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
     formats = Counter(
         str(row.format) if row.decision == "packed" else "dense" for row in weights.rows
     )
+    pruned = (folder / PruneReport.FILE_NAME).is_file()
     return CheckpointReport(
         folder=str(folder),
         num_files=len(files),
         nbytes=Checkpoint(files).nbytes,
         formats=dict(formats),
         weights=weights,
-        pruning=PruneReport.load(folder) if (folder / REPORT_NAME).is_file() else None,
+        pruning=PruneReport.load(folder) if pruned else None,
     )

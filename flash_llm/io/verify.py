@@ -1,43 +1,44 @@
-"""Compare a checkpoint, packed or dense, with the dense one that it was made from."""
+"""Compare a checkpoint, packed or dense, with the dense checkpoint that it was made from."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from flash_llm.io.checkpoint import DTYPES, checkpoint_files
 from flash_llm.io.dense_view import DenseView, is_conv1d_model, is_conv1d_name
-from flash_llm.table import aligned, kind, natural, span
+from flash_llm.report import Report
+from flash_llm.table import aligned, grouped, kind, natural, shape_text, span
 
-# Elements that are compared at a time, in float64.
+# Number of elements that are compared at a time, in float64.
 _CHUNK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorError:
-    """How far a tensor is from its reference.
+    """Difference between a tensor and its reference.
 
     Attributes:
-        name: of the tensor; a packed layer's goes by the name of its dense weight.
+        name: of the tensor; for a packed layer, the name of its dense weight.
         shape: of the dense tensor.
-        packed: whether it is stored packed.
+        packed: whether the tensor is stored packed.
         sparsity: fraction of zeros in [0, 1].
-        reference_sparsity: of the reference.
-        relative_error: Frobenius norm of the difference over that of the reference. Infinite where
-            only the reference is zero, where one element is NaN or infinite and the other is not
-            the same, and where the dtype is another one; only a cast of floating-point values to
-            fewer bits, as ``dtype=`` of a conversion makes it, counts by the values. NaN equals
-            NaN. Never 0 where an element differs.
-        max_abs_error: largest difference of two elements.
+        reference_sparsity: fraction of zeros in the reference.
+        relative_error: Frobenius norm of the difference divided by that of the reference. Infinite
+            if only the reference is zero, if one element is NaN or infinite and the other is not
+            the same, and if the dtypes differ, except for a cast of floating-point values to fewer
+            bits, such as by ``dtype=`` of a conversion. NaN equals NaN. Never 0 if an element
+            differs.
+        max_abs_error: largest absolute difference of two elements.
         dtype: as safetensors spells it.
-        reference_dtype: of the reference.
+        reference_dtype: dtype of the reference.
     """
 
     name: str
@@ -52,19 +53,19 @@ class TensorError:
 
     @property
     def equal(self) -> bool:
-        """Whether values and dtypes are the same."""
+        """Whether values and dtypes are equal."""
         return self.relative_error == 0 and self.dtype == self.reference_dtype
 
     @property
     def dtype_text(self) -> str:
-        """The dtype, and that of the reference if it is another one."""
+        """The dtype, and that of the reference if it differs."""
         same = self.dtype == self.reference_dtype
         return self.dtype if same else f"{self.dtype}, was {self.reference_dtype}"
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyReport:
-    """One row for each tensor; prints as a table of those that are packed or differ.
+class VerifyReport(Report):
+    """One row for each tensor; prints as a table of the tensors that are packed or differ.
 
     Attributes:
         rows: in the natural order of the names.
@@ -72,27 +73,18 @@ class VerifyReport:
 
     rows: tuple[TensorError, ...]
 
+    IN_JSON: ClassVar[tuple[str, ...]] = ("max_relative_error",)
+
     @property
     def max_relative_error(self) -> float:
-        """The largest relative error of any tensor; 0 without tensors."""
+        """The largest relative error of all tensors; 0 without tensors."""
         return max((row.relative_error for row in self.rows), default=0.0)
 
-    def to_json(self) -> str:
-        """Return ``{"rows": [...], "max_relative_error"}`` as indented JSON."""
-        return json.dumps(
-            {
-                "rows": [dataclasses.asdict(row) for row in self.rows],
-                "max_relative_error": self.max_relative_error,
-            },
-            indent=2,
-        )
-
     def summary(self) -> str:
-        """The table of ``print`` with one line for all tensors that differ in a number only."""
-        groups: dict[tuple[str, tuple[int, ...], bool, str], list[TensorError]] = {}
-        for row in self._shown():
-            key = kind(row.name), row.shape, row.packed, row.dtype_text
-            groups.setdefault(key, []).append(row)
+        """Return the table of ``print``, with one line for tensors that differ only in a number."""
+        groups = grouped(
+            self._shown(), lambda row: (kind(row.name), row.shape, row.packed, row.dtype_text)
+        )
         table = [
             ("tensors", "number", "shape", "stored", "dtype", "zeros", "before", "largest error")
         ]
@@ -101,7 +93,7 @@ class VerifyReport:
                 (
                     name,
                     str(len(rows)),
-                    "x".join(map(str, shape)),
+                    shape_text(shape),
                     "packed" if packed else "dense",
                     dtype,
                     span(row.sparsity for row in rows),
@@ -119,7 +111,7 @@ class VerifyReport:
             table.append(
                 (
                     row.name,
-                    "x".join(map(str, row.shape)),
+                    shape_text(row.shape),
                     "packed" if row.packed else "dense",
                     row.dtype_text,
                     f"{row.sparsity:.4f}",
@@ -144,10 +136,10 @@ class VerifyReport:
 def verify_checkpoint(
     folder: str | os.PathLike[str], reference: str | os.PathLike[str]
 ) -> VerifyReport:
-    """Compare every tensor of a folder with that of a reference folder.
+    """Compare every tensor of a folder with the tensor of that name in a reference folder.
 
-    After a conversion nothing may differ; after pruning the errors say how much was taken away.
-    Two tensors are in memory at a time.
+    After a conversion nothing may differ; after pruning the errors show how much was removed. Two
+    tensors are in memory at a time.
 
     Args:
         folder: safetensors, packed or dense.
@@ -155,7 +147,7 @@ def verify_checkpoint(
 
     Raises:
         FileNotFoundError: a folder holds no checkpoint.
-        ValueError: a file is broken; the folders do not hold tensors of the same names and shapes.
+        ValueError: a file is broken; the folders hold tensors of different names or shapes.
     """
     view, base = (DenseView(checkpoint_files(path)) for path in (folder, reference))
     if base.checkpoint.packed:
@@ -166,7 +158,7 @@ def verify_checkpoint(
         raise ValueError(f"flash_llm.verify_checkpoint: {there} has {name}, {absent} has not")
     transposed = _transposed(view, base, Path(folder), Path(reference))
     ordered = sorted(expected, key=natural)
-    for name in ordered:  # before memory of the claimed size is asked for
+    for name in ordered:  # before memory of the stated size is allocated
         shape = view.shape(name)[::-1] if name in transposed else view.shape(name)
         if shape != base.shape(name):
             raise ValueError(
@@ -177,14 +169,14 @@ def verify_checkpoint(
 
 
 def _transposed(view: DenseView, base: DenseView, *folders: Path) -> set[str]:
-    """The packed weights of Conv1D layers, which the reference holds as ``[K, M]``."""
+    """Return the packed weights of Conv1D layers, which the reference holds as ``[K, M]``."""
     packed = {
         name
         for name in view.names
         if view.is_packed(name) and is_conv1d_name(name.removesuffix(".weight"))
     }
     configs = [known for known in map(is_conv1d_model, folders) if known is not None]
-    # Without a configuration the layers that are not square tell what all of them are.
+    # Without a configuration, the layers that are not square show whether weights are transposed.
     turned = any(view.shape(name) == base.shape(name)[::-1] != base.shape(name) for name in packed)
     return packed if (any(configs) if configs else turned) else set()
 
@@ -206,7 +198,7 @@ def _compare(name: str, view: DenseView, base: DenseView, transposed: bool) -> T
         gap = gap.nan_to_num(nan=math.inf, posinf=math.inf)
         exact = not here.is_floating_point() and not here.is_complex()
         if exact and here.dtype == there.dtype:
-            # Integers beyond 2^53 may be the same in float64; they differ by 1 at least.
+            # Different integers beyond 2^53 may be equal in float64; they differ by at least 1.
             gap = torch.where(_bits(here) != _bits(there), gap.clamp(min=1.0), gap)
         largest = max(largest, float(gap.max()))
         difference = math.hypot(difference, _norm(gap))
@@ -232,7 +224,7 @@ def _compare(name: str, view: DenseView, base: DenseView, transposed: bool) -> T
 
 
 def _comparable(dtype: str, reference: str) -> bool:
-    """Whether values of one dtype may stand for those of the other."""
+    """Whether the dtype is that of the reference, or a floating-point type of fewer bits."""
     kinds = DTYPES[dtype], DTYPES[reference]
     floats = all(kind.is_floating_point for kind in kinds)
     return dtype == reference or (floats and kinds[0].itemsize < kinds[1].itemsize)
@@ -243,13 +235,13 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Signed integers of the same bits: not all of torch's dtypes can be compared."""
+    """Return integers of the same bits, because torch cannot compare all of its dtypes."""
     signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.contiguous().view(signed[tensor.itemsize])
 
 
 def _norm(values: Tensor) -> float:
-    """Euclidean norm, also of values whose squares are no float64."""
+    """Return the Euclidean norm, also of values whose squares overflow or vanish in float64."""
     largest = float(values.max())
     if largest == 0 or not math.isfinite(largest):
         return largest

@@ -1,8 +1,7 @@
-"""Pruning: methods that choose weights, and the driver that feeds them calibration statistics.
+"""Pruning: methods that choose weights, and the driver that collects statistics for them.
 
-``prune_`` is what models need. For single tensors there are ``magnitude_mask`` and ``wanda_mask``,
-and ``flash_llm.prune.sparsegpt.sparsegpt`` and ``flash_llm.prune.admm.admm``, which return new
-weights.
+Models are pruned with ``prune_``. For single tensors, ``magnitude_mask`` and ``wanda_mask`` return
+masks, and ``flash_llm.prune.sparsegpt.sparsegpt`` and ``flash_llm.prune.admm.admm`` new weights.
 """
 
 from flash_llm.prune.calibrate import prune_

@@ -9,11 +9,11 @@ the two together::
     D = the largest elements of B + V / rho, as many as may stay
     V = V + rho (B - D)
 
-H is eigendecomposed once, so a change of rho costs one product. rho grows as long as the support of
-D changes, faster the more it does. Once the support is stable, conjugate gradients find the best
-weights on it, for all rows at a time. All of this happens where H has a unit diagonal: inputs are
-divided by their norm and weights multiplied by it, so the first mask is Wanda's, and conjugate
-gradients are preconditioned by the diagonal (the paper's choice).
+H is eigendecomposed once, so that a change of rho costs one product. rho grows while the support of
+D changes, and faster if more of it changes. Once the support is stable, conjugate gradients find
+the best weights on it, for all rows together. The problem is scaled so that H has a unit diagonal:
+inputs are divided by their norms and weights multiplied by them. So the first mask is Wanda's, and
+conjugate gradients are preconditioned by the diagonal (the paper's choice).
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from flash_llm.prune.reconstruction import SingularHessianError, damped_problem
 FIRST_RHO = 0.1
 """Penalty at the start, relative to the unit diagonal (paper, section 3.2)."""
 SMALLEST_RHO = 1e-4
-"""A start at which the support hardly moves is repeated with a fifth of rho, down to here."""
+"""If the support hardly changes at the start, rho is divided by 5 and the search restarted, as long
+as rho is above this."""
 RHO_EVERY = 3
-"""Iterations between two looks at the support."""
+"""Iterations between two checks of the support."""
 RHO_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-"""rho's factor where more than this fraction of the support has changed (paper, section 3.2)."""
+"""Pairs of a fraction and the factor for rho if more than this fraction of the support has changed
+(paper, section 3.2)."""
 STABLE_AFTER = 30
-"""Iterations after which a change of less than ``STABLE`` of the support ends the search."""
+"""Iterations after which a change of less than the fraction ``STABLE`` of the support ends the
+search."""
 STABLE = 3e-4
 MAX_ITERATIONS = 300
 MAX_SOLVE_ITERATIONS = 500
@@ -50,8 +53,8 @@ def admm(
 ) -> Tensor:
     """Prune a weight by ADMM and solve for what stays (ALPS, arXiv 2406.07831, algorithm 1).
 
-    The paper prunes over the whole layer (scope ``"layer"``) or N:M. Nothing in the method depends
-    on that: D is a projection, which a scope defines.
+    The paper prunes over the whole layer (scope ``"layer"``) or N:M, but the method works with any
+    scope: the scope only defines the projection D.
 
     Args:
         weight: ``[M, K]`` finite floating point, any device and strides; not changed.
@@ -100,12 +103,12 @@ def _find_support(
     frozen: Tensor,
     damping: float,
 ) -> Tensor:
-    """Mask ``[M, K]`` of what stays, by ADMM."""
+    """Return the mask ``[M, K]`` of the weights that stay, found by ADMM."""
     eigenvalues, vectors = torch.linalg.eigh(unit.double())
     if bool((eigenvalues <= 0).any()):
         raise SingularHessianError(damping)
 
-    # In the iterations' dtype from here on: the product is a third of the time of a wide layer.
+    # The iterations run in the dtype of H: the product takes a third of the time of a wide layer.
     eigenvalues, vectors = eigenvalues.to(unit.dtype), vectors.to(unit.dtype)
 
     def shifted_inverse(rho: float) -> Tensor:
@@ -148,7 +151,7 @@ def _find_support(
 
 
 def _solve_on_support(target: Tensor, unit: Tensor, keep: Tensor) -> Tensor:
-    """Per row, the minimiser of ``(w - t) H (w - t)^T`` among w that are zero where not kept."""
+    """Minimise ``(w - t) H (w - t)^T`` for each row over the w that are zero where not kept."""
     solution = target * keep
     residual = ((target - solution) @ unit) * keep
     direction = residual.clone()

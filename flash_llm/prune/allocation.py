@@ -1,9 +1,9 @@
-"""Allocation: how a target sparsity is shared out among the parts of a model. Pure functions.
+"""Allocation: how a target sparsity is distributed over the parts of a model. Pure functions.
 
-OWL (outlier weighed layerwise sparsity: Yin et al., arXiv 2310.05175, section 3) prunes a block the
-less, the more of its Wanda scores ``|W_ij| * ||x_j||`` are outliers, that is larger than M times
-their mean. The other way here takes the error that each layer was measured to have at several
-sparsities, and makes the sum least.
+OWL (outlier weighed layerwise sparsity: Yin et al., arXiv 2310.05175, section 3) prunes blocks less
+if more of their Wanda scores ``|W_ij| * ||x_j||`` are outliers: larger than M times the mean. The
+other method minimises the sum of the errors that the layers were measured to have at several
+sparsities.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from flash_llm.prune.criteria import check_weight
 
 OWL_THRESHOLD = 5.0
-"""M: a score is an outlier above so many times the mean (the paper takes 5 or 7)."""
+"""M: a score is an outlier above this multiple of the mean (the paper takes 5 or 7)."""
 OWL_SPREAD = 0.08
 """lambda: a block's sparsity differs from the target by at most this (the paper's choice)."""
 SENSITIVITY_SPREAD = 0.05
-"""The same for a layer's sparsity by measured errors. On SmolLM2-135M pruned by Wanda, calibrated
-on 8 x 512 tokens, 50 | 60 % zeros: uniform 27.7 | 62.0, spread 0.05 26.9 | 64.3, 0.1 27.3 | 71.1,
-1 (only the errors count) 34.2 | 72.7."""
+"""Likewise for the sparsity of a layer by measured errors. On SmolLM2-135M, pruned by Wanda and
+calibrated on 8 x 512 tokens, perplexity at 50 | 60 % zeros: uniform 27.7 | 62.0, spread 0.05
+26.9 | 64.3, 0.1 27.3 | 71.1, 1 (only the errors count) 34.2 | 72.7."""
 
 
 def outlier_ratio(
@@ -66,17 +66,17 @@ def outlier_ratio(
 def owl_sparsities(
     ratios: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float = OWL_SPREAD
 ) -> list[float]:
-    """Sparsity of each block by its outlier ratio: ``s_b = S - c * (D_b - mean D)``.
+    """Return the sparsity of each block by its outlier ratio: ``s_b = S - c * (D_b - mean D)``.
 
-    The mean is weighted by the sizes, so the sparsity of the whole is S, and c is as large as
+    The mean is weighted by the sizes, so that the sparsity of the whole is S; c is the largest that
     ``|s_b - S| <= spread`` allows. The authors' code scales the range of the s_b to twice lambda
-    instead, which one block that stands out carries beyond the bounds that their paper states.
+    instead, so that a single outstanding block exceeds the bounds that their paper states.
 
     Args:
         ratios: D, the outlier ratio of each block (:func:`outlier_ratio`).
         sizes: number of weights of each block.
         sparsity: S, the target for all of them together, in [0, 1].
-        spread: lambda; narrowed where S is so close to 0 or 1 that it would leave [0, 1].
+        spread: lambda; reduced where S is so close to 0 or 1 that a sparsity would leave [0, 1].
 
     Returns:
         The sparsities, in [0, 1]; all equal to S when the ratios are.
@@ -110,16 +110,16 @@ def least_error_sparsities(
     sparsity: float,
     spread: float = SENSITIVITY_SPREAD,
 ) -> list[float]:
-    """Sparsity of each layer so that ``sum_l e_l(s_l)^2`` is least and the whole has the target.
+    """Return the sparsities of the layers that minimise ``sum_l e_l(s_l)^2`` at the target.
 
-    ``e_l`` is the relative error of a layer's outputs. Its square is known at the levels, is 0 for
-    a dense layer and 1 for an empty one, and is replaced by the largest convex piecewise linear
-    function below those points. Of that the least sum is exact: weights go where they cost least,
-    segment by segment, until enough are gone. A relative error says little about what a layer's
-    error does to the model, so no sparsity may be far from the target.
+    ``e_l`` is the relative error of a layer's outputs. Its square is known at the levels, 0 for a
+    dense layer and 1 for an empty one; in between, the largest convex piecewise linear function
+    below these points stands for it. For this function the minimum is exact: segments are pruned in
+    the order of their cost per weight until the target is reached. The relative error of a layer
+    says little about its effect on the model, so every sparsity stays close to the target.
 
     Args:
-        levels: rising sparsities in (0, 1).
+        levels: increasing sparsities in (0, 1).
         errors: per layer, the error at each level, finite and at least 0.
         sizes: number of weights of each layer, at least 1.
         sparsity: the target for all of them together, in [0, 1].
@@ -174,7 +174,7 @@ def least_error_sparsities(
 def _between(
     corners: list[tuple[float, float]], least: float, most: float
 ) -> list[tuple[float, float]]:
-    """The corners of a piecewise linear function on ``[least, most]`` alone."""
+    """Return the corners of a piecewise linear function restricted to ``[least, most]``."""
 
     def at(x: float) -> float:
         for (x0, y0), (x1, y1) in itertools.pairwise(corners):
@@ -187,7 +187,7 @@ def _between(
 
 
 def _lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Corners of the lower convex hull of points in rising order (Andrew's monotone chain)."""
+    """Return the lower convex hull of points sorted by x (Andrew's monotone chain)."""
     hull: list[tuple[float, float]] = []
     for x, y in points:
         while len(hull) > 1:

@@ -1,4 +1,4 @@
-"""Arguments of a block as values: copies, comparisons and changes of nested tensors and objects.
+"""Copy, compare and change the arguments of a block: nested tensors and objects.
 
 An argument is a tensor, an immutable value, a module, or something that holds others: a tuple, list
 or dict, or an object with attributes, such as a key/value cache.
@@ -20,13 +20,13 @@ Memo = dict[int, tuple[Any, Any]]
 
 
 def copied(function: Callable[[Tensor], Tensor], value: Any, memo: Memo | None = None) -> Any:
-    """Copy a value, with a function in the place of the copy of a tensor.
+    """Copy a value, and replace the tensors in it.
 
     Args:
-        function: from a tensor to what stands for it in the copy.
-        value: modules in it, and what cannot be copied, are not copied.
-        memo: filled with every pair of an original and its copy; what is in it already is not
-            copied again, so that two arguments that share an object share its copy.
+        function: returns the tensor that replaces a tensor.
+        value: modules in it, and objects that cannot be copied, are shared with the copy.
+        memo: receives every pair of an original and its copy. An original that it already holds is
+            not copied again, so that two arguments that share an object share its copy.
     """
     memo = {} if memo is None else memo
     if id(value) in memo:
@@ -42,7 +42,7 @@ def copied(function: Callable[[Tensor], Tensor], value: Any, memo: Memo | None =
             return value
         try:
             twin = copy.copy(value)
-        except Exception:  # whatever a class does against being copied
+        except Exception:  # a class may raise anything to prevent copies
             return value
         if twin is value:  # it is immutable
             return value
@@ -53,7 +53,7 @@ def copied(function: Callable[[Tensor], Tensor], value: Any, memo: Memo | None =
 
 
 def equal(one: Any, other: Any, compared: set[tuple[int, int]] | None = None) -> bool:
-    """Whether two values hold the same; NaN equals NaN."""
+    """Whether two values are equal; NaN equals NaN."""
     compared = set() if compared is None else compared
     if one is other and not isinstance(one, Tensor) and not _parts(one):
         return True
@@ -65,7 +65,7 @@ def equal(one: Any, other: Any, compared: set[tuple[int, int]] | None = None) ->
         if torch.equal(one, other):
             return True
         return bool(((one == other) | ((one != one) & (other != other))).all())
-    if (id(one), id(other)) in compared:  # an object that holds itself
+    if (id(one), id(other)) in compared:  # an object that contains itself
         return True
     compared.add((id(one), id(other)))
     parts, others = _parts(one), _parts(other)
@@ -77,7 +77,7 @@ def equal(one: Any, other: Any, compared: set[tuple[int, int]] | None = None) ->
 
 
 def changeable(value: Any) -> Iterator[Any]:
-    """The tensors, containers and objects in a value that can be changed in place, and itself."""
+    """Yield the tensors, containers and objects in a value, itself included, that are mutable."""
     seen: set[int] = set()
     stack = [value]
     while stack:
@@ -92,21 +92,21 @@ def changeable(value: Any) -> Iterator[Any]:
 
 
 def carry_back(memo: Memo, function: Callable[[Tensor], Tensor], output: Any) -> Any:
-    """Make the changes that a call made to copies of its arguments to the originals.
+    """Apply the changes that a call made to copies of its arguments to the originals.
 
     Args:
-        memo: what :func:`copied` filled when it copied the arguments.
-        function: moves a tensor to where the originals are.
+        memo: filled by :func:`copied` when it copied the arguments.
+        function: moves a tensor to the device of the originals.
         output: of the call.
 
     Returns:
-        The output, in which originals stand for their copies.
+        The output, with the originals in place of their copies.
     """
     pairs = [(original, twin) for original, twin in memo.values() if twin is not original]
     back: Memo = {id(twin): (twin, original) for original, twin in pairs}
     for original, twin in pairs:
         if isinstance(twin, Tensor):
-            # A tensor that was moved begins with version 0.
+            # The version of a tensor that was just moved is 0.
             if twin.is_inference() or twin._version > 0:
                 original.copy_(twin)
         elif not isinstance(twin, tuple):
@@ -115,9 +115,9 @@ def carry_back(memo: Memo, function: Callable[[Tensor], Tensor], output: Any) ->
 
 
 def _parts(value: Any) -> dict[Any, Any]:
-    """What a value holds: the items of a container by index or key, attributes by ``(".", name)``.
+    """Return the items of a container by index or key, and attributes by ``(".", name)``.
 
-    Nothing of modules, classes and immutable values.
+    Modules, classes and immutable values have no parts.
     """
     if isinstance(value, (Tensor, nn.Module, type, ModuleType)):
         return {}
@@ -137,7 +137,7 @@ def _parts(value: Any) -> dict[Any, Any]:
 
 
 def _assign(value: Any, parts: dict[Any, Any]) -> None:
-    """Let a container or an object hold these parts and no others."""
+    """Replace all parts of a container or an object by these."""
     for key in [key for key in _parts(value) if key not in parts]:
         if isinstance(key, tuple) and key[:1] == (".",):
             object.__delattr__(value, key[1])

@@ -1,16 +1,16 @@
-"""Run a model block by block: its stacks of blocks, and the calls that reach them.
+"""Run a model block by block: its stacks of blocks, and their recorded calls.
 
-No attribute path of any model family is written here:
+No attribute path of a model family is hard-coded:
 
 1. The stacks are the outermost ``nn.ModuleList``s whose elements contain targeted layers.
 2. One pass of the model records the arguments of every block, for every sample. An argument that is
-   an output of the block before it, or an object that blocks change and hand on (a cache, say), is
-   not stored but marked as a link; all else (masks, position embeddings, which some models vary
-   from block to block) is kept with the values that it had when the block was called.
-3. From then on a block runs alone: its links are filled with what the block before it made.
+   an output of the block before it, or an object that blocks change and pass on (a cache, say), is
+   not stored but replaced by a link; all others (masks, position embeddings, which differ between
+   the blocks of some models) are kept with the values that they had when the block was called.
+3. From then on each block runs alone: its links are replaced by the results of the block before it.
 
-A stack has a home, where its blocks and their calls are kept, and a compute device, where a block
-and its arguments are while it runs.
+A stack has a home device, where its blocks and their calls are kept, and a compute device, where a
+block and its arguments are while the block runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from flash_llm.progress import ProgressBar, track
 from flash_llm.prune.arguments import Memo, carry_back, changeable, copied, equal
 
 Sample = Tensor | dict[str, Any]
-"""What a model is called with once: int64 token ids ``[B, L]``, or its arguments by name."""
+"""The input of one call of a model: int64 token ids ``[B, L]``, or its arguments by name."""
 
 logger = logging.getLogger("flash_llm")
 
@@ -41,8 +41,9 @@ logger = logging.getLogger("flash_llm")
 class Link:
     """Stands in a recorded call for a result of the block before.
 
-    The results of a call are its outputs and then its arguments, as the block left them. An index
-    of a list: arguments are counted from its end, and negative.
+    The results of a call are a list of its outputs and then its arguments, as the block left them.
+    The index of an output counts from the beginning of the list, the index of an argument from its
+    end and is negative.
     """
 
     index: int
@@ -61,16 +62,16 @@ class Call:
         return [*self.args, *self.kwargs.values()]
 
     def map(self, function: Callable[[Tensor], Tensor], memo: Memo | None = None) -> Call:
-        """A copy of the call, with a function applied to its tensors."""
+        """Return a copy of the call, with a function applied to its tensors."""
         return self.replace(copied(function, self.arguments, memo))
 
     def replace(self, arguments: list[Any]) -> Call:
-        """The same call with other arguments."""
+        """Return the same call with other arguments."""
         number = len(self.args)
         return Call(arguments[:number], dict(zip(self.kwargs, arguments[number:], strict=True)))
 
     def float(self) -> Call:
-        """The same call with its floating point tensors in float32."""
+        """Return the same call with its floating point tensors in float32."""
         return self.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
 
@@ -81,11 +82,11 @@ class Stack:
     Attributes:
         name: of the ``nn.ModuleList``.
         blocks: in the order in which they run.
-        home: where blocks and calls are kept.
+        home: device where blocks and calls are kept.
         device: where a block runs.
-        calls: per block, one call for each sample.
-        chained: whether each block is called once and fed by the block before it alone.
-        in_place: whether a block changes what it is called with.
+        calls: for each block, one call per sample.
+        chained: whether each block is called once and gets the results of the block before it.
+        in_place: whether a block changes its arguments.
     """
 
     name: str
@@ -97,13 +98,13 @@ class Stack:
     in_place: bool = False
 
     def prefix(self, index: int) -> str:
-        """What the name of everything inside a block begins with."""
+        """Return the prefix of all names inside a block."""
         return f"{self.name}.{index}."
 
     def passed_on(self) -> list[int]:
-        """Numbers of a block's outputs that the next one takes; of a single block, the first.
+        """Return the indices of the results that the next block takes; 0 for a single block.
 
-        Recorded calls tell, as long as no link has been filled.
+        Known from the recorded calls until the first link is filled.
         """
         if len(self.blocks) == 1:
             return [0]
@@ -112,7 +113,7 @@ class Stack:
 
     @contextlib.contextmanager
     def on_device(self, index: int) -> Iterator[nn.Module]:
-        """Have a block on the compute device; afterwards it is at home again."""
+        """Move a block to the compute device, and home again afterwards."""
         block = self.blocks[index]
         try:
             yield block.to(self.device)
@@ -120,7 +121,7 @@ class Stack:
             block.to(self.home)
 
     def run(self, block: Callable[..., Any], call: Call) -> list[Any]:
-        """Call a block on the compute device, where its results stay; the call is left as it is."""
+        """Return the results of a block on the compute device; the call stays as it is."""
         moved = call.map(self._bring)
         return [*as_list(block(*moved.args, **moved.kwargs)), *moved.arguments]
 
@@ -128,9 +129,9 @@ class Stack:
         return tensor.to(self.device, copy=self.in_place)
 
     def advance(self, index: int) -> None:
-        """Run a block, which is on the compute device, and hand its results to the next, if any.
+        """Run a block, which is on the compute device, and pass its results to the next, if any.
 
-        The calls of the block are dropped.
+        The calls of the block are deleted.
         """
         for number, call in enumerate(self.calls[index]):
             self.hand_on(index, number, self.run(self.blocks[index], call))
@@ -152,7 +153,7 @@ class Stack:
         return tensor.to(self.home)
 
     def with_same_calls(self) -> Stack:
-        """A stack over the same blocks whose links can be filled with other outputs."""
+        """Return a stack of the same blocks with links of its own to fill."""
         calls = [[Call([*call.args], {**call.kwargs}) for call in calls] for calls in self.calls]
         twin = copy.copy(self)
         twin.blocks, twin.calls = [*self.blocks], calls
@@ -162,12 +163,12 @@ class Stack:
 def find_stacks(
     model: nn.Module, layers: Iterable[str], device: torch.device | None = None
 ) -> list[Stack]:
-    """The outermost ModuleLists that contain the named layers (experts lie inside a block).
+    """Return the outermost ModuleLists that contain the named layers (experts are inside a block).
 
     Args:
-        model: whose first parameter says where home is.
+        model: the device of its first parameter is the home device.
         layers: qualified names.
-        device: the compute device; None means home.
+        device: the compute device; None means the home device.
     """
     layers = list(layers)
     home = next(model.parameters()).device
@@ -186,7 +187,7 @@ def record_calls(
     samples: Sequence[Sample],
     progress: bool | ProgressBar = False,
 ) -> None:
-    """Run the model once per sample and fill ``calls``, ``chained``, ``in_place`` of each stack.
+    """Run the model once per sample and set ``calls``, ``chained``, ``in_place`` of each stack.
 
     Args:
         model: in :func:`calibration_mode`.
@@ -202,13 +203,13 @@ def record_calls(
             for index, block in enumerate(stack.blocks):
                 before = functools.partial(tape.before, index)
                 hooks.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
-        # Hooks run in the order of their making: arguments are recorded, and outputs kept, at home.
+        # Hooks run in the order of registration: arguments and outputs are recorded at home.
         hooks.enter_context(taking_turns(stacks))
         for stack, tape in zip(stacks, tapes, strict=True):
             for block in stack.blocks:
                 hooks.callback(block.register_forward_hook(tape.after).remove)
         for sample in track(samples, "recording calls", progress):
-            # The logits are not needed; models that can leave them out are asked to.
+            # All logits but the last are left out by the models that support it.
             forward(model, sample, logits_to_keep=1)
             for tape in tapes:
                 tape.finish()
@@ -223,11 +224,11 @@ def record_calls(
 
 
 class _Tape:
-    """What a stack's blocks are called with during one pass of the model, and what they make.
+    """Records the arguments and results of a stack's blocks during one pass of the model.
 
-    Blocks may change their arguments in place, and so may the model between two blocks. So all is
-    compared with copies by value: versions of tensors do not tell of changes through ``.data`` or
-    by foreign kernels.
+    Blocks may change their arguments in place, and so may the model between two blocks. Therefore
+    values are compared with copies: the version of a tensor does not count changes through
+    ``.data`` or by other libraries' kernels.
     """
 
     def __init__(self, stack: Stack) -> None:
@@ -236,14 +237,14 @@ class _Tape:
 
     def _begin(self) -> None:
         self.calls: list[Call] = []
-        # Of the running block: its arguments and, per argument, a copy from before the call.
+        # The arguments of the running block, and a copy of each from before the call.
         self.arguments: list[Any] = []
         self.copies: list[Any] = []
-        # By id, each result of the block before, its link, and a copy of it.
+        # Each result of the block before with its link and a copy, by id.
         self.results: dict[int, tuple[Any, Link, Any]] = {}
-        # By id, everything that blocks made or changed.
+        # Everything that blocks created or changed, by id.
         self.made: dict[int, Any] = {}
-        # Tensors that were copied, by their ids and by those of the copies: (tensor, copy).
+        # Tensors and their copies, by the id of the tensor and by the id of the copy.
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.of_copy: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -271,7 +272,7 @@ class _Tape:
         self.calls.append(Call([*args], kwargs).replace(recorded))
 
     def after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Note what a block made and what it changed."""
+        """Record the outputs of a block and the arguments that it changed."""
         if not self.stack.chained:
             return
         earlier, self.results = self.results, {}
@@ -294,7 +295,7 @@ class _Tape:
         self._begin()
 
     def _note(self, result: Any, link: Link, twin: Any = None) -> None:
-        """Let the next block find a result, unless it is there under another link already."""
+        """Record a result for the next block, unless it already has another link."""
         inside = {id(item): item for item in changeable(result)}
         self.made.update(inside)
         if id(result) in inside and id(result) not in self.results:
@@ -302,7 +303,7 @@ class _Tape:
             self.results[id(result)] = (result, link, twin)
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        """A copy of a tensor, the same one as long as the tensor stays what it is."""
+        """Return a copy of a tensor, the same one as long as the tensor is unchanged."""
         kept = self.kept.get(id(tensor))
         if kept is None or not equal(*kept):
             kept = self.kept[id(tensor)] = (tensor, tensor.clone())
@@ -310,9 +311,9 @@ class _Tape:
         return kept[1]
 
     def _original(self, twin: Tensor) -> Tensor:
-        """The tensor of a copy, or the copy where the tensor has changed since.
+        """Return the tensor that was copied, or the copy if the tensor has changed since.
 
-        Blocks share tensors such as masks, and should not hold a copy each.
+        Blocks share tensors such as masks; a copy for each would waste memory.
         """
         tensor, _ = self.of_copy[id(twin)]
         return tensor if equal(tensor, twin) else twin
@@ -320,7 +321,7 @@ class _Tape:
 
 @contextlib.contextmanager
 def taking_turns(stacks: list[Stack]) -> Iterator[None]:
-    """Let passes of the whole model run each block on its compute device, and no other there."""
+    """Run each block on its compute device, one at a time, in passes of the whole model."""
     with contextlib.ExitStack() as hooks:
         for stack in stacks:
             if stack.device == stack.home:
@@ -357,11 +358,11 @@ def taking_turns(stacks: list[Stack]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Run a model so that hooks see what its layers compute, and a call needs no earlier one.
+    """Run a model such that hooks see its computation and no call depends on an earlier one.
 
-    It is in evaluation mode, without gradients, not compiled (compiled code runs no hooks), and
-    builds no key/value cache where its configurations can say so: the models inside a wrapper have
-    their own, which no argument of the wrapper may reach.
+    It is in evaluation mode, without gradients, and not compiled (compiled code runs no hooks). The
+    key/value cache is disabled in all configurations inside the model: the models in a wrapper have
+    their own, and arguments of the wrapper may not reach them.
     """
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     caching = [c for c in configs.values() if getattr(c, "use_cache", None)]
@@ -380,12 +381,12 @@ def is_encoder_decoder(model: nn.Module | None) -> bool:
 
 
 def forward(model: nn.Module, sample: Sample, **wanted: Any) -> None:
-    """Run the model without a key/value cache; text is an encoder-decoder's input and its labels.
+    """Run the model without a key/value cache; an encoder-decoder gets text also as labels.
 
     Args:
         model: called with the sample on the device of its first parameter.
         sample: int64 token ids ``[B, L]``, or the model's arguments by name.
-        wanted: options that are passed on if the model's ``forward`` knows them.
+        wanted: arguments that are passed if the model's ``forward`` has them.
     """
     known = inspect.signature(model.forward).parameters
     options = {k: v for k, v in {"use_cache": False, **wanted}.items() if k in known}
@@ -399,10 +400,10 @@ def forward(model: nn.Module, sample: Sample, **wanted: Any) -> None:
 
 
 def as_list(output: Any) -> list[Any]:
-    """What a block returned, as a list of its outputs."""
+    """Return the outputs of a block as a list."""
     return list(output) if isinstance(output, (tuple, list)) else [output]
 
 
 def on(device: torch.device, value: Any) -> Any:
-    """A copy of nested values, with its tensors on a device."""
+    """Return a copy of nested values, with their tensors on a device."""
     return copied(lambda tensor: tensor.to(device), value)

@@ -1,14 +1,15 @@
 """Prune a model in place, layer by layer, with statistics of the inputs that each layer sees.
 
-Transformer blocks are pruned in the order in which they run, and each block is calibrated on what
-the already pruned blocks before it put out (as in SparseGPT and Wanda), so that a block can make up
-for what was lost before it: run it on every sample to collect statistics, prune its layers, run it
-again and feed its outputs to the next (``blocks.py``).
+Transformer blocks are pruned in the order in which they run. Each block is calibrated on the
+outputs of the pruned blocks before it (as in SparseGPT and Wanda), so that it can compensate for
+their errors: the block runs on every sample to collect statistics, its layers are pruned, and it
+runs again to compute the inputs of the next block (``blocks.py``).
 
-What does not fit that shape (a projection outside the stacks, blocks that are called twice or not
-fed by one another) is pruned last, on the statistics of one pass of the model as it then stands;
-the report says which layers those were. The mathematics live in ``criteria.py`` (magnitude, Wanda),
-``sparsegpt.py``, ``admm.py`` and ``allocation.py``, and the statistics in ``inputs.py``.
+Layers outside this scheme (a projection outside the stacks, blocks that are called twice or do not
+feed one another) are pruned last, on statistics of one pass of the model with all other layers
+pruned; the report says which layers those are. The mathematics are in ``criteria.py`` (magnitude,
+Wanda), ``sparsegpt.py``, ``admm.py`` and ``allocation.py``, the statistics in ``inputs.py``, and
+the table of methods in ``methods.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from flash_llm.progress import ProgressBar, remark, track
-from flash_llm.prune.admm import admm
 from flash_llm.prune.allocation import outlier_ratio, owl_sparsities
 from flash_llm.prune.blocks import (
     Sample,
@@ -38,37 +38,27 @@ from flash_llm.prune.blocks import (
     record_calls,
     taking_turns,
 )
-from flash_llm.prune.criteria import (
-    check_prune_target,
-    global_magnitude_masks,
-    magnitude_mask,
-    wanda_mask,
-)
-from flash_llm.prune.inputs import Inputs, collect_inputs, gram, squares
+from flash_llm.prune.criteria import check_prune_target, global_magnitude_masks
+from flash_llm.prune.inputs import Inputs, Statistic, collect_inputs, squares
 from flash_llm.prune.layers import check_inputs, check_weights, matrix
+from flash_llm.prune.methods import METHODS
 from flash_llm.prune.reconstruction import SingularHessianError, relative_error
 from flash_llm.prune.report import PrunedLayer, PruneRecipe, PruneReport
 from flash_llm.prune.resume import ResumeFolder
 from flash_llm.prune.samples import Calibration, Tokenizer, count_tokens, samples_for
 from flash_llm.prune.sensitivity import LEVELS, allocate, measure_layers
-from flash_llm.prune.sparsegpt import sparsegpt
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, parse_patterns, select_layers
 
 logger = logging.getLogger("flash_llm")
 
-RECONSTRUCTIONS = {"sparsegpt": sparsegpt, "admm": admm}
-"""The methods that turn a weight and the Gram matrix of its inputs into a new weight."""
-
-METHODS = ("magnitude", "wanda", *RECONSTRUCTIONS)
-
 ALLOCATIONS = ("uniform", "owl", "sensitivity")
-"""The allocations that have a name; all but the first are measured on the calibration text."""
+"""The named allocations; all but the first are measured on the calibration text."""
 
 LARGEST_DAMPING = 1.0
-"""Damping is raised tenfold where a Hessian is singular, but not beyond this."""
+"""Damping is raised tenfold while a Hessian is singular, up to this limit."""
 
 DEFAULT = "_default"
-"""The key of an allocation's dict for the layers that no pattern matches."""
+"""Key of an allocation dict for the layers that no pattern matches."""
 
 
 def prune_(
@@ -93,19 +83,19 @@ def prune_(
 ) -> PruneReport:
     """Set the least important weights of a model to zero, in place; the weights stay dense.
 
-    Pack the result with :func:`flash_llm.sparsify_`, and keep what was done beside the saved model
+    Pack the result with :func:`flash_llm.sparsify_`, and store the report beside the saved model
     with :meth:`flash_llm.PruneReport.save`. The arguments are checked before any weight changes; a
-    failure after that (out of memory, say) leaves the layers done so far pruned.
+    failure after that (out of memory, say) leaves the layers pruned that were finished by then.
 
     Args:
         model: called as ``model(ids)`` with int64 token ids ``[B, L]``. Weights of any floating
             point dtype; the forward passes run in it, the mathematics of pruning in float32.
         method: ``"magnitude"`` (``|W|``), ``"wanda"`` (``|W| * ||x||``, arXiv 2306.11695),
-            ``"sparsegpt"`` (arXiv 2301.00774) or ``"admm"`` (ALPS, arXiv 2406.07831). The last two
-            also change the weights that stay, and take longer in this order; they hold
-            ``[K, K]`` float32 per distinct input of one block.
-        sparsity: fraction of zeros in [0, 1]; may be left out for an N:M scope, and for an
-            allocation that says it for every layer.
+            ``"sparsegpt"`` (arXiv 2301.00774) or ``"admm"`` (ALPS, arXiv 2406.07831), from the
+            fastest to the slowest. The last two also update the weights that stay; they need a
+            ``[K, K]`` float32 matrix for each distinct input of a block.
+        sparsity: fraction of zeros in [0, 1]; optional for an N:M scope, and for an allocation that
+            gives the sparsity of every layer.
         scope: ``"row"`` (the fraction holds in every output row), ``"layer"``, ``"N:M"``, or, for
             magnitude, ``"global"`` (one threshold for all targeted layers).
         allocation: ``"uniform"``; ``"owl"`` (blocks with more outliers are pruned less, by up to
@@ -113,7 +103,7 @@ def prune_(
             ``"sensitivity"`` (layers whose outputs change more are pruned less, as
             :func:`flash_llm.sensitivity` measures it with Wanda and its report allocates); or a
             dict from patterns, as in ``targets``, to sparsities: the first pattern that matches a
-            layer counts, ``"_default"`` (or ``sparsity``) is for layers that none matches.
+            layer counts, ``"_default"`` (or ``sparsity``) is for layers that no pattern matches.
         calibration: text that the model should stay good at: the name of a ``.txt`` or ``.jsonl``
             file (objects with a ``"text"``), token ids ``[S, L]`` (each row is a sample), what a
             tokenizer returns (``"input_ids"`` and perhaps ``"attention_mask"``), or an iterable,
@@ -124,25 +114,26 @@ def prune_(
             measured.
         tokenizer: a Hugging Face tokenizer, or ``f(text) -> {"input_ids": [...]}``; for files and
             strings.
-        nsamples: use only so many samples; None for all.
-        seqlen: tokens per sample. What is longer is cut; a shorter sequence in memory is used as it
-            is, with a warning; files are cut into samples of exactly this length.
+        nsamples: number of samples to use; None for all.
+        seqlen: tokens per sample. Longer sequences are truncated; shorter sequences in memory are
+            used as they are, with a warning; files are cut into samples of exactly this length.
         seed: a number draws the samples at random from all, without replacement. None takes the
             first ``nsamples`` of an iterable and reads no further, and of a file ``nsamples`` that
             are spread evenly over it. Nothing else is random.
-        damping: fraction of the mean diagonal added to the Hessian (SparseGPT and ADMM). Where
-            rounding still leaves it singular, tenfold, with a warning that names the layer, up to
-            1; 0 is never raised.
-        preserve_mask: weights that are zero already stay zero (SparseGPT and ADMM; with the others
-            they are the first ones pruned anyway).
+        damping: fraction of the Hessian's mean diagonal that is added to its diagonal (SparseGPT
+            and ADMM). While rounding still leaves the Hessian of a layer singular, its damping is
+            raised tenfold, up to 1, with a warning that names the layer; 0 is never raised.
+        preserve_mask: weights that are already zero stay zero (SparseGPT and ADMM; the other
+            methods prune zeros first anyway).
         targets: patterns of the layers to prune, as in :func:`flash_llm.sparsify_`.
         ignore: patterns of the layers to leave alone; wins over ``targets``.
-        device: where blocks run and are pruned, one at a time; everything else stays where the
-            model is. None means there, too.
-        resume_dir: a folder for the layers that are done; called again with the same arguments and
-            the dense model, after a kill say, pruning goes on with the layer that was in work, and
-            ends with the same bits. The folder takes as many bytes as the pruned layers, and can be
-            removed once the model is saved. Scope ``"global"`` begins anew: it needs no inputs.
+        device: where blocks run and are pruned, one at a time; everything else stays on the
+            model's device. None means the model's device for blocks, too.
+        resume_dir: folder for the layers that are finished. After an interruption, call again with
+            the same arguments and the dense model: pruning continues with the first unfinished
+            layer and gives the same bits. The folder takes as many bytes as the pruned layers, and
+            can be removed once the model is saved. Scope ``"global"``, which needs no inputs,
+            starts over.
         progress: True for a tqdm bar over the samples of the first pass, and then one over the
             blocks with the last layer's name, sparsity and error, or a callable such as
             ``rich.progress.track``.
@@ -160,7 +151,7 @@ def prune_(
             module; calibration activations that are not finite; a Hessian that damping leaves
             singular, or new weights that overflow the dtype of the old (the message names the
             layer); a ``resume_dir`` of another run (the message names the difference).
-        OSError: the calibration file cannot be read, or ``resume_dir`` not be written.
+        OSError: the calibration file cannot be read, or ``resume_dir`` cannot be written.
 
     Example:
         >>> import transformers
@@ -204,7 +195,7 @@ def prune_(
         if measured:
 
             def measure() -> dict[str, float | None]:
-                assert sparsity is not None  # layer_sparsities saw to it
+                assert sparsity is not None  # checked by layer_sparsities
                 if allocation == "owl":
                     return _owl_sparsities(model, stacks, layers, samples, sparsity, progress)
                 found = measure_layers(
@@ -217,7 +208,7 @@ def prune_(
         if scope == "global":
             assert sparsity is not None
             pruner.prune_globally(sparsity, progress)
-        elif method == "magnitude":
+        elif METHODS[method].statistic is None:
             for name in track(list(layers), "pruning", progress):
                 pruner.prune(name, None, sequential=False)
         else:
@@ -232,13 +223,16 @@ def prune_(
 
 
 def make_recipe(**arguments: Any) -> PruneRecipe:
-    """Return the arguments of :func:`prune_` that need no model to be checked, checked.
+    """Check the arguments of :func:`prune_` that can be checked without the model.
 
     Args:
-        arguments: of :func:`prune_`, but for the model; those that are left out have its defaults.
+        arguments: of :func:`prune_` other than the model; the others have its defaults.
+
+    Returns:
+        The checked arguments.
 
     Raises:
-        TypeError: as :func:`prune_`; it has no argument of a name.
+        TypeError: as :func:`prune_`, or it has no argument of that name.
         ValueError: as :func:`prune_`.
     """
     bound = inspect.signature(prune_).bind(None, **arguments)
@@ -263,9 +257,9 @@ def make_recipe(**arguments: Any) -> PruneRecipe:
 
 
 def needs_calibration(recipe: PruneRecipe) -> bool:
-    """Whether the method or the allocation looks at what the layers' inputs are."""
+    """Whether the method or the allocation depends on the inputs of the layers."""
     measured = isinstance(recipe.allocation, str) and recipe.allocation != "uniform"
-    return measured or recipe.method != "magnitude"
+    return measured or METHODS[recipe.method].statistic is not None
 
 
 def _check_allocation(method: str, scope: str, allocation: str | Mapping[str, float]) -> None:
@@ -296,7 +290,7 @@ def layer_sparsities(
     scope: str,
     allocation: str | Mapping[str, float],
 ) -> dict[str, float | None]:
-    """Return the checked target of each layer; a measured one is not known yet, and uniform here.
+    """Return the checked target of each layer; for a measured allocation, the uniform target.
 
     Raises:
         ValueError: as :func:`prune_`.
@@ -342,7 +336,7 @@ def _owl_sparsities(
     sparsity: float,
     progress: bool | ProgressBar,
 ) -> dict[str, float | None]:
-    """OWL's targets, from one pass of the dense model; a layer outside the stacks is a block."""
+    """OWL's targets from one pass of the dense model; a layer outside the stacks is a block."""
     with taking_turns(stacks), collect_inputs(layers, squares) as inputs:
         for sample in track(samples, "measuring", progress):
             forward(model, sample, logits_to_keep=1)
@@ -362,7 +356,7 @@ def _owl_sparsities(
         [sum(weight.numel() for weight in block) for block in weights],
         sparsity,
     )
-    # Layers that no token reached say nothing about outliers and stay at the mean.
+    # Nothing is known about the outliers of a layer that no token reached: it gets the mean.
     sparsities: dict[str, float | None] = dict.fromkeys(layers, sparsity)
     for names, target in zip(blocks.values(), targets, strict=True):
         sparsities.update(dict.fromkeys(names, target))
@@ -383,54 +377,51 @@ class _Pruner:
         self.sparsities = sparsities
         self.recipe = recipe
         self.done = done
-        self.statistic = gram if recipe.method in RECONSTRUCTIONS else squares
         self.entries: dict[str, PrunedLayer] = {}
 
     def prune(self, name: str, inputs: Inputs | None, *, sequential: bool) -> None:
-        """Prune one layer, or take it from the run that is resumed, and note what became of it."""
+        """Prune one layer, or restore it from the run that is resumed, and record the result."""
         weight = matrix(self.layers[name])
         if self.done is not None and self.done.holds(name):
             self.entries[name] = self.done.restore(name, weight)
             return
         error = None
-        method, scope, sparsity = self.recipe.method, self.recipe.scope, self.sparsities[name]
-        if method == "magnitude" or inputs is None:
-            if method != "magnitude":
-                logger.warning(
-                    "flash_llm.prune_: no calibration token reached %s; pruned by magnitude",
-                    name,
-                )
-            weight.masked_fill_(~magnitude_mask(weight, sparsity, scope), 0.0)
-        elif method == "wanda":
+        method = METHODS[self.recipe.method]
+        if inputs is not None:
             check_inputs(name, inputs, weight)
-            norm = inputs.norm.to(weight.device)
-            weight.masked_fill_(~wanda_mask(weight, norm, sparsity, scope), 0.0)
-        else:
-            check_inputs(name, inputs, weight)
-            hessian = inputs.total.to(weight.device)
-            pruned = self._reconstruct(name, weight, hessian)
+        elif method.statistic is not None:
+            logger.warning(
+                "flash_llm.prune_: no calibration token reached %s; pruned by magnitude", name
+            )
+            method = METHODS["magnitude"]
+        if method.updates_weights:
+            assert inputs is not None
+            pruned = self._reconstruct(name, weight, inputs)
             if not bool(pruned.isfinite().all()):
                 raise ValueError(
                     f"flash_llm.prune_: the new weights of {name} overflow {weight.dtype}"
                 )
-            error = relative_error(weight, pruned, hessian)
+            error = relative_error(weight, pruned, inputs.total.to(weight.device))
             weight.copy_(pruned)
+        else:
+            mask = method(weight, inputs, self.sparsities[name], self.recipe.scope)
+            weight.masked_fill_(~mask, 0.0)
         self._note(name, inputs, sequential, error)
         if self.done is not None:
             self.done.keep(self.entries[name], weight)
 
-    def _reconstruct(self, name: str, weight: Tensor, hessian: Tensor) -> Tensor:
-        """The new weight; where rounding leaves the Hessian singular, with ten times the damping.
+    def _reconstruct(self, name: str, weight: Tensor, inputs: Inputs) -> Tensor:
+        """Return the new weight; the damping is raised while the Hessian is singular.
 
-        Channels that are large on the same few tokens only (massive activations) are collinear, and
-        damping, a fraction of the mean, may be below what float32 resolves of them.
+        Channels that are large on the same few tokens only (massive activations) are collinear. The
+        damping, a fraction of the mean diagonal, may be too small to change theirs in float32.
         """
         damping = self.recipe.damping
         while True:
             try:
-                return RECONSTRUCTIONS[self.recipe.method](
+                return METHODS[self.recipe.method](
                     weight,
-                    hessian,
+                    inputs,
                     self.sparsities[name],
                     self.recipe.scope,
                     damping=damping,
@@ -468,16 +459,18 @@ class _Pruner:
     def prune_calibrated(
         self, stacks: list[Stack], samples: Sequence[Sample], progress: bool | ProgressBar
     ) -> None:
-        """Prune block by block, then what is outside the blocks."""
+        """Prune block by block, then the layers outside the blocks."""
+        statistic = METHODS[self.recipe.method].statistic
+        assert statistic is not None  # prune_ calibrates no other method
         for stack in stacks:
-            # A stack that others feed (a decoder) is called with what they put out when pruned.
+            # Earlier stacks are pruned: a decoder is recorded with the pruned encoder's outputs.
             with taking_turns([other for other in stacks if other is not stack]):
                 record_calls(self.model, [stack], samples, progress)
             if not stack.chained:
                 continue
             bar = track(range(len(stack.blocks)), "pruning", progress)
             for index in bar:
-                names = self._prune_block(stack, index)
+                names = self._prune_block(stack, index, statistic)
                 if names:
                     last = self.entries[names[-1]]
                     error = "" if last.error is None else f", error {last.error:.3f}"
@@ -485,14 +478,14 @@ class _Pruner:
 
         rest = {name: layer for name, layer in self.layers.items() if name not in self.entries}
         if rest:
-            with taking_turns(stacks), collect_inputs(rest, self.statistic) as inputs:
+            with taking_turns(stacks), collect_inputs(rest, statistic) as inputs:
                 for sample in track(samples, "pruning the rest", progress):
                     forward(self.model, sample)
             for name in rest:
                 self.prune(name, inputs.pop(name, None), sequential=False)
 
-    def _prune_block(self, stack: Stack, index: int) -> list[str]:
-        """Prune the layers inside a block and hand its outputs on; returns their names."""
+    def _prune_block(self, stack: Stack, index: int, statistic: Statistic) -> list[str]:
+        """Prune the layers in a block, pass its outputs to the next, and return their names."""
         inside = [name for name in self.layers if name.startswith(stack.prefix(index))]
         to_do = {
             name: self.layers[name]
@@ -500,8 +493,8 @@ class _Pruner:
             if self.done is None or not self.done.holds(name)
         }
         with stack.on_device(index) as block:
-            # The layers that are done are still dense here, as they were when the others were.
-            with collect_inputs(to_do, self.statistic) as inputs:
+            # Restored layers are still dense here, as in the run that collected their statistics.
+            with collect_inputs(to_do, statistic) as inputs:
                 if to_do:
                     for call in stack.calls[index]:
                         stack.run(block, call)

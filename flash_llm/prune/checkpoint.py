@@ -1,19 +1,18 @@
 """Prune a saved model of transformers into another folder: what ``flash-llm prune`` does.
 
-The new folder is built under a temporary name and renamed when it is whole. What pruning has
-finished is kept there, so that a run that was killed goes on where it was.
+The new folder has a temporary name until it is complete. It also holds the finished layers, so that
+an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -31,27 +30,28 @@ from flash_llm.prune.layers import matrix
 from flash_llm.prune.report import PruneRecipe, PruneReport
 from flash_llm.prune.resume import ALLOCATION_NAME
 from flash_llm.prune.samples import samples_for
+from flash_llm.report import Report
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, match_layers, refuse_tied
 from flash_llm.sparsify import SparsifyReport, sparsify_
-from flash_llm.table import aligned, kind
+from flash_llm.table import aligned, kind, shape_text
 
 _CALLER = "flash_llm.prune_checkpoint"
-# In the unfinished folder, what prune_ keeps to go on.
+# Subfolder of the unfinished folder: the resume_dir of prune_.
 _STATE = "state"
-# What of a recipe says how samples are drawn from a text.
+# The fields of a recipe that say how samples are drawn from a text.
 _SAMPLING = ("nsamples", "seqlen", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
-class PrunePlan:
+class PrunePlan(Report):
     """What would be pruned; prints as a table.
 
     Attributes:
         shapes: ``(M, K)`` of each layer, by name, in the model's order.
-        left_alone: the other linear layers that targets match, and the reason.
+        left_alone: the other linear layers that targets match, and why they are not pruned.
         dtype: of the weights.
-        model_bytes: of all weights of the model.
-        missing: arguments that were left out, and that pruning needs.
+        model_bytes: bytes of all weights of the model.
+        missing: arguments that pruning needs and that were not given.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -60,32 +60,35 @@ class PrunePlan:
     model_bytes: int
     missing: tuple[str, ...] = ()
 
+    IN_JSON: ClassVar[tuple[str, ...]] = ("num_layers", "layer_bytes")
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that would be pruned."""
+        return len(self.shapes)
+
     @property
     def layer_bytes(self) -> int:
         """Bytes of the dense weights of all layers that would be pruned."""
         itemsize = int(getattr(torch, self.dtype).itemsize)
         return sum(m * k * itemsize for m, k in self.shapes.values())
 
-    def to_json(self) -> str:
-        """Return the fields, ``num_layers`` and ``layer_bytes`` as indented JSON."""
-        more = {"num_layers": len(self.shapes), "layer_bytes": self.layer_bytes}
-        return json.dumps({**dataclasses.asdict(self), **more}, indent=2)
-
     def __str__(self) -> str:
         return self._text([(name, "1", shape) for name, shape in self.shapes.items()])
 
     def summary(self) -> str:
-        """The same with one line for all layers that differ in a number only."""
+        """Return the same text with one line for layers that differ only in a number."""
         groups = Counter((kind(name), shape) for name, shape in self.shapes.items())
         return self._text([(name, str(n), shape) for (name, shape), n in groups.items()])
 
     def _text(self, rows: list[tuple[str, str, tuple[int, int]]]) -> str:
-        table = [("layers", "number", "shape"), *((a, n, f"{m}x{k}") for a, n, (m, k) in rows)]
+        table = [("layers", "number", "shape")]
+        table += [(name, number, shape_text(shape)) for name, number, shape in rows]
         return "\n".join(
             [
                 *aligned(table, left={0, 2}),
                 *_left_alone_lines(self.left_alone),
-                f"{len(self.shapes)} layers would be pruned: {self.layer_bytes / 1e6:.3f} of "
+                f"{self.num_layers} layers would be pruned: {self.layer_bytes / 1e6:.3f} of "
                 f"{self.model_bytes / 1e6:.3f} MB of weights, {self.dtype}",
                 *([f"Still needed: {', '.join(self.missing)}"] if self.missing else []),
             ]
@@ -97,10 +100,10 @@ class PrunedCheckpoint(PruneReport):
     """What was pruned, and how large the result is.
 
     Attributes:
-        left_alone: the linear layers that targets match and that were not pruned, and the reason.
-        packing: what became of each layer; None for ``pack=False``.
-        source_bytes: of all tensors of the dense checkpoint.
-        nbytes: of all tensors of the result.
+        left_alone: the other linear layers that targets match, and why they were not pruned.
+        packing: the report of packing; None for ``pack=False``.
+        source_bytes: bytes of all tensors of the dense checkpoint.
+        nbytes: bytes of all tensors of the result.
     """
 
     left_alone: dict[str, str]
@@ -117,7 +120,7 @@ class PrunedCheckpoint(PruneReport):
         return self._text(super().__str__(), str(self.packing))
 
     def summary(self) -> str:
-        """The same with one line for all layers that differ in a number only."""
+        """Return the same text with one line for layers that differ only in a number."""
         return self._text(super().summary(), self.packing.summary() if self.packing else "")
 
     def _text(self, pruning: str, packing: str) -> str:
@@ -149,10 +152,10 @@ def plan_pruning(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> PrunePlan:
-    """Say which layers :func:`prune_checkpoint` would prune; reads no weights and writes nothing.
+    """Return which layers :func:`prune_checkpoint` would prune; reads no weights, writes nothing.
 
-    The arguments are checked as there, and the calibration text is read; sparsity and calibration
-    may be left out.
+    The arguments are checked in the same way, and the calibration text is read; sparsity and
+    calibration may be missing.
 
     Args:
         src: as in :func:`prune_checkpoint`.
@@ -170,12 +173,12 @@ def plan_pruning(
         ImportError: as :func:`prune_checkpoint`.
         OSError: likewise.
         TypeError: likewise.
-        ValueError: likewise, but for what is wrong with a weight's values.
+        ValueError: likewise, except for errors in the values of weights.
     """
     src, missing = Path(src), []
     if _needs_sparsity(make_recipe(**options)):
         missing.append("sparsity")
-        options["sparsity"] = 0.0  # any will do to check the rest
+        options["sparsity"] = 0.0  # any value, to check the rest
     request = _Request(src, dst, targets, ignore, pack, format, dtype, trust_remote_code, options)
     recipe, text = request.recipe, _text_options(src, calibration, trust_remote_code)
     if needs_calibration(recipe) and calibration is None:
@@ -203,41 +206,41 @@ def prune_checkpoint(
 ) -> PrunedCheckpoint:
     """Prune a model of transformers that is saved as safetensors, and save the result.
 
-    ``dst`` gets the pruned model, packed or dense with zeros, the report and the recipe
+    ``dst`` receives the pruned model, packed or dense with zeros, the report with the recipe
     (:meth:`PruneReport.save`), and the other files of ``src``: tokenizer, model card.
 
     Args:
-        src: folder of a dense model, and of its tokenizer where ``calibration`` is text.
-        dst: folder to make; it must not be there. Until it is whole it is called ``dst.partial``,
-            and calling again with the same arguments goes on with that.
+        src: folder of a dense model, and of its tokenizer if ``calibration`` is text.
+        dst: folder to create; it must not exist. Until it is complete it is called
+            ``dst.partial``; a call with the same arguments continues from there.
         calibration: a ``.txt`` or ``.jsonl`` file; see :func:`flash_llm.prune_`.
         targets: patterns of the layers to prune, as in :func:`flash_llm.sparsify_`.
         ignore: patterns of the layers to leave alone; wins over ``targets``.
-        pack: pack what that makes smaller; False saves dense weights with zeros.
+        pack: pack the layers that become smaller; False saves dense weights with zeros.
         format: of the packed weights, as in :func:`flash_llm.sparsify_`.
-        dtype: load the model in this dtype; None in that of its weights. Packed weights are float16
-            or bfloat16.
+        dtype: load the model in this dtype; None for the dtype of its weights. Packed weights are
+            float16 or bfloat16.
         device: where the blocks are pruned, one at a time; the model stays on the CPU.
-        resume: False removes a ``dst.partial`` of an earlier call and begins anew.
-        trust_remote_code: run the Python code that ``src`` brings for its model and tokenizer.
+        resume: False removes a ``dst.partial`` of an earlier call and starts over.
+        trust_remote_code: run the Python code in ``src`` for its model and tokenizer.
         progress: as in :func:`flash_llm.prune_`.
         options: ``method``, ``sparsity``, ``scope``, ``allocation``, ``nsamples``, ``seqlen``,
-            ``seed`` and what else :func:`flash_llm.prune_` takes.
+            ``seed`` and other arguments of :func:`flash_llm.prune_`.
 
     Returns:
-        What was pruned and packed, with the sizes.
+        The report of pruning and packing, with sizes.
 
     Raises:
         ImportError: transformers is not installed.
-        FileNotFoundError: ``src`` holds no checkpoint, or ``calibration`` is not there.
-        FileExistsError: ``dst`` is there, or ``dst.partial`` is of other work or in work by
-            another run.
+        FileNotFoundError: ``src`` holds no checkpoint, or ``calibration`` does not exist.
+        FileExistsError: ``dst`` exists, or ``dst.partial`` belongs to other arguments or is in use
+            by another run.
         TypeError: ``pack`` and the weights are neither float16 nor bfloat16; an option is unknown.
         ValueError: ``src`` is packed, quantised, broken, of an architecture that transformers does
-            not know, or brings code that is not trusted; what :func:`flash_llm.prune_` refuses;
-            there is no tokenizer for the calibration text.
-        OSError: the disk is full or cannot be written; ``src`` is untouched, and what is finished
-            stays in ``dst.partial``.
+            not know, or contains code that is not trusted; an argument or a weight that
+            :func:`flash_llm.prune_` refuses; there is no tokenizer for the calibration text.
+        OSError: the disk is full or cannot be written; ``src`` is unchanged, and the finished
+            layers stay in ``dst.partial``.
     """
     src, dst = Path(src), Path(dst)
     request = _Request(src, dst, targets, ignore, pack, format, dtype, trust_remote_code, options)
@@ -246,7 +249,7 @@ def prune_checkpoint(
     note = {"dtype": request.plan.dtype}
     with UnfinishedFolder(dst, src, note, _CALLER, resume=resume) as unfinished:
         state = unfinished.path / _STATE
-        if not _is_worth_keeping(state):  # of a run that was killed early, perhaps another one
+        if not _is_worth_keeping(state):  # left by a run that was killed early, with any arguments
             shutil.rmtree(state, ignore_errors=True)
         state.mkdir(exist_ok=True)
         try:
@@ -269,12 +272,12 @@ def prune_checkpoint(
         packing = None
         if pack:
             packing = sparsify_(model, targets, ignore, format=format, progress=progress)
-        shutil.rmtree(unfinished.content)  # half of a model, from a run that was killed
+        shutil.rmtree(unfinished.content)  # perhaps part of a model, left by a run that was killed
         unfinished.content.mkdir()
         copy_other_files(src, unfinished.content, checkpoint_files(src))
         try:
             model.save_pretrained(unfinished.content)
-        except SafetensorError as error:  # which is what it makes of every failure to write
+        except SafetensorError as error:  # safetensors raises it for every failure to write
             raise OSError(
                 f"{_CALLER}: the model cannot be written to {unfinished.content}: {error}"
             ) from None
@@ -297,8 +300,8 @@ class _Request:
 
     Attributes:
         model: on the meta device.
-        recipe: what :func:`flash_llm.prune_` is asked for.
-        plan: what that means for this model.
+        recipe: the arguments of :func:`flash_llm.prune_`.
+        plan: what would be pruned.
     """
 
     def __init__(
@@ -341,7 +344,7 @@ class _Request:
 
 
 def _needs_sparsity(recipe: PruneRecipe) -> bool:
-    """Whether neither scope nor allocation says what the sparsity is."""
+    """Whether the sparsity is missing and neither scope nor allocation gives it."""
     told = isinstance(recipe.allocation, Mapping) or ":" in recipe.scope
     return recipe.sparsity is None and not told
 
@@ -349,7 +352,7 @@ def _needs_sparsity(recipe: PruneRecipe) -> bool:
 def _text_options(
     src: Path, calibration: str | os.PathLike[str] | None, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """The arguments of prune_ that say what to calibrate on."""
+    """Return the arguments of prune_ for the calibration text."""
     if calibration is None:
         return {"calibration": None, "tokenizer": None}
     path = Path(calibration)
@@ -359,16 +362,16 @@ def _text_options(
 
 
 def _is_worth_keeping(state: Path) -> bool:
-    """Whether a run can go on with what another one left: a layer, or what it measured."""
+    """Whether an interrupted run left something to continue with: a layer, or an allocation."""
     return any(state.glob("*.safetensors")) or (state / ALLOCATION_NAME).exists()
 
 
 def parse_allocation(text: str) -> str | Mapping[str, float]:
-    """Return an allocation of :func:`flash_llm.prune_`: a name, or what a ``.json`` file holds.
+    """Return an allocation for :func:`flash_llm.prune_`: a name, or the object in a ``.json`` file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds no object from patterns to numbers.
+        ValueError: the file does not hold an object from patterns to numbers.
     """
     if not text.endswith(".json"):
         return text
@@ -384,13 +387,13 @@ def _check_source(src: Path) -> None:
         name = next(iter(checkpoint.packed))
         raise ValueError(f"{_CALLER}: {name} in {src} is packed; prune before packing")
     if read_config(src, _CALLER) is None:
-        raise FileNotFoundError(f"{_CALLER}: {src} has no config.json, which names the model")
+        raise FileNotFoundError(f"{_CALLER}: {src} has no config.json, which describes the model")
 
 
 def _empty_model(
     src: Path, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[nn.Module, torch.dtype]:
-    """The model on the meta device, and the dtype that it is loaded in."""
+    """Return the model on the meta device, and the dtype to load it in."""
     cls, config = hf.model_class(src, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model: nn.Module = cls(config)

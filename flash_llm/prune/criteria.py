@@ -1,11 +1,11 @@
-"""Pruning criteria: pure functions from a weight and input statistics to a mask of what stays.
+"""Pruning criteria: pure functions from a weight and input statistics to the mask of what stays.
 
-A mask is a boolean ``[M, K]`` tensor, True where the weight is kept. Scores are compared in float32
-and of equal scores the one that comes first in row-major order is pruned first, so every mask has
-an exact count and does not depend on the device; ``csrc/format/prune.h`` (``prune_pack``) follows
-the same rules. Nothing here knows about modules: hooks and the layer-by-layer driver live in
-``calibrate.py``. Methods that also change the weights that stay have a file each (``sparsegpt.py``,
-``admm.py``) and choose by the functions at the end of this one.
+A mask is a boolean ``[M, K]`` tensor, True where the weight stays. Scores are compared in float32.
+Of equal scores the first in row-major order is pruned first, so every mask has an exact count and
+is the same on all devices; ``csrc/format/prune.h`` (``prune_pack``) follows the same rules. Nothing
+here knows about modules: hooks and the layer-by-layer driver are in ``calibrate.py``. Methods that
+also update the weights that stay have files of their own (``sparsegpt.py``, ``admm.py``) and select
+weights by the functions at the end of this one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_PRUNE_GROUP = 64
 
 
 def num_pruned(sparsity: float, count: int) -> int:
-    """Number of elements to prune out of ``count``: ``sparsity * count``, rounded half up."""
+    """Return the number of elements to prune: ``sparsity * count``, rounded half up."""
     return min(count, math.floor(sparsity * count + 0.5))
 
 
@@ -69,7 +69,7 @@ def check_prune_target(sparsity: float | None, scope: str) -> tuple[int, int] | 
 
 
 def magnitude_mask(weight: Tensor, sparsity: float | None, scope: str = "row") -> Tensor:
-    """Mask of the weights of largest magnitude ``|W|``.
+    """Return the mask of the weights of largest magnitude ``|W|``.
 
     Args:
         weight: ``[M, K]`` floating point, any device and strides.
@@ -94,10 +94,10 @@ def magnitude_mask(weight: Tensor, sparsity: float | None, scope: str = "row") -
 
 
 def global_magnitude_masks(weights: Sequence[Tensor], sparsity: float) -> Iterator[Tensor]:
-    """Masks of the weights of largest magnitude ``|W|``, with one threshold for all matrices.
+    """Yield the masks of the weights of largest magnitude, with one threshold for all matrices.
 
-    The threshold is found from two histograms of the bits of ``|W|`` in float32 (which order as
-    integers just as they do as numbers), so no copy of all weights is ever sorted or even held.
+    The threshold is found from two histograms of the bits of ``|W|`` in float32, whose order as
+    integers is that of the numbers, so that no copy of all weights is needed.
 
     Args:
         weights: ``[M, K]`` floating point matrices of any shapes, strides and devices.
@@ -106,7 +106,7 @@ def global_magnitude_masks(weights: Sequence[Tensor], sparsity: float) -> Iterat
     Yields:
         For each matrix, in order, its mask: boolean ``[M, K]`` on its device, True where the weight
         stays. Of equal magnitudes at the threshold the first are pruned, in the order of the
-        matrices and row-major within. Masking a matrix before the next mask is drawn is fine.
+        matrices and row-major in each. A matrix may be masked before the next mask is taken.
 
     Raises:
         TypeError: a weight is not floating point, or ``sparsity`` not a number.
@@ -126,7 +126,7 @@ def global_magnitude_masks(weights: Sequence[Tensor], sparsity: float) -> Iterat
         return weight.float().abs().contiguous().view(torch.int32)
 
     def histogram(high: int | None) -> Tensor:
-        """Count the high 15 bits, or the low 16 of the elements whose high ones are given."""
+        """Count the high 15 bits, or the low 16 bits of the elements with the given high bits."""
         bins = 1 << 15 if high is None else 1 << 16
         total = torch.zeros(bins, dtype=torch.int64)
         for weight in weights:
@@ -136,7 +136,7 @@ def global_magnitude_masks(weights: Sequence[Tensor], sparsity: float) -> Iterat
         return total
 
     def split(counts: Tensor, below: int) -> tuple[int, int]:
-        """The bin that holds element number ``below``, and the elements in the bins before it."""
+        """Return the bin of element number ``below``, and the count of the bins before it."""
         ends = counts.cumsum(0)
         index = int(torch.searchsorted(ends, below, right=True).clamp_(max=counts.numel() - 1))
         return index, int(ends[index] - counts[index])
@@ -147,7 +147,7 @@ def global_magnitude_masks(weights: Sequence[Tensor], sparsity: float) -> Iterat
     for weight in weights:
         magnitude = bits(weight)
         tied = magnitude == threshold
-        # The first ``ties`` of the equal ones go; what is left of that number goes on.
+        # The first ``ties`` equal elements are pruned, over all matrices.
         dropped = tied & (tied.flatten().cumsum(0).view(tied.shape) <= ties)
         ties -= int(dropped.sum())
         yield (magnitude >= threshold) & ~dropped
@@ -156,9 +156,9 @@ def global_magnitude_masks(weights: Sequence[Tensor], sparsity: float) -> Iterat
 def wanda_mask(
     weight: Tensor, input_norm: Tensor, sparsity: float | None, scope: str = "row"
 ) -> Tensor:
-    """Mask of the weights of largest ``|W_ij| * ||x_j||_2`` (Wanda, arXiv 2306.11695, section 3).
+    """Return the mask of the weights of largest ``|W_ij| * ||x_j||_2`` (Wanda, arXiv 2306.11695).
 
-    A weight matters as far as it is large and as its input is large. The paper compares the scores
+    A weight matters if both it and its input are large (section 3). The paper compares the scores
     within one output row, which is the default scope here.
 
     Args:
@@ -198,11 +198,11 @@ def wanda_mask(
 
 
 def check_weight(weight: Tensor) -> None:
-    """Check that ``weight`` is a floating point matrix.
+    """Check that a weight is a floating point matrix.
 
     Raises:
-        TypeError: it is not floating point.
-        ValueError: it is not a matrix.
+        TypeError: the weight is not floating point.
+        ValueError: the weight is not a matrix.
     """
     if not weight.is_floating_point():
         raise TypeError(f"weight must be floating point, got {weight.dtype}")
@@ -211,7 +211,7 @@ def check_weight(weight: Tensor) -> None:
 
 
 def largest_mask(score: Tensor, sparsity: float | None, scope: str) -> Tensor:
-    """Mask of the largest scores of each group of the scope.
+    """Return the mask of the largest scores of each group of the scope.
 
     Args:
         score: ``[M, K]``, at least -1; NaN counts as largest.
@@ -229,12 +229,12 @@ def largest_mask(score: Tensor, sparsity: float | None, scope: str) -> Tensor:
     group = check_prune_target(sparsity, scope)
     if group is not None:
         keep, size = group
-        # A shorter last group of g columns keeps min(keep, g): the padding is below every score,
-        # so it takes the first places among the pruned.
+        # A shorter last group of g columns keeps min(keep, g): the padding is smaller than every
+        # score and so is pruned first.
         padded = torch.nn.functional.pad(score, (0, -cols % size), value=-2.0)
         kept = drop_smallest(padded.reshape(-1, size), size - keep)
         return kept.view(padded.shape)[:, :cols].contiguous()
-    assert sparsity is not None  # check_prune_target saw to it
+    assert sparsity is not None  # checked by check_prune_target
     if scope == "layer":
         return drop_smallest(score.reshape(1, -1), num_pruned(sparsity, rows * cols)).reshape(
             rows, cols
@@ -243,7 +243,7 @@ def largest_mask(score: Tensor, sparsity: float | None, scope: str) -> Tensor:
 
 
 def drop_smallest(score: Tensor, count: int) -> Tensor:
-    """Mask without the ``count`` smallest scores of each row, the first among equals.
+    """Return the mask without the ``count`` smallest scores of each row, the first of equal ones.
 
     Args:
         score: ``[M, K]``; NaN counts as largest.
@@ -266,10 +266,10 @@ def drop_smallest(score: Tensor, count: int) -> Tensor:
 
 
 def _kth_smallest(score: Tensor, k: int) -> Tensor:
-    """The k-th smallest of each row of ``[M, K]``, as ``[M, 1]``; NaN counts as largest.
+    """Return the k-th smallest of each row of ``[M, K]``, as ``[M, 1]``; NaN counts as largest.
 
-    1536 x 576 in float32 on 2 cores of a Xeon: a stable sort takes 30 ms, torch's kthvalue 8.6,
-    topk 6.9 and numpy's partition, on one of them, 2.6; ADMM asks in each iteration.
+    ADMM needs it in each iteration. 1536 x 576 in float32 on 2 cores of a Xeon: a stable sort takes
+    30 ms, torch's kthvalue 8.6, topk 6.9, and numpy's partition 2.6 on one core.
     """
     one_thread_is_faster = score.shape[0] == 1 or torch.get_num_threads() <= 4
     if score.device.type == "cpu" and score.dtype == torch.float32 and one_thread_is_faster:

@@ -1,4 +1,4 @@
-"""The layers that are pruned: their weights as matrices, and what is refused before any changes."""
+"""The layers to prune: their weights as matrices, and the checks before any weight changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flash_llm.select import refuse_tied
 
 
 def matrix(layer: nn.Module) -> Tensor:
-    """The weight as ``[M, K]``, sharing memory; GPT-2's Conv1D stores it transposed."""
+    """Return a view ``[M, K]`` of the weight; GPT-2's Conv1D stores it transposed."""
     weight: Tensor = layer.weight.detach()  # type: ignore[operator]
     return weight.t() if is_conv1d(layer) else weight
 
@@ -23,8 +23,8 @@ def check_weights(model: nn.Module, layers: dict[str, nn.Module]) -> None:
         layers: linear layers by name.
 
     Raises:
-        TypeError: a layer is packed, or a weight is no floating point parameter.
-        ValueError: a weight is no matrix, on the meta device, not finite, or tied to another
+        TypeError: a layer is packed, or a weight is not a floating point parameter.
+        ValueError: a weight is not a matrix, on the meta device, not finite, or tied to another
             module; the message names the layer.
     """
     for name, layer in layers.items():
@@ -53,7 +53,7 @@ def check_inputs(name: str, inputs: Inputs, weight: Tensor) -> None:
     """Check the statistic of a layer's inputs.
 
     Raises:
-        ValueError: it is not finite.
+        ValueError: the statistic is not finite.
     """
     if not bool(inputs.total.isfinite().all()):
         raise ValueError(

@@ -1,12 +1,12 @@
 """Layer-wise reconstruction: the quadratic problem that ``sparsegpt.py`` and ``admm.py`` solve.
 
-A layer ``y = W x`` with weight ``W [M, K]`` is pruned so that its outputs on the calibration tokens
-``X [K, T]`` change least. The error depends on the tokens only through ``H = X X^T [K, K]``::
+A layer ``y = W x`` with weight ``W [M, K]`` is pruned such that the change of its outputs on the
+calibration tokens ``X [K, T]`` is minimal. It depends on the tokens only by ``H = X X^T [K, K]``::
 
     |W X - W' X|^2 = tr((W - W') H (W - W')^T)
 
-H is called the Hessian, as in the papers (theirs has a factor 2, which changes nothing). It is only
-semidefinite when there are fewer tokens than channels, so a fraction of its mean diagonal is added.
+H is called the Hessian, as in the papers (theirs has a factor of 2, which changes nothing). With
+fewer tokens than channels it is only semidefinite, so a fraction of its mean diagonal is added.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def damped_problem(weight: Tensor, hessian: Tensor, damping: float) -> tuple[Ten
         damping: fraction of the mean diagonal to add to the diagonal, at least 0.
 
     Returns:
-        A copy of the weight in the Hessian's dtype, and the damped Hessian. The weights of dead
-        inputs (zero on every token) are zero in it, since nothing depends on them; dead inputs
-        share no other entry of the Hessian and get the mean of the others as their diagonal.
+        A copy of the weight in the Hessian's dtype, and the damped Hessian. Weights of dead inputs
+        (zero on every token) become zero, since no output depends on them. The diagonal entry of a
+        dead input, whose other entries in the Hessian are zero, is set to the mean of the others.
 
     Raises:
         TypeError: a dtype is wrong, or the devices differ.
@@ -61,7 +61,7 @@ def damped_problem(weight: Tensor, hessian: Tensor, damping: float) -> tuple[Ten
 
 
 class SingularHessianError(ValueError):
-    """A Hessian is not positive definite although it was damped."""
+    """A Hessian is not positive definite in spite of damping."""
 
     def __init__(self, damping: float) -> None:
         super().__init__(
@@ -71,15 +71,15 @@ class SingularHessianError(ValueError):
 
 
 def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
-    """Relative change of the layer's outputs, ``|W X - W' X| / |W X|`` in the Frobenius norm.
+    """Return the relative change of the outputs, ``|W X - W' X| / |W X|`` in the Frobenius norm.
 
     Args:
         weight: ``[M, K]`` floating point, before pruning.
-        pruned: ``[M, K]``, after it.
+        pruned: ``[M, K]``, after pruning.
         hessian: ``[K, K]`` float32 or float64 ``X X^T``, not damped.
 
     Returns:
-        0 for unchanged outputs, 1 for outputs that vanished; 0 when there were none to change.
+        0 for unchanged outputs, 1 if all outputs became zero; 0 if they were zero before.
 
     Example:
         >>> relative_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 4.0]]), torch.eye(2))

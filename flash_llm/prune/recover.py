@@ -1,24 +1,22 @@
 """Recovery: after pruning, train the weights that stay, block by block, towards the dense model.
 
-Each block in turn gets the inputs that the already recovered blocks before it put out, and is
-trained to put out what the dense model puts out there, so that errors do not add up. Zeros stay
-zeros. There are no labels, and only one block is trained at a time, in float32: it takes the memory
-of one block five times over (weights, gradients, two moments of Adam and the dense block) and of
-two sets of activations between blocks.
+Each block gets the outputs of the recovered blocks before it as inputs, and is trained to give the
+outputs of the dense model at this point, so that errors do not accumulate. Zeros stay zeros. There
+are no labels, and only one block is trained at a time, in float32: it takes five times the memory
+of one block (weights, gradients, two moments of Adam and the dense block) and two sets of
+activations between blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +33,10 @@ from flash_llm.prune.blocks import (
     record_calls,
 )
 from flash_llm.prune.layers import check_weights
-from flash_llm.prune.report import save_report
 from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
+from flash_llm.report import SavedReport
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
-
-REPORT_NAME = "recovery_report.json"
-"""The file that :meth:`RecoveryReport.save` writes."""
+from flash_llm.table import aligned
 
 
 @dataclass(frozen=True)
@@ -49,11 +45,11 @@ class RecoveredBlock:
 
     Attributes:
         name: qualified module name.
-        before: ``|Y' - Y| / |Y|`` in the Frobenius norm, Y being the dense model's outputs of the
-            block on the calibration tokens and Y' those of the recovered model up to this block,
-            itself not yet trained.
-        after: the same once it is trained; never more.
-        epoch: the epoch whose weights were kept; 0 means those from before.
+        before: ``|Y' - Y| / |Y|`` in the Frobenius norm before the block was trained: Y are the
+            outputs of the dense model's block on the calibration tokens, Y' those of this block
+            after the recovered blocks before it.
+        after: the same after training; never larger.
+        epoch: the epoch whose weights were kept; 0 means the weights from before training.
     """
 
     name: str
@@ -63,8 +59,10 @@ class RecoveredBlock:
 
 
 @dataclass(frozen=True)
-class RecoveryReport:
+class RecoveryReport(SavedReport):
     """What :func:`flash_llm.recover_` did; ``print`` it for a table.
+
+    ``save`` writes it to ``recovery_report.json`` beside a saved model.
 
     Attributes:
         blocks: every block, in order.
@@ -80,36 +78,21 @@ class RecoveryReport:
     num_samples: int
     seconds: float
 
-    def to_json(self) -> str:
-        """The report as a JSON object."""
-        return json.dumps(asdict(self), indent=2)
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``recovery_report.json`` beside a saved model.
-
-        Args:
-            folder: made if it is not there; an earlier report in it is replaced.
-
-        Returns:
-            The file.
-
-        Raises:
-            OSError: it cannot be written; an earlier one is left as it was.
-        """
-        return save_report(folder, REPORT_NAME, self.to_json())
+    FILE_NAME: ClassVar[str] = "recovery_report.json"
 
     def __str__(self) -> str:
-        width = max([len(block.name) for block in self.blocks] + [len("block")])
-        lines = [f"{'block':<{width}}  before   after  epoch"]
+        table = [("block", "before", "after", "epoch")]
         for block in self.blocks:
-            lines.append(
-                f"{block.name:<{width}}  {block.before:6.4f}  {block.after:6.4f}  {block.epoch:5}"
+            table.append(
+                (block.name, f"{block.before:.4f}", f"{block.after:.4f}", str(block.epoch))
             )
-        lines.append(
-            f"{len(self.blocks)} blocks recovered ({self.epochs} epochs over {self.num_samples} "
-            f"calibration samples) in {self.seconds:.1f} s"
+        return "\n".join(
+            [
+                *aligned(table, left={0}),
+                f"{len(self.blocks)} blocks recovered ({self.epochs} epochs over "
+                f"{self.num_samples} calibration samples) in {self.seconds:.1f} s",
+            ]
         )
-        return "\n".join(lines)
 
 
 def recover_(
@@ -128,26 +111,28 @@ def recover_(
     device: torch.device | str | None = None,
     progress: bool | ProgressBar = False,
 ) -> RecoveryReport:
-    """Train what :func:`flash_llm.prune_` left of a model towards the dense model, in place.
+    """Train a model pruned by :func:`flash_llm.prune_` towards the dense model, in place.
 
-    Call it before :func:`flash_llm.sparsify_`. Block by block, Adam lowers the squared difference
-    between the block's outputs and the dense model's, one calibration sample at a time, and the
-    weights of the epoch with the lowest error over all samples are kept. Everything in a block is
-    trained but the zeros of the pruned layers. All of it runs in float32, and errors are taken of
-    the weights as rounded to their dtype.
+    Call it before :func:`flash_llm.sparsify_`. Block by block, Adam minimises the squared
+    difference between the outputs of the block and of the dense model's, one calibration sample at
+    a time, and the weights of the epoch with the smallest error over all samples are kept. All
+    parameters of a block are trained, except the zeros of the pruned layers. Training runs in
+    float32; errors are computed with the weights rounded to their dtype.
 
     Args:
         model: pruned, not packed; called as ``model(ids)`` with int64 token ids ``[B, L]``.
-        dense: the model before pruning, or a folder of safetensors with its weights, from which no
-            more than a block is loaded at a time.
-        calibration: text, as in :func:`flash_llm.prune_`; that of pruning will do.
+        dense: the model before pruning, or a folder of safetensors with its weights, from which
+            one block is loaded at a time.
+        calibration: text, as in :func:`flash_llm.prune_`; may be the text used for pruning.
         tokenizer: for files and strings.
-        nsamples: use only so many samples; None for all.
+        nsamples: number of samples to use; None for all.
         seqlen: tokens per sample.
-        seed: draws the samples, as in :func:`flash_llm.prune_`, and their order in each epoch.
+        seed: for drawing the samples, as in :func:`flash_llm.prune_`, and for their order in each
+            epoch.
         epochs: passes over the samples per block, at least 1.
         learning_rate: of Adam at the beginning; it falls to 0 along a cosine. On five blocks of
-            SmolLM2 (SparseGPT at 0.6, 1536 tokens) 5e-4 did better than 1e-4, held out too.
+            SmolLM2 (SparseGPT at 0.6, 1536 tokens) 5e-4 was better than 1e-4, also
+            on held-out text.
         targets: patterns of the layers whose zeros must stay, as in :func:`flash_llm.sparsify_`.
         ignore: patterns of the layers that are trained freely; wins over ``targets``.
         device: where blocks are trained, one at a time; None means where the model is.
@@ -158,9 +143,9 @@ def recover_(
 
     Raises:
         TypeError: an argument or a sample has the wrong type; a layer is packed already.
-        ValueError: ``epochs`` or ``learning_rate`` is out of range; ``dense`` lacks a tensor or has
-            it in another shape; calibration missing or empty; a weight or the outputs of a block
-            are not finite; a pattern matches nothing.
+        ValueError: ``epochs`` or ``learning_rate`` is out of range; ``dense`` has no tensor of a
+            name or one of another shape; calibration missing or empty; a weight or the outputs of
+            a block are not finite; a pattern matches nothing.
         NotImplementedError: the model has no blocks that feed one another in order.
         OSError: a file cannot be read.
 
@@ -199,7 +184,7 @@ def recover_(
             )
         steps = []
         for stack in stacks:
-            # The twin carries the dense model's activations, the stack those of the recovered one.
+            # The twin holds the activations of the dense model, the stack those of the recovered.
             twin, passed_on = stack.with_same_calls(), stack.passed_on()
             steps += [(stack, twin, passed_on, index) for index in range(len(stack.blocks))]
         bar = track(steps, "recovering", progress)
@@ -228,7 +213,7 @@ def recover_(
 def _dense_tensors(
     dense: nn.Module | str | os.PathLike[str], model: nn.Module, stacks: list[Stack]
 ) -> Callable[[str], Tensor]:
-    """A function that returns a tensor of the dense model by name; all that is needed is there."""
+    """Check the dense model, and return a function that returns its tensors by name."""
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
     if isinstance(dense, nn.Module):
@@ -255,7 +240,7 @@ def _dense_tensors(
 
 
 def _dense_copy(block: nn.Module, name: str, read: Callable[[str], Tensor]) -> nn.Module:
-    """The dense block, in float32 where the pruned one is."""
+    """Return the dense block in float32, on the device of the pruned one."""
     twin = copy.deepcopy(block).float()
     for key, tensor in twin.state_dict().items():
         tensor.copy_(read(f"{name}.{key}"))
@@ -265,11 +250,11 @@ def _dense_copy(block: nn.Module, name: str, read: Callable[[str], Tensor]) -> n
 def _dense_outputs(
     twin: Stack, index: int, block: nn.Module, passed_on: list[int]
 ) -> list[list[Tensor]]:
-    """Per sample, what the dense block passes on, at home; the next block gets it too."""
+    """Return the outputs of the dense block for each sample, at home, and pass them to the next."""
     wanted = []
     for number, call in enumerate(twin.calls[index]):
         results = twin.run(block, call.float())
-        for i in passed_on:  # what is wanted and what the next block gets are the same tensors
+        for i in passed_on:  # moved once: targets and inputs of the next block share the tensors
             results[i] = on(twin.home, results[i])
         wanted.append([results[i] for i in passed_on])
         twin.hand_on(index, number, results)
@@ -278,15 +263,15 @@ def _dense_outputs(
 
 
 class _Student:
-    """A block in training: its copy in float32, its inputs, and what it should make of them.
+    """A block in training: its copy in float32, its inputs and its target outputs.
 
     Args:
         block: pruned, on the compute device.
-        frozen: its parameters whose zeros stay.
-        stack: where it runs.
-        calls: per sample, its inputs.
-        wanted: per sample, what the outputs that are passed on should be.
-        passed_on: the numbers of those outputs.
+        frozen: names of its parameters whose zeros stay zeros.
+        stack: of the block.
+        calls: the inputs, for each sample.
+        wanted: for each sample, the targets of the outputs that the next block takes.
+        passed_on: indices of these outputs.
     """
 
     def __init__(
@@ -311,26 +296,26 @@ class _Student:
         self.kept = [(weight, weight.detach() != 0) for weight in weights]
 
     def distance(self, sample: int, outputs: list[Tensor]) -> Tensor:
-        """Sum of the squared differences of one sample's outputs from what they should be."""
+        """Return the sum of squared differences between one sample's outputs and its targets."""
         wanted = on(self.stack.device, self.wanted[sample])
         pairs = zip(self.passed_on, wanted, strict=True)
         return torch.stack([(outputs[i] - tensor).square().sum() for i, tensor in pairs]).sum()
 
     def changes(self) -> contextlib.AbstractContextManager[Any]:
-        """Differentiate a block that works in place; it costs copies, so only where needed."""
+        """Allow changes in place during differentiation; only where needed, because it copies."""
         if self.stack.in_place:
             return torch.autograd.graph.allow_mutation_on_saved_tensors()
         return contextlib.nullcontext()
 
     def rounded(self) -> dict[str, Tensor]:
-        """The parameters as the block would hold them."""
+        """Return the parameters rounded to the dtypes of the block."""
         own = dict(self.block.named_parameters())
         return {
             n: p.detach().to(own[n].dtype, copy=True) for n, p in self.module.named_parameters()
         }
 
     def error(self, parameters: Mapping[str, Tensor]) -> float:
-        """``|Y' - Y| / |Y|`` over all samples with these parameters, in float32."""
+        """Return ``|Y' - Y| / |Y|`` over all samples with these parameters, in float32."""
         floats = {name: tensor.float() for name, tensor in parameters.items()}
         total = 0.0
         for sample, call in enumerate(self.calls):
@@ -343,7 +328,7 @@ class _Student:
     def train_(
         self, epochs: int, learning_rate: float, generator: torch.Generator
     ) -> tuple[float, float, int]:
-        """Train the block in place; returns the error before and after, and the epoch kept."""
+        """Train the block in place; return the error before and after, and the epoch kept."""
         optimizer = torch.optim.Adam(self.module.parameters(), lr=learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, T_max=epochs * len(self.calls)
@@ -360,12 +345,13 @@ class _Student:
                     loss.backward()  # type: ignore[no-untyped-call]
                 for weight, kept in self.kept:
                     if weight.grad is not None:
-                        weight.grad.mul_(kept)  # Adam moves nothing that never had another gradient
+                        # Adam does not change a weight all of whose gradients were zero.
+                        weight.grad.mul_(kept)
                 optimizer.step()
                 schedule.step()
             candidate = self.rounded()
             error = self.error(candidate)
-            if error < least:  # never for NaN
+            if error < least:  # False for NaN
                 best, least, best_epoch = candidate, error, epoch
         for name, parameter in self.block.named_parameters():
             parameter.detach().copy_(best[name])

@@ -1,10 +1,10 @@
-"""What makes pruning resumable: a folder that holds every layer that is done, and of which run.
+"""Resumable pruning: a folder that holds the finished layers, and identifies their run.
 
 ``run.json`` identifies the run: the recipe, and digests of the calibration samples and of every
-tensor of the dense model. ``allocation.json`` holds each layer's target where it had to be
-measured. ``layer-00007.safetensors`` is the new weight of the layer of that number, and in its
-metadata what the report says of it. Every file is written under a temporary name and renamed, so a
-kill at any moment loses the layer in work and nothing else.
+tensor of the dense model. ``allocation.json`` holds each layer's target if targets were measured.
+``layer-00007.safetensors`` holds the new weight of layer 7, and its row of the report as metadata.
+Every file is written under a temporary name and then renamed, so that a kill at any moment loses
+only the unfinished layer.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ ALLOCATION_NAME = "allocation.json"
 
 
 class ResumeFolder:
-    """The layers of one pruning run that are done.
+    """The finished layers of one pruning run.
 
     Args:
-        folder: made if it is not there.
-        model: dense, as the run began with it.
-        layers: names of the layers that are to be pruned, in order.
-        recipe: what was asked for.
+        folder: created if it does not exist.
+        model: the dense model of the run.
+        layers: names of the layers to prune, in order.
+        recipe: arguments of the run.
         samples: calibration samples.
 
     Raises:
-        OSError: the folder cannot be made or written.
-        ValueError: it is of another run (the message names the first difference), or broken.
+        OSError: the folder cannot be created or written.
+        ValueError: the folder is broken, or of another run (the message names the first
+            difference).
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class ResumeFolder:
             try:
                 stored = read_json(path)
                 if {k: type(v) for k, v in stored.items()} != {k: type(v) for k, v in run.items()}:
-                    raise ValueError("it describes no run")
+                    raise ValueError("it does not describe a run")
             except ValueError as error:
                 raise ValueError(f"flash_llm.prune_: {path} cannot be read: {error}") from None
             _refuse_difference(folder, stored, run)
@@ -77,7 +78,7 @@ class ResumeFolder:
             write_whole(path, json.dumps(run, indent=1).encode())
 
     def allocation(self, measure: Callable[[], dict[str, float | None]]) -> dict[str, float | None]:
-        """Each layer's target as the run found it, or as ``measure`` finds it now."""
+        """Return each layer's target: the stored ones, or else measure and store them."""
         path = self._folder / ALLOCATION_NAME
         if path.exists():
             try:
@@ -94,11 +95,11 @@ class ResumeFolder:
         return found
 
     def holds(self, name: str) -> bool:
-        """Whether a layer is done."""
+        """Whether a layer is finished."""
         return self._files[name].exists()
 
     def restore(self, name: str, weight: Tensor) -> PrunedLayer:
-        """Copy a layer that is done into its weight.
+        """Copy a finished layer into its weight, and return its row of the report.
 
         Raises:
             ValueError: the file is broken, or of another shape or dtype.
@@ -121,10 +122,10 @@ class ResumeFolder:
         return entry
 
     def keep(self, entry: PrunedLayer, weight: Tensor) -> None:
-        """Write down that a layer is done.
+        """Write a finished layer to the folder.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         tensors = {"weight": weight.contiguous()}
         metadata = {"layer": json.dumps(asdict(entry))}
@@ -132,7 +133,7 @@ class ResumeFolder:
 
 
 def _tensors(samples: Iterable[Sample]) -> Iterator[Tensor]:
-    """The tensors in samples, and what else a dict holds (its keys, a flag) as characters."""
+    """Yield the tensors in samples, and keys and other values of dicts as tensors of their text."""
     for sample in samples:
         if isinstance(sample, Tensor):
             yield sample
@@ -143,7 +144,7 @@ def _tensors(samples: Iterable[Sample]) -> Iterator[Tensor]:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of dtypes, shapes and values; of tensors on the meta device without values."""
+    """Return the SHA-256 of dtypes, shapes and, except on the meta device, values."""
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
@@ -155,26 +156,26 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 def _refuse_difference(folder: Path, stored: dict[str, Any], run: dict[str, Any]) -> None:
     for name, value in run["recipe"].items():
-        if name == "calibration":  # the samples decide, whatever the file is called
+        if name == "calibration":  # the samples are compared, not the name of their file
             continue
         before = stored["recipe"].get(name)
         if before != value:
             _refuse(folder, f"{name} was {before!r} and is {value!r} now")
     if stored.get("layers") != run["layers"]:
-        _refuse(folder, f"it prunes other layers than these {len(run['layers'])}")
+        _refuse(folder, f"its layers are not these {len(run['layers'])}")
     if stored.get("calibration") != run["calibration"]:
-        _refuse(folder, "the calibration samples are others")
+        _refuse(folder, "the calibration samples differ")
     for name, value in run["model"].items():
         if stored["model"].get(name) != value:
             _refuse(
                 folder,
-                f"{name} of the model is not what it was; a model that is partly pruned must be "
+                f"{name} of the model has changed; a model that is partly pruned must be "
                 "loaded again first",
             )
 
 
 def _refuse(folder: Path, difference: str) -> None:
     raise ValueError(
-        f"flash_llm.prune_: resume_dir {folder} is of another run: {difference}. Name another "
-        "folder, or remove this one to begin anew"
+        f"flash_llm.prune_: resume_dir {folder} belongs to another run: {difference}. Choose "
+        "another folder, or remove this one to start over"
     )

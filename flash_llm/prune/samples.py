@@ -1,8 +1,8 @@
-"""Calibration data: from what users have to samples that a model is called with.
+"""Calibration data: converts texts, tokens and batches to samples, the inputs of a model.
 
-A sample of text is one sequence without padding. Sequences in memory are used as they are, cut to
-``seqlen``; the documents of a file are laid end to end and cut into samples of exactly ``seqlen``.
-A sample for a model that takes more than text, or something else, is a dict of its arguments.
+A sample of text is one sequence without padding. Sequences in memory are used as they are, up to
+``seqlen`` tokens; the documents of a file are concatenated and cut into samples of exactly
+``seqlen``. A sample for a model that does not take text alone is a dict of its arguments.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Calibration: TypeAlias = "str | os.PathLike[str] | Tensor | Mapping[str, Any] | 
 """A file of text, token ids ``[S, L]``, a batch, or an iterable of sequences or batches of them."""
 
 CHARACTERS_PER_TOKEN = 64
-"""Of a file, about so many characters for each token that is asked for are tokenised at most."""
+"""About this many characters of a file are tokenised, at most, for each requested token."""
 
 Tokenizer: TypeAlias = Callable[[str], Any]
 """A Hugging Face tokenizer, or ``f(text) -> {"input_ids": [...]}``."""
@@ -46,36 +46,37 @@ def samples_for(
     """Read calibration data.
 
     Args:
-        model: that the samples are for, or None for one of text, whose vocabulary is not known.
+        model: the model to calibrate; None for a text model of unknown vocabulary.
         calibration: the name of a ``.txt`` file, or of a ``.jsonl`` file whose lines are objects
             with a ``"text"`` (both in UTF-8); token ids ``[S, L]``, each row a sample; a dict (or
             another mapping, such as what a tokenizer returns) that holds them, or a list of
             sequences of different lengths, as ``"input_ids"``, and perhaps an
-            ``"attention_mask"``, which says what is padding and is left out; or an iterable, a
+            ``"attention_mask"``, whose zeros mark padding, which is left out; or an iterable, a
             DataLoader say, of strings, of token tensors ``[L]`` or ``[B, L]``, of tuples that
             begin with one, or of such dicts. For a model of transformers that takes something else
-            (pictures, sound), one or several dicts of its arguments, each a sample as it is. A dict
-            is that for any model if it has floating point tensors for arguments of ``forward``
-            other than the attention mask and labels, and for an encoder-decoder if it says what is
-            decoded (``"decoder_input_ids"`` or ``"labels"``); else text is input and labels.
+            (pictures, sound), one or several dicts of its arguments, each used as a sample. For any
+            model, a dict counts as arguments if it has floating point tensors for arguments of
+            ``forward`` other than the attention mask and labels; for an encoder-decoder, if it
+            holds what is decoded (``"decoder_input_ids"`` or ``"labels"``), otherwise the text is
+            input and labels.
         tokenizer: needed for strings and files.
-        nsamples: use only so many samples; None for all.
-        seqlen: cut each sample to so many tokens.
+        nsamples: number of samples to use; None for all.
+        seqlen: largest number of tokens of a sample.
         seed: a number draws the samples at random from all, without replacement. None takes the
             first ``nsamples`` of an iterable and reads no further, and of a file ``nsamples`` that
             are spread evenly over it.
 
     Returns:
-        int64 token ids ``[1, L]`` with ``1 <= L <= seqlen``, or arguments of the model by name; at
-        least one of them. That some in memory are shorter than ``seqlen`` is logged as a warning.
+        At least one sample: int64 token ids ``[1, L]`` with ``1 <= L <= seqlen``, or arguments of
+        the model by name. If samples in memory are shorter than ``seqlen``, a warning is logged.
 
     Raises:
         OSError: the file cannot be read (FileNotFoundError: it is not there).
-        TypeError: the data or one of its items is nothing of the above, or ids are no int32 or
+        TypeError: the data or one of its items is none of the above, or ids are neither int32 nor
             int64; the model needs more than text.
-        ValueError: there is no token; a file has fewer than ``seqlen``, another ending, is not
-            UTF-8, or has a line that is no such JSON object; a tokenizer is needed; a shape or a
-            number is wrong; a token id is outside the vocabulary.
+        ValueError: there are no tokens; a file has fewer than ``seqlen`` tokens or another suffix,
+            is not UTF-8, or has a line that is not such a JSON object; a tokenizer is missing; a
+            shape or a number is wrong; a token id is outside the vocabulary.
     """
     if calibration is None:
         raise ValueError("calibration text is needed; pass calibration=")
@@ -137,7 +138,7 @@ def _draw(rows: Iterator[Any], nsamples: int | None, seed: int | None) -> list[A
 
 
 def count_tokens(samples: Iterable[Sample]) -> int:
-    """Token ids in the samples; 0 for those of models that take no text."""
+    """Return the number of token ids in the samples; 0 for models that do not take text."""
     return sum(ids.numel() for ids in map(_ids, samples) if ids is not None)
 
 
@@ -147,7 +148,7 @@ def _ids(sample: Sample) -> Tensor | None:
 
 
 def _needed_arguments(model: nn.Module | None) -> list[str]:
-    """The names of what a model of transformers is called with, if that is not token ids alone."""
+    """Return the names of a model's inputs, if it needs others than token ids."""
     main = getattr(model, "main_input_name", "input_ids")
     if main == "input_ids":
         return []
@@ -164,7 +165,7 @@ def _refuse_text(model: nn.Module | None, found: str) -> None:
 
 
 def _arguments(item: Any, model: nn.Module | None) -> dict[str, Any] | None:
-    """A mapping as arguments of the model; None where it is text with its mask and labels."""
+    """Return a mapping as arguments of the model; None if it is text with its mask and labels."""
     arguments = {str(key): item[key] for key in list(item.keys())}
     if not _needed_arguments(model):
         known = {} if model is None else inspect.signature(model.forward).parameters
@@ -184,7 +185,7 @@ def _arguments(item: Any, model: nn.Module | None) -> dict[str, Any] | None:
 
 
 def _items(calibration: Any) -> Iterable[Any]:
-    """What is in memory as an iterable of sequences and batches."""
+    """Return data in memory as an iterable of sequences and batches."""
     if _is_mapping(calibration) or (isinstance(calibration, Tensor) and calibration.dim() == 1):
         return [calibration]
     if not isinstance(calibration, Iterable):
@@ -196,7 +197,7 @@ def _items(calibration: Any) -> Iterable[Any]:
 
 
 def _is_mapping(value: Any) -> bool:
-    """Whether iteration yields names of parts: a dict, what a tokenizer returns, a data frame."""
+    """Whether iteration yields keys: a dict, the result of a tokenizer, a data frame."""
     if isinstance(value, Mapping):
         return True
     if not hasattr(value, "keys") or not isinstance(value, Iterable):
@@ -206,7 +207,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _rows(item: Any, model: nn.Module | None) -> Iterator[str | Tensor | dict[str, Any]]:
-    """The samples in one item of an iterable: strings, int64 ids ``[L]``, or arguments by name."""
+    """Yield the samples in one item: strings, int64 ids ``[L]``, or arguments by name."""
     mask = None
     if not _is_mapping(item):
         _refuse_text(model, type(item).__name__)
@@ -266,7 +267,7 @@ def _rows(item: Any, model: nn.Module | None) -> Iterator[str | Tensor | dict[st
 def _from_file(
     path: Path, tokenizer: Tokenizer | None, nsamples: int | None, seqlen: int, seed: int | None
 ) -> list[Tensor]:
-    """Samples ``[1, seqlen]`` of a file, drawn with a seed, or spread evenly over it without."""
+    """Return samples ``[1, seqlen]`` of a file: drawn with a seed, else spread evenly over it."""
     documents = _documents(path)
     if nsamples is None or seed is not None:
         return _draw(_cut(path, documents, tokenizer, seqlen), nsamples, seed)
@@ -277,9 +278,9 @@ def _from_file(
 
 
 def _thinned(documents: list[str], number: int, size: int) -> Iterator[str]:
-    """Parts of ``number * size`` characters or so in all, spread evenly over the documents.
+    """Return about ``number * size`` characters in parts that are spread evenly over the documents.
 
-    A large file is not tokenised whole. Documents of more than ``size`` characters are cut.
+    So a large file is not tokenised completely. A part has at most ``size`` characters.
     """
     parts = [
         document[start : start + size]
@@ -293,7 +294,7 @@ def _thinned(documents: list[str], number: int, size: int) -> Iterator[str]:
 def _cut(
     path: Path, documents: Iterator[str], tokenizer: Tokenizer | None, seqlen: int
 ) -> Iterator[Tensor]:
-    """Samples ``[1, seqlen]`` of documents laid end to end; what is left is dropped."""
+    """Yield samples ``[1, seqlen]`` of the concatenated documents; the rest is dropped."""
     left = torch.empty(0, dtype=torch.int64)
     found = False
     for document in documents:
@@ -319,7 +320,7 @@ def _documents(path: Path) -> Iterator[str]:
             "are passed as a list)"
         )
     try:
-        with path.open(encoding="utf-8-sig") as file:  # some editors put a byte order mark in front
+        with path.open(encoding="utf-8-sig") as file:  # skips a byte order mark
             if path.suffix == ".txt":
                 yield file.read()
                 return
@@ -331,7 +332,7 @@ def _documents(path: Path) -> Iterator[str]:
 
 
 def _text_of(line: str, place: str) -> str:
-    """The text in a line of a .jsonl file."""
+    """Return the text in a line of a .jsonl file."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:

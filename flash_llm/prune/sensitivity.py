@@ -1,21 +1,19 @@
 """Sensitivity: how much each layer's outputs change when it alone is pruned.
 
-A layer is pruned to one level after another, by Wanda or magnitude, on the inputs that it has in
-the dense model, and the relative change of its outputs on the calibration tokens is noted. No
-weight of the model changes. :meth:`SensitivityReport.allocate` shares a target sparsity out so that
-the sum of the squared changes is least.
+The mask of each layer is computed for several sparsities from its inputs in the dense model, and
+the relative change of its outputs on the calibration tokens is measured. No weight of the model
+changes. :meth:`SensitivityReport.allocate` distributes a target sparsity over the layers such that
+the sum of the squared changes is minimal.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,21 +29,20 @@ from flash_llm.prune.blocks import (
     record_calls,
     taking_turns,
 )
-from flash_llm.prune.criteria import check_prune_target, magnitude_mask, wanda_mask
+from flash_llm.prune.criteria import check_prune_target
 from flash_llm.prune.inputs import Inputs, collect_inputs, gram
 from flash_llm.prune.layers import check_inputs, check_weights, matrix
+from flash_llm.prune.methods import METHODS
 from flash_llm.prune.reconstruction import relative_error
-from flash_llm.prune.report import save_report
 from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
+from flash_llm.report import SavedReport
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
+from flash_llm.table import aligned, grouped, shape_text
 
 logger = logging.getLogger("flash_llm")
 
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-"""Sparsities that are measured unless others are asked for."""
-
-REPORT_NAME = "sensitivity_report.json"
-"""The file that :meth:`SensitivityReport.save` writes."""
+"""The sparsities that are measured by default."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ class LayerSensitivity:
     Attributes:
         name: qualified module name.
         shape: ``(M, K)`` = (out_features, in_features).
-        num_tokens: calibration tokens that reached the layer; 0 means that nothing is known.
-        errors: per level, ``|W X - W' X| / |W X|`` over the calibration tokens X; empty when no
+        num_tokens: number of calibration tokens that reached the layer.
+        errors: for each level, ``|W X - W' X| / |W X|`` over the calibration tokens X; empty if no
             token reached the layer.
     """
 
@@ -67,12 +64,14 @@ class LayerSensitivity:
 
 
 @dataclass(frozen=True)
-class SensitivityReport:
+class SensitivityReport(SavedReport):
     """What :func:`flash_llm.sensitivity` measured; ``print`` it for a table.
 
+    ``save`` writes it to ``sensitivity_report.json``.
+
     Attributes:
-        method: what chose the weights to prune.
-        levels: the sparsities, rising.
+        method: the method that chose the weights to prune.
+        levels: the sparsities, increasing.
         layers: every layer, in model order.
         num_samples: calibration samples.
         seconds: wall-clock time.
@@ -84,42 +83,25 @@ class SensitivityReport:
     num_samples: int
     seconds: float
 
-    def allocate(self, sparsity: float) -> dict[str, float]:
-        """Each layer's sparsity such that the whole has the target and the least error.
+    FILE_NAME: ClassVar[str] = "sensitivity_report.json"
 
-        What is least is the sum over the layers of the squared relative errors, interpolated
-        between the levels (:func:`flash_llm.prune.allocation.least_error_sparsities`). No layer's
-        sparsity is far from the target; one that no token reached gets it.
+    def allocate(self, sparsity: float) -> dict[str, float]:
+        """Return the sparsity of each layer for a target sparsity of the whole, at the least error.
+
+        The error is the sum over the layers of the squared relative errors, interpolated between
+        the levels (:func:`flash_llm.prune.allocation.least_error_sparsities`). Every sparsity is
+        close to the target; a layer that no token reached gets the target itself.
 
         Args:
             sparsity: target fraction of zeros over all weights, in [0, 1].
 
         Returns:
-            Sparsities in [0, 1] by layer; a dict that :func:`flash_llm.prune_` takes as
-            ``allocation``.
+            Sparsities in [0, 1] by layer: an ``allocation`` for :func:`flash_llm.prune_`.
 
         Raises:
             ValueError: ``sparsity`` is outside [0, 1].
         """
         return allocate(self.levels, self.layers, sparsity)
-
-    def to_json(self) -> str:
-        """The report as a JSON object."""
-        return json.dumps(asdict(self), indent=2)
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``sensitivity_report.json``.
-
-        Args:
-            folder: made if it is not there; an earlier report in it is replaced.
-
-        Returns:
-            The file.
-
-        Raises:
-            OSError: it cannot be written; an earlier one is left as it was.
-        """
-        return save_report(folder, REPORT_NAME, self.to_json())
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draw error against sparsity, a line per kind of layer: the median over the blocks.
@@ -148,9 +130,8 @@ class SensitivityReport:
             raise ValueError("there is nothing to plot: no calibration token reached a layer")
         figure = Figure(figsize=(7.0, 4.5), layout="constrained")
         axis = figure.subplots()
-        for kind in dict.fromkeys(_kind(layer.name) for layer in drawn):
-            alike = [layer.errors for layer in drawn if _kind(layer.name) == kind]
-            errors = torch.tensor(alike, dtype=torch.float64)
+        for kind, layers in grouped(drawn, lambda layer: layer.name.rpartition(".")[2]).items():
+            errors = torch.tensor([layer.errors for layer in layers], dtype=torch.float64)
             (line,) = axis.plot(self.levels, errors.median(dim=0).values, marker="o", label=kind)
             axis.fill_between(
                 self.levels,
@@ -170,18 +151,18 @@ class SensitivityReport:
         return figure
 
     def __str__(self) -> str:
-        width = max([len(layer.name) for layer in self.layers] + [len("layer")])
-        heading = "  ".join(f"{level:6.3g}" for level in self.levels)
-        lines = [f"{'layer':<{width}}  {'shape':>13}  {heading}"]
+        table = [("layer", "shape", *(f"{level:.3g}" for level in self.levels))]
         for layer in self.layers:
-            shape = f"{layer.shape[0]}x{layer.shape[1]}"
-            errors = "  ".join(f"{error:6.4f}" for error in layer.errors) or "no token reached it"
-            lines.append(f"{layer.name:<{width}}  {shape:>13}  {errors}")
-        lines.append(
-            f"Relative change of the outputs of {len(self.layers)} layers, pruned by {self.method} "
-            f"to each sparsity ({self.num_samples} calibration samples), in {self.seconds:.1f} s"
+            errors = [f"{error:.4f}" for error in layer.errors] or ["-"] * len(self.levels)
+            table.append((layer.name, shape_text(layer.shape), *errors))
+        return "\n".join(
+            [
+                *aligned(table, left={0, 1}),
+                f"Relative change of the outputs of {len(self.layers)} layers, each pruned by "
+                f"{self.method} to each sparsity ({self.num_samples} calibration samples; - where "
+                f"no token reached the layer), in {self.seconds:.1f} s",
+            ]
         )
-        return "\n".join(lines)
 
 
 def sensitivity(
@@ -202,19 +183,19 @@ def sensitivity(
 ) -> SensitivityReport:
     """Measure how much each layer's outputs change when it alone is pruned; changes no weight.
 
-    For each layer and level: ``|W X - W' X| / |W X|`` in the Frobenius norm, X being the inputs of
-    the layer in the dense model on the calibration tokens and W' the weight pruned to that level.
+    For each layer and level: ``|W X - W' X| / |W X|`` in the Frobenius norm, where X are the inputs
+    of the layer in the dense model on the calibration tokens, and W' is the pruned weight.
 
     Args:
         model: dense; called as ``model(ids)`` with int64 token ids ``[B, L]``.
         calibration: text, as in :func:`flash_llm.prune_`.
         levels: sparsities to measure, in (0, 1), each once.
-        method: ``"wanda"`` or ``"magnitude"``, which leave the weights that stay as they are.
+        method: ``"wanda"`` or ``"magnitude"``, which do not update the weights that stay.
         scope: ``"row"`` or ``"layer"``.
         tokenizer: for files and strings.
-        nsamples: use only so many samples; None for all.
+        nsamples: number of samples to use; None for all.
         seqlen: tokens per sample.
-        seed: draws the samples, as in :func:`flash_llm.prune_`.
+        seed: for drawing the samples, as in :func:`flash_llm.prune_`.
         targets: patterns of the layers to measure, as in :func:`flash_llm.sparsify_`.
         ignore: patterns of the layers to leave out; wins over ``targets``.
         device: where blocks run, one at a time; None means where the model is.
@@ -241,8 +222,9 @@ def sensitivity(
         >>> len(report.layers), report.layers[0].errors[0] < report.layers[0].errors[1]
         (14, True)
     """
-    if method not in ("wanda", "magnitude"):
-        raise ValueError(f'method must be "wanda" or "magnitude", got {method!r}')
+    known = [name for name, row in METHODS.items() if not row.updates_weights]
+    if method not in known:
+        raise ValueError(f"method must be one of {', '.join(known)}, got {method!r}")
     if scope not in ("row", "layer"):
         raise ValueError(f'scope must be "row" or "layer", got {scope!r}')
     steps = tuple(sorted(levels))
@@ -289,11 +271,11 @@ def measure_layers(
 
     Args:
         model: dense.
-        stacks: of the model; their calls are used up.
+        stacks: of the model; their calls are deleted.
         layers: linear layers by name.
         samples: from :func:`flash_llm.prune.samples.samples_for`.
-        levels: rising sparsities.
-        method: ``"wanda"`` or ``"magnitude"``.
+        levels: increasing sparsities.
+        method: as in :func:`sensitivity`.
         scope: ``"row"`` or ``"layer"``.
         progress: as in :func:`sensitivity`.
 
@@ -310,12 +292,8 @@ def measure_layers(
         else:
             check_inputs(name, inputs, weight)
             hessian = inputs.total.to(weight.device)
-            norm = inputs.norm.to(weight.device)
             for level in levels:
-                if method == "wanda":
-                    mask = wanda_mask(weight, norm, level, scope)
-                else:
-                    mask = magnitude_mask(weight, level, scope)
+                mask = METHODS[method](weight, inputs, level, scope)
                 errors.append(relative_error(weight, weight * mask, hessian))
         found[name] = LayerSensitivity(
             name=name,
@@ -332,7 +310,7 @@ def measure_layers(
     for stack, index in track(blocks, "measuring", progress):
         inside = {n: layer for n, layer in layers.items() if n.startswith(stack.prefix(index))}
         with stack.on_device(index), collect_inputs(inside, gram) as inputs:
-            stack.advance(index)  # also the last, whose outputs nobody takes
+            stack.advance(index)  # the last block too: its layers' inputs are collected
             for name in inside:
                 measure(name, inputs.pop(name, None))
     rest = {name: layer for name, layer in layers.items() if name not in found}
@@ -348,7 +326,7 @@ def measure_layers(
 def allocate(
     levels: Sequence[float], layers: Sequence[LayerSensitivity], sparsity: float
 ) -> dict[str, float]:
-    """Each layer's sparsity, as :meth:`SensitivityReport.allocate` says."""
+    """Return the sparsities that :meth:`SensitivityReport.allocate` describes."""
     known = [layer for layer in layers if layer.errors]
     found = least_error_sparsities(
         levels,
@@ -359,8 +337,3 @@ def allocate(
     shares = dict.fromkeys((layer.name for layer in layers), sparsity)
     shares.update(zip((layer.name for layer in known), found, strict=True))
     return shares
-
-
-def _kind(name: str) -> str:
-    """The last part of a layer's name."""
-    return name.rpartition(".")[2]

@@ -1,14 +1,14 @@
-"""SparseGPT: prune column by column, and let the later columns make up for what was lost.
+"""SparseGPT: prune column by column, and update the later columns to compensate.
 
 Frantar and Alistarh, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot"
 (arXiv 2301.00774), section 3. With H the damped Hessian (``reconstruction.py``) and U the upper
 triangular factor of its inverse, ``H^-1 = U^T U``, optimal brain surgery on the columns from j on
-needs row j of U alone: pruning ``W_ij`` costs ``(W_ij / U_jj)^2`` and is best made up for by
+needs only row j of U: pruning ``W_ij`` costs ``(W_ij / U_jj)^2``, and the optimal compensation is
 
     W_i,j: -= (W_ij / U_jj) U_j,j:
 
-so one Cholesky factor serves all rows and all columns. Columns are taken in blocks: the mask of a
-block is chosen when the sweep reaches it, and columns behind it are updated once per block.
+so one Cholesky factor serves all rows and columns. Columns are processed in blocks: the mask of a
+block is chosen when the sweep reaches it, and the columns after it are updated once per block.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def sparsegpt(
     damping: float = 0.01,
     preserve_mask: bool = False,
 ) -> Tensor:
-    """Prune a weight and update what stays (SparseGPT, arXiv 2301.00774, algorithm 1).
+    """Prune a weight and update the weights that stay (SparseGPT, arXiv 2301.00774, algorithm 1).
 
-    The paper's unstructured mask is scope ``"layer"``: each block of columns loses the fraction
-    ``sparsity``, wherever in the block. Scope ``"row"`` takes it from every row of the block. The
-    counts of the blocks are rounded so that they add up to the count of the whole matrix or row.
+    The paper's unstructured mask is scope ``"layer"``: the fraction ``sparsity`` of each block of
+    columns is pruned, anywhere in the block; with scope ``"row"``, the fraction of every row of the
+    block. The counts of the blocks are rounded such that they add up to that of the matrix or row.
 
     Args:
         weight: ``[M, K]`` finite floating point, any device and strides; not changed.
@@ -76,7 +76,7 @@ def sparsegpt(
     factor = _inverse_factor(damped, damping)
     frozen = weight == 0 if preserve_mask else torch.zeros_like(weight, dtype=torch.bool)
 
-    # Transposed, so that the column in work is contiguous.
+    # Transposed, so that columns are contiguous.
     current, frozen = current.t().contiguous(), frozen.t()
     for begin in range(0, len(current), block_size):
         block, block_frozen = current[begin : begin + block_size], frozen[begin:][:block_size]
@@ -89,7 +89,7 @@ def sparsegpt(
                 chosen = slice(j, j + choose_every)
                 cost = (block[chosen] / triangle.diagonal()[chosen, None]).abs()
                 cost.masked_fill_(block_frozen[chosen], -1.0)
-                kept[chosen] = _dearest(cost.t(), sparsity, scope, begin).t()
+                kept[chosen] = _most_costly_mask(cost.t(), sparsity, scope, begin).t()
                 kept[chosen] &= ~block_frozen[chosen]
             errors[j] = (block[j] / triangle[j, j]).masked_fill(kept[j], 0.0)
             block[j:].addr_(triangle[j, j:], errors[j], alpha=-1)
@@ -99,10 +99,10 @@ def sparsegpt(
 
 
 def _inverse_factor(damped: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with ``H^-1 = U^T U``, in the dtype of H.
+    """Return the upper triangular U with ``H^-1 = U^T U``, in the dtype of H.
 
-    With its rows and columns in reverse order, the lower Cholesky factor of H becomes an upper one:
-    ``H = V V^T``, and U is the inverse of V.
+    The lower Cholesky factor of H with rows and columns in reverse order becomes, reversed again,
+    an upper triangular V with ``H = V V^T``; U is the inverse of V.
     """
     lower, failed = torch.linalg.cholesky_ex(damped.double().flip(0, 1))
     if bool(failed):
@@ -113,8 +113,8 @@ def _inverse_factor(damped: Tensor, damping: float) -> Tensor:
     return inverse.to(damped.dtype)
 
 
-def _dearest(cost: Tensor, sparsity: float | None, scope: str, begin: int) -> Tensor:
-    """Mask of what stays of the columns from ``begin`` on, given what pruning would cost."""
+def _most_costly_mask(cost: Tensor, sparsity: float | None, scope: str, begin: int) -> Tensor:
+    """Return the mask of the weights that stay, of the columns from ``begin`` on."""
     if sparsity is None or ":" in scope:
         return largest_mask(cost, None, scope)
     rows, end = cost.shape[0], begin + cost.shape[1]
