@@ -1,9 +1,10 @@
 """Packed layers in safetensors files: what is saved comes back, what is broken is refused."""
 
+import contextlib
+import errno
 import json
+import resource
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -166,24 +167,25 @@ def test_an_earlier_checkpoint_is_replaced_and_nothing_else(tmp_path, before, af
     assert {path.name for path in tmp_path.iterdir()} == files | index | others
 
 
-LIMITED = """
-import resource, sys, torch, flash_llm
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,) * 2)
-model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(64, 64))  # only one has room
-try:
-    flash_llm.save(model, sys.argv[1], max_shard_size=int(sys.argv[2]))
-except OSError as error:
-    print(error)
-"""
+@contextlib.contextmanager
+def no_file_larger_than(limit):
+    """What a full disk looks like, without having one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [10**9, 10_000])
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, size):
     flash_llm.save(packed(), tmp_path, max_shard_size=size)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    command = [sys.executable, "-c", LIMITED, str(tmp_path), str(size)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.startswith(f"[Errno 27] File too large: '{tmp_path}/model"), done.stderr
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(64, 64))  # only one has room
+    with no_file_larger_than(20_000), pytest.raises(OSError, match=f"'{tmp_path}/model") as caught:
+        flash_llm.save(model, tmp_path, max_shard_size=size)
+    assert caught.value.errno == errno.EFBIG
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 

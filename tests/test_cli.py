@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 import re
@@ -489,7 +488,9 @@ def test_ctrl_c_at_any_moment_ends_the_run(tmp_path):
         + SCRIPT[-1]
     )
     counts = Counter()
-    for phase, delay in itertools.product(("begun", "imported", "at work"), (0, 0.2, 0.8)):
+    # At the first of the work: test_ctrl_c_leaves_a_resumable_state.
+    moments = [("begun", 0), ("begun", 0.6), ("imported", 0), ("imported", 0.3), ("at work", 0.25)]
+    for phase, delay in moments:
         with start([sys.executable, "-c", code, "convert", source, target]) as process:
             while process.stdout.readline() != f"{phase}\n":
                 pass
@@ -500,12 +501,12 @@ def test_ctrl_c_at_any_moment_ends_the_run(tmp_path):
         # Who dies of a signal has exit code 130 in the shell.
         assert process.returncode in (130, -signal.SIGINT), errors
     print(dict(counts))
-    assert counts["at work", 130] == 3
+    assert counts["at work", 130] == 1
     assert invoke("convert", source, target).exit_code == 0
     assert invoke("verify", target, "--reference", source, "--max-error", "0").exit_code == 0
 
 
-@pytest.mark.parametrize("arguments", ["--help", "convert --help", "inspect {folder} --json"])
+@pytest.mark.parametrize("arguments", ["convert --help", "inspect {folder} --json"])
 def test_a_reader_that_has_enough_leaves_no_message(tmp_path, arguments):
     folder = pruned_checkpoint(tmp_path / "dense")
     reader, writer = os.pipe()

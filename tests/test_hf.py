@@ -2,13 +2,12 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_import import outputs_of
 
 import flash_llm
 from flash_llm import SparseLinear
@@ -502,21 +501,21 @@ print(type(model.model.layers[0].mlp.up_proj))
 """
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import flash_llm.integrations.hf_quantizer; from transformers import AutoModelForCausalLM",
-        "import flash_llm; from transformers import AutoModelForCausalLM",
-        "from transformers import AutoModelForCausalLM; import flash_llm",
-        "import transformers.quantizers.auto; import flash_llm\n"
-        "from transformers import AutoModelForCausalLM",
-    ],
-)
-def test_either_package_may_be_imported_first(tmp_path, imports):
+IMPORTS = [
+    "import flash_llm.integrations.hf_quantizer; from transformers import AutoModelForCausalLM",
+    "import flash_llm; from transformers import AutoModelForCausalLM",
+    "from transformers import AutoModelForCausalLM; import flash_llm",
+    "import transformers.quantizers.auto; import flash_llm\n"
+    "from transformers import AutoModelForCausalLM",
+]
+
+
+def test_either_package_may_be_imported_first(tmp_path):
     packed("llama", tmp_path).save_pretrained(tmp_path)
-    code = imports + LOAD.format(folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "SparseLinear" in done.stdout, done.stderr
+    load = LOAD.format(folder=str(tmp_path))
+    printed, errors = outputs_of(imports + load for imports in IMPORTS)
+    for imports, layer in zip(IMPORTS, printed, strict=True):
+        assert "SparseLinear" in layer, (imports, errors)
 
 
 INTERRUPTED = """
@@ -537,25 +536,17 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
+def test_an_interrupted_import_of_transformers_is_made_up_for(tmp_path):
+    packed("llama", tmp_path).save_pretrained(tmp_path)
+    load = LOAD.format(folder=str(tmp_path))
+    places = [
         "transformers/modeling_utils.py",
         "flash_llm/integrations/hf_quantizer.py",
         "quantizers/auto.py",
-    ],
-)
-def test_an_interrupted_import_of_transformers_is_made_up_for(tmp_path, where):
-    packed("llama", tmp_path).save_pretrained(tmp_path)
-    code = INTERRUPTED.format(where=where) + LOAD.format(folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "SparseLinear" in done.stdout, done.stderr
-
-
-def test_importing_flash_llm_does_not_import_transformers():
-    code = "import flash_llm, sys; print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr
+    ]
+    printed, errors = outputs_of(INTERRUPTED.format(where=where) + load for where in places)
+    for where, layer in zip(places, printed, strict=True):
+        assert "SparseLinear" in layer, (where, errors)
 
 
 def test_a_transformers_that_we_do_not_know_stays_importable(monkeypatch, caplog):

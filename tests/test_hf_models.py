@@ -245,8 +245,8 @@ def test_minilm_pruned_to_half_keeps_sentence_similarities():
     calibration, heldout = (
         [part for part in text.split("\n\n") if 60 < len(part)] for text in demo.pydoc_text()
     )
-    texts = heldout[:: len(heldout) // 40][:40]
-    expected = embed(model, tokenizer, texts)
+    texts = sorted(heldout[:: len(heldout) // 40][:40], key=len)
+    before = embed(model, tokenizer, texts)
     report = flash_llm.prune_(
         model,
         method="sparsegpt",
@@ -255,17 +255,17 @@ def test_minilm_pruned_to_half_keeps_sentence_similarities():
         tokenizer=lambda text: tokenizer(text, truncation=True, max_length=128),
     )
     assert len(report.layers) == 37
-    model = model.bfloat16()
-    pruned = embed(model, tokenizer, texts[:5])  # bfloat16 is slow on CPUs without its instructions
-    packed = flash_llm.sparsify_(model)
-    assert len(packed.packed) == 37
-    actual = embed(model, tokenizer, texts)
-    torch.testing.assert_close(actual[:5], pruned, rtol=0, atol=0.01)
-
+    after = embed(model, tokenizer, texts)
     pairs = torch.triu_indices(len(texts), len(texts), offset=1).unbind()
-    before, after = (expected @ expected.T)[pairs], (actual @ actual.T)[pairs]
+    before, after = (before @ before.T)[pairs], (after @ after.T)[pairs]
     correlation = torch.corrcoef(torch.stack([before, after]))[0, 1].item()
     difference = (before - after).abs().mean().item()
     print(f"correlation {correlation:.3f}, mean difference {difference:.3f}")
     # Measured: 0.922 and 0.048; Wanda's are 0.906 and 0.093, magnitude's 0.821 and 0.144.
     assert correlation > 0.91 and difference < 0.06
+
+    # The shortest, because bfloat16 is slow on CPUs without its instructions.
+    model = model.bfloat16()
+    pruned = embed(model, tokenizer, texts[:5])
+    assert len(flash_llm.sparsify_(model).packed) == 37
+    torch.testing.assert_close(embed(model, tokenizer, texts[:5]), pruned, rtol=0, atol=0.01)

@@ -1,12 +1,10 @@
 """A pruning run that was killed goes on where it was, to the same bits; another run is refused."""
 
+import contextlib
 import copy
 import dataclasses
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,20 +35,8 @@ def same(one, other):
     return all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("allocation", ["uniform", "owl"])
-@pytest.mark.parametrize("done", range(8))
-def test_a_run_that_stops_after_any_layer_goes_on_to_the_same_bits(
-    method, allocation, done, tmp_path, monkeypatch
-):
-    options = {
-        **{"method": method, "sparsity": 0.5, "allocation": allocation},
-        **{"calibration": tokens(), "seqlen": 16, "resume_dir": tmp_path / "resume"},
-    }
-    expected = model_with_a_layer_outside()
-    uninterrupted = prune_(expected, **{**options, "resume_dir": None})
-    assert len(uninterrupted.layers) == 7
-
+def prune_some(model, options, done):
+    """Prune, but die when more than ``done`` layers are to be kept."""
     keep, left = ResumeFolder.keep, iter(range(done))
 
     def keep_some(*arguments):
@@ -58,63 +44,49 @@ def test_a_run_that_stops_after_any_layer_goes_on_to_the_same_bits(
             raise Killed
         keep(*arguments)
 
-    monkeypatch.setattr(ResumeFolder, "keep", keep_some)
-    if done < 7:
-        with pytest.raises(Killed):
-            prune_(model_with_a_layer_outside(), **options)
-    else:
-        prune_(model_with_a_layer_outside(), **options)
-    monkeypatch.setattr(ResumeFolder, "keep", keep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ResumeFolder, "keep", keep_some)
+        prune_(model, **options)
 
-    pruned = []
+
+@pytest.fixture
+def pruned(monkeypatch):
+    """A list that gets an element for each matrix that is pruned."""
+    calls = []
+
+    def counted(function):
+        return lambda *a, **k: (calls.append(1), function(*a, **k))[1]
+
     for name, row in METHODS.items():
-
-        def counted(*a, function=row.function, **k):
-            pruned.append(1)
-            return function(*a, **k)
-
-        monkeypatch.setitem(METHODS, name, dataclasses.replace(row, function=counted))
-    model = model_with_a_layer_outside()
-    report = prune_(model, **options)
-    assert same(model, expected)
-    assert report.layers == uninterrupted.layers
-    assert len(pruned) == 7 - done  # what was done is not done again
+        counting = dataclasses.replace(row, function=counted(row.function))
+        monkeypatch.setitem(METHODS, name, counting)
+    return calls
 
 
-def test_a_killed_process_loses_the_block_in_work_at_most(tmp_path):
-    program = """
-import os, signal, sys
-from test_prune import Stack, tokens
-import torch
-from flash_llm import prune_
-
-def bar(items, description):
-    for number, item in enumerate(items):
-        if description == "pruning" and number == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield item
-
-torch.manual_seed(3)
-prune_(Stack(), method="admm", sparsity=0.5, calibration=tokens(), seqlen=16,
-       resume_dir=sys.argv[1], progress=bar)
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["tests", ".", *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(list(tmp_path.glob("layer-*.safetensors"))) == 4
-    options = {"method": "admm", "sparsity": 0.5, "calibration": tokens(), "seqlen": 16}
-    torch.manual_seed(3)
-    model = Stack()
-    expected = copy.deepcopy(model)
-    prune_(expected, **options)
-    prune_(model, **options, resume_dir=str(tmp_path))
-    assert same(model, expected)
+@pytest.mark.parametrize(
+    ("method", "allocation"),
+    [(method, "owl") for method in METHODS] + [("magnitude", "uniform")],
+)
+def test_a_run_that_stops_after_any_layer_goes_on_to_the_same_bits(
+    method, allocation, tmp_path, pruned
+):
+    options = {
+        **{"method": method, "sparsity": 0.5, "allocation": allocation},
+        **{"calibration": tokens(), "seqlen": 16},
+    }
+    expected = model_with_a_layer_outside()
+    uninterrupted = prune_(expected, **options)
+    assert len(uninterrupted.layers) == len(pruned) == 7
+    for done in range(8):
+        options["resume_dir"] = tmp_path / f"after {done}"
+        with pytest.raises(Killed) if done < 7 else contextlib.nullcontext():
+            prune_some(model_with_a_layer_outside(), options, done)
+        pruned.clear()
+        model = model_with_a_layer_outside()
+        report = prune_(model, **options)
+        assert same(model, expected)
+        assert report.layers == uninterrupted.layers
+        assert len(pruned) == 7 - done  # what was done is not done again
 
 
 @pytest.mark.hf
