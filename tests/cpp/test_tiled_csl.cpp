@@ -265,25 +265,25 @@ TEST_F(MalformedTiledCsl, OffsetShortOfTheEnd) {
 
 TEST_F(MalformedTiledCsl, HugeOffset) {
   good_.offsets.back() = INT32_MAX;
-  expect_refused(good_, "vectors, at most 2048 fit");
+  expect_refused(good_, "must have at most 2048 vectors");
 }
 
-TEST_F(MalformedTiledCsl, TileWithMoreVectorsThanPlaces) {
+TEST_F(MalformedTiledCsl, TileWithMoreVectorsThanElements) {
   Packed packed = pack_tiled(random_patterns(2 * kTileM, kTileK, 0.0, 4));
   packed.offsets[1] += 1;
-  expect_refused(packed, "2049 vectors");
+  expect_refused(packed, "got 2049");
 }
 
-TEST_F(MalformedTiledCsl, PlaceOutsideTheTile) {
+TEST_F(MalformedTiledCsl, PositionOutsideTheTile) {
   const size_t i = find_entry(0, false);
   good_.payload[i] = entry(kTileElems, kHalfOne);
-  expect_refused(good_, "tile 0: place must be below 8192, got 8192");
+  expect_refused(good_, "tile 0: position must be below 8192, got 8192");
 }
 
 TEST_F(MalformedTiledCsl, PaddingPositionOutsideTheTile) {
   const size_t i = find_entry(1, true);
   good_.payload[i] = entry(0xFFFF, 0);
-  expect_refused(good_, "tile 1: place must be below 8192, got 65535");
+  expect_refused(good_, "tile 1: position must be below 8192, got 65535");
 }
 
 TEST_F(MalformedTiledCsl, RowOutsideTheMatrix) {
@@ -335,7 +335,7 @@ TEST(ValidateTiledCsl, SmallestOffendingTileIsReportedWhateverTheThreads) {
         .payload[static_cast<size_t>(packed.offsets[static_cast<size_t>(tile)]) * kVectorEntries] =
         entry(9000, kHalfOne);
   }
-  const std::string expected = "tile 22: place must be below 8192, got 9000";
+  const std::string expected = "tile 22: position must be below 8192, got 9000";
   EXPECT_EQ(tiled_csl_validate(packed.view(), serial_for).message, expected);
   for (int repeat = 0; repeat < 20; ++repeat) {
     EXPECT_EQ(tiled_csl_validate(packed.view(), threaded_for).message, expected);
