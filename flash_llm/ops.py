@@ -387,6 +387,30 @@ def check_format(name: str) -> None:
         raise ValueError(f'flash_llm: format must be {known}, got "{name}"')
 
 
+def check_header(
+    where: str,
+    header: Sequence[int],
+    *,
+    num_offsets: int | None = None,
+    payload_words: int | None = None,
+) -> None:
+    """Refuse a malformed header, and buffers of other lengths than it says.
+
+    Args:
+        where: what the message begins with: the operator, module or file that has the header.
+        header: the eight integers of a :class:`PackedHeader`.
+        num_offsets: length of ``offsets``; None if it is not to be checked.
+        payload_words: length of ``payload``; None if it is not to be checked.
+
+    Raises:
+        ValueError: the magic number, a size, a count or a length is wrong.
+        TypeError: the value type is unknown.
+        NotImplementedError: the format is unknown, or its version newer than this build.
+        RuntimeError: the extension is missing.
+    """
+    _extension.require().check_header(where, header, num_offsets, payload_words)
+
+
 def is_packable(dtype: torch.dtype) -> bool:
     """Whether a weight of this dtype can be packed."""
     return dtype in VALUE_DTYPES.values()
@@ -689,28 +713,18 @@ def _from_op(parts: tuple[Tensor, Tensor, Tensor]) -> PackedWeight:
 def _check_fake_packed(
     op: str, header: Sequence[int], offsets: Tensor, payload: Tensor
 ) -> PackedHeader:
-    if len(header) != len(PackedHeader._fields):
-        raise ValueError(
-            f"flash_llm::{op}: header must hold {len(PackedHeader._fields)} integers, "
-            f"got {len(header)}"
-        )
-    fields = PackedHeader(*header)
-    if fields.value_type not in VALUE_DTYPES:
-        raise TypeError(f"flash_llm::{op}: header names value type {fields.value_type}")
     for name, buffer in (("offsets", offsets), ("payload", payload)):
         if buffer.dtype != torch.int32:
             raise TypeError(f"flash_llm::{op}: {name} must be int32, got {buffer.dtype}")
-    _check_fake_device(op, "offsets", offsets, payload)
-    num_offsets = PackedWeight.class_for(fields.format).num_offsets(fields.m, fields.k)
-    for name, buffer, length in (
-        ("offsets", offsets, num_offsets),
-        ("payload", payload, fields.payload_words),
-    ):
-        if buffer.dim() != 1 or buffer.shape[0] != length:
+        if buffer.dim() != 1:
             raise ValueError(
-                f"flash_llm::{op}: {name} must have shape [{length}], got {list(buffer.shape)}"
+                f"flash_llm::{op}: {name} must be one-dimensional, got {buffer.dim()} dimensions"
             )
-    return fields
+    _check_fake_device(op, "offsets", offsets, payload)
+    # The function is compiled for these lengths, as it is for the integers of the header.
+    num_offsets, payload_words = int(offsets.shape[0]), int(payload.shape[0])
+    check_header(f"flash_llm::{op}", header, num_offsets=num_offsets, payload_words=payload_words)
+    return PackedHeader(*header)
 
 
 def _check_fake_device(op: str, name: str, tensor: Tensor, payload: Tensor) -> None:

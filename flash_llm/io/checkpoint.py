@@ -9,6 +9,7 @@ is checked before memory of the claimed size is asked for, and errors name the f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flash_llm import _extension, ops
+from flash_llm import ops
 from flash_llm.io.files import (
     TEMPORARY_NAME,
     fingerprint,
@@ -256,7 +257,15 @@ class Checkpoint:
 
     def placeholder(self, name: str) -> PackedWeight:
         """Return a weight on the meta device that is as large as the stored one of a layer."""
-        return _placeholder(self.packed[name])
+        header = self.packed[name]
+        empty = PackedWeight.class_for(header.format).empty(
+            header.m,
+            header.k,
+            dtype=header.dtype,
+            device="meta",
+            payload_words=header.payload_words,
+        )
+        return dataclasses.replace(empty, header=header)
 
     @contextlib.contextmanager
     def _opened(self, file: Path) -> Iterator[BinaryIO]:
@@ -311,7 +320,13 @@ class Checkpoint:
                 for name in layers:
                     opened.seek(self._stored[name + _HEADER].begin)
                     integers = struct.unpack("<8q", opened.read(64))
-                    headers[name] = self._check_sizes(name, PackedHeader(*integers))
+                    headers[name] = PackedHeader(*integers)
+                    ops.check_header(
+                        f"flash_llm: {name} in {file}",
+                        headers[name],
+                        num_offsets=self.shape(name + _OFFSETS)[0],
+                        payload_words=self.shape(name + _PAYLOAD)[0],
+                    )
         return {name: headers[name] for name in names}
 
     def _check_parts(self, name: str) -> None:
@@ -330,6 +345,11 @@ class Checkpoint:
                     f"flash_llm: {name + suffix} in {stored.file} must be {dtype}, "
                     f"got {stored.dtype}"
                 )
+            if len(stored.shape) != 1:
+                raise ValueError(
+                    f"flash_llm: {name + suffix} in {stored.file} must have one dimension, got "
+                    f"shape {list(stored.shape)}"
+                )
         stored = self._stored[name + _HEADER]
         if stored.shape != (len(PackedHeader._fields),):  # before it is loaded
             raise ValueError(
@@ -341,24 +361,6 @@ class Checkpoint:
                 f"flash_llm: {name} is packed in {stored.file}, but {name}.weight is in "
                 f"{self._stored[name + '.weight'].file} too"
             )
-
-    def _check_sizes(self, name: str, header: PackedHeader) -> PackedHeader:
-        """Return a layer's header if the layer's other parts have the sizes that it says."""
-        stored = self._stored[name + _HEADER]
-        try:
-            expected = _placeholder(header)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise type(error)(
-                f"flash_llm: {name + _HEADER} in {stored.file} is wrong: {error}"
-            ) from None
-        for suffix, tensor in ((_OFFSETS, expected.offsets), (_PAYLOAD, expected.payload)):
-            found = self._stored[name + suffix]
-            if found.shape != tuple(tensor.shape):
-                raise ValueError(
-                    f"flash_llm: {name + suffix} in {found.file} must have shape "
-                    f"{list(tensor.shape)}, as {name + _HEADER} says, got {list(found.shape)}"
-                )
-        return header
 
 
 def make_room_(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
@@ -593,25 +595,6 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu")
     except SafetensorError as error:
         raise ValueError(f"flash_llm: {file} is no whole safetensors file: {error}") from None
-
-
-def _placeholder(header: PackedHeader) -> PackedWeight:
-    """What a header describes, on the meta device; refuses one that describes nothing."""
-    extension = _extension.require()
-    if header.magic != extension.PACKED_MAGIC:
-        raise ValueError(f"magic number must be {extension.PACKED_MAGIC}, got {header.magic}")
-    cls = PackedWeight.class_for(header.format)
-    version = int(extension.FORMATS[cls.FORMAT]["version"])
-    if not 1 <= header.version <= version:
-        raise NotImplementedError(
-            f'format "{cls.FORMAT}" has version {header.version}, this build reads up to {version}'
-        )
-    if header.value_type not in ops.VALUE_DTYPES:
-        raise TypeError(f"no value type has number {header.value_type}")
-    packed = cls.empty(
-        header.m, header.k, dtype=header.dtype, device="meta", payload_words=header.payload_words
-    )
-    return cls(header, packed.offsets, packed.payload)
 
 
 def _linear(
