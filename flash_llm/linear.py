@@ -1,9 +1,10 @@
 """``SparseLinear``: an ``nn.Linear`` whose weight is packed, as three plain integer buffers.
 
 Buffers rather than a tensor subclass, so that ``state_dict``, safetensors, deepcopy, pickle,
-``.to()``, the meta device and accelerate's hooks work without special cases. The header's eight
-integers are also kept in Python: ``forward`` passes them on as ints, so that no call reads the
-device and ``torch.compile`` and CUDA graphs see constants.
+``.to()``, the meta device and accelerate's hooks work without special cases. The header's buffer is
+the only truth about the weight. ``forward`` passes its eight integers on as Python ints, so that
+``torch.compile`` and CUDA graphs see constants. They are read from the device again only when the
+buffer was replaced or written to.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +38,9 @@ class SparseLinear(nn.Linear):
     ``.half()`` and ``.bfloat16()`` re-encode the values; casts to other dtypes leave the weight as
     it is, as those of integer weights do, and only bias, input and output take the new dtype.
 
-    Code that fills buffers one by one on its own (a loader that does not call ``load_state_dict``)
-    must set ``weight_header`` by attribute, or change the payload's length; both make the module
-    read the header again.
+    Code may replace the buffers or write to them, all three before the next call. Code that
+    ``torch.compile`` has compiled holds the header as constants: after ``load_state_dict`` it is
+    compiled again, but it does not notice that a header was written in place.
 
     Args:
         in_features: K.
@@ -74,7 +75,11 @@ class SparseLinear(nn.Linear):
     weight_payload: Tensor
     format: str
     is_part: bool = False  # holds one process's part of a weight that a model distributes
+    # What was last read from weight_header or, while that is on the meta device, what the buffers
+    # stand for; and where it was read: the tensor, its storage (kept alive so that no other one
+    # gets its address), its address and its version.
     _header: PackedHeader
+    _header_read: tuple[Tensor, torch.UntypedStorage, int, int] | None = None
     _wide_dtype: torch.dtype | None = None  # what the layer was cast to and its weight cannot be
 
     def __init__(
@@ -207,7 +212,7 @@ class SparseLinear(nn.Linear):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weight, and of what ``forward`` takes and returns."""
-        return self._header.dtype
+        return self._current_header().dtype
 
     @property
     def sparsity(self) -> float:
@@ -278,28 +283,70 @@ class SparseLinear(nn.Linear):
             super().register_parameter(name, param)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; ``weight`` is packed, ``weight_header`` is read back into Python."""
+        """Set an attribute; ``weight`` is packed, ``weight_header`` is checked."""
         if name == "weight":
             self._set_weight(value)
             return
-        if name == "weight_header" and isinstance(value, Tensor) and not value.is_meta:
-            header = PackedHeader.from_tensor(value)
-            self._check_shape(header.m, header.k)
-            self._header = header
-        super().__setattr__(name, value)
+        if name in BUFFERS and isinstance(value, nn.Parameter):  # loaders may wrap every tensor
+            value = value.detach()
+        if name == "weight_header" and isinstance(value, Tensor) and _has_values(value):
+            header = self._checked_header(value)
+            super().__setattr__(name, value)
+            self._remember(header)
+        else:
+            super().__setattr__(name, value)
 
     def _current_header(self) -> PackedHeader:
-        # Loaders that write to _buffers directly go past __setattr__. The payload's length, known
-        # without asking the device, then tells that the header is not the one that we hold.
-        header = self._header
-        if self.weight_payload.numel() != header.payload_words and not self.weight_header.is_meta:
-            self.weight_header = self.weight_header
-            header = self._header
+        self._refresh_header()
+        return self._header
+
+    # torch.compile calls it while it traces and takes nothing of it into the compiled code, which
+    # it guards by the values of _header that it finds afterwards.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _refresh_header(self) -> None:
+        """Read the header again if its buffer was replaced or written to since the last time."""
+        tensor, read = self._buffers["weight_header"], self._header_read
+        # swap_tensors and .data change the memory of a tensor that stays the same Python object.
+        if (
+            read is not None
+            and tensor is read[0]
+            and tensor.data_ptr() == read[2]
+            and tensor._version == read[3]
+        ):
+            return
+        if _has_values(tensor):
+            self._remember(self._checked_header(tensor))
+
+    def _checked_header(self, tensor: Tensor) -> PackedHeader:
+        header = PackedHeader.from_tensor(tensor)
+        ops.check_header("flash_llm.SparseLinear", header)
+        self._check_shape(header.m, header.k)
         return header
 
+    def _remember(self, header: PackedHeader) -> None:
+        """Take ``header`` for what the buffer ``weight_header`` holds."""
+        tensor = self._buffers["weight_header"]
+        self._header, self._header_read = header, None
+        if not _has_values(tensor):
+            return
+        if tensor.is_inference():  # writes to such tensors are not counted
+            with torch.inference_mode(False):
+                tensor = self._buffers["weight_header"] = tensor.clone()
+        self._header_read = tensor, tensor.untyped_storage(), tensor.data_ptr(), tensor._version
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state to copy or pickle, with a header that is up to date."""
+        self._refresh_header()
+        return {name: value for name, value in vars(self).items() if name != "_header_read"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the state of another layer."""
+        super().__setstate__(state)
+        self._remember(self._header)
+
     def _install(self, packed: PackedWeight) -> None:
-        self._header = packed.header
         self._buffers.update(zip(BUFFERS, packed.parts(), strict=True))
+        self._remember(packed.header)
 
     def _set_weight(self, dense: Any) -> None:
         if not isinstance(dense, Tensor):
@@ -323,7 +370,8 @@ class SparseLinear(nn.Linear):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        old_dtype, old_device = self.dtype, self.weight_payload.device
+        header, old_device = self._current_header(), self.weight_payload.device
+        old_dtype = header.dtype
         # fn casts floating point tensors, and the packed values hide in an integer buffer: see what
         # fn does to a tensor of their dtype.
         probe = torch.empty(0, dtype=self._wide_dtype or old_dtype, device=old_device)
@@ -348,6 +396,7 @@ class SparseLinear(nn.Linear):
             return tensor.to(moved.device) if cast else moved
 
         super()._apply(keep_integers, recurse)  # type: ignore[no-untyped-call]
+        self._remember(header)
         if old_device.type == "meta" and not self.weight_payload.is_meta:
             # to_empty() leaves memory uninitialised, which for offsets means malformed.
             self.reset_parameters()
@@ -380,7 +429,7 @@ class SparseLinear(nn.Linear):
 
     def _wants_other_format(self) -> bool:
         """Whether ``format="auto"`` would choose another one on the device where the layer is."""
-        header, device = self._header, self.weight_payload.device
+        header, device = self._current_header(), self.weight_payload.device
         if self.format != "auto" or device.type == "meta":
             return False
         major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -417,10 +466,12 @@ class SparseLinear(nn.Linear):
             if any(old.shape != new.shape for old, new in zip(current, incoming, strict=True)):
                 for name, old, new in zip(BUFFERS, current, incoming, strict=True):
                     self._buffers[name] = torch.empty_like(new, device=old.device)
-            self._header = packed.header
+        num_errors = len(error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if packed is not None and len(error_msgs) == num_errors:
+            self._remember(packed.header)
 
     def _packed_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str
@@ -459,6 +510,11 @@ class SparseLinear(nn.Linear):
                 f"got {packed.dtype} in format {packed.FORMAT}"
             )
         return packed
+
+
+def _has_values(tensor: object) -> TypeGuard[Tensor]:
+    """Whether a buffer is a tensor with values, no placeholder: on the meta device or traced."""
+    return type(tensor) is Tensor and not tensor.is_meta
 
 
 def is_dtensor(tensor: object) -> bool:
