@@ -94,6 +94,25 @@ class PackedHeader(NamedTuple):
         return PackedHeader(*tensor.tolist())
 
 
+@dataclasses.dataclass(frozen=True)
+class PackedStats:
+    """What a packed weight takes. Each format has a subclass that adds how its nonzeros lie.
+
+    Attributes:
+        nnz: stored values that are not zero.
+        sparsity: fraction of zeros in [0, 1].
+        dense_bytes: bytes of the dense weight in the same dtype.
+        packed_bytes: bytes of header, offsets and payload.
+        bytes_per_element: ``packed_bytes`` over the number of dense elements; dense is 2.
+    """
+
+    nnz: int
+    sparsity: float
+    dense_bytes: int
+    packed_bytes: int
+    bytes_per_element: float
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A packed ``[M, K]`` weight: header and buffers. Each format is one subclass.
@@ -343,7 +362,7 @@ class PackedWeight:
         return _from_op(torch.ops.flash_llm.concat(headers, offsets, payloads))
 
     def _sizes(self) -> dict[str, Any]:
-        """The fields with which every format's statistics begin."""
+        """The fields of :class:`PackedStats`."""
         elements = self.header.m * self.header.k
         return {
             "nnz": self.nnz,
@@ -352,6 +371,11 @@ class PackedWeight:
             "packed_bytes": self.nbytes,
             "bytes_per_element": self.nbytes / elements if elements else 0.0,
         }
+
+    def _tile_bytes(self) -> Tensor:
+        """Bytes of each tile in the payload, int64, in the order of ``offsets``."""
+        unit_words = int(_extension.require().FORMATS[self.FORMAT]["unit_words"])
+        return self.offsets.long().diff() * (unit_words * self.payload.itemsize)
 
     def validate(self) -> None:
         """Check every invariant of the format; see :func:`validate`."""
