@@ -304,7 +304,7 @@ TEST_F(MalformedTiledCsl, DuplicatePosition) {
   const auto [first, last] = tile_entry_range(good_.view(), 4);
   const auto i = static_cast<size_t>(first), j = static_cast<size_t>(last - 5);
   good_.payload[j] = (good_.payload[i] & 0xFFFF0000U) | kHalfOne;
-  expect_refused(good_, "tile 4: place");
+  expect_refused(good_, "tile 4: position");
   expect_refused(good_, "occurs twice");
 }
 
@@ -325,7 +325,7 @@ TEST_F(MalformedTiledCsl, StoredZeros) {
   ASSERT_GE(last - first, 4);
   for (int64_t i = first; i < first + 4; ++i) good_.payload[static_cast<size_t>(i)] &= 0xFFFF0000U;
   good_.header.nnz -= 4;
-  expect_refused(good_, "more than 3 stored zeros");
+  expect_refused(good_, "tile 0: padding");
 }
 
 TEST(ValidateTiledCsl, SmallestOffendingTileIsReportedWhateverTheThreads) {
