@@ -291,7 +291,7 @@ class SparseLinear(nn.Linear):
         # Some loaders make a parameter of every tensor.
         if name in BUFFERS and isinstance(value, nn.Parameter):
             value = value.detach()
-        if name == "weight_header" and isinstance(value, Tensor) and _has_values(value):
+        if name == "weight_header" and _has_values(value):
             header = self._checked_header(value)
             super().__setattr__(name, value)
             self._remember(header)
@@ -302,9 +302,6 @@ class SparseLinear(nn.Linear):
         self._refresh_header()
         return self._header
 
-    # torch.compile calls this while it traces and compiles none of it. Then it traces the read of
-    # _header, whose values become guards of the compiled code.
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _refresh_header(self) -> None:
         """Read the header again if its buffer was replaced or written to since the last read."""
         tensor, read = self._buffers["weight_header"], self._header_read
@@ -318,6 +315,11 @@ class SparseLinear(nn.Linear):
             return
         if _has_values(tensor):
             self._remember(self._checked_header(tensor))
+
+    # torch.compile calls it while it traces and compiles none of it. Then it traces the read of
+    # _header, whose values become guards of the compiled code. (This is the effect of
+    # torch.compiler.assume_constant_result, which would import torch._dynamo.)
+    _refresh_header._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _checked_header(self, tensor: Tensor) -> PackedHeader:
         header = PackedHeader.from_tensor(tensor)
