@@ -1,7 +1,7 @@
-"""Loads the compiled extension ``flash_llm._C`` without ever failing at import.
+"""Loads the compiled extension ``flash_llm._C``; a failure does not make the import fail.
 
-Loading the extension also registers the operators of ``torch.ops.flash_llm``. When it cannot be
-loaded, the reason is kept and :func:`require` raises it, with the fix, at the first use.
+Loading the extension also registers the operators of ``torch.ops.flash_llm``. If it cannot be
+loaded, :func:`require` raises an error with the reason and the fix at the first use.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from types import ModuleType
 import torch
 
 INSTALL_COMMAND = "pip install --no-build-isolation -e ."
-"""Run in the repository root; builds the extension against the torch that is installed."""
+"""Builds the extension against the installed torch, when run in the root of the repository."""
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """Return the extension and "", or None and one sentence on what was found instead."""
+    """Return the extension and "", or None and what was found instead."""
     try:
         module = importlib.import_module("flash_llm._C")
-    # A torch of another version shows up as ImportError (undefined symbol), OSError or, from static
-    # initialisers, RuntimeError; whichever it is, importing flash_llm must go on.
+    # Another version of torch causes ImportError (undefined symbol), OSError or, in static
+    # initialisers, RuntimeError. None of them may make the import of flash_llm fail.
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "flash_llm._C":
             return None, "no built extension beside flash_llm/__init__.py"
         return None, f"an extension that does not load: {type(error).__name__}: {error}"
     built_against = str(module.build_info()["torch"])
     if _release(built_against) != _release(torch.__version__):
-        # C++ torch has no stable ABI: even when every symbol resolves, structs may differ.
+        # torch has no stable C++ ABI: structs may differ even if every symbol is found.
         return None, f"an extension built against torch {built_against}"
     return module, ""
 
@@ -43,7 +43,7 @@ def _needed() -> str:
         requirements = importlib.metadata.requires("flash-llm") or []
     except importlib.metadata.PackageNotFoundError:
         requirements = []
-    # The installed package pins the torch that it was built against.
+    # The installed package requires the version of torch that it was built against.
     pin = next((line for line in requirements if line.startswith("torch==")), None)
     return "an extension built against this torch" + (
         f" (the installed package was built against {pin})" if pin else ""
@@ -54,7 +54,7 @@ _module, _found = _load()
 
 
 def available() -> bool:
-    """Whether the extension is loaded, so that the operators exist."""
+    """Whether the extension is loaded and so the operators exist."""
     return _module is not None
 
 
@@ -63,11 +63,11 @@ def require() -> ModuleType:
 
     Returns:
         The pybind11 module: ``build_info``, ``configs``, ``plan_names``, ``explain_plan``,
-        ``position_of`` and the constants of the format.
+        ``check_header`` and the constants of the formats.
 
     Raises:
-        RuntimeError: the extension is missing or does not load. The message says what was found,
-            what is needed, and the command that fixes it.
+        RuntimeError: the extension is missing or cannot be loaded. The message says what was found,
+            what is needed, and which command fixes it.
     """
     if _module is None:
         raise RuntimeError(

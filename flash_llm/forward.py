@@ -1,4 +1,4 @@
-"""What every pass of a model needs: evaluation mode, and token ids that the model knows."""
+"""For each forward pass of a model: evaluation mode, and a check of the token ids."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def check_token_ids(token_ids: Tensor, model: nn.Module) -> None:
-    """Check ids against the model's vocabulary: out of range, CUDA would abort the whole context.
+    """Check that ids are in the model's vocabulary; on CUDA other ids would abort the context.
 
     Args:
         token_ids: integer tensor of any shape.
-        model: its input embedding is found through Hugging Face's ``get_input_embeddings``; a model
-            without one is left to check its ids itself.
+        model: with Hugging Face's ``get_input_embeddings``; other models are not checked.
 
     Raises:
         ValueError: an id is negative or not below the number of embeddings.

@@ -1,9 +1,9 @@
-"""Ctrl-C at any moment, and not only where Python code of ours runs.
+"""Makes Ctrl-C work at any moment, in code of other packages too.
 
-Imports, and callbacks whose exceptions Python only prints, can swallow a KeyboardInterrupt: of 40
-imports of torch that were interrupted, two went on as if nothing had happened (numpy caught it). A
-process that was started with Ctrl-C ignored (``nohup``, a background job
-of a script) goes on ignoring it.
+Imports, and callbacks whose exceptions Python only prints, can swallow a KeyboardInterrupt: two of
+40 interrupted imports of torch continued as if nothing had happened (numpy caught the exception). A
+process that was started with Ctrl-C ignored (``nohup``, a background job of a script) still ignores
+it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import threading
 from collections.abc import Iterator
 
 EXIT_CODE = 130
-"""What shells say of a process that SIGINT ended."""
+"""The exit code that shells report for a process that SIGINT ended."""
 
-# Cleaning up takes less; what takes longer has swallowed the interruption.
+# Cleaning up takes less time than this; otherwise the KeyboardInterrupt was swallowed.
 _AGAIN_SECONDS = 3.0
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Hold Ctrl-C back until this block is left, and raise KeyboardInterrupt then."""
+    """Delay Ctrl-C until the end of this block, which then raises KeyboardInterrupt."""
     came: list[int] = []
     before = signal.getsignal(signal.SIGINT)
     if not _in_main_thread() or before is not signal.default_int_handler:
@@ -39,14 +39,14 @@ def deferred() -> Iterator[None]:
 
 
 def exit_at_once() -> None:
-    """Make Ctrl-C end the process on the spot, which is right while it has nothing to lose."""
+    """Make Ctrl-C end the process immediately, for the time before it has work to lose."""
     if _in_main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)
 
 
 @contextlib.contextmanager
 def raised_until_caught() -> Iterator[None]:
-    """Make Ctrl-C raise KeyboardInterrupt, and raise it again until it has left this block."""
+    """Make Ctrl-C raise KeyboardInterrupt, again and again until it has left this block."""
     before = signal.getsignal(signal.SIGINT)
     if not _in_main_thread() or before not in (signal.default_int_handler, _exit):
         yield
@@ -72,7 +72,7 @@ def raised_until_caught() -> Iterator[None]:
 
 
 def _in_main_thread() -> bool:
-    # Python calls handlers in the main thread, and lets no other one set them.
+    # Only the main thread can set handlers, and they are called in it.
     return threading.current_thread() is threading.main_thread()
 
 

@@ -1,9 +1,10 @@
 """``SparseLinear``: an ``nn.Linear`` whose weight is packed, as three plain integer buffers.
 
-Buffers rather than a tensor subclass, so that ``state_dict``, safetensors, deepcopy, pickle,
-``.to()``, the meta device and accelerate's hooks work without special cases. The header's eight
-integers are also kept in Python: ``forward`` passes them on as ints, so that no call reads the
-device and ``torch.compile`` and CUDA graphs see constants.
+With buffers instead of a tensor subclass, ``state_dict``, safetensors, deepcopy, pickle, ``.to()``,
+the meta device and accelerate's hooks work without special cases. The buffer ``weight_header`` is
+the only source of the header. Its eight integers are passed to the operators as Python ints, which
+are constants for ``torch.compile`` and CUDA graphs. They are read from the device again only if the
+buffer was replaced or written to.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +30,17 @@ class SparseLinear(nn.Linear):
 
     State: buffers ``weight_header`` int64[8], ``weight_offsets`` and ``weight_payload`` int32, and
     the parameter ``bias`` (or None). The weight is frozen; ``bias`` and the input are
-    differentiable. ``weight`` reads as a dense tensor that is unpacked when its values are needed
-    and cannot be written to (:mod:`flash_llm.weight_view`): assign a tensor to ``weight`` to pack
-    it again. Adapters of PEFT are merged as :mod:`flash_llm.integrations.adapters` says.
-    Loading accepts packed keys of any size and a dense ``weight`` key, which it packs; packed keys
-    keep their format, which :meth:`refit` then changes if another one is faster on the device.
-    ``.half()`` and ``.bfloat16()`` re-encode the values; casts to other dtypes leave the weight as
-    it is, as those of integer weights do, and only bias, input and output take the new dtype.
+    differentiable. ``weight`` is a read-only dense tensor, which is unpacked when its values are
+    needed (:mod:`flash_llm.weight_view`); a tensor that is assigned to ``weight`` is packed.
+    :mod:`flash_llm.integrations.adapters` merges adapters of PEFT.
+    ``load_state_dict`` accepts packed buffers of any length, and a dense ``weight``, which it
+    packs. Packed buffers keep their format; :meth:`refit` changes it if another one is faster on
+    the device. ``.half()`` and ``.bfloat16()`` round the values to the new dtype. Casts to other
+    dtypes do not change the weight: only bias, input and output have the new dtype.
 
-    Code that fills buffers one by one on its own (a loader that does not call ``load_state_dict``)
-    must set ``weight_header`` by attribute, or change the payload's length; both make the module
-    read the header again.
+    Code may replace the three buffers or write to them between two calls. A function that was
+    compiled by ``torch.compile`` contains the header as constants. It is compiled again after
+    ``load_state_dict``, but not after a write to ``weight_header``.
 
     Args:
         in_features: K.
@@ -47,11 +48,11 @@ class SparseLinear(nn.Linear):
         bias: whether there is a bias, initially zero.
         device: where the buffers live; ``"meta"`` for placeholders to load into.
         dtype: float16 or bfloat16.
-        payload_words: meta device only: length of the payload placeholder, so that tools which
-            size a model before loading see the real one.
-        format: ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"`` or ``"auto"``: whenever a dense
-            weight is packed, or the layer moves between CPU and GPU, the format that multiplies
-            fastest there.
+        payload_words: length of the payload on the meta device, so that tools which compute the
+            size of a model before it is loaded get the right size; 0 on other devices.
+        format: ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"`` or ``"auto"``, which chooses the
+            format that multiplies fastest on the device, whenever a dense weight is packed and
+            when the layer moves between CPU and GPU.
 
     Raises:
         ValueError: a size is negative, ``format`` is unknown, or ``payload_words`` is not 0 off the
@@ -73,9 +74,14 @@ class SparseLinear(nn.Linear):
     weight_offsets: Tensor
     weight_payload: Tensor
     format: str
-    is_part: bool = False  # holds one process's part of a weight that a model distributes
+    is_part: bool = False  # whether this is one process's part of a distributed weight
+    # The header that was last read from weight_header; while that is on the meta device, the header
+    # of the weight that will be loaded.
     _header: PackedHeader
-    _wide_dtype: torch.dtype | None = None  # what the layer was cast to and its weight cannot be
+    # What was read: the tensor, its storage (a reference, so that its address is not used again),
+    # its address and its version.
+    _header_read: tuple[Tensor, torch.UntypedStorage, int, int] | None = None
+    _wide_dtype: torch.dtype | None = None  # of a cast to a dtype that a weight cannot have
 
     def __init__(
         self,
@@ -118,15 +124,14 @@ class SparseLinear(nn.Linear):
 
         Args:
             linear: ``nn.Linear`` (``[M, K]`` weight) or the Conv1D of transformers (``[K, M]``).
-            sparsity: None packs the zeros that are there; otherwise prune by magnitude first, as
-                :func:`flash_llm.prune_pack` does.
-            scope: ``"row"``, ``"layer"`` or ``"N:M"``; None for ``sparsity`` with an N:M scope
-                prunes too.
-            format: as the constructor takes it.
+            sparsity: fraction of zeros in [0, 1] to which the weight is first pruned by magnitude,
+                as by :func:`flash_llm.prune_pack`; None does not prune.
+            scope: ``"row"``, ``"layer"`` or ``"N:M"``, which prunes even if ``sparsity`` is None.
+            format: as for the constructor.
 
         Returns:
-            A new layer on the same device, in the same training mode, that shares the bias
-            parameter of ``linear``.
+            A new layer on the same device and in the same training mode. It shares the bias
+            parameter with ``linear``.
 
         Raises:
             TypeError: ``linear`` is another module, or its weight or bias is not float16 or
@@ -146,21 +151,21 @@ class SparseLinear(nn.Linear):
     def from_packed(
         cls, packed: PackedWeight, bias: Tensor | None = None, *, validate: bool = True
     ) -> SparseLinear:
-        """Build a layer around a packed weight; nothing is copied.
+        """Build a layer that shares the buffers of a packed weight.
 
-        The layer and ``packed`` share their buffers: what is loaded into the one may change the
-        other. Pass clones to keep them apart.
+        Loading into the layer may change ``packed``. Pass a weight with cloned buffers to prevent
+        that.
 
         Args:
             packed: ``[M, K]`` weight.
             bias: ``[M]`` tensor or parameter, dtype and device of ``packed``.
-            validate: whether to check ``packed`` in depth, which reads all of it; False is for one
-                that was packed or checked just now.
+            validate: whether to check every invariant of ``packed``, which reads all of it; pass
+                False for a weight that was just packed or checked.
 
         Raises:
             ValueError: ``packed`` is malformed, or ``bias`` has another shape.
-            TypeError: ``packed`` is no packed weight, or ``bias`` is no tensor or has another dtype
-                or device.
+            TypeError: ``packed`` is not a packed weight, ``bias`` is not a tensor, or ``bias`` has
+                another dtype or device.
         """
         if validate:
             ops.validate(packed)
@@ -186,7 +191,7 @@ class SparseLinear(nn.Linear):
         return layer
 
     def to_linear(self) -> nn.Linear:
-        """Return an ``nn.Linear`` with the dense weight, sharing the bias parameter."""
+        """Return an ``nn.Linear`` with the dense weight and the same bias parameter."""
         linear = nn.Linear(
             self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype
         )
@@ -198,7 +203,7 @@ class SparseLinear(nn.Linear):
 
     @property
     def packed(self) -> PackedWeight:
-        """The packed weight; shares the buffers."""
+        """The packed weight, which shares the buffers of the layer."""
         header = self._current_header()
         return PackedWeight.class_for(header.format)(
             header, self.weight_offsets, self.weight_payload
@@ -206,8 +211,8 @@ class SparseLinear(nn.Linear):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weight, and of what ``forward`` takes and returns."""
-        return self._header.dtype
+        """Dtype of the weight, and of input and output of ``forward``."""
+        return self._current_header().dtype
 
     @property
     def sparsity(self) -> float:
@@ -216,20 +221,21 @@ class SparseLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dense ``[M, K]`` weight, read-only; one that is assigned is packed."""
-        # Tracing sees the operator, and drops it where only dtype or shape is read.
+        """The dense ``[M, K]`` weight, read-only; a tensor that is assigned is packed."""
+        # torch.compile removes the operator if only dtype or shape is read.
         if torch.compiler.is_compiling():
             return ops.unpack(self.packed)
         return WeightView(self.packed, self._set_weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return ``input @ weight.T + bias``; see :func:`flash_llm.spmm` for what it accepts.
+        """Return ``input @ weight.T + bias``; :func:`flash_llm.spmm` describes the arguments.
 
-        Under ``torch.autocast`` it accepts what ``nn.Linear`` does and returns autocast's dtype;
-        after a cast to a wider dtype it takes and returns that one. Both round the input to the
-        weight's dtype.
+        Under ``torch.autocast`` the input may have any dtype that ``nn.Linear`` accepts, and the
+        result has autocast's dtype. After a cast of the layer to a wider dtype, input and result
+        have that dtype. In both cases the input is rounded to the weight's dtype.
         """
-        if isinstance(input, Tensor) and input.is_nested:  # nn.TransformerEncoder, of padded input
+        # nn.TransformerEncoder makes nested tensors of padded inputs.
+        if isinstance(input, Tensor) and input.is_nested:
             parts = [self.forward(part) for part in input.unbind()]
             return torch.nested.as_nested_tensor(parts, layout=input.layout)
         header, offsets, payload = self._current_header(), self.weight_offsets, self.weight_payload
@@ -241,10 +247,10 @@ class SparseLinear(nn.Linear):
         return ops.spmm_buffers(x, header, offsets, payload, bias).to(result)
 
     def _mixed_dtype(self, input: Tensor) -> torch.dtype | None:
-        """Dtype of the result where the input need not have the weight's dtype, else None."""
+        """Dtype of the result if the input may have another dtype than the weight, else None."""
         if torch._C._is_any_autocast_enabled():
             device = input.device.type
-            # autocast leaves float64 as it is.
+            # autocast does not cast float64.
             cast = input.is_floating_point() and input.dtype != torch.float64
             if cast and torch.is_autocast_enabled(device):
                 return torch.get_autocast_dtype(device)
@@ -252,7 +258,7 @@ class SparseLinear(nn.Linear):
         return wide if wide is not None and input.dtype == wide else None
 
     def reset_parameters(self) -> None:
-        """Make weight and bias all zero."""
+        """Set weight and bias to zero."""
         packed = self.packed
         self._install(
             packed.empty(*packed.shape, dtype=packed.dtype, device=self.weight_payload.device)
@@ -271,35 +277,80 @@ class SparseLinear(nn.Linear):
         )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter; one called ``weight`` is packed instead."""
+        """Register a parameter; one with the name ``weight`` is packed instead."""
         if name == "weight":
             self._set_weight(param)
         else:
             super().register_parameter(name, param)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; ``weight`` is packed, ``weight_header`` is read back into Python."""
+        """Set an attribute; a ``weight`` is packed, a ``weight_header`` is checked."""
         if name == "weight":
             self._set_weight(value)
             return
-        if name == "weight_header" and isinstance(value, Tensor) and not value.is_meta:
-            header = PackedHeader.from_tensor(value)
-            self._check_shape(header.m, header.k)
-            self._header = header
-        super().__setattr__(name, value)
+        # Some loaders make a parameter of every tensor.
+        if name in BUFFERS and isinstance(value, nn.Parameter):
+            value = value.detach()
+        if name == "weight_header" and _has_values(value):
+            header = self._checked_header(value)
+            super().__setattr__(name, value)
+            self._remember(header)
+        else:
+            super().__setattr__(name, value)
 
     def _current_header(self) -> PackedHeader:
-        # Loaders that write to _buffers directly go past __setattr__. The payload's length, known
-        # without asking the device, then tells that the header is not the one that we hold.
-        header = self._header
-        if self.weight_payload.numel() != header.payload_words and not self.weight_header.is_meta:
-            self.weight_header = self.weight_header
-            header = self._header
+        self._refresh_header()
+        return self._header
+
+    def _refresh_header(self) -> None:
+        """Read the header again if its buffer was replaced or written to since the last read."""
+        tensor, read = self._buffers["weight_header"], self._header_read
+        # swap_tensors and .data replace the memory of the same Python object.
+        if (
+            read is not None
+            and tensor is read[0]
+            and tensor.data_ptr() == read[2]
+            and tensor._version == read[3]
+        ):
+            return
+        if _has_values(tensor):
+            self._remember(self._checked_header(tensor))
+
+    # torch.compile calls it while it traces and compiles none of it. Then it traces the read of
+    # _header, whose values become guards of the compiled code. (This is the effect of
+    # torch.compiler.assume_constant_result, which would import torch._dynamo.)
+    _refresh_header._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _checked_header(self, tensor: Tensor) -> PackedHeader:
+        header = PackedHeader.from_tensor(tensor)
+        ops.check_header("flash_llm.SparseLinear", header)
+        self._check_shape(header.m, header.k)
         return header
 
+    def _remember(self, header: PackedHeader) -> None:
+        """Record that the buffer ``weight_header`` has the values of ``header``."""
+        tensor = self._buffers["weight_header"]
+        self._header, self._header_read = header, None
+        if not _has_values(tensor):
+            return
+        if tensor.is_inference():  # such tensors have no version
+            with torch.inference_mode(False):
+                tensor = self._buffers["weight_header"] = tensor.clone()
+        self._header_read = tensor, tensor.untyped_storage(), tensor.data_ptr(), tensor._version
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for a copy or a pickle, with the current header."""
+        self._refresh_header()
+        return {name: value for name, value in vars(self).items() if name != "_header_read"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Set the state that ``__getstate__`` returned."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._remember(self._header)
+
     def _install(self, packed: PackedWeight) -> None:
-        self._header = packed.header
         self._buffers.update(zip(BUFFERS, packed.parts(), strict=True))
+        self._remember(packed.header)
 
     def _set_weight(self, dense: Any) -> None:
         if not isinstance(dense, Tensor):
@@ -323,14 +374,15 @@ class SparseLinear(nn.Linear):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        old_dtype, old_device = self.dtype, self.weight_payload.device
-        # fn casts floating point tensors, and the packed values hide in an integer buffer: see what
-        # fn does to a tensor of their dtype.
+        header, old_device = self._current_header(), self.weight_payload.device
+        old_dtype = header.dtype
+        # fn casts floating point tensors, but the packed values are in an integer buffer. A tensor
+        # of their dtype shows how they are to be cast.
         probe = torch.empty(0, dtype=self._wide_dtype or old_dtype, device=old_device)
         new_dtype = fn(probe).dtype
         packable = ops.is_packable(new_dtype)
         if new_dtype != probe.dtype:
-            # An error would come too late: the modules before this one are cast already.
+            # Not an error, because the modules before this one are already cast.
             wide = not packable and new_dtype.is_floating_point
             self._wide_dtype = new_dtype if wide else None
             if not packable:
@@ -348,8 +400,9 @@ class SparseLinear(nn.Linear):
             return tensor.to(moved.device) if cast else moved
 
         super()._apply(keep_integers, recurse)  # type: ignore[no-untyped-call]
+        self._remember(header)
         if old_device.type == "meta" and not self.weight_payload.is_meta:
-            # to_empty() leaves memory uninitialised, which for offsets means malformed.
+            # to_empty() does not initialise memory, so the offsets would be malformed.
             self.reset_parameters()
         if packable and new_dtype != old_dtype:
             if self.weight_payload.is_meta:
@@ -361,7 +414,7 @@ class SparseLinear(nn.Linear):
         return self
 
     def keep_part(self, weight: Tensor) -> None:
-        """Pack one process's part of the weight in place of the whole; the bias stays as it is.
+        """Replace the weight by one process's part of it; the bias does not change.
 
         Args:
             weight: ``[M', K']`` dense part, of the layer's dtype.
@@ -371,16 +424,16 @@ class SparseLinear(nn.Linear):
         self.is_part = True
 
     def refit(self) -> None:
-        """Pack the weight anew if ``format="auto"`` would choose another format where it is now.
+        """Pack the weight again if ``format="auto"`` would choose another format on its device.
 
-        Moving the layer does so by itself; this is for code that puts buffers in place.
+        ``.to()`` calls this; it is for code that replaces the buffers.
         """
         if self._wants_other_format():
             self._install(ops.pack(ops.unpack(self.packed), self.format))
 
     def _wants_other_format(self) -> bool:
-        """Whether ``format="auto"`` would choose another one on the device where the layer is."""
-        header, device = self._header, self.weight_payload.device
+        """Whether ``format="auto"`` would choose another format on the layer's device."""
+        header, device = self._current_header(), self.weight_payload.device
         if self.format != "auto" or device.type == "meta":
             return False
         major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -411,21 +464,23 @@ class SparseLinear(nn.Linear):
             state_dict = {k: v for k, v in state_dict.items() if k != prefix + "weight"}
             state_dict.update(zip((prefix + name for name in BUFFERS), incoming, strict=True))
             current = (self.weight_header, self.weight_offsets, self.weight_payload)
-            # The load below copies in place, which keeps captured CUDA graphs alive but needs
-            # buffers of the same size. All three are replaced or none: a mixture of old and new
-            # would be malformed for whoever shares them.
+            # The load below copies in place, which captured CUDA graphs depend on, but which needs
+            # buffers of the same length. If one buffer must be replaced then all are: modules that
+            # share them would otherwise see a mixture of two weights.
             if any(old.shape != new.shape for old, new in zip(current, incoming, strict=True)):
                 for name, old, new in zip(BUFFERS, current, incoming, strict=True):
                     self._buffers[name] = torch.empty_like(new, device=old.device)
-            self._header = packed.header
+        num_errors = len(error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if packed is not None and len(error_msgs) == num_errors:
+            self._remember(packed.header)
 
     def _packed_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str
     ) -> PackedWeight | None:
-        """Read and check this layer's weight; None when the state dict has none of its keys."""
+        """Read and check this layer's weight; None if the state dict has none of its keys."""
         bias = state_dict.get(prefix + "bias")
         if isinstance(bias, Tensor) and self.bias is not None and bias.shape != self.bias.shape:
             raise ValueError(
@@ -437,7 +492,7 @@ class SparseLinear(nn.Linear):
         if dense is None and not found:
             return None
         if dense is not None and found:
-            raise ValueError(f"expected a dense weight or a packed one, got weight and {found[0]}")
+            raise ValueError(f"expected a dense or a packed weight, got weight and {found[0]}")
         if dense is not None:
             if not isinstance(dense, Tensor) or not dense.is_floating_point() or dense.is_meta:
                 raise TypeError(f"weight must be a floating point tensor with values, got {dense}")
@@ -445,7 +500,7 @@ class SparseLinear(nn.Linear):
             return ops.pack(dense.to(self.dtype), self.format)
         if len(found) != len(BUFFERS):
             absent = next(name for name in BUFFERS if name not in found)
-            raise ValueError(f"{found[0]} is there, but {absent} is missing")
+            raise ValueError(f"{absent} is missing, although there is {found[0]}")
         tensors: list[Tensor] = []
         for name, part in parts.items():
             if not isinstance(part, Tensor):
@@ -461,28 +516,33 @@ class SparseLinear(nn.Linear):
         return packed
 
 
+def _has_values(tensor: object) -> TypeGuard[Tensor]:
+    """Whether a buffer has values: it is not on the meta device, and no fake tensor of a trace."""
+    return type(tensor) is Tensor and not tensor.is_meta
+
+
 def is_dtensor(tensor: object) -> bool:
-    """Whether a tensor is a ``DTensor``, of which each process holds a part."""
-    distributed = sys.modules.get("torch.distributed.tensor")  # it takes long to import
+    """Whether a tensor is a ``DTensor``, which is distributed over processes."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # importing it takes long
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a ``DTensor``; any other tensor as it is."""
+    """This process's part of a ``DTensor``; any other tensor unchanged."""
     part: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
     return part
 
 
 def refuse_parts(model: nn.Module) -> None:
-    """Refuse to save a model whose packed layers are distributed over processes.
+    """Refuse to save a model with packed layers that are distributed over processes.
 
     Raises:
-        NotImplementedError: a layer holds a part of its weight; the message names it.
+        NotImplementedError: a layer has only a part of its weight; the message names it.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, SparseLinear) and layer.is_part:
             raise NotImplementedError(
-                f"flash_llm: {name} holds this process's part of a packed weight and cannot be "
+                f"flash_llm: {name} has only this process's part of a packed weight and cannot be "
                 "saved; pack and save the model in one process, then load it in several"
             )
 
@@ -490,7 +550,7 @@ def refuse_parts(model: nn.Module) -> None:
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is the Conv1D of transformers: ``x @ weight + bias``, weight ``[K, M]``.
 
-    Recognised by its name and attributes, so that transformers is never imported.
+    Recognised by its name and attributes, so that transformers need not be imported.
     """
     weight = getattr(module, "weight", None) if type(module).__name__ == "Conv1D" else None
     return (
@@ -514,7 +574,7 @@ def pack_layer(
         raise TypeError(f"flash_llm.SparseLinear: expected nn.Linear or Conv1D, got {name}")
     original, mask = layer._parameters.get("weight_orig"), layer._buffers.get("weight_mask")
     if original is not None and mask is not None:
-        # torch.nn.utils.prune refreshes .weight only in forward; these two are the truth.
+        # torch.nn.utils.prune computes .weight from these two, but only in forward.
         weight = original.detach() * mask
     else:
         assert isinstance(layer.weight, Tensor)

@@ -1,9 +1,9 @@
 """The operators of ``torch.ops.flash_llm`` in Python: typed wrappers, fakes and autograd.
 
 ``y = act(x @ w.T + bias)`` for a packed sparse ``w``, and the conversions from and to dense. A
-packed weight of any format is eight integers and two tensors (:class:`PackedWeight`). Operators
-take them apart, so ``torch.compile``, CUDA graphs and the dispatcher see plain tensors and ints,
-and no call has to ask the device what a buffer holds.
+packed weight of any format is eight integers and two tensors (:class:`PackedWeight`). The operators
+take these as separate arguments, so that ``torch.compile``, CUDA graphs and the dispatcher see
+plain tensors and ints, and no call has to read a buffer from the device.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from flash_llm import _extension
 
 VALUE_DTYPES: dict[int, torch.dtype] = {1: torch.float16, 2: torch.bfloat16}
-"""``PackedHeader.value_type`` to the dtype of the stored values."""
+"""Dtype of the stored values for each ``PackedHeader.value_type``."""
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
-"""What ``spmm`` can apply to its result."""
+"""Activations that ``spmm`` can apply to its result."""
 
 _Packed = TypeVar("_Packed", bound="PackedWeight")
 
@@ -61,12 +61,12 @@ class PackedHeader(NamedTuple):
         return 1.0 - self.nnz / (self.m * self.k) if self.m and self.k else 1.0
 
     def to_tensor(self, device: torch.device | str | None = None) -> Tensor:
-        """Return the header as the int64[8] tensor that checkpoints hold."""
+        """Return the header as the int64[8] tensor of checkpoints."""
         return torch.tensor(self, dtype=torch.int64, device=device)
 
     @staticmethod
     def from_tensor(tensor: Tensor) -> PackedHeader:
-        """Read a header tensor; copies from the device when it is not on the CPU.
+        """Read a header tensor; one that is not on the CPU is copied from its device.
 
         Args:
             tensor: int64[8].
@@ -94,16 +94,35 @@ class PackedHeader(NamedTuple):
         return PackedHeader(*tensor.tolist())
 
 
+@dataclasses.dataclass(frozen=True)
+class PackedStats:
+    """What a packed weight takes. Each format has a subclass that adds how its nonzeros lie.
+
+    Attributes:
+        nnz: stored values that are not zero.
+        sparsity: fraction of zeros in [0, 1].
+        dense_bytes: bytes of the dense weight in the same dtype.
+        packed_bytes: bytes of header, offsets and payload.
+        bytes_per_element: ``packed_bytes`` over the number of dense elements; dense is 2.
+    """
+
+    nnz: int
+    sparsity: float
+    dense_bytes: int
+    packed_bytes: int
+    bytes_per_element: float
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A packed ``[M, K]`` weight: header and buffers. Each format is one subclass.
 
-    A subclass names its format and is found by that name from then on: the operators,
-    ``SparseLinear`` and ``sparsify_`` know formats only through this class.
+    A subclass registers its format under its name and number. The operators, ``SparseLinear`` and
+    ``sparsify_`` use formats only through this class.
 
     Attributes:
         header: shape, dtype, format and counts, as Python integers.
-        offsets: int32, one-dimensional; where each tile's part of the payload begins.
+        offsets: int32, one-dimensional; the begin of each tile in the payload.
         payload: int32[header.payload_words], on the device of ``offsets``.
     """
 
@@ -114,17 +133,17 @@ class PackedWeight:
     FORMAT: ClassVar[str]
     FORMAT_ID: ClassVar[int]
     PARTS: ClassVar[tuple[str, ...]] = ("header", "offsets", "payload")
-    """Names of the tensors that a weight is stored as, in the order of :meth:`parts`."""
+    """Names of the tensors of a stored weight, in the order of :meth:`parts`."""
 
     def __init_subclass__(cls) -> None:
-        """Make the format known by its name and its number."""
+        """Register the format under its name and its number."""
         super().__init_subclass__()
         _CLASS_OF_FORMAT[cls.FORMAT] = cls
         _CLASS_OF_ID[cls.FORMAT_ID] = cls
 
     @classmethod
     def num_offsets(cls, m: int, k: int) -> int:
-        """Length of ``offsets``: the tiles of an ``[m, k]`` weight and one more."""
+        """Length of ``offsets``: one more than the tiles of an ``[m, k]`` weight."""
         sizes = _extension.require().FORMATS[cls.FORMAT]
         tile_m, tile_k = int(sizes["tile_m"]), int(sizes["tile_k"])
         return ((m + tile_m - 1) // tile_m) * ((k + tile_k - 1) // tile_k) + 1
@@ -138,7 +157,7 @@ class PackedWeight:
 
         Raises:
             ValueError: no format has this name.
-            NotImplementedError: no format has this number; a newer flash_llm may know it.
+            NotImplementedError: no format of this build has this number.
         """
         if isinstance(fmt, str):
             if fmt not in _CLASS_OF_FORMAT:
@@ -162,15 +181,15 @@ class PackedWeight:
         device: torch.device | str | None = None,
         payload_words: int = 0,
     ) -> PackedWeight:
-        """Return an all-zero weight without making a dense one.
+        """Return a packed weight of zeros without making a dense one.
 
         Args:
             m: rows.
             k: columns.
             dtype: float16 or bfloat16.
             device: where the buffers live; ``"meta"`` for placeholders.
-            payload_words: length of the payload; only the meta device allows more than 0, to stand
-                for a weight whose values are loaded later.
+            payload_words: length of the payload; more than 0 only on the meta device, for a weight
+                that is loaded later.
 
         Returns:
             A weight of class ``cls`` that :meth:`validate` accepts (meta placeholders aside).
@@ -221,19 +240,19 @@ class PackedWeight:
     def from_tensors(
         cls: type[_Packed], header: Tensor | PackedHeader, offsets: Tensor, payload: Tensor
     ) -> _Packed:
-        """Build a packed weight from its stored parts, checked in depth.
+        """Build a packed weight from its stored parts, and check every invariant of its format.
 
         Args:
             header: int64[8] tensor or :class:`PackedHeader`.
-            offsets: int32, on the device where the weight shall live.
+            offsets: int32, on any device.
             payload: int32, on the same device.
 
         Returns:
             A weight of the class that the header's format names.
 
         Raises:
-            ValueError: a size, an offset, a place or a count is wrong, or the header names another
-                format than ``cls``.
+            ValueError: a size, an offset, a position or a count is wrong, or the header names
+                another format than ``cls``.
             TypeError: a dtype or a device is wrong.
             NotImplementedError: the header has a newer version or an unknown format.
         """
@@ -252,7 +271,7 @@ class PackedWeight:
         return packed
 
     def parts(self) -> tuple[Tensor, ...]:
-        """Return the tensors that :data:`PARTS` names, the header as a tensor too."""
+        """Return the tensors that :data:`PARTS` names, including the header as a tensor."""
         return self.header.to_tensor(self.device), self.offsets, self.payload
 
     @property
@@ -298,10 +317,10 @@ class PackedWeight:
     def slice(self: _Packed, rows: slice = slice(None), columns: slice = slice(None)) -> _Packed:
         """Return a part of the weight, packed in the same format.
 
-        The bytes are those of packing ``to_dense()[rows, columns]``. All columns of rows that begin
-        and end at the format's natural borders (a multiple of 128 rows in ``tiled_csl``, of 512 in
-        ``bitmap``, of 4 in ``row_bitmap``, or the last row) are copied; anything else is unpacked,
-        cut and packed again on the same device.
+        The result has the bytes of packing ``to_dense()[rows, columns]``. A slice of all columns
+        whose first and last row are borders of the format (multiples of 128 rows in ``tiled_csl``,
+        of 512 in ``bitmap``, of 4 in ``row_bitmap``, or the end) is copied. For any other slice the
+        weight is unpacked, cut and packed again, on the same device.
 
         Args:
             rows: a slice of the M rows, with step 1.
@@ -321,29 +340,29 @@ class PackedWeight:
 
     @staticmethod
     def concat(weights: Sequence[PackedWeight]) -> PackedWeight:
-        """Return the rows of several weights one after the other, packed in their format.
+        """Concatenate the rows of several weights, packed in their format.
 
-        The bytes are those of packing ``torch.cat([w.to_dense() for w in weights])``. Weights of
-        which each but the last has a multiple of the format's natural number of rows (see
-        :meth:`slice`) are copied; others are unpacked, joined and packed again.
+        The result has the bytes of packing ``torch.cat([w.to_dense() for w in weights])``. If all
+        weights but the last end at a border of the format (see :meth:`slice`), their buffers are
+        copied. Otherwise the weights are unpacked, concatenated and packed again.
 
         Args:
-            weights: at least one; all with the same columns, format, dtype and device.
+            weights: at least one; all have the same columns, format, dtype and device.
 
         Raises:
-            ValueError: there is no weight, or the columns differ.
-            TypeError: formats, dtypes or devices differ, or one is no packed weight.
+            ValueError: ``weights`` is empty, or the columns differ.
+            TypeError: formats, dtypes or devices differ, or one is not a packed weight.
         """
         for weight in weights:
             _check_packed("concat", weight)
         headers = [integer for weight in weights for integer in weight.header]
         offsets, payloads = [w.offsets for w in weights], [w.payload for w in weights]
         if not weights:
-            raise ValueError("flash_llm::concat: there must be a weight")
+            raise ValueError("flash_llm::concat: weights must not be empty")
         return _from_op(torch.ops.flash_llm.concat(headers, offsets, payloads))
 
     def _sizes(self) -> dict[str, Any]:
-        """The fields with which every format's statistics begin."""
+        """The fields of :class:`PackedStats`."""
         elements = self.header.m * self.header.k
         return {
             "nnz": self.nnz,
@@ -352,6 +371,11 @@ class PackedWeight:
             "packed_bytes": self.nbytes,
             "bytes_per_element": self.nbytes / elements if elements else 0.0,
         }
+
+    def _tile_bytes(self) -> Tensor:
+        """Bytes of each tile in the payload, int64, in the order of ``offsets``."""
+        unit_words = int(_extension.require().FORMATS[self.FORMAT]["unit_words"])
+        return self.offsets.long().diff() * (unit_words * self.payload.itemsize)
 
     def validate(self) -> None:
         """Check every invariant of the format; see :func:`validate`."""
@@ -377,14 +401,38 @@ _CLASS_OF_ID: dict[int, type[PackedWeight]] = {}
 
 
 def check_format(name: str) -> None:
-    """Refuse what the argument ``format`` of packing functions does not take.
+    """Check the argument ``format`` of functions that pack.
 
     Raises:
-        ValueError: ``name`` is neither ``"auto"`` nor a format's name.
+        ValueError: ``name`` is neither ``"auto"`` nor the name of a format.
     """
     if name != "auto" and name not in _CLASS_OF_FORMAT:
         known = " or ".join(f'"{known}"' for known in ("auto", *_CLASS_OF_FORMAT))
         raise ValueError(f'flash_llm: format must be {known}, got "{name}"')
+
+
+def check_header(
+    where: str,
+    header: Sequence[int],
+    *,
+    num_offsets: int | None = None,
+    payload_words: int | None = None,
+) -> None:
+    """Refuse a malformed header, and buffers of other lengths than it says.
+
+    Args:
+        where: what the message begins with: the operator, module or file that has the header.
+        header: the eight integers of a :class:`PackedHeader`.
+        num_offsets: length of ``offsets``; None if it is not to be checked.
+        payload_words: length of ``payload``; None if it is not to be checked.
+
+    Raises:
+        ValueError: the magic number, a size, a count or a length is wrong.
+        TypeError: the value type is unknown.
+        NotImplementedError: the format is unknown, or its version newer than this build.
+        RuntimeError: the extension is missing.
+    """
+    _extension.require().check_header(where, header, num_offsets, payload_words)
 
 
 def is_packable(dtype: torch.dtype) -> bool:
@@ -393,7 +441,7 @@ def is_packable(dtype: torch.dtype) -> bool:
 
 
 def value_type_of(dtype: torch.dtype) -> int:
-    """Return the number that a header gives to ``dtype``.
+    """Return the number of ``dtype`` in headers.
 
     Raises:
         TypeError: ``dtype`` is neither float16 nor bfloat16.
@@ -419,12 +467,12 @@ def spmm(
 ) -> Tensor:
     """Multiply dense tokens by a packed sparse weight: ``y = act(x @ w.T + bias)``.
 
-    The result is that of ``torch.nn.functional.linear`` on the unpacked weight (so Inf times a zero
-    of the weight is NaN), with products accumulated in float32 and one rounding at the end
-    (Flash-LLM, arXiv 2309.10285, section 4). Differentiable in ``x`` and ``bias``; the weight is
-    frozen. The backward pass makes a dense copy of the weight for its duration and, when there is
-    an activation, recomputes its input instead of storing it. Autocast does not cast ``x``: its
-    dtype must be the weight's.
+    The result is that of ``torch.nn.functional.linear`` with the unpacked weight (so Inf times a
+    zero of the weight is NaN). Products are accumulated in float32 and rounded once, at the end
+    (Flash-LLM, arXiv 2309.10285, section 4). ``x`` and ``bias`` are differentiable; the weight is
+    frozen. The backward pass makes a temporary dense copy of the weight and, if there is an
+    activation, recomputes its input instead of storing it. Autocast does not cast ``x``, which must
+    have the weight's dtype.
 
     Args:
         x: ``[..., K]``, dtype and device of ``w``, any strides; the leading dimensions are the N
@@ -432,16 +480,16 @@ def spmm(
         w: packed ``[M, K]`` weight, float16 or bfloat16.
         bias: ``[M]``, dtype and device of ``x``.
         activation: None or ``"none"``, ``"relu"``, ``"gelu"`` (exact, erf) or ``"silu"``, applied
-            in float32 before the final rounding; only for large N (the dense route, and the bitmap
-            kernel above 64 tokens) is the sum rounded to ``x.dtype`` first, as after
+            in float32 before the final rounding. For large N (the dense product, and the bitmap
+            kernel above 64 tokens) the sum is rounded to ``x.dtype`` before the activation, as by
             ``torch.nn.functional.linear``.
         config: ``"auto"`` lets ``explain_plan`` choose; any other name forces that kernel (see
             ``flash_llm._C.plan_names``), for tests and benchmarks.
-        ctas: grid of the CUDA kernel, at most one CTA per tile of work; 0 lets the plan choose.
-            The CPU and the dense route have no use for it.
-        prefetch: let the kernel begin to fetch the weight while the kernel before it in the
-            stream still runs (programmatic dependent launch, Hopper). That one must not be a kernel
-            of your own which writes the buffers of ``w``; packing and copies are taken care of.
+        ctas: CTAs in the grid of the CUDA kernel, at most one for each tile of work; 0 lets the
+            plan choose. The CPU and the dense product ignore it.
+        prefetch: whether the kernel may read the weight while the previous kernel in the stream
+            still runs (programmatic dependent launch, Hopper). Pass False if that is a kernel of
+            your own that writes the buffers of ``w``; after packing and copies True is safe.
 
     Returns:
         Contiguous ``[..., M]`` of ``x.dtype``.
@@ -487,7 +535,7 @@ def spmm_buffers(
     ctas: int = 0,
     prefetch: bool = True,
 ) -> Tensor:
-    """Do what :func:`spmm` does, for a caller that holds the parts of the weight (a module)."""
+    """Compute :func:`spmm` with the parts of a weight as separate arguments."""
     _extension.require()
     _check_tensor("spmm", "x", x)
     if bias is not None:
@@ -503,8 +551,8 @@ def spmm_buffers(
     if torch.is_grad_enabled() or _forward_ad_level() >= 0 or torch.compiler.is_compiling():
         y: Tensor = torch.ops.flash_llm.spmm(*arguments)
         return y
-    # Without gradients the operator's autograd, which is Python, has nothing to do, and would take
-    # half of the time of a small layer on a CPU: 5.5 of 11 us before any work is done.
+    # Without gradients the operator's autograd is skipped. It is written in Python and takes 5.5 of
+    # the 11 us that a call of a small layer costs on a CPU.
     with torch._C._AutoDispatchBelowAutograd():
         return cast(Tensor, torch.ops.flash_llm.spmm(*arguments))
 
@@ -515,7 +563,7 @@ def _forward_ad_level() -> int:
 
 
 def explain_format(m: int, k: int, nnz: int, *, compute_capability: int = 0) -> tuple[str, str]:
-    """Say which format ``format="auto"`` would choose, and why; needs no GPU.
+    """Return the format that ``format="auto"`` chooses, and the reason; needs no GPU.
 
     Args:
         m: out_features.
@@ -536,15 +584,15 @@ def explain_format(m: int, k: int, nnz: int, *, compute_capability: int = 0) -> 
 def pack(dense: Tensor, format: str = "auto") -> PackedWeight:
     """Pack the nonzeros of a dense weight.
 
-    Zeros of either sign are dropped, and come back as +0; every other bit pattern (NaN, Inf,
-    subnormal) survives ``unpack(pack(w))`` bit for bit. CPU and CUDA give the same bytes. The
-    header comes back as Python integers, so packing on a GPU waits for it, and ``torch.compile``
-    breaks the graph here.
+    Zeros of either sign are dropped, and ``unpack`` returns them as +0; all other values (NaN, Inf
+    and subnormals too) are kept bit for bit. CPU and CUDA give the same bytes. The header is
+    returned as Python integers, so packing on a GPU waits for the GPU, and ``torch.compile`` breaks
+    the graph here.
 
     Args:
         dense: ``[M, K]`` float16 or bfloat16, CPU or CUDA, any strides, any M, K >= 0.
-        format: ``"auto"`` (what multiplies fastest on ``dense.device``; ``explain_format`` says
-            which and why), ``"row_bitmap"``, ``"tiled_csl"`` or ``"bitmap"``.
+        format: ``"auto"`` (the format that multiplies fastest on ``dense.device``;
+            ``explain_format`` gives the reason), ``"row_bitmap"``, ``"tiled_csl"`` or ``"bitmap"``.
 
     Returns:
         The packed weight, of the format's class, on ``dense.device``; detached from autograd.
@@ -574,15 +622,16 @@ def prune_pack(
     scope: str = "row",
     format: str = "auto",
 ) -> PackedWeight:
-    """Prune by magnitude to a target, then pack, in one operator; ``dense`` stays as it is.
+    """Prune by magnitude to a sparsity, then pack, in one operator; ``dense`` does not change.
 
-    Of equal magnitudes the first in row-major order goes first: CPU and CUDA give the same bytes.
+    Of equal magnitudes the first in row-major order is pruned first, so CPU and CUDA give the same
+    bytes.
 
     Args:
         dense: ``[M, K]`` float16 or bfloat16, CPU or CUDA, any strides.
         sparsity: fraction of zeros in [0, 1]; may be None for an N:M scope, which implies it.
-        scope: ``"row"`` (the fraction holds in every row), ``"layer"`` (over the matrix) or
-            ``"N:M"``, such as ``"2:4"`` (the N largest of every M neighbouring columns stay).
+        scope: ``"row"`` (each row is pruned to the fraction), ``"layer"`` (the matrix as a whole)
+            or ``"N:M"``, such as ``"2:4"`` (the N largest of every M consecutive columns are kept).
         format: as :func:`pack` takes it.
 
     Returns:
@@ -617,7 +666,7 @@ def unpack(w: PackedWeight) -> Tensor:
         w: packed ``[M, K]`` weight.
 
     Returns:
-        Contiguous ``[M, K]`` of ``w.dtype`` on ``w.device``; absent elements are +0.
+        Contiguous ``[M, K]`` of ``w.dtype`` on ``w.device``; elements that are not stored are +0.
 
     Raises:
         ValueError: a buffer has the wrong length or the header is malformed.
@@ -632,17 +681,17 @@ def unpack(w: PackedWeight) -> Tensor:
 
 
 def validate(w: PackedWeight) -> None:
-    """Check every invariant of the packed format (its header in ``csrc/core`` lists them).
+    """Check every invariant of the packed format, which its header in ``csrc/format`` lists.
 
-    Reads all of the payload; the operators themselves only check sizes at each call, and are
-    memory-safe on buffers that this function would refuse.
+    This reads all of the payload. The operators check only sizes at each call, and are memory-safe
+    with buffers that this function would refuse.
 
     Args:
-        w: packed weight of any device.
+        w: packed weight on any device.
 
     Raises:
-        ValueError: sizes disagree, offsets decrease or run past the end, a place lies outside its
-            tile or the matrix or is taken twice, or a count is wrong.
+        ValueError: sizes disagree, offsets decrease or exceed the payload, an element is outside
+            its tile or the matrix or is stored twice, or a count is wrong.
         TypeError: a buffer has the wrong dtype or device.
         NotImplementedError: the header has a newer version or an unknown format.
         RuntimeError: the extension is missing, or CUDA failed.
@@ -651,7 +700,7 @@ def validate(w: PackedWeight) -> None:
     _validate(w.header, w.offsets, w.payload)
 
 
-# The dispatcher would raise RuntimeError for these.
+# The dispatcher would raise RuntimeError for arguments that are no tensors.
 def _check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"flash_llm::{op}: {name} must be a tensor, got {type(value).__name__}")
@@ -683,34 +732,23 @@ def _from_op(parts: tuple[Tensor, Tensor, Tensor]) -> PackedWeight:
     return PackedWeight.class_for(header.format)(header, parts[1], parts[2])
 
 
-# The fakes also run for tensors on the meta device, and whenever one operand is there and the
-# others are not. So they refuse what the kernels refuse: tracing fails near the cause, and no call
-# gets away with memory that nobody wrote.
+# The fakes also run if any operand is on the meta device. They refuse all that the kernels refuse,
+# so that tracing fails near the cause, and no call returns memory that was never written.
 def _check_fake_packed(
     op: str, header: Sequence[int], offsets: Tensor, payload: Tensor
 ) -> PackedHeader:
-    if len(header) != len(PackedHeader._fields):
-        raise ValueError(
-            f"flash_llm::{op}: header must hold {len(PackedHeader._fields)} integers, "
-            f"got {len(header)}"
-        )
-    fields = PackedHeader(*header)
-    if fields.value_type not in VALUE_DTYPES:
-        raise TypeError(f"flash_llm::{op}: header names value type {fields.value_type}")
     for name, buffer in (("offsets", offsets), ("payload", payload)):
         if buffer.dtype != torch.int32:
             raise TypeError(f"flash_llm::{op}: {name} must be int32, got {buffer.dtype}")
-    _check_fake_device(op, "offsets", offsets, payload)
-    num_offsets = PackedWeight.class_for(fields.format).num_offsets(fields.m, fields.k)
-    for name, buffer, length in (
-        ("offsets", offsets, num_offsets),
-        ("payload", payload, fields.payload_words),
-    ):
-        if buffer.dim() != 1 or buffer.shape[0] != length:
+        if buffer.dim() != 1:
             raise ValueError(
-                f"flash_llm::{op}: {name} must have shape [{length}], got {list(buffer.shape)}"
+                f"flash_llm::{op}: {name} must be one-dimensional, got {buffer.dim()} dimensions"
             )
-    return fields
+    _check_fake_device(op, "offsets", offsets, payload)
+    # int() specialises compiled code to these lengths, as it is to the integers of the header.
+    num_offsets, payload_words = int(offsets.shape[0]), int(payload.shape[0])
+    check_header(f"flash_llm::{op}", header, num_offsets=num_offsets, payload_words=payload_words)
+    return PackedHeader(*header)
 
 
 def _check_fake_device(op: str, name: str, tensor: Tensor, payload: Tensor) -> None:
@@ -729,7 +767,7 @@ def _fake_pack(dense: Tensor, format: str = "auto") -> tuple[Tensor, Tensor, Ten
         )
     m, k = dense.shape
     words = torch.library.get_ctx().new_dynamic_size()
-    # With "auto" the values decide which format it will be, and so how many tiles there are.
+    # With "auto" the format, and so the number of tiles, depends on the values.
     num_offsets = (
         torch.library.get_ctx().new_dynamic_size()
         if format == "auto"
@@ -806,7 +844,7 @@ def _spmm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
     ctx.header, ctx.activation = header, activation
     ctx.config, ctx.ctas, ctx.prefetch = config, ctas, prefetch
     ctx.bias_dtype = None if bias is None else bias.dtype
-    # Without an activation neither gradient needs x or bias.
+    # Without an activation the gradients do not depend on x and bias.
     if activation == "none":
         ctx.save_for_backward(offsets, payload, scales)
     else:
@@ -814,7 +852,7 @@ def _spmm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # The dispatcher drops trailing default arguments, so bias may not have a place here.
+    # The dispatcher drops trailing default arguments, of which bias may be one.
     needs_x = ctx.needs_input_grad[0]
     needs_bias = len(ctx.needs_input_grad) > 4 and ctx.needs_input_grad[4]
     offsets, payload, scales, *saved = ctx.saved_tensors

@@ -36,21 +36,21 @@ def track(items: Sequence[Any], description: str, progress: bool | ProgressBar) 
 
 
 def remark(bar: Iterable[Any], text: str) -> None:
-    """Show a short text at the end of a bar of :func:`track`, where the bar can do that."""
+    """Show a short text at the end of a bar of :func:`track`, if the bar supports that."""
     show = getattr(bar, "set_postfix_str", None)
     if show is not None:
         show(text)
 
 
 class LogLines:
-    """A :data:`ProgressBar` for logs: a line on stderr now and then, with the time that is left.
+    """A :data:`ProgressBar` for logs: writes lines to stderr, with an estimate of the time left.
 
-    The first line comes with the first estimate, the others every :data:`LOG_SECONDS`, each at the
-    end of an item. Work that takes less than :data:`LOG_SECONDS` in all writes none.
+    Lines are written at the end of an item: the first one after the first item, the others at least
+    :data:`LOG_SECONDS` apart. Work of less than :data:`LOG_SECONDS` writes no line.
 
     Args:
         items: what to iterate over.
-        description: what each line begins with.
+        description: the beginning of each line.
     """
 
     def __init__(self, items: Sequence[Any], description: str) -> None:
@@ -64,7 +64,7 @@ class LogLines:
 
     def __iter__(self) -> Iterator[Any]:
         start = time.monotonic()
-        written: float | None = None  # when the last line was
+        written: float | None = None  # time of the last line
         for done, item in enumerate(self._items, start=1):
             yield item
             now = time.monotonic()

@@ -1,8 +1,8 @@
-"""Find the linear layers in which zeros cost much and save little.
+"""Finds the linear layers in which zeros cost much accuracy and save little.
 
-Those are output layers and task heads, the routers that choose among experts, and adapters. Every
-family of models has names of its own for them, so they are found by the accessors of transformers,
-by what lies beside them, and by PEFT's classes.
+These are output layers and task heads, the routers that choose experts, and adapters. Their names
+differ between families of models, so they are found by the accessors of transformers, by the
+modules next to them, and by PEFT's classes.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-# Children of PEFT's modules that are the adapted model's own; all others are the adapter's.
+# Children of PEFT's modules that belong to the adapted model; all others belong to the adapter.
 _ADAPTED = ("base_layer", "base_model", "model", "original_module")
 
 
 def output_layers(model: nn.Module) -> dict[nn.Module, str]:
     """Find the layers that turn hidden states into logits, labels or scores.
 
-    In a model of transformers these are what ``get_output_embeddings`` returns, what lies beside
-    the base model, and, without a base model, what has an output for each label or token of the
-    config. Stacks of blocks are never among them. Other models have no accessor to ask.
+    In a model of transformers these are the result of ``get_output_embeddings``, the modules next
+    to the base model and, if there is no base model, the modules with an output for each label or
+    token of the config. Stacks of blocks are never among them. Other models have no such accessor,
+    so none is found in them.
 
     Args:
-        model: any module; models of transformers inside it count, too.
+        model: any module; models of transformers inside it are searched too.
 
     Returns:
         ``"output layer"`` or ``"task head"`` for each module that is one or is inside one.
@@ -33,7 +34,7 @@ def output_layers(model: nn.Module) -> dict[nn.Module, str]:
     found: dict[nn.Module, str] = {}
     for owner in filter(_is_transformers, model.modules()):
         output = None
-        with contextlib.suppress(NotImplementedError, AttributeError):  # of a model that has none
+        with contextlib.suppress(NotImplementedError, AttributeError):  # some models have none
             output = owner.get_output_embeddings()  # type: ignore[operator]
         if isinstance(output, nn.Module):
             found.update(dict.fromkeys(output.modules(), "output layer"))
@@ -46,10 +47,10 @@ def output_layers(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def routers_and_adapters(model: nn.Module) -> dict[nn.Module, str]:
-    """Find the linear layers that choose among experts, and those of PEFT's adapters.
+    """Find the linear layers that choose experts, and those of PEFT's adapters.
 
-    A router has ``router`` in its name, or one output for each of the experts beside it, or a
-    single one, which is the gate of a shared expert.
+    A router has ``router`` in its name, or is next to experts and has one output for each of them,
+    or a single output, as the gate of a shared expert.
 
     Args:
         model: any module.
@@ -76,7 +77,7 @@ def routers_and_adapters(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _is_transformers(module: nn.Module) -> bool:
-    # By its attributes: asking for the class would import transformers.
+    # By its attributes: isinstance would need transformers to be imported.
     return hasattr(type(module), "base_model_prefix") and hasattr(module, "get_output_embeddings")
 
 
@@ -85,7 +86,7 @@ def _is_peft(module: nn.Module) -> bool:
 
 
 def _beside(owner: nn.Module, base: nn.Module) -> Iterator[nn.Module]:
-    """Modules in ``owner`` that are in no other model of transformers and in no stack of blocks."""
+    """Modules of ``owner`` outside other models of transformers and stacks of blocks."""
     for child in owner.children():
         blocks = isinstance(child, nn.ModuleList) and not all(
             isinstance(block, nn.Linear) for block in child
@@ -100,7 +101,7 @@ def _is_router(steps: list[str], path: list[nn.Module]) -> bool:
         if "router" in step.lower() or "router" in type(module).__name__.lower():
             return True
     num_outputs = getattr(path[-1], "out_features", None)
-    # Beside it, or beside a module that holds nothing but the router.
+    # Next to it, or next to a module that contains only the router.
     for depth in range(2, min(len(path), 3) + 1):
         if num_outputs in _numbers_of_experts(path[-depth], without=path[-depth + 1]):
             return True
@@ -110,7 +111,7 @@ def _is_router(steps: list[str], path: list[nn.Module]) -> bool:
 
 
 def _numbers_of_experts(module: nn.Module, without: nn.Module) -> set[int]:
-    """How many outputs a router in ``module`` may have, by the experts that are there."""
+    """The numbers of outputs that a router in ``module`` may have, given the experts there."""
     numbers: set[int] = set()
     for name, child in [("", module), *module.named_children()]:
         if child is without:
@@ -127,5 +128,5 @@ def _numbers_of_experts(module: nn.Module, without: nn.Module) -> set[int]:
 
 
 def _is_stack(module: nn.Module, parameter: nn.Parameter) -> bool:
-    # Dimensions of 1 mark position embeddings and class tokens.
+    # Position embeddings and class tokens have a dimension of 1.
     return parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, _ConvNd)

@@ -1,9 +1,10 @@
-"""Which layers of a model are meant: patterns of names, layers left alone, and tied weights.
+"""Selects layers of a model by patterns, and finds tied weights.
 
-A pattern is a class name (``"Linear"``, base classes count), a module's dotted name or the end of
-one (``"q_proj"``, ``"mlp.up_proj"``), or ``"re:"`` and a regular expression that matches the name
-from its beginning. A pattern that matches a container means everything inside it. Pruning and
-packing choose their layers here; :mod:`flash_llm.roles` finds those that are left alone by default.
+A pattern is a class name (``"Linear"``, which matches subclasses too), a module's dotted name or
+the end of one (``"q_proj"``, ``"mlp.up_proj"``), or ``"re:"`` and a regular expression that matches
+the name from its beginning. A pattern that matches a container selects all modules inside it.
+Pruning and packing select their layers here; :mod:`flash_llm.roles` finds the layers that are left
+alone by default.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def select_layers(
 
     Returns:
         ``nn.Linear`` (subclasses too) and Conv1D modules by name, in the model's order; a module
-        with several names goes by the first.
+        with several names has the first.
 
     Raises:
-        ValueError: a pattern other than a default one matches nothing, or is no regular expression.
+        ValueError: a pattern that is not a default matches nothing, or a regular expression is
+            invalid.
         TypeError: a pattern is not a string.
     """
     return {
@@ -60,17 +62,17 @@ def match_layers(
         ignore: patterns of the layers to leave alone.
 
     Returns:
-        First name, module, and the reason why it is left alone or "", in the model's order.
+        First name, module, and the reason why the module is left alone or "", in the model's order.
 
     Raises:
         ValueError: as :func:`select_layers`.
-        TypeError: likewise.
+        TypeError: as :func:`select_layers`.
     """
     target_patterns = parse_patterns("targets", targets)
     ignore_patterns = parse_patterns("ignore", ignore)
     layers: dict[nn.Module, tuple[str, str | None]] = {}
-    named: set[nn.Module] = set()  # the layers that are targets by more than their class
-    hit: dict[str, set[str]] = {}  # name -> patterns that match the module or one around it
+    named: set[nn.Module] = set()  # targets of a pattern that is not a default
+    hit: dict[str, set[str]] = {}  # name -> patterns that match the module or one that contains it
     seen: dict[str, nn.Module] = {}  # pattern -> the first module that it matched
     used: set[str] = set()  # target patterns that reached a linear layer
     for name, module in model.named_modules(remove_duplicate=False):
@@ -85,7 +87,7 @@ def match_layers(
         if not set(wanted) <= set(DEFAULT_TARGETS):
             named.add(module)
         ignored_by = next((p for p in ignore_patterns if p in hit[name]), None)
-        # A module with several names is ignored as soon as one of them is.
+        # A module with several names is ignored if one of them is.
         first_name, earlier = layers.get(module, (name, None))
         layers[module] = (first_name, earlier or ignored_by)
 
@@ -134,7 +136,7 @@ def parse_patterns(label: str, patterns: str | Sequence[str]) -> tuple[str, ...]
         patterns: as :func:`sparsify_` takes them.
 
     Raises:
-        ValueError: what follows ``"re:"`` is no regular expression.
+        ValueError: the text after ``"re:"`` is not a regular expression.
         TypeError: a pattern is not a string.
     """
     listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
@@ -146,13 +148,13 @@ def parse_patterns(label: str, patterns: str | Sequence[str]) -> tuple[str, ...]
                 re.compile(pattern[3:])
             except re.error as error:
                 raise ValueError(
-                    f'flash_llm: {label} "{pattern}" is no regular expression: {error}'
+                    f'flash_llm: {label} "{pattern}" is not a regular expression: {error}'
                 ) from None
     return listed
 
 
 def matches_name(pattern: str, name: str) -> bool:
-    """Whether a pattern matches a module's dotted name; the model's own, "", matches none."""
+    """Whether a pattern matches a module's dotted name; none matches "", the model itself."""
     if pattern.startswith("re:"):
         return bool(name) and re.match(pattern[3:], name) is not None
     return bool(name) and (name == pattern or name.endswith("." + pattern))
@@ -163,13 +165,13 @@ def _matches(pattern: str, name: str, module: nn.Module) -> bool:
         return True
     if pattern.startswith("re:"):
         return False
-    # Every module derives from nn.Module, which therefore says nothing.
+    # Without nn.Module, from which every module derives.
     classes = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
     return any(cls.__name__ == pattern for cls in classes)
 
 
 def is_linear_layer(module: nn.Module) -> bool:
-    """Whether a module is ``nn.Linear``, a subclass of it, or called Conv1D."""
+    """Whether a module is ``nn.Linear``, a subclass of it, or a class named Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -179,10 +181,10 @@ def refuse_tied(
     """Refuse to change layers whose weight is also another parameter of the model.
 
     Args:
-        model: the model that the layers are part of.
-        layers: names and modules that are about to change.
-        caller: function named in the error.
-        consequence: what changing one of two tied weights would do, for the error.
+        model: the model that has the layers.
+        layers: names and modules that would be changed.
+        caller: name of the calling function, for the error.
+        consequence: of a change to one of two tied weights, for the error.
 
     Raises:
         ValueError: a weight is tied; the message names both parameters.
@@ -197,7 +199,7 @@ def refuse_tied(
 
 
 def _ties(model: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Module, tuple[str, str]]:
-    """The layers whose weight is also another parameter: its key, and that parameter's name."""
+    """For each layer whose weight is another parameter too, its key and that parameter's name."""
     owners: dict[int, list[tuple[nn.Module, str, str]]] = {}  # by storage
     for module_name, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -223,13 +225,13 @@ def _ties(model: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Module, tupl
 
 
 def _storage(parameter: Tensor) -> int:
-    # Tensors without memory (meta, no elements) are told apart by identity.
+    # Tensors without memory (on the meta device, or empty) are distinguished by identity.
     address = 0 if parameter.is_meta else local_part(parameter).untyped_storage().data_ptr()
     return address or id(parameter)
 
 
 def _byte_range(parameter: Tensor) -> tuple[int, int]:
-    """First byte and one past the last, within the storage; empty for a tensor without elements."""
+    """First byte and one past the last, in the storage; (0, 0) for a tensor without elements."""
     parameter = local_part(parameter)
     if parameter.numel() == 0:
         return 0, 0

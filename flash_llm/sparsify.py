@@ -1,8 +1,8 @@
-"""``sparsify_``: swap a model's linear layers for packed ones, in place, and report what was done.
+"""``sparsify_``: replaces linear layers of a model by packed ones, in place, and reports on each.
 
-Everything is checked and built before the first swap, so a call that fails leaves the model as it
-was. A layer is swapped only when its packed bytes are fewer than its dense bytes; the report gives
-the decision and its reason for every layer that matched.
+All layers are checked and packed before the first is replaced, so a call that fails does not change
+the model. A layer is replaced only if it takes fewer bytes packed than dense. The report has the
+decision and its reason for every layer that matched.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from flash_llm.report import Report
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, match_layers, refuse_tied
 from flash_llm.table import aligned, grouped, kind, shape_text, span
 
-# What nn.Module keeps about hooks. The dictionaries themselves move to the new layer, because the
-# handles that users hold for removal refer to them.
+# The attributes of nn.Module for hooks. The new layer gets the same dictionaries, because the
+# handles with which users remove hooks refer to them.
 _HOOK_STATE = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -43,17 +43,17 @@ _HOOK_STATE = (
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer.
+    """The decision for one layer.
 
     Attributes:
-        name: dotted name in the model; the first one for a module that occurs several times.
-        shape: ``[out_features, in_features]``, or the parameter's shape for a skipped 3-D one.
-        sparsity: fraction of zeros in [0, 1] of what was packed or would be; None when skipped.
+        name: dotted name in the model; the first one of a module that has several.
+        shape: ``[out_features, in_features]``; the parameter's shape if a 3-D one was skipped.
+        sparsity: fraction of zeros in [0, 1] in the packed weight; None if skipped.
         dense_bytes: bytes of the dense weight.
-        packed_bytes: bytes of the packed weight, or what they would be; None when skipped.
-        format: name of the packed format that was chosen; None when skipped.
-        decision: ``"packed"``, ``"dense"`` (packing would not shrink it) or ``"skipped"`` (not a
-            layer that can be packed).
+        packed_bytes: bytes of the packed weight, also if the layer stays dense; None if skipped.
+        format: name of the packed format, also if the layer stays dense; None if skipped.
+        decision: ``"packed"``, ``"dense"`` (packing would not shrink it) or ``"skipped"`` (the
+            layer cannot be packed, or is left alone).
         reason: one sentence.
     """
 
@@ -69,10 +69,11 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class SparsifyReport(Report):
-    """One row for each layer that matched; prints as a table, also in a notebook.
+    """One row for each layer that matched; is printed as a table, in notebooks too.
 
     Attributes:
-        rows: in the model's order, layers before skipped 3-D parameters; those of a folder by name.
+        rows: in the model's order, layers before skipped 3-D parameters; rows of a folder are
+            sorted by name.
     """
 
     rows: tuple[LayerReport, ...]
@@ -81,17 +82,17 @@ class SparsifyReport(Report):
 
     @property
     def packed(self) -> tuple[LayerReport, ...]:
-        """The rows whose layer was swapped."""
+        """The rows of the layers that were replaced."""
         return tuple(row for row in self.rows if row.decision == "packed")
 
     @property
     def dense_bytes(self) -> int:
-        """Weight bytes of all rows before."""
+        """Weight bytes of all rows before packing."""
         return sum(row.dense_bytes for row in self.rows)
 
     @property
     def total_bytes(self) -> int:
-        """Weight bytes of all rows after: packed where packed, dense elsewhere."""
+        """Weight bytes of all rows after packing."""
         return sum(
             row.packed_bytes
             if row.decision == "packed" and row.packed_bytes is not None
@@ -108,10 +109,10 @@ class SparsifyReport(Report):
         return "\n".join([*lines, self._totals()])
 
     def summary(self) -> str:
-        """The same with one line for all layers of a kind, which differ in a number only."""
+        """The same table with one line for layers whose names differ only in a number."""
 
         def alike(row: LayerReport) -> tuple[str, tuple[int, ...], str | None, str, str]:
-            # The end of a reason is the size of the weight, which the columns give.
+            # The size of a weight, which follows the colon of a reason, is in the columns.
             reason, colon, _ = row.reason.partition(":")
             reason = row.reason if row.packed_bytes is None else reason if colon else ""
             return kind(row.name), row.shape, row.format, row.decision, reason
@@ -173,7 +174,7 @@ class SparsifyReport(Report):
             )
 
     def _totals(self) -> str:
-        """Bytes of all rows; in a line of its own, why nothing is packed."""
+        """Bytes of all rows; if nothing is packed, another line with the reasons."""
 
         def sizes(after: int) -> str:
             ratio = after / self.dense_bytes if self.dense_bytes else 1.0
@@ -183,7 +184,7 @@ class SparsifyReport(Report):
             f"{len(self.packed)} of {len(self.rows)} layers packed: "
             f"{self.dense_bytes / 1e6:.3f} MB of dense weights take {sizes(self.total_bytes)}"
         )
-        # What is dense and would shrink has not been asked to be packed.
+        # A report may have dense rows that packing would shrink.
         saved = sum(
             max(row.dense_bytes - row.packed_bytes, 0)
             for row in self.rows
@@ -209,22 +210,23 @@ def sparsify_(
     pack_unprofitable: bool = False,
     progress: bool | ProgressBar = False,
 ) -> SparsifyReport:
-    """Swap the matching linear layers of ``model`` for :class:`SparseLinear`, in place.
+    """Replace the matching linear layers of ``model`` by :class:`SparseLinear`, in place.
 
-    A pattern is a class name (``"Linear"``, base classes count), a module's dotted name or the end
-    of one (``"q_proj"``, ``"mlp.up_proj"``), or ``"re:"`` and a regular expression that matches the
-    name from its beginning. A pattern that matches a container means everything inside it. Of the
-    modules that match, ``nn.Linear``, subclasses that compute the same, and the Conv1D of
-    transformers are packed.
+    A pattern is a class name (``"Linear"``, which matches subclasses too), a module's dotted name
+    or the end of one (``"q_proj"``, ``"mlp.up_proj"``), or ``"re:"`` and a regular expression that
+    matches the name from its beginning. A pattern that matches a container selects all modules
+    inside it. Of the modules that match, ``nn.Linear``, subclasses that compute the same, and the
+    Conv1D of transformers are packed.
 
     Models of transformers can be saved afterwards with their ``save_pretrained``.
-    Forward and backward hooks and the bias parameter move to the new layer;
-    ``torch.nn.utils.prune`` masks are folded. Reported as skipped: ignored layers, subclasses with
-    a ``forward`` or parameters of their own, layers already sparse, with a replaced ``forward``
-    (accelerate hooks) or on the meta device, and, with the default targets, 3-D expert parameters.
+    The new layer gets the forward and backward hooks and the bias parameter; masks of
+    ``torch.nn.utils.prune`` are applied to the weight. Reported as skipped: ignored layers,
+    subclasses with their own ``forward`` or parameters, layers that are already sparse, whose
+    ``forward`` was replaced (accelerate hooks) or that are on the meta device, and, with the
+    default targets, 3-D expert parameters.
 
     Args:
-        model: float16 or bfloat16 where it matches; its other layers may have any dtype.
+        model: its matching layers are float16 or bfloat16; others may have any dtype.
         targets: patterns of the layers to pack. The default ones do not mean routers of experts
             and adapters (:func:`flash_llm.roles.routers_and_adapters`); name those.
         ignore: patterns of the layers to leave alone; wins over ``targets``. The default (this
@@ -233,21 +235,21 @@ def sparsify_(
         sparsity: None packs the zeros that are there. Otherwise each layer is pruned by magnitude
             to this fraction of zeros in [0, 1]; a layer that stays dense keeps its weight.
         scope: ``"row"``, ``"layer"`` or ``"N:M"`` (which prunes even when ``sparsity`` is None).
-        format: ``"auto"`` (what multiplies fastest where the layer is), ``"row_bitmap"``,
-            ``"tiled_csl"`` or ``"bitmap"``.
-        pack_unprofitable: also swap layers that packing does not shrink.
+        format: ``"auto"`` (the format that multiplies fastest on the layer's device),
+            ``"row_bitmap"``, ``"tiled_csl"`` or ``"bitmap"``.
+        pack_unprofitable: whether to replace layers that packing does not shrink too.
         progress: True for a tqdm bar, or a callable such as ``rich.progress.track``.
 
     Returns:
         The decision and its reason for each layer.
 
     Raises:
-        ValueError: a pattern matches nothing; a weight to pack, which a target names or ``ignore``
-            does not spare, is tied to another parameter;
+        ValueError: a pattern matches nothing; a weight to pack is tied to another parameter;
             ``sparsity``, ``scope`` or ``format`` is wrong; ``model`` itself is the layer.
-        TypeError: a weight or bias to pack is not float16 or bfloat16, or ``model`` is no module.
+        TypeError: a weight or bias to pack is not float16 or bfloat16, or ``model`` is not a
+            module.
         NotImplementedError: a weight is distributed over processes, but not by a tensor parallel
-            plan of transformers (under which all processes call this together).
+            plan of transformers (with such a plan, all processes must call this together).
         RuntimeError: the compiled extension is missing, or CUDA failed.
 
     Example:
@@ -269,15 +271,15 @@ def sparsify_(
     to_pack = [(name, module) for name, module, _ in layers if not skip[module]]
     if any(name == "" for name, _ in to_pack):
         raise ValueError(
-            "flash_llm.sparsify_: the model itself is the layer and cannot be swapped in place; "
+            "flash_llm.sparsify_: the model itself is the layer and cannot be replaced in place; "
             "use SparseLinear.from_linear"
         )
     refuse_tied(model, to_pack, "flash_llm.sparsify_", "packing one would untie them")
     for name, module in to_pack:
         if module not in distributed and any(map(is_dtensor, module.parameters())):
             raise NotImplementedError(
-                f"flash_llm.sparsify_: {name} is distributed over processes (DTensor) by something "
-                "else than the tensor parallel plan of transformers; pack it before that, or add "
+                f"flash_llm.sparsify_: {name} is distributed over processes (DTensor), but not by "
+                "a tensor parallel plan of transformers; pack it before it is distributed, or add "
                 f'"{name}" to ignore'
             )
         _refuse_dtype(name, module)
@@ -299,7 +301,7 @@ def sparsify_(
     if targets == DEFAULT_TARGETS:
         rows.extend(_expert_rows(model))
 
-    # Nothing below can fail half-way.
+    # Nothing below can fail.
     for old, new in swaps.items():
         _carry_state(old, new)
         if old in distributed:
@@ -312,27 +314,27 @@ def sparsify_(
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers of a model; storage that several share counts once.
+    """Bytes of all parameters and buffers of a model; shared storage is counted once.
 
     Args:
-        model: any module; meta tensors count with the bytes that they stand for.
+        model: any module; tensors on the meta device count with their size.
     """
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
         storage = local_part(tensor).untyped_storage()
-        # Meta and empty storages have no address; there the tensor itself tells them apart.
+        # Meta and empty storages have no address, so their tensors are distinguished by identity.
         address = storage.data_ptr() if tensor.device.type != "meta" else 0
         storages[(tensor.device, address or id(tensor))] = storage.nbytes()
     return sum(storages.values())
 
 
 def _why_skipped(module: nn.Module, distributed: bool) -> str:
-    """Why a layer that is wanted cannot be packed, or ""."""
+    """Why a selected layer cannot be packed, or ""."""
     if isinstance(module, SparseLinear):
         return "already sparse"
     own = _own_behaviour(module)
     if own:
-        return f"{type(module).__name__} may compute something else than nn.Linear: {own}"
+        return f"{type(module).__name__} may compute something other than nn.Linear: {own}"
     if "forward" in vars(module) and not distributed:
         return "its forward was replaced (accelerate?); remove that hook first"
     pruned = {"weight_orig", "weight_mask"} <= {*module._parameters, *module._buffers}
@@ -346,7 +348,7 @@ def _why_skipped(module: nn.Module, distributed: bool) -> str:
 
 
 def _own_behaviour(module: nn.Module) -> str:
-    """Why a layer does not just multiply its input by its weight when it is called, or ""."""
+    """Why a call of a layer may compute something other than nn.Linear, or ""."""
     if is_conv1d(module):
         return ""
     if not isinstance(module, nn.Linear):
@@ -371,12 +373,12 @@ def _refuse_dtype(name: str, module: nn.Module) -> None:
 
 
 def decide(name: str, packed: PackedWeight, pack_unprofitable: bool) -> LayerReport:
-    """Decide whether a layer is better packed, and say why.
+    """Decide whether a layer is replaced by its packed weight, and give the reason.
 
     Args:
         name: of the layer, for the report.
-        packed: its weight.
-        pack_unprofitable: pack it even if that takes more bytes.
+        packed: the layer's weight.
+        pack_unprofitable: whether to pack it even if that takes more bytes.
     """
     size = compared_size(packed)
     if packed.nbytes < packed.dense_nbytes:
@@ -398,7 +400,7 @@ def decide(name: str, packed: PackedWeight, pack_unprofitable: bool) -> LayerRep
 
 
 def compared_size(packed: PackedWeight) -> str:
-    """Say how many bytes a weight takes, as a multiple of what it takes dense."""
+    """Return the packed size of a weight as a multiple of its dense size, in words."""
     if packed.dense_nbytes:
         return f"{packed.nbytes / packed.dense_nbytes:.2f}x the dense bytes"
     return f"{packed.nbytes} bytes instead of none"
@@ -422,7 +424,7 @@ def _skipped_row(name: str, module: nn.Module, reason: str) -> LayerReport:
         shape = (module.out_features, module.in_features)
     elif is_conv1d(module) and isinstance(module.weight, Tensor):
         shape = tuple(module.weight.t().shape)
-    # Subclasses keep their weight in ways of their own; all that they own is what they weigh.
+    # Subclasses may store their weight in several parameters, so all of them count.
     weights = (p for key, p in module.named_parameters() if key.rpartition(".")[2] != "bias")
     return LayerReport(
         name, shape, None, sum(p.nbytes for p in weights), None, None, "skipped", reason
@@ -434,7 +436,7 @@ def _expert_rows(model: nn.Module) -> Iterator[LayerReport]:
         if isinstance(module, (_ConvNd, nn.Bilinear)):
             continue
         for name, parameter in module.named_parameters(module_name, recurse=False):
-            # Dimensions of 1 mark position embeddings and class tokens, not a stack of experts.
+            # Position embeddings and class tokens, unlike stacks of experts, have a dimension of 1.
             if parameter.dim() == 3 and min(parameter.shape) > 1:
                 yield LayerReport(
                     name,
@@ -450,7 +452,7 @@ def _expert_rows(model: nn.Module) -> Iterator[LayerReport]:
 
 def _carry_state(old: nn.Module, new: SparseLinear) -> None:
     new.train(old.training)
-    # torch.nn.utils.prune recomputes the weight before each forward; its mask is folded in by now.
+    # torch.nn.utils.prune recomputes the weight before each forward; its mask is applied already.
     for key, hook in list(old._forward_pre_hooks.items()):
         if isinstance(hook, BasePruningMethod):
             del old._forward_pre_hooks[key]

@@ -1,4 +1,4 @@
-"""Tables in plain text, as reports print them, and the order and the kinds of layers in them."""
+"""Plain text tables of reports, and how layers are sorted and grouped in them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def aligned(table: Sequence[Sequence[str]], left: Container[int] = ()) -> list[s
     """Return the lines of a table, two spaces between columns.
 
     Args:
-        table: lines of equally many cells, the titles among them.
-        left: numbers of the columns that align left; the others, numbers mostly, align right.
+        table: lines with the same number of cells, titles included.
+        left: indices of the columns that are aligned left; the others are aligned right.
     """
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
@@ -28,7 +28,7 @@ def aligned(table: Sequence[Sequence[str]], left: Container[int] = ()) -> list[s
 
 
 def kind(name: str) -> str:
-    """Return what a layer has in common with those of other blocks: layers.*.mlp.up_proj."""
+    """Return a layer's name without the numbers of its blocks: layers.*.mlp.up_proj."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
@@ -46,7 +46,7 @@ def shape_text(shape: Iterable[int]) -> str:
 
 
 def span(values: Iterable[float | None], digits: int = 4) -> str:
-    """Return the smallest and the largest of some numbers, as one where they are printed alike."""
+    """Return the range of some numbers as text; a single number if both ends are printed alike."""
     known = sorted(value for value in values if value is not None)
     if not known:
         return "-"
@@ -55,7 +55,8 @@ def span(values: Iterable[float | None], digits: int = 4) -> str:
 
 
 def natural(name: str) -> tuple[list[str | int], str]:
-    """Key to sort names with, by the values of the numbers in them: layers.2 before layers.10."""
+    """Sort key that compares the numbers in names by value: layers.2 before layers.10."""
     parts = re.split(r"([0-9]+)", name)
-    # Text and numbers alternate, so like is compared with like. The name itself parts 01 from 1.
+    # Text and numbers alternate, so both are compared with their kind. The name distinguishes 01
+    # from 1.
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name

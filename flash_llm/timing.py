@@ -1,11 +1,11 @@
-"""How every benchmark measures time: those of ``benchmarks`` and ``flash-llm bench``.
+"""Time measurement for all benchmarks: those in ``benchmarks`` and ``flash-llm bench``.
 
-On CUDA: the calls are captured into one graph, so that no Python or launch time is counted; each
-call works on other weights, rotated through more than L2 can hold, so that weights come from memory
-as they do in a model; whole graphs are replayed between two events. Contenders are replayed in
-turns, so that clocks and temperature are the same for all, and the median over the turns counts.
+On CUDA the calls are captured in one graph, so that Python and launches are not measured. The calls
+rotate through copies of the weights that exceed L2, so that weights are read from memory, as in a
+model. Whole graphs are replayed between two events. Contenders are replayed in turns, so that
+clocks and temperature are the same for all. The result is the median over the turns.
 
-On the CPU: the same turns and median with a wall clock.
+On the CPU the same turns and median are measured with a wall clock.
 """
 
 import math
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-# Five times the L2 of an H100, four times that of an H200: what one round of copies must exceed.
+# The least size of all copies: five times the L2 of an H100, four times that of an H200.
 ROTATION_BYTES = 256 * 2**20
-# Calls in one graph: the two events and the graph's start are spread over this many, or over as
-# many as last this long.
+# A graph has at least this many calls, or lasts this long: the cost of the two events and of the
+# graph's start is divided by its calls.
 MIN_CALLS = 20
 LONG_GRAPH_US = 5000.0
 REPLAYS = 7
@@ -47,12 +47,12 @@ class Timing:
 
     @classmethod
     def of(cls, samples_us: Sequence[float]) -> "Timing":
-        """Summarise the samples of one contender."""
+        """Return median and extremes of the samples of one contender."""
         return cls(statistics.median(samples_us), min(samples_us), max(samples_us))
 
 
 def calls_in_graph(num_copies: int, call_us: float) -> int:
-    """Return how many calls of ``call_us`` each to capture: a whole number of rounds over copies.
+    """Return how many calls of ``call_us`` each to capture, a multiple of the number of copies.
 
     At least :data:`MIN_CALLS`, or enough for :data:`LONG_GRAPH_US`.
     """
@@ -71,7 +71,7 @@ def time_cuda(
     """Time each contender's calls by graph replay, the contenders in turns.
 
     Args:
-        contenders: for each name its calls, one per copy of the rotated data; capturable.
+        contenders: for each name its calls, one for each copy of the data; each can be captured.
         replays: timed replays of each; at least 7.
 
     Returns:
@@ -86,7 +86,7 @@ def time_cuda(
     graphs = {}
     for name, calls in contenders.items():
         with torch.cuda.stream(stream):
-            for call in calls:  # first use: attributes, cuBLAS handles and heuristics
+            for call in calls:  # warm-up: kernel attributes, cuBLAS handles and heuristics
                 call()
             start, end = _events()
             start.record(stream)
@@ -124,7 +124,7 @@ def time_cpu(
     """Time each contender's calls by wall clock, the contenders in turns.
 
     Args:
-        contenders: for each name its calls, one per copy of the rotated data.
+        contenders: for each name its calls, one for each copy of the data.
         replays: timed turns of each; at least 7.
         min_seconds: calls are repeated until one turn lasts about this long.
 

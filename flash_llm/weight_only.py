@@ -1,8 +1,8 @@
-"""torch's weight-only INT8 and INT4 products, to compare packed layers with; on the CPU.
+"""torch's weight-only INT8 and INT4 products on the CPU, for comparison with packed layers.
 
 Weights are rounded to nearest, without calibration: to 8 bits with a scale for each row, or to 4
-bits with a scale and a zero for each group of columns. torch's operators are private
-to it: the demo and the benchmarks use this module, and it is no way to store a model.
+bits with a scale and a zero for each group of columns. This module uses private operators of torch.
+It is for the demo and the benchmarks, not for storing models.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 VALUES = ("int8", "int4")
-"""What weights are rounded to."""
+"""Value types to which weights are rounded."""
 GROUP = 64
-"""Columns of an INT4 weight that share a scale, by default. 128 does not divide SmolLM2's widths;
-its weights were dequantised from groups of 32, so rounding them in such groups costs too little."""
+"""Default number of columns of an INT4 weight that share a scale. 128 does not divide the widths of
+SmolLM2. Its weights were dequantised from groups of 32, so groups of 32 would have too small an
+error."""
 
 
 def round_to_nearest(weight: Tensor, values: str, group: int = GROUP) -> Tensor:
-    """Round a weight and give it back dequantised.
+    """Round a weight and dequantise it.
 
     Args:
         weight: ``[M, K]`` finite float16, bfloat16 or float32.
@@ -32,7 +33,7 @@ def round_to_nearest(weight: Tensor, values: str, group: int = GROUP) -> Tensor:
         ``[M, K]`` of the weight's dtype.
 
     Raises:
-        ValueError: ``values`` is unknown, or K is no multiple of ``group`` (INT4).
+        ValueError: ``values`` is unknown, or K is not a multiple of ``group`` (INT4).
     """
     if _is_int8(values):
         steps, scales = _int8(weight)
@@ -53,7 +54,7 @@ class WeightOnlyLinear(nn.Module):
         values: one of :data:`VALUES`; INT4 in groups of :data:`GROUP` columns.
 
     Raises:
-        ValueError: ``values`` is unknown, or K is no multiple of :data:`GROUP` (INT4).
+        ValueError: ``values`` is unknown, or K is not a multiple of :data:`GROUP` (INT4).
     """
 
     weight: Tensor
@@ -84,7 +85,7 @@ class WeightOnlyLinear(nn.Module):
 
 
 def quantize_(model: nn.Module, layers: Iterable[str], values: str) -> None:
-    """Swap linear layers for :class:`WeightOnlyLinear`, in place.
+    """Replace linear layers by :class:`WeightOnlyLinear`, in place.
 
     Args:
         model: in bfloat16, on the CPU.
@@ -97,7 +98,7 @@ def quantize_(model: nn.Module, layers: Iterable[str], values: str) -> None:
 
 
 def round_(model: nn.Module, layers: Iterable[str], values: str, group: int = GROUP) -> None:
-    """Round the weights of linear layers, which stay ``nn.Linear``, in place.
+    """Round the weights of linear layers in place; the layers remain ``nn.Linear``.
 
     Args:
         model: of any dtype and device.

@@ -1,8 +1,8 @@
-"""``WeightView``: what ``layer.weight`` of a packed layer is, unpacked only when values are needed.
+"""``WeightView``: the ``weight`` of a packed layer, unpacked only when its values are needed.
 
-Much code reads a weight for its dtype or device alone (T5 in each forward), and much other code
-writes into it in place. The first must cost nothing; the second would change a copy, so it is
-refused. Whatever else is done with a view is done with the dense weight.
+Much code reads only the dtype or the device of a weight (T5 in each forward), which must not unpack
+it. Other code writes to a weight in place. This would change a copy, so it is refused. All other
+operations on a view are done on the dense weight.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class WeightView(Tensor):
     """A read-only dense ``[M, K]`` weight, of the dtype and on the device of the packed one.
 
     Operations return plain tensors, but views of it (``t()``, slices, ``data``) are read-only too.
-    It has ``__torch_function__``, for which the fused forms of ``torch.nn``'s Transformer layers
-    make way: they would take weights around the layers' ``forward``.
+    Because it has ``__torch_function__``, the Transformer layers of ``torch.nn`` do not use their
+    fused forms, which read weights instead of calling the layers' ``forward``.
 
     Args:
         packed: the weight, unpacked at the first operation that needs values.
@@ -36,7 +36,7 @@ class WeightView(Tensor):
 
     _source: PackedWeight | Tensor
     _assign: Callable[[Tensor], None] | None
-    # The init functions of transformers pass over it: a packed weight is loaded, never drawn.
+    # The init functions of transformers skip it: a packed weight is never initialised randomly.
     _is_hf_initialized = True
 
     @staticmethod
@@ -44,7 +44,7 @@ class WeightView(Tensor):
         cls, packed: PackedWeight | Tensor, assign: Callable[[Tensor], None] | None = None
     ) -> WeightView:
         """Make a tensor without memory."""
-        # torch refuses views, outside of inference mode, of what was made in it, and the reverse.
+        # torch refuses views in inference mode of tensors made outside of it, and the reverse.
         inference = torch.is_inference_mode_enabled()
         with torch.inference_mode(False) if inference else nullcontext():
             view: WeightView = Tensor._make_wrapper_subclass(
@@ -59,14 +59,14 @@ class WeightView(Tensor):
         return view
 
     def dense(self) -> Tensor:
-        """Return the values as a plain tensor, which other calls share."""
+        """Return the values as a plain tensor, the same one in each call."""
         if isinstance(self._source, PackedWeight):
             self._source = ops.unpack(self._source)
         return self._source
 
     @property
     def data(self) -> Tensor:
-        """The view itself, as it has no gradient; a tensor assigned to it is packed."""
+        """The view itself, as it has no gradient; a tensor that is assigned is packed."""
         return self
 
     @data.setter
@@ -81,7 +81,7 @@ class WeightView(Tensor):
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is Tensor.apply_:  # no operator, so it does not come by below
+        if func is Tensor.apply_:  # not an operator, so __torch_dispatch__ does not see it
             raise _read_only("apply_")
         if func in _NEED_MEMORY:
             args = tree_map_only(cls, cls.dense, args)
@@ -106,7 +106,7 @@ class WeightView(Tensor):
         return result
 
 
-# These take the memory of a tensor, which a view has not, without an operator that says so.
+# These access the memory of a tensor, which a view does not have, without calling an operator.
 _NEED_MEMORY = {
     Tensor.__array__,
     Tensor.__deepcopy__,
@@ -124,7 +124,7 @@ _NEED_MEMORY = {
 
 
 def _read_only(operation: object) -> NotImplementedError:
-    # No TypeError: for that ``w += x`` would go on with ``w = w + x``, which writes nowhere.
+    # Not a TypeError: after that Python would compute ``w += x`` as ``w = w + x``, without a write.
     return NotImplementedError(
         f"flash_llm.SparseLinear: weight is packed, so {operation} cannot write into it; change a "
         "clone() and assign that to the layer's weight, or use the dense layer that to_linear() "

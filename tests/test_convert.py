@@ -680,7 +680,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
         ({"dtype": torch.float64}, ValueError, "dtype must be torch.float16 or torch.bfloat16"),
         ({"workers": 0}, ValueError, "workers must be positive, got 0"),
         ({"targets": "q_prj"}, ValueError, 'target "q_prj" matches no two-dimensional weight'),
-        ({"targets": "re:("}, ValueError, "is no regular expression"),
+        ({"targets": "re:("}, ValueError, r"re:\("),
     ],
 )
 def test_bad_arguments(tmp_path, arguments, error, message):
@@ -706,7 +706,7 @@ def test_sources_that_are_no_dense_checkpoint(tmp_path):
         convert_checkpoint(tmp_path / "awq", tmp_path / "again")
     file = tmp_path / "dense" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a complete safetensors file"):
         convert_checkpoint(tmp_path / "dense", tmp_path / "again")
     assert not Path(tmp_path, "again").exists()
 
@@ -724,11 +724,11 @@ def with_header(folder, header, size):
     ("change", "message"),
     [
         # Two names for the same bytes, as in a pickled file with tied weights.
-        ({"b.weight": {"data_offsets": [0, 8]}}, "is no whole safetensors file"),
+        ({"b.weight": {"data_offsets": [0, 8]}}, "is not a complete safetensors file"),
         # More than there is, before memory is asked for.
-        ({"b.weight": {"shape": [2**40, 2**20], "data_offsets": [8, 16]}}, "is no whole safe"),
-        ({"b.weight": {"data_offsets": [8, 2**50]}}, "is no whole safetensors file"),
-        ({"b.weight": {"dtype": "F12"}}, "is no whole safetensors file"),
+        ({"b.weight": {"shape": [2**40, 2**20], "data_offsets": [8, 16]}}, "is not a complete"),
+        ({"b.weight": {"data_offsets": [8, 2**50]}}, "is not a complete safetensors file"),
+        ({"b.weight": {"dtype": "F12"}}, "is not a complete safetensors file"),
     ],
 )
 def test_headers_that_lie_are_refused(tmp_path, change, message):
@@ -777,7 +777,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused_by_all(tmp_path, name)
         lambda: flash_llm.verify_checkpoint(tmp_path / "other", tmp_path / "dense"),
         lambda: flash_llm.inspect_checkpoint(tmp_path / "dense"),
     ):
-        with pytest.raises(ValueError, match=f"index.json names '{name}', which is no safetensors"):
+        with pytest.raises(ValueError, match=f"index.json names '{name}'"):
             read()
 
 

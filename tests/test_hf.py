@@ -480,7 +480,7 @@ def test_a_broken_file_is_named(tmp_path):
     packed("llama", tmp_path).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a complete safetensors file"):
         flash_llm.from_pretrained(tmp_path)
 
 

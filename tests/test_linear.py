@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import flash_llm
 from flash_llm import SparseLinear, ops, testing
+from flash_llm.linear import BUFFERS
+from flash_llm.ops import PackedHeader
 
 KEYS = ["bias", "weight_header", "weight_offsets", "weight_payload"]
 
@@ -726,22 +728,141 @@ def test_safetensors_round_trip(format, tmp_path):
         assert_same_layer(other[name], model[name])
 
 
-def test_buffers_set_one_by_one_are_noticed(format):
-    """Loaders such as transformers' set attributes, accelerate's writes to _buffers."""
-    source, _ = sparse_linear_and_dense(format=format)
+def with_equal_payloads(format):
+    """Two layers whose headers differ in nnz only, of payloads of equal length."""
+    dense = torch.zeros(130, 70).half()
+    dense[0, :5] = 1
+    first = SparseLinear.from_packed(flash_llm.pack(dense, format))
+    dense[0, 5] = 1
+    second = SparseLinear.from_packed(flash_llm.pack(dense, format))
+    assert first.weight_payload.shape == second.weight_payload.shape
+    return first, second
+
+
+def copy_in_place(layer, name, value):
+    getattr(layer, name).copy_(value)
+
+
+def assign_data(layer, name, value):
+    getattr(layer, name).data = value
+
+
+def put_into_buffers(layer, name, value):
+    layer._buffers[name] = value
+
+
+def swap(layer, name, value):
+    torch.utils.swap_tensors(getattr(layer, name), value)
+
+
+def set_parameter(layer, name, value):
+    setattr(layer, name, nn.Parameter(value, requires_grad=False))
+
+
+def set_by_accelerate(layer, name, value):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.utils.set_module_tensor_to_device(layer, name, "cpu", value)
+
+
+BUFFER_WRITES = [
+    *(copy_in_place, assign_data, put_into_buffers, swap, setattr, set_parameter),
+    set_by_accelerate,
+]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("write", BUFFER_WRITES, ids=lambda write: write.__name__)
+def test_another_header_is_noticed_however_it_is_written(write, inference, format):
+    """Also of a payload of the same length, and in tensors that count no writes."""
+    with torch.inference_mode(inference):
+        layer, other = with_equal_payloads(format)
+        x = torch.randn(3, 70).half()
+        expected, header = other(x), other.packed.header
+        layer(x)
+        for name in BUFFERS:
+            write(layer, name, getattr(other, name).clone())
+        assert torch.equal(layer(x), expected)
+        assert layer.packed.header == header and layer.sparsity == header.sparsity
+        layer.packed.validate()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_another_header_is_noticed_in_a_state_dict(assign, format):
+    layer, other = with_equal_payloads(format)
+    layer.load_state_dict(other.state_dict(), assign=assign)
+    assert_same_layer(layer, other)
+    layer.packed.validate()
+
+
+def test_another_header_is_noticed_in_a_functional_call_and_in_copies(format):
+    layer, other = with_equal_payloads(format)
     x = torch.randn(3, 70).half()
-    by_attribute = SparseLinear(70, 130, bias=False, format=format)
-    for name, value in source.named_buffers():
-        setattr(by_attribute, name, value)
-    behind_its_back = SparseLinear(70, 130, bias=False, format=format)
-    for name, value in source.named_buffers():
-        behind_its_back._buffers[name] = value
-    source.bias = None
-    for layer in (by_attribute, behind_its_back):
-        assert torch.equal(layer(x), source(x))
-        assert layer.sparsity == source.sparsity
+    own, expected = layer(x), other(x)
+    buffers = dict(other.named_buffers())
+    assert torch.equal(torch.func.functional_call(layer, buffers, (x,)), expected)
+    assert torch.equal(layer(x), own)
+    layer.packed.validate()
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        copied.weight_payload.copy_(other.weight_payload)
+        copied.weight_header.copy_(other.weight_header)
+        copied.packed.validate()
+        assert torch.equal(copied(x), expected) and torch.equal(layer(x), own)
+
+
+def test_a_new_compilation_sees_a_header_that_was_written_in_place(format):
+    layer, other = with_equal_payloads(format)
+    headers = []
+
+    def record(graph, inputs):
+        calls = [node for node in graph.graph.nodes if "spmm" in str(node.target)]
+        headers.extend(tuple(call.args[1]) for call in calls)
+        return graph
+
+    x = torch.randn(3, 70).half()
+    torch._dynamo.reset()
+    torch.compile(layer, fullgraph=True, backend=record)(x)
+    first = layer.packed.header
+    for name in BUFFERS:
+        copy_in_place(layer, name, getattr(other, name))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=record)
+    compiled(x)
+    # Compiled code is guarded by the header that it was compiled for.
+    layer.load_state_dict(with_equal_payloads(format)[0].state_dict())
+    compiled(x)
+    torch._dynamo.reset()
+    assert headers == [first, other.packed.header, first]
+
+
+def test_replicas_of_data_parallel_training_read_the_header_that_was_sent(format, tmp_path):
+    layer, other = with_equal_payloads(format)
+    layer.bias = nn.Parameter(torch.zeros(130).half())
+    x = torch.randn(3, 70).half()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        replica = nn.parallel.DistributedDataParallel(layer)
+        replica(x).sum().backward()
+        for name in BUFFERS:
+            copy_in_place(layer, name, getattr(other, name))
+        assert torch.equal(replica(x), other(x))
+    finally:
+        torch.distributed.destroy_process_group()
+    layer.packed.validate()
+
+
+def test_a_header_of_another_shape_or_of_no_format_is_refused(format):
+    layer = sparse_linear_and_dense(format=format)[0]
+    before = copy.deepcopy(layer)
     with pytest.raises(ValueError, match=r"weight .*\[130, 70\].*\[8, 64\]"):
-        by_attribute.weight_header = SparseLinear(64, 8).weight_header
+        layer.weight_header = SparseLinear(64, 8).weight_header
+    with pytest.raises(NotImplementedError, match=r"SparseLinear: .*format 99"):
+        layer.weight_header = PackedHeader(*layer.packed.header)._replace(format=99).to_tensor()
+    assert_same_layer(layer, before)
+    layer.weight_header[0] = 1
+    with pytest.raises(ValueError, match=r"SparseLinear: .*magic number .*, got 1$"):
+        layer(torch.ones(1, 70).half())
 
 
 # ---- accelerate ----
@@ -871,16 +992,33 @@ def test_model_of_sparse_layers_compiles_into_one_graph(format, device):
     torch._dynamo.reset()
 
 
-def test_forward_writes_no_attribute_and_reads_no_header(format, monkeypatch):
-    """No device synchronisation hides in a call."""
-    layer, _ = sparse_linear_and_dense(format=format)
-    layer._buffers["weight_header"] = torch.zeros(8, dtype=torch.int64)  # would be refused if read
+def loaded(layer):
+    new = SparseLinear(70, 130, format=layer.format)
+    new.load_state_dict(layer.state_dict())
+    return new
 
-    def refuse(*_):
-        raise AssertionError("forward set an attribute")
 
-    monkeypatch.setattr(SparseLinear, "__setattr__", refuse)
-    assert layer(torch.ones(1, 70, dtype=torch.float16)).shape == (1, 130)
+def unpickled(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+def emptied(layer):
+    return copy.deepcopy(layer).to("meta").to_empty(device="cpu")
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("made_by", [copy.deepcopy, unpickled, loaded, emptied, nn.Module.half])
+def test_a_call_writes_no_attribute_and_reads_no_header(made_by, inference, monkeypatch):
+    """No device synchronisation hides in it, not even in the first one of a layer."""
+    with torch.inference_mode(inference):
+        layer = made_by(sparse_linear_and_dense()[0])
+
+        def refuse(*_):
+            raise AssertionError("forward read the header or set an attribute")
+
+        monkeypatch.setattr(PackedHeader, "from_tensor", refuse)
+        monkeypatch.setattr(SparseLinear, "__setattr__", refuse)
+        assert layer(torch.ones(1, 70, dtype=torch.float16)).shape == (1, 130)
 
 
 @pytest.mark.gpu

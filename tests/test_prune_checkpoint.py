@@ -372,7 +372,7 @@ def test_sources_that_cannot_be_pruned(tmp_path, source, text):
     refused(source, "has no config.json")
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    refused(source, "is no whole safetensors file")
+    refused(source, "is not a complete safetensors file")
 
 
 def test_float32_is_cast_or_saved_dense(tmp_path, text):

@@ -71,7 +71,7 @@ def worker(rank, folder, port):
         found[f"{name} weights"] = {n: m.weight.clone() for n, m in layers.items()}
         found[f"{name} gradient"] = gradient(model)
         for save in (model.save_pretrained, lambda to, model=model: flash_llm.save(model, to)):
-            with pytest.raises(NotImplementedError, match="q_proj holds this process's part"):
+            with pytest.raises(NotImplementedError, match="q_proj "):
                 save(folder / f"again-{rank}")
     found["fsdp"] = fully_sharded()
     torch.save(found, folder / f"{rank}.pt")

@@ -480,9 +480,10 @@ std::string read_chunk(const StoredChunk& stored, Chunk* chunk) {
   chunk->rows = static_cast<int>(sizes & 0xFFU);
   chunk->steps = {static_cast<int>(sizes >> 8 & 0xFFU), static_cast<int>(sizes >> 16 & 0xFFU)};
   if (sizes >> 24 != 0 || chunk->units() != stored.units) {
-    return "R = " + std::to_string(chunk->rows) + ", G0 = " + std::to_string(chunk->steps[0]) +
+    return "the spare bits of the down offsets say R = " + std::to_string(chunk->rows) +
+           ", G0 = " + std::to_string(chunk->steps[0]) +
            ", G1 = " + std::to_string(chunk->steps[1]) + " and " + std::to_string(sizes >> 24) +
-           " in the spare bits do not make " + std::to_string(stored.units) + " units";
+           ", which does not give a size of " + std::to_string(stored.units) + " units";
   }
   chunk->bits = two_four_element_bits(load<TwoFourBits>(stored.bytes + chunk->bits_begin()));
   chunk->runs = run_words(chunk->bits, true);
@@ -515,8 +516,8 @@ std::string position_text(int row, int col) {
 // What is wrong with the layout of the runs, or "".
 std::string runs_problem(const Chunk& chunk) {
   int up[kLanes][2] = {};           // length of the upward run by column and slot
-  bool used[kLanes][2] = {};        // slots taken by a downward run
-  bool strip_used[2][kLanes] = {};  // columns taken by a strip's downward runs
+  bool used[kLanes][2] = {};        // whether a downward run has this column and slot
+  bool strip_used[2][kLanes] = {};  // whether a downward run of this strip has this column
   for (size_t lane = 0; lane < kLanes; ++lane) {
     for (size_t strip = 0; strip < kStrips; ++strip) {
       up[lane][strip] = popcount(chunk.runs[lane][strip]);
@@ -530,10 +531,11 @@ std::string runs_problem(const Chunk& chunk) {
         return "lane " + std::to_string(lane) + " of strip " + std::to_string(strip);
       };
       if (down_offset % 2 != 0 || down_offset >= kChunkRowBytes) {
-        return who() + ": sigma must be even and below 128, got " + std::to_string(down_offset);
+        return who() + ": down offset must be even and below 128, got " +
+               std::to_string(down_offset);
       }
       if (strip_used[strip][column] || used[column][slot]) {
-        return who() + ": column " + std::to_string(column) + " is taken twice";
+        return who() + ": another downward run has column " + std::to_string(column) + " too";
       }
       strip_used[strip][column] = used[column][slot] = true;
       const int down = popcount(chunk.runs[lane][2 + strip]);
@@ -560,7 +562,7 @@ std::string bits_problem(const Chunk& chunk, const Extent& extent) {
   const ResidualSteps needed = residual_steps(chunk.bits);
   for (size_t strip = 0; strip < kStrips; ++strip) {
     if (chunk.steps[strip] != needed[strip]) {
-      return "the residual of strip " + std::to_string(strip) + " takes " +
+      return "the residual of strip " + std::to_string(strip) + " must have " +
              std::to_string(needed[strip]) + " steps, got " + std::to_string(chunk.steps[strip]);
     }
   }
@@ -586,7 +588,7 @@ std::string values_problem(const Chunk& chunk, const uint8_t* bytes) {
     const int found = load<uint16_t>(bytes + offset);
     if (problem.empty() && found != residual_offset(col)) {
       problem = "step " + std::to_string(step) + " of row " + std::to_string(row) +
-                "'s residual must have place " + std::to_string(residual_offset(col)) + ", got " +
+                " must have residual offset " + std::to_string(residual_offset(col)) + ", got " +
                 std::to_string(found);
     }
   });
@@ -690,17 +692,8 @@ Status bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
   });
   *nnz = 0;
   for (const int64_t count : counts) *nnz += count;
-  int64_t units = 0;
-  offsets[0] = 0;
-  for (int64_t chunk = 0; chunk < rows * cols; ++chunk) {
-    units += offsets[chunk + 1];
-    if (units > INT32_MAX) {
-      return Status::invalid_value("a weight of " + std::to_string(m) + "x" + std::to_string(k) +
-                                   " has more bytes than 31-bit chunk offsets can address");
-    }
-    offsets[chunk + 1] = static_cast<int32_t>(units);
-  }
-  return Status::success();
+  return fill_offsets(
+      m, k, rows * cols, [&](int64_t chunk) { return offsets[chunk + 1]; }, offsets);
 }
 
 Status bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
@@ -743,10 +736,6 @@ Status bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets, int64
     return status;
   }
   const int64_t units = payload_words / kChunkUnitWords;
-  if (payload_words % kChunkUnitWords != 0 || units > INT32_MAX) {
-    return Status::invalid_value("payload must be whole units of 16 words, at most 2^31 - 1, got " +
-                                 std::to_string(payload_words) + " words");
-  }
   // A unit holds at most 32 values.
   if (units > chunks * kMaxPlainUnits || header.nnz > units * (kChunkUnitBytes / 2)) {
     return nnz_does_not_fit(header, chunks, "chunk");
@@ -756,36 +745,25 @@ Status bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets, int64
 
 Status bitmap_validate(const PackedView& view, const ParallelFor& parallel_for) {
   const int64_t rows = num_chunk_rows(view.m), cols = num_chunk_cols(view.k), chunks = rows * cols;
-  Status offsets = check_offsets(view, chunks, [](int64_t chunk, int64_t units) {
+  Status offsets = check_offsets(view, chunks, kChunkUnitWords, [](int64_t chunk, int64_t units) {
     if (units == 0 || chunk_value_rows(units) >= 0 || is_two_four(units)) return Status::success();
-    return Status::invalid_value("chunk " + std::to_string(chunk) + " holds " +
-                                 std::to_string(units) +
-                                 " units; 0, 9, 11 ... 137 (plain) and 18, 20 ... 146 (2:4) are "
-                                 "sizes");
+    return Status::invalid_value("chunk " + std::to_string(chunk) + " must have 0, 9, 11 ... 137 " +
+                                 "(plain) or 18, 20 ... 146 (2:4) units, got " +
+                                 std::to_string(units));
   });
   if (!offsets.ok()) return offsets;
-  if (int64_t{view.offsets[chunks]} * kChunkUnitWords != view.payload_words) {
-    return Status::invalid_value(
-        "offsets must end at " + std::to_string(view.payload_words / kChunkUnitWords) +
-        ", the payload's units, got " + std::to_string(view.offsets[chunks]));
-  }
   if (Status kinds = check_kinds(view); !kinds.ok()) return kinds;
-  const auto check_range = [&](int64_t begin, int64_t end, FirstFailure& failure) {
-    int64_t range_nnz = 0;
-    for (int64_t nth = begin; nth < end; ++nth) {
-      const int64_t row = nth / cols, col = nth % cols, index = chunk_index(row, col, rows, cols);
-      const StoredChunk stored = stored_chunk(view, index);
-      if (stored.units == 0) continue;
-      const Extent extent = chunk_extent(row, col, is_two_four(stored.units), view.m, view.k);
-      const std::string problem = chunk_problem(stored, extent, &range_nnz);
-      if (!problem.empty()) {
-        failure.report(index, problem);
-        return range_nnz;
-      }
-    }
-    return range_nnz;
+  const auto check_chunk = [&](int64_t nth, FirstFailure& failure) {
+    const int64_t row = nth / cols, col = nth % cols, index = chunk_index(row, col, rows, cols);
+    const StoredChunk stored = stored_chunk(view, index);
+    int64_t nnz = 0;
+    if (stored.units == 0) return nnz;
+    const Extent extent = chunk_extent(row, col, is_two_four(stored.units), view.m, view.k);
+    const std::string problem = chunk_problem(stored, extent, &nnz);
+    if (!problem.empty()) failure.report(index, problem);
+    return nnz;
   };
-  return check_tiles(view, chunks, "chunk", parallel_for, check_range);
+  return check_tiles(view, chunks, "chunk", parallel_for, check_chunk);
 }
 
 int64_t bitmap_count_stored(const PackedView& view, const ParallelFor& parallel_for) {

@@ -128,9 +128,8 @@
 // slot i to strip i:
 //   * the run of half 0 fills its own column and slot upward from row 0;
 //   * the run of half 1 fills another column downward from row R - 1. The down offset, 4 column +
-//     2 slot, is the byte offset in that row at which it begins (error messages call it sigma). For
-//     each strip the columns are distinct: in any one load every lane reads another bank of shared
-//     memory, whatever its row.
+//     2 slot, is the byte offset in that row at which it begins. For each strip the columns are
+//     distinct: in any one load every lane reads another bank of shared memory, whatever its row.
 // Pairing long runs with short ones keeps R, and so the padding, small.
 //
 // Invariants (bitmap_validate checks all of them): the chunks of a pair, within a band, are of one

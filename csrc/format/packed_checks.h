@@ -43,6 +43,7 @@ class FirstFailure {
 // Checks buffer lengths against the header, for a format that cuts this weight into `tiles` tiles.
 inline Status check_lengths(const PackedHeader& header, int64_t tiles, int64_t num_offsets,
                             int64_t payload_words) {
+  const int unit_words = packed_format(header.format).unit_words;
   if (num_offsets != tiles + 1) {
     return Status::invalid_value("offsets must hold " + std::to_string(tiles + 1) +
                                  " elements for a " + std::to_string(header.m) + "x" +
@@ -53,6 +54,11 @@ inline Status check_lengths(const PackedHeader& header, int64_t tiles, int64_t n
     return Status::invalid_value("payload must hold " + std::to_string(header.payload_words) +
                                  " words, as the header says, got " +
                                  std::to_string(payload_words));
+  }
+  if (payload_words % unit_words != 0 || payload_words / unit_words > INT32_MAX) {
+    return Status::invalid_value("payload must be whole units of " + std::to_string(unit_words) +
+                                 " words, at most 2^31 - 1, got " + std::to_string(payload_words) +
+                                 " words");
   }
   return Status::success();
 }
@@ -70,9 +76,11 @@ inline Status nnz_does_not_fit(const PackedHeader& header, int64_t tiles, const 
                                std::to_string(tiles) + " " + what + "s");
 }
 
-// Checks that offsets begin at 0 and never decrease, and each tile by check_units(tile, units).
+// Checks that offsets begin at 0, never decrease and end with the payload, which is cut into units
+// of `unit_words`, and checks the size of each tile by check_units(tile, units).
 template <typename CheckUnits>
-Status check_offsets(const PackedView& view, int64_t tiles, const CheckUnits& check_units) {
+Status check_offsets(const PackedView& view, int64_t tiles, int unit_words,
+                     const CheckUnits& check_units) {
   if (view.offsets[0] != 0) {
     return Status::invalid_value("offsets[0] must be 0, got " + std::to_string(view.offsets[0]));
   }
@@ -85,6 +93,29 @@ Status check_offsets(const PackedView& view, int64_t tiles, const CheckUnits& ch
           "] = " + std::to_string(view.offsets[tile + 1]));
     }
     if (Status status = check_units(tile, units); !status.ok()) return status;
+  }
+  if (int64_t{view.offsets[tiles]} * unit_words != view.payload_words) {
+    return Status::invalid_value("offsets must end at the payload's " +
+                                 std::to_string(view.payload_words / unit_words) + " units, got " +
+                                 std::to_string(view.offsets[tiles]));
+  }
+  return Status::success();
+}
+
+// Fills offsets[tiles + 1] from the number of units of each tile, units_of(tile). Fails if there
+// are more than 31-bit offsets can address.
+template <typename UnitsOf>
+Status fill_offsets(int64_t m, int64_t k, int64_t tiles, const UnitsOf& units_of,
+                    int32_t* offsets) {
+  int64_t units = 0;
+  offsets[0] = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    units += units_of(tile);
+    if (units > INT32_MAX) {
+      return Status::invalid_value("a weight of " + std::to_string(m) + "x" + std::to_string(k) +
+                                   " has more nonzeros than 31-bit offsets can address");
+    }
+    offsets[tile + 1] = static_cast<int32_t>(units);
   }
   return Status::success();
 }
@@ -126,16 +157,17 @@ Status pack_tiles(int64_t tiles, int64_t grain, int64_t nnz, const ParallelFor& 
   return changed || packed != nnz ? dense_changed() : Status::success();
 }
 
-// Runs check_range(begin, end, failure) over all tiles. check_range returns the nonzeros of its
-// range; their total must equal the header's nnz.
-template <typename CheckRange>
+// Runs check_tile(tile, failure) for all tiles. check_tile reports what is wrong with the tile to
+// `failure`, or returns the tile's nonzeros; their total must equal the header's nnz.
+template <typename CheckTile>
 Status check_tiles(const PackedView& view, int64_t tiles, const char* what,
-                   const ParallelFor& parallel_for, const CheckRange& check_range) {
+                   const ParallelFor& parallel_for, const CheckTile& check_tile) {
   FirstFailure failure(what);
   std::mutex nnz_mutex;
   int64_t nnz = 0;
   parallel_for(tiles, 16, [&](int64_t begin, int64_t end) {
-    const int64_t range_nnz = check_range(begin, end, failure);
+    int64_t range_nnz = 0;
+    for (int64_t tile = begin; tile < end; ++tile) range_nnz += check_tile(tile, failure);
     const std::lock_guard<std::mutex> lock(nnz_mutex);
     nnz += range_nnz;
   });

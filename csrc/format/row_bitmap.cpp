@@ -28,8 +28,8 @@ int cols_of(int64_t k, int64_t group) {
   return static_cast<int>(std::min<int64_t>(kGroupCols, k - group * kGroupCols));
 }
 
-// Returns what is wrong with a block, or "". Adds its nonzeros to *nnz.
-std::string check_block(const PackedView& view, int64_t block, int64_t* nnz) {
+// What is wrong with a block, or ""; adds its nonzeros to *nnz.
+std::string block_problem(const PackedView& view, int64_t block, int64_t* nnz) {
   const int64_t groups = num_groups(view.k);
   const int64_t units = int64_t{view.offsets[block + 1]} - view.offsets[block];
   if (units == 0) return "";
@@ -47,8 +47,8 @@ std::string check_block(const PackedView& view, int64_t block, int64_t* nnz) {
     stored += popcount(parts.masks[i]);
   }
   if (stored == 0 || units != block_units(groups, stored)) {
-    return "holds " + std::to_string(units) + " units, but " +
-           std::to_string(block_units(groups, stored)) + " are what its bits say";
+    return "must have " + std::to_string(block_units(groups, stored)) +
+           " units for the bits of its masks, got " + std::to_string(units);
   }
   uint32_t smallest = kMagnitudeMask;
   for (int64_t i = 0; i < stored; ++i) {
@@ -58,13 +58,13 @@ std::string check_block(const PackedView& view, int64_t block, int64_t* nnz) {
     smallest = std::min<uint32_t>(smallest, parts.values[i] & kMagnitudeMask);
   }
   if (parts.smallest != smallest) {
-    return "says that " + std::to_string(parts.smallest) + " is its smallest value, got " +
-           std::to_string(smallest);
+    return "word 0 must be the smallest magnitude, " + std::to_string(smallest) + ", got " +
+           std::to_string(parts.smallest);
   }
   const auto* end = reinterpret_cast<const uint16_t*>(
       view.payload + int64_t{view.offsets[block + 1]} * kBlockUnitWords);
   if (std::any_of(parts.values + stored, end, [](uint16_t value) { return value != 0; })) {
-    return "what follows its last value must be 0";
+    return "padding after the last value must be 0";
   }
   *nnz += stored;
   return "";
@@ -87,20 +87,12 @@ Status row_bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
       stored[static_cast<size_t>(block)] = count;
     }
   });
-  int64_t units = 0;
   *nnz = 0;
-  offsets[0] = 0;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t count = stored[static_cast<size_t>(block)];
-    *nnz += count;
-    units += block_units(num_groups(k), count);
-    if (units > INT32_MAX) {
-      return Status::invalid_value("a weight of " + std::to_string(m) + "x" + std::to_string(k) +
-                                   " has more nonzeros than 31-bit offsets can address");
-    }
-    offsets[block + 1] = static_cast<int32_t>(units);
-  }
-  return Status::success();
+  for (const int64_t count : stored) *nnz += count;
+  return fill_offsets(
+      m, k, blocks,
+      [&](int64_t block) { return block_units(num_groups(k), stored[static_cast<size_t>(block)]); },
+      offsets);
 }
 
 PackedBlock row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
@@ -189,10 +181,6 @@ Status row_bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets,
   if (Status status = check_lengths(header, blocks, num_offsets, payload_words); !status.ok()) {
     return status;
   }
-  if (payload_words % kBlockUnitWords != 0 || payload_words / kBlockUnitWords > INT32_MAX) {
-    return Status::invalid_value("payload must be whole units of 4 words, at most 2^31 - 1, got " +
-                                 std::to_string(payload_words) + " words");
-  }
   if (header.nnz > 2 * payload_words || (blocks == 0 && payload_words > 0)) {
     return nnz_does_not_fit(header, blocks, "block");
   }
@@ -201,28 +189,21 @@ Status row_bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets,
 
 Status row_bitmap_validate(const PackedView& view, const ParallelFor& parallel_for) {
   const int64_t blocks = view.k == 0 ? 0 : num_row_blocks(view.m);
-  Status offsets = check_offsets(view, blocks, [&](int64_t block, int64_t units) {
-    if (units == 0 || units >= block_units(num_groups(view.k), 1)) return Status::success();
-    return Status::invalid_value("block " + std::to_string(block) + " holds " +
-                                 std::to_string(units) + " units, its masks alone need more");
+  const int64_t least = block_units(num_groups(view.k), 1);
+  Status offsets = check_offsets(view, blocks, kBlockUnitWords, [&](int64_t block, int64_t units) {
+    if (units == 0 || units >= least) return Status::success();
+    return Status::invalid_value("block " + std::to_string(block) + " must have no units or at " +
+                                 "least " + std::to_string(least) + ", got " +
+                                 std::to_string(units));
   });
   if (!offsets.ok()) return offsets;
-  if (int64_t{view.offsets[blocks]} * kBlockUnitWords != view.payload_words) {
-    return Status::invalid_value("offsets must end at the payload's " +
-                                 std::to_string(view.payload_words / kBlockUnitWords) +
-                                 " units, got " + std::to_string(view.offsets[blocks]));
-  }
-  const auto check_range = [&](int64_t begin, int64_t end, FirstFailure& failure) {
-    int64_t range_nnz = 0;
-    for (int64_t block = begin; block < end; ++block) {
-      const std::string wrong = check_block(view, block, &range_nnz);
-      if (wrong.empty()) continue;
-      failure.report(block, wrong);
-      return range_nnz;
-    }
-    return range_nnz;
+  const auto check_block = [&](int64_t block, FirstFailure& failure) {
+    int64_t nnz = 0;
+    const std::string problem = block_problem(view, block, &nnz);
+    if (!problem.empty()) failure.report(block, problem);
+    return nnz;
   };
-  return check_tiles(view, blocks, "block", parallel_for, check_range);
+  return check_tiles(view, blocks, "block", parallel_for, check_block);
 }
 
 int64_t row_bitmap_count_stored(const PackedView& view, const ParallelFor& parallel_for) {

@@ -92,6 +92,37 @@ int64_t pack_tile(const uint16_t* dense, int64_t ld, const TileExtent& extent, i
   return nnz;
 }
 
+// What is wrong with a tile's entries, or ""; adds its nonzeros to *nnz.
+std::string tile_problem(const PackedView& view, int64_t tile, int64_t* nnz) {
+  const TileExtent extent = tile_extent(tile, view.m, view.k);
+  std::bitset<kTileElems> seen;
+  int padding = 0;
+  const auto [first, last] = tile_entry_range(view, tile);
+  for (int64_t i = first; i < last; ++i) {
+    const auto position = static_cast<int>(view.payload[i] >> 16);
+    const auto value = static_cast<uint16_t>(view.payload[i]);
+    if (position >= kTileElems) {
+      return "position must be below " + std::to_string(kTileElems) + ", got " +
+             std::to_string(position);
+    }
+    const int row = row_of_position(position), col = col_of_position(position);
+    // Padding may lie outside the matrix: it writes a zero that is never read.
+    if (!is_zero(value) && (row >= extent.rows || col >= extent.cols)) {
+      return "position " + std::to_string(position) + " (row " + std::to_string(row) + ", column " +
+             std::to_string(col) + ") lies outside the matrix";
+    }
+    if (seen.test(static_cast<size_t>(position))) {
+      return "position " + std::to_string(position) + " occurs twice";
+    }
+    seen.set(static_cast<size_t>(position));
+    if (!is_zero(value)) continue;
+    if (value != 0) return "a stored value must not be -0";
+    if (++padding >= kVectorEntries) return "padding must have at most 3 entries";
+  }
+  *nnz += last - first - padding;
+  return "";
+}
+
 }  // namespace
 
 Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
@@ -109,20 +140,14 @@ Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
       counts[static_cast<size_t>(tile)] = count;
     }
   });
-  int64_t vectors = 0;
   *nnz = 0;
-  offsets[0] = 0;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t count = counts[static_cast<size_t>(tile)];
-    *nnz += count;
-    vectors += round_up_to_vector(count) / kVectorEntries;
-    if (vectors > INT32_MAX) {
-      return Status::invalid_value("a weight of " + std::to_string(m) + "x" + std::to_string(k) +
-                                   " has more nonzeros than 31-bit vector offsets can address");
-    }
-    offsets[tile + 1] = static_cast<int32_t>(vectors);
-  }
-  return Status::success();
+  for (const int32_t count : counts) *nnz += count;
+  return fill_offsets(
+      m, k, tiles,
+      [&](int64_t tile) {
+        return round_up_to_vector(counts[static_cast<size_t>(tile)]) / kVectorEntries;
+      },
+      offsets);
 }
 
 Status tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
@@ -159,11 +184,6 @@ Status tiled_csl_check_sizes(const PackedHeader& header, int64_t num_offsets,
   if (Status status = check_lengths(header, tiles, num_offsets, payload_words); !status.ok()) {
     return status;
   }
-  if (payload_words % kVectorEntries != 0 || payload_words / kVectorEntries > INT32_MAX) {
-    return Status::invalid_value(
-        "payload must be whole vectors of 4 words, at most 2^31 - 1, got " +
-        std::to_string(payload_words) + " words");
-  }
   const int64_t padding = payload_words - header.nnz;
   if (padding < 0 || padding > tiles * (kVectorEntries - 1)) {
     return nnz_does_not_fit(header, tiles, "tile");
@@ -173,65 +193,21 @@ Status tiled_csl_check_sizes(const PackedHeader& header, int64_t num_offsets,
 
 Status tiled_csl_validate(const PackedView& view, const ParallelFor& parallel_for) {
   const int64_t tiles = num_tiles(view.m, view.k);
-  Status offsets = check_offsets(view, tiles, [](int64_t tile, int64_t vectors) {
-    if (vectors <= kTileElems / kVectorEntries) return Status::success();
-    return Status::invalid_value("tile " + std::to_string(tile) + " holds " +
-                                 std::to_string(vectors) + " vectors, at most " +
-                                 std::to_string(kTileElems / kVectorEntries) + " fit");
+  constexpr int kTileVectors = kTileElems / kVectorEntries;
+  Status offsets = check_offsets(view, tiles, kVectorEntries, [](int64_t tile, int64_t vectors) {
+    if (vectors <= kTileVectors) return Status::success();
+    return Status::invalid_value("tile " + std::to_string(tile) + " must have at most " +
+                                 std::to_string(kTileVectors) + " vectors, got " +
+                                 std::to_string(vectors));
   });
   if (!offsets.ok()) return offsets;
-  if (int64_t{view.offsets[tiles]} * kVectorEntries != view.payload_words) {
-    return Status::invalid_value("offsets must end at the payload's " +
-                                 std::to_string(view.payload_words / kVectorEntries) +
-                                 " vectors, got " + std::to_string(view.offsets[tiles]));
-  }
-
-  const auto check_range = [&](int64_t begin, int64_t end, FirstFailure& failure) {
-    int64_t range_nnz = 0;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const TileExtent extent = tile_extent(tile, view.m, view.k);
-      std::bitset<kTileElems> seen;
-      int padding = 0;
-      const auto [first, last] = tile_entry_range(view, tile);
-      for (int64_t i = first; i < last; ++i) {
-        const auto position = static_cast<int>(view.payload[i] >> 16);
-        const auto value = static_cast<uint16_t>(view.payload[i]);
-        if (position >= kTileElems) {
-          failure.report(tile, "place must be below 8192, got " + std::to_string(position));
-          return range_nnz;
-        }
-        if (row_of_position(position) >= extent.rows || col_of_position(position) >= extent.cols) {
-          // Padding may lie outside the matrix: it writes a zero that is never read.
-          if (!is_zero(value)) {
-            failure.report(tile, "place " + std::to_string(position) + " (row " +
-                                     std::to_string(row_of_position(position)) + ", column " +
-                                     std::to_string(col_of_position(position)) +
-                                     ") lies outside the matrix");
-            return range_nnz;
-          }
-        }
-        if (seen.test(static_cast<size_t>(position))) {
-          failure.report(tile, "place " + std::to_string(position) + " occurs twice");
-          return range_nnz;
-        }
-        seen.set(static_cast<size_t>(position));
-        if (is_zero(value)) {
-          ++padding;
-          if (value != 0) {
-            failure.report(tile, "a stored value must not be -0");
-            return range_nnz;
-          }
-          if (padding >= kVectorEntries) {
-            failure.report(tile, "more than 3 stored zeros: padding only fills the last vector");
-            return range_nnz;
-          }
-        }
-      }
-      range_nnz += last - first - padding;
-    }
-    return range_nnz;
+  const auto check_tile = [&](int64_t tile, FirstFailure& failure) {
+    int64_t nnz = 0;
+    const std::string problem = tile_problem(view, tile, &nnz);
+    if (!problem.empty()) failure.report(tile, problem);
+    return nnz;
   };
-  return check_tiles(view, tiles, "tile", parallel_for, check_range);
+  return check_tiles(view, tiles, "tile", parallel_for, check_tile);
 }
 
 int64_t tiled_csl_count_stored(const PackedView& view, const ParallelFor& parallel_for) {

@@ -16,8 +16,8 @@
 //     is zero, so kernels need no special case;
 //   * the number of entries that are not padding is nnz.
 //
-// Position: the index of an element in the decoded tile (error messages call it place). A decoded
-// tile is 128 rows of 128 bytes. The 64 columns of row r are permuted and swizzled:
+// Position: the index of an element in the decoded tile. A decoded tile is 128 rows of 128 bytes.
+// The 64 columns of row r are permuted and swizzled:
 //
 //   column c = 32 u + 8 t + 2 v + h      u = 0..1 (half of the tile), t = 0..3 (thread),
 //                                        v = 0..3 (word), h = 0..1 (half of a word)

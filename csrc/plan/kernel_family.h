@@ -50,7 +50,7 @@ struct KernelConfig {
   std::vector<std::pair<const char*, int>> facts;
 };
 
-// Says why a family takes a problem or does not, where somebody asks (`reason` is not null).
+// Gives the reason why a family takes a problem or does not, if it is wanted: `reason` is not null.
 inline void explain(std::string* reason, const char* text) {
   if (reason != nullptr) *reason = text;
 }

@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -54,8 +55,9 @@ py::list configs() {
   return list;
 }
 
-void raise_if_error(const char* what, const Status& status) {
-  const std::string message = std::string("flash_llm::") + what + ": " + status.message;
+// `where` begins the message.
+void raise_if_error(const std::string& where, const Status& status) {
+  const std::string message = where + ": " + status.message;
   if (status.code == StatusCode::kUnsupported) {
     PyErr_SetString(PyExc_NotImplementedError, message.c_str());
     throw py::error_already_set();
@@ -66,7 +68,7 @@ void raise_if_error(const char* what, const Status& status) {
 
 std::vector<std::string> names_of_plans(const std::string& format, bool cuda) {
   Format id;
-  raise_if_error("plan_names", parse_format(format, &id));
+  raise_if_error("flash_llm::plan_names", parse_format(format, &id));
   return plan_names(id, cuda);
 }
 
@@ -75,27 +77,30 @@ std::string explain_plan(int64_t m, int64_t n, int64_t k, int64_t nnz,
                          int compute_capability, int num_sms, int smem_per_sm_bytes,
                          const std::string& config, int64_t ctas) {
   SpmmProblem problem{m, n, k, nnz};
-  raise_if_error("explain_plan", parse_value_type(value_type, &problem.value_type));
+  const std::string where = "flash_llm::explain_plan";
+  raise_if_error(where, parse_value_type(value_type, &problem.value_type));
   DeviceInfo device = gpu(compute_capability, num_sms, smem_per_sm_bytes, FLASH_LLM_CUDA_ARCHS);
-  raise_if_error("explain_plan", detect_cpu(&device));
+  raise_if_error(where, detect_cpu(&device));
   if (format == "auto") {
     problem.format = select_format(m, k, nnz, device).format;
   } else {
-    raise_if_error("explain_plan", parse_format(format, &problem.format));
+    raise_if_error(where, parse_format(format, &problem.format));
   }
   SpmmPlan plan;
-  raise_if_error("explain_plan", select_plan(problem, device, config, ctas, &plan));
+  raise_if_error(where, select_plan(problem, device, config, ctas, &plan));
   return plan.to_string();
 }
 
 // The instruction set that the CPU kernels use now.
 std::string current_cpu_isa() {
   CpuIsa isa{};
-  raise_if_error("cpu_isa", select_cpu_isa(&isa));
+  raise_if_error("flash_llm::cpu_isa", select_cpu_isa(&isa));
   return cpu_isa_name(isa);
 }
 
-void set_cpu_isa(const std::string& name) { raise_if_error("set_cpu_isa", force_cpu_isa(name)); }
+void set_cpu_isa(const std::string& name) {
+  raise_if_error("flash_llm::set_cpu_isa", force_cpu_isa(name));
+}
 
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
@@ -103,6 +108,19 @@ std::vector<std::string> cpu_isas() {
     if (has_cpu_isa(isa)) names.emplace_back(cpu_isa_name(isa));
   }
   return names;
+}
+
+// Refuses a malformed header, and buffers of other lengths than a weight with this header has. A
+// length that is not given is not compared.
+void check_header(const std::string& where, const std::vector<int64_t>& ints,
+                  std::optional<int64_t> num_offsets, std::optional<int64_t> payload_words) {
+  PackedHeader header;
+  raise_if_error(where,
+                 PackedHeader::from_ints(ints.data(), static_cast<int64_t>(ints.size()), &header));
+  const PackedFormat& format = packed_format(header.format);
+  raise_if_error(
+      where, format.check_sizes(header, num_offsets.value_or(format.tiles(header.m, header.k) + 1),
+                                payload_words.value_or(header.payload_words)));
 }
 
 py::tuple explain_format(int64_t m, int64_t k, int64_t nnz, int compute_capability) {
@@ -128,6 +146,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("col_of_position", &col_of_position, py::arg("position"));
   m.def("explain_format", &explain_format, py::arg("m"), py::arg("k"), py::arg("nnz"),
         py::arg("compute_capability"));
+  m.def("check_header", &check_header, py::arg("where"), py::arg("ints"),
+        py::arg("num_offsets") = py::none(), py::arg("payload_words") = py::none());
   m.def("cpu_isa", &current_cpu_isa);
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"));
   m.def("cpu_isas", &cpu_isas);

@@ -70,7 +70,7 @@ Packed copy_rows(const PackedWeight& weight, int64_t first_row, int64_t last_row
 std::vector<PackedWeight> check_parts(at::IntArrayRef headers, at::TensorList offsets,
                                       at::TensorList payloads) {
   const size_t count = offsets.size();
-  TORCH_CHECK_VALUE(count > 0, "flash_llm::concat: there must be a weight");
+  TORCH_CHECK_VALUE(count > 0, "flash_llm::concat: weights must not be empty");
   TORCH_CHECK_VALUE(payloads.size() == count && headers.size() == count * kPackedHeaderInts,
                     "flash_llm::concat: ", count, " weights need as many payloads and ",
                     kPackedHeaderInts, " integers each, got ", payloads.size(), " payloads and ",

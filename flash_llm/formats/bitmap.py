@@ -1,8 +1,8 @@
-"""Bitmap, the dense-in-bytes format: one bit per element and 16 bits per nonzero.
+"""Bitmap, the format for the tensor cores of Hopper: one bit per element, 16 bits per nonzero.
 
-Chunks of 32 x 128 whose values stand where the lanes of a GPU warp want them, and chunks of
-32 x 256, where zeros are many, for its sparse tensor cores. The bytes are defined in
-``csrc/format/bitmap.h``; this module gives them a Python object.
+Plain chunks of 32 x 128 elements store their values in the order in which the lanes of a GPU warp
+read them. At high sparsity chunks of 32 x 256 elements, for the sparse tensor cores, replace them.
+``csrc/format/bitmap.h`` defines the bytes; this module is their Python object.
 """
 
 from __future__ import annotations
@@ -13,34 +13,30 @@ import torch
 from torch import Tensor
 
 from flash_llm import _extension
-from flash_llm.ops import PackedWeight
+from flash_llm.ops import PackedStats, PackedWeight
 
 # Chunk rows that are stored together: kBandChunkRows.
 _BAND_CHUNK_ROWS = 16
 
 
+def bits_and_values_bytes(weight: PackedWeight) -> int:
+    """Bytes of one bit for each element and 16 bits for each nonzero of a weight."""
+    elements = weight.header.m * weight.header.k
+    return (elements + 7) // 8 + 2 * weight.nnz
+
+
 @dataclasses.dataclass(frozen=True)
-class BitmapStats:
-    """What a packed weight costs, and how evenly its nonzeros lie.
+class BitmapStats(PackedStats):
+    """What a packed weight takes, and how evenly its nonzeros lie.
 
     Attributes:
-        nnz: stored values, none of which is zero.
-        sparsity: fraction of zeros in [0, 1].
-        dense_bytes: bytes of the dense weight in the same dtype.
-        packed_bytes: bytes of header, offsets and payload.
-        bytes_per_element: ``packed_bytes`` over the number of dense elements; dense is 2.
         exact_bytes: what one bit per element and 2 bytes per nonzero would take.
         two_four_pairs: pairs of chunk columns (of 512 rows) that are stored as 2:4 chunks of
-            32 x 256; all others are plain chunks of 32 x 128.
-        empty_chunks: chunks without a nonzero, which take no payload.
+            32 x 256; all others are stored as plain chunks of 32 x 128.
+        empty_chunks: chunks without a nonzero, which have no bytes in the payload.
         chunk_bytes_max: bytes of the largest chunk; a full one takes 8768.
     """
 
-    nnz: int
-    sparsity: float
-    dense_bytes: int
-    packed_bytes: int
-    bytes_per_element: float
     exact_bytes: int
     two_four_pairs: int
     empty_chunks: int
@@ -76,28 +72,31 @@ class Bitmap(PackedWeight):
             ValueError: the weight is malformed; see :func:`flash_llm.ops.validate`.
         """
         self.validate()
-        units = self.offsets.long().diff()
-        column, pair = self._columns_and_pairs(units)
-        # An even number of units makes a chunk 2:4, and the second chunk of its pair part of it.
-        two_four = torch.zeros_like(units, dtype=torch.bool)
-        two_four[pair[(units > 0) & (units % 2 == 0)]] = True
+        chunk_bytes = self._tile_bytes()
+        column, pair = self._columns_and_pairs(chunk_bytes)
+        # 2:4 chunks take an even number of units of 64 bytes, plain ones an odd number. A 2:4 chunk
+        # has the elements of both columns of its pair.
+        two_four = torch.zeros_like(chunk_bytes, dtype=torch.bool)
+        two_four[pair[(chunk_bytes > 0) & (chunk_bytes % 128 == 0)]] = True
         is_part = two_four[pair] & (column % 2 == 1)
-        unit_bytes = 4 * int(_extension.require().FORMATS[self.FORMAT]["unit_words"])
-        elements = self.header.m * self.header.k
         return BitmapStats(
             **self._sizes(),
-            exact_bytes=(elements + 7) // 8 + 2 * self.nnz,
+            exact_bytes=bits_and_values_bytes(self),
             two_four_pairs=int(two_four.sum()),
-            empty_chunks=int(((units == 0) & ~is_part).sum()),
-            chunk_bytes_max=int(units.max()) * unit_bytes if units.numel() else 0,
+            empty_chunks=int(((chunk_bytes == 0) & ~is_part).sum()),
+            chunk_bytes_max=int(chunk_bytes.max()) if chunk_bytes.numel() else 0,
         )
 
-    def _columns_and_pairs(self, units: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each stored chunk's column and which pair it is in; see ``chunk_index``."""
+    def _columns_and_pairs(self, chunks: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the column of each stored chunk and its pair; see ``chunk_index`` in C++.
+
+        Args:
+            chunks: ``[chunks]`` of any values.
+        """
         sizes = _extension.require().FORMATS[self.FORMAT]
         rows = -(-self.header.m // int(sizes["tile_m"]))
         cols = -(-self.header.k // int(sizes["tile_k"]))
-        index = torch.arange(units.numel(), device=units.device)
+        index = torch.arange(chunks.numel(), device=chunks.device)
         band = index // max(_BAND_CHUNK_ROWS * cols, 1)
         height = (rows - _BAND_CHUNK_ROWS * band).clamp(max=_BAND_CHUNK_ROWS)
         column = (index - _BAND_CHUNK_ROWS * cols * band) // height

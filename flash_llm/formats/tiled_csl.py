@@ -1,7 +1,8 @@
 """Tiled-CSL, the packed format of Flash-LLM (arXiv 2309.10285, section 4.3.1).
 
-128 x 64 tiles, one 32-bit entry per nonzero: its 16-bit value and its 16-bit place in the tile. The
-bytes are defined in ``csrc/format/tiled_csl.h``; this module gives them a Python object.
+The weight is cut into tiles of 128 x 64. Each nonzero is one 32-bit entry: its value and its
+position in the tile, 16 bits each. ``csrc/format/tiled_csl.h`` defines the bytes; this module is
+their Python object.
 """
 
 from __future__ import annotations
@@ -11,30 +12,20 @@ import dataclasses
 import torch
 
 from flash_llm import _extension
-from flash_llm.ops import PackedWeight
+from flash_llm.ops import PackedStats, PackedWeight
 
 
 @dataclasses.dataclass(frozen=True)
-class TiledCSLStats:
-    """What a packed weight costs, and how evenly its nonzeros lie.
+class TiledCSLStats(PackedStats):
+    """What a packed weight takes, and how evenly its nonzeros lie.
 
     Attributes:
-        nnz: stored values that are not zero.
-        sparsity: fraction of zeros in [0, 1].
-        dense_bytes: bytes of the dense weight in the same dtype.
-        packed_bytes: bytes of header, offsets and payload.
-        bytes_per_element: ``packed_bytes`` over the number of dense elements; dense is 2.
         padding_entries: entries that only fill the last vector of a tile.
-        tile_nnz_min: nonzeros of the emptiest tile.
+        tile_nnz_min: nonzeros of the tile that has the fewest.
         tile_nnz_mean: mean nonzeros of a tile.
-        tile_nnz_max: nonzeros of the fullest tile; a full tile holds 8192.
+        tile_nnz_max: nonzeros of the tile that has the most; a full tile has 8192.
     """
 
-    nnz: int
-    sparsity: float
-    dense_bytes: int
-    packed_bytes: int
-    bytes_per_element: float
     padding_entries: int
     tile_nnz_min: int
     tile_nnz_mean: float
@@ -69,14 +60,13 @@ class TiledCSL(PackedWeight):
             ValueError: the weight is malformed; see :func:`flash_llm.ops.validate`.
         """
         self.validate()
-        # A stored zero is padding, so a running count of the others gives every tile's nonzeros.
+        # Padding entries have the value 0. The differences of a running count of the others are the
+        # nonzeros of the tiles.
         running = torch.zeros(
             self.payload.numel() + 1, dtype=torch.int64, device=self.payload.device
         )
         torch.cumsum((self.payload & 0xFFFF) != 0, dim=0, out=running[1:])
-        vector_entries = int(
-            _extension.require().FORMATS[self.FORMAT]["unit_words"]
-        )  # offsets count in vectors
+        vector_entries = int(_extension.require().FORMATS[self.FORMAT]["unit_words"])
         tile_nnz = running[self.offsets.long() * vector_entries].diff()
         num_tiles = tile_nnz.numel()
         return TiledCSLStats(

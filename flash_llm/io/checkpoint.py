@@ -1,14 +1,15 @@
-"""Packed weights in safetensors files: find and check them, make room for them, save and load.
+"""Packed weights in safetensors files: finds and checks them, saves and loads models with them.
 
-A packed layer's three buffers stand in a file under their names in the model, so the files say
-themselves which layers are packed, in which format and how large: ``L.weight_header``,
-``L.weight_offsets`` and ``L.weight_payload`` instead of ``L.weight``. Everything that a file claims
-is checked before memory of the claimed size is asked for, and errors name the file and the tensor.
+A packed layer ``L`` is stored as its three buffers ``L.weight_header``, ``L.weight_offsets`` and
+``L.weight_payload`` instead of ``L.weight``. So a file says itself which layers are packed, in
+which format and of which size. All sizes in a file are checked before memory is allocated for them,
+and errors name the file and the tensor or layer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flash_llm import _extension, ops
+from flash_llm import ops
 from flash_llm.io.files import (
     TEMPORARY_NAME,
     fingerprint,
@@ -36,15 +37,15 @@ from flash_llm.linear import BUFFERS, SparseLinear, is_conv1d, refuse_parts
 from flash_llm.ops import PackedHeader, PackedWeight
 
 CHECKPOINT_VERSION = 1
-"""Of how packed layers are laid out in files and named in their metadata; formats of packed weights
-have versions of their own, in their headers."""
+"""Version of the names and metadata of packed layers in files. The formats of packed weights have
+their own versions, which are in the headers."""
 METADATA = {"flash_llm": str(CHECKPOINT_VERSION)}
-"""What the safetensors metadata of a file with packed layers holds."""
+"""The safetensors metadata of a file with packed layers."""
 
 SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
-"""Names of a folder's only file, and of the list of several."""
+"""Names of the only file of a folder, and of the index of several files."""
 PACKED_PARTS = _HEADER, _OFFSETS, _PAYLOAD = tuple(f".{buffer}" for buffer in BUFFERS)
-"""What follows a packed layer's name, instead of ``".weight"``."""
+"""Suffixes of a packed layer's tensors, which replace ``".weight"``."""
 
 
 DTYPES = {
@@ -67,12 +68,13 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-"""The dtypes of tensors as safetensors spells them; files may hold others, which torch lacks."""
+"""The dtypes of torch by their names in safetensors, which has names for other dtypes too."""
 
 SPELLINGS = {dtype: spelling for spelling, dtype in DTYPES.items()}
 
 
-# Files that `save` writes besides the single one and the index, and what a kill leaves of them.
+# Files that `save` writes besides the single file and the index, and their incomplete files if the
+# process is killed.
 _OURS = re.compile(rf"model(-\d+)?-\d{{5}}-of-\d{{5}}\.safetensors|{TEMPORARY_NAME}")
 
 
@@ -89,16 +91,16 @@ class _Stored(NamedTuple):
 
 
 def checkpoint_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """Return the safetensors files of a folder: those that transformers would load.
+    """Return the safetensors files of a folder that transformers would load.
 
-    That is ``model.safetensors`` alone where it is there, else what the index names, in its order.
+    These are ``model.safetensors`` alone if it exists, else the files of the index, in its order.
 
     Args:
         folder: with ``model.safetensors`` or ``model.safetensors.index.json``.
 
     Raises:
         FileNotFoundError: it has neither, or a file that the index names is missing.
-        ValueError: the index is not what it should be, or names files outside of the folder.
+        ValueError: the index is malformed, or names files outside of the folder.
     """
     folder = Path(folder)
     index = folder / INDEX_NAME
@@ -109,15 +111,17 @@ def checkpoint_files(folder: str | os.PathLike[str]) -> list[Path]:
             f"flash_llm: {folder} has neither {SINGLE_NAME} nor {INDEX_NAME}{_instead(folder)}"
         )
     try:
-        places = from_json(dict[str, str], read_json(index).get("weight_map"))
+        file_of = from_json(dict[str, str], read_json(index).get("weight_map"))
     except ValueError as error:
-        raise ValueError(f"flash_llm: {index} is no index of safetensors files: {error}") from None
+        raise ValueError(
+            f"flash_llm: {index} is not an index of safetensors files: {error}"
+        ) from None
     files = []
-    for name in dict.fromkeys(places.values()):
+    for name in dict.fromkeys(file_of.values()):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
             raise ValueError(
-                f"flash_llm: {index} names {name!r}, which is no safetensors file in that folder"
+                f"flash_llm: {index} names {name!r}, which is not a safetensors file in that folder"
             )
         if not (folder / name).is_file():
             raise FileNotFoundError(f"flash_llm: {index} names {name}, which is missing")
@@ -126,18 +130,20 @@ def checkpoint_files(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def _instead(folder: Path) -> str:
-    """What there is instead of a checkpoint, for an error."""
+    """Describe what a folder has instead of a checkpoint, for an error."""
     if not folder.exists():
         return ": there is no such folder; download a model of the hub first"
     if not folder.is_dir():
-        return ": it is a file, and no folder"
+        return ": it is a file, not a folder"
     others = (".bin", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".safetensors")
     found = sorted(path.name for path in folder.iterdir() if path.suffix in others)
     return f", but {found[0]}; save the model as safetensors first" if found else ""
 
 
 class Checkpoint:
-    """What safetensors files hold, read from their headers; no tensor but packed headers is loaded.
+    """The tensors of safetensors files, known from the files' headers.
+
+    Of the tensors themselves only the headers of packed layers are loaded.
 
     Args:
         files: all files of the checkpoint.
@@ -147,8 +153,8 @@ class Checkpoint:
         packed: the header of each packed layer, by the layer's name.
 
     Raises:
-        ValueError: a file is no safetensors file or is cut short; two hold the same tensor; a
-            packed layer is incomplete or contradicts itself.
+        ValueError: a file is not a safetensors file or is truncated; two files have the same
+            tensor; a packed layer is incomplete or its parts contradict each other.
         TypeError: a tensor of a packed layer has the wrong dtype.
         NotImplementedError: a file or a packed layer was written by a newer version.
     """
@@ -181,11 +187,11 @@ class Checkpoint:
         return self._stored[name].shape
 
     def dtype(self, name: str) -> str:
-        """Dtype of a tensor as safetensors spells it, such as ``"BF16"``."""
+        """Dtype of a tensor by its name in safetensors, such as ``"BF16"``."""
         return self._stored[name].dtype
 
     def file_of(self, name: str) -> Path:
-        """File that holds a tensor."""
+        """File that has a tensor."""
         return self._stored[name].file
 
     def nbytes_of(self, name: str) -> int:
@@ -193,7 +199,7 @@ class Checkpoint:
         return self._stored[name].nbytes
 
     def tensor(self, name: str, buffer: Tensor | None = None) -> Tensor:
-        """Load one tensor, to the CPU, into memory of its own: the file may change afterwards.
+        """Load one tensor to the CPU. Later changes of the file do not affect it.
 
         Args:
             name: of the tensor.
@@ -216,9 +222,9 @@ class Checkpoint:
 
         Args:
             name: of the tensor.
-            buffer: uint8, contiguous, as long as the tensor or longer; it is read into, and the
-                result is a view of it. For one tensor after another this is several times as fast
-                as new memory, whose pages are faulted in one by one.
+            buffer: uint8, contiguous, at least as long as the tensor. The tensor is read into it,
+                and the result is a view of it. Reading many tensors into one buffer is several
+                times as fast as into new memory, which costs page faults.
 
         Raises:
             OSError: the file cannot be read.
@@ -239,7 +245,7 @@ class Checkpoint:
         return raw
 
     def weight(self, name: str) -> PackedWeight:
-        """Load the packed weight of a layer, to memory of its own, and check it in depth.
+        """Load the packed weight of a layer to the CPU, and check every invariant of its format.
 
         Raises:
             ValueError: it is malformed; the message names the file and the layer.
@@ -255,12 +261,20 @@ class Checkpoint:
             raise ValueError(f"flash_llm: {name} in {file} is malformed: {error}") from None
 
     def placeholder(self, name: str) -> PackedWeight:
-        """Return a weight on the meta device that is as large as the stored one of a layer."""
-        return _placeholder(self.packed[name])
+        """Return a layer's weight on the meta device, with the sizes of the stored one."""
+        header = self.packed[name]
+        empty = PackedWeight.class_for(header.format).empty(
+            header.m,
+            header.k,
+            dtype=header.dtype,
+            device="meta",
+            payload_words=header.payload_words,
+        )
+        return dataclasses.replace(empty, header=header)
 
     @contextlib.contextmanager
     def _opened(self, file: Path) -> Iterator[BinaryIO]:
-        """Open a file, and refuse it in the end if it is not what its header was read from."""
+        """Open a file; raise an error at the end if it has changed since its header was read."""
         try:
             with file.open("rb", buffering=0) as opened:
                 yield opened
@@ -280,7 +294,7 @@ class Checkpoint:
                     f"flash_llm: {file} has packed layers in version {version!r}, this flash_llm "
                     f"reads up to {CHECKPOINT_VERSION}"
                 )
-        # safetensors has checked the header; it does not say where in the file a tensor is.
+        # safetensors has checked the header, but does not return the tensors' offsets.
         with self._opened(file) as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
             entries = json.loads(opened.read(length))
@@ -311,11 +325,17 @@ class Checkpoint:
                 for name in layers:
                     opened.seek(self._stored[name + _HEADER].begin)
                     integers = struct.unpack("<8q", opened.read(64))
-                    headers[name] = self._check_sizes(name, PackedHeader(*integers))
+                    headers[name] = PackedHeader(*integers)
+                    ops.check_header(
+                        f"flash_llm: {name} in {file}",
+                        headers[name],
+                        num_offsets=self.shape(name + _OFFSETS)[0],
+                        payload_words=self.shape(name + _PAYLOAD)[0],
+                    )
         return {name: headers[name] for name in names}
 
     def _check_parts(self, name: str) -> None:
-        """Refuse a packed layer without all of its parts, or with others."""
+        """Refuse a packed layer that lacks a part, or that has a dense weight too."""
         dtypes = {_HEADER: "I64", _OFFSETS: "I32", _PAYLOAD: "I32"}
         for suffix, dtype in dtypes.items():
             if name + suffix not in self._stored:
@@ -330,6 +350,11 @@ class Checkpoint:
                     f"flash_llm: {name + suffix} in {stored.file} must be {dtype}, "
                     f"got {stored.dtype}"
                 )
+            if len(stored.shape) != 1:
+                raise ValueError(
+                    f"flash_llm: {name + suffix} in {stored.file} must have one dimension, got "
+                    f"shape {list(stored.shape)}"
+                )
         stored = self._stored[name + _HEADER]
         if stored.shape != (len(PackedHeader._fields),):  # before it is loaded
             raise ValueError(
@@ -342,40 +367,22 @@ class Checkpoint:
                 f"{self._stored[name + '.weight'].file} too"
             )
 
-    def _check_sizes(self, name: str, header: PackedHeader) -> PackedHeader:
-        """Return a layer's header if the layer's other parts have the sizes that it says."""
-        stored = self._stored[name + _HEADER]
-        try:
-            expected = _placeholder(header)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise type(error)(
-                f"flash_llm: {name + _HEADER} in {stored.file} is wrong: {error}"
-            ) from None
-        for suffix, tensor in ((_OFFSETS, expected.offsets), (_PAYLOAD, expected.payload)):
-            found = self._stored[name + suffix]
-            if found.shape != tuple(tensor.shape):
-                raise ValueError(
-                    f"flash_llm: {name + suffix} in {found.file} must have shape "
-                    f"{list(tensor.shape)}, as {name + _HEADER} says, got {list(found.shape)}"
-                )
-        return header
-
 
 def make_room_(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-    """Swap the layers that a checkpoint holds packed for empty :class:`SparseLinear`, in place.
+    """Replace the layers that are packed in a checkpoint by :class:`SparseLinear`, in place.
 
-    Their buffers are on the meta device and as long as the stored ones; the bias parameter is kept.
-    Nothing is swapped unless everything fits. A layer that is float16 or bfloat16 in the model may
-    be the other one in the checkpoint; whoever loads it casts it.
+    The buffers of the new layers are on the meta device and as long as the stored ones; the bias
+    parameter is kept. All layers are checked before the first is replaced. A layer may be float16
+    in the model and bfloat16 in the checkpoint, or the reverse: the caller casts it after loading.
 
     Args:
         model: with ``nn.Linear`` or Conv1D layers, usually on the meta device.
-        checkpoint: what is going to be loaded.
-        names: the layers to swap, and the name of each in the checkpoint.
+        checkpoint: that will be loaded.
+        names: the layers to replace, and the name of each in the checkpoint.
 
     Raises:
         ValueError: a layer is missing or has another shape.
-        TypeError: it is no linear layer, or neither float16 nor bfloat16 in the model.
+        TypeError: a layer is not a linear layer, or neither float16 nor bfloat16 in the model.
     """
     swaps = {}
     for name, stored in names.items():
@@ -388,14 +395,16 @@ def make_room_(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str
 
 
 class TensorWriter:
-    """Writes a safetensors file tensor by tensor: room for its header is left at the beginning.
+    """Writes a safetensors file tensor by tensor.
 
-    The library's own functions want all tensors at once. (The format: 8 bytes of length, a JSON
-    header of names, dtypes, shapes and offsets, which may end in spaces, then the data.)
+    The functions of safetensors need all tensors at once. This class reserves space for the header
+    at the beginning of the file. (The format: 8 bytes of length, a JSON header of names, dtypes,
+    shapes and offsets, which may end in spaces, then the data.)
 
     Args:
         file: empty, open for writing.
-        names: of the tensors; each may be written as itself or as the three parts of a packed one.
+        names: of the tensors; each may be written as one tensor or as the three parts of a packed
+            weight.
     """
 
     def __init__(self, file: BinaryIO, names: Iterable[str]) -> None:
@@ -415,13 +424,13 @@ class TensorWriter:
             TypeError: safetensors has no name for its dtype.
         """
         if tensor.dtype not in SPELLINGS:
-            raise TypeError(f"flash_llm: {name} is {tensor.dtype}, which safetensors cannot hold")
+            raise TypeError(f"flash_llm: {name} is {tensor.dtype}, which safetensors cannot store")
         values = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         raw = values.reshape(-1).view(torch.uint8)
         self.add_raw(name, raw, SPELLINGS[tensor.dtype], tuple(tensor.shape))
 
     def add_raw(self, name: str, raw: Tensor, dtype: str, shape: tuple[int, ...]) -> None:
-        """Append a tensor's bytes, which are uint8; ``dtype`` as safetensors spells it."""
+        """Append a tensor's bytes, as uint8; ``dtype`` is its name in safetensors."""
         begin, self._position = self._position, self._position + raw.numel()
         self._entries[name] = {
             "dtype": dtype,
@@ -444,29 +453,30 @@ class TensorWriter:
 def save(
     model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: str | int = "5GB"
 ) -> None:
-    """Save a model's parameters and buffers as safetensors, packed layers as they are.
+    """Save a model's parameters and buffers as safetensors, with packed layers in packed form.
 
     For models of transformers use ``model.save_pretrained(folder)``, which saves the configuration
     too.
 
-    A kill, a full disk or a power failure at any moment leaves a folder that loads as the whole
-    earlier checkpoint or as the whole new one: files of an earlier checkpoint are not written to,
-    one rename puts the new one in force, and only then are they removed. So both need room for a
-    while; where names would collide, the new files are called ``model-2-00001-of-…``.
+    If the process is killed, the disk is full or the power fails at any moment, the folder still
+    loads as the whole earlier checkpoint or as the whole new one: the files of an earlier
+    checkpoint are not changed, one rename makes the new checkpoint valid, and only then are the old
+    files removed. So the disk must have space for both. If names would collide, the new files are
+    called ``model-2-00001-of-…``.
 
     Args:
-        model: any module; nothing on the meta device.
-        folder: made if it is not there; an earlier checkpoint in it is replaced.
-        max_shard_size: of one file, in bytes or such as ``"500MB"``; with more files there is an
-            index.
+        model: any module without tensors on the meta device.
+        folder: created if it does not exist; an earlier checkpoint in it is replaced.
+        max_shard_size: largest size of a file, in bytes or as text such as ``"500MB"``; several
+            files have an index.
 
     Raises:
         ValueError: a tensor is on the meta device.
-        NotImplementedError: a layer holds one process's part of a packed weight.
-        TypeError: safetensors has no name for a dtype; an entry of ``state_dict`` is no tensor.
+        NotImplementedError: a layer has only one process's part of a packed weight.
+        TypeError: safetensors has no name for a dtype; an entry of ``state_dict`` is not a tensor.
         OSError: the disk is full or cannot be written; the error names the file, and an earlier
-            checkpoint is left as it was.
-        ImportError: huggingface_hub, which shares the tensors out, is not installed.
+            checkpoint is not changed.
+        ImportError: huggingface_hub, which distributes the tensors over files, is not installed.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -487,7 +497,7 @@ def save(
     written: list[Path] = []
     try:
         for file, names in files.items():
-            # Wide dtypes first, so that each tensor begins where its dtype must.
+            # Wide dtypes first, so that each tensor is aligned for its dtype.
             names = sorted(names, key=lambda name: -state[name].element_size())
             with replacing(folder / file) as opened, TensorWriter(opened, names) as writer:
                 for name in names:
@@ -502,8 +512,8 @@ def save(
         index = {"metadata": total, "weight_map": dict(split.tensor_to_filename)}
         write_whole(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
         files[INDEX_NAME] = []
-    # The new checkpoint is whole, and in force when an earlier single file, which would be loaded
-    # before an index, is gone. An index goes before its files do.
+    # The new checkpoint is complete. It is valid once an earlier single file, which has precedence
+    # over an index, is removed. An index is removed before its files.
     for name in (SINGLE_NAME, INDEX_NAME, *sorted(os.listdir(folder))):
         ours = name in (SINGLE_NAME, INDEX_NAME) or _OURS.fullmatch(name)
         if ours and name not in files:
@@ -512,25 +522,26 @@ def save(
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Load what :func:`save` wrote into a model of the same architecture, in place.
+    """Load a checkpoint of :func:`save` into a model of the same architecture, in place.
 
     Linear layers that are packed in the files become :class:`SparseLinear`, with ``format="auto"``.
-    Every packed weight is checked in depth, and all names, shapes and dtypes are compared, before
-    anything changes. What is loaded has memory of its own: the files may change or go afterwards.
+    Every invariant of each packed weight is checked, and all names, shapes and dtypes are compared,
+    before the model changes. The files may be changed or removed after loading.
 
     Args:
-        model: as it was built, dense; layers on the meta device get what is loaded on the CPU.
+        model: as it was built, dense; the weights of layers on the meta device are loaded to the
+            CPU.
         folder: with ``model.safetensors`` or an index of several files.
 
     Returns:
         The model.
 
     Raises:
-        FileNotFoundError: the folder holds no checkpoint.
-        ValueError: a file is broken, a packed weight malformed; names or shapes differ from the
+        FileNotFoundError: the folder has no checkpoint.
+        ValueError: a file is damaged, or a packed weight malformed; names or shapes differ from the
             model's.
         TypeError: a dtype differs.
-        NotImplementedError: it was written by a newer version.
+        NotImplementedError: the checkpoint was written by a newer version.
 
     Example:
         >>> import tempfile, torch, flash_llm
@@ -554,12 +565,12 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         packed, device = checkpoint.weight(name), weight.device
         packed = packed if device.type == "meta" else packed.to(device)
         swaps[name] = SparseLinear.from_packed(packed, validate=False)
-        # Its values come below, with all that is not packed.
+        # The bias is loaded below, with all tensors that are not packed.
         swaps[name].register_parameter("bias", bias)
         swaps[name].format = "auto"
         swaps[name].refit()
     _swap(model, swaps)
-    for name, there in plain.items():  # one by one: no more than one tensor is there twice
+    for name, there in plain.items():  # one by one, so that only one tensor is in memory twice
         memory = torch.empty(checkpoint.nbytes_of(name), dtype=torch.uint8)
         value = checkpoint.tensor(name, memory)
         model.load_state_dict({name: value}, strict=False, assign=there.is_meta)
@@ -567,24 +578,24 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
 
 def _shards(number: int) -> str:
-    """Pattern of the names of the files of a folder's checkpoint of that number, from 1."""
+    """Pattern of the file names of the ``number``-th checkpoint in a folder, counted from 1."""
     return "model{suffix}.safetensors" if number == 1 else f"model-{number}{{suffix}}.safetensors"
 
 
 def _once(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a model that are to be written: of those that are the same, the first."""
+    """The tensors of a model to write: tensors with the same memory only once."""
     found: dict[str, Tensor] = {}
-    places = set()
+    seen = set()
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"flash_llm.save: {name} is no tensor, but {type(tensor).__name__}")
+            raise TypeError(f"flash_llm.save: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.is_meta:
             raise ValueError(f"flash_llm.save: {name} is on the meta device and has no values")
-        what = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-        place = (tensor.device, tensor.data_ptr(), what)
-        if place not in places or tensor.numel() == 0:
+        layout = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        key = (tensor.device, tensor.data_ptr(), layout)
+        if key not in seen or tensor.numel() == 0:
             found[name] = tensor
-        places.add(place)
+        seen.add(key)
     return found
 
 
@@ -592,37 +603,18 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except SafetensorError as error:
-        raise ValueError(f"flash_llm: {file} is no whole safetensors file: {error}") from None
-
-
-def _placeholder(header: PackedHeader) -> PackedWeight:
-    """What a header describes, on the meta device; refuses one that describes nothing."""
-    extension = _extension.require()
-    if header.magic != extension.PACKED_MAGIC:
-        raise ValueError(f"magic number must be {extension.PACKED_MAGIC}, got {header.magic}")
-    cls = PackedWeight.class_for(header.format)
-    version = int(extension.FORMATS[cls.FORMAT]["version"])
-    if not 1 <= header.version <= version:
-        raise NotImplementedError(
-            f'format "{cls.FORMAT}" has version {header.version}, this build reads up to {version}'
-        )
-    if header.value_type not in ops.VALUE_DTYPES:
-        raise TypeError(f"no value type has number {header.value_type}")
-    packed = cls.empty(
-        header.m, header.k, dtype=header.dtype, device="meta", payload_words=header.payload_words
-    )
-    return cls(header, packed.offsets, packed.payload)
+        raise ValueError(f"flash_llm: {file} is not a complete safetensors file: {error}") from None
 
 
 def _linear(
     model: nn.Module, name: str, checkpoint: Checkpoint, stored: str
 ) -> tuple[Tensor, nn.Parameter | None]:
-    """Weight and bias of the layer that packed layer ``stored`` of the checkpoint is to replace."""
+    """Weight and bias of layer ``name``, which the packed layer ``stored`` will replace."""
     try:
         layer = model.get_submodule(name)
     except AttributeError:
         raise ValueError(
-            f"flash_llm: {checkpoint.file_of(stored + _HEADER)} holds a packed {stored}, but the "
+            f"flash_llm: {checkpoint.file_of(stored + _HEADER)} has a packed {stored}, but the "
             f"model has no layer {name}"
         ) from None
     header, file = checkpoint.packed[stored], checkpoint.file_of(stored + _HEADER)
@@ -652,13 +644,13 @@ def _other_dtype(name: str, weight: Tensor, checkpoint: Checkpoint, stored: str)
 
 
 def _swap(model: nn.Module, layers: Mapping[str, SparseLinear]) -> None:
-    """Put layers in the place of those of their names, under all names that these have."""
+    """Replace the layers of these names, under all names that they have."""
     names = _names_of_modules(model)
     for name, layer in layers.items():
         old = model.get_submodule(name)
         layer.train(old.training)
-        for place in names.get(old, ()):  # a layer that is packed under two names is swapped once
-            parent, _, child = place.rpartition(".")
+        for path in names.get(old, ()):  # none if the layer was already replaced by another name
+            parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
 
 
@@ -670,7 +662,7 @@ def _names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def _plain_tensors(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The model's tensors that the checkpoint holds as they are, after both have been compared."""
+    """The model's tensors that are not packed in the checkpoint, after a comparison of both."""
     packed = {name + part for name in checkpoint.packed for part in PACKED_PARTS}
     model_state = model.state_dict(keep_vars=True)
     swapped = {
@@ -679,7 +671,7 @@ def _plain_tensors(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor
         for name in names
         if any(other in checkpoint.packed for other in names)
     }
-    owners: dict[int, list[str]] = {}  # names of one tensor: a file holds it once
+    owners: dict[int, list[str]] = {}  # all names of a tensor, which a file has only once
     for name, tensor in model_state.items():
         owners.setdefault(id(tensor), []).append(name)
     plain = {}
