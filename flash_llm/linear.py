@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,12 @@ class SparseLinear(nn.Linear):
     the device. ``.half()`` and ``.bfloat16()`` round the values to the new dtype. Casts to other
     dtypes do not change the weight: only bias, input and output have the new dtype.
 
-    Code may replace the three buffers or write to them between two calls. A function that was
-    compiled by ``torch.compile`` contains the header as constants. It is compiled again after
-    ``load_state_dict``, but not after a write to ``weight_header``.
+    Code may replace the three buffers or write to them between two calls, by operations that torch
+    counts as writes. A write that it does not count (through ``.data``, ``.numpy()`` or a kernel of
+    another library) must end with ``layer.weight_header = layer.weight_header``, which reads the
+    header again. A function that was compiled by ``torch.compile`` contains the header as
+    constants. It is compiled again after ``load_state_dict``, but not after a write to
+    ``weight_header``.
 
     Args:
         in_features: K.
@@ -517,8 +520,8 @@ class SparseLinear(nn.Linear):
 
 
 def _has_values(tensor: object) -> TypeGuard[Tensor]:
-    """Whether a buffer has values: it is not on the meta device, and no fake tensor of a trace."""
-    return type(tensor) is Tensor and not tensor.is_meta
+    """Whether a buffer has values: it is neither on the meta device nor a fake tensor."""
+    return type(tensor) in (Tensor, nn.Parameter) and not cast(Tensor, tensor).is_meta
 
 
 def is_dtensor(tensor: object) -> bool:

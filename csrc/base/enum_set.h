@@ -16,6 +16,18 @@ class EnumSet {
   constexpr bool contains(Enum member) const { return (bits_ & bit(member)) != 0; }
   constexpr bool contains(EnumSet other) const { return (bits_ & other.bits_) == other.bits_; }
   constexpr bool empty() const { return bits_ == 0; }
+  // The first member. The set must not be empty.
+  constexpr Enum first() const {
+    uint32_t member = 0;
+    while ((bits_ >> member & 1U) == 0) ++member;
+    return static_cast<Enum>(member);
+  }
+  // The members that `other` lacks.
+  constexpr EnumSet without(EnumSet other) const {
+    EnumSet rest;
+    rest.bits_ = bits_ & ~other.bits_;
+    return rest;
+  }
   constexpr void insert(Enum member) { bits_ |= bit(member); }
 
  private:

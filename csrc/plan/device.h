@@ -16,7 +16,6 @@ enum class GpuFeature {
   kWgmma,    // compute capability 9.0, built for sm_90a: wgmma, bulk tensor copies
 };
 
-inline constexpr GpuFeature kGpuFeatures[] = {GpuFeature::kMmaSync, GpuFeature::kWgmma};
 using GpuFeatures = EnumSet<GpuFeature>;
 
 // The features of a GPU in a build for `archs`, which is spelled as FLASH_LLM_CUDA_ARCHS in

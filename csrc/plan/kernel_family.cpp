@@ -110,12 +110,8 @@ const KernelFamilyRow& kernel_family(KernelFamily id) {
 }
 
 std::string missing_feature(const KernelFamilyRow& family, const DeviceInfo& device) {
-  for (const GpuFeature feature : kGpuFeatures) {
-    if (family.needs.contains(feature) && !device.features.contains(feature)) {
-      return describe(feature);
-    }
-  }
-  return "";
+  const GpuFeatures missing = family.needs.without(device.features);
+  return missing.empty() ? "" : describe(missing.first());
 }
 
 }  // namespace flash_llm
