@@ -170,7 +170,7 @@ class FlashLLMLinearMethod(LinearMethodBase):
             for place in self._places(shard_id):
                 loaded.setdefault(name, {})[place] = shard_id
         if not self.dummy:
-            self._refuse_missing(loaded)
+            self._refuse_missing(layer, loaded)
         weight = getattr(layer, "weight", None)
         if weight is None:
             weight = self._empty_weight(layer, layer.weight_payload.device)
@@ -193,7 +193,7 @@ class FlashLLMLinearMethod(LinearMethodBase):
         shards = zip(self.headers, zip(*parts, strict=True), strict=True)
         return {place: shard for place, (header, shard) in enumerate(shards) if header}
 
-    def _refuse_missing(self, loaded: dict[str, dict[Any, Any]]) -> None:
+    def _refuse_missing(self, layer: Any, loaded: dict[str, dict[Any, Any]]) -> None:
         """Refuse a layer without all of its weights: vLLM would leave the others uninitialised."""
         missing = [
             f"{self.shards[place]}.{buffer}"
@@ -201,12 +201,20 @@ class FlashLLMLinearMethod(LinearMethodBase):
             for place, size in enumerate(self._sizes(buffer))
             if size and place not in loaded[buffer]
         ]
-        if None in self.headers and None not in loaded["weight"].values():
-            dense = self.shards if len(self.shards) == self.num_outputs else [self.prefix]
-            places = [p for p, header in enumerate(self.headers) if header is None]
-            needed = len(places) if len(dense) > 1 else self.num_outputs
-            if len(loaded["weight"]) < needed:
-                missing += [f"{dense[p]}.weight" for p in places if p not in loaded["weight"]]
+        dense = [place for place, header in enumerate(self.headers) if header is None]
+        if dense and None not in loaded["weight"].values():
+            if len(self.shards) == self.num_outputs:
+                missing += [f"{self.shards[p]}.weight" for p in dense if p not in loaded["weight"]]
+            elif len(loaded["weight"]) < self.num_outputs:
+                missing.append(f"{self.prefix}.weight")
+        if layer.bias is not None and self.config.checkpoint is not None:
+            # vLLM may load a bias before it takes down what it loads.
+            stored = self.config.checkpoint.tensors
+            missing += [
+                f"{name}.bias"
+                for place, (name, header) in enumerate(zip(self.shards, self.headers, strict=True))
+                if header and f"{name}.bias" not in stored and place not in loaded.get("bias", {})
+            ]
         if missing:
             raise ValueError(
                 f"flash_llm: {', '.join(missing)} of {self.prefix} was not loaded; is it in the "
