@@ -127,7 +127,8 @@ def test_adapters(folders, tmp_path):
     assert found[0][0][0] != found[0][1][0]
 
 
-def test_compiled(folders, expected):
+def test_compiled(folders, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # nothing that was compiled before
     with (
         torch._dynamo.config.patch(disable=False),
         engine(folders["llama"] / "packed", enforce_eager=False) as llm,

@@ -28,8 +28,8 @@ from flash_llm.sparsify import LayerReport, decide
 if TYPE_CHECKING:
     from flash_llm.integrations.vllm.config import FlashLLMConfig
 
-_PLACES = {None: 0, "q": 0, "k": 1, "v": 2}
-"""Place in a fused layer of the shard that vLLM calls so; a number is its own."""
+_PLACES = {"q": 0, "k": 1, "v": 2}
+"""Place in a fused layer of the shards that vLLM gives names; it numbers the others."""
 
 
 class FlashLLMLinearMethod(LinearMethodBase):
@@ -137,7 +137,7 @@ class FlashLLMLinearMethod(LinearMethodBase):
         ]
 
     def _loader(self, buffer: str, sizes: list[int]) -> Callable[..., None]:
-        # It must not refer to the layer: vLLM keeps it as long as the layer lives.
+        # vLLM keeps it after the layer is gone, so it must not refer to the layer.
         def load(param: Tensor, loaded_weight: Tensor, loaded_shard_id: Any = None) -> None:
             places = self._places(loaded_shard_id)
             if len(places) != 1 or not places <= set(range(len(sizes))):
@@ -157,7 +157,7 @@ class FlashLLMLinearMethod(LinearMethodBase):
         return load
 
     def _places(self, shard_id: Any) -> set[Any]:
-        """Places among the shards of what vLLM loads under a shard's name."""
+        """Places of the shards that a tensor holds which vLLM loads under this name."""
         if shard_id is None:  # all of them, in one tensor
             return set(range(len(self.shards)))
         return set(shard_id) if isinstance(shard_id, tuple) else {_PLACES.get(shard_id, shard_id)}
