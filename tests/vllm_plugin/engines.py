@@ -40,8 +40,15 @@ def generate(llm, **options):
 
 
 def assert_same(found, expected):
-    """The same tokens, and log-probabilities of the first ones within bfloat16's rounding."""
+    """The same tokens, and the same log-probabilities within rounding."""
     assert found[0] == expected[0]
+    assert_close(found, expected)
+
+
+def assert_close(found, expected):
+    """Log-probabilities of the first tokens within what bfloat16 rounds."""
     for mine, theirs in zip(found[1], expected[1], strict=True):
-        for token in mine.keys() & theirs.keys():
+        common = mine.keys() & theirs.keys()
+        assert len(common) >= 4  # of the five most likely
+        for token in common:
             assert mine[token] == pytest.approx(theirs[token], abs=0.1)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm.config", reason="needs vLLM; .ci/run makes an environment for it")
 
-from engines import assert_same, engine, generate  # noqa: E402
+from engines import assert_close, assert_same, engine, generate  # noqa: E402
 
 from flash_llm import PackedWeight  # noqa: E402
 
@@ -133,7 +133,7 @@ def test_compiled(folders, expected, tmp_path, monkeypatch):
         torch._dynamo.config.patch(disable=False),
         engine(folders["llama"] / "packed", enforce_eager=False) as llm,
     ):
-        assert_same(generate(llm), expected["llama"])
+        assert_close(generate(llm), expected["llama"])  # it rounds less than uncompiled code
 
 
 @pytest.fixture
