@@ -109,7 +109,7 @@ class FlashLLMLinearMethod(LinearMethodBase):
             return
         layer.packed_header = packed.header
         layer.weight_offsets = nn.Parameter(packed.offsets, requires_grad=False)
-        # compressed-tensors calls it so too, and LoRA finds the device of a layer by this name.
+        # compressed-tensors' name: by it LoRA and latent attention find a layer's device.
         layer.weight_packed = nn.Parameter(packed.payload, requires_grad=False)
         layer._already_called_process_weights_after_loading = True
 
