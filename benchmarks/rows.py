@@ -149,12 +149,57 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "text": (str,),
         "commit": (str,),
     },
+    "serve": {
+        "bench": (str,),
+        "engine": (str,),
+        "gpu": (str,),  # or the CPU, where there is none
+        "gpus": (int,),
+        "model": (str,),
+        "weights": (str,),  # dense, fp8, flash_llm
+        "format": (str, NoneType),  # null: nothing is packed
+        "sparsity": (float,),
+        "batch": (int,),
+        "prompt": (int,),
+        "new_tokens": (int,),
+        "step_ms": (float,),
+        "tok_per_gpu_s": (float,),
+        "ttft_ms": (float,),
+        "weights_gb": (float, NoneType),  # of all GPUs; null: on a CPU
+        "kv_tokens": (int,),
+        "start_s": (float,),
+        "mode": (str,),
+        "torch": (str,),
+        "commit": (str,),
+    },
+    "replay": {
+        "bench": (str,),
+        "engine": (str,),
+        "gpu": (str,),  # or the CPU, where there is none
+        "gpus": (int,),
+        "model": (str,),
+        "weights": (str,),  # dense, fp8, flash_llm
+        "format": (str, NoneType),  # null: nothing is packed
+        "sparsity": (float,),
+        "rate": (float,),
+        "requests": (int,),
+        "tok_per_gpu_s": (float,),
+        "ttft_ms": (dict,),  # p50, p99
+        "tpot_ms": (dict,),
+        "weights_gb": (float, NoneType),  # of all GPUs; null: on a CPU
+        "kv_tokens": (int,),
+        "start_s": (float,),
+        "mode": (str,),
+        "torch": (str,),
+        "commit": (str,),
+    },
 }
 POSITIVE_FIELDS = (
     *("packed_bytes", "us", "gb_s", "unpack_us"),
     *("bytes", "workers", "threads", "cpu_seconds", "gb_s_core", "peak_bytes"),
     *("cublas_us", "fp8_us", "stream_floor_us"),
     *("perplexity", "dense_perplexity", "nsamples", "seqlen", "seconds", "group"),
+    *("gpus", "batch", "prompt", "new_tokens", "step_ms", "tok_per_gpu_s", "weights_gb"),
+    *("rate", "requests", "kv_tokens", "start_s"),
 )
 # The fields that identify a case; a new row replaces the old row of its case.
 CASE_FIELDS = {
@@ -178,6 +223,13 @@ CASE_FIELDS = {
         *("text", "nsamples", "seqlen", "seed"),
     ),
     "rounding": ("bench", "model", "values", "group", "text"),
+    "serve": (
+        *("bench", "gpu", "gpus", "model", "weights", "sparsity", "batch", "prompt"),
+        *("new_tokens", "mode"),
+    ),
+    "replay": (
+        *("bench", "gpu", "gpus", "model", "weights", "sparsity", "rate", "requests", "mode"),
+    ),
 }
 
 

@@ -20,10 +20,12 @@ import bench_cpu  # noqa: E402
 import bench_decode  # noqa: E402
 import bench_pack  # noqa: E402
 import bench_prune  # noqa: E402
+import bench_serve  # noqa: E402
 import bench_spmm  # noqa: E402
 import fp8  # noqa: E402
 import plot_accuracy  # noqa: E402
 import plot_cpu  # noqa: E402
+import plot_serve  # noqa: E402
 import plot_spmm  # noqa: E402
 import rows  # noqa: E402
 import shapes  # noqa: E402
@@ -853,6 +855,56 @@ def test_plotting_nothing_is_an_error(tmp_path):
     for wrong in (["--shape", "256y128"], ["--mask", "rows", "--shape", "256x128"]):
         with pytest.raises(SystemExit):
             plot_spmm.main(["h200", "--results", str(tmp_path), *wrong])
+
+
+def test_requests_arrive_at_the_rate_and_are_the_same_for_all_engines():
+    requests = bench_serve.spread_requests(4.0, 400)
+    assert requests == bench_serve.spread_requests(4.0, 400)
+    assert requests[-1].arrival == pytest.approx(100, rel=0.2)
+    assert {64 <= r.prompt <= 2048 and 32 <= r.new_tokens <= 512 for r in requests} == {True}
+
+
+def test_steps_count_in_which_each_request_gets_a_token():
+    # The second request begins later and ends earlier; at 5.0 only the first one gets a token.
+    assert bench_serve.step_times([[1.0, 2.0, 3.0, 5.0, 6.0], [2.0, 3.0, 6.0]]) == [1.0]
+
+
+def serve_row(**changes):
+    row = {
+        **{"bench": "serve", "engine": "vllm 0.26.0", "gpu": "h200", "gpus": 1, "model": "toy"},
+        **{"weights": "dense", "format": None, "sparsity": 0.0, "batch": 1, "prompt": 64},
+        **{"new_tokens": 64, "step_ms": 5.0, "tok_per_gpu_s": 200.0, "ttft_ms": 20.0},
+        **{"weights_gb": 1.0, "kv_tokens": 1000, "start_s": 50.0, "mode": "compiled"},
+        **{"torch": "2.11.0", "commit": "0123abc"},
+    }
+    return {**row, **changes}
+
+
+def test_the_plot_of_serving_is_drawn_from_rows(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    found = [serve_row(batch=b, weights=w) for b in (1, 8) for w in bench_serve.WEIGHTS]
+    for row in found:
+        rows.check_row(row)
+    rows.write_rows(tmp_path / "serve-h200.jsonl", found)
+    assert plot_serve.main(["h200", "--results", str(tmp_path)]) == 0
+    assert (tmp_path / "serve-h200.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        plot_serve.main(["h200", "--results", str(tmp_path), "--mode", "eager"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", "llama-9b"],
+        ["--model", "llama-8b", "--batch", "0"],
+        ["--model", "llama-8b", "--new-tokens", "2"],
+        ["--model", "llama-8b", "--rate", "0"],
+        ["--model", "llama-8b", "--sparsity", "1.5"],
+    ],
+)
+def test_bad_arguments_of_the_serving_benchmark_are_refused(arguments):
+    with pytest.raises(SystemExit):
+        bench_serve.parse_arguments(arguments)
 
 
 def test_the_floor_kernel_compiles_where_there_is_nvcc(tmp_path):

@@ -80,7 +80,7 @@ def test_import_prints_nothing_and_makes_no_cuda_context():
     result = run_python(
         "import flash_llm, sys, torch\n"
         "assert not torch.cuda.is_initialized()\n"
-        "heavy = {'transformers', 'accelerate', 'gguf', 'typer', 'rich', 'datasets'}\n"
+        "heavy = {'transformers', 'accelerate', 'gguf', 'typer', 'rich', 'datasets', 'vllm'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

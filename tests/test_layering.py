@@ -53,6 +53,7 @@ PYTHON_RANKS = {
     "integrations.hf": 6,
     "io.dense_view": 6,
     "sparsify": 7,
+    "integrations.vllm": 8,
     "evaluate": 8,
     "io.convert": 8,
     "io.verify": 9,
@@ -66,6 +67,8 @@ PYTHON_RANKS = {
 
 # Optional packages that a module may import at its top, because it is itself imported lazily.
 OWNERS = {("transformers", "hf_quantizer.py"), ("peft", "adapters.py"), ("adapters", "adapters.py")}
+# A package whose modules are imported by vLLM, whichever optional packages they import.
+VLLM = PACKAGE / "integrations" / "vllm"
 
 # The folders of csrc, from the lowest up.
 LAYERS = ("base", "format", "plan", "cpu", "cuda", "torch")
@@ -214,7 +217,7 @@ def test_pruning_methods_import_tensors_and_one_another_only(name):
 @pytest.mark.parametrize(
     "name",
     ["transformers", "peft", "accelerate", "gguf", "rich", "typer", "huggingface_hub"]
-    + ["hf_quantizer", "adapters"],
+    + ["hf_quantizer", "adapters", "vllm"],
 )
 def test_optional_packages_are_imported_lazily(name):
     for path in PACKAGE.rglob("*.py"):
@@ -228,6 +231,7 @@ def test_optional_packages_are_imported_lazily(name):
             allowed = (name, path.name) in OWNERS
             # The script's entry point imports the commands, or says what is missing.
             allowed |= name == "typer" and path.parent.name == "cli" and path.stem != "__init__"
+            allowed |= path.parent == VLLM and path.stem != "__init__"
             assert allowed or name not in parts, f"{path}:{node.lineno}"
 
 

@@ -1,0 +1,82 @@
+"""Draw the rows of ``benchmarks/results/serve-<gpu>.jsonl``: tokens a second against the batch.
+
+    python benchmarks/plot_serve.py h200
+
+``serve-<gpu>.png`` has a panel for each model and a line for each kind of weights. Needs matplotlib
+(extra ``plot``).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rows import RESULTS, read_rows
+
+
+def label(row: dict) -> str:
+    """What a line is of."""
+    return f"{row['sparsity']:.0%} zeros" if row["weights"] == "flash_llm" else row["weights"]
+
+
+def draw(rows: list[dict], title: str, path: Path) -> None:
+    """Write the figure.
+
+    Args:
+        rows: at least one.
+        title: of the figure.
+        path: of the picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = sorted({row["model"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(models), figsize=(5.0 * len(models), 4.4), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        of_model = [row for row in rows if row["model"] == model]
+        for name in sorted({label(row) for row in of_model}):
+            line = sorted(
+                (row["batch"], row["tok_per_gpu_s"]) for row in of_model if label(row) == name
+            )
+            axis.plot(*zip(*line, strict=True), marker="o", label=name)
+        axis.set_title(model, fontsize=10)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xlabel("batch")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("tokens per second and GPU")
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the figure; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("gpu", help="as in the name of the file, such as h200")
+    parser.add_argument("--mode", default="compiled", help="of the engine")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    source = arguments.results / f"serve-{arguments.gpu}.jsonl"
+    rows = [
+        row
+        for row in read_rows(source)
+        if row["bench"] == "serve"
+        and (row["mode"], row["prompt"]) == (arguments.mode, arguments.prompt)
+    ]
+    if not rows:
+        parser.error(f"{source} holds no rows of mode {arguments.mode}")
+    commits = ", ".join(sorted({str(row["commit"])[:9] for row in rows}))
+    engines = ", ".join(sorted({row["engine"] for row in rows}))
+    path = source.with_suffix(".png")
+    draw(rows, f"{engines}, {arguments.mode}, on {arguments.gpu} at {commits}", path)
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

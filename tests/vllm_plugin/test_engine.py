@@ -1,0 +1,161 @@
+"""Whole engines: packed and dense folders, random weights, adapters, reloading, two processes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("vllm.config", reason="needs vLLM; .ci/run makes an environment for it")
+
+from engines import assert_close, assert_same, engine, generate  # noqa: E402
+
+from flash_llm import PackedWeight  # noqa: E402
+
+
+def layers(llm):
+    """Of each linear layer: the dense weight if it is packed, else None."""
+
+    from vllm.model_executor.layers.linear import LinearBase
+
+    def found(model):
+        modules = model.named_modules()
+        return {name: unpacked(layer) for name, layer in modules if isinstance(layer, LinearBase)}
+
+    (result,) = llm.apply_model(found)
+    return result
+
+
+def unpacked(layer):
+    header = getattr(layer, "packed_header", None)
+    if header is None:
+        return None
+    return PackedWeight.from_tensors(header, layer.weight_offsets, layer.weight_packed).to_dense()
+
+
+def with_weights(folder, target, change):
+    """A copy of a folder in which ``change`` has been done to the tensors of its file."""
+    shutil.copytree(folder, target)
+    file = target / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_packed_folder(architecture, folders, expected):
+    with engine(folders[architecture] / "packed") as llm:
+        assert_same(generate(llm), expected[architecture])
+        weights = layers(llm)
+        llm.collective_rpc("reload_weights")
+        assert_same(generate(llm), expected[architecture])
+    dense = load_file(folders[architecture] / "dense" / "model.safetensors")
+    prefix = "model.decoder." if architecture == "opt" else "model."
+    attention = f"{prefix}layers.1.self_attn."
+    # k_proj is dense in the folder; the layer that it is fused into is packed.
+    parts = [dense[f"{attention}{part}_proj.weight"] for part in "qkv"]
+    assert torch.equal(weights[attention + "qkv_proj"], torch.cat(parts))
+    unpruned = "layers.0.fc2" if architecture == "opt" else "layers.0.mlp.down_proj"
+    assert {name for name, weight in weights.items() if weight is None} == {prefix + unpruned}
+
+
+def test_dense_folder_with_zeros(folders, expected, tmp_path):
+    changed = "model.layers.1.self_attn.o_proj"
+
+    def negate(tensors):
+        tensors[f"{changed}.weight"].neg_()
+
+    def add_zeros(tensors):
+        tensors[f"{changed}.weight"][:8] = 0
+
+    dense = folders["llama"] / "dense"
+    negated = with_weights(dense, tmp_path / "negated", negate)
+    sparser = with_weights(dense, tmp_path / "sparser", add_zeros)
+    with engine(dense, quantization="flash_llm") as llm:
+        assert_same(generate(llm), expected["llama"])
+        before = layers(llm)
+        unpruned = "model.layers.0.mlp.down_proj"
+        assert {name for name, weight in before.items() if weight is None} == {unpruned}
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(negated)})
+        after = layers(llm)
+        assert torch.equal(after[changed], -before[changed])
+        with pytest.raises(NotImplementedError, match=changed):
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(sparser)})
+
+
+def test_random_weights_with_a_sparsity(folders):
+    overrides = {"quantization_config": {"quant_method": "flash_llm", "sparsity": 0.8}}
+    options = {"load_format": "dummy", "hf_overrides": overrides}
+    with engine(folders["llama"] / "dense", **options) as llm:
+        generate(llm)
+        for name, weight in layers(llm).items():
+            assert (weight == 0).float().mean() == pytest.approx(0.8, abs=0.01), name
+    with (
+        pytest.raises(ValueError, match="sparsity"),
+        engine(folders["llama"] / "dense", load_format="dummy", quantization="flash_llm"),
+    ):
+        pass
+
+
+def test_adapters(folders, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    torch.manual_seed(1)
+    sizes = {
+        "self_attn.q_proj": (256, 256),
+        "self_attn.v_proj": (128, 256),
+        "mlp.up_proj": (512, 256),
+    }
+    adapter = {}
+    for name, (rows, columns) in sizes.items():
+        key = f"base_model.model.model.layers.1.{name}"
+        adapter[f"{key}.lora_A.weight"] = torch.randn(8, columns) * 0.1
+        adapter[f"{key}.lora_B.weight"] = torch.randn(rows, 8) * 0.1
+    save_file(adapter, tmp_path / "adapter_model.safetensors")
+    modules = [name.rpartition(".")[2] for name in sizes]
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": modules}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = []
+    for kind in ("dense", "packed"):
+        with engine(folders["llama"] / kind, enable_lora=True, max_lora_rank=8) as llm:
+            with_adapter = generate(llm, lora_request=LoRARequest("toy", 1, str(tmp_path)))
+            found.append((generate(llm), with_adapter))
+    for plain, with_adapter in zip(*found, strict=True):
+        assert_same(plain, with_adapter)
+    assert found[0][0][0] != found[0][1][0]
+
+
+def test_compiled(folders, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # nothing that was compiled before
+    with (
+        torch._dynamo.config.patch(disable=False),
+        engine(folders["llama"] / "packed", enforce_eager=False) as llm,
+    ):
+        assert_close(generate(llm), expected["llama"])  # it rounds less than uncompiled code
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    return {"tensor_parallel_size": 2}
+
+
+def test_tensor_parallel(folders, expected, two_processes):
+    with engine(folders["llama"] / "packed", **two_processes) as llm:
+        assert_same(generate(llm), expected["llama"])
+
+
+def test_a_damaged_file_stops_all_processes(folders, tmp_path, two_processes, capfd):
+    layer = "model.layers.1.mlp.up_proj"
+
+    def damage(tensors):
+        tensors[f"{layer}.weight_payload"][:64] = -1
+
+    damaged = with_weights(folders["llama"] / "packed", tmp_path / "damaged", damage)
+    with pytest.raises(Exception, match="."), engine(damaged, **two_processes):
+        pass
+    printed = "".join(capfd.readouterr())
+    assert f"{layer} in {damaged / 'model.safetensors'} is malformed" in printed

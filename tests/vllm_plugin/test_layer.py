@@ -1,0 +1,170 @@
+"""Single layers: each process's part of a weight, any leading shape, and what vLLM compiles."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("vllm.config", reason="needs vLLM; .ci/run makes an environment for it")
+
+import flash_llm  # noqa: E402
+from flash_llm import PackedWeight, sparsify_  # noqa: E402
+from flash_llm.testing import random_sparse  # noqa: E402
+
+K, HEAD, HEADS, KV_HEADS, MLP = 128, 16, 8, 2, 96
+SIZES = {
+    "q_proj": (HEADS * HEAD, K),
+    "k_proj": (KV_HEADS * HEAD, K),
+    "v_proj": (KV_HEADS * HEAD, K),
+    "gate_proj": (MLP, K),
+    "up_proj": (MLP, K),
+    "down_proj": (K, MLP),
+}
+FUSED = {
+    "qkv_proj": {"q_proj": "q", "k_proj": "k", "v_proj": "v"},
+    "gate_up_proj": {"gate_proj": 0, "up_proj": 1},
+    "down_proj": {"down_proj": None},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def distributed():
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
+    from vllm.utils.network_utils import get_open_port
+
+    with set_current_vllm_config(VllmConfig()):
+        address = f"tcp://127.0.0.1:{get_open_port()}"
+        init_distributed_environment(1, 0, address, 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        yield
+        cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return {
+        name: random_sparse(*size, 0.7, dtype=torch.bfloat16, seed=seed)
+        for seed, (name, size) in enumerate(SIZES.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def packed_folder(weights, tmp_path_factory):
+    """All layers packed but up_proj."""
+    model = nn.ModuleDict()
+    for name, weight in weights.items():
+        model[name] = nn.Linear(*weight.T.shape, bias=False, dtype=torch.bfloat16)
+        model[name].weight.data.copy_(weight)
+    sparsify_(model, ignore=["up_proj"])
+    folder = tmp_path_factory.mktemp("layers")
+    flash_llm.save(model, folder)
+    return folder
+
+
+def build(name, folder=None, *, rank=0, size=1, bias=False):
+    """A layer of vLLM as process ``rank`` of ``size`` builds it."""
+    from vllm.model_executor.layers import linear
+
+    from flash_llm.integrations.vllm.config import FlashLLMConfig
+
+    config = FlashLLMConfig(packed_folder=folder is not None)
+    config.packed_modules_mapping = {name: list(shards) for name, shards in FUSED.items()}
+    if folder is not None:
+        config.maybe_update_config(str(folder))
+    options = {"bias": bias, "quant_config": config, "prefix": name}
+    options |= {"params_dtype": torch.bfloat16}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "get_tensor_model_parallel_rank", lambda: rank)
+        patch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: size)
+        if name == "qkv_proj":
+            return linear.QKVParallelLinear(K, HEAD, HEADS, KV_HEADS, **options)
+        if name == "gate_up_proj":
+            return linear.MergedColumnParallelLinear(K, [MLP, MLP], **options)
+        return linear.RowParallelLinear(MLP, K, reduce_results=False, **options)
+
+
+def load(layer, name, tensors):
+    """Hand the tensors of a checkpoint to a layer as vLLM's models do, sorted by their names."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_processing
+
+    for shard, shard_id in FUSED[name].items():
+        for key in sorted(tensors):
+            if key.rpartition(".")[0] == shard:
+                parameter = getattr(layer, key.rpartition(".")[2])
+                ids = [] if shard_id is None else [shard_id]
+                parameter.weight_loader(parameter, tensors[key], *ids)
+    finalize_layerwise_processing(layer, None)
+
+
+def weight_of(layer):
+    header = layer.packed_header
+    return PackedWeight.from_tensors(header, layer.weight_offsets, layer.weight_packed).to_dense()
+
+
+def part(name, weights, rank, size):
+    """The rows or columns of a process: heads that are fewer than processes are replicated."""
+    if name == "down_proj":
+        columns = MLP // size
+        return weights[name][:, rank * columns : (rank + 1) * columns]
+    parts = []
+    for shard in FUSED[name]:
+        whole = weights[shard]
+        pieces = min(size, KV_HEADS) if shard in ("k_proj", "v_proj") else size
+        rows = len(whole) // pieces
+        first = rank * pieces // size * rows
+        parts.append(whole[first : first + rows])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2), (1, 4), (5, 8)])
+def test_parts_of_processes(name, rank, size, weights, packed_folder):
+    from safetensors.torch import load_file
+
+    dense = build(name, rank=rank, size=size)
+    load(dense, name, {f"{key}.weight": weight for key, weight in weights.items()})
+    assert torch.equal(weight_of(dense), part(name, weights, rank, size))
+    packed = build(name, packed_folder, rank=rank, size=size)
+    load(packed, name, load_file(packed_folder / "model.safetensors"))
+    assert packed.packed_header == dense.packed_header
+    assert torch.equal(packed.weight_packed, dense.weight_packed)
+    assert torch.equal(packed.weight_offsets, dense.weight_offsets)
+
+
+@pytest.fixture(scope="module")
+def mlp(weights):
+    """Two layers, of which the first has a bias."""
+    tensors = {f"{name}.weight": weight for name, weight in weights.items()}
+    for name in ("gate_proj", "up_proj"):
+        tensors[f"{name}.bias"] = torch.randn(MLP, dtype=torch.bfloat16)
+    layers = nn.ModuleDict({"up": build("gate_up_proj", bias=True), "down": build("down_proj")})
+    load(layers["up"], "gate_up_proj", tensors)
+    load(layers["down"], "down_proj", tensors)
+    biases = [tensors["gate_proj.bias"], tensors["up_proj.bias"]]
+    assert torch.equal(layers["up"].bias, torch.cat(biases))
+    return layers
+
+
+@pytest.mark.parametrize("shape", [(K,), (3, K), (2, 5, K), (0, K)])
+def test_leading_shapes(shape, weights, mlp):
+    x = torch.randn(shape, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        y, _ = mlp["up"](x)
+    expected = nn.functional.linear(x, part("gate_up_proj", weights, 0, 1), mlp["up"].bias)
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_compiled_for_any_number_of_tokens(mlp):
+    def block(x):
+        gate, up = mlp["up"](x)[0].chunk(2, -1)
+        return mlp["down"](nn.functional.silu(gate) * up)[0]
+
+    with torch._dynamo.config.patch(disable=False), torch.inference_mode():
+        compiled = torch.compile(block, fullgraph=True, dynamic=True)
+        for tokens in (2, 7, 33):
+            x = torch.randn(tokens, K, dtype=torch.bfloat16)
+            torch.testing.assert_close(compiled(x), block(x), rtol=2e-2, atol=2e-2)
