@@ -31,7 +31,8 @@ def unpacked(layer):
     header = getattr(layer, "packed_header", None)
     if header is None:
         return None
-    return PackedWeight.from_tensors(header, layer.weight_offsets, layer.weight_packed).to_dense()
+    cls = PackedWeight.class_for(header.format)
+    return cls(header, layer.weight_offsets, layer.weight_packed).to_dense()
 
 
 def with_weights(folder, target, change):

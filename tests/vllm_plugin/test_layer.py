@@ -102,7 +102,8 @@ def load(layer, name, tensors):
 
 def weight_of(layer):
     header = layer.packed_header
-    return PackedWeight.from_tensors(header, layer.weight_offsets, layer.weight_packed).to_dense()
+    cls = PackedWeight.class_for(header.format)
+    return cls(header, layer.weight_offsets, layer.weight_packed).to_dense()
 
 
 def part(name, weights, rank, size):
@@ -168,3 +169,23 @@ def test_compiled_for_any_number_of_tokens(mlp):
         for tokens in (2, 7, 33):
             x = torch.randn(tokens, K, dtype=torch.bfloat16)
             torch.testing.assert_close(compiled(x), block(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("format", ["bitmap", "row_bitmap", "tiled_csl"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+def test_layers_of_one_sparsity_share_what_compiled_code_contains(sparsity, format):
+    from flash_llm.integrations.vllm.linear_method import interchangeable
+
+    own, shared = set(), set()
+    x = torch.randn(3, 1030).bfloat16()
+    for seed in range(12):
+        weight = random_sparse(520, 1030, sparsity, dtype=torch.bfloat16, seed=seed)
+        packed = flash_llm.pack(weight, format)
+        padded = interchangeable(packed)
+        assert torch.equal(padded.to_dense(), weight)
+        assert torch.equal(flash_llm.spmm(x, padded), flash_llm.spmm(x, packed))
+        assert packed.nbytes <= padded.nbytes <= 1.02 * packed.nbytes
+        own.add(packed.header)
+        shared.add(padded.header)
+    if sparsity and format != "tiled_csl":
+        assert len(own) == 12 and len(shared) <= 4

@@ -87,19 +87,21 @@ class FlashLLMLinearMethod(LinearMethodBase):
 
         Raises:
             ValueError: a part of the layer was not loaded, or a packed one is malformed.
-            NotImplementedError: the weights are loaded again, with another number of nonzeros.
+            NotImplementedError: the weights are loaded again, with another sparsity.
         """
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         weight = self._assemble(layer)
         row, packed = self._pack(weight)
+        if packed is not None:
+            packed = interchangeable(packed)
         previous = getattr(layer, "packed_header", None)
         if previous is None:
             self.config.note(row)
         elif packed is None or packed.header != previous:
             raise NotImplementedError(
-                f"flash_llm: the new weight of {self.prefix} has another number of nonzeros, for "
-                "which compiled code and CUDA graphs have no room; start the engine again"
+                f"flash_llm: the new weight of {self.prefix} has another sparsity, for which "
+                "compiled code and CUDA graphs have no room; start the engine again"
             )
         for name in ("weight", *BUFFERS):
             layer._parameters.pop(name, None)
@@ -246,3 +248,34 @@ class FlashLLMLinearMethod(LinearMethodBase):
             reason=reason,
         )
         return row, None
+
+
+def interchangeable(packed: PackedWeight) -> PackedWeight:
+    """Return a weight for products whose header and lengths other layers share.
+
+    vLLM compiles equal parts of a model once, and the integers of a header are constants in them:
+    with its own ``nnz`` and payload length each layer would be compiled for itself. ``nnz``, in
+    which plans only see the sparsity, is rounded to a hundredth of the elements. The payload is
+    padded with zeros, by less than 2 % of a large one, to a length that most weights of this
+    shape and sparsity have in common. Both stay where the format refuses them: ``tiled_csl`` derives the one from the
+    other, and a payload of almost all elements has no room.
+
+    Args:
+        packed: ``[M, K]`` weight.
+
+    Returns:
+        A weight with the same products, which :func:`flash_llm.ops.validate` would refuse.
+    """
+    header, (m, k) = packed.header, packed.shape
+    hundredth = max(m * k // 100, 1)
+    step = 1 << max(header.payload_words.bit_length() - 7, 4)
+    words = -(-header.payload_words // step) * step
+    shared = header._replace(nnz=round(header.nnz / hundredth) * hundredth, payload_words=words)
+    try:
+        ops.check_header(
+            "flash_llm", shared, num_offsets=packed.offsets.numel(), payload_words=words
+        )
+    except ValueError:
+        return packed
+    padding = (0, words - header.payload_words)
+    return type(packed)(shared, packed.offsets, nn.functional.pad(packed.payload, padding))
