@@ -215,7 +215,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Control:
-    """The model with a faster product, but not pruned.
+    """The unpruned model with a faster matrix product.
 
     Attributes:
         perplexity: on the held-out text.

@@ -38,7 +38,7 @@ class CheckpointReport(Report):
         return self._text(str(self.weights), str(self.pruning))
 
     def summary(self) -> str:
-        """Return the same text with one line for layers that differ only in a number."""
+        """Return the same text; layers whose names differ only in indices share a line."""
         return self._text(self.weights.summary(), self.pruning.summary() if self.pruning else "")
 
     def _text(self, weights: str, pruning: str) -> str:

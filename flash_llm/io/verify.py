@@ -81,7 +81,7 @@ class VerifyReport(Report):
         return max((row.relative_error for row in self.rows), default=0.0)
 
     def summary(self) -> str:
-        """Return the table of ``print``, with one line for tensors that differ only in a number."""
+        """Return the same table; tensors whose names differ only in indices share a line."""
         groups = grouped(
             self._shown(), lambda row: (kind(row.name), row.shape, row.packed, row.dtype_text)
         )

@@ -77,7 +77,7 @@ class PrunePlan(Report):
         return self._text([(name, "1", shape) for name, shape in self.shapes.items()])
 
     def summary(self) -> str:
-        """Return the same text with one line for layers that differ only in a number."""
+        """Return the same text; layers whose names differ only in indices share a line."""
         groups = Counter((kind(name), shape) for name, shape in self.shapes.items())
         return self._text([(name, str(n), shape) for (name, shape), n in groups.items()])
 
@@ -120,7 +120,7 @@ class PrunedCheckpoint(PruneReport):
         return self._text(super().__str__(), str(self.packing))
 
     def summary(self) -> str:
-        """Return the same text with one line for layers that differ only in a number."""
+        """Return the same text; layers whose names differ only in indices share a line."""
         return self._text(super().summary(), self.packing.summary() if self.packing else "")
 
     def _text(self, pruning: str, packing: str) -> str:
