@@ -23,7 +23,7 @@ from flash_llm.integrations import tensor_parallel
 from flash_llm.linear import SparseLinear, is_conv1d, is_dtensor, local_part, pack_layer
 from flash_llm.ops import PackedWeight
 from flash_llm.progress import ProgressBar, track
-from flash_llm.report import Report
+from flash_llm.report_base import Report
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, match_layers, refuse_tied
 from flash_llm.table import aligned, grouped, kind, shape_text, span
 

@@ -15,7 +15,7 @@ import typer
 from flash_llm.io.unfinished import partial_path
 from flash_llm.progress import LogLines, ProgressBar
 from flash_llm.prune.methods import METHODS
-from flash_llm.report import Report
+from flash_llm.report_base import Report
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

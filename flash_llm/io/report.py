@@ -10,7 +10,7 @@ from pathlib import Path
 from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
 from flash_llm.io.convert import inspect_checkpoint
 from flash_llm.prune.report import PruneReport
-from flash_llm.report import Report
+from flash_llm.report_base import Report
 from flash_llm.sparsify import SparsifyReport
 
 

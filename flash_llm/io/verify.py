@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flash_llm.io.checkpoint import DTYPES, checkpoint_files
 from flash_llm.io.dense_view import DenseView, is_conv1d_model, is_conv1d_name
-from flash_llm.report import Report
+from flash_llm.report_base import Report
 from flash_llm.table import aligned, grouped, kind, natural, shape_text, span
 
 # Number of elements that are compared at a time, in float64.

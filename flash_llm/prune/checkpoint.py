@@ -30,7 +30,7 @@ from flash_llm.prune.layers import matrix
 from flash_llm.prune.report import PruneRecipe, PruneReport
 from flash_llm.prune.resume import ALLOCATION_NAME
 from flash_llm.prune.samples import samples_for
-from flash_llm.report import Report
+from flash_llm.report_base import Report
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, match_layers, refuse_tied
 from flash_llm.sparsify import SparsifyReport, sparsify_
 from flash_llm.table import aligned, kind, shape_text

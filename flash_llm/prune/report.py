@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from flash_llm.report import SavedReport
+from flash_llm.report_base import SavedReport
 from flash_llm.table import aligned, grouped, kind, shape_text, span
 
 

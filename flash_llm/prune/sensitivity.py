@@ -35,7 +35,7 @@ from flash_llm.prune.layers import check_inputs, check_weights, matrix
 from flash_llm.prune.methods import METHODS
 from flash_llm.prune.reconstruction import relative_error
 from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
-from flash_llm.report import SavedReport
+from flash_llm.report_base import SavedReport
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
 from flash_llm.table import aligned, grouped, shape_text
 
