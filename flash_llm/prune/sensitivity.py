@@ -190,7 +190,8 @@ def sensitivity(
         model: dense; called as ``model(ids)`` with int64 token ids ``[B, L]``.
         calibration: text, as in :func:`flash_llm.prune_`.
         levels: sparsities to measure, in (0, 1), each once.
-        method: ``"wanda"`` or ``"magnitude"``, which do not update the weights that stay.
+        method: a method that does not update the weights that stay, such as ``"wanda"`` or
+            ``"magnitude"``.
         scope: ``"row"`` or ``"layer"``.
         tokenizer: for files and strings.
         nsamples: number of samples to use; None for all.
