@@ -22,7 +22,7 @@ from flash_llm.io.convert import CONVERT_IGNORE, EVERY_LAYER, choose_layers
 from flash_llm.io.dense_view import DenseView
 from flash_llm.ops import PackedWeight
 from flash_llm.progress import ProgressBar, track
-from flash_llm.report import Report
+from flash_llm.report_base import Report
 from flash_llm.table import aligned, natural, shape_text
 from flash_llm.timing import copies_to_rotate, time_cpu, time_cuda
 

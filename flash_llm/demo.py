@@ -27,7 +27,7 @@ from flash_llm.linear import SparseLinear
 from flash_llm.progress import LogLines, ProgressBar
 from flash_llm.prune.calibrate import make_recipe, prune_
 from flash_llm.prune.criteria import check_prune_target
-from flash_llm.report import as_json
+from flash_llm.report_base import as_json
 from flash_llm.smollm2 import (
     CALIBRATION_SAMPLES,
     WINDOW,
@@ -215,7 +215,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Control:
-    """The model with a faster product, but not pruned.
+    """The unpruned model with a faster matrix product.
 
     Attributes:
         perplexity: on the held-out text.

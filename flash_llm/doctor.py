@@ -22,7 +22,7 @@ from flash_llm.formats.row_bitmap import RowBitmap
 from flash_llm.formats.tiled_csl import TiledCSL
 from flash_llm.prune.calibrate import prune_
 from flash_llm.prune.methods import METHODS
-from flash_llm.report import Report
+from flash_llm.report_base import Report
 
 
 @dataclasses.dataclass(frozen=True)

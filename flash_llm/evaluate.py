@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flash_llm.forward import check_token_ids, evaluation_mode
 from flash_llm.integrations import hf
 from flash_llm.progress import ProgressBar, track
-from flash_llm.report import Report
+from flash_llm.report_base import Report
 from flash_llm.table import aligned
 
 

@@ -745,7 +745,7 @@ def _check_fake_packed(
                 f"flash_llm::{op}: {name} must be one-dimensional, got {buffer.dim()} dimensions"
             )
     _check_fake_device(op, "offsets", offsets, payload)
-    # int() specialises compiled code to these lengths, as it is to the integers of the header.
+    # int() makes these lengths constants in compiled code, like the header's integers.
     num_offsets, payload_words = int(offsets.shape[0]), int(payload.shape[0])
     check_header(f"flash_llm::{op}", header, num_offsets=num_offsets, payload_words=payload_words)
     return PackedHeader(*header)

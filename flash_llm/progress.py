@@ -45,8 +45,8 @@ def remark(bar: Iterable[Any], text: str) -> None:
 class LogLines:
     """A :data:`ProgressBar` for logs: writes lines to stderr, with an estimate of the time left.
 
-    Lines are written at the end of an item: the first one after the first item, the others at least
-    :data:`LOG_SECONDS` apart. Work of less than :data:`LOG_SECONDS` writes no line.
+    The first line is written at the end of the first item after which the whole is expected to take
+    :data:`LOG_SECONDS`. Then lines are at least :data:`LOG_SECONDS` apart, except the last item's.
 
     Args:
         items: what to iterate over.

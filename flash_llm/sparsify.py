@@ -23,7 +23,7 @@ from flash_llm.integrations import tensor_parallel
 from flash_llm.linear import SparseLinear, is_conv1d, is_dtensor, local_part, pack_layer
 from flash_llm.ops import PackedWeight
 from flash_llm.progress import ProgressBar, track
-from flash_llm.report import Report
+from flash_llm.report_base import Report
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, match_layers, refuse_tied
 from flash_llm.table import aligned, grouped, kind, shape_text, span
 
@@ -109,7 +109,7 @@ class SparsifyReport(Report):
         return "\n".join([*lines, self._totals()])
 
     def summary(self) -> str:
-        """The same table with one line for layers whose names differ only in a number."""
+        """Return the same table; layers whose names differ only in indices share a line."""
 
         def alike(row: LayerReport) -> tuple[str, tuple[int, ...], str | None, str, str]:
             # The size of a weight, which follows the colon of a reason, is in the columns.
@@ -227,8 +227,8 @@ def sparsify_(
 
     Args:
         model: its matching layers are float16 or bfloat16; others may have any dtype.
-        targets: patterns of the layers to pack. The default ones do not mean routers of experts
-            and adapters (:func:`flash_llm.roles.routers_and_adapters`); name those.
+        targets: patterns of the layers to pack. The defaults exclude routers of experts and
+            adapters (:func:`flash_llm.roles.routers_and_adapters`); name those to pack them.
         ignore: patterns of the layers to leave alone; wins over ``targets``. The default (this
             tuple) may match nothing, and also leaves alone output layers, task heads
             (:func:`flash_llm.roles.output_layers`) and tied weights that no target names.
@@ -348,7 +348,7 @@ def _why_skipped(module: nn.Module, distributed: bool) -> str:
 
 
 def _own_behaviour(module: nn.Module) -> str:
-    """Why a call of a layer may compute something other than nn.Linear, or ""."""
+    """Return why the layer may not behave like nn.Linear, or ""."""
     if is_conv1d(module):
         return ""
     if not isinstance(module, nn.Linear):

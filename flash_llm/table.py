@@ -28,7 +28,7 @@ def aligned(table: Sequence[Sequence[str]], left: Container[int] = ()) -> list[s
 
 
 def kind(name: str) -> str:
-    """Return a layer's name without the numbers of its blocks: layers.*.mlp.up_proj."""
+    """Return a layer's name with * for each index: layers.*.mlp.up_proj."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 

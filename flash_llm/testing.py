@@ -161,7 +161,7 @@ def spmm_error_bound(
         weight: dense ``[M, K]``.
         bias: ``[M]`` or None.
         activation: as in ``spmm``.
-        rounds_sum: whether the result may be of the dense route.
+        rounds_sum: whether the result may have come from the dense route.
 
     Returns:
         ``[..., M]`` float64.

@@ -54,7 +54,8 @@ class Timing:
 def calls_in_graph(num_copies: int, call_us: float) -> int:
     """Return how many calls of ``call_us`` each to capture, a multiple of the number of copies.
 
-    At least :data:`MIN_CALLS`, or enough for :data:`LONG_GRAPH_US`.
+    They are :data:`MIN_CALLS` calls, or as many as fill :data:`LONG_GRAPH_US` if that is fewer,
+    rounded up to whole rounds over the copies.
     """
     wanted = min(MIN_CALLS, math.ceil(LONG_GRAPH_US / max(call_us, 1e-3)))
     return num_copies * math.ceil(wanted / num_copies)

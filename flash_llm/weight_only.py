@@ -17,8 +17,8 @@ VALUES = ("int8", "int4")
 """Value types to which weights are rounded."""
 GROUP = 64
 """Default number of columns of an INT4 weight that share a scale. 128 does not divide the widths of
-SmolLM2. Its weights were dequantised from groups of 32, so groups of 32 would have too small an
-error."""
+SmolLM2. Its weights were dequantised from groups of 32, so groups of 32 would look better than on
+other models."""
 
 
 def round_to_nearest(weight: Tensor, values: str, group: int = GROUP) -> Tensor:

@@ -323,12 +323,16 @@ def test_doctor_fails_when_an_operator_is_wrong(monkeypatch):
     monkeypatch.setattr(
         ops, "spmm", lambda x, w, bias, activation: torch.zeros(x.shape[0], 130).to(x)
     )
+    monkeypatch.setitem(
+        doctor._TESTS, "grad", lambda _: doctor._expect(False, "requires_grad=True")
+    )
     result = invoke("doctor")
     assert result.exit_code == 1
     for format in FORMATS:
         failed = f"FAIL  cpu     {format}: spmm: AssertionError: spmm of 1 tokens differs"
         assert failed in result.output
         assert f"ok    cpu     {format}: prune_pack" in result.output
+    assert "grad: AssertionError: requires_grad=True" in result.output
 
 
 def test_doctor_fails_when_the_extension_is_missing(monkeypatch):

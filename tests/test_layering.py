@@ -38,7 +38,7 @@ PYTHON_RANKS = {
     "timing": 0,
     "weight_only": 0,
     "ops": 1,
-    "report": 1,
+    "report_base": 1,
     "formats": 2,
     "weight_view": 2,
     "linear": 3,

@@ -1043,6 +1043,12 @@ def test_a_method_is_one_function_and_its_row(monkeypatch, statistic):
     assert flash_llm.sensitivity(expected, tokens(), (0.5,), method="first").layers[0].errors
 
 
+@pytest.mark.parametrize(("statistic", "updates"), [(None, True), (squares, True), (len, False)])
+def test_a_method_with_a_statistic_that_the_drivers_cannot_use_is_refused(statistic, updates):
+    with pytest.raises(ValueError, match="statistic of magnitude_mask"):
+        Method(magnitude_mask, statistic, updates_weights=updates)
+
+
 @pytest.mark.parametrize("method", [n for n, m in METHODS.items() if m.updates_weights])
 def test_damping_is_raised_where_rounding_leaves_the_hessian_singular(method, caplog):
     model = Stack()

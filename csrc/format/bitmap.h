@@ -11,8 +11,8 @@
 //   plain   every chunk covers 32 x 128 elements
 //   2:4     every chunk of the even column covers 32 x 256 elements, those of the odd column have
 //           no bytes. Of four neighbours in a row (a group) the first two nonzeros are multiplied
-//           by the sparse tensor cores, which take half of the time. The other nonzeros are the
-//           residual, 0.7 % of the elements at 80 % zeros.
+//           by the sparse tensor cores, which take half as long as the dense ones. The other
+//           nonzeros are the residual, 0.7 % of the elements at 80 % zeros.
 //
 //   offsets  int32[chunks + 1], in units of 64 bytes; offsets[0] = 0, never decreasing,
 //            offsets[chunks] = payload_words / 16

@@ -102,8 +102,8 @@ Status check_offsets(const PackedView& view, int64_t tiles, int unit_words,
   return Status::success();
 }
 
-// Fills offsets[tiles + 1] from the number of units of each tile, units_of(tile). Fails if there
-// are more than 31-bit offsets can address.
+// Fills offsets[tiles + 1] from the number of units of each tile, units_of(tile). Fails if all
+// tiles take more bytes than 31-bit offsets can address.
 template <typename UnitsOf>
 Status fill_offsets(int64_t m, int64_t k, int64_t tiles, const UnitsOf& units_of,
                     int32_t* offsets) {
@@ -113,7 +113,7 @@ Status fill_offsets(int64_t m, int64_t k, int64_t tiles, const UnitsOf& units_of
     units += units_of(tile);
     if (units > INT32_MAX) {
       return Status::invalid_value("a weight of " + std::to_string(m) + "x" + std::to_string(k) +
-                                   " has more nonzeros than 31-bit offsets can address");
+                                   " takes more bytes than 31-bit offsets can address");
     }
     offsets[tile + 1] = static_cast<int32_t>(units);
   }

@@ -34,9 +34,9 @@
 // l stores entry e of vector l (see storage_index). Such a store takes as many wavefronts as the
 // bank that it hits most has different words; bank = word mod 32, word = position / 2. Each bank
 // has a queue of its words that hold nonzeros, in rising order. The packer fills one store after
-// the other. It does so in rounds: in each round every bank adds its first word, with one or two
-// entries, the bank with the longest queue first, of equal ones the lowest, until the store is
-// full. (The end of a store may split a word of two entries.) This order takes the fewest
+// the other, in rounds: in each round the banks add their first words, with one or two entries
+// each, until the store is full. The bank with the longest queue comes first; ties go to the lowest
+// bank. (The end of a store may split a word of two entries.) This order takes the fewest
 // wavefronts possible, about the number of words in the longest queue: 58 for a tile at 80 % zeros,
 // with 52 stores, where the order (rank within bank, bank) takes 73.
 #pragma once

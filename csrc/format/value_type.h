@@ -1,6 +1,6 @@
-// The type of a packed weight's stored values. It is a property of the weight alone; the
-// table of kernel families (plan/kernel_family.h) says with which dtypes of X a kernel multiplies
-// it.
+// The type of a packed weight's stored values. X must have the same dtype (check_spmm in
+// torch/checks.cpp); the table of kernel families (plan/kernel_family.h) says which value types a
+// kernel multiplies.
 #pragma once
 
 #include <cstdint>

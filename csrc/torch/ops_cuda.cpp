@@ -64,7 +64,7 @@ Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFor
   const Tensor totals = at::sum(counts, 1, false, at::kLong).cpu();
   const int64_t total_units = totals[0].item<int64_t>(), total_nnz = totals[1].item<int64_t>();
   TORCH_CHECK_VALUE(total_units <= INT32_MAX, "flash_llm::", op, ": a weight of ", dense.m, "x",
-                    dense.k, " has more nonzeros than 31-bit offsets can address");
+                    dense.k, " takes more bytes than 31-bit offsets can address");
   Tensor offsets = at::zeros({tiles + 1}, int_options);
   offsets.narrow(0, 1, tiles).copy_(at::cumsum(units, 0, at::kInt));
   Tensor payload = at::empty({total_units * format.unit_words}, int_options);

@@ -14,9 +14,9 @@ namespace flash_llm {
 // small layers that a token passes took 8 ms, packed or dense, although one thread computes it in
 // 0.03 to 0.5 ms (EPYC with AVX2, 2026-11-29). Therefore, when recent regions lost more time to
 // delays than the calling thread would need for the other threads' work, it computes the next
-// regions alone: for 16 times the delay if there is one other thread, and for less time the more
-// other threads there are, because it then gives up more. Occasional short delays, as on virtual
-// machines, change nothing. No result depends on this choice.
+// regions alone: for 16 times the delay if there is one other thread, and for less with more
+// threads, since running alone then costs more. Occasional short delays, as on virtual machines,
+// change nothing. No result depends on this choice.
 void parallel_for(int64_t count, int64_t grain, const ParallelBody& body);
 
 }  // namespace flash_llm

@@ -83,7 +83,8 @@ def _with_exit_codes(name: str, command: Callable[..., None]) -> Callable[..., N
         except (ImportError, OSError, RuntimeError, ValueError, TypeError) as error:
             if isinstance(error, typer.Exit):  # which derives from RuntimeError
                 raise
-            typer.echo(f"flash-llm {name}: {in_words_of_the_shell(str(error))}", err=True)
+            message = in_words_of_the_shell(str(error), command)
+            typer.echo(f"flash-llm {name}: {message}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as interruption:
             typer.echo(f"flash-llm {name}: interrupted{interruption}", err=True)

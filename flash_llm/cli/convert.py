@@ -36,6 +36,6 @@ def convert(
             dry_run=dry_run,
             progress=options.progress(),
         )
-    options.show(report, as_json, layers)
+    options.show(report, as_json, layers, convert)
     if dry_run and not as_json:
         typer.echo("Nothing was written: this is what the command would do.")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flash_llm.cli import options
+from flash_llm.cli.convert import convert
 from flash_llm.io.convert import inspect_checkpoint
 from flash_llm.io.report import total_line
 
@@ -22,4 +23,4 @@ def inspect(
     report = inspect_checkpoint(folder, format=format)
     if not as_json:
         typer.echo(total_line(folder))
-    options.show(report, as_json, layers)
+    options.show(report, as_json, layers, convert)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ import typer
 from flash_llm.io.unfinished import partial_path
 from flash_llm.progress import LogLines, ProgressBar
 from flash_llm.prune.methods import METHODS
-from flash_llm.report import Report
+from flash_llm.report_base import Report
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -34,33 +35,45 @@ TrustRemoteCode = Annotated[
 ]
 
 
-def show(report: Report, as_json: bool, layers: bool = False) -> None:
+def show(
+    report: Report,
+    as_json: bool,
+    layers: bool = False,
+    command: Callable[..., None] | None = None,
+) -> None:
     """Print a report.
 
     Args:
         report: result of a command.
         as_json: print JSON, with all layers.
         layers: print a row for each layer instead of each kind of layer.
+        command: function of the command whose arguments the report names; None if it names
+            none.
     """
     if as_json:
         typer.echo(report.to_json())
     else:
-        typer.echo(in_words_of_the_shell(str(report) if layers else report.summary()))
+        text = str(report) if layers else report.summary()
+        typer.echo(text if command is None else in_words_of_the_shell(text, command))
 
 
-def in_words_of_the_shell(text: str) -> str:
+def in_words_of_the_shell(text: str, command: Callable[..., None]) -> str:
     """Rewrite a text that names Python arguments for users of the command.
 
     Args:
         text: a report, or the message of an error.
+        command: function of the command; only its parameters are rewritten.
 
     Returns:
         The text without a function's name at its beginning, and with ``--nsamples`` instead of
         ``nsamples=``.
     """
     text = re.sub(r"^flash_llm(\.\w+)*: ", "", text)
+    known = inspect.signature(command).parameters
 
     def flag(match: re.Match[str]) -> str:
+        if match[1] not in known:
+            return match[0]
         return ("--no-" if match[2] == "False" else "--") + match[1].replace("_", "-")
 
     return re.sub(r"\b([a-z_]+)=(True\b|False\b|(?=[\s,;.)]|$))", flag, text)

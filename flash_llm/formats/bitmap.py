@@ -17,6 +17,8 @@ from flash_llm.ops import PackedStats, PackedWeight
 
 # Chunk rows that are stored together: kBandChunkRows.
 _BAND_CHUNK_ROWS = 16
+# The unit of offsets and of chunk sizes: kChunkUnitBytes.
+_UNIT_BYTES = 64
 
 
 def bits_and_values_bytes(weight: PackedWeight) -> int:
@@ -74,10 +76,10 @@ class Bitmap(PackedWeight):
         self.validate()
         chunk_bytes = self._tile_bytes()
         column, pair = self._columns_and_pairs(chunk_bytes)
-        # 2:4 chunks take an even number of units of 64 bytes, plain ones an odd number. A 2:4 chunk
+        # 2:4 chunks take an even number of units, plain ones an odd number. A 2:4 chunk
         # has the elements of both columns of its pair.
         two_four = torch.zeros_like(chunk_bytes, dtype=torch.bool)
-        two_four[pair[(chunk_bytes > 0) & (chunk_bytes % 128 == 0)]] = True
+        two_four[pair[(chunk_bytes > 0) & (chunk_bytes // _UNIT_BYTES % 2 == 0)]] = True
         is_part = two_four[pair] & (column % 2 == 1)
         return BitmapStats(
             **self._sizes(),

@@ -1,10 +1,10 @@
 """The quantizer that transformers calls when a checkpoint's config names flash_llm.
 
-transformers has one extension point for weights that are stored in another form, and calls its
-users quantizers. :func:`install` wraps five functions of transformers for what that point does not
-cover: the names of packed layers in files, models whose layers were packed in memory, packed files
-whose config does not name flash_llm, and weights that a packed checkpoint lacks.
-:mod:`flash_llm.integrations.hf` calls it as soon as transformers is imported.
+transformers has one extension point for weights that are stored in another form, and calls any
+class that uses it a quantizer. :func:`install` wraps five functions of transformers for what that
+point does not cover: the names of packed layers in files, models whose layers were packed in
+memory, packed files whose config does not name flash_llm, and weights that a packed checkpoint
+lacks. :mod:`flash_llm.integrations.hf` calls it as soon as transformers is imported.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 
 class DenseView:
-    """A checkpoint seen as dense tensors: packed weights are unpacked when they are read.
+    """A dense view of a checkpoint: packed weights are unpacked when they are read.
 
     Args:
         files: all files of the checkpoint.

@@ -1,7 +1,7 @@
 """Read dense tensors that other tools store in several parts.
 
 compressed-tensors wrote the format ``sparse-bitmask`` until 2026. It stores one bit for each
-element, and the values whose bit is set in one sequence. Instead of a tensor ``N`` a file has
+element and, consecutively, the values whose bit is set. Instead of a tensor ``N`` a file has
 ``P.shape`` (int64), ``P.bitmask`` (uint8[..., ceil(K / 8)], lowest bit first), ``P.compressed``
 (the values) and ``P.row_offsets``, which follow from the bits. Up to version 0.8 the prefix P is
 the full name N. Later versions store only weights; P is the layer's name, and N is ``P.weight``.

@@ -10,7 +10,7 @@ from pathlib import Path
 from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
 from flash_llm.io.convert import inspect_checkpoint
 from flash_llm.prune.report import PruneReport
-from flash_llm.report import Report
+from flash_llm.report_base import Report
 from flash_llm.sparsify import SparsifyReport
 
 
@@ -38,7 +38,7 @@ class CheckpointReport(Report):
         return self._text(str(self.weights), str(self.pruning))
 
     def summary(self) -> str:
-        """Return the same text with one line for layers that differ only in a number."""
+        """Return the same text; layers whose names differ only in indices share a line."""
         return self._text(self.weights.summary(), self.pruning.summary() if self.pruning else "")
 
     def _text(self, weights: str, pruning: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flash_llm.io.checkpoint import DTYPES, checkpoint_files
 from flash_llm.io.dense_view import DenseView, is_conv1d_model, is_conv1d_name
-from flash_llm.report import Report
+from flash_llm.report_base import Report
 from flash_llm.table import aligned, grouped, kind, natural, shape_text, span
 
 # Number of elements that are compared at a time, in float64.
@@ -81,7 +81,7 @@ class VerifyReport(Report):
         return max((row.relative_error for row in self.rows), default=0.0)
 
     def summary(self) -> str:
-        """Return the table of ``print``, with one line for tensors that differ only in a number."""
+        """Return the same table; tensors whose names differ only in indices share a line."""
         groups = grouped(
             self._shown(), lambda row: (kind(row.name), row.shape, row.packed, row.dtype_text)
         )

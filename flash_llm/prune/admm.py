@@ -32,8 +32,8 @@ as rho is above this."""
 RHO_EVERY = 3
 """Iterations between two checks of the support."""
 RHO_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-"""Pairs of a fraction and the factor for rho if more than this fraction of the support has changed
-(paper, section 3.2)."""
+"""(fraction, factor): rho grows by factor when more than fraction of the support changed. The first
+pair that applies counts (paper, section 3.2)."""
 STABLE_AFTER = 30
 """Iterations after which a change of less than the fraction ``STABLE`` of the support ends the
 search."""

@@ -414,7 +414,8 @@ class _Pruner:
         """Return the new weight; the damping is raised while the Hessian is singular.
 
         Channels that are large on the same few tokens only (massive activations) are collinear. The
-        damping, a fraction of the mean diagonal, may be too small to change theirs in float32.
+        damping, a fraction of the mean diagonal, may be too small to change their diagonal entries
+        in float32.
         """
         damping = self.recipe.damping
         while True:

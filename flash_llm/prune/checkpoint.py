@@ -30,7 +30,7 @@ from flash_llm.prune.layers import matrix
 from flash_llm.prune.report import PruneRecipe, PruneReport
 from flash_llm.prune.resume import ALLOCATION_NAME
 from flash_llm.prune.samples import samples_for
-from flash_llm.report import Report
+from flash_llm.report_base import Report
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, match_layers, refuse_tied
 from flash_llm.sparsify import SparsifyReport, sparsify_
 from flash_llm.table import aligned, kind, shape_text
@@ -77,7 +77,7 @@ class PrunePlan(Report):
         return self._text([(name, "1", shape) for name, shape in self.shapes.items()])
 
     def summary(self) -> str:
-        """Return the same text with one line for layers that differ only in a number."""
+        """Return the same text; layers whose names differ only in indices share a line."""
         groups = Counter((kind(name), shape) for name, shape in self.shapes.items())
         return self._text([(name, str(n), shape) for (name, shape), n in groups.items()])
 
@@ -120,7 +120,7 @@ class PrunedCheckpoint(PruneReport):
         return self._text(super().__str__(), str(self.packing))
 
     def summary(self) -> str:
-        """Return the same text with one line for layers that differ only in a number."""
+        """Return the same text; layers whose names differ only in indices share a line."""
         return self._text(super().summary(), self.packing.summary() if self.packing else "")
 
     def _text(self, pruning: str, packing: str) -> str:

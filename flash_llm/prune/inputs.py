@@ -2,8 +2,8 @@
 
 Layers that are called with the same tensor, such as the projections to queries, keys and values,
 share one statistic: sums are replaced and never changed in place, and a layer that would add the
-same tensor to the same sum as the layer before it takes over that result. Layers whose inputs
-differ later continue with sums of their own.
+same tensor to the same sum as the layer before it reuses that result. Layers whose inputs differ
+later continue with sums of their own.
 """
 
 from __future__ import annotations

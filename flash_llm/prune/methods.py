@@ -29,12 +29,27 @@ class Method:
         statistic: what the method needs to know about the inputs of a layer: None for nothing,
             :func:`squares` for the L2 norms of the channels (``of_inputs`` is ``[K]`` float32), or
             :func:`gram` for ``X X^T`` (``[K, K]`` float32).
-        updates_weights: whether the weights that stay change as well.
+        updates_weights: whether the weights that stay change as well. The statistic is then
+            :func:`gram`.
+
+    Raises:
+        ValueError: the statistic is none of these.
     """
 
     function: Callable[..., Tensor]
     statistic: Statistic | None = None
     updates_weights: bool = False
+
+    def __post_init__(self) -> None:
+        # calibrate.py computes the error of a new weight from X X^T. sensitivity.py measures all
+        # other methods with X X^T, from which both statistics follow.
+        known = (gram,) if self.updates_weights else (None, squares, gram)
+        if self.statistic not in known:
+            expected = "gram" if self.updates_weights else "None, squares or gram"
+            raise ValueError(
+                f"the statistic of {self.function.__name__} must be {expected}, "
+                f"got {self.statistic!r}"
+            )
 
     def __call__(
         self,
@@ -44,12 +59,12 @@ class Method:
         scope: str,
         **options: Any,
     ) -> Tensor:
-        """Call the function with what it needs of a layer's inputs, on the weight's device.
+        """Call the function with the statistic it needs, moved to the weight's device.
 
         Args:
             weight: ``[M, K]``.
-            inputs: the method's statistic, or a Gram matrix for any method; unused, and may be
-                None, if the method has no statistic.
+            inputs: sums of the method's statistic, or of :func:`gram`, whose diagonal holds the
+                squares; unused, and may be None, if the method has no statistic.
             sparsity: as in :func:`flash_llm.prune_`.
             scope: likewise.
             options: passed to the function.

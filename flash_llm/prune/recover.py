@@ -34,7 +34,7 @@ from flash_llm.prune.blocks import (
 )
 from flash_llm.prune.layers import check_weights
 from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
-from flash_llm.report import SavedReport
+from flash_llm.report_base import SavedReport
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
 from flash_llm.table import aligned
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from flash_llm.report import SavedReport
+from flash_llm.report_base import SavedReport
 from flash_llm.table import aligned, grouped, kind, shape_text, span
 
 
@@ -96,7 +96,7 @@ class PruneReport(SavedReport):
         return zeros / max(sum(sizes), 1)
 
     def summary(self) -> str:
-        """Return the table of ``print``, with one line for layers that differ only in a number."""
+        """Return the table of ``print``; layers whose names differ only in indices share a line."""
         table = [("layers", "number", "shape", "sparsity", "error")]
         groups = grouped(self.layers, lambda layer: (kind(layer.name), layer.shape))
         for (name, shape), layers in groups.items():

@@ -35,7 +35,7 @@ from flash_llm.prune.layers import check_inputs, check_weights, matrix
 from flash_llm.prune.methods import METHODS
 from flash_llm.prune.reconstruction import relative_error
 from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
-from flash_llm.report import SavedReport
+from flash_llm.report_base import SavedReport
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, select_layers
 from flash_llm.table import aligned, grouped, shape_text
 
@@ -190,7 +190,8 @@ def sensitivity(
         model: dense; called as ``model(ids)`` with int64 token ids ``[B, L]``.
         calibration: text, as in :func:`flash_llm.prune_`.
         levels: sparsities to measure, in (0, 1), each once.
-        method: ``"wanda"`` or ``"magnitude"``, which do not update the weights that stay.
+        method: a method that does not update the weights that stay, such as ``"wanda"`` or
+            ``"magnitude"``.
         scope: ``"row"`` or ``"layer"``.
         tokenizer: for files and strings.
         nsamples: number of samples to use; None for all.

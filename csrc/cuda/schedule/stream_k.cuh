@@ -9,8 +9,8 @@
 // If one worker has a whole row, it can store the results itself. Other rows are shared: each of
 // their workers stores fp32 partial sums in the workspace, and a second small kernel adds these in
 // the order of K, so that results are repeatable bit for bit. A worker has partial sums of at most
-// two rows: one that begins before its range (slot 0), and one that begins in it and ends after it
-// (slot 1).
+// two rows: the row that began before its range (slot 0), and the row that begins in it and ends
+// after it (slot 1).
 #pragma once
 
 #include <cstdint>

@@ -24,7 +24,7 @@ class Report:
         return json.dumps(as_json(self), indent=2)
 
     def summary(self) -> str:
-        """Return the text of ``print``, with one line for layers that differ only in a number."""
+        """Return the text of ``print``; layers whose names differ only in indices share a line."""
         return str(self)
 
 
