@@ -11,10 +11,10 @@ from formats import DTYPES, each, every_plan
 
 import flash_llm
 from flash_llm import PackedWeight, testing
+from flash_llm.ops import ACTIVATIONS
 
 SIZES = (0, 1, 7, 8, 63, 64, 65, 127, 129, 200, 576)
 AWKWARD_N = (0, 1, 7, 9, 65)
-ACTIVATIONS = (None, "relu", "gelu", "silu")
 
 
 def test_each_runs_every_combination_and_names_those_that_fail():
