@@ -46,8 +46,9 @@ def each(names, values, ids=None):
     """As pytest.mark.parametrize, but within one case: runs the test for each of the values.
 
     For combinations that are too many, or take too little time, to be cases of their own. Several
-    of these on a test make a product. Each combination begins from the same seed. All of them run;
-    the case fails with the names of those that fail and their errors.
+    of these on a test make a product. Each combination begins from the same seed. All of them run,
+    unless the case's time limit is exceeded; the case fails with the names of those that fail and
+    their errors. A combination must not skip, because that would hide the failures of the others.
     """
     names = [names] if isinstance(names, str) else names
     values = [(value,) if len(names) == 1 else value for value in values]
@@ -84,16 +85,20 @@ def each(names, values, ids=None):
 def _run_each(body, case, loops):
     first, failed = None, []
     combinations = list(itertools.product(*loops))
-    for combination in combinations:
+    assert combinations, "there is nothing to run"
+    for number, combination in enumerate(combinations, start=1):
         arguments = {name: value for _, part in combination for name, value in part.items()}
         torch.manual_seed(0)
         try:
             body(**case, **arguments)
-        except (Exception, pytest.fail.Exception) as error:
+        except (Exception, pytest.fail.Exception, pytest.skip.Exception) as error:
             first = first or error
             label = ", ".join(label for label, _ in combination)
             failed.append(f"{label}: {type(error).__name__}: {error}")
-    assert combinations, "there is nothing to run"
+            # pytest-timeout's timer fires once, so nothing would limit the other combinations.
+            if isinstance(error, pytest.fail.Exception) and str(error).startswith("Timeout"):
+                failed[-1] += f" ({len(combinations) - number} combinations were not run)"
+                break
     if failed:
         head = f"{len(failed)} of {len(combinations)} combinations fail:"
         raise AssertionError("\n".join([head, *failed])) from first

@@ -21,6 +21,7 @@ import torch
 
 import flash_llm
 from flash_llm import testing
+from flash_llm.ops import ACTIVATIONS
 
 ERRORS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 FORMATS = ("tiled_csl", "bitmap", "row_bitmap")
@@ -168,7 +169,7 @@ class Caller:
             "x": guarded(rng, x),
             **packed,
             "bias": guarded(rng, bias) if rng.random() < 0.5 else None,
-            "activation": rng.choice(("none", "relu", "gelu", "silu")),
+            "activation": rng.choice(ACTIVATIONS),
             "config": rng.choice(CONFIGS),
             "ctas": 0,
             "prefetch": True,

@@ -399,8 +399,8 @@ CONTENTS = {
         ("tile 3: ", "6400"),
     ),
     "duplicate": (
-        lambda w: changed(w, payload=set_word(w.payload, 1, int(w.payload[0]))),
-        ("tile 0: ",),
+        lambda w: changed(w, payload=set_word(w.payload, slice(0, 2), word(320, 1))),
+        ("tile 0: ", "320"),
     ),
     "negative zero": (
         lambda w: changed(w, payload=set_word(w.payload, 0, int(w.payload[0]) & ~0xFFFF | 0x8000)),

@@ -30,21 +30,25 @@ class Fail(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Fail())
 """
 
-# Runs each program in a process of its own, all at once, and prints what each printed as JSON. They
-# are forked because importing torch takes seconds.
+# Runs each program in a process of its own, all at once, and prints what each printed as JSON;
+# fails if one of them does. They are forked because importing torch takes seconds.
 EACH = """
 import json, os, sys, torch
-readers = []
+children = []
 for code in sys.argv[1:]:
     reader, writer = os.pipe()
-    if os.fork() == 0:
+    child = os.fork()
+    if child == 0:
         os.dup2(writer, 1)
         exec(code, {})
         sys.stdout.flush()
         os._exit(0)
     os.close(writer)
-    readers.append(reader)
-print(json.dumps([open(reader).read() for reader in readers]))
+    children.append((child, reader))
+print(json.dumps([open(reader).read() for _, reader in children]))
+statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child, _ in children]
+if any(statuses):
+    sys.exit(f"the programs exit with {statuses}")
 """
 
 USE = """

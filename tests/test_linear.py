@@ -680,7 +680,7 @@ BROKEN = {
     ),
     "dense and packed": (
         lambda s: s.update({"mlp.weight": torch.zeros(130, 70)}),
-        "weight",
+        "weight .*weight_header",
     ),
     "no tensor": (
         lambda s: s.update({"mlp.weight_payload": "words"}),

@@ -367,7 +367,7 @@ def mutate(data, packed):
             if data.draw(st.booleans()):
                 header[7] = payload.numel()
         elif payload.numel():
-            # Often near an end, where a bitmap has its bits and sigma.
+            # Often near an end, where a bitmap has its bits and down offsets.
             last = payload.numel() - 1
             place = st.one_of(
                 st.integers(0, last),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import sys
 
 import pytest
@@ -16,7 +17,7 @@ from flash_llm import evaluate
 from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
 from flash_llm.io.unfinished import NOTE_NAME
 from flash_llm.prune import calibrate, checkpoint
-from flash_llm.prune.methods import METHODS
+from flash_llm.prune.methods import METHODS, Method
 from flash_llm.prune.report import PruneReport
 
 transformers = pytest.importorskip("transformers")
@@ -230,6 +231,25 @@ def test_a_killed_run_goes_on(tmp_path, source):
     assert before == {path: path.read_bytes() for path in source.iterdir()}
 
 
+def test_ctrl_c_ends_a_run_at_once_and_keeps_the_layers_that_are_done(
+    tmp_path, source, text, monkeypatch
+):
+    original, begun = METHODS["magnitude"], []
+
+    def interrupted_in_the_third_layer(*arguments):
+        begun.append(arguments)
+        if len(begun) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return original.function(*arguments)
+
+    monkeypatch.setitem(METHODS, "magnitude", Method(interrupted_in_the_third_layer))
+    result = prune(source, tmp_path / "pruned", text, "--method", "magnitude")
+    partial = tmp_path / "pruned.partial"
+    assert result.exit_code == 130 and str(partial) in result.output
+    assert len(begun) == 3 and not (tmp_path / "pruned").exists()
+    assert len(list((partial / "state").glob("layer-*.safetensors"))) == 2
+
+
 def interrupt(monkeypatch, error):
     """Make the conversion fail when all is pruned."""
 
@@ -304,7 +324,7 @@ def test_no_resume_removes_nothing_of_others(tmp_path, source, text):
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("mine")
     result = prune(source, tmp_path / "pruned", text, "--no-resume")
-    assert result.exit_code == 1 and "pruned.partial" in result.output
+    assert result.exit_code == 1 and "pruned.partial belongs to other work" in result.output
     assert (theirs / "thesis.txt").read_text() == "mine"
 
 
@@ -341,7 +361,11 @@ def test_bad_options(tmp_path, source, text, options, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "allocation"), ("[1]", "must hold an object"), ('{"a": "b"}', "must hold an object")],
+    [
+        ("{", "line 1 column 2"),
+        ("[1]", "must hold an object"),
+        ('{"a": "b"}', "must hold an object"),
+    ],
 )
 def test_bad_allocation_files(tmp_path, content, message):
     (tmp_path / "allocation.json").write_text(content)

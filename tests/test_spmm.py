@@ -5,16 +5,17 @@ import inspect
 import itertools
 
 import pytest
+import pytest_timeout
 import torch
 import torch.nn.functional as F
 from formats import DTYPES, each, every_plan
 
 import flash_llm
 from flash_llm import PackedWeight, testing
+from flash_llm.ops import ACTIVATIONS
 
 SIZES = (0, 1, 7, 8, 63, 64, 65, 127, 129, 200, 576)
 AWKWARD_N = (0, 1, 7, 9, 65)
-ACTIVATIONS = (None, "relu", "gelu", "silu")
 
 
 def test_each_runs_every_combination_and_names_those_that_fail():
@@ -35,6 +36,24 @@ def test_each_runs_every_combination_and_names_those_that_fail():
     _, *failed = str(caught.value).split("\nm=")
     assert [text[:8] for text in failed] == ["2, n=3, ", "2, n=5, "]
     assert list(inspect.signature(body).parameters) == ["case"]
+
+
+def test_each_ends_at_a_timeout_and_counts_a_skip_as_a_failure():
+    seen = []
+
+    @each("what", ["fails", "skips", "takes too long", "comes later"])
+    def body(what):
+        seen.append(what)
+        assert what != "fails"
+        if what == "skips":
+            pytest.skip("which would hide the failure")
+        if what == "takes too long":
+            pytest.fail(pytest_timeout.PYTEST_FAILURE_MESSAGE % 600.0)
+
+    with pytest.raises(AssertionError) as caught:
+        body()
+    assert seen == ["fails", "skips", "takes too long"]
+    assert all(f"\nwhat={what}: " in str(caught.value) for what in seen)
 
 
 # Each kernel on its device.

@@ -9,7 +9,12 @@
 namespace flash_llm {
 namespace {
 
-constexpr EnumSet<Format> kEveryFormat = {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap};
+constexpr EnumSet<Format> every_format() {
+  EnumSet<Format> all;
+  for (int number = 1; number <= kNumFormats; ++number) all.insert(static_cast<Format>(number));
+  return all;
+}
+
 constexpr EnumSet<ValueType> k16Bit = {ValueType::kFloat16, ValueType::kBfloat16};
 
 // The configurations of a family that has only one.
@@ -45,68 +50,77 @@ Status plan_dense(const PlanRequest& request, SpmmPlan* out) {
   return Status::success();
 }
 
+constexpr std::array<KernelFamilyRow, kNumKernelFamilies> kFamilies = {{
+    {KernelFamily::kTiledCslCpu,
+     Place::kCpu,
+     Format::kTiledCsl,
+     k16Bit,
+     {},
+     false,
+     only_config<kTilesName>,
+     takes_tiled_csl_cpu,
+     plan_one_config},
+    {KernelFamily::kRowBitmapCpu,
+     Place::kCpu,
+     Format::kRowBitmap,
+     k16Bit,
+     {},
+     true,
+     only_config<kRowsName>,
+     takes_row_bitmap_cpu,
+     plan_one_config},
+    {KernelFamily::kRowBitmapBlocks,
+     Place::kCpu,
+     Format::kRowBitmap,
+     k16Bit,
+     {},
+     false,
+     only_config<kBlocksName>,
+     takes_row_bitmap_blocks,
+     plan_one_config},
+    {KernelFamily::kReference,
+     Place::kCpu,
+     every_format(),
+     k16Bit,
+     {},
+     false,
+     only_config<kReferenceName>,
+     never_chosen,
+     plan_one_config},
+    {KernelFamily::kTiledCslSm80, Place::kCuda, Format::kTiledCsl, k16Bit, GpuFeature::kMmaSync,
+     true, describe_lscd_configs, takes_lscd, plan_lscd},
+    {KernelFamily::kBitmapSm90a, Place::kCuda, Format::kBitmap, k16Bit, GpuFeature::kWgmma, true,
+     describe_bitmap_configs, takes_bitmap, plan_bitmap},
+    {KernelFamily::kDense,
+     Place::kBoth,
+     every_format(),
+     k16Bit,
+     {},
+     false,
+     only_config<kDenseName>,
+     takes_dense,
+     plan_dense},
+}};
+
+constexpr bool every_family_has_a_row() {
+  for (size_t id = 0; id < kNumKernelFamilies; ++id) {
+    bool found = false;
+    for (const KernelFamilyRow& row : kFamilies) found |= row.id == static_cast<KernelFamily>(id);
+    if (!found) return false;
+  }
+  return true;
+}
+static_assert(every_family_has_a_row());
+static_assert(kFamilies.back().id == KernelFamily::kDense, "takes what is left");
+
 }  // namespace
 
-const std::vector<KernelFamilyRow>& kernel_families() {
-  static const std::vector<KernelFamilyRow> families = {
-      {KernelFamily::kTiledCslCpu,
-       Place::kCpu,
-       Format::kTiledCsl,
-       k16Bit,
-       {},
-       false,
-       only_config<kTilesName>,
-       takes_tiled_csl_cpu,
-       plan_one_config},
-      {KernelFamily::kRowBitmapCpu,
-       Place::kCpu,
-       Format::kRowBitmap,
-       k16Bit,
-       {},
-       true,
-       only_config<kRowsName>,
-       takes_row_bitmap_cpu,
-       plan_one_config},
-      {KernelFamily::kRowBitmapBlocks,
-       Place::kCpu,
-       Format::kRowBitmap,
-       k16Bit,
-       {},
-       false,
-       only_config<kBlocksName>,
-       takes_row_bitmap_blocks,
-       plan_one_config},
-      {KernelFamily::kReference,
-       Place::kCpu,
-       kEveryFormat,
-       k16Bit,
-       {},
-       false,
-       only_config<kReferenceName>,
-       never_chosen,
-       plan_one_config},
-      {KernelFamily::kTiledCslSm80, Place::kCuda, Format::kTiledCsl, k16Bit, GpuFeature::kMmaSync,
-       true, describe_lscd_configs, takes_lscd, plan_lscd},
-      {KernelFamily::kBitmapSm90a, Place::kCuda, Format::kBitmap, k16Bit, GpuFeature::kWgmma, true,
-       describe_bitmap_configs, takes_bitmap, plan_bitmap},
-      {KernelFamily::kDense,
-       Place::kBoth,
-       kEveryFormat,
-       k16Bit,
-       {},
-       false,
-       only_config<kDenseName>,
-       takes_dense,
-       plan_dense},
-  };
-  return families;
-}
+const std::array<KernelFamilyRow, kNumKernelFamilies>& kernel_families() { return kFamilies; }
 
 const KernelFamilyRow& kernel_family(KernelFamily id) {
-  const auto& families = kernel_families();
   size_t i = 0;
-  while (families[i].id != id) ++i;  // every id has a row: test_plan.cpp
-  return families[i];
+  while (kFamilies[i].id != id) ++i;
+  return kFamilies[i];
 }
 
 std::string missing_feature(const KernelFamilyRow& family, const DeviceInfo& device) {

@@ -4,6 +4,8 @@
 // this table. The CPU and CUDA layers dispatch by an exhaustive switch over the id.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -29,6 +31,8 @@ enum class KernelFamily {
   kBitmapSm90a,      // bitmap on Hopper
   kDense,            // unpack, then the vendor's dense GEMM; CPU and CUDA
 };
+// A new family goes before kDense.
+inline constexpr size_t kNumKernelFamilies = static_cast<size_t>(KernelFamily::kDense) + 1;
 
 enum class Place { kCpu, kCuda, kBoth };
 
@@ -78,7 +82,7 @@ struct KernelFamilyRow {
   }
 };
 
-const std::vector<KernelFamilyRow>& kernel_families();
+const std::array<KernelFamilyRow, kNumKernelFamilies>& kernel_families();
 
 // The row of a family.
 const KernelFamilyRow& kernel_family(KernelFamily id);

@@ -303,13 +303,13 @@ TEST_F(MalformedTiledCsl, DuplicatePosition) {
   const auto [first, last] = tile_entry_range(good_.view(), 4);
   const auto i = static_cast<size_t>(first), j = static_cast<size_t>(last - 5);
   good_.payload[j] = (good_.payload[i] & 0xFFFF0000U) | kHalfOne;
-  expect_refused(good_, {"tile 4: "});
+  expect_refused(good_, {"tile 4: ", " " + std::to_string(good_.payload[i] >> 16) + " "});
 }
 
 TEST_F(MalformedTiledCsl, PaddingAtThePositionOfAValue) {
   const size_t value = find_entry(1, false), padding = find_entry(1, true);
   good_.payload[padding] = good_.payload[value] & 0xFFFF0000U;
-  expect_refused(good_, {"tile 1: "});
+  expect_refused(good_, {"tile 1: ", " " + std::to_string(good_.payload[value] >> 16) + " "});
 }
 
 TEST_F(MalformedTiledCsl, NegativeZero) {
