@@ -257,8 +257,8 @@ def interchangeable(packed: PackedWeight) -> PackedWeight:
     with its own ``nnz`` and payload length each layer would be compiled for itself. ``nnz``, in
     which plans only see the sparsity, is rounded to a hundredth of the elements. The payload is
     padded with zeros, by less than 2 % of a large one, to a length that most weights of this
-    shape and sparsity have in common. Both stay where the format refuses them: ``tiled_csl`` derives the one from the
-    other, and a payload of almost all elements has no room.
+    shape and sparsity have in common. Both stay as they are where the format refuses them:
+    ``tiled_csl`` derives the one from the other, and a payload of almost all elements has no room.
 
     Args:
         packed: ``[M, K]`` weight.
