@@ -77,6 +77,7 @@ CUDA_SOURCES = [
     "csrc/cuda/tiled_csl/tiled_csl_pack.cu",
 ]
 OPERATOR_SOURCES = [
+    "csrc/torch/autograd.cpp",
     "csrc/torch/checks.cpp",
     "csrc/torch/ops_cpu.cpp",
     "csrc/torch/ops_cuda.cpp",

@@ -1,4 +1,4 @@
-"""The operators of ``torch.ops.flash_llm`` in Python: typed wrappers, fakes and autograd.
+"""The operators of ``torch.ops.flash_llm`` in Python: typed wrappers and fakes.
 
 ``y = act(x @ w.T + bias)`` for a packed sparse ``w``, and the conversions from and to dense. A
 packed weight of any format is eight integers and two tensors (:class:`PackedWeight`). The operators
@@ -9,7 +9,6 @@ plain tensors and ints, and no call has to read a buffer from the device.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
@@ -544,22 +543,11 @@ def spmm_buffers(
         raise TypeError(
             f"flash_llm::spmm: activation must be a string, got {type(activation).__name__}"
         )
-    arguments = (
+    y: Tensor = torch.ops.flash_llm.spmm(
         *(x, list(header), offsets, payload, bias),
         *("none" if activation is None else activation, config, ctas, prefetch),
     )
-    if torch.is_grad_enabled() or _forward_ad_level() >= 0 or torch.compiler.is_compiling():
-        y: Tensor = torch.ops.flash_llm.spmm(*arguments)
-        return y
-    # Without gradients the operator's autograd is skipped. It is written in Python and takes 5.5 of
-    # the 11 us that a call of a small layer costs on a CPU.
-    with torch._C._AutoDispatchBelowAutograd():
-        return cast(Tensor, torch.ops.flash_llm.spmm(*arguments))
-
-
-def _forward_ad_level() -> int:
-    level: int = torch.autograd.forward_ad._current_level
-    return level
+    return y
 
 
 def explain_format(m: int, k: int, nnz: int, *, compute_capability: int = 0) -> tuple[str, str]:
@@ -839,59 +827,12 @@ def _fake_spmm(
     return x.new_empty((*x.shape[:-1], fields.m))
 
 
-def _spmm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, header, offsets, payload, bias, activation, config, ctas, prefetch, scales = inputs
-    ctx.header, ctx.activation = header, activation
-    ctx.config, ctx.ctas, ctx.prefetch = config, ctas, prefetch
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    # Without an activation the gradients do not depend on x and bias.
-    if activation == "none":
-        ctx.save_for_backward(offsets, payload, scales)
-    else:
-        ctx.save_for_backward(offsets, payload, scales, x, bias)
-
-
-def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # The dispatcher drops trailing default arguments, of which bias may be one.
-    needs_x = ctx.needs_input_grad[0]
-    needs_bias = len(ctx.needs_input_grad) > 4 and ctx.needs_input_grad[4]
-    offsets, payload, scales, *saved = ctx.saved_tensors
-    if ctx.activation != "none":
-        x, bias = saved
-        options = ("none", ctx.config, ctx.ctas, ctx.prefetch, scales)
-        z = torch.ops.flash_llm.spmm(x, ctx.header, offsets, payload, bias, *options)
-        grad = (grad.float() * _activation_slope(z.float(), ctx.activation)).to(grad.dtype)
-    grad_x = grad_bias = None
-    if needs_x:
-        grad_x = grad @ torch.ops.flash_llm.unpack(ctx.header, offsets, payload, scales)
-    if needs_bias:
-        tokens = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
-        grad_bias = tokens.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None, None, None
-
-
-def _activation_slope(z: Tensor, activation: str) -> Tensor:
-    """Derivative of an activation at float32 ``z``."""
-    if activation == "relu":
-        return (z > 0).to(z.dtype)
-    if activation == "silu":
-        s = torch.sigmoid(z)
-        return s * (1 + z * (1 - s))
-    if activation == "gelu":
-        cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
-        return cdf + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
-    raise ValueError(f'flash_llm::spmm: no gradient for activation "{activation}"')
-
-
 def _register() -> None:
     torch.library.register_fake("flash_llm::pack", _fake_pack)
     torch.library.register_fake("flash_llm::prune_pack", _fake_prune_pack)
     torch.library.register_fake("flash_llm::unpack", _fake_unpack)
     torch.library.register_fake("flash_llm::validate", _fake_validate)
     torch.library.register_fake("flash_llm::spmm", _fake_spmm)
-    torch.library.register_autograd(
-        "flash_llm::spmm", _spmm_backward, setup_context=_spmm_setup_context
-    )
 
 
 if _extension.available():

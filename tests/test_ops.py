@@ -306,17 +306,27 @@ def test_only_the_gradients_that_are_asked_for_are_computed(activation, format, 
         assert flash_llm.spmm(x, w, bias).is_inference()
 
 
-def test_gradient_of_a_gradient_follows_the_same_formulas(format, device):
+@each("activation", ["silu", "gelu"])
+def test_gradient_of_a_gradient_follows_the_same_formulas(format, device, activation):
     w, dense = packed_and_dense(format, device=device)
     x = torch.randn(3, 70, device=device).half().requires_grad_()
-    y = flash_llm.spmm(x, w, activation="silu")
+    y = flash_llm.spmm(x, w, activation=activation)
     (grad,) = torch.autograd.grad(y.float().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad.float().sum(), x)
     x64 = x.detach().double().requires_grad_()
-    y64 = torch.nn.functional.silu(x64 @ dense.double().t())
+    y64 = getattr(torch.nn.functional, activation)(x64 @ dense.double().t())
     (grad64,) = torch.autograd.grad(y64.sum(), x64, create_graph=True)
     (second64,) = torch.autograd.grad(grad64.sum(), x64)
     torch.testing.assert_close(second.double(), second64, rtol=2e-2, atol=2e-2)
+
+
+def test_forward_mode_is_refused_instead_of_giving_no_derivative(format, device):
+    w, _ = packed_and_dense(format, device=device)
+    x = torch.randn(3, 70, device=device).half()
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="jvp"):
+            flash_llm.spmm(dual, w)
 
 
 def test_packing_a_parameter_detaches_it(format, device):
