@@ -1,5 +1,5 @@
-// The operators of torch.ops.flash_llm: schemas and registrations. Their fake implementations are in
-// flash_llm/ops.py, the derivatives in torch/autograd.cpp.
+// The operators of torch.ops.flash_llm: schemas and registrations. Their fake implementations are
+// in flash_llm/ops.py, the derivatives in torch/autograd.cpp.
 #include <torch/library.h>
 
 #include "torch/operators.h"
