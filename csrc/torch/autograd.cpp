@@ -15,7 +15,6 @@ namespace {
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 // The arguments of spmm that are not differentiated.
@@ -26,16 +25,20 @@ struct Options {
   bool prefetch;
 };
 
-Tensor call_spmm(const Tensor& x, const Options& options, const Tensor& offsets,
-                 const Tensor& payload, const std::optional<Tensor>& bias,
-                 const std::string& activation, const std::optional<Tensor>& scales) {
+const auto& spmm_operator() {
   using Spmm = Tensor(const Tensor&, at::IntArrayRef, const Tensor&, const Tensor&,
                       const std::optional<Tensor>&, c10::string_view, c10::string_view, int64_t,
                       bool, const std::optional<Tensor>&);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("flash_llm::spmm", "").typed<Spmm>();
-  return op.call(x, options.header, offsets, payload, bias, activation, options.config,
-                 options.ctas, options.prefetch, scales);
+  return op;
+}
+
+Tensor call_spmm(const Tensor& x, const Options& options, const Tensor& offsets,
+                 const Tensor& payload, const std::optional<Tensor>& bias,
+                 const std::string& activation, const std::optional<Tensor>& scales) {
+  return spmm_operator().call(x, options.header, offsets, payload, bias, activation, options.config,
+                              options.ctas, options.prefetch, scales);
 }
 
 Tensor call_unpack(const std::vector<int64_t>& header, const Tensor& offsets, const Tensor& payload,
@@ -123,14 +126,17 @@ Tensor spmm_autograd(const Tensor& x, at::IntArrayRef header, const Tensor& offs
                      const Tensor& payload, const std::optional<Tensor>& bias,
                      c10::string_view activation, c10::string_view config, int64_t ctas,
                      bool prefetch, const std::optional<Tensor>& scales) {
-  const Options options = {header.vec(), std::string(activation), std::string(config), ctas,
-                           prefetch};
   const bool differentiable =
       (at::GradMode::is_enabled() && (x.requires_grad() || (bias && bias->requires_grad()))) ||
       has_tangent(x) || (bias && has_tangent(*bias));
-  if (differentiable) return Spmm::apply(x, options, offsets, payload, bias, scales);
+  if (differentiable) {
+    const Options options = {header.vec(), std::string(activation), std::string(config), ctas,
+                             prefetch};
+    return Spmm::apply(x, options, offsets, payload, bias, scales);
+  }
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return call_spmm(x, options, offsets, payload, bias, options.activation, scales);
+  return spmm_operator().call(x, header, offsets, payload, bias, activation, config, ctas, prefetch,
+                              scales);
 }
 
 TORCH_LIBRARY_IMPL(flash_llm, Autograd, m) { m.impl("spmm", &spmm_autograd); }
