@@ -14,25 +14,6 @@ RESULTS = Path(__file__).resolve().parent / "results"
 # blocks of 128 x 128; where real weights are small.
 MASKS = ("uniform", "rows", "blocks", "real")
 
-# The fields that the rows of both modes of bench_serve.py have.
-ENGINE_FIELDS: dict[str, tuple[type, ...]] = {
-    "bench": (str,),
-    "engine": (str,),
-    "gpu": (str,),  # or the CPU, where there is none
-    "gpus": (int,),
-    "model": (str,),
-    "weights": (str,),  # dense, fp8, flash_llm
-    "format": (str, NoneType),  # null: nothing is packed
-    "sparsity": (float,),
-    "tok_per_gpu_s": (float,),
-    "weights_gb": (float, NoneType),  # of all GPUs; null: on a CPU
-    "kv_tokens": (int,),
-    "start_s": (float,),
-    "mode": (str,),
-    "torch": (str,),
-    "commit": (str,),
-}
-
 # The rows of each benchmark: field -> types. Times in microseconds; sparsity a fraction of zeros.
 FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "spmm": {
@@ -169,19 +150,47 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "commit": (str,),
     },
     "serve": {
-        **ENGINE_FIELDS,
+        "bench": (str,),
+        "engine": (str,),
+        "gpu": (str,),  # or the CPU, where there is none
+        "gpus": (int,),
+        "model": (str,),
+        "weights": (str,),  # dense, fp8, flash_llm
+        "format": (str, NoneType),  # null: nothing is packed
+        "sparsity": (float,),
         "batch": (int,),
         "prompt": (int,),
         "new_tokens": (int,),
         "step_ms": (float,),
+        "tok_per_gpu_s": (float,),
         "ttft_ms": (float,),
+        "weights_gb": (float, NoneType),  # of all GPUs; null: on a CPU
+        "kv_tokens": (int,),
+        "start_s": (float,),
+        "mode": (str,),
+        "torch": (str,),
+        "commit": (str,),
     },
     "replay": {
-        **ENGINE_FIELDS,
+        "bench": (str,),
+        "engine": (str,),
+        "gpu": (str,),  # or the CPU, where there is none
+        "gpus": (int,),
+        "model": (str,),
+        "weights": (str,),  # dense, fp8, flash_llm
+        "format": (str, NoneType),  # null: nothing is packed
+        "sparsity": (float,),
         "rate": (float,),
         "requests": (int,),
+        "tok_per_gpu_s": (float,),
         "ttft_ms": (dict,),  # p50, p99
         "tpot_ms": (dict,),
+        "weights_gb": (float, NoneType),  # of all GPUs; null: on a CPU
+        "kv_tokens": (int,),
+        "start_s": (float,),
+        "mode": (str,),
+        "torch": (str,),
+        "commit": (str,),
     },
 }
 POSITIVE_FIELDS = (
