@@ -85,7 +85,7 @@ OPERATOR_SOURCES = [
     "csrc/torch/parallel_for.cpp",
     "csrc/torch/schemas.cpp",
 ]
-MODULE_SOURCES = ["csrc/torch/introspect.cpp"]
+MODULE_SOURCES = ["csrc/torch/introspect.cpp", "csrc/torch/python_calls.cpp"]
 LIBRARY = "libflash_llm"
 
 DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"

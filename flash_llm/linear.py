@@ -241,13 +241,15 @@ class SparseLinear(nn.Linear):
         if isinstance(input, Tensor) and input.is_nested:
             parts = [self.forward(part) for part in input.unbind()]
             return torch.nested.as_nested_tensor(parts, layout=input.layout)
-        header, offsets, payload = self._current_header(), self.weight_offsets, self.weight_payload
+        header, bias = self._current_header(), self.bias
+        buffers: dict[str, Any] = self._buffers  # read as attributes, they cost 0.4 us each
+        offsets, payload = buffers["weight_offsets"], buffers["weight_payload"]
         result = self._mixed_dtype(input)
         if result is None:
-            return ops.spmm_buffers(input, header, offsets, payload, self.bias)
+            return ops.spmm_buffers(input, header, offsets, payload, bias)
         x = input.to(header.dtype)
-        bias = None if self.bias is None else self.bias.to(header.dtype)
-        return ops.spmm_buffers(x, header, offsets, payload, bias).to(result)
+        cast_bias = None if bias is None else bias.to(header.dtype)
+        return ops.spmm_buffers(x, header, offsets, payload, cast_bias).to(result)
 
     def _mixed_dtype(self, input: Tensor) -> torch.dtype | None:
         """Dtype of the result if the input may have another dtype than the weight, else None."""

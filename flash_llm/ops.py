@@ -535,15 +535,19 @@ def spmm_buffers(
     prefetch: bool = True,
 ) -> Tensor:
     """Compute :func:`spmm` with the parts of a weight as separate arguments."""
-    _extension.require()
+    extension = _extension.require()
     _check_tensor("spmm", "x", x)
     if bias is not None:
         _check_tensor("spmm", "bias", bias)
+    defaults = activation is None and config == "auto" and ctas == 0 and prefetch
+    if defaults and type(x) is Tensor and not _is_traced():
+        y: Tensor = extension.spmm(x, header, offsets, payload, bias)
+        return y
     if activation is not None and not isinstance(activation, str):
         raise TypeError(
             f"flash_llm::spmm: activation must be a string, got {type(activation).__name__}"
         )
-    y: Tensor = torch.ops.flash_llm.spmm(
+    y = torch.ops.flash_llm.spmm(
         *(x, list(header), offsets, payload, bias),
         *("none" if activation is None else activation, config, ctas, prefetch),
     )
@@ -689,6 +693,15 @@ def validate(w: PackedWeight) -> None:
 
 
 # The dispatcher would raise RuntimeError for arguments that are no tensors.
+def _is_traced() -> bool:
+    """Whether calls are recorded in Python, which sees torch's operators but not our functions."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def _check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"flash_llm::{op}: {name} must be a tensor, got {type(value).__name__}")

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from formats import DTYPES, FORMATS, each
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import flash_llm
 from flash_llm import PackedWeight, testing
@@ -54,6 +56,32 @@ def test_opcheck_spmm_with_every_argument(format, device):
     for prefetch in (True, False):
         every = (x, *arguments(w), bias, "silu", "dense", 1, prefetch)
         torch.library.opcheck(torch.ops.flash_llm.spmm.default, every)
+
+
+def test_tracers_record_a_call_of_spmm(device):
+    """Without tracers, spmm calls the operator past torch's Python functions."""
+    w, _ = packed_and_dense("row_bitmap" if device == "cpu" else "tiled_csl", device=device)
+    x = torch.randn(3, 70, device=device).half()
+    calls = []
+
+    class Recorder(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            calls.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    expected = flash_llm.spmm(x, w)
+    with Recorder():
+        assert torch.equal(flash_llm.spmm(x, w), expected)
+    assert "flash_llm.spmm" in "".join(calls)
+    fx = make_fx(lambda x: flash_llm.spmm(x, w))(x)
+    traced = torch.jit.trace(lambda x: flash_llm.spmm(x, w), x)
+    for recorded in (fx, traced):
+        assert "spmm" in str(recorded.graph)
+        other = torch.randn(3, 70, device=device).half()
+        assert torch.equal(recorded(other), flash_llm.spmm(other, w))
+    with torch.profiler.profile() as profile:
+        flash_llm.spmm(x, w)
+    assert "flash_llm::spmm" in {event.name for event in profile.events()}
 
 
 @each(

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "torch/checks.h"
+#include "torch/operators.h"
 
 namespace flash_llm {
 namespace {
@@ -25,20 +25,11 @@ struct Options {
   bool prefetch;
 };
 
-const auto& spmm_operator() {
-  using Spmm = Tensor(const Tensor&, at::IntArrayRef, const Tensor&, const Tensor&,
-                      const std::optional<Tensor>&, c10::string_view, c10::string_view, int64_t,
-                      bool, const std::optional<Tensor>&);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("flash_llm::spmm", "").typed<Spmm>();
-  return op;
-}
-
-Tensor call_spmm(const Tensor& x, const Options& options, const Tensor& offsets,
+Tensor spmm_with(const Options& options, const Tensor& x, const Tensor& offsets,
                  const Tensor& payload, const std::optional<Tensor>& bias,
                  const std::string& activation, const std::optional<Tensor>& scales) {
-  return spmm_operator().call(x, options.header, offsets, payload, bias, activation, options.config,
-                              options.ctas, options.prefetch, scales);
+  return call_spmm(x, options.header, offsets, payload, bias, activation, options.config,
+                   options.ctas, options.prefetch, scales);
 }
 
 Tensor call_unpack(const std::vector<int64_t>& header, const Tensor& offsets, const Tensor& payload,
@@ -89,7 +80,7 @@ class Spmm : public torch::autograd::Function<Spmm> {
     ctx->saved_data["ctas"] = options.ctas;
     ctx->saved_data["prefetch"] = options.prefetch;
     if (bias) ctx->saved_data["bias_type"] = static_cast<int64_t>(bias->scalar_type());
-    return call_spmm(x, options, offsets, payload, bias, options.activation, scales);
+    return spmm_with(options, x, offsets, payload, bias, options.activation, scales);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -102,7 +93,7 @@ class Spmm : public torch::autograd::Function<Spmm> {
                              ctx->saved_data["ctas"].toInt(), ctx->saved_data["prefetch"].toBool()};
     Tensor grad = grads[0];
     if (options.activation != "none") {
-      const Tensor z = call_spmm(x, options, offsets, payload, optional(bias), "none", scales);
+      const Tensor z = spmm_with(options, x, offsets, payload, optional(bias), "none", scales);
       grad = activation_backward(grad.to(at::kFloat), z.to(at::kFloat), options.activation)
                  .to(grad.scalar_type());
     }
@@ -135,8 +126,7 @@ Tensor spmm_autograd(const Tensor& x, at::IntArrayRef header, const Tensor& offs
     return Spmm::apply(x, options, offsets, payload, bias, scales);
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return spmm_operator().call(x, header, offsets, payload, bias, activation, config, ctas, prefetch,
-                              scales);
+  return call_spmm(x, header, offsets, payload, bias, activation, config, ctas, prefetch, scales);
 }
 
 TORCH_LIBRARY_IMPL(flash_llm, Autograd, m) { m.impl("spmm", &spmm_autograd); }

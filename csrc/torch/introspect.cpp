@@ -14,6 +14,7 @@
 #include "format/packed_header.h"
 #include "format/tiled_csl.h"
 #include "plan/spmm_plan.h"
+#include "torch/python_calls.h"
 
 namespace py = pybind11;
 
@@ -151,6 +152,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &current_cpu_isa);
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"));
   m.def("cpu_isas", &cpu_isas);
+  define_python_calls(m);
   py::dict formats;
   for (const PackedFormat& format : all_formats()) {
     py::dict row;

@@ -28,6 +28,12 @@ FLASH_LLM_OPERATORS(cpu)
 FLASH_LLM_OPERATORS(cuda)
 #undef FLASH_LLM_OPERATORS
 
+// Calls flash_llm::spmm through the dispatcher, without boxing its arguments.
+at::Tensor call_spmm(const at::Tensor& x, at::IntArrayRef header, const at::Tensor& offsets,
+                     const at::Tensor& payload, const std::optional<at::Tensor>& bias,
+                     c10::string_view activation, c10::string_view config, int64_t ctas,
+                     bool prefetch, const std::optional<at::Tensor>& scales);
+
 // Packing and unpacking on the host, also used for CUDA tensors in a format without CUDA kernels.
 Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, const PackedFormat& format);
 at::Tensor unpack_weight_cpu(const char* op, const PackedWeight& weight);

@@ -40,3 +40,17 @@ TORCH_LIBRARY_IMPL(flash_llm, CompositeExplicitAutograd, m) {
   m.impl("slice", &flash_llm::slice);
   m.impl("concat", &flash_llm::concat);
 }
+
+namespace flash_llm {
+
+at::Tensor call_spmm(const at::Tensor& x, at::IntArrayRef header, const at::Tensor& offsets,
+                     const at::Tensor& payload, const std::optional<at::Tensor>& bias,
+                     c10::string_view activation, c10::string_view config, int64_t ctas,
+                     bool prefetch, const std::optional<at::Tensor>& scales) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flash_llm::spmm", "")
+                             .typed<decltype(spmm_cpu)>();
+  return op.call(x, header, offsets, payload, bias, activation, config, ctas, prefetch, scales);
+}
+
+}  // namespace flash_llm
