@@ -1,13 +1,15 @@
 """Serving in vLLM: dense, FP8 and packed layers of one model in one run each.
 
     python benchmarks/bench_serve.py --model llama-8b --sparsity 0.5 0.7 --batch 1 8 32 64
-    python benchmarks/bench_serve.py --model llama-8b --sparsity 0.5 --rate 1 4 16
+    python benchmarks/bench_serve.py --model llama-8b --sparsity 0.5 --batch --rate 1 4 16
 
 Weights are random (``load_format="dummy"``); packed ones are pruned by magnitude while they load.
-Without ``--rate`` all requests of a batch begin together and have the same lengths: the time of a
-step is the median of those in which each request gets a token. With ``--rate`` requests of spread
-lengths arrive at random (Poisson): the same ones for all contenders. Each engine has a process of
-its own. Rows go to ``benchmarks/results/serve-<gpu>.jsonl``. Needs vLLM (extra ``vllm``).
+All requests of a ``--batch`` begin together and have the same lengths: the time of a step is the
+median of those in which each request gets a token. ``--prefill`` measures single prompts of other
+lengths, ``--account`` where the time of a step goes, by the kernels that a profiler sees. With
+``--rate`` requests of spread lengths arrive at random (Poisson): the same ones for all contenders.
+Each engine has a process of its own and takes all measurements. Rows go to
+``benchmarks/results/serve-<gpu>.jsonl``. Needs vLLM (extra ``vllm``).
 """
 
 import argparse
@@ -27,6 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from options import require_fractions, require_positive
 from rows import RESULTS, check_row, commit_hash, cpu_name, gpu_name, print_table, write_rows
+from step_account import account
+from stream_floor import StreamFloor
 
 WEIGHTS = ("dense", "fp8", "flash_llm")
 MODES: dict[str, dict[str, Any]] = {
@@ -37,6 +41,9 @@ MODES: dict[str, dict[str, Any]] = {
 """Options of ``vllm.LLM``: its default; CUDA graphs of decoding alone, which start in seconds."""
 PROMPTS, OUTPUTS = (64, 2048), (32, 512)
 """Shortest and longest of the requests that arrive at random, evenly spread between them."""
+PROFILED_STEPS = 8
+LARGEST_BATCH = 512
+"""vLLM captures no CUDA graphs above it."""
 
 
 def _llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
@@ -98,13 +105,22 @@ def spread_requests(rate: float, number: int, seed: int = 0) -> list[Request]:
     return requests
 
 
-def serve(llm: Any, requests: Sequence[Request]) -> list[list[float]]:
-    """Feed requests to an engine as they arrive; return the times at which each got its tokens."""
+def add_request(engine: Any, name: str, request: Request, draw: random.Random) -> None:
+    """Give an engine one request with a random prompt."""
     from vllm import SamplingParams
 
+    vocabulary = engine.vllm_config.model_config.get_vocab_size()
+    tokens = [draw.randrange(vocabulary) for _ in range(request.prompt)]
+    greedy = SamplingParams(
+        temperature=0, max_tokens=request.new_tokens, ignore_eos=True, detokenize=False
+    )
+    engine.add_request(name, {"prompt_token_ids": tokens}, greedy)
+
+
+def serve(llm: Any, requests: Sequence[Request]) -> list[list[float]]:
+    """Feed requests to an engine as they arrive; return the times at which each got its tokens."""
     engine = llm.llm_engine
-    vocabulary = llm.model_config.get_vocab_size()
-    draw = random.Random(1)  # prompts differ, so that no prefix is cached
+    draw = random.Random(1)
     waiting = sorted(enumerate(requests), key=lambda entry: entry[1].arrival)
     times: list[list[float]] = [[] for _ in requests]
     start = time.perf_counter()
@@ -112,11 +128,7 @@ def serve(llm: Any, requests: Sequence[Request]) -> list[list[float]]:
         now = time.perf_counter() - start
         while waiting and waiting[0][1].arrival <= now:
             i, request = waiting.pop(0)
-            tokens = [draw.randrange(vocabulary) for _ in range(request.prompt)]
-            greedy = SamplingParams(
-                temperature=0, max_tokens=request.new_tokens, ignore_eos=True, detokenize=False
-            )
-            engine.add_request(f"{start}-{i}", {"prompt_token_ids": tokens}, greedy)
+            add_request(engine, f"{start}-{i}", request, draw)
         if not engine.has_unfinished_requests():
             time.sleep(max(0.0, waiting[0][1].arrival - now))
             continue
@@ -153,8 +165,11 @@ def engine_options(contender: Contender, arguments: argparse.Namespace) -> dict[
         "skip_tokenizer_init": True,
         "dtype": arguments.dtype,
         "tensor_parallel_size": arguments.gpus,
-        "max_model_len": max(longest, arguments.prompt + arguments.new_tokens),
-        "max_num_seqs": max(256, *arguments.batch),
+        "max_model_len": max(
+            longest, arguments.prompt + arguments.new_tokens, *(n + 3 for n in arguments.prefill)
+        ),
+        "max_num_seqs": LARGEST_BATCH if arguments.largest else max([256, *arguments.batch]),
+        "enable_prefix_caching": False,  # the same prompts come again in each round
         **MODES[arguments.mode],
     }
     if contender.weights == "fp8":
@@ -168,22 +183,33 @@ def engine_options(contender: Contender, arguments: argparse.Namespace) -> dict[
 def facts(llm: Any) -> dict[str, Any]:
     """Return what an engine made of its model: bytes on each GPU, the packed format, its cache."""
 
-    def of_model(model: torch.nn.Module) -> tuple[int, list[int]]:
+    def of_model(model: torch.nn.Module) -> tuple[int, int, list[int]]:
         parameters = {id(parameter): parameter for parameter in model.parameters()}
         headers = [getattr(layer, "packed_header", None) for layer in model.modules()]
+        # A step reads a row of each embedding; one that is tied to the head is its own module.
+        embeddings = [
+            parameter.nbytes
+            for layer in model.modules()
+            if type(layer).__name__ == "VocabParallelEmbedding"
+            and not getattr(model.config, "tie_word_embeddings", False)
+            for parameter in layer.parameters()
+        ]
+        total = sum(parameter.nbytes for parameter in parameters.values())
         return (
-            sum(parameter.nbytes for parameter in parameters.values()),
+            total,
+            total - sum(embeddings),
             sorted({header.format for header in headers if header is not None}),
         )
 
     from flash_llm import PackedWeight
 
     found = llm.apply_model(of_model)
-    formats = sorted({number for _, numbers in found for number in numbers})
+    formats = sorted({number for *_, numbers in found for number in numbers})
     cache = llm.llm_engine.vllm_config.cache_config
     return {
         "format": ",".join(PackedWeight.class_for(number).FORMAT for number in formats) or None,
-        "weights_gb": round(sum(nbytes for nbytes, _ in found) / 1e9, 3),
+        "weights_gb": round(sum(nbytes for nbytes, *_ in found) / 1e9, 3),
+        "step_gb": max(nbytes for _, nbytes, _ in found) / 1e9,  # that one GPU reads in a step
         "kv_tokens": cache.num_gpu_blocks * cache.block_size,
     }
 
@@ -219,33 +245,92 @@ def measure(folder: str, contender: Contender, arguments: argparse.Namespace) ->
         "torch": str(torch.__version__),
         "commit": arguments.commit,
     }
-    kinds = replayed(llm, arguments) if arguments.rate else static(llm, arguments)
     found = []
-    for bench, middle in kinds:
+    for bench, middle in measurements(llm, of_model, arguments):
         row = {"bench": bench, **head, **middle, **tail}
         check_row(row)
         found.append(row)
     return found
 
 
-def static(llm: Any, arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measure batches whose requests begin together."""
-    for batch in arguments.batch:
-        requests = [Request(0.0, arguments.prompt, arguments.new_tokens)] * batch
-        serve(llm, requests)  # what is made at the first call of a size is not timed
+def measurements(
+    llm: Any, of_model: dict[str, Any], arguments: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Take all measurements that were asked for: the kind of a row and its own fields."""
+    batches = list(arguments.batch)
+    if arguments.largest:
+        fit = of_model["kv_tokens"] // (arguments.prompt + arguments.new_tokens)
+        batches.append(min(fit, LARGEST_BATCH))
+    for batch in batches:
+        yield "serve", static(llm, batch, arguments.prompt, arguments.new_tokens)
+    for prompt in arguments.prefill:
+        yield "serve", static(llm, 1, prompt, 3)
+    for batch in arguments.account:
+        yield "step", accounted(llm, batch, arguments.prompt, of_model["step_gb"])
+    if arguments.rate:
+        yield from replayed(llm, arguments)
+
+
+def static(llm: Any, batch: int, prompt: int, new_tokens: int) -> dict[str, Any]:
+    """Measure a batch whose requests begin together."""
+    requests = [Request(0.0, prompt, new_tokens)] * batch
+    serve(llm, requests)  # what is made at the first call of a size is not timed
+    firsts, steps = [], []
+    for _ in range(3):
         times = serve(llm, requests)
-        step = statistics.median(step_times(times))
-        yield (
-            "serve",
-            {
-                "batch": batch,
-                "prompt": arguments.prompt,
-                "new_tokens": arguments.new_tokens,
-                "step_ms": round(1e3 * step, 3),
-                "tok_per_gpu_s": round(batch / step / arguments.gpus, 2),
-                "ttft_ms": round(1e3 * statistics.median(found[0] for found in times), 3),
-            },
-        )
+        firsts += [found[0] for found in times]
+        steps += step_times(times)
+    step = statistics.median(steps)
+    return {
+        "batch": batch,
+        "prompt": prompt,
+        "new_tokens": new_tokens,
+        "step_ms": round(1e3 * step, 3),
+        "tok_per_gpu_s": round(
+            batch / step / llm.llm_engine.vllm_config.parallel_config.world_size, 2
+        ),
+        "ttft_ms": round(1e3 * statistics.median(firsts), 3),
+    }
+
+
+def accounted(llm: Any, batch: int, prompt: int, step_gb: float) -> dict[str, Any]:
+    """Measure where the time of a decode step goes."""
+    engine, draw = llm.llm_engine, random.Random(2)
+    for i in range(batch):
+        add_request(engine, f"account-{i}", Request(0.0, prompt, 4 * PROFILED_STEPS), draw)
+    for _ in range(PROFILED_STEPS):  # past the prompts
+        engine.step()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(PROFILED_STEPS):
+        engine.step()
+    torch.cuda.synchronize()
+    step_ms = 1e3 * (time.perf_counter() - start) / PROFILED_STEPS
+    kinds = account(engine.step, PROFILED_STEPS)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {
+        "batch": batch,
+        "prompt": prompt,
+        "step_ms": round(step_ms, 3),
+        "kinds_ms": kinds,
+        "gaps_ms": round(step_ms - sum(kinds.values()), 3),
+        "floor_ms": round(1e3 * step_gb / read_speed(), 3),
+    }
+
+
+def read_speed() -> float:
+    """Return how many GB per second a plain read of memory takes."""
+    buffer = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    floor = StreamFloor()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    floor.read(buffer)
+    begin.record()
+    for _ in range(10):
+        floor.read(buffer)
+    end.record()
+    end.synchronize()
+    return 10 * buffer.nbytes / 1e6 / begin.elapsed_time(end)
 
 
 def replayed(llm: Any, arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -278,7 +363,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or a folder")
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5], help="of flash_llm")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 64])
+    parser.add_argument("--batch", nargs="*", type=int, default=[1, 8, 32, 64])
+    parser.add_argument(
+        "--largest",
+        action="store_true",
+        help=f"and as many as the cache holds, {LARGEST_BATCH} at most",
+    )
+    parser.add_argument("--prefill", nargs="+", type=int, default=[], help="tokens of one prompt")
+    parser.add_argument("--account", nargs="+", type=int, default=[], help="batches; needs a GPU")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--new-tokens", dest="new_tokens", type=int, default=64)
     parser.add_argument("--rate", nargs="+", type=float, default=[], help="requests per second")
@@ -293,10 +385,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     require_fractions(parser, arguments.sparsity)
     if arguments.new_tokens < 3:  # the first comes with the prompt, and a step lies between two
         parser.error(f"--new-tokens must be at least 3, got {arguments.new_tokens}")
-    if min(arguments.batch) < 1:
-        parser.error(f"--batch must be positive, got {min(arguments.batch)}")
-    if any(rate <= 0 for rate in arguments.rate):
-        parser.error(f"--rate must be positive, got {min(arguments.rate)}")
+    for name in ("batch", "prefill", "account", "rate"):
+        values = getattr(arguments, name)
+        if any(value <= 0 for value in values):
+            parser.error(f"--{name} must be positive, got {min(values)}")
     if arguments.model not in MODELS and not Path(arguments.model, "config.json").is_file():
         parser.error(f"--model must be {', '.join(MODELS)} or a folder, got {arguments.model}")
     arguments.commit = commit_hash(arguments.commit)
@@ -332,7 +424,10 @@ def main(argv: list[str] | None = None) -> int:
         "step or TPOT ms",
         "TTFT ms",
     )
-    print_table(headings, [_line(row) for row in found])
+    print_table(headings, [_line(row) for row in found if row["bench"] != "step"])
+    for row in found:
+        if row["bench"] == "step":
+            print(json.dumps(row))
     return 0
 
 

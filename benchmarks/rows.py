@@ -192,6 +192,28 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "torch": (str,),
         "commit": (str,),
     },
+    "step": {
+        "bench": (str,),
+        "engine": (str,),
+        "gpu": (str,),
+        "gpus": (int,),
+        "model": (str,),
+        "weights": (str,),  # dense, fp8, flash_llm
+        "format": (str, NoneType),  # null: nothing is packed
+        "sparsity": (float,),
+        "batch": (int,),
+        "prompt": (int,),
+        "step_ms": (float,),
+        "kinds_ms": (dict,),  # packed, attention, dense, norms, rest
+        "gaps_ms": (float,),
+        "floor_ms": (float,),
+        "weights_gb": (float, NoneType),
+        "kv_tokens": (int,),
+        "start_s": (float,),
+        "mode": (str,),
+        "torch": (str,),
+        "commit": (str,),
+    },
 }
 POSITIVE_FIELDS = (
     *("packed_bytes", "us", "gb_s", "unpack_us"),
@@ -199,7 +221,7 @@ POSITIVE_FIELDS = (
     *("cublas_us", "fp8_us", "stream_floor_us"),
     *("perplexity", "dense_perplexity", "nsamples", "seqlen", "seconds", "group"),
     *("gpus", "batch", "prompt", "new_tokens", "step_ms", "tok_per_gpu_s", "weights_gb"),
-    *("rate", "requests", "kv_tokens", "start_s"),
+    *("rate", "requests", "kv_tokens", "start_s", "floor_ms"),
 )
 # The fields that identify a case; a new row replaces the old row of its case.
 CASE_FIELDS = {
@@ -230,6 +252,7 @@ CASE_FIELDS = {
     "replay": (
         *("bench", "gpu", "gpus", "model", "weights", "sparsity", "rate", "requests", "mode"),
     ),
+    "step": ("bench", "gpu", "gpus", "model", "weights", "sparsity", "batch", "prompt", "mode"),
 }
 
 

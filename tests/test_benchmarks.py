@@ -29,6 +29,7 @@ import plot_serve  # noqa: E402
 import plot_spmm  # noqa: E402
 import rows  # noqa: E402
 import shapes  # noqa: E402
+import step_account  # noqa: E402
 import stream_floor  # noqa: E402
 import weights  # noqa: E402
 
@@ -867,6 +868,20 @@ def test_requests_arrive_at_the_rate_and_are_the_same_for_all_engines():
 def test_steps_count_in_which_each_request_gets_a_token():
     # The second request begins later and ends earlier; at 5.0 only the first one gets a token.
     assert bench_serve.step_times([[1.0, 2.0, 3.0, 5.0, 6.0], [2.0, 3.0, 6.0]]) == [1.0]
+
+
+def test_an_account_of_a_step_counts_overlapping_kernels_once():
+    kernels = [
+        ("void bitmap_finish<C>", 30.0, 34.0),
+        ("void bitmap_kernel<C>", 10.0, 32.0),  # dependent launch: begins before the next ends
+        ("flash_fwd_splitkv", 40.0, 45.0),
+        ("nvjet_hsh_64x8", 45.0, 50.0),
+        ("triton_red_fused_rms_norm", 50.0, 51.0),
+        ("argmax", 50.5, 50.75),  # within the other
+    ]
+    assert step_account.busy_times(kernels) == {
+        **{"packed": 24.0, "attention": 5.0, "dense": 5.0, "norms": 1.0, "rest": 0.0}
+    }
 
 
 def serve_row(**changes):

@@ -37,19 +37,25 @@ def test_rows_of_dense_and_packed(folders, tmp_path, monkeypatch, capfd):
     common = ["--model", str(folders["llama"] / "dense"), "--mode", "eager", "--commit", "0123abc"]
     common += ["--weights", "dense", "flash_llm", "--sparsity", "0.8", "--dtype", "bfloat16"]
     common += ["--out", str(file)]
-    sizes = ["--batch", "1", "3", "--prompt", "8", "--new-tokens", "4"]
+    sizes = ["--batch", "1", "3", "--prompt", "8", "--new-tokens", "4", "--prefill", "12"]
     assert bench_serve.main([*common, *sizes]) == 0
-    assert bench_serve.main([*common, "--rate", "50", "--requests", "5"]) == 0
+    assert bench_serve.main([*common, "--batch", "--rate", "50", "--requests", "5"]) == 0
     found = rows.read_rows(file)
     for row in found:
         rows.check_row(row)
-    cases = {(row["bench"], row["weights"], row.get("batch"), row["format"]) for row in found}
+    cases = {
+        (row["bench"], row["weights"], row.get("prompt"), row.get("batch"), row["format"])
+        for row in found
+    }
+    kinds = (("dense", None), ("flash_llm", "row_bitmap"))
     assert cases == {
-        ("serve", "dense", 1, None),
-        ("serve", "dense", 3, None),
-        ("serve", "flash_llm", 1, "row_bitmap"),
-        ("serve", "flash_llm", 3, "row_bitmap"),
-        ("replay", "dense", None, None),
-        ("replay", "flash_llm", None, "row_bitmap"),
+        case
+        for weights, format in kinds
+        for case in (
+            ("serve", weights, 8, 1, format),
+            ("serve", weights, 8, 3, format),
+            ("serve", weights, 12, 1, format),
+            ("replay", weights, None, None, format),
+        )
     }
     assert len(capfd.readouterr().out.splitlines()) >= len(found)
