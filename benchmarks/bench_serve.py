@@ -8,11 +8,13 @@ All requests of a ``--batch`` begin together and have the same lengths: the time
 median of those in which each request gets a token. ``--prefill`` measures single prompts of other
 lengths, ``--account`` where the time of a step goes, by the kernels that a profiler sees. With
 ``--rate`` requests of spread lengths arrive at random (Poisson): the same ones for all contenders.
-Each engine has a process of its own and takes all measurements. Rows go to
+Each engine has a process of its own and takes all measurements. ``--together`` starts the engines
+at once, which is faster; they wait for each other and are measured one after the other. Rows go to
 ``benchmarks/results/serve-<gpu>.jsonl``. Needs vLLM (extra ``vllm``).
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -79,6 +81,23 @@ class Contender(NamedTuple):
 
     weights: str  # one of WEIGHTS
     sparsity: float  # 0 but for flash_llm
+
+
+class Turns(NamedTuple):
+    """How engines that start at once take turns."""
+
+    ready: Any  # multiprocessing.Barrier of all engines
+    measuring: Any  # multiprocessing.Lock
+
+
+_turns: Turns | None = None
+"""Of this process; None if its engine is alone."""
+
+
+def take_turns(turns: Turns | None) -> None:
+    """Set how the engine of this process takes turns with others."""
+    global _turns
+    _turns = turns
 
 
 class Request(NamedTuple):
@@ -172,6 +191,10 @@ def engine_options(contender: Contender, arguments: argparse.Namespace) -> dict[
         "enable_prefix_caching": False,  # the same prompts come again in each round
         **MODES[arguments.mode],
     }
+    if arguments.together:
+        # vLLM's own count of free memory would go wrong while others allocate.
+        cache = int(arguments.together * 1e9)
+        options |= {"kv_cache_memory_bytes": cache, "gpu_memory_utilization": 0.01}
     if contender.weights == "fp8":
         options["quantization"] = "fp8"
     if contender.weights == "flash_llm":
@@ -222,8 +245,15 @@ def measure(folder: str, contender: Contender, arguments: argparse.Namespace) ->
 
     on_gpu = torch.cuda.is_available()
     started = time.perf_counter()
-    llm = vllm.LLM(model=folder, **engine_options(contender, arguments))
+    try:
+        llm = vllm.LLM(model=folder, **engine_options(contender, arguments))
+    except BaseException:
+        if _turns is not None:
+            _turns.ready.abort()
+        raise
     start_s = time.perf_counter() - started
+    if _turns is not None:
+        _turns.ready.wait()
     of_model = facts(llm)
     head = {
         "engine": f"vllm {vllm.__version__}",
@@ -240,16 +270,16 @@ def measure(folder: str, contender: Contender, arguments: argparse.Namespace) ->
         # vLLM keeps dense weights elsewhere on a CPU.
         "weights_gb": of_model["weights_gb"] if on_gpu else None,
         "kv_tokens": of_model["kv_tokens"],
-        "start_s": round(start_s, 1),
+        "start_s": round(start_s, 1) if _turns is None else None,
         "mode": arguments.mode,
         "torch": str(torch.__version__),
         "commit": arguments.commit,
     }
-    found = []
-    for bench, middle in measurements(llm, of_model, arguments):
-        row = {"bench": bench, **head, **middle, **tail}
+    with contextlib.nullcontext() if _turns is None else _turns.measuring:
+        kinds = list(measurements(llm, of_model, arguments))
+    found = [{"bench": bench, **head, **middle, **tail} for bench, middle in kinds]
+    for row in found:
         check_row(row)
-        found.append(row)
     return found
 
 
@@ -376,6 +406,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", nargs="+", type=float, default=[], help="requests per second")
     parser.add_argument("--requests", type=int, default=128, help="at each rate")
     parser.add_argument("--gpus", type=int, default=1, help="tensor parallel size")
+    parser.add_argument(
+        "--together", type=float, metavar="GB", help="start all at once, each with a cache of GB"
+    )
     parser.add_argument("--mode", choices=MODES, default="compiled")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--commit", help="default: FLASH_LLM_COMMIT, else git")
@@ -391,6 +424,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be positive, got {min(values)}")
     if arguments.model not in MODELS and not Path(arguments.model, "config.json").is_file():
         parser.error(f"--model must be {', '.join(MODELS)} or a folder, got {arguments.model}")
+    if arguments.together is not None and arguments.together <= 0:
+        parser.error(f"--together must be positive, got {arguments.together}")
     arguments.commit = commit_hash(arguments.commit)
     return arguments
 
@@ -409,13 +444,24 @@ def main(argv: list[str] | None = None) -> int:
             Path(folder, "config.json").write_text(json.dumps(MODELS[arguments.model]))
         else:
             folder, arguments.model = arguments.model, Path(arguments.model).resolve().name
-        for contender in contenders:
-            # A process gives its memory back; vLLM does not.
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-                rows = pool.submit(measure, folder, contender, arguments).result()
-            write_rows(arguments.out or RESULTS / f"serve-{rows[0]['gpu']}.jsonl", rows)
-            found += rows
+        context = multiprocessing.get_context("spawn")
+        turns = None
+        if arguments.together:
+            turns = Turns(context.Barrier(len(contenders)), context.Lock())
+        at_once = len(contenders) if arguments.together else 1
+        for first in range(0, len(contenders), at_once):
+            with contextlib.ExitStack() as stack:
+                # A process gives its memory back; vLLM does not.
+                running = [
+                    stack.enter_context(
+                        ProcessPoolExecutor(1, context, initializer=take_turns, initargs=(turns,))
+                    ).submit(measure, folder, contender, arguments)
+                    for contender in contenders[first : first + at_once]
+                ]
+                for future in running:
+                    rows = future.result()
+                    write_rows(arguments.out or RESULTS / f"serve-{rows[0]['gpu']}.jsonl", rows)
+                    found += rows
     headings = (
         "weights",
         "sparsity",

@@ -166,7 +166,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "ttft_ms": (float,),
         "weights_gb": (float, NoneType),  # of all GPUs; null: on a CPU
         "kv_tokens": (int,),
-        "start_s": (float,),
+        "start_s": (float, NoneType),  # null: several engines started at once
         "mode": (str,),
         "torch": (str,),
         "commit": (str,),
@@ -187,7 +187,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "tpot_ms": (dict,),
         "weights_gb": (float, NoneType),  # of all GPUs; null: on a CPU
         "kv_tokens": (int,),
-        "start_s": (float,),
+        "start_s": (float, NoneType),  # null: several engines started at once
         "mode": (str,),
         "torch": (str,),
         "commit": (str,),
@@ -209,7 +209,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "floor_ms": (float,),
         "weights_gb": (float, NoneType),
         "kv_tokens": (int,),
-        "start_s": (float,),
+        "start_s": (float, NoneType),  # null: several engines started at once
         "mode": (str,),
         "torch": (str,),
         "commit": (str,),

@@ -17,7 +17,7 @@ import rows  # noqa: E402
 class Inline(concurrent.futures.Executor):
     """Runs in this process: a new one would import vLLM again."""
 
-    def __init__(self, max_workers, mp_context):
+    def __init__(self, max_workers, mp_context, initializer, initargs):
         pass
 
     def submit(self, function, *arguments):
