@@ -60,6 +60,7 @@ CORE_SOURCES = [
     "csrc/format/row_bitmap.cpp",
     "csrc/format/tiled_csl.cpp",
     "csrc/format/value_type.cpp",
+    "csrc/plan/bitmap_rows_sm90.cpp",
     "csrc/plan/bitmap_sm90a.cpp",
     "csrc/plan/cpu.cpp",
     "csrc/plan/device.cpp",
@@ -71,6 +72,8 @@ CORE_SOURCES = [
 CUDA_SOURCES = [
     "csrc/cuda/bitmap/bitmap_pack.cu",
     "csrc/cuda/bitmap/bitmap_sm90a.cu",
+    "csrc/cuda/bitmap/rows_sm90.cu",
+    "csrc/cuda/bitmap/tensor_map.cpp",
     "csrc/cuda/launch.cpp",
     "csrc/cuda/prune.cu",
     "csrc/cuda/tiled_csl/lscd.cu",
@@ -93,7 +96,7 @@ MIN_CUDA_ARCH = (8, 0)
 # Headers that torch's CUDA headers include; a toolkit with nvcc alone lacks them.
 CUDA_HEADERS = ["cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h"]
 # Kernels where a spilled register costs memory traffic in the main loop, matched in mangled names.
-HOT_KERNEL = re.compile(r"lscd|bitmap_kernel|bitmap_finish", re.IGNORECASE)
+HOT_KERNEL = re.compile(r"lscd|bitmap_(kernel|rows|finish)", re.IGNORECASE)
 
 
 def say(text):

@@ -17,6 +17,7 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, CpuIsa isa,
       return Status::success();
     case KernelFamily::kRowBitmapBlocks:
     case KernelFamily::kTiledCslSm80:
+    case KernelFamily::kBitmapRowsSm90:
     case KernelFamily::kBitmapSm90a:
     case KernelFamily::kDense:
       break;

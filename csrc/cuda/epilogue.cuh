@@ -52,6 +52,13 @@ struct Epilogue {
   int64_t n;
   Activation activation;
 
+  // Stores y[token, row], which must lie within the matrix.
+  template <ValueType kType>
+  __device__ __forceinline__ void store_one(int64_t token, int64_t row, float sum) const {
+    const float b = bias ? element_to_float<kType>(bias[row]) : 0.0F;
+    y[token * m + row] = element_from_float<kType>(activate(sum + b, activation));
+  }
+
   // Stores a thread's four sums of an m16n8 accumulator: rows `row` and `row` + 8 of tokens `token`
   // and `token` + 1. Rows and tokens outside the matrix are dropped.
   template <ValueType kType>
@@ -61,8 +68,7 @@ struct Epilogue {
     for (int i = 0; i < 4; ++i) {
       const int64_t r = row + i / 2 * 8, t = token + i % 2;
       if (t >= n || r >= m) continue;
-      const float b = bias ? element_to_float<kType>(bias[r]) : 0.0F;
-      y[t * m + r] = element_from_float<kType>(activate(sum[i] + b, activation));
+      store_one<kType>(t, r, sum[i]);
     }
   }
 

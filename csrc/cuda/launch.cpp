@@ -34,6 +34,8 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, boo
   switch (plan.family) {
     case KernelFamily::kTiledCslSm80:
       return spmm_lscd(plan, args, workspace, prefetch, stream);
+    case KernelFamily::kBitmapRowsSm90:
+      return spmm_bitmap_rows(plan, args, prefetch, stream);
     case KernelFamily::kBitmapSm90a:
       return spmm_bitmap(plan, args, workspace, prefetch, stream);
     case KernelFamily::kReference:

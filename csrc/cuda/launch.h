@@ -27,6 +27,9 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, boo
 // followed by zeros up to the next multiple of kTileK columns.
 Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                  cudaStream_t stream);
+// kBitmapRowsSm90: as kBitmapSm90a, without a workspace.
+Status spmm_bitmap_rows(const SpmmPlan& plan, const SpmmArgs& args, bool prefetch,
+                        cudaStream_t stream);
 // kBitmapSm90a: x must be 16-byte aligned and x_stride a multiple of 8 (or n = 1).
 Status spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                    cudaStream_t stream);

@@ -1,6 +1,7 @@
 #include "plan/kernel_family.h"
 
 #include "format/packed_format.h"
+#include "plan/bitmap_rows_sm90.h"
 #include "plan/bitmap_sm90a.h"
 #include "plan/cpu.h"
 #include "plan/spmm_plan.h"
@@ -89,6 +90,8 @@ constexpr std::array<KernelFamilyRow, kNumKernelFamilies> kFamilies = {{
      plan_one_config},
     {KernelFamily::kTiledCslSm80, Place::kCuda, Format::kTiledCsl, k16Bit, GpuFeature::kMmaSync,
      true, describe_lscd_configs, takes_lscd, plan_lscd},
+    {KernelFamily::kBitmapRowsSm90, Place::kCuda, Format::kBitmap, k16Bit, GpuFeature::kWgmma, true,
+     describe_bitmap_rows_configs, takes_bitmap_rows, plan_bitmap_rows},
     {KernelFamily::kBitmapSm90a, Place::kCuda, Format::kBitmap, k16Bit, GpuFeature::kWgmma, true,
      describe_bitmap_configs, takes_bitmap, plan_bitmap},
     {KernelFamily::kDense,

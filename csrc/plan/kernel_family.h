@@ -28,6 +28,7 @@ enum class KernelFamily {
   kRowBitmapCpu,     // row bitmap on the CPU
   kRowBitmapBlocks,  // row bitmap on the CPU: decodes blocks of rows for the dense GEMM
   kTiledCslSm80,     // Tiled-CSL on CUDA: load as sparse, compute as dense (LSCD)
+  kBitmapRowsSm90,   // bitmap on Hopper, few tokens: whole rows in a CTA
   kBitmapSm90a,      // bitmap on Hopper
   kDense,            // unpack, then the vendor's dense GEMM; CPU and CUDA
 };

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "plan/bitmap_rows_sm90.h"
 #include "plan/bitmap_sm90a.h"
 #include "plan/cpu.h"
 #include "plan/spmm_plan.h"
@@ -256,11 +257,42 @@ TEST(SelectPlanBitmap, SharedMemoryFitsBesideTheFinishingKernelAndHoldsTheFulles
   }
 }
 
+TEST(SelectPlanBitmapRows, FewTokensAndFewRowsTakeWholeRowsInACta) {
+  const auto family = [](int64_t m, int64_t n, int64_t k, double sparsity) {
+    return plan_of(bitmap_problem(m, n, k, sparsity), kH200).family;
+  };
+  constexpr KernelFamily kRows = KernelFamily::kBitmapRowsSm90;
+  constexpr KernelFamily kBlocks = KernelFamily::kBitmapSm90a;
+  EXPECT_EQ(family(4096, 1, 4096, 0.9), kRows);
+  EXPECT_EQ(family(14336, 8, 4096, 0.9), kRows);  // 128 chunks in a CTA
+  EXPECT_EQ(family(28672, 8, 4096, 0.5), kRows);
+  EXPECT_EQ(family(28672, 8, 4096, 0.7), kBlocks);
+  EXPECT_EQ(family(9216, 8, 9216, 0.5), kBlocks);  // three chunk rows in some CTAs, 2.2 on average
+  EXPECT_EQ(family(28672, 8, 7168, 0.5), kBlocks);
+  EXPECT_EQ(family(4096, 16, 14336, 0.9), kRows);
+  EXPECT_EQ(family(6144, 9, 4096, 0.7), kRows);
+  EXPECT_EQ(family(6144, 9, 4096, 0.9), kBlocks);
+  EXPECT_EQ(family(14336, 16, 4096, 0.5), kBlocks);
+  EXPECT_EQ(family(4096, 17, 4096, 0.5), kBlocks);
+  EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096), kH200).workspace_bytes, 0);
+  EXPECT_EQ(plan_of(bitmap_problem(33, 1, 64), kH200).ctas, 2);  // no more than chunk rows
+}
+
+TEST(SelectPlanBitmapRows, SharedMemoryHoldsTheFullestChunks) {
+  for (const BitmapRowsConfig& config : bitmap_rows_configs()) {
+    const SpmmPlan plan = plan_of(bitmap_problem(4096, 1, 4096), kH200, config.name);
+    EXPECT_GE(plan.ring_bytes, kBitmapRowsMinRingBytes) << config.name;
+    EXPECT_LE(bitmap_rows_fixed_smem_bytes(config.tile_n, config.teams) + plan.ring_bytes,
+              227 * 1024)
+        << config.name;
+  }
+}
+
 TEST(SelectPlanBitmap, PairsOfColumnsStayTogetherWhereTheyAreMostlyTwoFour) {
-  EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096, 0.5), kH200).unit_cols, 1);
-  EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096, 0.9), kH200).unit_cols, 2);
+  EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096, 0.5), kH200, "n8").unit_cols, 1);
+  EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096, 0.9), kH200, "n8").unit_cols, 2);
   // 8 blocks of 512 rows, 16 pairs of 128 columns.
-  EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096, 0.9), kH200).ctas, 8 * 16);
+  EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096, 0.9), kH200, "n8").ctas, 8 * 16);
 }
 
 TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {

@@ -81,6 +81,12 @@ __device__ __forceinline__ void store_shared_v2(uint32_t smem, uint32_t first, u
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(smem), "r"(first), "r"(second) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_v4(uint32_t smem, const float (&values)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "f"(values[0]),
+               "f"(values[1]), "f"(values[2]), "f"(values[3])
+               : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_shared_u32(uint32_t smem) {
   uint32_t value;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(smem) : "memory");
@@ -155,6 +161,30 @@ __device__ __forceinline__ void mma_m16n8k16(float* acc, const uint32_t* a, uint
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// mma.sp.m16n8k32: the same for a 2:4 sparse a[16, 32] and b[32, 8]. `a` holds two of each four
+// neighbours in a row, in rising order, and `metadata` their positions, two bits each. Of every
+// four lanes only lanes 2 kSelector and 2 kSelector + 1 provide it.
+template <ValueType kType, int kSelector>
+__device__ __forceinline__ void mma_sp_m16n8k32(float* acc, const uint32_t (&a)[4],
+                                                const uint32_t (&b)[4], uint32_t metadata) {
+  static_assert(kSelector == 0 || kSelector == 1, "two pairs of lanes");
+  if constexpr (kType == ValueType::kFloat16) {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+          "r"(metadata), "n"(kSelector));
+  } else {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+          "r"(metadata), "n"(kSelector));
   }
 }
 
