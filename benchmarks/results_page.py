@@ -328,6 +328,135 @@ def cpu_sections(results: Path) -> list[str]:
     return parts
 
 
+def weights_name(row: dict) -> str:
+    """Return what an engine multiplied by."""
+    if row["weights"] == "flash_llm":
+        return f"{row['sparsity'] * 100:.0f} % zeros"
+    return {"dense": "dense float16", "fp8": "dense FP8"}[row["weights"]]
+
+
+def serve_table(rows: list[dict]) -> str:
+    """Return a table of steps or prompts, a column for each size, with the ratio to dense."""
+    size, value = ("prompt", "ttft_ms") if rows[0]["new_tokens"] == 3 else ("batch", "step_ms")
+    sizes = sorted({row[size] for row in rows})
+    dense = {row[size]: row[value] for row in rows if row["weights"] == "dense"}
+    lines: dict[str, dict[int, dict]] = {}
+    for row in rows:
+        lines.setdefault(weights_name(row), {})[row[size]] = row
+
+    def cell(row: dict | None) -> str:
+        if row is None:
+            return "–"
+        ratio = f" ({dense[row[size]] / row[value]:.2f})" if row[size] in dense else ""
+        return f"{row[value]:.2f}{ratio}"
+
+    def line(name: str, of_line: dict[int, dict]) -> list[str]:
+        weights_gb = next(iter(of_line.values()))["weights_gb"]
+        return [name, f"{weights_gb:.1f}", *(cell(of_line.get(n)) for n in sizes)]
+
+    return table(
+        ["weights", "GB", *(f"{size} {n}" for n in sizes)],
+        [line(name, of_line) for name, of_line in lines.items()],
+    )
+
+
+def account_table(rows: list[dict]) -> str:
+    """Return where the time of decode steps goes."""
+    kinds = list(rows[0]["kinds_ms"])
+    return table(
+        ["weights", "batch", "step", *kinds, "gaps", "floor"],
+        [
+            [
+                weights_name(row),
+                str(row["batch"]),
+                f"{row['step_ms']:.2f}",
+                *(f"{row['kinds_ms'][kind]:.2f}" for kind in kinds),
+                f"{row['gaps_ms']:.2f}",
+                f"{row['floor_ms']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def replay_table(rows: list[dict]) -> str:
+    """Return speed and delays of requests that arrive at random."""
+    return table(
+        ["weights", "requests per s", "tokens per s", "first token", "per token"],
+        [
+            [
+                weights_name(row),
+                f"{row['rate']:g}",
+                f"{row['tok_per_gpu_s'] * row['gpus']:.0f}",
+                *(
+                    f"{row[key]['p50']:.1f} / {row[key]['p99']:.1f}"
+                    for key in ("ttft_ms", "tpot_ms")
+                ),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def model_section(title: str, rows: list[dict]) -> list[str]:
+    """Return the section of one model in one mode of the engine."""
+    order = ("dense", "fp8", "flash_llm")
+    rows.sort(key=lambda row: (order.index(row["weights"]), row["sparsity"]))
+    serve = [row for row in rows if row["bench"] == "serve"]
+    steps = [row for row in serve if row["new_tokens"] > 3]
+    prompts = [row for row in serve if row["new_tokens"] == 3]
+    account = [row for row in rows if row["bench"] == "step"]
+    replay = [row for row in rows if row["bench"] == "replay"]
+    parts = [f"### {title}", f"{rows[0]['engine']}, commits {commits(rows)}."]
+    if steps:
+        lengths = " or ".join(str(n) for n in sorted({row["prompt"] for row in steps}))
+        parts += [
+            "Milliseconds per decode step, and in brackets how many times as fast as the dense "
+            f"model; prompts of {lengths} tokens:",
+            serve_table(steps),
+        ]
+    if prompts:
+        parts += ["Milliseconds to the first token of one prompt:", serve_table(prompts)]
+    if account:
+        parts += [
+            "Where the time of a step goes, in milliseconds: kernels of packed layers, attention, "
+            "other products (the head among them), norms, other kernels, and gaps in which the GPU "
+            "waits; the floor is a plain read of the weights.",
+            account_table(account),
+        ]
+    if replay:
+        parts += [
+            "Requests of spread lengths that arrive at random (prompts of 64 to 2048 tokens, 32 to "
+            "512 new ones); times in milliseconds, median / 99th percentile:",
+            replay_table(replay),
+        ]
+    return parts
+
+
+def serve_sections(results: Path) -> list[str]:
+    """Return the sections of whole models in vLLM."""
+    parts: list[str] = []
+    for path in sorted(results.glob("serve-*.jsonl")):
+        gpu = path.stem.removeprefix("serve-")
+
+        def case(row: dict) -> tuple[str, int, str]:
+            return row["model"], row["gpus"], row["mode"]
+
+        for (model, gpus, mode), group in groupby(sorted(read_rows(path), key=case), case):
+            where = GPUS.get(gpu, gpu) if gpus == 1 else f"{gpus} × {gpu}"
+            parts += model_section(f"{model}, {where}, {mode}", list(group))
+        parts.append(picture(path.with_suffix(".png"), "Tokens per second against the batch"))
+    if not parts:
+        return []
+    return [
+        "## Serving whole models",
+        "Models in vLLM (`benchmarks/bench_serve.py`). All weights are random, and the packed ones "
+        "were pruned by magnitude; only times are compared. The mode `compiled` is vLLM's default, "
+        "`graphs` uses CUDA graphs for decoding and no compiler.",
+        *parts,
+    ]
+
+
 def decode_section(results: Path) -> list[str]:
     """Return the decoding speeds of a whole model."""
     rows = [row for row in read_rows(results / "cpu.jsonl") if row["bench"] == "decode"]
@@ -493,6 +622,7 @@ def page(results: Path = RESULTS) -> str:
         "fields of the rows. A weight has M rows (out_features) and K columns (in_features), "
         'and N is the number of tokens per call. "–" means not measured.',
         *gpu_sections(results),
+        *serve_sections(results),
         *cpu_sections(results),
         *decode_section(results),
         *accuracy_section(results),

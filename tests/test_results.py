@@ -51,6 +51,43 @@ def spmm_row(**changes):
     return {**row, **changes}
 
 
+def serve_row(**changes):
+    """A row of vLLM: the bench "serve" unless the changes say otherwise."""
+    row = {
+        **{"bench": "serve", "engine": "vllm 1", "gpu": "h200", "gpus": 1, "model": "toy"},
+        **{"weights": "dense", "format": None, "sparsity": 0.0, "batch": 8, "prompt": 64},
+        **{"new_tokens": 64, "step_ms": 6.0, "tok_per_gpu_s": 1.0, "ttft_ms": 20.0},
+        **{"weights_gb": 16.0, "kv_tokens": 1, "start_s": None, "mode": "graphs"},
+        **{"torch": "", "commit": "0123abcdef"},
+    }
+    return {**row, **changes}
+
+
+def test_serving_is_compared_with_the_dense_model_of_the_same_size(tmp_path):
+    half = {"weights": "flash_llm", "sparsity": 0.5, "weights_gb": 9.0}
+    prompt = {"batch": 1, "prompt": 2048, "new_tokens": 3}
+    kinds = {"packed": 3.0, "attention": 0.5}
+    replay = {"p50": 1.0, "p99": 2.0}
+    page = page_of(
+        tmp_path,
+        serve_h200=[
+            serve_row(step_ms=4.0, **half),
+            serve_row(),
+            serve_row(batch=64, step_ms=3.0, **half),
+            serve_row(ttft_ms=10.0, **prompt),
+            serve_row(ttft_ms=8.0, **prompt, **half),
+            serve_row(bench="step", kinds_ms=kinds, gaps_ms=0.5, floor_ms=2.0, **half),
+            serve_row(bench="replay", rate=4.0, tpot_ms=replay, **{"ttft_ms": replay}),
+        ],
+    )
+    lines = lines_of(page)
+    assert ["dense float16", "16.0", "6.00 (1.00)", "–"] in lines
+    assert ["50 % zeros", "9.0", "4.00 (1.50)", "3.00"] in lines
+    assert ["50 % zeros", "9.0", "8.00 (1.25)"] in lines
+    assert ["50 % zeros", "8", "6.00", "3.00", "0.50", "0.50", "2.00"] in lines
+    assert ["dense float16", "4", "1", "1.0 / 2.0", "1.0 / 2.0"] in lines
+
+
 def test_a_gpu_table_shows_each_row_in_its_cell(tmp_path):
     page = page_of(
         tmp_path,
