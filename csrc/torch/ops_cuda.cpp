@@ -214,13 +214,16 @@ Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
   }
   if (plan.packed_x_bytes == 0) call.x = kernel_ready(call.x, plan.x_multiple);
   Tensor y = at::empty(call.y_sizes, call.x.options());
-  const Tensor workspace = at::empty({plan.workspace_bytes}, y.options().dtype(at::kByte));
+  Tensor workspace;
+  if (plan.workspace_bytes > 0) {
+    workspace = at::empty({plan.workspace_bytes}, y.options().dtype(at::kByte));
+  }
   SpmmArgs args = spmm_args(call, y);
   if (plan.rounds_before_activation) args.activation = Activation::kNone;
   // If this call copied the weight, a dependent launch could read the copy before it is written.
   prefetch = prefetch && !call.weight.copied;
-  raise_if_error(
-      "spmm", cuda::run_spmm(plan, args, workspace.mutable_data_ptr(), prefetch, current_stream()));
+  void* scratch = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
+  raise_if_error("spmm", cuda::run_spmm(plan, args, scratch, prefetch, current_stream()));
   if (plan.rounds_before_activation) activate_(y, call.activation);
   return y;
 }
