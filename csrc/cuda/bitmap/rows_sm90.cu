@@ -7,17 +7,19 @@
 //   Y        [n, m]
 //
 // One persistent CTA per SM works on chunk rows blockIdx.x, blockIdx.x + gridDim.x and so on, with
-// 8 tokens from 8 blockIdx.y on. A chunk row is cut into blocks of 8 chunk columns, 4 pairs. The 16
-// consumer warps are 4 teams of 4 warps; teams take the steps in turn, and each warp of a team
-// multiplies one pair (mma.sync, or mma.sp and a residual). At the end of a chunk row the warps'
-// sums meet in shared memory.
+// the tokens of blockIdx.y. A chunk row is cut into blocks of 8 chunk columns, 4 pairs. The
+// consumer warps are teams of 4; teams take the blocks in turn, and each warp of a team multiplies
+// one pair by mma.sync, or by mma.sp and a residual. At the end of a chunk row half of the warps
+// add the sums of all, through shared memory, while the others go on.
 //
-//   producer warp:       payload -> ring of bytes, a step at a time   full, empty: per step
+//   producer warp:       payload -> ring of bytes, in steps: the      full, empty: per step
+//                        even chunks of a block, then the odd ones
 //   each consumer warp:  X -> its two stages, which hold the even     full: per stage
 //                        and the odd column of its pair
 //
-// If a row has at most 4 steps, each warp keeps its X for all rows. Weights may be copied while the
-// previous kernel in the stream still runs. X may not, because that kernel may be writing it.
+// If a chunk row has no more blocks than there are teams, each warp keeps its X for all rows.
+// Weights may be copied while the previous kernel in the stream still runs. X may not, because that
+// kernel may be writing it.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
