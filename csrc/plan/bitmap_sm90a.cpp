@@ -18,14 +18,6 @@ namespace {
 constexpr int64_t kMaxTokens = 1024;
 constexpr int64_t kMaxTokensTwoFour = 256;
 
-// Below this density most pairs of chunk columns are 2:4 (format/bitmap.h: prefers_two_four).
-constexpr double kTwoFourDensity = 0.17;
-
-bool mostly_two_four(const SpmmProblem& problem) {
-  const double elems = static_cast<double>(problem.m) * static_cast<double>(problem.k);
-  return static_cast<double>(problem.nnz) < kTwoFourDensity * elems;
-}
-
 // At 90 % zeros, 28672x7168, on an H100 (2026-11-26): N = 128 takes 135 us in two passes of 64
 // tokens and 159 in one of 128; N = 256 takes 269 us in four passes of 64 and 301 in one of 256.
 constexpr int64_t kTwoFourPassTokens = 64;
@@ -35,6 +27,12 @@ bool takes_narrow_passes(const SpmmProblem& problem) {
 }
 
 }  // namespace
+
+bool mostly_two_four(const SpmmProblem& problem) {
+  constexpr double kTwoFourDensity = 0.17;
+  const double elems = static_cast<double>(problem.m) * static_cast<double>(problem.k);
+  return static_cast<double>(problem.nnz) < kTwoFourDensity * elems;
+}
 
 const std::vector<BitmapConfig>& bitmap_configs() {
   static const std::vector<BitmapConfig> configs = {
