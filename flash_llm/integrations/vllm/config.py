@@ -34,6 +34,12 @@ logger = init_logger("vllm.flash_llm")
 
 METHOD = hf_quantizer.METHOD
 
+_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+"""What layers of these names are fused of in models that do not say it themselves."""
+
+_DRAFT = "draft_model."
+"""What vLLM puts before the names of the layers of a draft model (speculative decoding)."""
+
 
 def register() -> None:
     """Tell vLLM about the quantization method, unless that has been done."""
@@ -189,10 +195,11 @@ class FlashLLMConfig(QuantizationConfig):
             NotImplementedError: an embedding or an output layer is packed in the folder.
             ValueError: the weights are random, and no sparsity is given.
         """
+        name = prefix.removeprefix(_DRAFT)
         if not isinstance(layer, LinearBase):
-            if prefix in self.stored:
+            if name in self.stored:
                 raise NotImplementedError(
-                    f"flash_llm: {prefix} is packed in {self.file_of(prefix)}, but vLLM's "
+                    f"flash_llm: {name} is packed in {self.file_of(name)}, but vLLM's "
                     f"{type(layer).__name__} can only be dense; leave it out when packing"
                 )
             if {"RoutedExperts", "FusedMoE"} & {cls.__name__ for cls in type(layer).__mro__}:
@@ -206,13 +213,13 @@ class FlashLLMConfig(QuantizationConfig):
                 '"sparsity": 0.8}}'
             )
         self._pending += 1
-        return FlashLLMLinearMethod(self, prefix, self._shards(prefix), dummy)
+        return FlashLLMLinearMethod(self, prefix, self._shards(name), dummy)
 
-    def _shards(self, prefix: str) -> list[str]:
+    def _shards(self, name: str) -> list[str]:
         """The checkpoint's names of the layers that a layer of vLLM is fused of."""
-        parent, dot, name = prefix.rpartition(".")
-        fused = [] if prefix in self.stored else self.packed_modules_mapping.get(name, [])
-        shards = [parent + dot + shard for shard in fused] or [prefix]
+        parent, dot, last = name.rpartition(".")
+        fused = [] if name in self.stored else (_FUSED | self.packed_modules_mapping).get(last, [])
+        shards = [parent + dot + shard for shard in fused] or [name]
         return [self.stored.get(shard, shard) for shard in shards]
 
     def file_of(self, name: str) -> str:
