@@ -180,22 +180,24 @@ def test_compiled(folders, expected, tmp_path, monkeypatch):
 def two_processes(monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    return {"tensor_parallel_size": 2}
 
 
-def test_tensor_parallel(folders, expected, two_processes):
-    with engine(folders["llama"] / "packed", **two_processes) as llm:
+@pytest.mark.usefixtures("two_processes")
+@pytest.mark.parametrize("way", ["tensor", "pipeline"])
+def test_two_processes(way, folders, expected):
+    with engine(folders["llama"] / "packed", **{f"{way}_parallel_size": 2}) as llm:
         assert_same(generate(llm), expected["llama"])
 
 
-def test_a_damaged_file_stops_all_processes(folders, tmp_path, two_processes, capfd):
+@pytest.mark.usefixtures("two_processes")
+def test_a_damaged_file_stops_all_processes(folders, tmp_path, capfd):
     layer = "model.layers.1.mlp.up_proj"
 
     def damage(tensors):
         tensors[f"{layer}.weight_payload"][:64] = -1
 
     damaged = with_weights(folders["llama"] / "packed", tmp_path / "damaged", damage)
-    with pytest.raises(Exception, match="."), engine(damaged, **two_processes):
+    with pytest.raises(Exception, match="."), engine(damaged, tensor_parallel_size=2):
         pass
     printed = "".join(capfd.readouterr())
     assert f"{layer} in {damaged / 'model.safetensors'} is malformed" in printed

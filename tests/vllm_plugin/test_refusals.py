@@ -105,6 +105,11 @@ def test_quantization_given_twice(folder):
         configured(folder, quantization="fp8")
 
 
+def test_uneven_parts(folder):
+    with pytest.raises(ValueError, match="4.*3"):  # heads, and processes to share them
+        configured(folder, tensor_parallel_size=3)
+
+
 def test_missing_extension(folder, monkeypatch):
     monkeypatch.setattr(_extension, "_module", None)
     with pytest.raises(RuntimeError, match=r"flash_llm\._C"):
