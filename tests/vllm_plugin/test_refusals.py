@@ -52,6 +52,27 @@ def test_the_configuration_reaches_the_workers(folder):
     assert config.file_of(LAYER) == str(folder / "model.safetensors")
 
 
+def test_a_name_on_the_hub(folders, tmp_path, monkeypatch):
+    import huggingface_hub
+    from vllm.transformers_utils.config import get_config
+
+    from flash_llm.integrations.vllm.config import FlashLLMConfig
+
+    repository = tmp_path / "models--toys--llama"
+    commits = {"packed": "a" * 40, "dense": "b" * 40}
+    for kind, commit in commits.items():
+        shutil.copytree(folders["llama"] / kind, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commits["dense"])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model = get_config("toys/llama", trust_remote_code=False, revision=commits["packed"])
+    config = FlashLLMConfig(packed_folder=True)
+    config.maybe_update_config("toys/llama", model)
+    assert config.file_of(LAYER) == str(
+        repository / "snapshots" / commits["packed"] / "model.safetensors"
+    )
+
+
 def test_newer_folder(folder):
     change_config(folder, version=99)
     with pytest.raises(NotImplementedError, match="version 99"):

@@ -154,11 +154,13 @@ class FlashLLMConfig(QuantizationConfig):
         if not os.path.isdir(folder):
             if not self.packed_folder:
                 return
-            from huggingface_hub import snapshot_download
+            from huggingface_hub import constants, snapshot_download
 
-            revision = revision or getattr(hf_config, "_commit_hash", None)
             folder = snapshot_download(
-                model_name, revision=revision, allow_patterns=["*.safetensors", "*.json"]
+                model_name,
+                revision=revision or getattr(hf_config, "_commit_hash", None),
+                allow_patterns=["*.safetensors", "*.json"],
+                local_files_only=constants.HF_HUB_OFFLINE,  # else it asks for a commit's files
             )
         try:
             files = checkpoint_files(folder)
