@@ -188,6 +188,15 @@ def test_missing_weight_of_a_dense_folder(folders, tmp_path):
         pass
 
 
+@pytest.mark.parametrize("options", [{"cpu_offload_gb": 1}, {"offload_group_size": 2}])
+def test_weights_on_the_cpu(options, folder):
+    with (
+        pytest.raises(NotImplementedError, match=next(iter(options))),
+        engine(folder, **options),
+    ):
+        pass
+
+
 def test_packed_output_layer(folders, tmp_path):
     import flash_llm
     from flash_llm import SparseLinear

@@ -194,7 +194,8 @@ class FlashLLMConfig(QuantizationConfig):
             prefix: its name in vLLM's model.
 
         Raises:
-            NotImplementedError: an embedding or an output layer is packed in the folder.
+            NotImplementedError: an embedding or an output layer is packed in the folder, or vLLM is
+                told to keep weights on the CPU.
             ValueError: the weights are random, and no sparsity is given.
         """
         name = prefix.removeprefix(_DRAFT)
@@ -207,7 +208,14 @@ class FlashLLMConfig(QuantizationConfig):
             if {"RoutedExperts", "FusedMoE"} & {cls.__name__ for cls in type(layer).__mro__}:
                 logger.info_once("flash_llm: experts stay dense: no kernel multiplies by several")
             return None
-        dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        engine = get_current_vllm_config()
+        offload = engine.offload_config
+        if offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size:
+            raise NotImplementedError(
+                "flash_llm: vLLM cannot keep packed weights on the CPU; leave out cpu_offload_gb "
+                "and offload_group_size"
+            )
+        dummy = engine.load_config.load_format == "dummy"
         if dummy and self.sparsity is None:
             raise ValueError(
                 'flash_llm: load_format="dummy" makes weights without zeros; give a sparsity: '
