@@ -138,7 +138,7 @@ def test_missing_extension(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "registered"), [("0.19.1", False), ("0.20.0", True), ("0.27.0", False)]
+    ("version", "registered"), [("0.20.2", False), ("0.21.0", True), ("0.27.0", False)]
 )
 def test_versions_of_vllm(version, registered, monkeypatch, caplog):
     import logging
