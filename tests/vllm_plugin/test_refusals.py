@@ -178,6 +178,13 @@ def test_missing_tensor(missing, folder):
         pass
 
 
+def test_missing_norm(folder):
+    change_weights(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    track = {"model_loader_extra_config": {"enable_weights_track": True}}  # as the guide says
+    with pytest.raises(ValueError, match=r"{'model\.norm\.weight'}"), engine(folder, **track):
+        pass
+
+
 def test_missing_weight_of_a_dense_folder(folders, tmp_path):
     shutil.copytree(folders["llama"] / "dense", tmp_path / "dense")
     change_weights(tmp_path / "dense", lambda tensors: tensors.pop(f"{LAYER}.weight"))
