@@ -171,27 +171,6 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "torch": (str,),
         "commit": (str,),
     },
-    "replay": {
-        "bench": (str,),
-        "engine": (str,),
-        "gpu": (str,),  # or the CPU, where there is none
-        "gpus": (int,),
-        "model": (str,),
-        "weights": (str,),  # dense, fp8, flash_llm
-        "format": (str, NoneType),  # null: nothing is packed
-        "sparsity": (float,),
-        "rate": (float,),
-        "requests": (int,),
-        "tok_per_gpu_s": (float,),
-        "ttft_ms": (dict,),  # p50, p99
-        "tpot_ms": (dict,),
-        "weights_gb": (float, NoneType),  # of all GPUs; null: on a CPU
-        "kv_tokens": (int,),
-        "start_s": (float, NoneType),  # null: several engines started at once
-        "mode": (str,),
-        "torch": (str,),
-        "commit": (str,),
-    },
     "step": {
         "bench": (str,),
         "engine": (str,),
@@ -208,6 +187,27 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "gaps_ms": (float,),
         "floor_ms": (float,),
         "weights_gb": (float, NoneType),
+        "kv_tokens": (int,),
+        "start_s": (float, NoneType),  # null: several engines started at once
+        "mode": (str,),
+        "torch": (str,),
+        "commit": (str,),
+    },
+    "replay": {
+        "bench": (str,),
+        "engine": (str,),
+        "gpu": (str,),  # or the CPU, where there is none
+        "gpus": (int,),
+        "model": (str,),
+        "weights": (str,),  # dense, fp8, flash_llm
+        "format": (str, NoneType),  # null: nothing is packed
+        "sparsity": (float,),
+        "rate": (float,),
+        "requests": (int,),
+        "tok_per_gpu_s": (float,),
+        "ttft_ms": (dict,),  # p50, p99
+        "tpot_ms": (dict,),
+        "weights_gb": (float, NoneType),  # of all GPUs; null: on a CPU
         "kv_tokens": (int,),
         "start_s": (float, NoneType),  # null: several engines started at once
         "mode": (str,),
@@ -249,10 +249,10 @@ CASE_FIELDS = {
         *("bench", "gpu", "gpus", "model", "weights", "sparsity", "batch", "prompt"),
         *("new_tokens", "mode"),
     ),
+    "step": ("bench", "gpu", "gpus", "model", "weights", "sparsity", "batch", "prompt", "mode"),
     "replay": (
         *("bench", "gpu", "gpus", "model", "weights", "sparsity", "rate", "requests", "mode"),
     ),
-    "step": ("bench", "gpu", "gpus", "model", "weights", "sparsity", "batch", "prompt", "mode"),
 }
 
 
