@@ -15,10 +15,24 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from flash_llm import _extension
+from flash_llm import _extension, quantize
 
-VALUE_DTYPES: dict[int, torch.dtype] = {1: torch.float16, 2: torch.bfloat16}
-"""Dtype of the stored values for each ``PackedHeader.value_type``."""
+VALUES = ("16-bit", "int8")
+"""What a packed weight can store: its elements, or int8 values and a scale for each row."""
+
+# Number in headers for each kind of values and dtype of the weight (csrc/format/value_type.h).
+_VALUE_TYPES: dict[tuple[str, torch.dtype], int] = {
+    ("16-bit", torch.float16): 1,
+    ("16-bit", torch.bfloat16): 2,
+    ("int8", torch.float16): 3,
+    ("int8", torch.bfloat16): 4,
+}
+
+VALUE_DTYPES: dict[int, torch.dtype] = {n: dtype for (_, dtype), n in _VALUE_TYPES.items()}
+"""Dtype of the weight for each ``PackedHeader.value_type``."""
+
+_VALUES_OF_TYPE: dict[int, str] = {n: values for (values, _), n in _VALUE_TYPES.items()}
+_VALUE_BITS = {"16-bit": 16, "int8": 8}
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 """Activations that ``spmm`` can apply to its result."""
@@ -33,7 +47,7 @@ class PackedHeader(NamedTuple):
         magic: ``"FLASHLLM"`` as a little-endian integer.
         version: of the format, raised when the meaning of a stored byte changes.
         format: which packed format; ``PackedWeight.FORMAT_ID`` of its class.
-        value_type: key of :data:`VALUE_DTYPES`.
+        value_type: key of :data:`VALUE_DTYPES`; says the dtype and what the values are.
         m: rows of the weight, out_features.
         k: columns of the weight, in_features.
         nnz: stored values that are not zero.
@@ -53,6 +67,16 @@ class PackedHeader(NamedTuple):
     def dtype(self) -> torch.dtype:
         """Dtype of the dense weight."""
         return VALUE_DTYPES[self.value_type]
+
+    @property
+    def values(self) -> str:
+        """What is stored; one of :data:`VALUES`."""
+        return _VALUES_OF_TYPE[self.value_type]
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of one stored value."""
+        return _VALUE_BITS[self.values]
 
     @property
     def sparsity(self) -> float:
@@ -179,6 +203,7 @@ class PackedWeight:
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
         payload_words: int = 0,
+        values: str = "16-bit",
     ) -> PackedWeight:
         """Return a packed weight of zeros without making a dense one.
 
@@ -189,14 +214,16 @@ class PackedWeight:
             device: where the buffers live; ``"meta"`` for placeholders.
             payload_words: length of the payload; more than 0 only on the meta device, for a weight
                 that is loaded later.
+            values: one of :data:`VALUES`.
 
         Returns:
             A weight of class ``cls`` that :meth:`validate` accepts (meta placeholders aside).
 
         Raises:
             ValueError: ``m`` or ``k`` is negative, or ``payload_words`` is negative, or not 0 off
-                the meta device.
-            TypeError: ``dtype`` is neither float16 nor bfloat16.
+                the meta device, or ``values`` is unknown.
+            TypeError: ``dtype`` is neither float16 nor bfloat16, or the format does not hold such
+                values.
         """
         if m < 0 or k < 0:
             raise ValueError(f"flash_llm: m and k must not be negative, got {m} and {k}")
@@ -211,12 +238,14 @@ class PackedWeight:
             magic=extension.PACKED_MAGIC,
             version=int(extension.FORMATS[cls.FORMAT]["version"]),
             format=cls.FORMAT_ID,
-            value_type=value_type_of(dtype),
+            value_type=value_type_of(dtype, values),
             m=m,
             k=k,
             nnz=payload_words,
             payload_words=payload_words,
         )
+        # Any payload_words are allowed, but not any values.
+        check_header("flash_llm", header._replace(nnz=0, payload_words=0))
         payload = torch.empty(payload_words, dtype=torch.int32, device=offsets.device)
         return cls(header, offsets, payload)
 
@@ -284,6 +313,11 @@ class PackedWeight:
         return self.header.dtype
 
     @property
+    def values(self) -> str:
+        """What is stored; one of :data:`VALUES`."""
+        return self.header.values
+
+    @property
     def device(self) -> torch.device:
         """Where the buffers live."""
         return self.payload.device
@@ -313,10 +347,15 @@ class PackedWeight:
         """Return the dense ``[M, K]`` weight; see :func:`unpack`."""
         return unpack(self)
 
+    def to_quantized(self) -> tuple[Tensor, Tensor]:
+        """Return quantised values and scales; see :func:`unpack_quantized`."""
+        return unpack_quantized(self)
+
     def slice(self: _Packed, rows: slice = slice(None), columns: slice = slice(None)) -> _Packed:
         """Return a part of the weight, packed in the same format.
 
-        The result has the bytes of packing ``to_dense()[rows, columns]``. A slice of all columns
+        The result has the bytes of packing ``to_dense()[rows, columns]``; of quantised weights it
+        has the values, and their scales do not change. A slice of all columns
         whose first and last row are borders of the format (multiples of 128 rows in ``tiled_csl``,
         of 512 in ``bitmap``, of 4 in ``row_bitmap``, or the end) is copied. For any other slice the
         weight is unpacked, cut and packed again, on the same device.
@@ -341,16 +380,17 @@ class PackedWeight:
     def concat(weights: Sequence[PackedWeight]) -> PackedWeight:
         """Concatenate the rows of several weights, packed in their format.
 
-        The result has the bytes of packing ``torch.cat([w.to_dense() for w in weights])``. If all
+        The result has the bytes of packing ``torch.cat([w.to_dense() for w in weights])``; values
+        and scales of quantised weights do not change. If all
         weights but the last end at a border of the format (see :meth:`slice`), their buffers are
         copied. Otherwise the weights are unpacked, concatenated and packed again.
 
         Args:
-            weights: at least one; all have the same columns, format, dtype and device.
+            weights: at least one; all have the same columns, format, dtype, values and device.
 
         Raises:
             ValueError: ``weights`` is empty, or the columns differ.
-            TypeError: formats, dtypes or devices differ, or one is not a packed weight.
+            TypeError: formats, dtypes, values or devices differ, or one is not a packed weight.
         """
         for weight in weights:
             _check_packed("concat", weight)
@@ -391,7 +431,7 @@ class PackedWeight:
         return (
             f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, "
             f"device={self.device}, nnz={self.nnz}, sparsity={self.sparsity:.4f}, "
-            f"nbytes={self.nbytes})"
+            f"nbytes={self.nbytes}, values={self.values})"
         )
 
 
@@ -439,19 +479,31 @@ def is_packable(dtype: torch.dtype) -> bool:
     return dtype in VALUE_DTYPES.values()
 
 
-def value_type_of(dtype: torch.dtype) -> int:
-    """Return the number of ``dtype`` in headers.
+def check_values(name: str) -> None:
+    """Check the argument ``values`` of functions that pack.
 
     Raises:
+        ValueError: ``name`` is not one of :data:`VALUES`.
+    """
+    if name not in VALUES:
+        known = " or ".join(f'"{known}"' for known in VALUES)
+        raise ValueError(f'flash_llm: values must be {known}, got "{name}"')
+
+
+def value_type_of(dtype: torch.dtype, values: str = "16-bit") -> int:
+    """Return the number in headers of ``values`` of a weight of ``dtype``.
+
+    Raises:
+        ValueError: ``values`` is unknown.
         TypeError: ``dtype`` is neither float16 nor bfloat16.
     """
-    for value_type, known in VALUE_DTYPES.items():
-        if dtype == known:
-            return value_type
-    raise TypeError(
-        f"flash_llm: a packed weight must be torch.float16 or torch.bfloat16, got {dtype}; "
-        "cast it first, for instance with .to(torch.bfloat16)"
-    )
+    check_values(values)
+    if not is_packable(dtype):
+        raise TypeError(
+            f"flash_llm: a packed weight must be torch.float16 or torch.bfloat16, got {dtype}; "
+            "cast it first, for instance with .to(torch.bfloat16)"
+        )
+    return _VALUE_TYPES[values, dtype]
 
 
 def spmm(
@@ -467,11 +519,12 @@ def spmm(
     """Multiply dense tokens by a packed sparse weight: ``y = act(x @ w.T + bias)``.
 
     The result is that of ``torch.nn.functional.linear`` with the unpacked weight (so Inf times a
-    zero of the weight is NaN). Products are accumulated in float32 and rounded once, at the end
-    (Flash-LLM, arXiv 2309.10285, section 4). ``x`` and ``bias`` are differentiable; the weight is
-    frozen. The backward pass makes a temporary dense copy of the weight and, if there is an
-    activation, recomputes its input instead of storing it. Autocast does not cast ``x``, which must
-    have the weight's dtype.
+    zero of the weight is NaN). The elements of a quantised weight are ``value * scale``, which are
+    not rounded to its dtype first, except where N is large and the weight is unpacked. Products are
+    accumulated in float32 and rounded once, at the end (Flash-LLM, arXiv 2309.10285, section 4).
+    ``x`` and ``bias`` are differentiable; the weight is frozen. The backward pass makes a temporary
+    dense copy of the weight and, if there is an activation, recomputes its input instead of storing
+    it. Autocast does not cast ``x``, which must have the weight's dtype.
 
     Args:
         x: ``[..., K]``, dtype and device of ``w``, any strides; the leading dimensions are the N
@@ -554,7 +607,9 @@ def spmm_buffers(
     return y
 
 
-def explain_format(m: int, k: int, nnz: int, *, compute_capability: int = 0) -> tuple[str, str]:
+def explain_format(
+    m: int, k: int, nnz: int, *, compute_capability: int = 0, values: str = "16-bit"
+) -> tuple[str, str]:
     """Return the format that ``format="auto"`` chooses, and the reason; needs no GPU.
 
     Args:
@@ -562,18 +617,21 @@ def explain_format(m: int, k: int, nnz: int, *, compute_capability: int = 0) -> 
         k: in_features.
         nnz: nonzeros of the weight.
         compute_capability: 10 * major + minor of the GPU, 90 for an H100; 0 means the CPU.
+        values: one of :data:`VALUES`.
 
     Returns:
         The format's name and one sentence.
 
     Raises:
+        ValueError: ``values`` is unknown.
         RuntimeError: the extension is missing.
     """
-    name, reason = _extension.require().explain_format(m, k, nnz, compute_capability)
+    value_type = value_type_of(torch.float16, values)  # the choice does not depend on the dtype
+    name, reason = _extension.require().explain_format(m, k, nnz, compute_capability, value_type)
     return str(name), str(reason)
 
 
-def pack(dense: Tensor, format: str = "auto") -> PackedWeight:
+def pack(dense: Tensor, format: str = "auto", *, values: str = "16-bit") -> PackedWeight:
     """Pack the nonzeros of a dense weight.
 
     Zeros of either sign are dropped, and ``unpack`` returns them as +0; all other values (NaN, Inf
@@ -585,14 +643,19 @@ def pack(dense: Tensor, format: str = "auto") -> PackedWeight:
         dense: ``[M, K]`` float16 or bfloat16, CPU or CUDA, any strides, any M, K >= 0.
         format: ``"auto"`` (the format that multiplies fastest on ``dense.device``;
             ``explain_format`` gives the reason), ``"row_bitmap"``, ``"tiled_csl"`` or ``"bitmap"``.
+        values: ``"16-bit"`` stores the elements. ``"int8"`` rounds each row to int8 with one scale
+            (:func:`flash_llm.quantize.round_to_int8`); elements that round to 0 are dropped. Only
+            ``"row_bitmap"`` holds int8 values, and only CPUs have kernels for them.
 
     Returns:
         The packed weight, of the format's class, on ``dense.device``; detached from autograd.
 
     Raises:
         ValueError: ``dense`` is not two-dimensional, is too large for the format's 31-bit offsets,
-            has a storage smaller than its shape needs, or ``format`` is unknown.
-        TypeError: the dtype is neither float16 nor bfloat16.
+            has a storage smaller than its shape needs, or ``format`` or ``values`` is unknown; an
+            element to quantise is NaN or infinite.
+        TypeError: the dtype is neither float16 nor bfloat16, or the format does not hold such
+            values.
         NotImplementedError: ``dense`` is on CUDA and this build has no CUDA part.
         RuntimeError: another thread or stream changed ``dense`` while it was packed; the extension
             is missing, or CUDA failed.
@@ -604,7 +667,53 @@ def pack(dense: Tensor, format: str = "auto") -> PackedWeight:
     """
     _extension.require()
     _check_dense("pack", dense)
-    return _from_op(torch.ops.flash_llm.pack(dense.detach(), format))
+    check_values(values)
+    if values == "16-bit":
+        return _from_op(torch.ops.flash_llm.pack(dense.detach(), format))
+    value_type_of(dense.dtype, values)
+    return pack_quantized(*quantize.round_to_int8(dense.detach()), dense.dtype, format)
+
+
+def pack_quantized(
+    values: Tensor, scales: Tensor, dtype: torch.dtype, format: str = "auto"
+) -> PackedWeight:
+    """Pack values that are quantised already, as of a quantised checkpoint; nothing is rounded.
+
+    Args:
+        values: ``[M, K]`` int8 in -127 ... 127, CPU or CUDA, any strides.
+        scales: ``[M]`` float32, positive normal numbers. The scale of a row of zeros becomes 1.
+        dtype: float16 or bfloat16: of the unpacked weight, and of the x that it multiplies.
+        format: as :func:`pack` takes it.
+
+    Returns:
+        The packed weight on the device of ``values``.
+
+    Raises:
+        ValueError: a value is -128, a scale is not a positive normal number, a shape is wrong, or
+            ``format`` is unknown.
+        TypeError: a dtype or device is wrong, or the format does not hold int8 values.
+        NotImplementedError: ``values`` is on CUDA and this build has no CUDA part.
+        RuntimeError: another thread changed ``values``; the extension is missing, or CUDA failed.
+    """
+    _extension.require()
+    for name, tensor in (("values", values), ("scales", scales)):
+        _check_dense("pack_quantized", tensor, name)
+    return _from_op(torch.ops.flash_llm.pack_quantized(values, scales.detach(), dtype, format))
+
+
+def repack(w: PackedWeight, format: str = "auto") -> PackedWeight:
+    """Pack a weight in another format; values and scales do not change.
+
+    Args:
+        w: packed weight on any device.
+        format: as :func:`pack` takes it.
+
+    Raises:
+        TypeError: the format does not hold such values.
+    """
+    if w.values == "16-bit":
+        return pack(unpack(w), format)
+    return pack_quantized(*unpack_quantized(w), w.dtype, format)
 
 
 def prune_pack(
@@ -613,6 +722,7 @@ def prune_pack(
     *,
     scope: str = "row",
     format: str = "auto",
+    values: str = "16-bit",
 ) -> PackedWeight:
     """Prune by magnitude to a sparsity, then pack, in one operator; ``dense`` does not change.
 
@@ -625,14 +735,17 @@ def prune_pack(
         scope: ``"row"`` (each row is pruned to the fraction), ``"layer"`` (the matrix as a whole)
             or ``"N:M"``, such as ``"2:4"`` (the N largest of every M consecutive columns are kept).
         format: as :func:`pack` takes it.
+        values: as :func:`pack` takes it; the elements that are left are quantised.
 
     Returns:
         The packed weight on ``dense.device``.
 
     Raises:
-        ValueError: ``sparsity`` is outside [0, 1], NaN, missing or contradicts the scope; ``scope``
-            or ``format`` is unknown; ``dense`` is not two-dimensional.
-        TypeError: the dtype is neither float16 nor bfloat16.
+        ValueError: ``sparsity`` is outside [0, 1], NaN, missing or contradicts the scope;
+            ``scope``, ``format`` or ``values`` is unknown; ``dense`` is not two-dimensional; an
+            element to quantise is NaN or infinite.
+        TypeError: the dtype is neither float16 nor bfloat16, or the format does not hold such
+            values.
         NotImplementedError: ``dense`` is on CUDA and this build has no CUDA part.
         RuntimeError: the extension is missing, or CUDA failed.
 
@@ -648,7 +761,11 @@ def prune_pack(
         raise TypeError(
             f"flash_llm::prune_pack: sparsity must be a number, got {type(sparsity).__name__}"
         )
-    return _from_op(torch.ops.flash_llm.prune_pack(dense.detach(), sparsity, scope, format))
+    check_values(values)
+    if values == "16-bit":
+        return _from_op(torch.ops.flash_llm.prune_pack(dense.detach(), sparsity, scope, format))
+    pruned = _from_op(torch.ops.flash_llm.prune_pack(dense.detach(), sparsity, scope, "auto"))
+    return pack(unpack(pruned), format, values=values)
 
 
 def unpack(w: PackedWeight) -> Tensor:
@@ -659,6 +776,7 @@ def unpack(w: PackedWeight) -> Tensor:
 
     Returns:
         Contiguous ``[M, K]`` of ``w.dtype`` on ``w.device``; elements that are not stored are +0.
+        Of a quantised weight, :func:`flash_llm.quantize.dequantize` of its values and scales.
 
     Raises:
         ValueError: a buffer has the wrong length or the header is malformed.
@@ -670,6 +788,27 @@ def unpack(w: PackedWeight) -> Tensor:
     _check_packed("unpack", w)
     dense: Tensor = torch.ops.flash_llm.unpack(list(w.header), w.offsets, w.payload)
     return dense
+
+
+def unpack_quantized(w: PackedWeight) -> tuple[Tensor, Tensor]:
+    """Return the values and scales of a quantised weight; :func:`pack_quantized` takes them.
+
+    Args:
+        w: packed ``[M, K]`` weight with int8 values.
+
+    Returns:
+        Values, int8 ``[M, K]``, and scales, float32 ``[M]``, on ``w.device``.
+
+    Raises:
+        TypeError: the values are not quantised, or a buffer has the wrong dtype or device.
+        ValueError: a buffer has the wrong length or the header is malformed.
+        NotImplementedError: the header has a newer version, or this build has no CUDA part.
+        RuntimeError: the extension is missing, or CUDA failed.
+    """
+    _extension.require()
+    _check_packed("unpack_quantized", w)
+    values, scales = torch.ops.flash_llm.unpack_quantized(list(w.header), w.offsets, w.payload)
+    return values, scales
 
 
 def validate(w: PackedWeight) -> None:
@@ -707,11 +846,11 @@ def _check_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"flash_llm::{op}: {name} must be a tensor, got {type(value).__name__}")
 
 
-def _check_dense(op: str, dense: object) -> None:
-    _check_tensor(op, "dense", dense)
+def _check_dense(op: str, dense: object, name: str = "dense") -> None:
+    _check_tensor(op, name, dense)
     if isinstance(dense, Tensor) and dense.is_meta:
         raise ValueError(
-            f"flash_llm::{op}: dense must hold values, got a tensor on the meta device"
+            f"flash_llm::{op}: {name} must hold values, got a tensor on the meta device"
         )
 
 
@@ -762,9 +901,13 @@ def _check_fake_device(op: str, name: str, tensor: Tensor, payload: Tensor) -> N
 
 def _fake_pack(dense: Tensor, format: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     value_type_of(dense.dtype)
+    return _fake_packed("pack", "dense", dense, format)
+
+
+def _fake_packed(op: str, name: str, dense: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
     if dense.dim() != 2:
         raise ValueError(
-            f"flash_llm::pack: dense must be two-dimensional [M, K], got {dense.dim()} dimensions"
+            f"flash_llm::{op}: {name} must be two-dimensional [M, K], got {dense.dim()} dimensions"
         )
     m, k = dense.shape
     words = torch.library.get_ctx().new_dynamic_size()
@@ -787,16 +930,45 @@ def _fake_prune_pack(
     return _fake_pack(dense, format)
 
 
-def _fake_unpack(
-    header: list[int], offsets: Tensor, payload: Tensor, scales: Tensor | None = None
-) -> Tensor:
+def _fake_pack_quantized(
+    values: Tensor, scales: Tensor, dtype: torch.dtype, format: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    value_type_of(dtype)
+    for name, tensor, expected in (
+        ("values", values, torch.int8),
+        ("scales", scales, torch.float32),
+    ):
+        if tensor.dtype != expected:
+            raise TypeError(
+                f"flash_llm::pack_quantized: {name} must be {expected}, got {tensor.dtype}"
+            )
+    packed = _fake_packed("pack_quantized", "values", values, format)
+    if scales.shape != values.shape[:1]:
+        raise ValueError(
+            f"flash_llm::pack_quantized: scales must have shape [M={values.shape[0]}], "
+            f"got {list(scales.shape)}"
+        )
+    return packed
+
+
+def _fake_unpack_quantized(
+    header: list[int], offsets: Tensor, payload: Tensor
+) -> tuple[Tensor, Tensor]:
+    fields = _check_fake_packed("unpack_quantized", header, offsets, payload)
+    if fields.values == "16-bit":
+        raise TypeError(f"flash_llm::unpack_quantized: values of {fields.dtype} are not quantised")
+    return (
+        payload.new_empty((fields.m, fields.k), dtype=torch.int8),
+        payload.new_empty(fields.m, dtype=torch.float32),
+    )
+
+
+def _fake_unpack(header: list[int], offsets: Tensor, payload: Tensor) -> Tensor:
     fields = _check_fake_packed("unpack", header, offsets, payload)
     return payload.new_empty((fields.m, fields.k), dtype=fields.dtype)
 
 
-def _fake_validate(
-    header: list[int], offsets: Tensor, payload: Tensor, scales: Tensor | None = None
-) -> None:
+def _fake_validate(header: list[int], offsets: Tensor, payload: Tensor) -> None:
     _check_fake_packed("validate", header, offsets, payload)
     if payload.is_meta:
         raise ValueError(
@@ -814,7 +986,6 @@ def _fake_spmm(
     config: str = "auto",
     ctas: int = 0,
     prefetch: bool = True,
-    scales: Tensor | None = None,
 ) -> Tensor:
     fields = _check_fake_packed("spmm", header, offsets, payload)
     if x.dtype != fields.dtype:
@@ -843,6 +1014,8 @@ def _fake_spmm(
 def _register() -> None:
     torch.library.register_fake("flash_llm::pack", _fake_pack)
     torch.library.register_fake("flash_llm::prune_pack", _fake_prune_pack)
+    torch.library.register_fake("flash_llm::pack_quantized", _fake_pack_quantized)
+    torch.library.register_fake("flash_llm::unpack_quantized", _fake_unpack_quantized)
     torch.library.register_fake("flash_llm::unpack", _fake_unpack)
     torch.library.register_fake("flash_llm::validate", _fake_validate)
     torch.library.register_fake("flash_llm::spmm", _fake_spmm)

@@ -545,6 +545,44 @@ def write_row_bitmap(bits):
     return blocks
 
 
+def read_quantized_row_bitmap(packed):
+    """The int8 values and the scales of a row bitmap."""
+    m, k = packed.shape
+    groups = -(-k // 32)
+    dense, scales = np.zeros((-(-m // 4) * 4, groups * 32), np.int8), np.ones(-(-m // 4) * 4, "<f4")
+    for row, block in zip(range(0, m, 4), blocks_of(packed), strict=bool(k)):
+        if not len(block):
+            continue
+        head, masks, values = np.split(block, [10, 10 + 8 * groups])
+        assert not head[:2].any()
+        scales[row : row + 4] = head[2:].view("<f4")
+        bits = masks.view("<u4").reshape(groups, 4, 1) >> np.arange(32, dtype=np.uint32) & 1
+        elements = np.zeros(bits.shape[:2] + (32,), np.int8)
+        elements[bits.astype(bool)] = values.view(np.int8)[: bits.sum()]
+        assert not values.view(np.int8)[bits.sum() :].any()
+        dense[row : row + 4] = elements.transpose(1, 0, 2).reshape(4, -1)
+    assert not dense[m:].any() and not dense[:, k:].any()
+    return dense[:m, :k], scales[:m]
+
+
+def write_quantized_row_bitmap(values, scales):
+    """The bytes of every block of a matrix of int8 values with a scale for each row."""
+    m, k = values.shape
+    padded = np.pad(values, [(0, -m % 4), (0, -k % 32)])
+    scales = np.where(padded.any(axis=1), np.pad(scales, (0, -m % 4)), 1).astype("<f4")
+    blocks = []
+    for row in range(0, m, 4) if k else ():
+        elements = padded[row : row + 4].reshape(4, -1, 32).transpose(1, 0, 2)
+        stored = elements != 0
+        if not stored.any():
+            continue
+        masks = (stored.astype("<u4") << np.arange(32, dtype="<u4")).sum(axis=-1, dtype="<u4")
+        head = np.zeros(1, "<u4"), scales[row : row + 4], masks, elements[stored]
+        block = _joined(*head)
+        blocks.append(np.pad(block, (0, -len(block) % 16)))
+    return blocks
+
+
 READERS = {"tiled_csl": read_tiled_csl, "bitmap": read_bitmap, "row_bitmap": read_row_bitmap}
 
 

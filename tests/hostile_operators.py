@@ -20,13 +20,14 @@ import time
 import torch
 
 import flash_llm
-from flash_llm import testing
+from flash_llm import quantize, testing
 from flash_llm.ops import ACTIVATIONS
 
 ERRORS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 FORMATS = ("tiled_csl", "bitmap", "row_bitmap")
 CONFIGS = ("auto", "dense", "cpu_reference", "cpu_tiles", "cpu_rows", "cpu_blocks")
 OPS = torch.ops.flash_llm
+OTHER_OPS = ("pack", "pack_quantized", "prune_pack", "unpack", "unpack_quantized", "validate")
 EXTREMES = (0, 1, -1, 2, 3, 7, 16, 127, 8192, 2**16, 2**31 - 1, 2**31, -(2**31), 2**62, 2**63 - 1)
 TEXTS = ("", "auto ", "AUTO", "relu\0", "é" * 100, "x" * 100_000, "dense", "bitmap", "2:4", "none")
 SIZES = (0, 1, 2, 3, 5, 31, 32, 33, 64, 65, 127, 128, 129, 200, 260)
@@ -125,12 +126,17 @@ class Caller:
             for m, k in ((1, 1), (5, 33), (37, 200), (130, 70), (66, 260), (0, 5), (5, 0))
             for dense in (testing.random_sparse(m, k, 0.6, dtype=dtype),)
         ]
+        self.weights += [
+            (flash_llm.pack(dense, values="int8"), dense)
+            for w, dense in self.weights
+            if w.FORMAT == "row_bitmap"
+        ]
         self.outcomes = collections.Counter()
         self.damages = collections.Counter()
 
     def call(self, number):
         rng = random.Random(self.seed * 1_000_003 + number)
-        name = rng.choice(("spmm", "spmm", "spmm", "pack", "prune_pack", "unpack", "validate"))
+        name = rng.choice(("spmm", "spmm", "spmm", *OTHER_OPS))
         w, dense = rng.choice(self.weights)
         arguments = self.arguments(rng, name, w, dense)
         self.spoiled = set()
@@ -152,8 +158,16 @@ class Caller:
             "offsets": guarded(rng, w.offsets),
             "payload": guarded(rng, w.payload),
         }
-        if name in ("unpack", "validate"):
+        if name in ("unpack", "unpack_quantized", "validate"):
             return packed
+        if name == "pack_quantized":
+            values, scales = quantize.round_to_int8(dense)
+            return {
+                "values": guarded(rng, values),
+                "scales": guarded(rng, scales),
+                "dtype": w.dtype,
+                "format": rng.choice(("auto", *FORMATS)),
+            }
         if name == "pack":
             return {"dense": guarded(rng, dense), "format": rng.choice(("auto", *FORMATS))}
         if name == "prune_pack":
@@ -214,12 +228,15 @@ class Caller:
 
     @staticmethod
     def check(name, arguments, result):
-        if name in ("pack", "prune_pack"):
+        if name in ("pack", "pack_quantized", "prune_pack"):
             header, offsets, payload = result
             if not payload.is_meta:
                 OPS.validate(header.tolist(), offsets, payload)
         elif name == "unpack":
             assert list(result.shape) == arguments["header"][4:6], result.shape
+        elif name == "unpack_quantized":
+            values, scales = result
+            assert [*values.shape, len(scales)] == [*arguments["header"][4:6], len(values)]
         elif name == "spmm":
             expected = (*arguments["x"].shape[:-1], arguments["header"][4])
             assert tuple(result.shape) == expected, (result.shape, expected)

@@ -277,7 +277,7 @@ MALFORMED = {
         ValueError,
         ("offsets ",),
     ),
-    "value type": (lambda w: changed(w, value_type=3), TypeError, ("value type 3",)),
+    "value type": (lambda w: changed(w, value_type=99), TypeError, ("value type 99",)),
     "negative m": (lambda w: changed(w, m=-1), ValueError, ("m ", "-1")),
     "negative nnz": (lambda w: changed(w, nnz=-1), ValueError, ("nnz ", "-1")),
     "huge k": (lambda w: changed(w, k=1 << 31), ValueError, ("k ", str(1 << 31))),

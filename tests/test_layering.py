@@ -32,6 +32,7 @@ PYTHON_RANKS = {
     "interrupts": 0,
     "io.files": 0,
     "progress": 0,
+    "quantize": 0,
     "roles": 0,
     "smollm2": 0,
     "table": 0,

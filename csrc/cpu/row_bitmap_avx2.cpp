@@ -42,6 +42,22 @@ constexpr Shuffles make_shuffles() {
 
 alignas(64) constexpr Shuffles kShuffles = make_shuffles();
 
+// The same for values of one byte.
+using ByteShuffles = std::array<std::array<uint8_t, kPartCols>, 256>;
+
+constexpr ByteShuffles make_byte_shuffles() {
+  ByteShuffles table{};
+  for (size_t bits = 0; bits < table.size(); ++bits) {
+    uint8_t rank = 0;
+    for (size_t col = 0; col < kPartCols; ++col) {
+      table[bits][col] = (bits >> col & 1U) != 0 ? rank++ : uint8_t{0x80};
+    }
+  }
+  return table;
+}
+
+alignas(64) constexpr ByteShuffles kByteShuffles = make_byte_shuffles();
+
 // The inverse: row `bits` moves the stored columns to the front.
 constexpr Shuffles make_gathers() {
   Shuffles table{};
@@ -59,19 +75,35 @@ constexpr Shuffles make_gathers() {
 
 alignas(64) constexpr Shuffles kGathers = make_gathers();
 
+// Loads eight elements of 16 or 8 bits.
+template <typename Raw>
+FLASH_LLM_AVX2 inline __m128i load_part(const Raw* from) {
+  const auto* vector = reinterpret_cast<const __m128i*>(from);
+  return sizeof(Raw) == 2 ? _mm_loadu_si128(vector) : _mm_loadl_epi64(vector);
+}
+
+template <typename Raw>
+FLASH_LLM_AVX2 inline __m128i shuffle_of(uint32_t bits) {
+  if constexpr (sizeof(Raw) == 2) {
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffles[bits].data()));
+  } else {
+    return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kByteShuffles[bits].data()));
+  }
+}
+
 // Reads the values of a row. Near the payload's end they are copied first, so that no load reads
 // past it.
-template <bool kNearEnd>
+template <bool kNearEnd, typename Raw = uint16_t>
 struct Values {
-  const uint16_t* next;
-  const uint16_t* end;
+  const Raw* next;
+  const Raw* end;
 
   FLASH_LLM_AVX2 inline __m128i load() const {
-    if (!kNearEnd) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(next));
-    uint16_t copy[kPartCols] = {};
+    if (!kNearEnd) return load_part(next);
+    Raw copy[kPartCols] = {};
     const auto left = std::min<std::ptrdiff_t>(end - next, kPartCols);
-    if (left > 0) std::memcpy(copy, next, static_cast<size_t>(left) * sizeof(uint16_t));
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(copy));
+    if (left > 0) std::memcpy(copy, next, static_cast<size_t>(left) * sizeof(Raw));
+    return load_part(copy);
   }
   FLASH_LLM_AVX2 inline void skip(uint32_t mask) {
     const int count = __builtin_popcount(mask);
@@ -79,21 +111,23 @@ struct Values {
   }
   // The elements of the next eight columns, of which those in `bits` are stored.
   FLASH_LLM_AVX2 inline __m128i take(uint32_t bits) {
-    const auto* shuffle = reinterpret_cast<const __m128i*>(kShuffles[bits].data());
-    const __m128i elements = _mm_shuffle_epi8(load(), _mm_load_si128(shuffle));
+    const __m128i elements = _mm_shuffle_epi8(load(), shuffle_of<Raw>(bits));
     skip(bits);
     return elements;
   }
 };
 
-// How many groups can be read by loads of 16 bytes that all stay within the payload.
-int64_t groups_before_end(const uint16_t* next, const uint16_t* end) {
+// How many groups can be read by loads of eight values that all stay within the payload.
+template <typename Raw>
+int64_t groups_before_end(const Raw* next, const Raw* end) {
   return (end - next) / (kBlockRows * kGroupCols);
 }
 
 template <ValueType kType>
 FLASH_LLM_AVX2 inline __m256 widen(__m128i elements) {
-  if constexpr (kType == ValueType::kFloat16) {
+  if constexpr (value_traits(kType).bits == 8) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(elements));
+  } else if constexpr (kType == ValueType::kFloat16) {
     return _mm256_cvtph_ps(elements);
   } else {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(elements), 16));
@@ -110,12 +144,13 @@ FLASH_LLM_AVX2 void widen_group(const uint16_t* group, float* widened) {
 
 template <ValueType kType, int kTokens>
 struct Block {
+  using Raw = RawOf<kType>;
   __m256 sums[kBlockRows][kTokens];
 
   template <bool kNearEnd>
   FLASH_LLM_AVX2 inline void add_group(const uint32_t* masks, const float* x,
-                                       Values<kNearEnd>& values) {
-    Values<kNearEnd> rows[kBlockRows] = {};
+                                       Values<kNearEnd, Raw>& values) {
+    Values<kNearEnd, Raw> rows[kBlockRows] = {};
 #pragma GCC unroll 4
     for (int row = 0; row < kBlockRows; ++row) {
       rows[row] = values;
@@ -137,7 +172,7 @@ struct Block {
     }
   }
 
-  FLASH_LLM_AVX2 static void multiply(const RowBlock& block, int64_t groups, const float* x,
+  FLASH_LLM_AVX2 static void multiply(const RowBlockOf<Raw>& block, int64_t groups, const float* x,
                                       float* out) {
     Block sums;
     for (auto& row : sums.sums) {
@@ -145,7 +180,7 @@ struct Block {
     }
     const uint32_t* masks = block.masks;
     const uint32_t* const masks_end = masks + groups * kBlockRows;
-    Values<false> values{block.values, block.end};
+    Values<false, Raw> values{block.values, block.end};
     while (masks != masks_end) {
       const int64_t safe = groups_before_end(values.next, values.end);
       if (safe == 0) break;
@@ -154,7 +189,7 @@ struct Block {
         sums.add_group(masks, x, values);
       }
     }
-    Values<true> last{values.next, values.end};
+    Values<true, Raw> last{values.next, values.end};
     for (; masks != masks_end; masks += kBlockRows, x += kTokens * kGroupCols) {
       sums.add_group(masks, x, last);
     }
@@ -177,7 +212,7 @@ void multiply(const RowBitmapProduct& product) {
     const auto multiply_block =
         tokens.count == 1 ? Block<kType, 1>::multiply : Block<kType, kMaxTokens>::multiply;
     for (int64_t i = product.first; i < product.last; ++i, out += tokens.count * kBlockRows) {
-      const RowBlock block = row_block(product.weight, i);
+      const auto block = row_block<RawOf<kType>>(product.weight, i);
       if (block.masks == nullptr) {
         sum_nothing(tokens, out);
       } else {
@@ -249,6 +284,19 @@ FLASH_LLM_AVX2 inline uint32_t pack_group(const uint16_t* from, uint16_t* kept, 
   return mask;
 }
 
+RowBitmapMultiply multiply_of(ValueType type) {
+  switch (type) {
+    case ValueType::kFloat16:
+      return multiply<ValueType::kFloat16>;
+    case ValueType::kBfloat16:
+      return multiply<ValueType::kBfloat16>;
+    case ValueType::kInt8Float16:
+    case ValueType::kInt8Bfloat16:
+      break;
+  }
+  return multiply<ValueType::kInt8Float16>;
+}
+
 }  // namespace
 
 FLASH_LLM_AVX2 PackedBlock row_bitmap_avx2_pack_block(const uint16_t* dense, int64_t ld, int rows,
@@ -278,14 +326,15 @@ FLASH_LLM_AVX2 PackedBlock row_bitmap_avx2_pack_block(const uint16_t* dense, int
 }
 
 RowBitmapKernel row_bitmap_avx2(ValueType type) {
-  return {
-      type == ValueType::kFloat16 ? widen_group<ValueType::kFloat16>
-                                  : widen_group<ValueType::kBfloat16>,
-      kMaxTokens,
-      false,
-      type == ValueType::kFloat16 ? multiply<ValueType::kFloat16> : multiply<ValueType::kBfloat16>,
-      decode_block,
-      row_bitmap_avx2_pack_block};
+  RowBitmapKernel kernel;
+  kernel.widen = value_traits(type).dense == ValueType::kFloat16
+                     ? widen_group<ValueType::kFloat16>
+                     : widen_group<ValueType::kBfloat16>;
+  kernel.max_tokens = kMaxTokens;
+  kernel.multiply = multiply_of(type);
+  kernel.decode_block = decode_block;
+  kernel.pack_block = row_bitmap_avx2_pack_block;
+  return kernel;
 }
 
 }  // namespace flash_llm

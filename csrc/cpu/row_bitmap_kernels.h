@@ -1,6 +1,6 @@
 // The kernels of the row bitmap, one set for each instruction set of cpu_isa.h;
-// cpu/row_bitmap_spmm.cpp calls them. A kernel multiplies blocks of 4 rows and returns fp32 sums;
-// its caller applies bias, activation and rounding.
+// cpu/row_bitmap_spmm.cpp calls them. A kernel multiplies blocks of 4 rows and returns fp32 sums of
+// X times the stored values; its caller applies scales, bias, activation and rounding.
 //
 // Each set is compiled for its instruction set by attributes of its functions, not by compiler
 // flags for its file: with flags, an inline function of a header would be compiled for that
@@ -51,14 +51,16 @@ inline void sum_nothing(const RowBitmapTokens& tokens, float* out) {
   for (int i = 0; i < tokens.count * kBlockRows; ++i) out[i] = tokens.empty[i / kBlockRows];
 }
 
+using RowBitmapMultiply = void (*)(const RowBitmapProduct& product);
+
 struct RowBitmapKernel {
   void (*widen)(const uint16_t* group, float* widened) = nullptr;  // converts X; null: X stays raw
   int max_tokens = 0;                                              // in a token block
   bool keeps_sums = false;  // whether it needs RowBitmapProduct::kept
-  void (*multiply)(const RowBitmapProduct& product) = nullptr;
-  // Decodes a block that has masks into dense[rows, k], contiguous.
+  RowBitmapMultiply multiply = nullptr;
+  // Decodes a block that has masks into dense[rows, k], contiguous. For 16-bit values.
   void (*decode_block)(const RowBlock& block, int rows, int64_t k, uint16_t* dense) = nullptr;
-  RowBitmapPackBlock pack_block = nullptr;
+  RowBitmapPackBlock pack_block = nullptr;  // for 16-bit values
 };
 
 // The kernels of `isa`, which this CPU must have.

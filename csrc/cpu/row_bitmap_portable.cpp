@@ -22,7 +22,8 @@ void widen_group(const uint16_t* group, float* widened) {
 // Decodes the next group of a row, zeros included: they are multiplied too, since infinity times
 // zero is NaN.
 template <ValueType kType>
-void decode_group(uint32_t mask, const uint16_t*& values, const uint16_t* end, Lanes& elements) {
+void decode_group(uint32_t mask, const RawOf<kType>*& values, const RawOf<kType>* end,
+                  Lanes& elements) {
   std::fill_n(elements, kGroupCols, 0.0F);
   for (; mask != 0 && values != end; mask &= mask - 1) {
     elements[__builtin_ctz(mask)] = to_float<kType>(*values++);
@@ -30,8 +31,8 @@ void decode_group(uint32_t mask, const uint16_t*& values, const uint16_t* end, L
 }
 
 template <ValueType kType>
-void multiply_block(const RowBitmapTokens& block_tokens, int64_t groups, RowBlock block,
-                    float* out) {
+void multiply_block(const RowBitmapTokens& block_tokens, int64_t groups,
+                    RowBlockOf<RawOf<kType>> block, float* out) {
   const auto tokens = static_cast<size_t>(block_tokens.count);
   Lanes sums[kBlockRows][kMaxTokens] = {};
   const auto* x = static_cast<const float*>(block_tokens.x);
@@ -60,7 +61,7 @@ void multiply(const RowBitmapProduct& product) {
   for (int64_t j = 0; j < product.token_blocks; ++j) {
     const RowBitmapTokens& tokens = product.tokens[j];
     for (int64_t i = product.first; i < product.last; ++i, out += tokens.count * kBlockRows) {
-      const RowBlock block = row_block(product.weight, i);
+      const auto block = row_block<RawOf<kType>>(product.weight, i);
       if (block.masks == nullptr) {
         sum_nothing(tokens, out);
       } else {
@@ -70,17 +71,32 @@ void multiply(const RowBitmapProduct& product) {
   }
 }
 
+// The sums do not depend on the dtype of X, which is widened before.
+RowBitmapMultiply multiply_of(ValueType type) {
+  switch (type) {
+    case ValueType::kFloat16:
+      return multiply<ValueType::kFloat16>;
+    case ValueType::kBfloat16:
+      return multiply<ValueType::kBfloat16>;
+    case ValueType::kInt8Float16:
+    case ValueType::kInt8Bfloat16:
+      break;
+  }
+  return multiply<ValueType::kInt8Float16>;
+}
+
 }  // namespace
 
 RowBitmapKernel row_bitmap_portable(ValueType type) {
-  return {
-      type == ValueType::kFloat16 ? widen_group<ValueType::kFloat16>
-                                  : widen_group<ValueType::kBfloat16>,
-      kMaxTokens,
-      false,
-      type == ValueType::kFloat16 ? multiply<ValueType::kFloat16> : multiply<ValueType::kBfloat16>,
-      row_bitmap_decode_block,
-      row_bitmap_pack_block};
+  RowBitmapKernel kernel;
+  kernel.widen = value_traits(type).dense == ValueType::kFloat16
+                     ? widen_group<ValueType::kFloat16>
+                     : widen_group<ValueType::kBfloat16>;
+  kernel.max_tokens = kMaxTokens;
+  kernel.multiply = multiply_of(type);
+  kernel.decode_block = row_bitmap_decode_block;
+  kernel.pack_block = row_bitmap_pack_block;
+  return kernel;
 }
 
 RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type) {

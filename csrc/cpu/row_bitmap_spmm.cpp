@@ -119,7 +119,19 @@ void prepare(const SpmmArgs& args, const RowBitmapKernel& kernel, int64_t token0
   block.x = x;
 }
 
-// Adds the bias, applies the activation and rounds.
+// The scales of a block's rows; all 1 for types without scales.
+struct RowScales {
+  float of[kBlockRows] = {1.0F, 1.0F, 1.0F, 1.0F};
+
+  RowScales(const PackedView& weight, int64_t block) {
+    if (value_traits(weight.value_type).scales == ScaleGroup::kNone) return;
+    const auto parts = row_block<uint8_t>(weight, block);
+    if (parts.masks == nullptr) return;
+    for (int row = 0; row < kBlockRows; ++row) of[row] = bits_to_float(parts.scales[row]);
+  }
+};
+
+// Applies the scales, adds the bias, applies the activation and rounds.
 template <ValueType kType>
 void finish(const SpmmArgs& args, int64_t token0, int tokens, int64_t first_block,
             int64_t last_block, const float* sums) {
@@ -130,10 +142,12 @@ void finish(const SpmmArgs& args, int64_t token0, int tokens, int64_t first_bloc
     for (int row = 0; args.bias != nullptr && row < rows; ++row) {
       bias[row] = to_float<kType>(args.bias[row0 + row]);
     }
+    const RowScales scales(args.weight, block);
     for (int token = 0; token < tokens; ++token, sums += kBlockRows) {
       uint16_t* y = args.y + (token0 + token) * args.weight.m + row0;
       for (int row = 0; row < rows; ++row) {
-        y[row] = from_float<kType>(apply_activation(sums[row] + bias[row], args.activation));
+        y[row] = from_float<kType>(
+            apply_activation(sums[row] * scales.of[row] + bias[row], args.activation));
       }
     }
   }
@@ -183,9 +197,10 @@ void multiply(const SpmmArgs& args, const RowBitmapKernel& kernel,
   });
 }
 
+// kType is the type of X, bias and Y.
 template <ValueType kType>
 void multiply(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for) {
-  const RowBitmapKernel kernel = row_bitmap_kernel(isa, kType);
+  const RowBitmapKernel kernel = row_bitmap_kernel(isa, args.weight.value_type);
   for (int64_t first = 0; first < args.n; first += kSliceTokens) {
     SpmmArgs slice = args;
     slice.x += first * args.x_stride;
@@ -202,20 +217,22 @@ void multiply(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for)
 }  // namespace
 
 void spmm_cpu_row_bitmap(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for) {
-  switch (args.value_type) {
-    case ValueType::kFloat16:
-      return multiply<ValueType::kFloat16>(args, isa, parallel_for);
-    case ValueType::kBfloat16:
-      return multiply<ValueType::kBfloat16>(args, isa, parallel_for);
+  if (value_traits(args.weight.value_type).dense == ValueType::kFloat16) {
+    multiply<ValueType::kFloat16>(args, isa, parallel_for);
+  } else {
+    multiply<ValueType::kBfloat16>(args, isa, parallel_for);
   }
 }
 
 void row_bitmap_decode(const PackedView& weight, int64_t first_row, int64_t last_row, CpuIsa isa,
                        const ParallelFor& parallel_for, uint16_t* dense) {
-  // Decoding copies 16-bit patterns, so any value type will do.
-  const RowBitmapKernel kernel = row_bitmap_kernel(isa, ValueType::kBfloat16);
-  const int64_t first = first_row / kBlockRows;
-  parallel_for(num_row_blocks(last_row) - first, 4, [&](int64_t begin, int64_t end) {
+  const int64_t first = first_row / kBlockRows, last = num_row_blocks(last_row);
+  if (value_traits(weight.value_type).bits == 8) {
+    return unpack_tile_rows(packed_format(Format::kRowBitmap), weight, first, last, parallel_for,
+                            dense);
+  }
+  const RowBitmapKernel kernel = row_bitmap_kernel(isa, weight.value_type);
+  parallel_for(last - first, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const RowBlock block = row_block(weight, first + i);
       const int rows = rows_of_block(weight.m, first + i);

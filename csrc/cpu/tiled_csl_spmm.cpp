@@ -131,11 +131,14 @@ void multiply(const SpmmArgs& args, const ParallelFor& parallel_for) {
 }  // namespace
 
 void spmm_cpu_tiled_csl(const SpmmArgs& args, const ParallelFor& parallel_for) {
-  switch (args.value_type) {
+  switch (args.weight.value_type) {
     case ValueType::kFloat16:
       return multiply<ValueType::kFloat16>(args, parallel_for);
     case ValueType::kBfloat16:
       return multiply<ValueType::kBfloat16>(args, parallel_for);
+    case ValueType::kInt8Float16:
+    case ValueType::kInt8Bfloat16:
+      return;  // never: the format holds 16-bit values only
   }
 }
 

@@ -679,8 +679,10 @@ int64_t count_pair(const uint16_t* dense, int64_t ld, const PairPosition& pair, 
 
 }  // namespace
 
-Status bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                    const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz) {
+Status bitmap_count(const ValueMatrix& matrix, const ParallelFor& parallel_for, int32_t* offsets,
+                    int64_t* nnz) {
+  const auto* dense = matrix.row<uint16_t>(0);
+  const int64_t ld = matrix.ld, m = matrix.m, k = matrix.k;
   const int64_t rows = num_chunk_rows(m), cols = num_chunk_cols(k);
   const int64_t pairs = num_bands(rows) * num_chunk_pairs(cols);
   std::vector<int64_t> counts(static_cast<size_t>(pairs));
@@ -696,8 +698,10 @@ Status bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
       m, k, rows * cols, [&](int64_t chunk) { return offsets[chunk + 1]; }, offsets);
 }
 
-Status bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-                   int64_t nnz, const ParallelFor& parallel_for, uint32_t* payload) {
+Status bitmap_pack(const ValueMatrix& matrix, const int32_t* offsets, int64_t nnz,
+                   const ParallelFor& parallel_for, uint32_t* payload) {
+  const auto* dense = matrix.row<uint16_t>(0);
+  const int64_t ld = matrix.ld, m = matrix.m, k = matrix.k;
   const int64_t rows = num_chunk_rows(m), cols = num_chunk_cols(k);
   return pack_tiles(rows * cols, 16, nnz, parallel_for, [&](int64_t nth) -> int64_t {
     const int64_t row = nth / cols, col = nth % cols, index = chunk_index(row, col, rows, cols);
@@ -711,7 +715,9 @@ Status bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, cons
   });
 }
 
-void bitmap_unpack_tile_row(const PackedView& view, int64_t tile_row, uint16_t* dense) {
+void bitmap_unpack_tile_row(const PackedView& view, int64_t tile_row, void* values,
+                            float* /*scales*/) {
+  auto* dense = static_cast<uint16_t*>(values);
   const int64_t rows = num_chunk_rows(view.m), cols = num_chunk_cols(view.k);
   std::fill_n(dense, std::min<int64_t>(kChunkM, view.m - tile_row * kChunkM) * view.k, uint16_t{0});
   for (int64_t col = 0; col < cols; ++col) {

@@ -316,11 +316,11 @@ FLASH_LLM_HOST_DEVICE constexpr bool swaps_slots(int pattern, int column) {
 }
 
 // The format's row of format/packed_format.h, which says what each of them does.
-Status bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                    const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz);
-Status bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-                   int64_t nnz, const ParallelFor& parallel_for, uint32_t* payload);
-void bitmap_unpack_tile_row(const PackedView& view, int64_t tile_row, uint16_t* dense);
+Status bitmap_count(const ValueMatrix& matrix, const ParallelFor& parallel_for, int32_t* offsets,
+                    int64_t* nnz);
+Status bitmap_pack(const ValueMatrix& matrix, const int32_t* offsets, int64_t nnz,
+                   const ParallelFor& parallel_for, uint32_t* payload);
+void bitmap_unpack_tile_row(const PackedView& view, int64_t tile_row, void* values, float* scales);
 int64_t bitmap_count_stored(const PackedView& view, const ParallelFor& parallel_for);
 Status bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets, int64_t payload_words);
 Status bitmap_validate(const PackedView& view, const ParallelFor& parallel_for);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "format/packed_header.h"
 
@@ -14,6 +15,9 @@ inline constexpr uint16_t kMagnitudeMask = 0x7FFF;
 
 // Whether a value is ±0, which packing drops.
 inline bool is_zero(uint16_t raw) { return (raw & kMagnitudeMask) == 0; }
+
+// The same for values of 8 bits. 0x80 would be -128, which is not an int8 value of a weight.
+inline bool is_zero(uint8_t raw) { return (raw & 0x7F) == 0; }
 
 inline float bits_to_float(uint32_t bits) {
   float value;
@@ -27,11 +31,17 @@ inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
+// The raw pattern of a value.
+template <ValueType kType>
+using RawOf = std::conditional_t<value_traits(kType).bits == 16, uint16_t, uint8_t>;
+
 // Exact for every pattern, NaN payloads included.
 template <ValueType kType>
-inline float to_float(uint16_t raw) {
+inline float to_float(RawOf<kType> raw) {
   const uint32_t wide = raw;
-  if constexpr (kType == ValueType::kBfloat16) {
+  if constexpr (value_traits(kType).scales == ScaleGroup::kRow) {
+    return static_cast<float>(static_cast<int8_t>(raw));
+  } else if constexpr (kType == ValueType::kBfloat16) {
     return bits_to_float(wide << 16);
   } else {
     // Normal: move exponent and mantissa up and rebias. Subnormal: put the mantissa under an
@@ -67,6 +77,13 @@ inline uint16_t from_float(float value) {
     magnitude += 0xFFFU + (magnitude >> 13 & 1U);
     return static_cast<uint16_t>(sign | ((magnitude - 0x38000000U) >> 13));
   }
+}
+
+// The element of the weight that an int8 value stands for, as a 16-bit pattern of kType. It is what
+// torch computes by (value.float() * scale).to(dtype).
+template <ValueType kType>
+inline uint16_t dequantize(uint8_t value, float scale) {
+  return from_float<kType>(to_float<ValueType::kInt8Float16>(value) * scale);
 }
 
 // Rounds to odd: returns `value` if it is a float, else the neighbouring float whose last bit is 1.

@@ -1,8 +1,11 @@
 #include "format/packed_format.h"
 
+#include <algorithm>
 #include <cstddef>
+#include <vector>
 
 #include "format/bitmap.h"
+#include "format/element.h"
 #include "format/row_bitmap.h"
 #include "format/tiled_csl.h"
 
@@ -10,22 +13,26 @@ namespace flash_llm {
 namespace {
 
 constexpr std::array<PackedFormat, kNumFormats> kFormats = {{
-    {Format::kTiledCsl, "tiled_csl", 1, kTileM, kTileK, kVectorEntries, kTileM,
-     [](double density) { return 4 * density; }, tiled_csl_count, tiled_csl_pack,
-     tiled_csl_unpack_tile_row, tiled_csl_count_stored, tiled_csl_check_sizes, tiled_csl_validate},
+    {Format::kTiledCsl, "tiled_csl", 1, kTileM, kTileK, kVectorEntries, kTileM, k16Bit,
+     [](double density, int /*value_bits*/) { return 4 * density; }, tiled_csl_count,
+     tiled_csl_pack, tiled_csl_unpack_tile_row, tiled_csl_count_stored, tiled_csl_check_sizes,
+     tiled_csl_validate},
     // slice_rows is a band: the kind of a pair of chunk columns is chosen for a whole band.
     {Format::kBitmap, "bitmap", 2, kChunkM, kChunkK, kChunkUnitWords, kBandChunkRows* kChunkM,
+     k16Bit,
      // The fixed part of a plain chunk without the padding of its values: 576 bytes (bits and down
      // offsets) for 4096 elements. Packed weights take 0.18 to 0.21 + 2 * density, so in bytes this
      // format breaks even with Tiled-CSL just under density 0.10, not at the 0.07 that this
      // estimate gives. Which kernel is faster in between was not measured.
-     [](double density) { return 0.14 + 2 * density; }, bitmap_count, bitmap_pack,
-     bitmap_unpack_tile_row, bitmap_count_stored, bitmap_check_sizes, bitmap_validate},
+     [](double density, int value_bits) { return 0.14 + value_bits / 8 * density; }, bitmap_count,
+     bitmap_pack, bitmap_unpack_tile_row, bitmap_count_stored, bitmap_check_sizes, bitmap_validate},
     // A tile is a block of whole rows, however long.
     {Format::kRowBitmap, "row_bitmap", 1, kBlockRows, INT32_MAX, kBlockUnitWords, kBlockRows,
+     kEveryType,
      // One bit for each element. The padding is 0.1 % at 50 % zeros of a large weight.
-     [](double density) { return 0.125 + 2 * density; }, row_bitmap_count, row_bitmap_pack,
-     row_bitmap_unpack_block, row_bitmap_count_stored, row_bitmap_check_sizes, row_bitmap_validate},
+     [](double density, int value_bits) { return 0.125 + value_bits / 8 * density; },
+     row_bitmap_count, row_bitmap_pack, row_bitmap_unpack_block, row_bitmap_count_stored,
+     row_bitmap_check_sizes, row_bitmap_validate},
 }};
 
 // Row i is the format of number i + 1.
@@ -36,6 +43,11 @@ constexpr bool rows_are_in_order() {
   return true;
 }
 static_assert(rows_are_in_order());
+
+template <ValueType kDense>
+void dequantize_row(const uint8_t* values, float scale, int64_t k, uint16_t* dense) {
+  for (int64_t col = 0; col < k; ++col) dense[col] = dequantize<kDense>(values[col], scale);
+}
 
 }  // namespace
 
@@ -69,13 +81,47 @@ Status parse_format(const std::string& name, Format* out) {
   return Status::invalid_value("format must be \"auto\" or " + known + ", got \"" + name + "\"");
 }
 
-void unpack(const PackedFormat& format, const PackedView& view, const ParallelFor& parallel_for,
-            uint16_t* dense) {
+void unpack_values(const PackedFormat& format, const PackedView& view,
+                   const ParallelFor& parallel_for, void* values, float* scales) {
+  const int64_t row_bytes = view.k * value_traits(view.value_type).bits / 8;
   parallel_for(format.tile_rows(view.m), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      format.unpack_tile_row(view, row, dense + row * format.tile_m * view.k);
+    for (int64_t tile_row = begin; tile_row < end; ++tile_row) {
+      const int64_t row0 = tile_row * format.tile_m;
+      format.unpack_tile_row(view, tile_row, static_cast<uint8_t*>(values) + row0 * row_bytes,
+                             scales == nullptr ? nullptr : scales + row0);
     }
   });
+}
+
+void unpack_tile_rows(const PackedFormat& format, const PackedView& view, int64_t first,
+                      int64_t last, const ParallelFor& parallel_for, uint16_t* dense) {
+  const ValueTraits traits = value_traits(view.value_type);
+  const auto dequantize = traits.dense == ValueType::kFloat16
+                              ? dequantize_row<ValueType::kFloat16>
+                              : dequantize_row<ValueType::kBfloat16>;
+  parallel_for(last - first, 1, [&](int64_t begin, int64_t end) {
+    const bool quantized = traits.bits == 8;
+    std::vector<uint8_t> values(quantized ? static_cast<size_t>(format.tile_m * view.k) : 0);
+    std::vector<float> scales(quantized ? static_cast<size_t>(format.tile_m) : 0);
+    for (int64_t i = begin; i < end; ++i) {
+      uint16_t* to = dense + i * format.tile_m * view.k;
+      if (!quantized) {
+        format.unpack_tile_row(view, first + i, to, nullptr);
+        continue;
+      }
+      format.unpack_tile_row(view, first + i, values.data(), scales.data());
+      const int64_t rows = std::min<int64_t>(format.tile_m, view.m - (first + i) * format.tile_m);
+      for (int64_t row = 0; row < rows; ++row) {
+        dequantize(values.data() + row * view.k, scales[static_cast<size_t>(row)], view.k,
+                   to + row * view.k);
+      }
+    }
+  });
+}
+
+void unpack(const PackedFormat& format, const PackedView& view, const ParallelFor& parallel_for,
+            uint16_t* dense) {
+  unpack_tile_rows(format, view, 0, format.tile_rows(view.m), parallel_for, dense);
 }
 
 }  // namespace flash_llm

@@ -22,8 +22,23 @@ struct PackedView {
   const int32_t* offsets = nullptr;   // [tiles + 1]; where each tile begins in the payload
   const uint32_t* payload = nullptr;  // [payload_words]
   int64_t payload_words = 0;
-  // What the value type multiplies its values by (value_type.h); null for types without scales.
-  const void* scales = nullptr;
+  ValueType value_type = ValueType::kFloat16;
+};
+
+// A matrix to pack: values as they are stored, and their scales. The caller owns the memory.
+struct ValueMatrix {
+  const void* values = nullptr;  // raw patterns of value_traits(type).bits bits, [m, k]
+  int64_t ld = 0;                // row stride, in elements
+  int64_t m = 0;
+  int64_t k = 0;
+  ValueType type = ValueType::kFloat16;
+  const float* scales = nullptr;  // [m], positive normal numbers; null for types without scales
+
+  // Raw is uint16_t or uint8_t, as wide as the type's values.
+  template <typename Raw>
+  const Raw* row(int64_t i) const {
+    return static_cast<const Raw*>(values) + i * ld;
+  }
 };
 
 struct PackedFormat {
@@ -37,22 +52,26 @@ struct PackedFormat {
   // If a and b are multiples of this, the bytes of rows [a, b) do not depend on other rows: such a
   // slice is a copy of a part of offsets and payload.
   int slice_rows;
-  // Estimated bytes per element of a weight of 16-bit values in which the fraction `density` of the
-  // elements is not zero. format="auto" compares the formats by it.
-  double (*bytes_per_element)(double density);
+  EnumSet<ValueType> value_types;  // that the format can hold
+  // Estimated bytes per element of a weight with values of `value_bits` bits in which the fraction
+  // `density` of the elements is not zero. format="auto" compares the formats by it.
+  double (*bytes_per_element)(double density, int value_bits);
 
-  // Pass 1 of packing: fills offsets[tiles + 1] and *nnz from dense[m, k] (row stride `ld`, in
-  // elements, raw 16-bit patterns). Fails if there are more units than 31 bits can address.
-  Status (*count)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                  const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz);
+  // In the following functions the value type is one of `value_types`.
+
+  // Pass 1 of packing: fills offsets[tiles + 1] and *nnz from a matrix. Fails if there are more
+  // units than 31 bits can address.
+  Status (*count)(const ValueMatrix& matrix, const ParallelFor& parallel_for, int32_t* offsets,
+                  int64_t* nnz);
   // Pass 2: writes payload[unit_words * offsets[tiles]]. `offsets` and `nnz` come from pass 1.
-  // Fails, without writing outside the payload, if `dense` has changed since pass 1: the caller
+  // Fails, without writing outside the payload, if the matrix has changed since pass 1: the caller
   // cannot keep other threads from changing it.
-  Status (*pack)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-                 int64_t nnz, const ParallelFor& parallel_for, uint32_t* payload);
-  // Writes every element of one tile row: dense is [min(tile_m, rows left), k], contiguous. Safe on
-  // any buffers that check_sizes accepts; the result for malformed ones is unspecified.
-  void (*unpack_tile_row)(const PackedView& view, int64_t tile_row, uint16_t* dense);
+  Status (*pack)(const ValueMatrix& matrix, const int32_t* offsets, int64_t nnz,
+                 const ParallelFor& parallel_for, uint32_t* payload);
+  // Writes one tile row as it is stored: every value, [min(tile_m, rows left), k], contiguous, with
+  // zeros where none is stored; and, if the value type has scales, the scale of each of the rows.
+  // Safe on any buffers that check_sizes accepts; the result for malformed ones is unspecified.
+  void (*unpack_tile_row)(const PackedView& view, int64_t tile_row, void* values, float* scales);
   // The number of stored values; safe on the same buffers.
   int64_t (*count_stored)(const PackedView& view, const ParallelFor& parallel_for);
   // The cheap check of every call: buffer lengths against the shape. Reads no buffer.
@@ -76,8 +95,18 @@ const PackedFormat& packed_format(Format id);
 Status format_of(int64_t number, const PackedFormat** out);
 Status parse_format(const std::string& name, Format* out);
 
-// Unpacks all of dense[m, k] (contiguous).
+// Unpacks the tile rows first ... last - 1 to dense[rows, k] (contiguous), in the 16-bit type of
+// the weight.
+void unpack_tile_rows(const PackedFormat& format, const PackedView& view, int64_t first,
+                      int64_t last, const ParallelFor& parallel_for, uint16_t* dense);
+
+// Unpacks all of dense[m, k].
 void unpack(const PackedFormat& format, const PackedView& view, const ParallelFor& parallel_for,
             uint16_t* dense);
+
+// Unpacks values[m, k] (contiguous) and, for types with scales, scales[m], as they are stored.
+// For other types `scales` may be null.
+void unpack_values(const PackedFormat& format, const PackedView& view,
+                   const ParallelFor& parallel_for, void* values, float* scales);
 
 }  // namespace flash_llm

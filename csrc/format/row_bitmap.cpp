@@ -17,10 +17,30 @@ namespace {
 int popcount(uint32_t mask) { return static_cast<int>(std::bitset<32>(mask).count()); }
 
 // The units of a block with `nnz` values; 0 if it has none.
-int64_t block_units(int64_t groups, int64_t nnz) {
+int64_t block_units(ValueType type, int64_t groups, int64_t nnz) {
   if (nnz == 0) return 0;
-  const int64_t words = 1 + groups * kBlockRows + (nnz + 1) / 2;
+  const int64_t value_words = (nnz * value_traits(type).bits + 31) / 32;
+  const int64_t words = row_block_head_words(type) + groups * kBlockRows + value_words;
   return (words + kBlockUnitWords - 1) / kBlockUnitWords;
+}
+
+// The scale of a row without values, as a float.
+constexpr float kNoScale = 1.0F;
+
+// Whether the bits are those of a positive normal number.
+bool is_scale(uint32_t bits) { return bits >= 0x00800000U && bits < 0x7F800000U; }
+
+// What is wrong with the scales of a block, or "". Row i has `stored[i]` values.
+std::string scales_problem(const uint32_t* scales, const int64_t* stored) {
+  for (int64_t row = 0; row < kBlockRows; ++row) {
+    if (is_scale(scales[row]) && (stored[row] > 0 || bits_to_float(scales[row]) == kNoScale)) {
+      continue;
+    }
+    return "row " + std::to_string(row) + ": the scale must be " +
+           (stored[row] > 0 ? "a positive normal number" : "1, as the row has no values") +
+           ", got " + std::to_string(bits_to_float(scales[row]));
+  }
+  return "";
 }
 
 // The number of columns of a group that lie inside the matrix.
@@ -29,13 +49,14 @@ int cols_of(int64_t k, int64_t group) {
 }
 
 // What is wrong with a block, or ""; adds its nonzeros to *nnz.
+template <typename Raw>
 std::string block_problem(const PackedView& view, int64_t block, int64_t* nnz) {
   const int64_t groups = num_groups(view.k);
   const int64_t units = int64_t{view.offsets[block + 1]} - view.offsets[block];
   if (units == 0) return "";
   // masks is null if the block is too short for them and lies at the payload's end.
-  const RowBlock parts = row_block(view, block);
-  int64_t stored = 0;
+  const RowBlockOf<Raw> parts = row_block<Raw>(view, block);
+  int64_t stored = 0, stored_of_row[kBlockRows] = {};
   for (int64_t i = 0; parts.masks != nullptr && i < groups * kBlockRows; ++i) {
     const int64_t group = i / kBlockRows, row = i % kBlockRows;
     const int cols = cols_of(view.k, group);
@@ -44,120 +65,91 @@ std::string block_problem(const PackedView& view, int64_t block, int64_t* nnz) {
       return "row " + std::to_string(row) + ", group " + std::to_string(group) +
              ": a bit lies outside the matrix";
     }
+    stored_of_row[row] += popcount(parts.masks[i]);
     stored += popcount(parts.masks[i]);
   }
-  if (stored == 0 || units != block_units(groups, stored)) {
-    return "must have " + std::to_string(block_units(groups, stored)) +
-           " units for the bits of its masks, got " + std::to_string(units);
+  const int64_t expected = block_units(view.value_type, groups, stored);
+  if (stored == 0 || units != expected) {
+    return "must have " + std::to_string(expected) + " units for the bits of its masks, got " +
+           std::to_string(units);
   }
   uint32_t smallest = kMagnitudeMask;
   for (int64_t i = 0; i < stored; ++i) {
     if (is_zero(parts.values[i])) {
-      return "value " + std::to_string(i) + " is zero, which is never stored";
+      return "value " + std::to_string(i) + " is " + (parts.values[i] == 0x80 ? "-128" : "zero") +
+             ", which is never stored";
     }
     smallest = std::min<uint32_t>(smallest, parts.values[i] & kMagnitudeMask);
   }
+  if (sizeof(Raw) == 1) smallest = 0;
   if (parts.smallest != smallest) {
-    return "word 0 must be the smallest magnitude, " + std::to_string(smallest) + ", got " +
-           std::to_string(parts.smallest);
+    return "word 0 must be " + std::to_string(smallest) + ", got " + std::to_string(parts.smallest);
   }
-  const auto* end = reinterpret_cast<const uint16_t*>(
-      view.payload + int64_t{view.offsets[block + 1]} * kBlockUnitWords);
-  if (std::any_of(parts.values + stored, end, [](uint16_t value) { return value != 0; })) {
+  if (value_traits(view.value_type).scales == ScaleGroup::kRow) {
+    std::string problem = scales_problem(parts.scales, stored_of_row);
+    if (!problem.empty()) return problem;
+  }
+  const auto* end = reinterpret_cast<const Raw*>(view.payload + int64_t{view.offsets[block + 1]} *
+                                                                    kBlockUnitWords);
+  if (std::any_of(parts.values + stored, end, [](Raw value) { return value != 0; })) {
     return "padding after the last value must be 0";
   }
   *nnz += stored;
   return "";
 }
 
-}  // namespace
-
-Status row_bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                        const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz) {
-  // Without columns there are no groups and no blocks.
-  const int64_t blocks = k == 0 ? 0 : num_row_blocks(m);
-  std::vector<int64_t> stored(static_cast<size_t>(blocks));
-  parallel_for(blocks, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      int64_t count = 0;
-      for (int row = 0; row < rows_of_block(m, block); ++row) {
-        const uint16_t* from = dense + (block * kBlockRows + row) * ld;
-        count += std::count_if(from, from + k, [](uint16_t value) { return !is_zero(value); });
-      }
-      stored[static_cast<size_t>(block)] = count;
-    }
-  });
-  *nnz = 0;
-  for (const int64_t count : stored) *nnz += count;
-  return fill_offsets(
-      m, k, blocks,
-      [&](int64_t block) { return block_units(num_groups(k), stored[static_cast<size_t>(block)]); },
-      offsets);
+// Calls function(Raw{}) with the raw type of a value type's values.
+template <typename Function>
+auto with_raw_type(ValueType type, const Function& function) {
+  return value_traits(type).bits == 16 ? function(uint16_t{}) : function(uint8_t{});
 }
 
-PackedBlock row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
-                                  uint32_t* masks, uint16_t* values, const uint16_t* end) {
-  uint16_t below = kMagnitudeMask;  // one less than the smallest value
+// Returns the mask of a group of `cols` columns and writes its nonzeros to kept[0], kept[1], ...;
+// the element after them may be overwritten.
+template <typename Raw>
+uint32_t keep_nonzeros(const Raw* from, int cols, Raw* kept) {
+  // Every element is written, and `count` moves on only for nonzeros: a branch per element would be
+  // mispredicted, and this is three times as fast. It needs room for one more element.
+  uint32_t mask = 0, count = 0;
+  for (int col = 0; col < cols; ++col) {
+    const uint32_t stored = is_zero(from[col]) ? 0 : 1;
+    kept[count] = from[col];
+    count += stored;
+    mask |= stored << col;
+  }
+  return mask;
+}
+
+// As RowBitmapPackBlock, for values of any width. Returns the end of the values, null if they did
+// not fit.
+template <typename Raw>
+const Raw* pack_block(const Raw* dense, int64_t ld, int rows, int64_t k, uint32_t* masks,
+                      Raw* values, const Raw* end) {
   for (int64_t group = 0; group < num_groups(k); ++group) {
     for (int row = 0; row < rows; ++row) {
-      const uint16_t* from = dense + row * ld + group * kGroupCols;
-      // Every element is written, and `count` moves on only for nonzeros: a branch per element
-      // would be mispredicted, and this is three times as fast. It needs room for one more element.
-      uint16_t kept[kGroupCols + 1];
-      uint32_t mask = 0, count = 0;
-      for (int col = 0; col < cols_of(k, group); ++col) {
-        const uint16_t value = from[col];
-        const int magnitude = value & kMagnitudeMask;
-        const uint32_t stored = magnitude != 0 ? 1 : 0;
-        kept[count] = value;
-        count += stored;
-        mask |= stored << col;
-        below =
-            std::min(below, static_cast<uint16_t>(magnitude - 1));  // 0 wraps around to the largest
-      }
-      if (count > end - values) return {};
+      Raw kept[kGroupCols + 1];
+      const uint32_t mask =
+          keep_nonzeros(dense + row * ld + group * kGroupCols, cols_of(k, group), kept);
+      const int count = popcount(mask);
+      if (count > end - values) return nullptr;
       values = std::copy_n(kept, count, values);
       masks[group * kBlockRows + row] = mask;
     }
   }
-  return {below + 1U, values};
+  return values;
 }
 
-Status row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                       const int32_t* offsets, int64_t nnz, const ParallelFor& parallel_for,
-                       uint32_t* payload) {
-  CpuIsa isa = CpuIsa::kPortable;
-  // All write the same bytes, so an unknown FLASH_LLM_CPU_ISA is no error here. It is one in spmm.
-  if (!select_cpu_isa(&isa).ok()) isa = CpuIsa::kPortable;
-  const auto pack_block = row_bitmap_block_packer(isa);
-  const int64_t blocks = k == 0 ? 0 : num_row_blocks(m), groups = num_groups(k);
-  return pack_tiles(blocks, 16, nnz, parallel_for, [&](int64_t block) -> int64_t {
-    const int64_t units = int64_t{offsets[block + 1]} - offsets[block];
-    if (units == 0) return 0;
-    uint32_t* words = payload + int64_t{offsets[block]} * kBlockUnitWords;
-    uint32_t* words_end = std::fill_n(words, units * kBlockUnitWords, 0U);
-    uint32_t* masks = words + 1;
-    auto* values = reinterpret_cast<uint16_t*>(masks + groups * kBlockRows);
-    const PackedBlock packed =
-        pack_block(dense + block * kBlockRows * ld, ld, rows_of_block(m, block), k, masks, values,
-                   reinterpret_cast<const uint16_t*>(words_end));
-    const int64_t stored = packed.end == nullptr ? 0 : packed.end - values;
-    if (block_units(groups, stored) != units) return kTileChanged;
-    words[0] = packed.smallest;
-    return stored;
-  });
-}
-
-void row_bitmap_decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense) {
-  std::fill_n(dense, rows * k, uint16_t{0});
+template <typename Raw>
+void decode_block(const RowBlockOf<Raw>& block, int rows, int64_t k, Raw* dense) {
+  std::fill_n(dense, rows * k, Raw{0});
   const uint32_t* masks = block.masks;
-  const uint16_t* values = block.values;
+  const Raw* values = block.values;
   for (int64_t group = 0; group < num_groups(k); ++group) {
     for (int row = 0; row < kBlockRows; ++row) {
       const int cols = row < rows ? cols_of(k, group) : 0;
-      uint16_t* to = dense + row * k + group * kGroupCols;
+      Raw* to = dense + row * k + group * kGroupCols;
       for (uint32_t mask = *masks++; mask != 0 && values != block.end; mask &= mask - 1) {
-        const uint16_t value = *values++;
+        const Raw value = *values++;
         const int col = __builtin_ctz(mask);
         if (col < cols) to[col] = value;
       }
@@ -165,14 +157,110 @@ void row_bitmap_decode_block(const RowBlock& block, int rows, int64_t k, uint16_
   }
 }
 
-void row_bitmap_unpack_block(const PackedView& view, int64_t block, uint16_t* dense) {
-  const int rows = rows_of_block(view.m, block);
-  const RowBlock parts = row_block(view, block);
-  if (parts.masks == nullptr) {
-    std::fill_n(dense, rows * view.k, uint16_t{0});
-  } else {
-    row_bitmap_decode_block(parts, rows, view.k, dense);
+}  // namespace
+
+Status row_bitmap_count(const ValueMatrix& matrix, const ParallelFor& parallel_for,
+                        int32_t* offsets, int64_t* nnz) {
+  // Without columns there are no groups and no blocks.
+  const int64_t blocks = matrix.k == 0 ? 0 : num_row_blocks(matrix.m);
+  std::vector<int64_t> stored(static_cast<size_t>(blocks));
+  parallel_for(blocks, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      int64_t count = 0;
+      for (int row = 0; row < rows_of_block(matrix.m, block); ++row) {
+        count += with_raw_type(matrix.type, [&](auto raw) {
+          using Raw = decltype(raw);
+          const auto* from = matrix.row<Raw>(block * kBlockRows + row);
+          return std::count_if(from, from + matrix.k, [](Raw value) { return !is_zero(value); });
+        });
+      }
+      stored[static_cast<size_t>(block)] = count;
+    }
+  });
+  *nnz = 0;
+  for (const int64_t count : stored) *nnz += count;
+  const int64_t groups = num_groups(matrix.k);
+  return fill_offsets(
+      matrix.m, matrix.k, blocks,
+      [&](int64_t block) {
+        return block_units(matrix.type, groups, stored[static_cast<size_t>(block)]);
+      },
+      offsets);
+}
+
+PackedBlock row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,
+                                  uint32_t* masks, uint16_t* values, const uint16_t* end) {
+  const uint16_t* values_end = pack_block(dense, ld, rows, k, masks, values, end);
+  if (values_end == nullptr) return {};
+  uint16_t smallest = kMagnitudeMask;
+  for (const uint16_t* value = values; value != values_end; ++value) {
+    smallest = std::min(smallest, static_cast<uint16_t>(*value & kMagnitudeMask));
   }
+  return {smallest, values_end};
+}
+
+Status row_bitmap_pack(const ValueMatrix& matrix, const int32_t* offsets, int64_t nnz,
+                       const ParallelFor& parallel_for, uint32_t* payload) {
+  CpuIsa isa = CpuIsa::kPortable;
+  // All write the same bytes, so an unknown FLASH_LLM_CPU_ISA is no error here. It is one in spmm.
+  if (!select_cpu_isa(&isa).ok()) isa = CpuIsa::kPortable;
+  const auto pack_16_bit = row_bitmap_block_packer(isa);
+  const int64_t k = matrix.k, groups = num_groups(k);
+  const int64_t blocks = k == 0 ? 0 : num_row_blocks(matrix.m);
+  const int head_words = row_block_head_words(matrix.type);
+  return pack_tiles(blocks, 16, nnz, parallel_for, [&](int64_t block) -> int64_t {
+    const int64_t units = int64_t{offsets[block + 1]} - offsets[block];
+    if (units == 0) return 0;
+    uint32_t* words = payload + int64_t{offsets[block]} * kBlockUnitWords;
+    uint32_t* words_end = std::fill_n(words, units * kBlockUnitWords, 0U);
+    uint32_t* masks = words + head_words;
+    const int rows = rows_of_block(matrix.m, block);
+    const int64_t stored = with_raw_type(matrix.type, [&](auto raw) -> int64_t {
+      using Raw = decltype(raw);
+      const Raw* dense = matrix.row<Raw>(block * kBlockRows);
+      auto* values = reinterpret_cast<Raw*>(masks + groups * kBlockRows);
+      const auto* end = reinterpret_cast<const Raw*>(words_end);
+      if constexpr (sizeof(Raw) == 2) {
+        const PackedBlock packed = pack_16_bit(dense, matrix.ld, rows, k, masks, values, end);
+        words[0] = packed.smallest;
+        return packed.end == nullptr ? 0 : packed.end - values;
+      } else {
+        const Raw* values_end = pack_block(dense, matrix.ld, rows, k, masks, values, end);
+        return values_end == nullptr ? 0 : values_end - values;
+      }
+    });
+    if (block_units(matrix.type, groups, stored) != units) return kTileChanged;
+    if (value_traits(matrix.type).scales == ScaleGroup::kRow) {
+      for (int row = 0; row < kBlockRows; ++row) {
+        uint32_t any = 0;
+        for (int64_t group = 0; group < groups; ++group) any |= masks[group * kBlockRows + row];
+        words[1 + row] =
+            float_to_bits(any == 0 ? kNoScale : matrix.scales[block * kBlockRows + row]);
+      }
+    }
+    return stored;
+  });
+}
+
+void row_bitmap_decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense) {
+  decode_block(block, rows, k, dense);
+}
+
+void row_bitmap_unpack_block(const PackedView& view, int64_t block, void* values, float* scales) {
+  const int rows = rows_of_block(view.m, block);
+  with_raw_type(view.value_type, [&](auto raw) {
+    using Raw = decltype(raw);
+    const RowBlockOf<Raw> parts = row_block<Raw>(view, block);
+    if (parts.masks == nullptr) {
+      std::fill_n(static_cast<Raw*>(values), rows * view.k, Raw{0});
+    } else {
+      decode_block(parts, rows, view.k, static_cast<Raw*>(values));
+    }
+    if (value_traits(view.value_type).scales == ScaleGroup::kNone) return;
+    for (int row = 0; row < rows; ++row) {
+      scales[row] = parts.masks == nullptr ? kNoScale : bits_to_float(parts.scales[row]);
+    }
+  });
 }
 
 Status row_bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets,
@@ -181,7 +269,8 @@ Status row_bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets,
   if (Status status = check_lengths(header, blocks, num_offsets, payload_words); !status.ok()) {
     return status;
   }
-  if (header.nnz > 2 * payload_words || (blocks == 0 && payload_words > 0)) {
+  const int values_per_word = 32 / value_traits(header.value_type).bits;
+  if (header.nnz > values_per_word * payload_words || (blocks == 0 && payload_words > 0)) {
     return nnz_does_not_fit(header, blocks, "block");
   }
   return Status::success();
@@ -189,7 +278,7 @@ Status row_bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets,
 
 Status row_bitmap_validate(const PackedView& view, const ParallelFor& parallel_for) {
   const int64_t blocks = view.k == 0 ? 0 : num_row_blocks(view.m);
-  const int64_t least = block_units(num_groups(view.k), 1);
+  const int64_t least = block_units(view.value_type, num_groups(view.k), 1);
   Status offsets = check_offsets(view, blocks, kBlockUnitWords, [&](int64_t block, int64_t units) {
     if (units == 0 || units >= least) return Status::success();
     return Status::invalid_value("block " + std::to_string(block) + " must have no units or at " +
@@ -199,7 +288,8 @@ Status row_bitmap_validate(const PackedView& view, const ParallelFor& parallel_f
   if (!offsets.ok()) return offsets;
   const auto check_block = [&](int64_t block, FirstFailure& failure) {
     int64_t nnz = 0;
-    const std::string problem = block_problem(view, block, &nnz);
+    const std::string problem = with_raw_type(
+        view.value_type, [&](auto raw) { return block_problem<decltype(raw)>(view, block, &nnz); });
     if (!problem.empty()) failure.report(block, problem);
     return nnz;
   };

@@ -1,5 +1,5 @@
-// Row bitmap: one bit per element and one 16-bit value per nonzero, stored in the order in which a
-// CPU kernel reads them: block of rows after block of rows.
+// Row bitmap: one bit per element and one value of 16 or 8 bits per nonzero, stored in the order in
+// which a CPU kernel reads them: block of rows after block of rows.
 //
 // The weight W[M, K] is cut into blocks of 4 rows, and each row into groups of 32 columns. One
 // vector instruction (AVX-512 VBMI2 vpexpandw) expands a group's values by its mask into the 32
@@ -8,11 +8,12 @@
 //   offsets  int32[blocks + 1], in units of 16 bytes; offsets[0] = 0, never decreasing,
 //            offsets[blocks] = payload_words / 4
 //   payload  the blocks' words. A block without nonzeros has none, any other has
-//              word 0   the smallest of its values without their signs, as an integer
+//              word 0   of 16-bit values the smallest without their signs, as an integer; else 0
+//              scales   fp32[4 rows], only for value types with scales
 //              masks    uint32[groups][4 rows]: bit c of group j of a row says whether the element
 //                       of column 32 j + c is stored
-//              values   uint16, in the order of the masks: group by group, in each group row by
-//                       row, in each row by rising column
+//              values   uint16 or uint8, in the order of the masks: group by group, in each group
+//                       row by row, in each row by rising column
 //              zeros    up to the next unit
 //
 // so at 50 % zeros a large weight's payload has 0.1 % more bytes than its bits and nonzeros alone
@@ -27,9 +28,10 @@
 // end: there is no padding behind it.
 //
 // Invariants (row_bitmap_validate checks all of them): a block is as long as its masks say, word 0
-// is right, bits outside the matrix are 0, no stored value is ±0, halfwords after the last value
-// are 0, a block with words has a bit, and the number of bits is nnz. Packing is canonical: a
-// matrix has one packed form.
+// is right, bits outside the matrix are 0, no stored value is ±0 (of int8 values: 0 or -128), what
+// follows the last value is 0, a block with words has a bit, the number of bits is nnz, and scales
+// are positive normal numbers. The scale of a row without values, in or outside the matrix, is 1.
+// Packing is canonical: a matrix of values and scales has one packed form.
 #pragma once
 
 #include <cstdint>
@@ -55,15 +57,23 @@ constexpr int rows_of_block(int64_t m, int64_t block) {
   return static_cast<int>(left < kBlockRows ? left : kBlockRows);
 }
 
+// Words of a block before its masks: word 0 and the scales.
+constexpr int row_block_head_words(ValueType type) {
+  return value_traits(type).scales == ScaleGroup::kNone ? 1 : 1 + static_cast<int>(kBlockRows);
+}
+
 // A block's parts. `masks` is null if the block has no words or, in a malformed weight, lies
 // outside the payload. `end` is the end of the payload. There may be fewer values up to it than the
-// masks say, so readers must check.
-struct RowBlock {
+// masks say, so readers must check. Raw is uint16_t or uint8_t, as wide as the values.
+template <typename Raw>
+struct RowBlockOf {
   const uint32_t* masks = nullptr;  // [groups][kBlockRows]
-  const uint16_t* values = nullptr;
-  const uint16_t* end = nullptr;
-  uint32_t smallest = 0;  // word 0
+  const Raw* values = nullptr;
+  const Raw* end = nullptr;
+  uint32_t smallest = 0;             // word 0
+  const uint32_t* scales = nullptr;  // [kBlockRows], bits of floats; only for types with scales
 };
+using RowBlock = RowBlockOf<uint16_t>;
 
 // The result of packing a block: word 0, and the end of its values, null if they did not fit.
 struct PackedBlock {
@@ -71,29 +81,32 @@ struct PackedBlock {
   const uint16_t* end = nullptr;
 };
 
-inline RowBlock row_block(const PackedView& view, int64_t block) {
+template <typename Raw = uint16_t>
+RowBlockOf<Raw> row_block(const PackedView& view, int64_t block) {
   if (view.k == 0 || view.payload == nullptr) return {};  // without columns there are no offsets
   const int64_t begin = int64_t{view.offsets[block]} * kBlockUnitWords;
+  const int64_t head_words = row_block_head_words(view.value_type);
   const int64_t mask_words = num_groups(view.k) * kBlockRows;
   if (view.offsets[block + 1] <= view.offsets[block] || begin < 0 ||
-      begin + 1 + mask_words > view.payload_words) {
+      begin + head_words + mask_words > view.payload_words) {
     return {};
   }
   const uint32_t* words = view.payload + begin;
-  return {words + 1, reinterpret_cast<const uint16_t*>(words + 1 + mask_words),
-          reinterpret_cast<const uint16_t*>(view.payload + view.payload_words), words[0]};
+  const uint32_t* masks = words + head_words;
+  return {masks, reinterpret_cast<const Raw*>(masks + mask_words),
+          reinterpret_cast<const Raw*>(view.payload + view.payload_words), words[0], words + 1};
 }
 
 // The format's row of format/packed_format.h, which says what each of them does.
-Status row_bitmap_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                        const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz);
-Status row_bitmap_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                       const int32_t* offsets, int64_t nnz, const ParallelFor& parallel_for,
-                       uint32_t* payload);
+Status row_bitmap_count(const ValueMatrix& matrix, const ParallelFor& parallel_for,
+                        int32_t* offsets, int64_t* nnz);
+Status row_bitmap_pack(const ValueMatrix& matrix, const int32_t* offsets, int64_t nnz,
+                       const ParallelFor& parallel_for, uint32_t* payload);
 // Decodes a block that has masks into dense[rows, k], contiguous.
 void row_bitmap_decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense);
 // Packs `rows` rows of k columns with row stride `ld`: writes masks[groups][4 rows], which must be
-// all zero before, and one value for each nonzero, but nothing at `end` or beyond.
+// all zero before, and one value for each nonzero, but nothing at `end` or beyond. For 16-bit
+// values.
 using RowBitmapPackBlock = PackedBlock (*)(const uint16_t* dense, int64_t ld, int rows, int64_t k,
                                            uint32_t* masks, uint16_t* values, const uint16_t* end);
 // The portable one, in C++.
@@ -102,7 +115,7 @@ PackedBlock row_bitmap_pack_block(const uint16_t* dense, int64_t ld, int rows, i
 // The fastest packer for `isa`, which this CPU must have; all write the same bytes. Defined in
 // cpu/.
 RowBitmapPackBlock row_bitmap_block_packer(CpuIsa isa);
-void row_bitmap_unpack_block(const PackedView& view, int64_t block, uint16_t* dense);
+void row_bitmap_unpack_block(const PackedView& view, int64_t block, void* values, float* scales);
 int64_t row_bitmap_count_stored(const PackedView& view, const ParallelFor& parallel_for);
 Status row_bitmap_check_sizes(const PackedHeader& header, int64_t num_offsets,
                               int64_t payload_words);

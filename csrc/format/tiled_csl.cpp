@@ -125,8 +125,10 @@ std::string tile_problem(const PackedView& view, int64_t tile, int64_t* nnz) {
 
 }  // namespace
 
-Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                       const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz) {
+Status tiled_csl_count(const ValueMatrix& matrix, const ParallelFor& parallel_for, int32_t* offsets,
+                       int64_t* nnz) {
+  const auto* dense = matrix.row<uint16_t>(0);
+  const int64_t ld = matrix.ld, m = matrix.m, k = matrix.k;
   const int64_t tiles = num_tiles(m, k);
   std::vector<int32_t> counts(static_cast<size_t>(tiles));
   parallel_for(tiles, 16, [&](int64_t begin, int64_t end) {
@@ -150,9 +152,10 @@ Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
       offsets);
 }
 
-Status tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                      const int32_t* offsets, int64_t nnz, const ParallelFor& parallel_for,
-                      uint32_t* entries) {
+Status tiled_csl_pack(const ValueMatrix& matrix, const int32_t* offsets, int64_t nnz,
+                      const ParallelFor& parallel_for, uint32_t* entries) {
+  const auto* dense = matrix.row<uint16_t>(0);
+  const int64_t ld = matrix.ld, m = matrix.m, k = matrix.k;
   return pack_tiles(num_tiles(m, k), 4, nnz, parallel_for, [&](int64_t tile) {
     return pack_tile(dense, ld, tile_extent(tile, m, k),
                      (offsets[tile + 1] - offsets[tile]) * kVectorEntries,
@@ -160,7 +163,9 @@ Status tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
   });
 }
 
-void tiled_csl_unpack_tile_row(const PackedView& view, int64_t tile_row, uint16_t* dense) {
+void tiled_csl_unpack_tile_row(const PackedView& view, int64_t tile_row, void* values,
+                               float* /*scales*/) {
+  auto* dense = static_cast<uint16_t*>(values);
   const int64_t tile_cols = num_tile_cols(view.k);
   const int64_t rows = std::min<int64_t>(kTileM, view.m - tile_row * kTileM);
   std::fill_n(dense, rows * view.k, uint16_t{0});

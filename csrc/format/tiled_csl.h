@@ -112,12 +112,12 @@ inline std::pair<int64_t, int64_t> tile_entry_range(const PackedView& view, int6
 }
 
 // The format's row of format/packed_format.h, which says what each of them does.
-Status tiled_csl_count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                       const ParallelFor& parallel_for, int32_t* offsets, int64_t* nnz);
-Status tiled_csl_pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k,
-                      const int32_t* offsets, int64_t nnz, const ParallelFor& parallel_for,
-                      uint32_t* entries);
-void tiled_csl_unpack_tile_row(const PackedView& view, int64_t tile_row, uint16_t* dense);
+Status tiled_csl_count(const ValueMatrix& matrix, const ParallelFor& parallel_for, int32_t* offsets,
+                       int64_t* nnz);
+Status tiled_csl_pack(const ValueMatrix& matrix, const int32_t* offsets, int64_t nnz,
+                      const ParallelFor& parallel_for, uint32_t* entries);
+void tiled_csl_unpack_tile_row(const PackedView& view, int64_t tile_row, void* values,
+                               float* scales);
 int64_t tiled_csl_count_stored(const PackedView& view, const ParallelFor& parallel_for);
 Status tiled_csl_check_sizes(const PackedHeader& header, int64_t num_offsets,
                              int64_t payload_words);

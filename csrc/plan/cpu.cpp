@@ -39,7 +39,7 @@ constexpr int64_t kBlockBytes = int64_t{8} << 20;
 // The largest number of tokens for which kRowBitmapCpu is chosen.
 int64_t most_tokens_of_rows(ValueType type, const DeviceInfo& device) {
   const bool avx512 = device.cpu_isa == CpuIsa::kAvx512 || device.cpu_isa == CpuIsa::kAvx512Bf16;
-  switch (type) {
+  switch (value_traits(type).dense) {
     case ValueType::kFloat16:
       if (device.cpu_isa == CpuIsa::kPortable) return kRowsMaxTokensSlow;
       if (!device.cpu_fast_dense_fp16) return kAnyTokens;
@@ -47,6 +47,9 @@ int64_t most_tokens_of_rows(ValueType type, const DeviceInfo& device) {
     case ValueType::kBfloat16:
       if (!avx512 || device.cpu_fast_dense_bf16) return kRowsMaxTokensSlow;
       return device.cpu_isa == CpuIsa::kAvx512Bf16 ? kRowsMaxTokensDot : kAnyTokens;
+    case ValueType::kInt8Float16:
+    case ValueType::kInt8Bfloat16:
+      break;
   }
   return kRowsMaxTokensSlow;  // never: the switch is exhaustive
 }

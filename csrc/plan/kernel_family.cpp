@@ -17,8 +17,6 @@ constexpr EnumSet<Format> every_format() {
   return all;
 }
 
-constexpr EnumSet<ValueType> k16Bit = {ValueType::kFloat16, ValueType::kBfloat16};
-
 // The configurations of a family that has only one.
 template <const char* kName>
 std::vector<KernelConfig> only_config() {
@@ -65,7 +63,7 @@ constexpr std::array<KernelFamilyRow, kNumKernelFamilies> kFamilies = {{
     {KernelFamily::kRowBitmapCpu,
      Place::kCpu,
      Format::kRowBitmap,
-     k16Bit,
+     kEveryType,
      {},
      true,
      only_config<kRowsName>,
@@ -74,7 +72,7 @@ constexpr std::array<KernelFamilyRow, kNumKernelFamilies> kFamilies = {{
     {KernelFamily::kRowBitmapBlocks,
      Place::kCpu,
      Format::kRowBitmap,
-     k16Bit,
+     kEveryType,
      {},
      false,
      only_config<kBlocksName>,
@@ -83,7 +81,7 @@ constexpr std::array<KernelFamilyRow, kNumKernelFamilies> kFamilies = {{
     {KernelFamily::kReference,
      Place::kCpu,
      every_format(),
-     k16Bit,
+     kEveryType,
      {},
      false,
      only_config<kReferenceName>,
@@ -102,7 +100,7 @@ constexpr std::array<KernelFamilyRow, kNumKernelFamilies> kFamilies = {{
     {KernelFamily::kDense,
      Place::kBoth,
      every_format(),
-     k16Bit,
+     kEveryType,
      {},
      false,
      only_config<kDenseName>,

@@ -33,7 +33,6 @@ struct SpmmArgs {
   const uint16_t* bias = nullptr;  // [m] or null
   uint16_t* y = nullptr;           // [n, m], contiguous
   int64_t n = 0;
-  ValueType value_type = ValueType::kFloat16;
   Activation activation = Activation::kNone;
 };
 

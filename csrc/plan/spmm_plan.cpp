@@ -90,16 +90,17 @@ Status plan_auto(const PlanRequest& request, SpmmPlan* out) {
                              "\" here");
 }
 
-// The formats that format="auto" may choose on a device. Those that it could choose if the device
-// had a feature are added to `reason`, if it is not null.
-std::vector<const PackedFormat*> candidates(const DeviceInfo& device, std::string* reason) {
+// The formats that format="auto" may choose for a value type on a device. Those that it could
+// choose if the device had a feature are added to `reason`, if it is not null.
+std::vector<const PackedFormat*> candidates(ValueType type, const DeviceInfo& device,
+                                            std::string* reason) {
   std::vector<const PackedFormat*> found;
   for (const PackedFormat& format : all_formats()) {
     bool has_kernel = false;
     std::string missing;
     for (const KernelFamilyRow& family : kernel_families()) {
       if (!family.chosen_by_format_auto || !family.runs_on(device) ||
-          !family.formats.contains(format.id)) {
+          !family.formats.contains(format.id) || !family.value_types.contains(type)) {
         continue;
       }
       // The last family in the table needs least.
@@ -138,11 +139,11 @@ Status check_plan(const SpmmPlan& plan, KernelFamily family, const SpmmArgs& arg
     return Status::invalid_value("plan " + plan.to_string() +
                                  " was given to a kernel of another family");
   }
-  if (args.format != plan.problem.format || args.value_type != plan.problem.value_type) {
+  if (args.format != plan.problem.format || args.weight.value_type != plan.problem.value_type) {
     return Status::invalid_value(
         "plan " + plan.to_string() + " is for format \"" + packed_format(plan.problem.format).name +
         "\" and " + value_traits(plan.problem.value_type).name + ", the weight has format \"" +
-        packed_format(args.format).name + "\" and " + value_traits(args.value_type).name);
+        packed_format(args.format).name + "\" and " + value_traits(args.weight.value_type).name);
   }
   if (args.weight.m != plan.problem.m || args.weight.k != plan.problem.k ||
       args.n != plan.problem.n) {
@@ -183,14 +184,20 @@ Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const s
   return request.forced() ? plan_forced(request, out) : plan_auto(request, out);
 }
 
-FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, const DeviceInfo& device) {
+FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, ValueType type,
+                           const DeviceInfo& device) {
   const double elems = static_cast<double>(m) * static_cast<double>(k);
   const double density = elems > 0 ? static_cast<double>(nnz) / elems : 1.0;
   FormatChoice choice;
+  const auto& formats = all_formats();
+  // Where no kernel multiplies the type, any format that holds it will do.
+  choice.format = std::find_if(formats.begin(), formats.end(), [&](const PackedFormat& format) {
+                    return format.value_types.contains(type);
+                  })->id;
   double fewest = std::numeric_limits<double>::infinity();
   std::string sizes, others;
-  for (const PackedFormat* format : candidates(device, &others)) {
-    const double bytes = format->bytes_per_element(density);
+  for (const PackedFormat* format : candidates(type, device, &others)) {
+    const double bytes = format->bytes_per_element(density, value_traits(type).bits);
     if (bytes < fewest) choice.format = format->id;
     fewest = std::min(fewest, bytes);
     sizes += (sizes.empty() ? "" : ", ") + std::string(format->name) + " " +
@@ -203,8 +210,8 @@ FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, const DeviceInfo& 
   return choice;
 }
 
-bool format_depends_on_density(const DeviceInfo& device) {
-  return candidates(device, nullptr).size() > 1;
+bool format_depends_on_density(ValueType type, const DeviceInfo& device) {
+  return candidates(type, device, nullptr).size() > 1;
 }
 
 }  // namespace flash_llm

@@ -59,15 +59,16 @@ std::vector<std::string> plan_names(Format format, bool cuda);
 Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const std::string& config,
                    int64_t ctas, SpmmPlan* out, bool explain = true);
 
-// The format that format="auto" chooses for a device, and one sentence why.
+// The format that format="auto" chooses for a value type and a device, and one sentence why.
 struct FormatChoice {
   Format format = Format::kTiledCsl;
   std::string reason;
 };
 
-FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, const DeviceInfo& device);
+FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, ValueType type,
+                           const DeviceInfo& device);
 
 // Whether the choice between formats on a device depends on nnz.
-bool format_depends_on_density(const DeviceInfo& device);
+bool format_depends_on_density(ValueType type, const DeviceInfo& device);
 
 }  // namespace flash_llm

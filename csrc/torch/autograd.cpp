@@ -27,18 +27,17 @@ struct Options {
 
 Tensor spmm_with(const Options& options, const Tensor& x, const Tensor& offsets,
                  const Tensor& payload, const std::optional<Tensor>& bias,
-                 const std::string& activation, const std::optional<Tensor>& scales) {
+                 const std::string& activation) {
   return call_spmm(x, options.header, offsets, payload, bias, activation, options.config,
-                   options.ctas, options.prefetch, scales);
+                   options.ctas, options.prefetch);
 }
 
-Tensor call_unpack(const std::vector<int64_t>& header, const Tensor& offsets, const Tensor& payload,
-                   const std::optional<Tensor>& scales) {
-  using Unpack =
-      Tensor(at::IntArrayRef, const Tensor&, const Tensor&, const std::optional<Tensor>&);
+Tensor call_unpack(const std::vector<int64_t>& header, const Tensor& offsets,
+                   const Tensor& payload) {
+  using Unpack = Tensor(at::IntArrayRef, const Tensor&, const Tensor&);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("flash_llm::unpack", "").typed<Unpack>();
-  return op.call(header, offsets, payload, scales);
+  return op.call(header, offsets, payload);
 }
 
 std::optional<Tensor> optional(const Tensor& tensor) {
@@ -68,11 +67,11 @@ class Spmm : public torch::autograd::Function<Spmm> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Options& options,
                         const Tensor& offsets, const Tensor& payload,
-                        const std::optional<Tensor>& bias, const std::optional<Tensor>& scales) {
+                        const std::optional<Tensor>& bias) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     // Without an activation neither gradient needs x or bias.
     const bool recomputes = options.activation != "none";
-    ctx->save_for_backward({offsets, payload, scales.value_or(Tensor()), recomputes ? x : Tensor(),
+    ctx->save_for_backward({offsets, payload, recomputes ? x : Tensor(),
                             recomputes ? bias.value_or(Tensor()) : Tensor()});
     ctx->saved_data["header"] = options.header;
     ctx->saved_data["activation"] = options.activation;
@@ -80,33 +79,32 @@ class Spmm : public torch::autograd::Function<Spmm> {
     ctx->saved_data["ctas"] = options.ctas;
     ctx->saved_data["prefetch"] = options.prefetch;
     if (bias) ctx->saved_data["bias_type"] = static_cast<int64_t>(bias->scalar_type());
-    return spmm_with(options, x, offsets, payload, bias, options.activation, scales);
+    return spmm_with(options, x, offsets, payload, bias, options.activation);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &offsets = saved[0], &payload = saved[1], &x = saved[3], &bias = saved[4];
-    const std::optional<Tensor> scales = optional(saved[2]);
+    const Tensor &offsets = saved[0], &payload = saved[1], &x = saved[2], &bias = saved[3];
     const Options options = {ctx->saved_data["header"].toIntVector(),
                              ctx->saved_data["activation"].toStringRef(),
                              ctx->saved_data["config"].toStringRef(),
                              ctx->saved_data["ctas"].toInt(), ctx->saved_data["prefetch"].toBool()};
     Tensor grad = grads[0];
     if (options.activation != "none") {
-      const Tensor z = spmm_with(options, x, offsets, payload, optional(bias), "none", scales);
+      const Tensor z = spmm_with(options, x, offsets, payload, optional(bias), "none");
       grad = activation_backward(grad.to(at::kFloat), z.to(at::kFloat), options.activation)
                  .to(grad.scalar_type());
     }
     Tensor grad_x, grad_bias;
     if (ctx->needs_input_grad(0)) {
-      grad_x = at::matmul(grad, call_unpack(options.header, offsets, payload, scales));
+      grad_x = at::matmul(grad, call_unpack(options.header, offsets, payload));
     }
     if (ctx->saved_data.count("bias_type") != 0 && ctx->needs_input_grad(3)) {
       const Tensor tokens = grad.dim() > 1 ? grad.flatten(0, -2) : grad.unsqueeze(0);
       grad_bias = tokens.sum(0, false, at::kFloat)
                       .to(static_cast<at::ScalarType>(ctx->saved_data["bias_type"].toInt()));
     }
-    return {grad_x, Tensor(), Tensor(), Tensor(), grad_bias, Tensor()};
+    return {grad_x, Tensor(), Tensor(), Tensor(), grad_bias};
   }
 };
 
@@ -116,17 +114,17 @@ bool has_tangent(const Tensor& tensor) { return tensor._fw_grad(/*level=*/0).def
 Tensor spmm_autograd(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
                      const Tensor& payload, const std::optional<Tensor>& bias,
                      c10::string_view activation, c10::string_view config, int64_t ctas,
-                     bool prefetch, const std::optional<Tensor>& scales) {
+                     bool prefetch) {
   const bool differentiable =
       (at::GradMode::is_enabled() && (x.requires_grad() || (bias && bias->requires_grad()))) ||
       has_tangent(x) || (bias && has_tangent(*bias));
   if (differentiable) {
     const Options options = {header.vec(), std::string(activation), std::string(config), ctas,
                              prefetch};
-    return Spmm::apply(x, options, offsets, payload, bias, scales);
+    return Spmm::apply(x, options, offsets, payload, bias);
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return call_spmm(x, header, offsets, payload, bias, activation, config, ctas, prefetch, scales);
+  return call_spmm(x, header, offsets, payload, bias, activation, config, ctas, prefetch);
 }
 
 TORCH_LIBRARY_IMPL(flash_llm, Autograd, m) { m.impl("spmm", &spmm_autograd); }

@@ -4,6 +4,7 @@
 #include <ATen/autocast_mode.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "plan/spmm_plan.h"
 
@@ -29,13 +30,7 @@ void raise_if_error(const char* op, const Status& status) {
 }
 
 at::ScalarType scalar_type(ValueType type) {
-  switch (type) {
-    case ValueType::kFloat16:
-      return at::kHalf;
-    case ValueType::kBfloat16:
-      return at::kBFloat16;
-  }
-  TORCH_CHECK(false, "flash_llm: value type ", static_cast<int64_t>(type), " has no dtype");
+  return value_traits(type).dense == ValueType::kFloat16 ? at::kHalf : at::kBFloat16;
 }
 
 namespace {
@@ -81,15 +76,10 @@ void check_words(const char* op, const char* name, const Tensor& tensor) {
 }  // namespace
 
 PackedWeight check_packed(const char* op, at::IntArrayRef header, const Tensor& offsets,
-                          const Tensor& payload, const std::optional<Tensor>& scales) {
+                          const Tensor& payload) {
   PackedWeight weight;
   raise_if_error(op, PackedHeader::from_ints(header.data(), static_cast<int64_t>(header.size()),
                                              &weight.header));
-  const ValueTraits traits = value_traits(weight.header.value_type);
-  TORCH_CHECK_VALUE(scales.has_value() == (traits.scales != ScaleGroup::kNone), "flash_llm::", op,
-                    ": values of type ", traits.name,
-                    scales.has_value() ? " have no scales, but scales were given"
-                                       : " have scales, but none were given");
   check_words(op, "offsets", offsets);
   check_words(op, "payload", payload);
   TORCH_CHECK_TYPE(offsets.device() == payload.device(), "flash_llm::", op,
@@ -115,20 +105,74 @@ void check_tiles(const char* op, const PackedFormat& format, int64_t m, int64_t 
 
 }  // namespace
 
-DenseMatrix check_dense(const char* op, const Tensor& dense) {
-  const ValueType value_type = value_type_of(op, "dense", dense);
-  TORCH_CHECK_VALUE(dense.dim() == 2, "flash_llm::", op,
-                    ": dense must be two-dimensional [M, K], got ", dense.dim(), " dimensions");
+namespace {
+
+DenseMatrix check_matrix(const char* op, const char* name, const Tensor& dense,
+                         ValueType value_type) {
+  TORCH_CHECK_VALUE(dense.dim() == 2, "flash_llm::", op, ": ", name,
+                    " must be two-dimensional [M, K], got ", dense.dim(), " dimensions");
   const int64_t m = dense.size(0), k = dense.size(1);
-  TORCH_CHECK_VALUE(m <= INT32_MAX && k <= INT32_MAX, "flash_llm::", op,
-                    ": dense must have at most 2^31 - 1 rows and columns, got ", m, "x", k);
-  check_storage(op, "dense", dense);
+  TORCH_CHECK_VALUE(m <= INT32_MAX && k <= INT32_MAX, "flash_llm::", op, ": ", name,
+                    " must have at most 2^31 - 1 rows and columns, got ", m, "x", k);
+  check_storage(op, name, dense);
   // Before anything is copied: no format has larger tiles than this one.
   check_tiles(op, packed_format(Format::kTiledCsl), m, k);
   const bool rows_contiguous = k <= 1 || dense.stride(1) == 1;
   const Tensor rows =
       rows_contiguous && (m <= 1 || dense.stride(0) >= 0) ? dense : dense.contiguous();
   return {rows, value_type, m, k, rows.stride(0)};
+}
+
+}  // namespace
+
+DenseMatrix check_dense(const char* op, const Tensor& dense) {
+  return check_matrix(op, "dense", dense, value_type_of(op, "dense", dense));
+}
+
+DenseMatrix check_quantized(const Tensor& values, const Tensor& scales, at::ScalarType dtype) {
+  constexpr const char* kOp = "pack_quantized";
+  TORCH_CHECK_TYPE(dtype == at::kHalf || dtype == at::kBFloat16, "flash_llm::", kOp,
+                   ": dtype must be float16 or bfloat16, got ", dtype);
+  TORCH_CHECK_TYPE(values.scalar_type() == at::kChar, "flash_llm::", kOp,
+                   ": values must be int8, got ", values.scalar_type());
+  DenseMatrix dense =
+      check_matrix(kOp, "values", values,
+                   dtype == at::kHalf ? ValueType::kInt8Float16 : ValueType::kInt8Bfloat16);
+  TORCH_CHECK_TYPE(scales.scalar_type() == at::kFloat, "flash_llm::", kOp,
+                   ": scales must be float32, got ", scales.scalar_type());
+  TORCH_CHECK_TYPE(scales.device() == values.device(), "flash_llm::", kOp, ": scales must be on ",
+                   values.device(), " like values, got ", scales.device());
+  TORCH_CHECK_VALUE(scales.dim() == 1 && scales.size(0) == dense.m, "flash_llm::", kOp,
+                    ": scales must have shape [M=", dense.m, "], got ", scales.sizes());
+  check_storage(kOp, "scales", scales);
+  TORCH_CHECK_VALUE(values.numel() == 0 || values.min().item<int64_t>() >= -127, "flash_llm::", kOp,
+                    ": values must lie in -127 ... 127, got -128");
+  const Tensor wrong = at::logical_not(
+      at::logical_and(at::ge(scales, std::numeric_limits<float>::min()), at::isfinite(scales)));
+  if (wrong.any().item<bool>()) {
+    const int64_t row = at::argmax(wrong.to(at::kInt)).item<int64_t>();
+    TORCH_CHECK_VALUE(false, "flash_llm::", kOp,
+                      ": scales must be positive normal numbers, got scales[", row,
+                      "] = ", scales[row].item<float>());
+  }
+  dense.scales = scales.contiguous();
+  return dense;
+}
+
+void check_quantized(const PackedWeight& weight) {
+  const ValueTraits traits = value_traits(weight.header.value_type);
+  TORCH_CHECK_TYPE(traits.scales != ScaleGroup::kNone,
+                   "flash_llm::unpack_quantized: values of type ", traits.name,
+                   " are not quantised");
+}
+
+ValueMatrix DenseMatrix::matrix() const {
+  return {tensor.const_data_ptr(),
+          ld,
+          m,
+          k,
+          value_type,
+          scales.defined() ? scales.const_data_ptr<float>() : nullptr};
 }
 
 Tensor header_tensor(const PackedHeader& header) {
@@ -153,13 +197,16 @@ const PackedFormat& choose_format(const char* op, c10::string_view name, const D
   Format id;
   if (name == "auto") {
     // Counting waits for the device, so it is done only if the format depends on the count.
-    const int64_t nnz =
-        format_depends_on_density(device) ? at::count_nonzero(dense.tensor).item<int64_t>() : 0;
-    id = select_format(dense.m, dense.k, nnz, device).format;
+    const int64_t nnz = format_depends_on_density(dense.value_type, device)
+                            ? at::count_nonzero(dense.tensor).item<int64_t>()
+                            : 0;
+    id = select_format(dense.m, dense.k, nnz, dense.value_type, device).format;
   } else {
     raise_if_error(op, parse_format(std::string(name), &id));
   }
   const PackedFormat& format = packed_format(id);
+  TORCH_CHECK_TYPE(format.value_types.contains(dense.value_type), "flash_llm::", op, ": format \"",
+                   format.name, "\" has no values of type ", value_traits(dense.value_type).name);
   check_tiles(op, format, dense.m, dense.k);
   return format;
 }
@@ -178,9 +225,9 @@ PruneTarget check_prune_target(std::optional<double> sparsity, c10::string_view 
 
 SpmmCall check_spmm(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
                     const Tensor& payload, const std::optional<Tensor>& bias,
-                    c10::string_view activation, const std::optional<Tensor>& scales) {
+                    c10::string_view activation) {
   SpmmCall call;
-  call.weight = check_packed("spmm", header, offsets, payload, scales);
+  call.weight = check_packed("spmm", header, offsets, payload);
   const PackedHeader& h = call.weight.header;
   TORCH_CHECK_TYPE(x.scalar_type() == scalar_type(h.value_type), "flash_llm::spmm: x must be ",
                    scalar_type(h.value_type), " like the weight, got ", x.scalar_type());
@@ -245,7 +292,6 @@ SpmmArgs spmm_args(const SpmmCall& call, const Tensor& y) {
   args.bias = call.bias ? raw(*call.bias) : nullptr;
   args.y = mutable_raw(y);
   args.n = call.n;
-  args.value_type = call.weight.header.value_type;
   args.activation = call.activation;
   return args;
 }
@@ -263,7 +309,8 @@ PackedView PackedWeight::view() const {
           header.nnz,
           offsets.const_data_ptr<int32_t>(),
           reinterpret_cast<const uint32_t*>(payload.const_data_ptr<int32_t>()),
-          header.payload_words};
+          header.payload_words,
+          header.value_type};
 }
 
 SpmmProblem SpmmCall::problem() const {

@@ -21,6 +21,8 @@ namespace flash_llm {
 
 using Packed = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // header, offsets, payload
 
+using Quantized = std::tuple<at::Tensor, at::Tensor>;  // values [m, k], scales [m]
+
 // Raises the Python exception for `status`, unless it is success; the message begins with the
 // operator's name.
 void raise_if_error(const char* op, const Status& status);
@@ -42,18 +44,26 @@ struct PackedWeight {
   PackedView view() const;
 };
 
-// `scales` must be given if and only if the value type has scales; none has yet.
 PackedWeight check_packed(const char* op, at::IntArrayRef header, const at::Tensor& offsets,
-                          const at::Tensor& payload, const std::optional<at::Tensor>& scales);
+                          const at::Tensor& payload);
 
-// A matrix to pack: two-dimensional, 16-bit, rows contiguous.
+// Refuses a weight whose values are not quantised, for unpack_quantized.
+void check_quantized(const PackedWeight& weight);
+
+// A matrix to pack: two-dimensional, values as wide as those of its type, rows contiguous.
 struct DenseMatrix {
   at::Tensor tensor;
   ValueType value_type;
   int64_t m, k, ld;
+  at::Tensor scales = {};  // float32 [m], contiguous, for types with scales
+
+  ValueMatrix matrix() const;
 };
 
 DenseMatrix check_dense(const char* op, const at::Tensor& dense);
+// The values and scales of pack_quantized, for a weight of `dtype`.
+DenseMatrix check_quantized(const at::Tensor& values, const at::Tensor& scales,
+                            at::ScalarType dtype);
 
 at::Tensor header_tensor(const PackedHeader& header);
 PackedHeader make_header(const DenseMatrix& dense, Format format, int64_t nnz, int64_t words);
@@ -83,7 +93,7 @@ struct SpmmCall {
 
 SpmmCall check_spmm(const at::Tensor& x, at::IntArrayRef header, const at::Tensor& offsets,
                     const at::Tensor& payload, const std::optional<at::Tensor>& bias,
-                    c10::string_view activation, const std::optional<at::Tensor>& scales);
+                    c10::string_view activation);
 
 // The arguments of the kernels. The call must not be degenerate.
 SpmmArgs spmm_args(const SpmmCall& call, const at::Tensor& y);

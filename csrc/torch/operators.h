@@ -14,14 +14,18 @@ namespace flash_llm {
   at::Tensor spmm_##device(const at::Tensor& x, at::IntArrayRef header, const at::Tensor& offsets, \
                            const at::Tensor& payload, const std::optional<at::Tensor>& bias,       \
                            c10::string_view activation, c10::string_view config, int64_t ctas,     \
-                           bool prefetch, const std::optional<at::Tensor>& scales);                \
+                           bool prefetch);                                                         \
   Packed pack_##device(const at::Tensor& dense, c10::string_view format);                          \
+  Packed pack_quantized_##device(const at::Tensor& values, const at::Tensor& scales,               \
+                                 at::ScalarType dtype, c10::string_view format);                   \
+  Quantized unpack_quantized_##device(at::IntArrayRef header, const at::Tensor& offsets,           \
+                                      const at::Tensor& payload);                                  \
   Packed prune_pack_##device(const at::Tensor& dense, std::optional<double> sparsity,              \
                              c10::string_view scope, c10::string_view format);                     \
   at::Tensor unpack_##device(at::IntArrayRef header, const at::Tensor& offsets,                    \
-                             const at::Tensor& payload, const std::optional<at::Tensor>& scales);  \
+                             const at::Tensor& payload);                                           \
   void validate_##device(at::IntArrayRef header, const at::Tensor& offsets,                        \
-                         const at::Tensor& payload, const std::optional<at::Tensor>& scales);      \
+                         const at::Tensor& payload);                                               \
   int64_t count_stored_##device(at::IntArrayRef header, const at::Tensor& offsets,                 \
                                 const at::Tensor& payload);
 FLASH_LLM_OPERATORS(cpu)
@@ -32,10 +36,11 @@ FLASH_LLM_OPERATORS(cuda)
 at::Tensor call_spmm(const at::Tensor& x, at::IntArrayRef header, const at::Tensor& offsets,
                      const at::Tensor& payload, const std::optional<at::Tensor>& bias,
                      c10::string_view activation, c10::string_view config, int64_t ctas,
-                     bool prefetch, const std::optional<at::Tensor>& scales);
+                     bool prefetch);
 
 // Packing and unpacking on the host, also used for CUDA tensors in a format without CUDA kernels.
 Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, const PackedFormat& format);
 at::Tensor unpack_weight_cpu(const char* op, const PackedWeight& weight);
+Quantized unpack_quantized_weight_cpu(const PackedWeight& weight);
 
 }  // namespace flash_llm

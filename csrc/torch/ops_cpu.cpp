@@ -22,13 +22,11 @@ Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, const PackedForm
       at::empty({format.tiles(dense.m, dense.k) + 1}, dense.tensor.options().dtype(at::kInt));
   int32_t* offsets_data = offsets.mutable_data_ptr<int32_t>();
   int64_t nnz = 0;
-  raise_if_error(op, format.count(raw(dense.tensor), dense.ld, dense.m, dense.k, parallel_for,
-                                  offsets_data, &nnz));
+  raise_if_error(op, format.count(dense.matrix(), parallel_for, offsets_data, &nnz));
   const int64_t words = int64_t{offsets_data[offsets.numel() - 1]} * format.unit_words;
   Tensor payload = at::empty({words}, offsets.options());
   flash_llm::prefer_huge_pages(payload.mutable_data_ptr(), payload.nbytes());
-  raise_if_error(op, format.pack(raw(dense.tensor), dense.ld, dense.m, dense.k, offsets_data, nnz,
-                                 parallel_for,
+  raise_if_error(op, format.pack(dense.matrix(), offsets_data, nnz, parallel_for,
                                  reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>())));
   return {header_tensor(make_header(dense, format.id, nnz, words)), offsets, payload};
 }
@@ -37,6 +35,14 @@ Packed pack_cpu(const Tensor& dense, c10::string_view format) {
   check_format("pack", format);
   const DenseMatrix matrix = check_dense("pack", dense);
   return pack_dense_cpu("pack", matrix, choose_format("pack", format, matrix, DeviceInfo{}));
+}
+
+Packed pack_quantized_cpu(const Tensor& values, const Tensor& scales, at::ScalarType dtype,
+                          c10::string_view format) {
+  check_format("pack_quantized", format);
+  const DenseMatrix matrix = check_quantized(values, scales, dtype);
+  return pack_dense_cpu("pack_quantized", matrix,
+                        choose_format("pack_quantized", format, matrix, DeviceInfo{}));
 }
 
 Packed prune_pack_cpu(const Tensor& dense, std::optional<double> sparsity, c10::string_view scope,
@@ -77,14 +83,27 @@ Tensor unpack_weight_cpu(const char* op, const PackedWeight& weight) {
   return dense;
 }
 
-Tensor unpack_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload,
-                  const std::optional<Tensor>& scales) {
-  return unpack_weight_cpu("unpack", check_packed("unpack", header, offsets, payload, scales));
+Tensor unpack_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
+  return unpack_weight_cpu("unpack", check_packed("unpack", header, offsets, payload));
 }
 
-void validate_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload,
-                  const std::optional<Tensor>& scales) {
-  const PackedWeight weight = check_packed("validate", header, offsets, payload, scales);
+Quantized unpack_quantized_weight_cpu(const PackedWeight& weight) {
+  check_quantized(weight);
+  const PackedHeader& h = weight.header;
+  const Tensor values = at::empty({h.m, h.k}, weight.payload.options().dtype(at::kChar));
+  const Tensor scales = at::empty({h.m}, weight.payload.options().dtype(at::kFloat));
+  unpack_values(weight.format(), weight.view(), parallel_for, values.mutable_data_ptr(),
+                scales.mutable_data_ptr<float>());
+  return {values, scales};
+}
+
+Quantized unpack_quantized_cpu(at::IntArrayRef header, const Tensor& offsets,
+                               const Tensor& payload) {
+  return unpack_quantized_weight_cpu(check_packed("unpack_quantized", header, offsets, payload));
+}
+
+void validate_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
+  const PackedWeight weight = check_packed("validate", header, offsets, payload);
   raise_if_error("validate", weight.format().validate(weight.view(), parallel_for));
 }
 
@@ -111,8 +130,8 @@ Tensor spmm_cpu_blocks(const SpmmCall& call, CpuIsa isa) {
 Tensor spmm_cpu(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
                 const Tensor& payload, const std::optional<Tensor>& bias,
                 c10::string_view activation, c10::string_view config, int64_t ctas,
-                bool /*prefetch*/, const std::optional<Tensor>& scales) {
-  const SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation, scales);
+                bool /*prefetch*/) {
+  const SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation);
   SpmmPlan plan;
   DeviceInfo device;
   raise_if_error("spmm", detect_cpu(&device));
@@ -129,7 +148,7 @@ Tensor spmm_cpu(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
 }
 
 int64_t count_stored_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
-  const PackedWeight weight = check_packed("count_stored", header, offsets, payload, std::nullopt);
+  const PackedWeight weight = check_packed("count_stored", header, offsets, payload);
   return weight.format().count_stored(weight.view(), parallel_for);
 }
 

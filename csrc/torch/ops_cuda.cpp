@@ -45,8 +45,9 @@ const DeviceInfo& current_device_info() {
 // Packs into a format that has no CUDA kernels.
 Packed pack_dense_on_host(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
   const Tensor host = dense.tensor.contiguous().cpu();
-  const auto [header, offsets, payload] =
-      pack_dense_cpu(op, {host, dense.value_type, dense.m, dense.k, host.stride(0)}, format);
+  const Tensor scales = dense.scales.defined() ? dense.scales.cpu() : Tensor();
+  const auto [header, offsets, payload] = pack_dense_cpu(
+      op, {host, dense.value_type, dense.m, dense.k, host.stride(0), scales}, format);
   const auto device = dense.tensor.device();
   return {header, offsets.to(device), payload.to(device)};
 }
@@ -87,6 +88,15 @@ Packed pack_cuda(const Tensor& dense, c10::string_view format) {
   const DenseMatrix matrix = check_dense("pack", dense);
   return pack_dense_cuda("pack", matrix,
                          choose_format("pack", format, matrix, current_device_info()));
+}
+
+Packed pack_quantized_cuda(const Tensor& values, const Tensor& scales, at::ScalarType dtype,
+                           c10::string_view format) {
+  const c10::cuda::CUDAGuard guard(values.device());
+  check_format("pack_quantized", format);
+  const DenseMatrix matrix = check_quantized(values, scales, dtype);
+  return pack_dense_cuda("pack_quantized", matrix,
+                         choose_format("pack_quantized", format, matrix, current_device_info()));
 }
 
 // Cuts for each row from a target for the whole layer: all rows have one threshold, and the ties to
@@ -146,32 +156,41 @@ Packed prune_pack_cuda(const Tensor& dense, std::optional<double> sparsity, c10:
                          choose_format("prune_pack", format, kept, current_device_info()));
 }
 
+PackedWeight on_host(const PackedWeight& weight) {
+  PackedWeight host = weight;
+  host.offsets = weight.offsets.cpu();
+  host.payload = weight.payload.cpu();
+  return host;
+}
+
 Tensor unpack_weight_cuda(const char* op, const PackedWeight& weight) {
   const PackedHeader& h = weight.header;
   const cuda::PackKernels* kernels = cuda::pack_kernels(h.format);
   if (kernels == nullptr) {
-    PackedWeight host = weight;
-    host.offsets = weight.offsets.cpu();
-    host.payload = weight.payload.cpu();
-    return unpack_weight_cpu(op, host).to(weight.payload.device());
+    return unpack_weight_cpu(op, on_host(weight)).to(weight.payload.device());
   }
   Tensor dense = at::empty({h.m, h.k}, weight.payload.options().dtype(scalar_type(h.value_type)));
   raise_if_error(op, kernels->unpack(weight.view(), mutable_raw(dense), current_stream()));
   return dense;
 }
 
-Tensor unpack_cuda(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload,
-                   const std::optional<Tensor>& scales) {
-  const PackedWeight weight = check_packed("unpack", header, offsets, payload, scales);
+Tensor unpack_cuda(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
+  const PackedWeight weight = check_packed("unpack", header, offsets, payload);
   const c10::cuda::CUDAGuard guard(payload.device());
   return unpack_weight_cuda("unpack", weight);
 }
 
+Quantized unpack_quantized_cuda(at::IntArrayRef header, const Tensor& offsets,
+                                const Tensor& payload) {
+  const PackedWeight weight = check_packed("unpack_quantized", header, offsets, payload);
+  const auto [values, scales] = unpack_quantized_weight_cpu(on_host(weight));
+  return {values.to(payload.device()), scales.to(payload.device())};
+}
+
 // On the host: a weight is validated when it is built or loaded, not in every call.
-void validate_cuda(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload,
-                   const std::optional<Tensor>& scales) {
-  const PackedWeight weight = check_packed("validate", header, offsets, payload, scales);
-  validate_cpu(header, weight.offsets.cpu(), weight.payload.cpu(), std::nullopt);
+void validate_cuda(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
+  const PackedWeight weight = check_packed("validate", header, offsets, payload);
+  validate_cpu(header, weight.offsets.cpu(), weight.payload.cpu());
 }
 
 // X as the kernels need it: rows aligned to 16 bytes, a multiple of `multiple` columns. In most
@@ -199,10 +218,10 @@ void check_capture(const char* op, const Tensor& x) {
 
 Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
                  const Tensor& payload, const std::optional<Tensor>& bias,
-                 c10::string_view activation, c10::string_view config, int64_t ctas, bool prefetch,
-                 const std::optional<Tensor>& scales) {
+                 c10::string_view activation, c10::string_view config, int64_t ctas,
+                 bool prefetch) {
   // Checked before the guard: a single argument on a GPU is enough to dispatch a call here.
-  SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation, scales);
+  SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation);
   check_capture("spmm", x);
   const c10::cuda::CUDAGuard guard(x.device());
   SpmmPlan plan;
@@ -229,7 +248,7 @@ Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
 }
 
 int64_t count_stored_cuda(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
-  const PackedWeight weight = check_packed("count_stored", header, offsets, payload, std::nullopt);
+  const PackedWeight weight = check_packed("count_stored", header, offsets, payload);
   const c10::cuda::CUDAGuard guard(payload.device());
   const cuda::PackKernels* kernels = cuda::pack_kernels(weight.header.format);
   if (kernels == nullptr) return count_stored_cpu(header, offsets.cpu(), payload.cpu());
@@ -254,18 +273,19 @@ Packed pack_cuda(const Tensor&, c10::string_view) { raise_no_cuda("pack"); }
 Packed prune_pack_cuda(const Tensor&, std::optional<double>, c10::string_view, c10::string_view) {
   raise_no_cuda("prune_pack");
 }
-Tensor unpack_cuda(at::IntArrayRef, const Tensor&, const Tensor&, const std::optional<Tensor>&) {
-  raise_no_cuda("unpack");
+Packed pack_quantized_cuda(const Tensor&, const Tensor&, at::ScalarType, c10::string_view) {
+  raise_no_cuda("pack_quantized");
 }
-void validate_cuda(at::IntArrayRef, const Tensor&, const Tensor&, const std::optional<Tensor>&) {
-  raise_no_cuda("validate");
+Quantized unpack_quantized_cuda(at::IntArrayRef, const Tensor&, const Tensor&) {
+  raise_no_cuda("unpack_quantized");
 }
+Tensor unpack_cuda(at::IntArrayRef, const Tensor&, const Tensor&) { raise_no_cuda("unpack"); }
+void validate_cuda(at::IntArrayRef, const Tensor&, const Tensor&) { raise_no_cuda("validate"); }
 int64_t count_stored_cuda(at::IntArrayRef, const Tensor&, const Tensor&) {
   raise_no_cuda("count_stored");
 }
 Tensor spmm_cuda(const Tensor&, at::IntArrayRef, const Tensor&, const Tensor&,
-                 const std::optional<Tensor>&, c10::string_view, c10::string_view, int64_t, bool,
-                 const std::optional<Tensor>&) {
+                 const std::optional<Tensor>&, c10::string_view, c10::string_view, int64_t, bool) {
   raise_no_cuda("spmm");
 }
 

@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace flash_llm {
@@ -20,9 +21,8 @@ int64_t count_stored(const PackedHeader& header, const Tensor& offsets, const Te
 Tensor unpack(const PackedWeight& weight) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flash_llm::unpack", "")
-                             .typed<Tensor(at::IntArrayRef, const Tensor&, const Tensor&,
-                                           const std::optional<Tensor>&)>();
-  return op.call(weight.header.to_ints(), weight.offsets, weight.payload, std::nullopt);
+                             .typed<Tensor(at::IntArrayRef, const Tensor&, const Tensor&)>();
+  return op.call(weight.header.to_ints(), weight.offsets, weight.payload);
 }
 
 Packed pack(const Tensor& dense, Format format) {
@@ -30,6 +30,26 @@ Packed pack(const Tensor& dense, Format format) {
                              .findSchemaOrThrow("flash_llm::pack", "")
                              .typed<Packed(const Tensor&, c10::string_view)>();
   return op.call(dense, packed_format(format).name);
+}
+
+bool is_quantized(const PackedHeader& header) {
+  return value_traits(header.value_type).scales != ScaleGroup::kNone;
+}
+
+Quantized unpack_quantized(const PackedWeight& weight) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flash_llm::unpack_quantized", "")
+                             .typed<Quantized(at::IntArrayRef, const Tensor&, const Tensor&)>();
+  return op.call(weight.header.to_ints(), weight.offsets, weight.payload);
+}
+
+// Packs values and scales as a weight of the type and format that `like` has.
+Packed pack_quantized(const Tensor& values, const Tensor& scales, const PackedHeader& like) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("flash_llm::pack_quantized", "")
+          .typed<Packed(const Tensor&, const Tensor&, at::ScalarType, c10::string_view)>();
+  return op.call(values, scales, scalar_type(like.value_type), packed_format(like.format).name);
 }
 
 // Whether the bytes are those that this build's packer writes.
@@ -78,7 +98,7 @@ std::vector<PackedWeight> check_parts(at::IntArrayRef headers, at::TensorList of
   std::vector<PackedWeight> parts;
   for (size_t i = 0; i < count; ++i) {
     parts.push_back(check_packed("concat", headers.slice(i * kPackedHeaderInts, kPackedHeaderInts),
-                                 offsets[i], payloads[i], std::nullopt));
+                                 offsets[i], payloads[i]));
     const PackedHeader &first = parts.front().header, &h = parts.back().header;
     TORCH_CHECK_VALUE(h.k == first.k, "flash_llm::concat: all weights must have K=", first.k,
                       " columns, weight ", i, " has ", h.k);
@@ -98,7 +118,7 @@ std::vector<PackedWeight> check_parts(at::IntArrayRef headers, at::TensorList of
 
 Packed slice(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload,
              int64_t first_row, int64_t last_row, int64_t first_col, int64_t last_col) {
-  const PackedWeight weight = check_packed("slice", header, offsets, payload, std::nullopt);
+  const PackedWeight weight = check_packed("slice", header, offsets, payload);
   const PackedHeader& h = weight.header;
   check_range("rows", first_row, last_row, h.m);
   check_range("columns", first_col, last_col, h.k);
@@ -107,10 +127,13 @@ Packed slice(at::IntArrayRef header, const Tensor& offsets, const Tensor& payloa
   if (first_col == 0 && last_col == h.k && at_borders && is_current(weight)) {
     return copy_rows(weight, first_row, last_row);
   }
-  const Tensor dense = unpack(weight)
-                           .narrow(0, first_row, last_row - first_row)
-                           .narrow(1, first_col, last_col - first_col);
-  return pack(dense, h.format);
+  const int64_t rows = last_row - first_row, cols = last_col - first_col;
+  if (is_quantized(h)) {
+    const auto [values, scales] = unpack_quantized(weight);
+    return pack_quantized(values.narrow(0, first_row, rows).narrow(1, first_col, cols),
+                          scales.narrow(0, first_row, rows), h);
+  }
+  return pack(unpack(weight).narrow(0, first_row, rows).narrow(1, first_col, cols), h.format);
 }
 
 Packed concat(at::IntArrayRef headers, at::TensorList offsets, at::TensorList payloads) {
@@ -126,6 +149,15 @@ Packed concat(at::IntArrayRef headers, at::TensorList offsets, at::TensorList pa
     joined.m += h.m;
     joined.nnz += h.nnz;
     joined.payload_words += h.payload_words;
+  }
+  if (!copies && is_quantized(joined)) {
+    std::vector<Tensor> all_values, all_scales;
+    for (const PackedWeight& part : parts) {
+      auto [values, scales] = unpack_quantized(part);
+      all_values.push_back(std::move(values));
+      all_scales.push_back(std::move(scales));
+    }
+    return pack_quantized(at::cat(all_values), at::cat(all_scales), joined);
   }
   if (!copies) {
     std::vector<Tensor> dense;

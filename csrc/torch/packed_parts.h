@@ -1,5 +1,6 @@
 // Slices and concatenations of packed weights, on any device. The result is byte for byte the same
-// as packing the sliced or concatenated dense weight.
+// as packing the sliced or concatenated dense weight, or, of quantised weights, the sliced or
+// concatenated values and scales.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -8,14 +8,17 @@
 TORCH_LIBRARY(flash_llm, m) {
   m.def(
       "spmm(Tensor x, int[] header, Tensor offsets, Tensor payload, Tensor? bias=None, "
-      "str activation=\"none\", str config=\"auto\", int ctas=0, bool prefetch=True, "
-      "Tensor? scales=None) -> Tensor");
+      "str activation=\"none\", str config=\"auto\", int ctas=0, bool prefetch=True) -> Tensor");
   m.def("pack(Tensor dense, str format=\"auto\") -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "pack_quantized(Tensor values, Tensor scales, ScalarType dtype, str format=\"auto\") -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("unpack_quantized(int[] header, Tensor offsets, Tensor payload) -> (Tensor, Tensor)");
   m.def(
       "prune_pack(Tensor dense, float? sparsity=None, str scope=\"row\", "
       "str format=\"auto\") -> (Tensor, Tensor, Tensor)");
-  m.def("unpack(int[] header, Tensor offsets, Tensor payload, Tensor? scales=None) -> Tensor");
-  m.def("validate(int[] header, Tensor offsets, Tensor payload, Tensor? scales=None) -> ()");
+  m.def("unpack(int[] header, Tensor offsets, Tensor payload) -> Tensor");
+  m.def("validate(int[] header, Tensor offsets, Tensor payload) -> ()");
   m.def("count_stored(int[] header, Tensor offsets, Tensor payload) -> int");
   m.def(
       "slice(int[] header, Tensor offsets, Tensor payload, int first_row, int last_row, "
@@ -23,14 +26,16 @@ TORCH_LIBRARY(flash_llm, m) {
   m.def("concat(int[] headers, Tensor[] offsets, Tensor[] payloads) -> (Tensor, Tensor, Tensor)");
 }
 
-#define FLASH_LLM_REGISTER(key, device)                        \
-  TORCH_LIBRARY_IMPL(flash_llm, key, m) {                      \
-    m.impl("spmm", &flash_llm::spmm_##device);                 \
-    m.impl("pack", &flash_llm::pack_##device);                 \
-    m.impl("prune_pack", &flash_llm::prune_pack_##device);     \
-    m.impl("unpack", &flash_llm::unpack_##device);             \
-    m.impl("validate", &flash_llm::validate_##device);         \
-    m.impl("count_stored", &flash_llm::count_stored_##device); \
+#define FLASH_LLM_REGISTER(key, device)                                \
+  TORCH_LIBRARY_IMPL(flash_llm, key, m) {                              \
+    m.impl("spmm", &flash_llm::spmm_##device);                         \
+    m.impl("pack", &flash_llm::pack_##device);                         \
+    m.impl("pack_quantized", &flash_llm::pack_quantized_##device);     \
+    m.impl("unpack_quantized", &flash_llm::unpack_quantized_##device); \
+    m.impl("prune_pack", &flash_llm::prune_pack_##device);             \
+    m.impl("unpack", &flash_llm::unpack_##device);                     \
+    m.impl("validate", &flash_llm::validate_##device);                 \
+    m.impl("count_stored", &flash_llm::count_stored_##device);         \
   }
 FLASH_LLM_REGISTER(CPU, cpu)
 FLASH_LLM_REGISTER(CUDA, cuda)
@@ -46,11 +51,11 @@ namespace flash_llm {
 at::Tensor call_spmm(const at::Tensor& x, at::IntArrayRef header, const at::Tensor& offsets,
                      const at::Tensor& payload, const std::optional<at::Tensor>& bias,
                      c10::string_view activation, c10::string_view config, int64_t ctas,
-                     bool prefetch, const std::optional<at::Tensor>& scales) {
+                     bool prefetch) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flash_llm::spmm", "")
                              .typed<decltype(spmm_cpu)>();
-  return op.call(x, header, offsets, payload, bias, activation, config, ctas, prefetch, scales);
+  return op.call(x, header, offsets, payload, bias, activation, config, ctas, prefetch);
 }
 
 }  // namespace flash_llm

@@ -22,9 +22,9 @@ _UNIT_BYTES = 64
 
 
 def bits_and_values_bytes(weight: PackedWeight) -> int:
-    """Bytes of one bit for each element and 16 bits for each nonzero of a weight."""
+    """Bytes of one bit for each element and the values of the nonzeros of a weight."""
     elements = weight.header.m * weight.header.k
-    return (elements + 7) // 8 + 2 * weight.nnz
+    return (elements + 7) // 8 + weight.nnz * weight.header.value_bits // 8
 
 
 @dataclasses.dataclass(frozen=True)

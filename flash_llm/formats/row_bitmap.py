@@ -1,4 +1,4 @@
-"""Row bitmap, the format for CPUs: one bit per element and 16 bits per nonzero, row after row.
+"""Row bitmap, the format for CPUs: one bit per element and 16 or 8 bits per nonzero, row by row.
 
 A CPU reads the bits and values of a block of four rows in the order in which they are stored, and
 expands 32 elements by one instruction. ``csrc/format/row_bitmap.h`` defines the bytes; this module
@@ -18,7 +18,7 @@ class RowBitmapStats(PackedStats):
     """What a packed weight takes, and how evenly its nonzeros lie.
 
     Attributes:
-        exact_bytes: what one bit per element and 2 bytes per nonzero would take.
+        exact_bytes: what one bit per element and the values of the nonzeros would take.
         empty_blocks: blocks of four rows without a nonzero, which have no bytes in the payload.
         block_bytes_max: bytes of the largest block.
     """
@@ -33,7 +33,8 @@ class RowBitmap(PackedWeight):
     """A weight packed as row bitmap: ``offsets`` int32[blocks + 1] in units of 16 bytes.
 
     About ``2 (1 - sparsity) + 0.13`` bytes per element, so it is smaller than dense 16-bit from a
-    sparsity of 0.07 upwards. It is for CPUs: a weight on a GPU is packed and unpacked by the host,
+    sparsity of 0.07 upwards. With int8 values it takes half of the bytes per nonzero, and 4 bytes
+    per row for the scales. It is for CPUs: a weight on a GPU is packed and unpacked by the host,
     and unpacked again for each product.
 
     Example:

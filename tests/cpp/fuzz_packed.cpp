@@ -24,6 +24,7 @@
 
 #include "base/cpu_isa.h"
 #include "cpu/spmm.h"
+#include "format/element.h"
 #include "format/packed_format.h"
 #include "format/packed_header.h"
 #include "plan/problem.h"
@@ -46,36 +47,54 @@ class Fuzzer {
   void run_round(uint64_t round) {
     round_ = round;
     rng_.seed(static_cast<uint32_t>(seed_ * 0x9E3779B9U + round));
-    const int64_t m = pick_size(), k = pick_size();
-    DenseMatrix dense = random_patterns(m, k, pick_of(0.0, 0.3, 0.7, 0.97, 1.0),
-                                        static_cast<uint32_t>(rng_()), below(3));
-    if (below(2)) thin_out(dense);
     const Format format = kFormats[below(3)];
+    const int64_t m = pick_size(), k = pick_size();
+    const double sparsity = pick_of(0.0, 0.3, 0.7, 0.97, 1.0);
+    const auto seed = static_cast<uint32_t>(rng_());
+    const int64_t row_gap = below(3);
+    const auto type = pick_of(ValueType::kFloat16, ValueType::kBfloat16, ValueType::kInt8Float16,
+                              ValueType::kInt8Bfloat16);
+    if (value_traits(type).bits == 16 || !packed_format(format).value_types.contains(type)) {
+      run_matrix(random_patterns(m, k, sparsity, seed, row_gap), format, ValueType::kFloat16);
+    } else {
+      run_matrix(random_int8(m, k, sparsity, seed, row_gap), format, type);
+    }
+  }
+
+  Outcomes outcomes(Format format) { return outcomes_[format]; }
+
+ private:
+  template <typename Raw>
+  void run_matrix(DenseMatrixOf<Raw> dense, Format format, ValueType type) {
+    const int64_t m = dense.m, k = dense.k;
+    if (below(2)) thin_out(dense);
     Packed packed;
-    require(pack(dense, format, serial_for, &packed).ok(), "pack refused a small matrix");
+    require(pack(dense, format, serial_for, &packed, type).ok(), "pack refused a small matrix");
 
     const int64_t damages = below(4);
     for (int64_t i = 0; i < damages; ++i) damage(packed);
     if (damages == 0) {
       const Status status = check(packed);
       require(status.ok(), "an undamaged weight was refused: " + status.message);
-      const std::vector<uint16_t> back = unpack(packed, serial_for);
+      std::vector<Raw> back(static_cast<size_t>(m * k));
+      std::vector<float> scales(static_cast<size_t>(m));
+      unpack_values(packed.format(), packed.view(), serial_for, back.data(),
+                    value_traits(type).bits == 16 ? nullptr : scales.data());
       for (int64_t row = 0; row < m; ++row) {
         for (int64_t col = 0; col < k; ++col) {
-          const uint16_t value = dense.at(row, col);
-          require(back[static_cast<size_t>(row * k + col)] ==
-                      (is_zero_pattern(value) ? uint16_t{0} : value),
+          const Raw value = dense.at(row, col);
+          require(back[static_cast<size_t>(row * k + col)] == (is_zero(value) ? Raw{0} : value),
                   "unpack changed a value");
+          require(is_zero(value) || dense.scales.empty() ||
+                      scales[static_cast<size_t>(row)] == dense.scales[static_cast<size_t>(row)],
+                  "unpack changed a scale");
         }
       }
     }
     ++(exercise(packed) ? outcomes_[format].accepted : outcomes_[format].refused);
-    pack_changed(dense, format);
+    pack_changed(dense, format, type);
   }
 
-  Outcomes outcomes(Format format) { return outcomes_[format]; }
-
- private:
   int64_t below(int64_t bound) {
     return static_cast<int64_t>(rng_() % static_cast<uint64_t>(bound));
   }
@@ -91,7 +110,8 @@ class Fuzzer {
   }
 
   // Zeroes most elements at random, so that the bitmap format uses 2:4 chunks.
-  void thin_out(DenseMatrix& dense) {
+  template <typename Raw>
+  void thin_out(DenseMatrixOf<Raw>& dense) {
     const int64_t kept = pick_of<int64_t>(5, 30, 100, 200);
     for (int64_t row = 0; row < dense.m; ++row) {
       for (int64_t col = 0; col < dense.k; ++col) {
@@ -106,12 +126,13 @@ class Fuzzer {
                             int64_t{1} << 31, int64_t{1} << 62);
   }
 
-  void pack_changed(DenseMatrix& dense, Format format) {
+  template <typename Raw>
+  void pack_changed(DenseMatrixOf<Raw>& dense, Format format, ValueType type) {
     Packed packed;
-    require(count(dense, format, serial_for, &packed).ok(), "count refused a small matrix");
+    require(count(dense, format, serial_for, &packed, type).ok(), "count refused a small matrix");
     for (int64_t i = below(200); i > 0 && !dense.values.empty(); --i) {
-      uint16_t& value = dense.values[pick_index(dense.values.size())];
-      value = below(2) ? uint16_t{0} : static_cast<uint16_t>(rng_());
+      Raw& value = dense.values[pick_index(dense.values.size())];
+      value = below(2) ? Raw{0} : static_cast<Raw>(rng_());
     }
     if (fill(dense, serial_for, &packed).ok()) {
       require(check(packed).ok(), "packing a matrix that had changed gave a malformed weight");
@@ -265,9 +286,18 @@ class Fuzzer {
     const std::vector<uint16_t> dense = unpack(packed, serial_for);
     multiply(packed);
     if (!valid) return false;
+    if (value_traits(header.value_type).bits == 8) {
+      Packed again;
+      const QuantizedMatrix values = unpack_quantized(packed, serial_for);
+      require(pack(values, header.format, serial_for, &again, header.value_type).ok() &&
+                  again.payload == packed.payload && again.offsets == packed.offsets,
+              "a second packing of values and scales gave other bytes");
+      return true;
+    }
     for (const Format format : kFormats) {
       Packed again;
-      require(pack({header.m, header.k, header.k, dense}, format, serial_for, &again).ok(),
+      require(pack(DenseMatrix{header.m, header.k, header.k, dense, {}}, format, serial_for, &again)
+                  .ok(),
               "pack refused");
       require(again.header.nnz == header.nnz, "nnz changed in a second packing");
       require(unpack(again, serial_for) == dense, "a second packing changed the matrix");
@@ -281,7 +311,6 @@ class Fuzzer {
     args.weight = packed.view();
     args.n = below(10);
     args.x_stride = packed.header.k;
-    args.value_type = packed.header.value_type;
     std::vector<uint16_t> x(static_cast<size_t>(args.n * args.x_stride));
     for (auto& value : x) value = static_cast<uint16_t>(rng_());
     std::vector<uint16_t> y(static_cast<size_t>(args.n * packed.header.m));

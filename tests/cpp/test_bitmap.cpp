@@ -891,7 +891,7 @@ TEST(BitmapSize, StaysCloseToTheBitsAndTheValues) {
     std::vector<int32_t> offsets(static_cast<size_t>(size / 32 * size / 128 + 1));
     int64_t nnz = 0;
     ASSERT_TRUE(
-        bitmap_count(dense.values.data(), size, size, size, serial_for, offsets.data(), &nnz).ok());
+        bitmap_count(dense.matrix(ValueType::kFloat16), serial_for, offsets.data(), &nnz).ok());
     const double bytes = 64.0 * offsets.back() + 4.0 * static_cast<double>(offsets.size());
     const double ideal = static_cast<double>(size * size) * (2.0 * (1.0 - limit.sparsity) + 0.125);
     EXPECT_LT(bytes, limit.factor * ideal) << limit.sparsity;

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <random>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "base/cpu_isa.h"
+#include "format/element.h"
 #include "format/packed_format.h"
 #include "format/packed_header.h"
 #include "testing.h"
@@ -140,6 +142,92 @@ INSTANTIATE_TEST_SUITE_P(
                                          Shape{545, 257}, Shape{530, 640}),
                        ::testing::Values(0.0, 0.1, 0.5, 0.9, 1.0)));
 
+// The formats and types of quantised values.
+using QuantizedType = std::tuple<Format, ValueType>;
+
+const std::vector<QuantizedType> kQuantized = [] {
+  std::vector<QuantizedType> found;
+  for (const Format format : kFormats) {
+    for (const ValueType type : kValueTypes) {
+      if (value_traits(type).bits == 8 && packed_format(format).value_types.contains(type)) {
+        found.emplace_back(format, type);
+      }
+    }
+  }
+  return found;
+}();
+
+class Quantized : public ::testing::TestWithParam<QuantizedType> {
+ protected:
+  const Format format_ = std::get<0>(GetParam());
+  const ValueType type_ = std::get<1>(GetParam());
+};
+
+TEST_P(Quantized, KeepsValuesAndScales) {
+  for (const auto& [m, k] : {Shape{0, 5}, Shape{5, 0}, Shape{1, 1}, Shape{3, 31}, Shape{4, 32},
+                             Shape{37, 33}, Shape{130, 600}}) {
+    for (const double sparsity : {0.0, 0.5, 0.9, 1.0}) {
+      const QuantizedMatrix dense = random_int8(m, k, sparsity, 7, 3);
+      const Packed packed = pack_or_die(dense, format_, type_);
+      const Status status = check(packed);
+      ASSERT_TRUE(status.ok()) << status.message;
+      const QuantizedMatrix back = unpack_quantized(packed, serial_for);
+      int64_t nnz = 0;
+      for (int64_t row = 0; row < m; ++row) {
+        bool any = false;
+        for (int64_t col = 0; col < k; ++col) {
+          ASSERT_EQ(back.at(row, col), dense.at(row, col)) << row << ", " << col;
+          any |= dense.at(row, col) != 0;
+          nnz += dense.at(row, col) != 0;
+        }
+        const auto i = static_cast<size_t>(row);
+        EXPECT_EQ(back.scales[i], any ? dense.scales[i] : 1.0F) << row;
+      }
+      EXPECT_EQ(packed.header.nnz, nnz);
+      Packed threaded;
+      ASSERT_TRUE(pack(dense, format_, threaded_for, &threaded, type_).ok());
+      EXPECT_EQ(threaded.offsets, packed.offsets);
+      EXPECT_EQ(threaded.payload, packed.payload);
+      EXPECT_EQ(unpack(packed, threaded_for), unpack(packed, serial_for));
+      EXPECT_TRUE(check(packed, threaded_for).ok());
+    }
+  }
+}
+
+// The 254 values times scales at both ends of the range of the 16-bit type and in between.
+TEST_P(Quantized, ElementsAreTheRoundedProducts) {
+  const bool half = value_traits(type_).dense == ValueType::kFloat16;
+  QuantizedMatrix dense{0, 254, 254, {}, {}};
+  for (const float scale : {1.0F, 1.0F / 127, 0.007F, 3e-8F, 600.0F, 1e-38F, 1e36F}) {
+    dense.scales.push_back(scale);
+    ++dense.m;
+    for (int value = -127; value <= 127; ++value) {
+      if (value != 0) dense.values.push_back(static_cast<uint8_t>(value));
+    }
+  }
+  const std::vector<uint16_t> elements = unpack(pack_or_die(dense, format_, type_), serial_for);
+  for (size_t i = 0; i < elements.size(); ++i) {
+    // With -ffp-contract=off or without, this is one product in fp32.
+    const float product = static_cast<float>(static_cast<int8_t>(dense.values[i])) *
+                          dense.scales[i / static_cast<size_t>(dense.k)];
+    ASSERT_EQ(elements[i], half ? from_float<ValueType::kFloat16>(product)
+                                : from_float<ValueType::kBfloat16>(product))
+        << i;
+  }
+}
+
+TEST_P(Quantized, WritesStayWithinWhatWasCounted) {
+  for (const double later : {0.0, 0.5, 1.0}) {
+    Packed packed;
+    ASSERT_TRUE(count(random_int8(37, 300, 0.5, 5), format_, serial_for, &packed, type_).ok());
+    // The sanitizers see a write behind the payload.
+    const Status status = fill(random_int8(37, 300, later, 6), serial_for, &packed);
+    EXPECT_EQ(status.code, StatusCode::kRuntime);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Types, Quantized, ::testing::ValuesIn(kQuantized));
+
 // The matrix changes after it was counted and before it is packed, as if another thread wrote to
 // it.
 class Changed : public ::testing::TestWithParam<std::tuple<Format, CpuIsa>> {
@@ -162,7 +250,7 @@ class Changed : public ::testing::TestWithParam<std::tuple<Format, CpuIsa>> {
     packed.payload.insert(packed.payload.begin(), kGuardWords, kGuard);
     packed.payload.insert(packed.payload.end(), kGuardWords, kGuard);
     const Status status =
-        packed.format().pack(after.values.data(), after.ld, after.m, after.k, packed.offsets.data(),
+        packed.format().pack(after.matrix(ValueType::kFloat16), packed.offsets.data(),
                              packed.header.nnz, serial_for, packed.payload.data() + kGuardWords);
     const auto begin = packed.payload.begin(), values = begin + kGuardWords;
     const auto values_end = values + static_cast<std::ptrdiff_t>(words);
@@ -345,6 +433,14 @@ TEST_P(Malformed, ShapeOfAnotherWeight) {
                  {"offsets ", std::to_string(tiles + 1), "300x150"});
 }
 
+TEST_P(Malformed, ValueTypeThatTheFormatDoesNotHold) {
+  for (const ValueType type : kValueTypes) {
+    if (packed_format(GetParam()).value_types.contains(type)) continue;
+    good_.header.value_type = type;
+    expect_refused(good_, StatusCode::kInvalidType, {name_of(GetParam()), value_traits(type).name});
+  }
+}
+
 // These checks read no buffer, so sizes that no test can allocate are tested too.
 TEST_P(Malformed, PayloadBeyondWhatOffsetsCanAddress) {
   PackedHeader header = PackedHeader::of(GetParam());
@@ -362,6 +458,50 @@ TEST_P(Malformed, PayloadBeyondWhatOffsetsCanAddress) {
 
 INSTANTIATE_TEST_SUITE_P(Formats, Malformed, ::testing::ValuesIn(kFormats),
                          [](const auto& test) { return name_of(test.param); });
+
+// Row bitmap of int8 values: one block of rows 0 and 1 of 5 columns, written by hand.
+class Int8Block : public ::testing::Test {
+ protected:
+  static constexpr size_t kScales = 1, kMasks = 5, kValues = 9;
+  QuantizedMatrix dense_{2, 5, 5, {0, 3, 0x81, 0, 0, 0, 0, 0, 0, 0}, {0.5F, 7.0F}};
+  Packed packed_ = pack_or_die(dense_, Format::kRowBitmap, ValueType::kInt8Bfloat16);
+
+  void expect_refused(size_t word, uint32_t bits, std::initializer_list<std::string> parts) {
+    Packed packed = packed_;
+    packed.payload[word] = bits;
+    const Status status = check(packed);
+    EXPECT_EQ(status.code, StatusCode::kInvalidValue);
+    EXPECT_TRUE(mentions(status.message, parts)) << status.message;
+  }
+};
+
+TEST_F(Int8Block, GoldenBytes) {
+  EXPECT_EQ(packed_.header.to_ints(), (std::array<int64_t, 8>{kPackedMagic, 1, 3, 4, 2, 5, 2, 12}));
+  EXPECT_EQ(packed_.offsets, (std::vector<int32_t>{0, 3}));
+  // Word 0, four scales (the rows without values have 1), four masks, two values, padding.
+  EXPECT_EQ(packed_.payload,
+            (std::vector<uint32_t>{0, 0x3F000000, 0x3F800000, 0x3F800000, 0x3F800000, 0b00110, 0, 0,
+                                   0, 0x00008103, 0, 0}));
+  EXPECT_EQ(unpack(packed_, serial_for),
+            (std::vector<uint16_t>{0, 0x3FC0, 0xC27E, 0, 0, 0, 0, 0, 0, 0}));
+}
+
+TEST_F(Int8Block, RefusesScalesThatAreNoPositiveNormalNumbers) {
+  // 0, -0.5, the largest subnormal, infinity, NaN.
+  for (const uint32_t bits : {0U, 0xBF000000U, 0x007FFFFFU, 0x7F800000U, 0x7FC00000U}) {
+    expect_refused(kScales, bits, {"block 0", "row 0", "scale"});
+  }
+  expect_refused(kScales + 1, 0x3F000000, {"block 0", "row 1", "scale", "1", "0.5"});
+  expect_refused(kScales + 3, 0, {"block 0", "row 3", "scale", "1"});
+}
+
+TEST_F(Int8Block, RefusesValuesOutsideTheGrid) {
+  expect_refused(kValues, 0x00008003, {"block 0", "value 1", "-128"});
+  expect_refused(kValues, 0x00008100, {"block 0", "value 0", "zero"});
+  expect_refused(kValues, 0x01008103, {"block 0"});  // padding
+  expect_refused(0, 1, {"block 0", "word 0"});
+  expect_refused(kMasks, 0b100110, {"block 0", "outside"});
+}
 
 }  // namespace
 }  // namespace flash_llm::testing

@@ -427,6 +427,7 @@ TEST(SelectPlanRows, KernelOrBlocksByTokensTypeAndInstructionSet) {
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx2), 4096);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx2, true), 16);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kPortable), 16);
+  EXPECT_EQ(most_tokens(ValueType::kInt8Bfloat16, CpuIsa::kAvx2), 16);
 }
 
 TEST(CpuBlockRows, AreWholeBlocksOfAtLeastOne) {
@@ -438,9 +439,10 @@ TEST(CpuBlockRows, AreWholeBlocksOfAtLeastOne) {
 }
 
 TEST(SelectFormat, FollowsTheDeviceAndTheDensity) {
-  const auto name = [](double sparsity, const DeviceInfo& device) {
+  const auto name = [](double sparsity, const DeviceInfo& device,
+                       ValueType type = ValueType::kFloat16) {
     const SpmmProblem p = problem(4096, 1, 4096, sparsity);
-    const FormatChoice choice = select_format(p.m, p.k, p.nnz, device);
+    const FormatChoice choice = select_format(p.m, p.k, p.nnz, type, device);
     EXPECT_FALSE(choice.reason.empty());
     return choice.format;
   };
@@ -454,6 +456,10 @@ TEST(SelectFormat, FollowsTheDeviceAndTheDensity) {
   EXPECT_EQ(name(0.5, gpu(80, 108, 164 * 1024, "9.0a")), Format::kTiledCsl);
   EXPECT_EQ(name(0.5, kCpu), Format::kRowBitmap);
   EXPECT_EQ(name(0.99, kCpu), Format::kRowBitmap);
+  // No other format holds quantised values.
+  for (const DeviceInfo& device : {kCpu, kH200}) {
+    EXPECT_EQ(name(0.99, device, ValueType::kInt8Bfloat16), Format::kRowBitmap);
+  }
 }
 
 TEST(KernelFamilies, HaveNamesThatAreTheirOwn) {

@@ -177,7 +177,6 @@ struct Product {
     args.bias = bias.empty() ? nullptr : bias.data();
     args.y = y.data() + kGuard;
     args.n = n;
-    args.value_type = type;
     args.activation = activation;
     kernel.multiply(args, parallel_for);
     for (size_t i = 0; i < kGuard; ++i) {
@@ -334,6 +333,96 @@ INSTANTIATE_TEST_SUITE_P(
                        ::testing::Values(0.0, 0.5, 0.95, 1.0),
                        ::testing::Values(ValueType::kFloat16, ValueType::kBfloat16)));
 
+// Products of int8 values. X and bias are those of a product of 16-bit values of the same dtype.
+class SpmmInt8 : public ::testing::TestWithParam<std::tuple<Shape, double, ValueType>> {
+ protected:
+  const ValueType type_ = std::get<2>(GetParam());
+  Product product_;
+  QuantizedMatrix weight_;
+
+  void make(bool integers) {
+    const auto& [shape, sparsity, type] = GetParam();
+    const auto& [m, n, k] = shape;
+    product_ = random_product(m, n, k, 0.0, value_traits(type).dense, integers, true, 11);
+    weight_ = random_int8(m, k, sparsity, 12, 3);
+    if (!integers) return;
+    for (float& scale : weight_.scales) scale = 0.25F;
+    for (int64_t row = 0; row < m; ++row) {
+      for (int64_t col = 0; col < k; ++col) {
+        uint8_t& value = weight_.at(row, col);
+        value = static_cast<uint8_t>(static_cast<int8_t>(value) % 3 * 4);  // elements -2 ... 2
+      }
+    }
+  }
+
+  // As Product::exact, with value * scale as the element of the weight.
+  double exact(int64_t token, int64_t row, bool absolute) const {
+    double sum = pattern_value(product_.bias[static_cast<size_t>(row)], product_.type);
+    if (absolute) sum = std::abs(sum);
+    for (int64_t col = 0; col < weight_.k; ++col) {
+      const auto i = static_cast<size_t>(token * product_.x_stride + col);
+      const double term = static_cast<double>(static_cast<int8_t>(weight_.at(row, col))) *
+                          static_cast<double>(weight_.scales[static_cast<size_t>(row)]) *
+                          pattern_value(product_.x[i], product_.type);
+      sum += absolute ? std::abs(term) : term;
+    }
+    return sum;
+  }
+
+  static bool takes(const Kernel& kernel) { return kernel.format == Format::kRowBitmap; }
+};
+
+TEST_P(SpmmInt8, IntegersAreExact) {
+  make(true);
+  std::vector<uint16_t> expected;
+  for (int64_t token = 0; token < product_.n; ++token) {
+    for (int64_t row = 0; row < weight_.m; ++row) {
+      const double sum = exact(token, row, false);
+      ASSERT_LE(std::abs(sum), 256.0) << "the inputs of this test must stay exact";
+      expected.push_back(from_float_of(static_cast<float>(sum), product_.type));
+    }
+  }
+  const Packed packed = pack_or_die(weight_, Format::kRowBitmap, type_);
+  for (const Kernel& kernel : kKernels) {
+    if (!takes(kernel)) continue;
+    EXPECT_EQ(product_.run(kernel, packed, serial_for), expected) << kernel.name;
+  }
+}
+
+TEST_P(SpmmInt8, RealsStayWithinRounding) {
+  make(false);
+  const Packed packed = pack_or_die(weight_, Format::kRowBitmap, type_);
+  // Half an ulp of the output, its smallest subnormal and, for fp32 sums, (K + 3) u sum|w x|: one
+  // more rounding than for 16-bit values, for the scale.
+  const bool half = product_.type == ValueType::kFloat16;
+  const double output_ulp = std::ldexp(1.0, half ? -11 : -8);
+  const double tiny = std::ldexp(1.0, half ? -24 : -133);
+  const double fp32 = static_cast<double>(weight_.k + 3) * std::ldexp(1.0, -24);
+  for (const Kernel& kernel : kKernels) {
+    if (!takes(kernel)) continue;
+    const auto y = product_.run(kernel, packed, serial_for);
+    EXPECT_EQ(product_.run(kernel, packed, threaded_for), y) << kernel.name;
+    for (int64_t token = 0; token < product_.n; ++token) {
+      for (int64_t row = 0; row < weight_.m; ++row) {
+        const double expected = exact(token, row, false);
+        ASSERT_NEAR(pattern_value(y[static_cast<size_t>(token * weight_.m + row)], product_.type),
+                    expected,
+                    (1.0 + output_ulp) * fp32 * exact(token, row, true) +
+                        output_ulp * std::abs(expected) + tiny)
+            << kernel.name << ", token " << token << ", row " << row;
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    AwkwardShapes, SpmmInt8,
+    ::testing::Combine(::testing::Values(Shape{1, 1, 1}, Shape{127, 7, 63}, Shape{129, 9, 65},
+                                         Shape{200, 0, 100}, Shape{0, 3, 64}, Shape{64, 3, 0},
+                                         Shape{5, 3, 31}, Shape{7, 17, 32}, Shape{33, 6, 300}),
+                       ::testing::Values(0.0, 0.5, 0.95, 1.0),
+                       ::testing::Values(ValueType::kInt8Float16, ValueType::kInt8Bfloat16)));
+
 TEST(SpmmCpuSpecial, EmptyWeightGivesActivatedBias) {
   Product product = random_product(5, 2, 0, 0.0, ValueType::kFloat16, true, true, 1);
   product.activation = Activation::kRelu;
@@ -400,6 +489,14 @@ TEST(SpmmCpuSpecial, AMalformedWeightNeverReachesForeignMemory) {
     EXPECT_FALSE(check(packed).ok());
     product.run(kernel, packed, serial_for);
     EXPECT_EQ(unpack(packed, serial_for).size(), 200U * 150U);
+    if (kernel.format != Format::kRowBitmap) continue;
+    Packed quantized =
+        pack_or_die(random_int8(200, 150, 0.7, 4), kernel.format, ValueType::kInt8Float16);
+    for (size_t i = 5; i < quantized.payload.size(); i += 3) quantized.payload[i] |= 0xFFFF0000U;
+    product.run(kernel, quantized, serial_for);
+    quantized.offsets[1] = INT32_MAX;
+    product.run(kernel, quantized, serial_for);
+    EXPECT_EQ(unpack(quantized, serial_for).size(), 200U * 150U);
   }
 }
 

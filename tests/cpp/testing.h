@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -50,20 +51,26 @@ inline void threaded_for(int64_t count, int64_t grain, const ParallelBody& body)
   for (auto& thread : threads) thread.join();
 }
 
-struct DenseMatrix {
+// Raw is uint16_t, or uint8_t for quantised values, which have scales.
+template <typename Raw>
+struct DenseMatrixOf {
   int64_t m = 0;
   int64_t k = 0;
-  int64_t ld = 0;                // row stride; elements past column k are never zero
-  std::vector<uint16_t> values;  // [m * ld]
+  int64_t ld = 0;                  // row stride; elements past column k are never zero
+  std::vector<Raw> values;         // [m * ld]
+  std::vector<float> scales = {};  // [m] if quantised
 
-  uint16_t& at(int64_t row, int64_t col) { return values[static_cast<size_t>(row * ld + col)]; }
-  uint16_t at(int64_t row, int64_t col) const {
-    return values[static_cast<size_t>(row * ld + col)];
+  Raw& at(int64_t row, int64_t col) { return values[static_cast<size_t>(row * ld + col)]; }
+  Raw at(int64_t row, int64_t col) const { return values[static_cast<size_t>(row * ld + col)]; }
+  ValueMatrix matrix(ValueType type) const {
+    return {values.data(), ld, m, k, type, scales.empty() ? nullptr : scales.data()};
   }
 };
+using DenseMatrix = DenseMatrixOf<uint16_t>;
+using QuantizedMatrix = DenseMatrixOf<uint8_t>;
 
 inline DenseMatrix zeros(int64_t m, int64_t k) {
-  return {m, k, k, std::vector<uint16_t>(static_cast<size_t>(m * k), 0)};
+  return {m, k, k, std::vector<uint16_t>(static_cast<size_t>(m * k), 0), {}};
 }
 
 inline bool is_zero_pattern(uint16_t value) { return (value & 0x7FFF) == 0; }
@@ -72,7 +79,7 @@ inline bool is_zero_pattern(uint16_t value) { return (value & 0x7FFF) == 0; }
 // a random sparsity around `sparsity`, so tiles differ; 0 gives no zeros at all, 1 only zeros.
 inline DenseMatrix random_patterns(int64_t m, int64_t k, double sparsity, uint32_t seed,
                                    int64_t row_gap = 0) {
-  DenseMatrix dense{m, k, k + row_gap, {}};
+  DenseMatrix dense{m, k, k + row_gap, {}, {}};
   dense.values.assign(static_cast<size_t>(m * dense.ld), 0x7BFF);
   std::mt19937 rng(seed);
   std::uniform_real_distribution<double> uniform(0.0, 1.0);
@@ -90,6 +97,27 @@ inline DenseMatrix random_patterns(int64_t m, int64_t k, double sparsity, uint32
   return dense;
 }
 
+// Random int8 values and scales, distributed as random_patterns distributes zeros.
+inline QuantizedMatrix random_int8(int64_t m, int64_t k, double sparsity, uint32_t seed,
+                                   int64_t row_gap = 0) {
+  const DenseMatrix pattern = random_patterns(m, k, sparsity, seed, row_gap);
+  QuantizedMatrix dense{m, k, pattern.ld, std::vector<uint8_t>(pattern.values.size(), 1), {}};
+  std::mt19937 rng(seed + 1);
+  std::uniform_int_distribution<int> value(-127, 127);
+  std::uniform_int_distribution<int> exponent(-8, 2);
+  std::uniform_real_distribution<float> mantissa(1.0F, 2.0F);
+  for (int64_t row = 0; row < m; ++row) {
+    dense.scales.push_back(std::ldexp(mantissa(rng), exponent(rng)));
+    for (int64_t col = 0; col < k; ++col) {
+      const int drawn = value(rng);
+      dense.at(row, col) = is_zero_pattern(pattern.at(row, col))
+                               ? uint8_t{0}
+                               : static_cast<uint8_t>(drawn == 0 ? 1 : drawn);
+    }
+  }
+  return dense;
+}
+
 struct Packed {
   PackedHeader header;
   std::vector<int32_t> offsets;
@@ -97,23 +125,25 @@ struct Packed {
 
   const PackedFormat& format() const { return packed_format(header.format); }
   PackedView view() const {
-    return {header.m,       header.k,       header.nnz,
-            offsets.data(), payload.data(), static_cast<int64_t>(payload.size())};
+    return {header.m,         header.k,       header.nnz,
+            offsets.data(),   payload.data(), static_cast<int64_t>(payload.size()),
+            header.value_type};
   }
 };
 
 // The first pass of packing. It also fills the payload with words that are invalid in every format,
 // so that tests detect a word that the second pass does not write.
-inline Status count(const DenseMatrix& dense, Format format, const ParallelFor& parallel_for,
-                    Packed* out, ValueType type = ValueType::kFloat16) {
+template <typename Raw>
+Status count(const DenseMatrixOf<Raw>& dense, Format format, const ParallelFor& parallel_for,
+             Packed* out, ValueType type = ValueType::kFloat16) {
   out->header = PackedHeader::of(format);
   out->header.value_type = type;
   out->header.m = dense.m;
   out->header.k = dense.k;
   const PackedFormat& row = out->format();
   out->offsets.assign(static_cast<size_t>(row.tiles(dense.m, dense.k) + 1), -1);
-  Status status = row.count(dense.values.data(), dense.ld, dense.m, dense.k, parallel_for,
-                            out->offsets.data(), &out->header.nnz);
+  Status status =
+      row.count(dense.matrix(type), parallel_for, out->offsets.data(), &out->header.nnz);
   if (!status.ok()) return status;
   out->payload.assign(
       static_cast<size_t>(out->offsets.back()) * static_cast<size_t>(row.unit_words), 0xFFFFFFFF);
@@ -122,19 +152,22 @@ inline Status count(const DenseMatrix& dense, Format format, const ParallelFor& 
 }
 
 // The second pass.
-inline Status fill(const DenseMatrix& dense, const ParallelFor& parallel_for, Packed* out) {
-  return out->format().pack(dense.values.data(), dense.ld, dense.m, dense.k, out->offsets.data(),
+template <typename Raw>
+Status fill(const DenseMatrixOf<Raw>& dense, const ParallelFor& parallel_for, Packed* out) {
+  return out->format().pack(dense.matrix(out->header.value_type), out->offsets.data(),
                             out->header.nnz, parallel_for, out->payload.data());
 }
 
-inline Status pack(const DenseMatrix& dense, Format format, const ParallelFor& parallel_for,
-                   Packed* out, ValueType type = ValueType::kFloat16) {
+template <typename Raw>
+Status pack(const DenseMatrixOf<Raw>& dense, Format format, const ParallelFor& parallel_for,
+            Packed* out, ValueType type = ValueType::kFloat16) {
   Status status = count(dense, format, parallel_for, out, type);
   return status.ok() ? fill(dense, parallel_for, out) : status;
 }
 
-inline Packed pack_or_die(const DenseMatrix& dense, Format format,
-                          ValueType type = ValueType::kFloat16) {
+template <typename Raw>
+Packed pack_or_die(const DenseMatrixOf<Raw>& dense, Format format,
+                   ValueType type = ValueType::kFloat16) {
   Packed packed;
   const Status status = pack(dense, format, serial_for, &packed, type);
   if (!status.ok()) {
@@ -148,6 +181,16 @@ inline Packed pack_or_die(const DenseMatrix& dense, Format format,
 inline std::vector<uint16_t> unpack(const Packed& packed, const ParallelFor& parallel_for) {
   std::vector<uint16_t> dense(static_cast<size_t>(packed.header.m * packed.header.k), 0xDEAD);
   unpack(packed.format(), packed.view(), parallel_for, dense.data());
+  return dense;
+}
+
+// The values and scales of a quantised weight; poisoned first.
+inline QuantizedMatrix unpack_quantized(const Packed& packed, const ParallelFor& parallel_for) {
+  const int64_t m = packed.header.m, k = packed.header.k;
+  QuantizedMatrix dense{m, k, k, std::vector<uint8_t>(static_cast<size_t>(m * k), 0xAD),
+                        std::vector<float>(static_cast<size_t>(m), -1.0F)};
+  unpack_values(packed.format(), packed.view(), parallel_for, dense.values.data(),
+                dense.scales.data());
   return dense;
 }
 

@@ -191,13 +191,16 @@ Status cuda::spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* works
   if (Status fits = cuda::check_launch(plan, sums_bytes); !fits.ok()) return fits;
   const BitmapParams params(plan, args, workspace, config.block_m(), config.rings());
   const int smem_bytes = bitmap_smem_bytes(config, plan.ring_bytes);
-  switch (args.value_type) {
+  switch (args.weight.value_type) {
     case ValueType::kFloat16:
       return launch_config<ValueType::kFloat16>(plan.config, params, args, smem_bytes, prefetch,
                                                 stream);
     case ValueType::kBfloat16:
       return launch_config<ValueType::kBfloat16>(plan.config, params, args, smem_bytes, prefetch,
                                                  stream);
+    case ValueType::kInt8Float16:
+    case ValueType::kInt8Bfloat16:
+      break;
   }
   return Status::invalid_type("the bitmap kernel has no code for this value type");
 }

@@ -204,13 +204,16 @@ Status spmm_mma_sync(const SpmmPlan& plan, const SpmmArgs& args, void* workspace
   params.x_stride = args.x_stride;
   params.k = static_cast<int>(args.weight.k);
   const int smem_bytes = mma_sync_smem_bytes(config, plan.ring_bytes);
-  switch (args.value_type) {
+  switch (args.weight.value_type) {
     case ValueType::kFloat16:
       return launch_mma_sync_config<Family, ValueType::kFloat16>(plan.config, params, smem_bytes,
                                                                  prefetch, stream);
     case ValueType::kBfloat16:
       return launch_mma_sync_config<Family, ValueType::kBfloat16>(plan.config, params, smem_bytes,
                                                                   prefetch, stream);
+    case ValueType::kInt8Float16:
+    case ValueType::kInt8Bfloat16:
+      break;
   }
   return Status::invalid_type("the bitmap kernel has no code for this value type");
 }

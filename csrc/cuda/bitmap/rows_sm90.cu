@@ -634,13 +634,16 @@ Status cuda::spmm_bitmap_rows(const SpmmPlan& plan, const SpmmArgs& args, bool p
                   static_cast<unsigned>((args.n + config.tile_n - 1) / config.tile_n));
   const int smem_bytes =
       bitmap_rows_fixed_smem_bytes(config.tile_n, config.teams) + plan.ring_bytes;
-  switch (args.value_type) {
+  switch (args.weight.value_type) {
     case ValueType::kFloat16:
       return launch_config<ValueType::kFloat16>(plan.config, params, args, grid, smem_bytes,
                                                 prefetch, stream);
     case ValueType::kBfloat16:
       return launch_config<ValueType::kBfloat16>(plan.config, params, args, grid, smem_bytes,
                                                  prefetch, stream);
+    case ValueType::kInt8Float16:
+    case ValueType::kInt8Bfloat16:
+      break;
   }
   return Status::invalid_type("the bitmap rows kernel has no code for this value type");
 }

@@ -46,7 +46,7 @@ Status map_x(const SpmmArgs& args, int tokens, CUtensorMap* map) {
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
   const cuuint32_t box[2] = {kXBoxK, static_cast<cuuint32_t>(tokens)};
   const cuuint32_t element_strides[2] = {1, 1};
-  const CUtensorMapDataType type = args.value_type == ValueType::kFloat16
+  const CUtensorMapDataType type = args.weight.value_type == ValueType::kFloat16
                                        ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                        : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult result =

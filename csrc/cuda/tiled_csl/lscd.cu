@@ -544,11 +544,14 @@ Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bo
   params.workspace = static_cast<float*>(workspace);
   params.packed_x = reinterpret_cast<uint4*>(static_cast<char*>(workspace) + sums_bytes);
   params.epilogue = {args.bias, args.y, weight.m, args.n, args.activation};
-  switch (args.value_type) {
+  switch (args.weight.value_type) {
     case ValueType::kFloat16:
       return launch_config<ValueType::kFloat16>(plan.config, params, prefetch, stream);
     case ValueType::kBfloat16:
       return launch_config<ValueType::kBfloat16>(plan.config, params, prefetch, stream);
+    case ValueType::kInt8Float16:
+    case ValueType::kInt8Bfloat16:
+      break;
   }
   return Status::invalid_type("the LSCD kernel has no code for this value type");
 }

@@ -1,0 +1,271 @@
+"""Quantised values: their bytes, rounding and products."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from formats import DTYPES, each, read_quantized_row_bitmap, write_quantized_row_bitmap
+
+import flash_llm
+from flash_llm import PackedWeight, RowBitmap, _extension, ops, quantize, testing
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+@pytest.fixture(params=_extension.require().cpu_isas())
+def isa(request, force_isa):
+    """Force the kernels of an instruction set, one that this CPU has."""
+    force_isa(request.param)
+    return request.param
+
+
+def random_int8(m, k, sparsity=0.5, seed=0):
+    """Values and scales; every row has a scale of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8)
+    values[torch.rand(m, k, generator=generator) < sparsity] = 0
+    return values, 2.0 ** torch.randn(m, generator=generator)
+
+
+def exact_weight(w):
+    """The elements of a quantised weight without any rounding, as float64."""
+    values, scales = w.to_quantized()
+    return values.double() * scales.double()[:, None]
+
+
+# ---- rounding ----
+
+
+@each("dtype", (*DTYPES, torch.float32))
+def test_rows_are_rounded_to_nearest_with_their_largest_at_127(dtype):
+    weight = testing.random_sparse(300, 200, 0.5, dtype=torch.float32).to(dtype)
+    weight[7] = 0
+    values, scales = quantize.round_to_int8(weight)
+    exact, scale = weight.double(), scales.double()[:, None]
+    assert values.dtype == torch.int8 and scales.dtype == torch.float32
+    assert bool((values.abs().amax(1)[scales != 1] == 127).all()) and int(values.min()) >= -127
+    assert scales[7] == 1 and not values[7].any()
+    assert bool(((values.double() * scale - exact).abs() <= 0.5001 * scale).all())
+
+
+def test_ties_are_rounded_to_even_and_tiny_rows_keep_a_normal_scale():
+    weight = torch.tensor([[127.0, 0.5, 1.5, -2.5], [2.0**-133, 0, 0, 0]]).bfloat16()
+    values, scales = quantize.round_to_int8(weight)
+    assert values.tolist() == [[127, 0, 2, -2], [0, 0, 0, 0]]
+    assert scales.tolist() == [1.0, TINY]
+
+
+def test_parts_of_a_large_weight_are_rounded_alike(monkeypatch):
+    weight = testing.random_sparse(67, 50, 0.3, dtype=torch.bfloat16)
+    whole = quantize.round_to_int8(weight)
+    monkeypatch.setattr(quantize, "_PART_ELEMENTS", 120)
+    assert all(map(torch.equal, quantize.round_to_int8(weight), whole))
+
+
+@each("number", [float("nan"), float("inf"), -float("inf")])
+@each("dtype", DTYPES)
+def test_a_row_that_is_not_finite_is_named(number, dtype):
+    weight = torch.ones(9, 40, dtype=dtype)
+    weight[6, 39] = number
+    with pytest.raises(ValueError, match="row 6 "):
+        flash_llm.pack(weight, values="int8")
+
+
+# ---- bytes ----
+
+
+@each("sparsity", [0.0, 0.5, 0.97, 1.0])
+@each(("m", "k"), [(0, 7), (7, 0), (1, 1), (3, 31), (4, 32), (5, 33), (130, 70), (200, 576)])
+@each("dtype", DTYPES)
+def test_bytes_are_as_described(m, k, sparsity, dtype):
+    values, scales = random_int8(m, k, sparsity)
+    w = ops.pack_quantized(values, scales, dtype, "row_bitmap")
+    w.validate()
+    written = write_quantized_row_bitmap(values.numpy(), scales.numpy())
+    np.testing.assert_array_equal(w.payload.numpy().view(np.uint8), np.concatenate([*written, []]))
+    for found, expected in zip(w.to_quantized(), read_quantized_row_bitmap(w), strict=True):
+        np.testing.assert_array_equal(found.numpy(), expected)
+    assert torch.equal(w.to_quantized()[0], values) and w.nnz == int(values.count_nonzero())
+    assert w.values == "int8" and w.dtype == dtype and w.to_dense().dtype == dtype
+
+
+@each("dtype", DTYPES)
+def test_packing_rounds_and_unpacking_gives_the_products(dtype, isa):
+    weight = testing.random_sparse(301, 200, 0.6, dtype=dtype)
+    weight[8:12] = 0
+    values, scales = quantize.round_to_int8(weight)
+    for w in (
+        flash_llm.pack(weight, values="int8"),
+        flash_llm.pack(weight.t().contiguous().t(), "row_bitmap", values="int8"),
+    ):
+        assert all(map(torch.equal, w.to_quantized(), (values, scales)))
+        assert torch.equal(w.to_dense(), quantize.dequantize(values, scales, dtype))
+        assert w.stats().exact_bytes == 301 * 25 + w.nnz
+    large = flash_llm.pack(testing.random_sparse(512, 4096, 0.5), values="int8")
+    assert large.stats().packed_bytes < 1.006 * large.stats().exact_bytes
+
+
+def test_pruning_chooses_the_elements_that_are_quantised():
+    weight = testing.random_sparse(64, 100, 0.0)
+    pruned = flash_llm.prune_pack(weight, 0.7).to_dense()
+    for scope, sparsity in (("row", 0.7), ("2:4", None)):
+        pruned = flash_llm.prune_pack(weight, sparsity, scope=scope).to_dense()
+        w = flash_llm.prune_pack(weight, sparsity, scope=scope, values="int8")
+        assert torch.equal(w.to_quantized()[0], quantize.round_to_int8(pruned)[0])
+
+
+@each(
+    ("rows", "columns"),
+    [
+        ((0, 8), (0, 70)),
+        ((4, 37), (0, 70)),
+        ((3, 9), (0, 70)),
+        ((0, 37), (5, 40)),
+        ((2, 2), (0, 0)),
+    ],
+)
+def test_slices_and_concatenations_keep_values_and_scales(rows, columns):
+    values, scales = random_int8(37, 70, 0.6)
+    values[16:20], values[1, 5:40] = 0, 0
+    w = ops.pack_quantized(values, scales, torch.bfloat16)
+    part = w.slice(slice(*rows), slice(*columns))
+    part.validate()
+    expected = ops.pack_quantized(
+        values[slice(*rows), slice(*columns)], scales[slice(*rows)], torch.bfloat16
+    )
+    assert part.header == expected.header and torch.equal(part.payload, expected.payload)
+    assert torch.equal(part.offsets, expected.offsets)
+    for border in (8, 13):
+        parts = [w.slice(slice(0, border)), w.slice(slice(border, 37))]
+        joined = PackedWeight.concat(parts)
+        assert joined.header == w.header and torch.equal(joined.payload, w.payload)
+
+
+# ---- products ----
+
+
+@each("k", [1, 31, 32, 33, 64, 129, 1031])
+@each("dtype", DTYPES)
+def test_small_integers_are_exact_on_every_route(k, isa, dtype):
+    for m, sparsity in itertools.product((1, 3, 4, 67), (0.0, 0.5, 0.9)):
+        weight = testing.small_integers(m, k, sparsity=sparsity, dtype=dtype, seed=m)
+        scales = 2.0 ** torch.arange(m).remainder(3)
+        w = ops.pack_quantized((weight.float() * 4).to(torch.int8), scales / 4, dtype)
+        weight = (weight.float() * scales[:, None]).to(dtype)
+        assert torch.equal(w.to_dense(), weight)
+        x = testing.small_integers(9, k, dtype=dtype, seed=1)
+        bias = testing.small_integers(m, dtype=dtype, seed=3)
+        expected = testing.spmm_reference(x, weight, bias, "relu").float().to(dtype)
+        for n, route in itertools.product(
+            (1, 2, 3, 9), ("auto", "cpu_rows", "cpu_blocks", "dense", "cpu_reference")
+        ):
+            y = flash_llm.spmm(x[:n], w, bias, activation="relu", config=route)
+            assert torch.equal(y, expected[:n]), (m, n, sparsity, route)
+
+
+@each("sparsity", [0.0, 0.4, 0.9, 1.0])
+@each("dtype", DTYPES)
+def test_results_stay_within_the_float64_bound(sparsity, isa, dtype):
+    weight = testing.random_sparse(131, 1100, sparsity, dtype=dtype)
+    w, bias = flash_llm.pack(weight, values="int8"), torch.randn(131).to(dtype)
+    for n, activation in itertools.product((1, 4, 7, 16), (None, "silu")):
+        x = torch.randn(n, 1100).to(dtype)
+        y = flash_llm.spmm(x, w, bias, activation=activation, config="cpu_rows")
+        testing.assert_spmm_close(y, x, exact_weight(w), bias, activation)
+        y = flash_llm.spmm(x, w, bias, activation=activation, config="cpu_blocks")
+        testing.assert_spmm_close(y, x, w.to_dense(), bias, activation, rounds_sum=True)
+
+
+@each("dtype", DTYPES)
+def test_infinity_and_nan_in_x_meet_absent_zeros(isa, dtype):
+    values, scales = random_int8(24, 150, 0.7)
+    values[:, 32:64], values[8:12] = 0, 0
+    w = ops.pack_quantized(values, scales, dtype)
+    x = torch.ones(3, 150, dtype=dtype)
+    x[0, 40], x[2, 149] = float("inf"), float("nan")
+    y = flash_llm.spmm(x, w, config="cpu_rows")
+    expected = x.double() @ exact_weight(w).t()
+    assert torch.equal(y.isnan(), expected.isnan()) and bool(y[1].isfinite().all())
+
+
+def test_malformed_weights_stay_within_their_memory(isa):
+    values, scales = random_int8(37, 200, 0.8)
+    w = ops.pack_quantized(values, scales, torch.float16)
+    x = torch.randn(3, 200).half()
+    for count in range(5, w.payload.numel() - 1, 4):
+        payload = w.payload.clone()
+        payload[count:] = -1
+        broken = RowBitmap(w.header, w.offsets, payload)
+        for route in ("cpu_rows", "cpu_blocks"):
+            assert flash_llm.spmm(x, broken, config=route).shape == (3, 37)
+        assert broken.to_quantized()[0].shape == (37, 200)
+    with pytest.raises(ValueError, match="flash_llm::validate"):
+        broken.validate()
+
+
+@each("dtype", DTYPES)
+def test_gradients_and_compiled_calls_are_those_of_the_unpacked_weight(dtype):
+    w = flash_llm.pack(testing.random_sparse(60, 90, 0.5, dtype=dtype), values="int8")
+    x = torch.randn(5, 90).to(dtype).requires_grad_()
+    y = flash_llm.spmm(x, w, activation="relu")
+    y.sum().backward()
+    expected = (y > 0).to(dtype) @ w.to_dense()
+    assert torch.equal(x.grad, expected)
+    compiled = torch.compile(lambda x: flash_llm.spmm(x, w), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), flash_llm.spmm(x, w))
+
+
+def test_opcheck():
+    values, scales = random_int8(30, 50)
+    op = torch.ops.flash_llm.pack_quantized.default
+    torch.library.opcheck(op, (values, scales, torch.float16, "row_bitmap"))
+    w = ops.pack_quantized(values, scales, torch.bfloat16)
+    parts = (list(w.header), w.offsets, w.payload)
+    for op in ("unpack_quantized", "unpack"):
+        torch.library.opcheck(getattr(torch.ops.flash_llm, op).default, parts)
+    torch.library.opcheck(torch.ops.flash_llm.spmm.default, (torch.ones(2, 50).bfloat16(), *parts))
+
+
+# ---- bad input ----
+
+
+@each(
+    ("values", "scales", "dtype", "format", "error", "match"),
+    [
+        ([[-128, 1]], [1.0], torch.float16, "auto", ValueError, "values .*-128"),
+        ([[1, 1]], [0.0], torch.float16, "auto", ValueError, r"scales\[0\] = 0"),
+        ([[1, 1]], [-1.0], torch.float16, "auto", ValueError, r"scales\[0\] = -1"),
+        ([[1, 1]], [float("nan")], torch.float16, "auto", ValueError, r"scales\[0\] = nan"),
+        ([[1, 1]], [float("inf")], torch.float16, "auto", ValueError, r"scales\[0\] = inf"),
+        ([[1, 1]], [TINY / 2], torch.float16, "auto", ValueError, r"scales\[0\]"),
+        ([[1, 1]], [1.0, 1.0], torch.float16, "auto", ValueError, r"scales .*\[M=1\]"),
+        ([1, 1], [1.0, 1.0], torch.float16, "auto", ValueError, "values .*dimension"),
+        ([[1, 1]], [1.0], torch.float32, "auto", TypeError, "dtype .*Float"),
+        ([[1, 1]], [1.0], torch.float16, "bitmap", TypeError, '"bitmap" .*int8'),
+        ([[1, 1]], [1.0], torch.float16, "tiled_csl", TypeError, '"tiled_csl" .*int8'),
+        ([[1, 1]], [1.0], torch.float16, "csr", ValueError, "format .*csr"),
+    ],
+)
+def test_values_and_scales_that_cannot_be_packed(values, scales, dtype, format, error, match):
+    values, scales = torch.tensor(values, dtype=torch.int8), torch.tensor(scales)
+    with pytest.raises(error, match=match):
+        ops.pack_quantized(values, scales, dtype, format)
+
+
+def test_dtypes_and_names_that_are_wrong():
+    values, scales = random_int8(4, 8)
+    with pytest.raises(TypeError, match="values .*int8"):
+        ops.pack_quantized(values.int(), scales, torch.float16)
+    with pytest.raises(TypeError, match="scales .*float32"):
+        ops.pack_quantized(values, scales.half(), torch.float16)
+    with pytest.raises(ValueError, match='values .*"int5"'):
+        flash_llm.pack(torch.ones(4, 8).half(), values="int5")
+    with pytest.raises(TypeError, match="not quantised"):
+        flash_llm.pack(torch.ones(4, 8).half()).to_quantized()
+    mixed = [flash_llm.pack(torch.ones(4, 8).half(), "row_bitmap", values=v) for v in ops.VALUES]
+    with pytest.raises(TypeError, match="weight 1 .*int8_float16"):
+        PackedWeight.concat(mixed)
+    w = mixed[1]
+    with pytest.raises(TypeError, match="x must be"):
+        flash_llm.spmm(torch.ones(1, 8).bfloat16(), w)
