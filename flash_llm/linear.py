@@ -9,6 +9,7 @@ buffer was replaced or written to.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -35,7 +36,8 @@ class SparseLinear(nn.Linear):
     :mod:`flash_llm.integrations.adapters` merges adapters of PEFT.
     ``load_state_dict`` accepts packed buffers of any length, and a dense ``weight``, which it
     packs. Packed buffers keep their format; :meth:`refit` changes it if another one is faster on
-    the device. ``.half()`` and ``.bfloat16()`` round the values to the new dtype. Casts to other
+    the device. ``.half()`` and ``.bfloat16()`` round 16-bit values to the new dtype; int8 values
+    and their scales stay as they are. Casts to other
     dtypes do not change the weight: only bias, input and output have the new dtype.
 
     Code may replace the three buffers or write to them between two calls, by operations that torch
@@ -56,11 +58,14 @@ class SparseLinear(nn.Linear):
         format: ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"`` or ``"auto"``, which chooses the
             format that multiplies fastest on the device, whenever a dense weight is packed and
             when the layer moves between CPU and GPU.
+        values: ``"16-bit"`` or ``"int8"``: what :func:`flash_llm.pack` stores of each dense weight
+            that the layer gets.
 
     Raises:
-        ValueError: a size is negative, ``format`` is unknown, or ``payload_words`` is not 0 off the
-            meta device.
-        TypeError: ``dtype`` is neither float16 nor bfloat16.
+        ValueError: a size is negative, ``format`` or ``values`` is unknown, or ``payload_words`` is
+            not 0 off the meta device.
+        TypeError: ``dtype`` is neither float16 nor bfloat16, or the format does not hold such
+            values.
         RuntimeError: the compiled extension is missing.
 
     Example:
@@ -96,6 +101,7 @@ class SparseLinear(nn.Linear):
         dtype: torch.dtype = torch.float16,
         payload_words: int = 0,
         format: str = "auto",
+        values: str = "16-bit",
     ) -> None:
         # nn.Linear's own constructor would allocate the dense weight.
         nn.Module.__init__(self)
@@ -103,8 +109,15 @@ class SparseLinear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.format = format
-        packed = PackedWeight.class_for("tiled_csl" if format == "auto" else format).empty(
-            out_features, in_features, dtype=dtype, device=device, payload_words=payload_words
+        # Any format will do for a weight of zeros; one that holds the values.
+        any_format = "tiled_csl" if values == "16-bit" else "row_bitmap"
+        packed = PackedWeight.class_for(any_format if format == "auto" else format).empty(
+            out_features,
+            in_features,
+            dtype=dtype,
+            device=device,
+            payload_words=payload_words,
+            values=values,
         )
         for name in BUFFERS:
             self.register_buffer(name, None)
@@ -122,6 +135,7 @@ class SparseLinear(nn.Linear):
         sparsity: float | None = None,
         scope: str = "row",
         format: str = "auto",
+        values: str = "16-bit",
     ) -> SparseLinear:
         """Pack the weight of a dense layer.
 
@@ -131,6 +145,7 @@ class SparseLinear(nn.Linear):
                 as by :func:`flash_llm.prune_pack`; None does not prune.
             scope: ``"row"``, ``"layer"`` or ``"N:M"``, which prunes even if ``sparsity`` is None.
             format: as for the constructor.
+            values: as for the constructor.
 
         Returns:
             A new layer on the same device and in the same training mode. It shares the bias
@@ -139,10 +154,10 @@ class SparseLinear(nn.Linear):
         Raises:
             TypeError: ``linear`` is another module, or its weight or bias is not float16 or
                 bfloat16 (cast the model with ``.to(torch.bfloat16)`` first).
-            ValueError: ``sparsity``, ``scope`` or ``format`` is not one that
+            ValueError: ``sparsity``, ``scope``, ``format`` or ``values`` is not one that
                 :func:`flash_llm.prune_pack` takes.
         """
-        packed = pack_layer(linear, sparsity=sparsity, scope=scope, format=format)
+        packed = pack_layer(linear, sparsity=sparsity, scope=scope, format=format, values=values)
         bias = linear.bias
         assert bias is None or isinstance(bias, nn.Parameter)
         layer = cls.from_packed(packed, bias, validate=False)
@@ -187,7 +202,13 @@ class SparseLinear(nn.Linear):
                     f"flash_llm.SparseLinear: bias must be {packed.dtype} on {packed.device}, "
                     f"as the weight is, got {bias.dtype} on {bias.device}"
                 )
-        layer = cls(k, m, bias=False, device="meta", dtype=packed.dtype, format=packed.FORMAT)
+        layer = cls(
+            *(k, m, False),
+            device="meta",
+            dtype=packed.dtype,
+            format=packed.FORMAT,
+            values=packed.values,
+        )
         layer._install(packed)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
@@ -216,6 +237,11 @@ class SparseLinear(nn.Linear):
     def dtype(self) -> torch.dtype:
         """Dtype of the weight, and of input and output of ``forward``."""
         return self._current_header().dtype
+
+    @property
+    def values(self) -> str:
+        """What the weight stores: ``"16-bit"`` or ``"int8"``."""
+        return self._current_header().values
 
     @property
     def sparsity(self) -> float:
@@ -266,7 +292,12 @@ class SparseLinear(nn.Linear):
         """Set weight and bias to zero."""
         packed = self.packed
         self._install(
-            packed.empty(*packed.shape, dtype=packed.dtype, device=self.weight_payload.device)
+            packed.empty(
+                *packed.shape,
+                dtype=packed.dtype,
+                device=self.weight_payload.device,
+                values=packed.values,
+            )
         )
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -277,7 +308,7 @@ class SparseLinear(nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, dtype={header.dtype}, "
-            f"format={PackedWeight.class_for(header.format).FORMAT}, "
+            f"format={PackedWeight.class_for(header.format).FORMAT}, values={header.values}, "
             f"sparsity={header.sparsity:.4f}"
         )
 
@@ -367,7 +398,7 @@ class SparseLinear(nn.Linear):
             raise TypeError(
                 f"flash_llm.SparseLinear: weight must be {self.dtype}, got {dense.dtype}"
             )
-        packed = ops.pack(dense, self.format)
+        packed = ops.pack(dense, self.format, values=self.values)
         here = self.weight_payload.device
         self._install(packed if here.type == "meta" else packed.to(here))
 
@@ -410,8 +441,14 @@ class SparseLinear(nn.Linear):
             # to_empty() does not initialise memory, so the offsets would be malformed.
             self.reset_parameters()
         if packable and new_dtype != old_dtype:
+            value_type = ops.value_type_of(new_dtype, header.values)
             if self.weight_payload.is_meta:
-                self._header = self._header._replace(value_type=ops.value_type_of(new_dtype))
+                self._header = self._header._replace(value_type=value_type)
+            elif header.values != "16-bit":  # the values do not depend on the dtype
+                packed = self.packed
+                cast = packed.header._replace(value_type=value_type)
+                self._install(dataclasses.replace(packed, header=cast))
+                self.refit()
             else:
                 self._install(ops.pack(self.weight.to(new_dtype), self.format))
         elif self.weight_payload.device.type != old_device.type:
@@ -425,6 +462,7 @@ class SparseLinear(nn.Linear):
             weight: ``[M', K']`` dense part, of the layer's dtype.
         """
         self.out_features, self.in_features = weight.shape
+        # The elements of a quantised weight become 16-bit values: rounding again would change them.
         self._install(ops.pack(weight, self.format))
         self.is_part = True
 
@@ -434,7 +472,7 @@ class SparseLinear(nn.Linear):
         ``.to()`` calls this; it is for code that replaces the buffers.
         """
         if self._wants_other_format():
-            self._install(ops.pack(ops.unpack(self.packed), self.format))
+            self._install(ops.repack(self.packed, self.format))
 
     def _wants_other_format(self) -> bool:
         """Whether ``format="auto"`` would choose another format on the layer's device."""
@@ -443,7 +481,9 @@ class SparseLinear(nn.Linear):
             return False
         major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
         name, _ = ops.explain_format(
-            header.m, header.k, header.nnz, compute_capability=10 * major + minor
+            *(header.m, header.k, header.nnz),
+            compute_capability=10 * major + minor,
+            values=header.values,
         )
         return name != self.packed.FORMAT
 
@@ -502,7 +542,7 @@ class SparseLinear(nn.Linear):
             if not isinstance(dense, Tensor) or not dense.is_floating_point() or dense.is_meta:
                 raise TypeError(f"weight must be a floating point tensor with values, got {dense}")
             self._check_shape(*dense.shape)
-            return ops.pack(dense.to(self.dtype), self.format)
+            return ops.pack(dense.to(self.dtype), self.format, values=self.values)
         if len(found) != len(BUFFERS):
             absent = next(name for name in BUFFERS if name not in found)
             raise ValueError(f"{absent} is missing, although there is {found[0]}")
@@ -572,6 +612,7 @@ def pack_layer(
     sparsity: float | None = None,
     scope: str = "row",
     format: str = "auto",
+    values: str = "16-bit",
 ) -> PackedWeight:
     """Pack the ``[M, K]`` weight of a dense layer; arguments and errors as ``from_linear``."""
     name = type(layer).__name__
@@ -599,5 +640,5 @@ def pack_layer(
     if is_conv1d(layer):
         weight = weight.t()
     if sparsity is None and scope in ("row", "layer"):
-        return ops.pack(weight, format)
-    return ops.prune_pack(weight, sparsity, scope=scope, format=format)
+        return ops.pack(weight, format, values=values)
+    return ops.prune_pack(weight, sparsity, scope=scope, format=format, values=values)

@@ -55,6 +55,7 @@ class LayerReport:
         decision: ``"packed"``, ``"dense"`` (packing would not shrink it) or ``"skipped"`` (the
             layer cannot be packed, or is left alone).
         reason: one sentence.
+        values: what the packed weight stores, ``"16-bit"`` or ``"int8"``; None if skipped.
     """
 
     name: str
@@ -65,6 +66,14 @@ class LayerReport:
     format: str | None
     decision: str
     reason: str
+    values: str | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """Format, and values that are not of 16 bits, for a table."""
+        if self.values in (None, "16-bit"):
+            return self.format or "-"
+        return f"{self.format} {self.values}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +120,14 @@ class SparsifyReport(Report):
     def summary(self) -> str:
         """Return the same table; layers whose names differ only in indices share a line."""
 
-        def alike(row: LayerReport) -> tuple[str, tuple[int, ...], str | None, str, str]:
+        def alike(row: LayerReport) -> tuple[str, tuple[int, ...], str, str, str]:
             # The size of a weight, which follows the colon of a reason, is in the columns.
             reason, colon, _ = row.reason.partition(":")
             reason = row.reason if row.packed_bytes is None else reason if colon else ""
-            return kind(row.name), row.shape, row.format, row.decision, reason
+            return kind(row.name), row.shape, row.stored_as, row.decision, reason
 
         table = [("layers", "number", *self._titles()[1:])]
-        for (name, shape, format, decision, reason), rows in grouped(self.rows, alike).items():
+        for (name, shape, stored_as, decision, reason), rows in grouped(self.rows, alike).items():
             packed = [row.packed_bytes for row in rows if row.packed_bytes is not None]
             table.append(
                 (
@@ -128,7 +137,7 @@ class SparsifyReport(Report):
                     span(row.sparsity for row in rows),
                     f"{sum(row.dense_bytes for row in rows) / 1e6:.3f}",
                     f"{sum(packed) / 1e6:.3f}" if packed else "-",
-                    format or "-",
+                    stored_as,
                     decision,
                     reason,
                 )
@@ -168,7 +177,7 @@ class SparsifyReport(Report):
                 "-" if row.sparsity is None else f"{row.sparsity:.4f}",
                 f"{row.dense_bytes / 1e6:.3f}",
                 "-" if row.packed_bytes is None else f"{row.packed_bytes / 1e6:.3f}",
-                row.format or "-",
+                row.stored_as,
                 row.decision,
                 row.reason,
             )
@@ -207,6 +216,7 @@ def sparsify_(
     sparsity: float | None = None,
     scope: str = "row",
     format: str = "auto",
+    values: str = "16-bit",
     pack_unprofitable: bool = False,
     progress: bool | ProgressBar = False,
 ) -> SparsifyReport:
@@ -237,6 +247,7 @@ def sparsify_(
         scope: ``"row"``, ``"layer"`` or ``"N:M"`` (which prunes even when ``sparsity`` is None).
         format: ``"auto"`` (the format that multiplies fastest on the layer's device),
             ``"row_bitmap"``, ``"tiled_csl"`` or ``"bitmap"``.
+        values: ``"16-bit"`` or ``"int8"``, as :func:`flash_llm.pack` takes it.
         pack_unprofitable: whether to replace layers that packing does not shrink too.
         progress: True for a tqdm bar, or a callable such as ``rich.progress.track``.
 
@@ -245,9 +256,10 @@ def sparsify_(
 
     Raises:
         ValueError: a pattern matches nothing; a weight to pack is tied to another parameter;
-            ``sparsity``, ``scope`` or ``format`` is wrong; ``model`` itself is the layer.
-        TypeError: a weight or bias to pack is not float16 or bfloat16, or ``model`` is not a
-            module.
+            ``sparsity``, ``scope``, ``format`` or ``values`` is wrong; ``model`` itself is the
+            layer; an element to quantise is NaN or infinite.
+        TypeError: a weight or bias to pack is not float16 or bfloat16, ``model`` is not a module,
+            or the format does not hold such values.
         NotImplementedError: a weight is distributed over processes, but not by a tensor parallel
             plan of transformers (with such a plan, all processes must call this together).
         RuntimeError: the compiled extension is missing, or CUDA failed.
@@ -262,6 +274,7 @@ def sparsify_(
     if not isinstance(model, nn.Module):
         raise TypeError(f"flash_llm.sparsify_: model must be a module, got {type(model).__name__}")
     ops.check_format(format)
+    ops.check_values(values)
     layers = match_layers(model, targets, ignore)
     distributed = tensor_parallel.styles(model)
     skip = {
@@ -291,7 +304,7 @@ def sparsify_(
             rows.append(_skipped_row(name, module, skip[module]))
             continue
         whole = tensor_parallel.gathered(module) if module in distributed else module
-        packed = pack_layer(whole, sparsity=sparsity, scope=scope, format=format)
+        packed = pack_layer(whole, sparsity=sparsity, scope=scope, format=format, values=values)
         row = decide(name, packed, pack_unprofitable)
         rows.append(row)
         if row.decision == "packed":
@@ -396,6 +409,7 @@ def decide(name: str, packed: PackedWeight, pack_unprofitable: bool) -> LayerRep
         format=packed.FORMAT,
         decision=decision,
         reason=reason,
+        values=packed.values,
     )
 
 
@@ -418,6 +432,7 @@ def _skipped_row(name: str, module: nn.Module, reason: str) -> LayerReport:
             packed.FORMAT,
             "skipped",
             reason,
+            packed.values,
         )
     shape: tuple[int, ...] = ()
     if isinstance(module, nn.Linear):

@@ -1,6 +1,10 @@
-"""Quantised values: their bytes, rounding and products."""
+"""Quantised values: their bytes, rounding, products, and the layers and files that hold them."""
 
+import dataclasses
 import itertools
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ import torch
 from formats import DTYPES, each, read_quantized_row_bitmap, write_quantized_row_bitmap
 
 import flash_llm
-from flash_llm import PackedWeight, RowBitmap, _extension, ops, quantize, testing
+from flash_llm import PackedWeight, RowBitmap, SparseLinear, _extension, ops, quantize, testing
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -263,9 +267,89 @@ def test_dtypes_and_names_that_are_wrong():
         flash_llm.pack(torch.ones(4, 8).half(), values="int5")
     with pytest.raises(TypeError, match="not quantised"):
         flash_llm.pack(torch.ones(4, 8).half()).to_quantized()
+    with pytest.raises(TypeError, match='"bitmap" .*int8'):
+        SparseLinear(8, 4, format="bitmap", values="int8")
     mixed = [flash_llm.pack(torch.ones(4, 8).half(), "row_bitmap", values=v) for v in ops.VALUES]
     with pytest.raises(TypeError, match="weight 1 .*int8_float16"):
         PackedWeight.concat(mixed)
     w = mixed[1]
     with pytest.raises(TypeError, match="x must be"):
         flash_llm.spmm(torch.ones(1, 8).bfloat16(), w)
+
+
+# ---- layers and files ----
+
+
+def small_model(dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(96, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32, bias=False)
+    return torch.nn.Sequential(*layers).to(dtype)
+
+
+def test_a_layer_keeps_its_values_through_casts_copies_and_state_dicts():
+    layer = SparseLinear.from_linear(small_model()[0], sparsity=0.5, values="int8")
+    values, scales = layer.packed.to_quantized()
+    assert layer.values == "int8" and "int8" in repr(layer)
+    cast = SparseLinear.from_packed(layer.packed, layer.bias).half()
+    assert cast.dtype == torch.float16 and cast.values == "int8"
+    assert all(map(torch.equal, cast.packed.to_quantized(), (values, scales)))
+    x = torch.randn(3, 96).half()
+    testing.assert_spmm_close(cast(x), x, exact_weight(layer.packed), cast.bias.detach())
+    empty = SparseLinear(96, 64, dtype=torch.bfloat16, values="int8")
+    assert empty.values == "int8" and not empty.weight.any()
+    empty.load_state_dict(layer.state_dict())
+    assert torch.equal(empty.weight_payload, layer.weight_payload)
+    dense = layer.to_linear()
+    assert torch.equal(dense.weight, quantize.dequantize(values, scales, torch.bfloat16))
+    empty.load_state_dict(dense.state_dict())  # packs a dense weight as int8 again
+    assert empty.values == "int8" and torch.equal(empty.packed.to_quantized()[0], values)
+    empty.weight = torch.eye(64, 96).bfloat16()
+    assert empty.values == "int8" and torch.equal(empty.weight, torch.eye(64, 96).bfloat16())
+    empty.reset_parameters()
+    assert empty.values == "int8" and not empty.weight.any()
+
+
+def test_models_are_sparsified_saved_and_loaded(tmp_path):
+    model = small_model()
+    report = flash_llm.sparsify_(model, sparsity=0.5, values="int8")
+    assert [row.values for row in report.rows] == ["int8", "int8"]
+    assert "row_bitmap int8" in str(report) and "row_bitmap int8" in report.summary()
+    flash_llm.save(model, tmp_path)
+    again = flash_llm.load(small_model(), tmp_path)
+    x = torch.randn(2, 96).bfloat16()
+    assert torch.equal(again(x), model(x)) and again[0].values == "int8"
+
+
+def test_a_checkpoint_is_converted_and_inspected(tmp_path):
+    model = small_model()
+    for layer in (model[0], model[2]):
+        layer.weight.data *= torch.rand_like(layer.weight) < 0.5
+    flash_llm.save(model, tmp_path / "dense")
+    folders = [str(tmp_path / "dense"), str(tmp_path / "packed")]
+    script = [sys.executable, "-c", "from flash_llm.cli import main; main()", "convert"]
+    command = [*script, *folders, "--values", "int8", "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [row["values"] for row in json.loads(run.stdout)["rows"]] == ["int8", "int8"]
+    rows = flash_llm.inspect_checkpoint(tmp_path / "packed").rows
+    assert [(row.decision, row.values) for row in rows] == [("packed", "int8")] * 2
+    loaded = flash_llm.load(small_model(), tmp_path / "packed")
+    expected = flash_llm.pack(model[0].weight.detach(), values="int8")
+    assert torch.equal(loaded[0].weight_payload, expected.payload)
+    flash_llm.verify_checkpoint(tmp_path / "packed", tmp_path / "dense")
+
+
+def test_a_checkpoint_with_a_weight_that_cannot_be_quantised_names_it(tmp_path):
+    model = small_model()
+    model[2].weight.data[5, 5] = float("nan")
+    flash_llm.save(model, tmp_path / "dense")
+    with pytest.raises(ValueError, match="2: .*row 5"):
+        flash_llm.convert_checkpoint(tmp_path / "dense", tmp_path / "packed", values="int8")
+
+
+def test_damaged_scales_of_a_stored_layer_are_found_when_it_is_loaded():
+    w = flash_llm.pack(testing.random_sparse(8, 64, 0.5), values="int8")
+    payload = w.payload.clone()
+    payload[1] = 0  # the scale of the first row
+    with pytest.raises(ValueError, match="block 0: row 0: .*scale"):
+        PackedWeight.from_tensors(w.header, w.offsets, payload)
+    dataclasses.replace(w, payload=w.payload.clone()).validate()

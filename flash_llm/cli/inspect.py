@@ -16,11 +16,12 @@ from flash_llm.io.report import total_line
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of safetensors, dense or packed.")],
     format: Annotated[str, typer.Option(help="Format to pack dense weights in.")] = "auto",
+    values: options.Values = "16-bit",
     as_json: options.AsJson = False,
     layers: options.Layers = False,
 ) -> None:
     """Show the sparsity of every weight, and its size when packed."""
-    report = inspect_checkpoint(folder, format=format)
+    report = inspect_checkpoint(folder, format=format, values=values)
     if not as_json:
         typer.echo(total_line(folder))
     options.show(report, as_json, layers, convert)

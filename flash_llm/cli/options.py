@@ -29,6 +29,7 @@ Layers = Annotated[bool, typer.Option("--layers", help="Show a row for each sing
 Method = Annotated[str, typer.Option(help=f"Pruning method: {', '.join(METHODS)}.")]
 Target = Annotated[Path, typer.Argument(help="Folder to create; it must not exist.")]
 Targets = Annotated[list[str] | None, typer.Option(help="Layers to change: a name's end, or re:…")]
+Values = Annotated[str, typer.Option(help="What to store of packed weights: 16-bit or int8.")]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the Python code in the model's folder."),

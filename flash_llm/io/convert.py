@@ -76,6 +76,7 @@ class _Options:
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
     format: str
+    values: str
     dtype: str | None
     pack_unprofitable: bool
     conv1d: bool
@@ -88,6 +89,7 @@ def convert_checkpoint(
     targets: str | Sequence[str] = EVERY_LAYER,
     ignore: str | Sequence[str] = CONVERT_IGNORE,
     format: str = "auto",
+    values: str = "16-bit",
     dtype: torch.dtype | None = None,
     pack_unprofitable: bool = False,
     workers: int = 1,
@@ -111,6 +113,7 @@ def convert_checkpoint(
         ignore: patterns of the layers to leave dense; overrides ``targets``.
         format: ``"auto"`` (the fastest on the CPU; a layer is packed again when it is loaded on a
             device for which another format is faster), or a format's name.
+        values: ``"16-bit"`` or ``"int8"``, as :func:`flash_llm.pack` takes it.
         dtype: cast float32 weights to this dtype first, float16 or bfloat16. None leaves them
             dense.
         pack_unprofitable: also pack weights that do not get smaller.
@@ -127,7 +130,9 @@ def convert_checkpoint(
         FileExistsError: ``dst`` exists, or ``dst.partial`` belongs to other work or is in use by
             another run.
         ValueError: a file is broken, or not directly in ``src``; a target matches nothing; a layer
-            is packed already; ``format``, ``dtype`` or ``workers`` is invalid.
+            is packed already; ``format``, ``values``, ``dtype`` or ``workers`` is invalid; an
+            element to quantise is NaN or infinite.
+        TypeError: the format does not hold such values.
         OSError: the disk is full or not writable; ``src`` is untouched, and finished files stay in
             ``dst.partial``.
 
@@ -145,6 +150,7 @@ def convert_checkpoint(
     """
     src, dst = Path(src), Path(dst)
     ops.check_format(format)
+    ops.check_values(values)
     if dtype is not None and not ops.is_packable(dtype):
         raise ValueError(
             "flash_llm.convert_checkpoint: dtype must be torch.float16 or torch.bfloat16, got "
@@ -168,6 +174,7 @@ def convert_checkpoint(
         targets=parse_patterns("targets", targets),
         ignore=parse_patterns("ignore", ignore),
         format=format,
+        values=values,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         pack_unprofitable=pack_unprofitable,
         conv1d=bool(is_conv1d_model(src)),
@@ -228,12 +235,15 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else dtypes[name]
 
 
-def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") -> SparsifyReport:
+def inspect_checkpoint(
+    folder: str | os.PathLike[str], *, format: str = "auto", values: str = "16-bit"
+) -> SparsifyReport:
     """Report the sparsities in a safetensors folder, and the sizes of its weights when packed.
 
     Args:
         folder: dense or packed, written by this package or any other.
         format: format to pack dense weights in; ``"auto"`` as in :func:`convert_checkpoint`.
+        values: what to pack of dense weights, ``"16-bit"`` or ``"int8"``.
 
     Returns:
         A row for each packed layer and each two-dimensional dense weight: ``decision`` says how it
@@ -242,11 +252,12 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") 
 
     Raises:
         FileNotFoundError: ``folder`` holds no checkpoint.
-        ValueError: a file is broken, or ``format`` is unknown.
+        ValueError: a file is broken, or ``format`` or ``values`` is unknown.
     """
     ops.check_format(format)
+    ops.check_values(values)
     source = DenseView(checkpoint_files(folder))
-    options = _Options((EVERY_LAYER,), (), format, None, False, conv1d=False)
+    options = _Options((EVERY_LAYER,), (), format, values, None, False, conv1d=False)
     rows = []
     for name in sorted(source.checkpoint.packed, key=natural):
         packed = source.checkpoint.placeholder(name)
@@ -463,7 +474,12 @@ def _convert_tensor(
     if why_dense:
         row = LayerReport(name, shape, None, tensor.nbytes, None, None, "skipped", why_dense)
         return row, {f"{name}.weight": tensor}
-    packed = ops.pack(tensor.t() if transposed else tensor, options.format)
+    try:
+        packed = ops.pack(
+            tensor.t() if transposed else tensor, options.format, values=options.values
+        )
+    except ValueError as error:
+        raise ValueError(f"flash_llm: {name}: {error}") from None
     row = decide(name, packed, options.pack_unprofitable)
     if row.decision != "packed":
         return row, {f"{name}.weight": tensor}
