@@ -923,6 +923,7 @@ def test_the_plot_of_serving_is_drawn_from_rows(tmp_path):
         ["--model", "llama-8b", "--new-tokens", "2"],
         ["--model", "llama-8b", "--rate", "0"],
         ["--model", "llama-8b", "--sparsity", "1.5"],
+        ["--model", "llama-8b", "--gpus", "2", "--account", "8"],
     ],
 )
 def test_bad_arguments_of_the_serving_benchmark_are_refused(arguments):

@@ -1,4 +1,4 @@
-"""Tensor parallel of transformers over packed layers: two processes on a CPU, with gloo."""
+"""Tensor parallel of transformers over packed layers: two processes, on two GPUs or on the CPU."""
 
 import json
 import os
@@ -16,7 +16,9 @@ transformers = pytest.importorskip("transformers")
 distributed = pytest.importorskip("transformers.distributed")
 pytestmark = [pytest.mark.hf, pytest.mark.slow]
 
-IDS = torch.arange(24).view(2, 12)
+DEVICE = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
+"""transformers gives each process a GPU of its own wherever it sees one."""
+IDS = torch.arange(24, device=DEVICE).view(2, 12)
 
 
 def save_models(folder):
@@ -32,7 +34,8 @@ def save_models(folder):
         attention_bias=True,
         mlp_bias=True,
     )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.eval().to(DEVICE)
     with torch.no_grad():
         for layer in model.model.layers.modules():
             if isinstance(layer, nn.Linear):
@@ -80,7 +83,7 @@ def worker(rank, folder, port):
 
 def fully_sharded():
     """What is said of weights that FSDP2 distributes."""
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    mesh = torch.distributed.init_device_mesh(DEVICE, (2,))
     model = nn.Sequential(nn.Sequential(nn.Linear(64, 64)), nn.ReLU()).half()
     torch.distributed.fsdp.fully_shard(model[0], mesh=mesh)
     messages = []
@@ -100,8 +103,11 @@ def run(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (folder, port), nprocs=2)
-    return model, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    with pytest.MonkeyPatch.context() as environment:
+        if DEVICE == "cpu":  # one GPU is not enough for two processes
+            environment.setenv("CUDA_VISIBLE_DEVICES", "")
+        torch.multiprocessing.spawn(worker, (folder, port), nprocs=2)
+    return model, [torch.load(folder / f"{rank}.pt", map_location=DEVICE) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", ["packed folder", "sparsify_"])
