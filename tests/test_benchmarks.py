@@ -901,10 +901,11 @@ def serve_row(**changes):
 def test_the_plot_of_serving_is_drawn_from_rows(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     found = [
-        serve_row(batch=b, weights=w, mode=m)
+        serve_row(batch=b, weights=w, mode=m, gpus=g)
         for b in (1, 8)
         for w in bench_serve.WEIGHTS
         for m in bench_serve.MODES
+        for g in (1, 2)
     ]
     for row in found:
         rows.check_row(row)
