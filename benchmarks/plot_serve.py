@@ -56,7 +56,7 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         for numbers in (axis.xaxis, axis.yaxis):
-            numbers.set_major_formatter(ticker.ScalarFormatter())
+            numbers.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         axis.set_xlabel("batch")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

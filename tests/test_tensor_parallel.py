@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.hf, pytest.mark.slow]
 
 DEVICE = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
 """transformers gives each process a GPU of its own wherever it sees one."""
-IDS = torch.arange(24, device=DEVICE).view(2, 12)
+IDS = torch.arange(24).view(2, 12)
 
 
 def save_models(folder):
@@ -53,10 +53,14 @@ def load(folder):
     return auto.from_pretrained(folder, dtype="auto", distributed_config=plan)
 
 
+def logits_of(model):
+    return model(IDS.to(model.device)).logits.float()
+
+
 def gradient(model):
     """Of the embeddings, and so through all packed layers."""
     weight = model.get_input_embeddings().weight
-    model(IDS).logits.float().square().sum().backward()
+    logits_of(model).square().sum().backward()
     return weight.grad.full_tensor() if isinstance(weight, DTensor) else weight.grad
 
 
@@ -70,7 +74,7 @@ def worker(rank, folder, port):
     for name, model in {"packed folder": load(folder / "packed"), "sparsify_": dense}.items():
         layers = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
         with torch.no_grad():
-            found[name] = model(IDS).logits.float()
+            found[name] = logits_of(model)
         found[f"{name} weights"] = {n: m.weight.clone() for n, m in layers.items()}
         found[f"{name} gradient"] = gradient(model)
         for save in (model.save_pretrained, lambda to, model=model: flash_llm.save(model, to)):
@@ -114,7 +118,7 @@ def run(tmp_path_factory):
 def test_two_processes_give_the_logits_and_gradients_of_one(name, run):
     model, ranks = run
     with torch.no_grad():
-        expected = model(IDS).logits.float()
+        expected = logits_of(model)
     expected_gradient = gradient(model)
     model.zero_grad()
     for rank in ranks:
