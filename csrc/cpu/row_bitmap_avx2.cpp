@@ -1,5 +1,5 @@
 // The row bitmap's kernels for AVX2: a byte shuffle moves eight elements at a time to their
-// columns. A table of 256 shuffles is indexed by their eight bits.
+// columns.
 #include "cpu/row_bitmap_kernels.h"
 
 #if defined(__x86_64__)
@@ -7,10 +7,10 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstring>
 
+#include "cpu/row_bitmap_shuffles.h"
 #include "format/element.h"
 
 #define FLASH_LLM_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
@@ -19,30 +19,8 @@ namespace flash_llm {
 namespace {
 
 constexpr int kMaxTokens = 2;  // times four rows: their sums take half of the registers
-constexpr int64_t kPartCols = 8;
-constexpr int64_t kParts = kGroupCols / kPartCols;
 
-// Row `bits`: for each column the indices of the two bytes of its value among the packed values, or
-// 0x80, which gives zero, if the column is not stored.
-using Shuffles = std::array<std::array<uint8_t, 2 * kPartCols>, 256>;
-
-constexpr Shuffles make_shuffles() {
-  Shuffles table{};
-  for (size_t bits = 0; bits < table.size(); ++bits) {
-    size_t rank = 0;
-    for (size_t col = 0; col < kPartCols; ++col) {
-      const bool stored = (bits >> col & 1U) != 0;
-      table[bits][2 * col] = static_cast<uint8_t>(stored ? 2 * rank : 0x80);
-      table[bits][2 * col + 1] = static_cast<uint8_t>(stored ? 2 * rank + 1 : 0x80);
-      if (stored) ++rank;
-    }
-  }
-  return table;
-}
-
-alignas(64) constexpr Shuffles kShuffles = make_shuffles();
-
-// The inverse: row `bits` moves the stored columns to the front.
+// The inverse of kExpansions: row `bits` moves the stored columns to the front.
 constexpr Shuffles make_gathers() {
   Shuffles table{};
   for (size_t bits = 0; bits < table.size(); ++bits) {
@@ -79,7 +57,7 @@ struct Values {
   }
   // The elements of the next eight columns, of which those in `bits` are stored.
   FLASH_LLM_AVX2 inline __m128i take(uint32_t bits) {
-    const auto* shuffle = reinterpret_cast<const __m128i*>(kShuffles[bits].data());
+    const auto* shuffle = reinterpret_cast<const __m128i*>(kExpansions[bits].data());
     const __m128i elements = _mm_shuffle_epi8(load(), _mm_load_si128(shuffle));
     skip(bits);
     return elements;

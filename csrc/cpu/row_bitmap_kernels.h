@@ -68,6 +68,7 @@ RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type);
 RowBitmapKernel row_bitmap_portable(ValueType type);
 RowBitmapKernel row_bitmap_avx2(ValueType type);
 RowBitmapKernel row_bitmap_avx512(ValueType type, bool bf16);
+RowBitmapKernel row_bitmap_neon(ValueType type);
 
 // AVX2's packer, which the kernels for AVX-512 use too.
 PackedBlock row_bitmap_avx2_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,

@@ -26,7 +26,8 @@ constexpr int64_t kTiledCslMaxTokens = 16;
 //   fp16  N = 32   4.6 / 6.8 / 5.3     64   8.9 / 12.3 / 8.3   128   18.7 / 18.3 / 15.0
 //         N = 512  73 / 57 / 55
 // For bf16 with AVX2, and for portable C++, blocks take less time from 17 tokens on. The same is
-// assumed where the dense product has matrix instructions (AMX), which has not been measured.
+// assumed, but was not measured, for NEON and where the dense product has matrix instructions
+// (AMX).
 constexpr int64_t kRowsMaxTokensDot = 128;
 constexpr int64_t kRowsMaxTokensFastDense = 128;
 constexpr int64_t kRowsMaxTokensSlow = 16;
@@ -41,7 +42,9 @@ int64_t most_tokens_of_rows(ValueType type, const DeviceInfo& device) {
   const bool avx512 = device.cpu_isa == CpuIsa::kAvx512 || device.cpu_isa == CpuIsa::kAvx512Bf16;
   switch (type) {
     case ValueType::kFloat16:
-      if (device.cpu_isa == CpuIsa::kPortable) return kRowsMaxTokensSlow;
+      if (device.cpu_isa == CpuIsa::kPortable || device.cpu_isa == CpuIsa::kNeon) {
+        return kRowsMaxTokensSlow;
+      }
       if (!device.cpu_fast_dense_fp16) return kAnyTokens;
       return avx512 ? kRowsMaxTokensFastDense : kRowsMaxTokensSlow;
     case ValueType::kBfloat16:

@@ -427,6 +427,8 @@ TEST(SelectPlanRows, KernelOrBlocksByTokensTypeAndInstructionSet) {
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx2), 4096);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx2, true), 16);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kPortable), 16);
+  EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kNeon), 16);
+  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kNeon), 16);
 }
 
 TEST(CpuBlockRows, AreWholeBlocksOfAtLeastOne) {
