@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstring>
 
@@ -18,7 +19,25 @@
 namespace flash_llm {
 namespace {
 
-constexpr int kMaxTokens = 2;  // times four rows: their sums take half of the registers
+constexpr int kMaxTokens = 3;  // times four rows: their sums take 12 of the 16 registers
+
+// kExpansions for bf16 that is widened at once: the two bytes of a column become the upper half of
+// its fp32 number. Both halves of the shuffled vector hold the packed values.
+using WideShuffles = std::array<std::array<uint8_t, 4 * kPartCols>, 256>;
+
+constexpr WideShuffles make_bf16_expansions() {
+  WideShuffles table{};
+  for (size_t bits = 0; bits < table.size(); ++bits) {
+    for (size_t col = 0; col < kPartCols; ++col) {
+      table[bits][4 * col] = table[bits][4 * col + 1] = 0x80;
+      table[bits][4 * col + 2] = kExpansions[bits][2 * col];
+      table[bits][4 * col + 3] = kExpansions[bits][2 * col + 1];
+    }
+  }
+  return table;
+}
+
+alignas(64) constexpr WideShuffles kBf16Expansions = make_bf16_expansions();
 
 // The inverse of kExpansions: row `bits` moves the stored columns to the front.
 constexpr Shuffles make_gathers() {
@@ -36,6 +55,15 @@ constexpr Shuffles make_gathers() {
 }
 
 alignas(64) constexpr Shuffles kGathers = make_gathers();
+
+template <ValueType kType>
+FLASH_LLM_AVX2 inline __m256 widen(__m128i elements) {
+  if constexpr (kType == ValueType::kFloat16) {
+    return _mm256_cvtph_ps(elements);
+  } else {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(elements), 16));
+  }
+}
 
 // Reads the values of a row. Near the payload's end they are copied first, so that no load reads
 // past it.
@@ -62,20 +90,24 @@ struct Values {
     skip(bits);
     return elements;
   }
+  // The same as fp32.
+  template <ValueType kType>
+  FLASH_LLM_AVX2 inline __m256 take_wide(uint32_t bits) {
+    if constexpr (kType == ValueType::kFloat16) {
+      return widen<kType>(take(bits));
+    } else {
+      const auto* shuffle = reinterpret_cast<const __m256i*>(kBf16Expansions[bits].data());
+      const __m256i elements =
+          _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load()), _mm256_load_si256(shuffle));
+      skip(bits);
+      return _mm256_castsi256_ps(elements);
+    }
+  }
 };
 
 // How many groups can be read by loads of 16 bytes that all stay within the payload.
 int64_t groups_before_end(const uint16_t* next, const uint16_t* end) {
   return (end - next) / (kBlockRows * kGroupCols);
-}
-
-template <ValueType kType>
-FLASH_LLM_AVX2 inline __m256 widen(__m128i elements) {
-  if constexpr (kType == ValueType::kFloat16) {
-    return _mm256_cvtph_ps(elements);
-  } else {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(elements), 16));
-  }
 }
 
 template <ValueType kType>
@@ -93,6 +125,10 @@ struct Block {
   template <bool kNearEnd>
   FLASH_LLM_AVX2 inline void add_group(const uint32_t* masks, const float* x,
                                        Values<kNearEnd>& values) {
+    if (!kNearEnd) {
+      prefetch_soon(values.next);
+      prefetch_later(values.next);
+    }
     Values<kNearEnd> rows[kBlockRows] = {};
 #pragma GCC unroll 4
     for (int row = 0; row < kBlockRows; ++row) {
@@ -107,7 +143,7 @@ struct Block {
       }
 #pragma GCC unroll 4
       for (int row = 0; row < kBlockRows; ++row) {
-        const __m256 w = widen<kType>(rows[row].take(masks[row] >> (8 * part) & 0xFFU));
+        const __m256 w = rows[row].template take_wide<kType>(masks[row] >> (8 * part) & 0xFFU);
         for (int token = 0; token < kTokens; ++token) {
           sums[row][token] = _mm256_fmadd_ps(w, input[token], sums[row][token]);
         }
@@ -146,14 +182,19 @@ struct Block {
   }
 };
 
+using MultiplyBlock = void (*)(const RowBlock&, int64_t groups, const float* x, float* out);
+
+template <ValueType kType>
+constexpr MultiplyBlock kMultiplyBlock[kMaxTokens] = {
+    Block<kType, 1>::multiply, Block<kType, 2>::multiply, Block<kType, 3>::multiply};
+
 template <ValueType kType>
 void multiply(const RowBitmapProduct& product) {
   const int64_t groups = num_groups(product.weight.k);
   float* out = product.sums;
   for (int64_t j = 0; j < product.token_blocks; ++j) {
     const RowBitmapTokens& tokens = product.tokens[j];
-    const auto multiply_block =
-        tokens.count == 1 ? Block<kType, 1>::multiply : Block<kType, kMaxTokens>::multiply;
+    const MultiplyBlock multiply_block = kMultiplyBlock<kType>[tokens.count - 1];
     for (int64_t i = product.first; i < product.last; ++i, out += tokens.count * kBlockRows) {
       const RowBlock block = row_block(product.weight, i);
       if (block.masks == nullptr) {
