@@ -74,7 +74,7 @@ bool takes_tiled_csl_cpu(const PlanRequest& request, std::string* reason) {
 bool takes_row_bitmap_cpu(const PlanRequest& request, std::string* reason) {
   const int64_t most = most_tokens_of_rows(request.problem.value_type, request.device);
   if (most == kAnyTokens) {
-    explain(reason, "each weight is decoded once, and torch's dense product takes longer at any N");
+    explain(reason, "torch's dense product, which needs the decoded weight, takes longer at any N");
     return true;
   }
   if (request.problem.n <= most) {
