@@ -10,10 +10,12 @@ support, it is a back-solve on the grid.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from flash_llm.prune.grids import grid_of
+from flash_llm.prune.grids import Grid, grid_of
 from flash_llm.prune.reconstruction import damped_problem, inverse_factor, sweep_
 
 BLOCK_SIZE = 128
@@ -57,21 +59,28 @@ def gptq(weight: Tensor, hessian: Tensor, values: str, *, damping: float = 0.01)
     columns = weights.t().contiguous()
     zero = columns == 0
     size = grid.group or max(len(columns), 1)
-    scaled = anchor = end = None
+    rounders: list[Callable[[int, Tensor], Tensor]] = []
 
     def settle(j: int) -> Tensor:
-        nonlocal scaled, anchor, end
-        if j % size == 0:
+        within = j % size
+        if within == 0:
             group = columns[j : j + size].masked_fill(zero[j : j + size], 0.0)
-            scaled = grid.fit(group, weight.dtype, importance[j : j + size])
-            largest = group.abs().argmax(dim=0)
-            anchor = largest + j
-            # No end where the whole group is too small for the smallest scale.
-            nearest = scaled.round(group.gather(0, largest[None])[0])
-            end = scaled.scale * nearest.sign() * grid.largest
-        assert scaled is not None and anchor is not None and end is not None
-        rounded = scaled.round(columns[j]).masked_fill_(zero[j], 0.0)
-        return rounded if grid.has_zero_point else torch.where(anchor == j, end, rounded)
+            rounders.append(_rounder(grid, group, weight.dtype, importance[j : j + size]))
+        return rounders[-1](within, columns[j]).masked_fill_(zero[j], 0.0)
 
     sweep_(columns, factor, grid.group or BLOCK_SIZE, settle)
     return columns.t().to(weight.dtype).contiguous()
+
+
+def _rounder(
+    grid: Grid, group: Tensor, dtype: torch.dtype, importance: Tensor
+) -> Callable[[int, Tensor], Tensor]:
+    """Return the function that rounds a column of a group, by its index there and its values."""
+    scaled = grid.fit(group, dtype, importance)
+    if grid.has_zero_point:
+        return lambda _, column: scaled.round(column)
+    largest = group.abs().argmax(dim=0)
+    # Where even the largest weight rounds to zero, no weight is moved to the end of the grid.
+    sign = scaled.round(group.gather(0, largest[None])[0]).sign()
+    end = scaled.scale * sign * grid.largest
+    return lambda i, column: torch.where(largest == i, end, scaled.round(column))
