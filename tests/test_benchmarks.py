@@ -264,8 +264,8 @@ def test_the_whole_benchmark_of_accuracy(tiny_weights, tmp_path, monkeypatch, ca
         "dense_perplexity text nsamples seqlen seed seconds commit".split()
     )
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 9 and table[0].split()[:5] == (
-        ["method", "allocation", "sparsity", "epochs", "perplexity"]
+    assert len(table) == 9 and table[0].split()[:8] == (
+        "method allocation sparsity epochs values rounding bits perplexity".split()
     )
 
     # A stopped run goes on: with one row missing, one case is measured.
@@ -291,7 +291,7 @@ def test_the_whole_benchmark_of_accuracy(tiny_weights, tmp_path, monkeypatch, ca
     for row in rounded:
         rows.check_row(row)
         assert row["perplexity"] != row["dense_perplexity"] == found[0]["dense_perplexity"]
-    out.write_text("".join(line for line in out.open() if '"rounding"' not in line))
+    out.write_text("".join(line for line in out.open() if '"bench": "rounding"' not in line))
 
     # So do rounded values; only methods that change weights can round in their sweep.
     values = ["--method", "wanda", "admm", "--allocation", "uniform", "--values", "int4", "int8"]
