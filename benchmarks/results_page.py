@@ -574,8 +574,9 @@ def accuracy_section(results: Path) -> list[str]:
             f"Perplexity of {model} (dense: {of_group[0]['dense_perplexity']:.2f}) with the values "
             "that stay rounded, by the sweep that lets later columns compensate or to nearest, and "
             "0 % zeros meaning that nothing is pruned (the method is then GPTQ, or rounding to "
-            f"nearest). {nsamples} samples of {seqlen} tokens. Text: {text}. One NVIDIA H200, "
-            f"commits {commits(of_group)}.",
+            f"nearest). The model's own weights have 4 bits and 32 share a scale, which flatters "
+            f"4-bit values. {nsamples} samples of {seqlen} tokens. Text: {text}. Commits "
+            f"{commits(of_group)}.",
             grid(
                 ["values", "method", "rounding", "epochs of `recover_`"],
                 of_group,
