@@ -68,6 +68,24 @@ inline void sum_nothing(const RowBitmapTokens& tokens, float* out) {
   for (int i = 0; i < tokens.count * kBlockRows; ++i) out[i] = tokens.empty[i / kBlockRows];
 }
 
+// Calls multiply_block(token block, block of rows, its sums) for each block of a product that has
+// nonzeros, and writes the sums of the others.
+template <typename MultiplyBlock>
+inline void multiply_blocks(const RowBitmapProduct& product, const MultiplyBlock& multiply_block) {
+  float* out = product.sums;
+  for (int64_t j = 0; j < product.token_blocks; ++j) {
+    const RowBitmapTokens& tokens = product.tokens[j];
+    for (int64_t i = product.first; i < product.last; ++i, out += tokens.count * kBlockRows) {
+      const RowBlock block = row_block(product.weight, i);
+      if (block.masks == nullptr) {
+        sum_nothing(tokens, out);
+      } else {
+        multiply_block(tokens, block, out);
+      }
+    }
+  }
+}
+
 struct RowBitmapKernel {
   void (*widen)(const uint16_t* group, float* widened) = nullptr;  // converts X; null: X stays raw
   int max_tokens = 0;                                              // in a token block

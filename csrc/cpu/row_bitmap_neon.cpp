@@ -172,19 +172,10 @@ constexpr MultiplyBlock kMultiplyBlock[kMaxTokens] = {
 template <ValueType kType>
 void multiply(const RowBitmapProduct& product) {
   const int64_t groups = num_groups(product.weight.k);
-  float* out = product.sums;
-  for (int64_t j = 0; j < product.token_blocks; ++j) {
-    const RowBitmapTokens& tokens = product.tokens[j];
-    for (int64_t i = product.first; i < product.last; ++i, out += tokens.count * kBlockRows) {
-      const RowBlock block = row_block(product.weight, i);
-      if (block.masks == nullptr) {
-        sum_nothing(tokens, out);
-      } else {
-        kMultiplyBlock<kType>[tokens.count - 1](block, groups, static_cast<const float*>(tokens.x),
-                                                out);
-      }
-    }
-  }
+  multiply_blocks(product, [&](const RowBitmapTokens& tokens, const RowBlock& block, float* out) {
+    kMultiplyBlock<kType>[tokens.count - 1](block, groups, static_cast<const float*>(tokens.x),
+                                            out);
+  });
 }
 
 void decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense) {
