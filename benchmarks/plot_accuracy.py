@@ -8,9 +8,12 @@ Needs matplotlib (extra ``plot``).
 """
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rows import RESULTS, read_rows
 
@@ -18,9 +21,7 @@ from flash_llm.prune.calibrate import ALLOCATIONS
 from flash_llm.prune.methods import METHODS
 
 STYLES = dict(zip(ALLOCATIONS, ("-", "--", ":"), strict=True))
-
-
-# Styles of the second picture, by what was done to the model.
+# Of the second picture.
 MARKERS = {"sparsegpt": "o", "admm": "s"}
 
 
@@ -34,6 +35,25 @@ def conditions(row: dict) -> tuple:
     return (*measured_on(row), row["recover_epochs"], row["values"], row["rounding"])
 
 
+@contextlib.contextmanager
+def perplexity_axis(title: str, path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Give the axis of a new figure, which is written to ``path`` when its lines are drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=size)
+    yield axis
+    axis.set_yscale("log")
+    axis.set_ylabel("perplexity")
+    axis.grid(alpha=0.3, which="both")
+    axis.set_title(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def draw_bits(rows: list[dict], title: str, path: Path) -> None:
     """Write the figure of perplexity against bits per weight.
 
@@ -42,56 +62,49 @@ def draw_bits(rows: list[dict], title: str, path: Path) -> None:
         title: of the figure.
         path: of the picture.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     def line_of(row: dict) -> tuple[str, str, int]:
         return row["values"], row["method"], row["recover_epochs"]
 
-    figure, axis = pyplot.subplots(figsize=(8.5, 5.2))
     colors = {values: f"C{i}" for i, values in enumerate(sorted({r["values"] for r in rows}))}
-    for values, method, epochs in sorted({line_of(row) for row in rows if row["sparsity"]}):
-        line = [r for r in rows if r["sparsity"] and line_of(r) == (values, method, epochs)]
-        line.sort(key=lambda row: row["bits"])
-        axis.plot(
-            [row["bits"] for row in line],
-            [row["perplexity"] for row in line],
-            "-" if epochs else "--",
-            marker=MARKERS[method],
-            markersize=4,
-            color=colors[values],
-            label=f"zeros and {values}, {method}" + (", recovered" if epochs else ""),
-        )
-    for row in rows:
-        if not row["sparsity"]:
-            what = f"{row['values']}, no zeros" + (", recovered" if row["recover_epochs"] else "")
+    with perplexity_axis(title, path, (8.5, 5.2)) as axis:
+        for values, method, epochs in sorted({line_of(row) for row in rows if row["sparsity"]}):
+            line = [r for r in rows if r["sparsity"] and line_of(r) == (values, method, epochs)]
+            line.sort(key=lambda row: row["bits"])
             axis.plot(
-                *(row["bits"], row["perplexity"], "*" if row["recover_epochs"] else "D"),
-                color=colors[row["values"]],
-                markersize=9 if row["recover_epochs"] else 7,
-                markeredgecolor="black",
+                [row["bits"] for row in line],
+                [row["perplexity"] for row in line],
+                "-" if epochs else "--",
+                marker=MARKERS[method],
+                markersize=4,
+                color=colors[values],
+                label=f"zeros and {values}, {method}" + (", recovered" if epochs else ""),
             )
-            axis.annotate(
-                what,
-                (row["bits"], row["perplexity"]),
-                (5, 4),
-                textcoords="offset points",
-                fontsize=7,
-            )
-    axis.axhline(rows[0]["dense_perplexity"], color="black", linewidth=0.8, label="dense, 16-bit")
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set_yscale("log")
-    axis.set_xlabel("bits per weight: bitmap, values and scales")
-    axis.set_ylabel("perplexity")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=7)
-    axis.set_title(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+        for row in rows:
+            if not row["sparsity"]:
+                what = f"{row['values']}, no zeros" + (
+                    ", recovered" if row["recover_epochs"] else ""
+                )
+                axis.plot(
+                    *(row["bits"], row["perplexity"], "*" if row["recover_epochs"] else "D"),
+                    color=colors[row["values"]],
+                    markersize=9 if row["recover_epochs"] else 7,
+                    markeredgecolor="black",
+                )
+                axis.annotate(
+                    what,
+                    (row["bits"], row["perplexity"]),
+                    (5, 4),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
+        axis.axhline(
+            rows[0]["dense_perplexity"], color="black", linewidth=0.8, label="dense, 16-bit"
+        )
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel("bits per weight: bitmap, values and scales")
+        axis.legend(fontsize=7)
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:
@@ -102,37 +115,29 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
         title: of the figure.
         path: of the picture.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7.0, 4.6))
-    for i, method in enumerate(METHODS):
-        for allocation, style in STYLES.items():
-            line = sorted(
-                (row for row in rows if (row["method"], row["allocation"]) == (method, allocation)),
-                key=lambda row: row["sparsity"],
-            )
-            if line:
-                axis.plot(
-                    [row["sparsity"] for row in line],
-                    [row["perplexity"] for row in line],
-                    style,
-                    marker="o",
-                    color=f"C{i}",
-                    label=f"{method}, {allocation}",
+    with perplexity_axis(title, path, (7.0, 4.6)) as axis:
+        for i, method in enumerate(METHODS):
+            for allocation, style in STYLES.items():
+                line = sorted(
+                    (
+                        row
+                        for row in rows
+                        if (row["method"], row["allocation"]) == (method, allocation)
+                    ),
+                    key=lambda row: row["sparsity"],
                 )
-    axis.axhline(rows[0]["dense_perplexity"], color="black", linewidth=0.8, label="dense")
-    axis.set_yscale("log")
-    axis.set_xlabel("fraction of zeros")
-    axis.set_ylabel("perplexity")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
-    axis.set_title(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+                if line:
+                    axis.plot(
+                        [row["sparsity"] for row in line],
+                        [row["perplexity"] for row in line],
+                        style,
+                        marker="o",
+                        color=f"C{i}",
+                        label=f"{method}, {allocation}",
+                    )
+        axis.axhline(rows[0]["dense_perplexity"], color="black", linewidth=0.8, label="dense")
+        axis.set_xlabel("fraction of zeros")
+        axis.legend(fontsize=8)
 
 
 def main(argv: list[str] | None = None) -> int:
