@@ -102,6 +102,7 @@ class Grid:
 
     def _stored(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Round scales to the dtype they are stored in; that of a group of zeros is 1."""
+        # The smallest normal number of float32; of float16, whose scales are small, any number.
         least = 2.0**-126 if self.scale_dtype == torch.float32 else 2.0**-24
         rounded = scale.to(self.scale_dtype).to(dtype).clamp_(min=least)
         return rounded.masked_fill_(scale == 0, 1.0)
