@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from flash_llm.prune.criteria import check_weight
+from flash_llm.quantize import check_weight
 
 OWL_THRESHOLD = 5.0
 """M: a score is an outlier above this multiple of the mean (the paper takes 5 or 7)."""

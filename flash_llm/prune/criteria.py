@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flash_llm.quantize import check_weight
+
 MAX_PRUNE_GROUP = 64
 """Largest M of a scope ``"N:M"``, the limit of ``csrc/format/prune.h``."""
 
@@ -195,19 +197,6 @@ def wanda_mask(
     if not bool(((norm >= 0) & norm.isfinite()).all()):
         raise ValueError("input_norm must be finite and not negative")
     return largest_mask(weight.float().abs() * norm, sparsity, scope)
-
-
-def check_weight(weight: Tensor) -> None:
-    """Check that a weight is a floating point matrix.
-
-    Raises:
-        TypeError: the weight is not floating point.
-        ValueError: the weight is not a matrix.
-    """
-    if not weight.is_floating_point():
-        raise TypeError(f"weight must be floating point, got {weight.dtype}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be a [M, K] matrix, got shape {list(weight.shape)}")
 
 
 def largest_mask(score: Tensor, sparsity: float | None, scope: str) -> Tensor:
