@@ -60,6 +60,7 @@ CORE_SOURCES = [
     "csrc/format/packed_format.cpp",
     "csrc/format/packed_header.cpp",
     "csrc/format/prune.cpp",
+    "csrc/format/quantized_bitmap.cpp",
     "csrc/format/row_bitmap.cpp",
     "csrc/format/tiled_csl.cpp",
     "csrc/format/value_type.cpp",
@@ -70,6 +71,7 @@ CORE_SOURCES = [
     "csrc/plan/device.cpp",
     "csrc/plan/kernel_family.cpp",
     "csrc/plan/problem.cpp",
+    "csrc/plan/quantized_bitmap_sm90.cpp",
     "csrc/plan/spmm_plan.cpp",
     "csrc/plan/tiled_csl_sm80.cpp",
 ]
@@ -82,6 +84,8 @@ CUDA_SOURCES = [
     "csrc/cuda/bitmap/tensor_map.cpp",
     "csrc/cuda/launch.cpp",
     "csrc/cuda/prune.cu",
+    "csrc/cuda/quantized_bitmap/quantized_bitmap_unpack.cu",
+    "csrc/cuda/quantized_bitmap/rows_sm90.cu",
     "csrc/cuda/tiled_csl/lscd.cu",
     "csrc/cuda/tiled_csl/tiled_csl_pack.cu",
 ]

@@ -17,6 +17,7 @@ with interrupts.deferred():
 from flash_llm import _extension
 from flash_llm.evaluate import perplexity
 from flash_llm.formats.bitmap import Bitmap
+from flash_llm.formats.quantized_bitmap import QuantizedBitmap
 from flash_llm.formats.row_bitmap import RowBitmap
 from flash_llm.formats.tiled_csl import TiledCSL
 from flash_llm.integrations import hf
@@ -41,6 +42,7 @@ __all__ = [
     "Bitmap",
     "PackedWeight",
     "PruneReport",
+    "QuantizedBitmap",
     "RecoveryReport",
     "RowBitmap",
     "SensitivityReport",

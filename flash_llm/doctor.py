@@ -16,8 +16,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from flash_llm import _extension, ops
+from flash_llm import _extension, ops, quantize
 from flash_llm.formats.bitmap import Bitmap
+from flash_llm.formats.quantized_bitmap import QuantizedBitmap
 from flash_llm.formats.row_bitmap import RowBitmap
 from flash_llm.formats.tiled_csl import TiledCSL
 from flash_llm.prune.calibrate import prune_
@@ -256,6 +257,33 @@ def _test_concat(format: str, device: str) -> None:
     _expect(torch.equal(ops.PackedWeight.concat(parts).to_dense(), weight), "concat lost rows")
 
 
+def _quantized(device: str) -> tuple[Tensor, Tensor]:
+    values = (torch.arange(40 * 300).reshape(40, 300) % 255 - 127).to(torch.int8)
+    return values.to(device), 2.0 ** torch.arange(40, device=device).remainder(3)
+
+
+def _test_pack_quantized(format: str, device: str) -> None:
+    values, scales = _quantized(device)
+    packed = ops.pack_quantized(values, scales, torch.bfloat16, format)
+    expected = quantize.dequantize(values, scales, torch.bfloat16)
+    _expect(torch.equal(ops.unpack(packed), expected), "unpack(pack_quantized(v)) is not v")
+    x = (torch.arange(9 * 300).reshape(9, 300) % 5 - 2).to(torch.bfloat16)
+    result = ops.spmm(x.to(device), packed).double().cpu()
+    exact = x.double() @ expected.double().cpu().T
+    _expect(torch.equal(result, exact.bfloat16().double()), "spmm differs from the exact result")
+
+
+def _test_unpack_quantized(format: str, device: str) -> None:
+    values, scales = _quantized(device)
+    found = ops.unpack_quantized(ops.pack_quantized(values, scales, torch.float16, format))
+    same = torch.equal(found[0], values) and torch.equal(found[1], scales)
+    _expect(same, "unpack_quantized changed values or scales")
+
+
+_QUANTIZED_TESTS = {
+    "pack_quantized": _test_pack_quantized,
+    "unpack_quantized": _test_unpack_quantized,
+}
 _FORMAT_TESTS = {
     "pack": _test_pack,
     "count_stored": _test_count_stored,
@@ -271,6 +299,11 @@ _TESTS: dict[str, Callable[[str], None]] = {
         f"{cls.FORMAT}: {name}": functools.partial(test, cls.FORMAT)
         for cls in (TiledCSL, Bitmap, RowBitmap)
         for name, test in _FORMAT_TESTS.items()
+    },
+    **{
+        f"{cls.FORMAT}: {name}": functools.partial(test, cls.FORMAT)
+        for cls in (RowBitmap, QuantizedBitmap)
+        for name, test in _QUANTIZED_TESTS.items()
     },
     **{f"prune_: {method}": functools.partial(_test_prune, method) for method in METHODS},
 }

@@ -355,10 +355,10 @@ class PackedWeight:
         """Return a part of the weight, packed in the same format.
 
         The result has the bytes of packing ``to_dense()[rows, columns]``; of quantised weights it
-        has the values, and their scales do not change. A slice of all columns
-        whose first and last row are borders of the format (multiples of 128 rows in ``tiled_csl``,
-        of 512 in ``bitmap``, of 4 in ``row_bitmap``, or the end) is copied. For any other slice the
-        weight is unpacked, cut and packed again, on the same device.
+        has the values, and their scales do not change. A slice of all columns whose first and last
+        row are borders of the format (multiples of 128 rows in ``tiled_csl``, of 512 in ``bitmap``,
+        of 4 in ``row_bitmap``, of 16 in ``quantized_bitmap``, or the end) is copied. For any other
+        slice the weight is unpacked, cut and packed again, on the same device.
 
         Args:
             rows: a slice of the M rows, with step 1.
@@ -642,10 +642,11 @@ def pack(dense: Tensor, format: str = "auto", *, values: str = "16-bit") -> Pack
     Args:
         dense: ``[M, K]`` float16 or bfloat16, CPU or CUDA, any strides, any M, K >= 0.
         format: ``"auto"`` (the format that multiplies fastest on ``dense.device``;
-            ``explain_format`` gives the reason), ``"row_bitmap"``, ``"tiled_csl"`` or ``"bitmap"``.
+            ``explain_format`` gives the reason), ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"`` or
+            ``"quantized_bitmap"``.
         values: ``"16-bit"`` stores the elements. ``"int8"`` rounds each row to int8 with one scale
             (:func:`flash_llm.quantize.round_to_int8`); elements that round to 0 are dropped. Only
-            ``"row_bitmap"`` holds int8 values, and only CPUs have kernels for them.
+            ``"row_bitmap"``, for CPUs, and ``"quantized_bitmap"``, for GPUs, hold int8 values.
 
     Returns:
         The packed weight, of the format's class, on ``dense.device``; detached from autograd.

@@ -3,7 +3,7 @@
 Here is also :func:`each`, which runs many combinations of arguments in one case.
 
 The readers and the writers follow the comments in csrc/format/tiled_csl.h, csrc/format/bitmap.h and
-csrc/format/row_bitmap.h alone, and call nothing of flash_llm.
+csrc/format/row_bitmap.h and quantized_bitmap.h alone, and call nothing of flash_llm.
 """
 
 import functools
@@ -581,6 +581,86 @@ def write_quantized_row_bitmap(values, scales):
         block = _joined(*head)
         blocks.append(np.pad(block, (0, -len(block) % 16)))
     return blocks
+
+
+def _quantized_chunk(bits, columns, rows, get):
+    """Calls get(row, column, byte) for each value of a chunk of a quantised bitmap."""
+    for lane, word in itertools.product(range(32), (0, 2)):
+        place = 0
+        for q, j in itertools.product((word, word + 1), range(4)):
+            low = [(lane // 4, e, 4 * e + j) for e in range(4)]
+            high = [(lane // 4 + 8, e, 16 + 4 * e + j) for e in (3, 2, 1, 0)]
+            for row, e, bit in low + high:
+                if bits[q][lane] >> bit & 1:
+                    at, column = (
+                        (place, 4 * lane)
+                        if word == 0
+                        else (4 * rows - 1 - place, int(columns[lane]))
+                    )
+                    get(row, 64 * q + 16 * j + 4 * (lane % 4) + e, at // 4 * 128 + column + at % 4)
+                    place += 1
+
+
+def read_quantized_bitmap(packed):
+    """The int8 values and the scales of a quantised bitmap."""
+    m, k = packed.shape
+    strips, chunks = -(-m // 16), -(-k // 256)
+    dense, scales = np.zeros((strips * 16, chunks * 256), np.int8), np.ones(strips * 16, "<f4")
+    payload, offsets = packed.payload.cpu().numpy().view(np.uint8), packed.offsets.tolist()
+    for strip, chunk in itertools.product(range(strips), range(chunks)):
+        index = strip * chunks + chunk
+        stored = payload[32 * offsets[index] : 32 * offsets[index + 1]]
+        if chunk == 0 and offsets[index] < offsets[(strip + 1) * chunks]:
+            scales[16 * strip : 16 * strip + 16] = stored[:64].view("<f4")
+            stored = stored[64:]
+        if not len(stored):
+            continue
+        values, bits, columns = np.split(stored, [len(stored) - 544, len(stored) - 32])
+        left = values.copy()
+
+        def get(row, col, byte, strip=strip, chunk=chunk, values=values, left=left):
+            dense[16 * strip + row, 256 * chunk + col] = int(values[byte]) - 128
+            left[byte] = 0
+
+        _quantized_chunk(bits.view("<u4").reshape(4, 32), columns, len(values) // 128, get)
+        assert not left.any()
+    assert not dense[m:].any() and not dense[:, k:].any()
+    return dense[:m, :k], scales[:m]
+
+
+def write_quantized_bitmap(values, scales):
+    """The bytes of every chunk of a matrix of int8 values with a scale for each row."""
+    m, k = values.shape
+    padded = np.pad(values, [(0, -m % 16), (0, -k % 256)])
+    scales = np.where(padded.any(axis=1), np.pad(scales, (0, -m % 16)), 1).astype("<f4")
+    written = []
+    for row, col in itertools.product(range(0, m, 16), range(0, k, 256)):
+        tile = padded[row : row + 16, col : col + 256]
+        head = (
+            scales[row : row + 16].view(np.uint8)
+            if col == 0 and padded[row : row + 16].any()
+            else ()
+        )
+        stored = (tile != 0).reshape(2, 8, 4, 4, 4, 4)  # high, g, q, j, t, e
+        weights = 1 << (16 * np.arange(2)[:, None, None] + 4 * np.arange(4) + np.arange(4)[:, None])
+        bits = np.einsum("hgqjte,hje->qgt", stored, weights).reshape(4, 32).astype("<u4")
+        counts = stored.sum(axis=(0, 3, 5)).transpose(1, 0, 2).reshape(4, 32)
+        up, down = counts[0] + counts[1], counts[2] + counts[3]
+        rising_up, rising_down = np.argsort(up, kind="stable"), np.argsort(down, kind="stable")
+        columns = np.zeros(32, np.uint8)
+        columns[rising_down[::-1]] = 4 * rising_up
+        rows = -(-int((up[rising_up] + down[rising_down[::-1]]).max()) // 4)
+        if not rows:
+            written.append(_joined(np.array(head, np.uint8)))
+            continue
+        chunk = np.zeros(128 * rows, np.uint8)
+
+        def get(r, c, byte, tile=tile, chunk=chunk):
+            chunk[byte] = int(tile[r, c]) + 128
+
+        _quantized_chunk(bits, columns, rows, get)
+        written.append(_joined(np.array(head, np.uint8), chunk, bits, columns))
+    return written
 
 
 READERS = {"tiled_csl": read_tiled_csl, "bitmap": read_bitmap, "row_bitmap": read_row_bitmap}

@@ -30,6 +30,9 @@ Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bo
 // kBitmapRowsSm90: as kBitmapSm90a, without a workspace.
 Status spmm_bitmap_rows(const SpmmPlan& plan, const SpmmArgs& args, bool prefetch,
                         cudaStream_t stream);
+// kQuantizedBitmapSm90: as kBitmapSm90a.
+Status spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace,
+                             bool prefetch, cudaStream_t stream);
 // kBitmapSm90a, kBitmapSm90, kBitmapSm80: x must be 16-byte aligned, x_stride a multiple of 8 (or
 // n = 1), and each row of x followed by zeros up to the next multiple of 8 columns.
 Status spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
@@ -39,7 +42,8 @@ Status spmm_bitmap_sm90(const SpmmPlan& plan, const SpmmArgs& args, void* worksp
 Status spmm_bitmap_sm80(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                         cudaStream_t stream);
 
-// One format's packer on the device: the steps of format/packed_format.h.
+// One format's packer on the device: the steps of format/packed_format.h. `count` and `pack` are
+// null for a format that is packed on the host.
 struct PackKernels {
   // Pass 1: units[tiles] and nonzeros nnz[tiles] of each tile.
   Status (*count)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units,
@@ -61,6 +65,7 @@ Status end_weight_writes(void* scratch, cudaStream_t stream);
 
 PackKernels tiled_csl_kernels();
 PackKernels bitmap_kernels();
+PackKernels quantized_bitmap_kernels();
 
 // The kernels of a format; null for a format that is packed and unpacked on the host.
 const PackKernels* pack_kernels(Format format);

@@ -9,6 +9,7 @@
 
 #include "base/parallel.h"
 #include "base/status.h"
+#include "format/element.h"
 #include "format/packed_format.h"
 #include "format/packed_header.h"
 
@@ -61,6 +62,18 @@ inline Status check_lengths(const PackedHeader& header, int64_t tiles, int64_t n
                                  " words");
   }
   return Status::success();
+}
+
+// The scale of a row without values.
+inline constexpr float kNoScale = 1.0F;
+
+// What is wrong with the scale, given as its bits, of a row of `stored` values, or "".
+inline std::string scale_problem(int64_t row, uint32_t scale, int64_t stored) {
+  const bool positive_normal = scale >= 0x00800000U && scale < 0x7F800000U;
+  if (positive_normal && (stored > 0 || bits_to_float(scale) == kNoScale)) return "";
+  return "row " + std::to_string(row) + ": the scale must be " +
+         (stored > 0 ? "a positive normal number" : "1, as the row has no values") + ", got " +
+         std::to_string(bits_to_float(scale));
 }
 
 // The error if the matrix to pack has changed since it was counted.

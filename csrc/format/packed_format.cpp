@@ -6,6 +6,7 @@
 
 #include "format/bitmap.h"
 #include "format/element.h"
+#include "format/quantized_bitmap.h"
 #include "format/row_bitmap.h"
 #include "format/tiled_csl.h"
 
@@ -33,6 +34,12 @@ constexpr std::array<PackedFormat, kNumFormats> kFormats = {{
      [](double density, int value_bits) { return 0.125 + value_bits / 8 * density; },
      row_bitmap_count, row_bitmap_pack, row_bitmap_unpack_block, row_bitmap_count_stored,
      row_bitmap_check_sizes, row_bitmap_validate},
+    // Besides the bits 32 bytes for the columns of a chunk, and 5 to 8 % padding of its values.
+    {Format::kQuantizedBitmap, "quantized_bitmap", 1, kQuantStripM, kQuantChunkK, kQuantUnitWords,
+     kQuantStripM, kQuantizedTypes,
+     [](double density, int value_bits) { return 0.134 + 1.06 * value_bits / 8 * density; },
+     quantized_bitmap_count, quantized_bitmap_pack, quantized_bitmap_unpack_strip,
+     quantized_bitmap_count_stored, quantized_bitmap_check_sizes, quantized_bitmap_validate},
 }};
 
 // Row i is the format of number i + 1.

@@ -24,25 +24,6 @@ int64_t block_units(ValueType type, int64_t groups, int64_t nnz) {
   return (words + kBlockUnitWords - 1) / kBlockUnitWords;
 }
 
-// The scale of a row without values, as a float.
-constexpr float kNoScale = 1.0F;
-
-// Whether the bits are those of a positive normal number.
-bool is_scale(uint32_t bits) { return bits >= 0x00800000U && bits < 0x7F800000U; }
-
-// What is wrong with the scales of a block, or "". Row i has `stored[i]` values.
-std::string scales_problem(const uint32_t* scales, const int64_t* stored) {
-  for (int64_t row = 0; row < kBlockRows; ++row) {
-    if (is_scale(scales[row]) && (stored[row] > 0 || bits_to_float(scales[row]) == kNoScale)) {
-      continue;
-    }
-    return "row " + std::to_string(row) + ": the scale must be " +
-           (stored[row] > 0 ? "a positive normal number" : "1, as the row has no values") +
-           ", got " + std::to_string(bits_to_float(scales[row]));
-  }
-  return "";
-}
-
 // The number of columns of a group that lie inside the matrix.
 int cols_of(int64_t k, int64_t group) {
   return static_cast<int>(std::min<int64_t>(kGroupCols, k - group * kGroupCols));
@@ -86,8 +67,10 @@ std::string block_problem(const PackedView& view, int64_t block, int64_t* nnz) {
     return "word 0 must be " + std::to_string(smallest) + ", got " + std::to_string(parts.smallest);
   }
   if (value_traits(view.value_type).scales == ScaleGroup::kRow) {
-    std::string problem = scales_problem(parts.scales, stored_of_row);
-    if (!problem.empty()) return problem;
+    for (int64_t row = 0; row < kBlockRows; ++row) {
+      std::string problem = scale_problem(row, parts.scales[row], stored_of_row[row]);
+      if (!problem.empty()) return problem;
+    }
   }
   const auto* end = reinterpret_cast<const Raw*>(view.payload + int64_t{view.offsets[block + 1]} *
                                                                     kBlockUnitWords);

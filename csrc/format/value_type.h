@@ -63,6 +63,7 @@ constexpr EnumSet<ValueType> value_types(bool quantized) {
 }
 inline constexpr EnumSet<ValueType> k16Bit = value_types(false);
 inline constexpr EnumSet<ValueType> kEveryType = value_types(true);
+inline constexpr EnumSet<ValueType> kQuantizedTypes = kEveryType.without(k16Bit);
 
 // The value type for a number in a header, and for a name.
 Status value_type_of(int64_t number, ValueType* out);

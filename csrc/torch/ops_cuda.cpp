@@ -42,7 +42,7 @@ const DeviceInfo& current_device_info() {
   return devices[static_cast<size_t>(c10::cuda::current_device())];
 }
 
-// Packs into a format that has no CUDA kernels.
+// Packs into a format that has no CUDA kernels for it.
 Packed pack_dense_on_host(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
   const Tensor host = dense.tensor.contiguous().cpu();
   const Tensor scales = dense.scales.defined() ? dense.scales.cpu() : Tensor();
@@ -54,7 +54,9 @@ Packed pack_dense_on_host(const char* op, const DenseMatrix& dense, const Packed
 
 Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
   const cuda::PackKernels* kernels = cuda::pack_kernels(format.id);
-  if (kernels == nullptr) return pack_dense_on_host(op, dense, format);
+  if (kernels == nullptr || kernels->pack == nullptr) {
+    return pack_dense_on_host(op, dense, format);
+  }
   const int64_t tiles = format.tiles(dense.m, dense.k);
   const auto int_options = dense.tensor.options().dtype(at::kInt);
   const Tensor counts = at::empty({2, tiles}, int_options);  // units and nonzeros of each tile

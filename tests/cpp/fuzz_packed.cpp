@@ -33,7 +33,8 @@
 namespace flash_llm::testing {
 namespace {
 
-constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap};
+constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap,
+                               Format::kQuantizedBitmap};
 
 struct Outcomes {
   uint64_t accepted = 0;
@@ -47,15 +48,17 @@ class Fuzzer {
   void run_round(uint64_t round) {
     round_ = round;
     rng_.seed(static_cast<uint32_t>(seed_ * 0x9E3779B9U + round));
-    const Format format = kFormats[below(3)];
+    const Format format = kFormats[below(std::size(kFormats))];
     const int64_t m = pick_size(), k = pick_size();
     const double sparsity = pick_of(0.0, 0.3, 0.7, 0.97, 1.0);
     const auto seed = static_cast<uint32_t>(rng_());
     const int64_t row_gap = below(3);
-    const auto type = pick_of(ValueType::kFloat16, ValueType::kBfloat16, ValueType::kInt8Float16,
-                              ValueType::kInt8Bfloat16);
-    if (value_traits(type).bits == 16 || !packed_format(format).value_types.contains(type)) {
-      run_matrix(random_patterns(m, k, sparsity, seed, row_gap), format, ValueType::kFloat16);
+    const EnumSet<ValueType> held = packed_format(format).value_types;
+    auto type = pick_of(ValueType::kFloat16, ValueType::kBfloat16, ValueType::kInt8Float16,
+                        ValueType::kInt8Bfloat16);
+    if (!held.contains(type)) type = held.first();
+    if (value_traits(type).bits == 16) {
+      run_matrix(random_patterns(m, k, sparsity, seed, row_gap), format, type);
     } else {
       run_matrix(random_int8(m, k, sparsity, seed, row_gap), format, type);
     }
@@ -295,6 +298,7 @@ class Fuzzer {
       return true;
     }
     for (const Format format : kFormats) {
+      if (!packed_format(format).value_types.contains(ValueType::kFloat16)) continue;
       Packed again;
       require(pack(DenseMatrix{header.m, header.k, header.k, dense, {}}, format, serial_for, &again)
                   .ok(),

@@ -72,10 +72,13 @@ TEST(Header, ReadsWhatItWrites) {
 }
 
 TEST(Header, EveryVersionUpToTheNewestIsReadAndNoOther) {
-  const std::pair<Format, int64_t> newest_of[] = {
-      {Format::kTiledCsl, 1}, {Format::kBitmap, 2}, {Format::kRowBitmap, 1}};
+  const std::pair<Format, int64_t> newest_of[] = {{Format::kTiledCsl, 1},
+                                                  {Format::kBitmap, 2},
+                                                  {Format::kRowBitmap, 1},
+                                                  {Format::kQuantizedBitmap, 1}};
   for (const auto& [format, newest] : newest_of) {
     PackedHeader header = PackedHeader::of(format), back;
+    header.value_type = packed_format(format).value_types.first();
     EXPECT_EQ(header.version, newest);
     for (int64_t version = 1; version <= newest; ++version) {
       header.version = version;

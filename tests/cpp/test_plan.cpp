@@ -430,7 +430,8 @@ TEST(SelectPlanRows, KernelOrBlocksByTokensTypeAndInstructionSet) {
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx2), 4096);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx2, true), 16);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kPortable), 16);
-  EXPECT_EQ(most_tokens(ValueType::kInt8Bfloat16, CpuIsa::kAvx2), 16);
+  EXPECT_EQ(most_tokens(ValueType::kInt8Bfloat16, CpuIsa::kAvx2), 4096);
+  EXPECT_EQ(most_tokens(ValueType::kInt8Float16, CpuIsa::kAvx2, true), 16);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kNeon), 16);
   EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kNeon), 16);
 }
@@ -461,9 +462,9 @@ TEST(SelectFormat, FollowsTheDeviceAndTheDensity) {
   EXPECT_EQ(name(0.5, gpu(80, 108, 164 * 1024, "9.0a")), Format::kTiledCsl);
   EXPECT_EQ(name(0.5, kCpu), Format::kRowBitmap);
   EXPECT_EQ(name(0.99, kCpu), Format::kRowBitmap);
-  // No other format holds quantised values.
-  for (const DeviceInfo& device : {kCpu, kH200}) {
-    EXPECT_EQ(name(0.99, device, ValueType::kInt8Bfloat16), Format::kRowBitmap);
+  EXPECT_EQ(name(0.99, kCpu, ValueType::kInt8Bfloat16), Format::kRowBitmap);
+  for (const DeviceInfo& device : {kH200, kB200, kRtx5090}) {
+    EXPECT_EQ(name(0.99, device, ValueType::kInt8Bfloat16), Format::kQuantizedBitmap);
   }
 }
 

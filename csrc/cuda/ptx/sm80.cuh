@@ -106,6 +106,15 @@ __device__ __forceinline__ uint2 load_shared_v2(uint32_t smem) {
   return value;
 }
 
+__device__ __forceinline__ float4 load_shared_v4(uint32_t smem) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(smem)
+               : "memory");
+  return value;
+}
+
 // cp.async: four bytes from global to shared memory, or zeros where `valid` is false.
 __device__ __forceinline__ void copy_async4(uint32_t smem, const void* gmem, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem), "l"(gmem),

@@ -1,0 +1,73 @@
+#include "plan/quantized_bitmap_sm90.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "plan/config_table.h"
+
+namespace flash_llm {
+namespace {
+
+constexpr char kName[] = "quantized8";
+// Every 8 tokens decode the weight again. Unpacking it takes as long as decoding it four times.
+constexpr int64_t kMostTokens = 32;
+
+}  // namespace
+
+std::vector<KernelConfig> describe_quantized_bitmap_configs() {
+  return {{kName,
+           {{"tile_n", kQuantTokens},
+            {"warps", kQuantMaxWarps},
+            {"ctas_per_sm", 1},
+            {"smem_bytes", quant_smem_bytes(1, kQuantMinStages)}}}};
+}
+
+bool takes_quantized_bitmap(const PlanRequest& request, std::string* reason) {
+  if (request.problem.n > kMostTokens) {
+    explain(reason, "N > 32: the dense GEMM is faster, although it unpacks the weight");
+    return false;
+  }
+  explain(reason, "N <= 32: the weight is decoded once per 8 tokens");
+  return true;
+}
+
+Status plan_quantized_bitmap(const PlanRequest& request, SpmmPlan* out) {
+  const SpmmProblem& problem = request.problem;
+  const int smem = smem_per_cta_bytes(request.device);
+  if (Status fits = check_smem(kName, quant_smem_bytes(1, kQuantMinStages), request.device);
+      !fits.ok()) {
+    return fits;
+  }
+  out->config = 0;
+  // X of a section of K fits the registers of a CTA. The warps of all CTAs of an SM share its
+  // registers.
+  int most_warps = kQuantMaxWarps;
+  while (quant_smem_bytes(most_warps, kQuantMinStages) > smem) --most_warps;
+  const int64_t columns = std::max<int64_t>(num_quant_chunks(problem.k), 1);
+  const int64_t most_columns = int64_t{kQuantWarpChunks} * most_warps;
+  const int64_t sections = (columns + most_columns - 1) / most_columns;
+  out->unit_cols = static_cast<int>((columns + sections - 1) / sections);
+  const int warps = quant_warps(out->unit_cols);
+  const auto cta_bytes = [&](int stages) {
+    return quant_smem_bytes(warps, stages) + kReservedSmemBytes;
+  };
+  const int sm_bytes = request.device.smem_per_sm_bytes;
+  const int ctas_per_sm =
+      std::clamp(sm_bytes / cta_bytes(kQuantMinStages), 1, std::max(kQuantMaxWarps / warps, 1));
+  int stages = kQuantMaxStages;
+  while (stages > kQuantMinStages && ctas_per_sm * cta_bytes(stages) > sm_bytes) --stages;
+  out->ring_bytes = warps * stages * kQuantStageBytes;
+  const int64_t strips = std::max<int64_t>(num_quant_strips(problem.m), 1);
+  const int64_t passes = sections * quant_token_blocks(std::max<int64_t>(problem.n, 1));
+  // CTAs of one pass. The passes run at the same time, so that the weight is read from L2 again.
+  const int64_t ctas = request.ctas != 0
+                           ? request.ctas
+                           : std::max<int64_t>(request.device.num_sms, 1) * ctas_per_sm / passes;
+  out->ctas = std::clamp<int64_t>(ctas, 1, strips);
+  out->work = {strips, sections, out->ctas};
+  out->x_multiple = 8;
+  out->workspace_bytes = quant_sums_bytes(problem.m, problem.n, sections);
+  return Status::success();
+}
+
+}  // namespace flash_llm

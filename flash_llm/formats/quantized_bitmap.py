@@ -1,0 +1,68 @@
+"""Quantised bitmap, the format of int8 values for GPUs: a bit per element and a byte per nonzero.
+
+The values lie as a GPU's tensor cores take them, so that a kernel decodes eight elements by two
+byte permutations. ``csrc/format/quantized_bitmap.h`` defines the bytes; this module is their Python
+object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flash_llm.formats.bitmap import bits_and_values_bytes
+from flash_llm.ops import PackedStats, PackedWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedBitmapStats(PackedStats):
+    """What a packed weight takes, and how evenly its nonzeros lie.
+
+    Attributes:
+        exact_bytes: what one bit per element and the values of the nonzeros would take.
+        empty_chunks: chunks of 16 x 256 without a nonzero, which have no values in the payload.
+        chunk_bytes_max: bytes of the largest chunk.
+    """
+
+    exact_bytes: int
+    empty_chunks: int
+    chunk_bytes_max: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QuantizedBitmap(PackedWeight):
+    """Quantised values packed for GPUs: ``offsets`` int32[chunks + 1] in units of 32 bytes.
+
+    About ``1.06 (1 - sparsity) + 0.134`` bytes per element, and 4 bytes per row for the scales. The
+    host packs it; every GPU unpacks it, and GPUs with compute capability 9.0 or newer multiply it.
+
+    Example:
+        >>> import torch, flash_llm
+        >>> values = torch.randint(-9, 9, (256, 256), dtype=torch.int8)
+        >>> w = flash_llm.ops.pack_quantized(
+        ...     values, torch.ones(256), torch.float16, "quantized_bitmap"
+        ... )
+        >>> bool((w.to_dense() == values).all())
+        True
+    """
+
+    FORMAT = "quantized_bitmap"
+    FORMAT_ID = 4
+
+    def stats(self) -> QuantizedBitmapStats:
+        """Count what the buffers hold, after checking them in depth.
+
+        Returns:
+            Sizes in bytes; all zero for a weight without elements.
+
+        Raises:
+            ValueError: the weight is malformed; see :func:`flash_llm.ops.validate`.
+        """
+        self.validate()
+        chunk_bytes = self._tile_bytes()
+        # The first chunk of a strip has its scales, even if it has no nonzero.
+        return QuantizedBitmapStats(
+            **self._sizes(),
+            exact_bytes=bits_and_values_bytes(self),
+            empty_chunks=int((chunk_bytes <= 64).sum()),
+            chunk_bytes_max=int(chunk_bytes.max()) if chunk_bytes.numel() else 0,
+        )

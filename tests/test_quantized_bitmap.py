@@ -1,0 +1,244 @@
+"""Quantised bitmap: its bytes, what it refuses, and its products on GPUs."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from formats import DTYPES, each, read_quantized_bitmap, write_quantized_bitmap
+from test_quantized import exact_weight, random_int8
+
+import flash_llm
+from flash_llm import PackedWeight, QuantizedBitmap, SparseLinear, ops, quantize, testing
+
+FORMAT = "quantized_bitmap"
+KERNEL = "quantized8"
+
+
+def pack(values, scales, dtype=torch.float16, device="cpu"):
+    return ops.pack_quantized(values.to(device), scales.to(device), dtype, FORMAT)
+
+
+def assert_same_weight(found, expected):
+    assert type(found) is QuantizedBitmap and found.header == expected.header
+    assert torch.equal(found.offsets.cpu(), expected.offsets.cpu())
+    assert torch.equal(found.payload.cpu(), expected.payload.cpu())
+
+
+# ---- bytes ----
+
+
+@each("sparsity", [0.0, 0.3, 0.5, 0.97, 1.0])
+@each(("m", "k"), [(0, 7), (7, 0), (1, 1), (3, 31), (16, 256), (17, 257), (40, 600), (33, 1030)])
+def test_bytes_are_as_described(m, k, sparsity, device):
+    values, scales = random_int8(m, k, sparsity)
+    w = pack(values, scales, device=device)
+    w.validate()
+    written = write_quantized_bitmap(values.numpy(), scales.numpy())
+    expected = np.concatenate([*written, np.zeros(0, np.uint8)])
+    np.testing.assert_array_equal(w.payload.cpu().numpy().view(np.uint8), expected)
+    sizes = np.array([len(chunk) for chunk in written], np.int64)
+    np.testing.assert_array_equal(w.offsets.cpu().diff().numpy() * 32, sizes)
+    for found, value in zip(w.to_quantized(), read_quantized_bitmap(w), strict=True):
+        np.testing.assert_array_equal(found.cpu().numpy(), value)
+    assert torch.equal(w.to_quantized()[0].cpu(), values) and w.nnz == int(values.count_nonzero())
+
+
+@each("dtype", DTYPES)
+@each(("m", "k"), [(1, 3), (16, 256), (65, 513), (40, 772)])
+def test_unpacking_gives_torchs_products(m, k, dtype, device):
+    values, scales = random_int8(m, k, 0.6)
+    w = pack(values, scales, dtype, device)
+    assert torch.equal(w.to_dense().cpu(), quantize.dequantize(*w.to_quantized(), dtype).cpu())
+    assert torch.ops.flash_llm.count_stored(list(w.header), w.offsets, w.payload) == w.nnz
+
+
+def test_a_large_weight_takes_few_bytes_more_than_its_bits_and_values():
+    values, scales = random_int8(512, 4096, 0.5)
+    stats = pack(values, scales).stats()
+    assert stats.packed_bytes < 1.08 * stats.exact_bytes
+    assert abs(stats.bytes_per_element / (0.134 + 1.06 * 0.5) - 1) < 0.02
+
+
+@each(
+    ("rows", "columns"),
+    [((0, 32), (0, 600)), ((16, 40), (0, 600)), ((3, 9), (0, 600)), ((0, 40), (5, 300))],
+)
+def test_slices_and_concatenations_keep_values_and_scales(rows, columns, device):
+    values, scales = random_int8(40, 600, 0.6)
+    values[16:32], values[1, 5:300] = 0, 0
+    w = pack(values, scales, device=device)
+    part = w.slice(slice(*rows), slice(*columns))
+    rows, columns = slice(*rows), slice(*columns)
+    assert_same_weight(part, pack(values[rows, columns], scales[rows]))
+    for border in (16, 23):
+        parts = [w.slice(slice(0, border)), w.slice(slice(border, 40))]
+        assert_same_weight(PackedWeight.concat(parts), w)
+
+
+# ---- bad input ----
+
+
+def packed_word(edit):
+    """A weight of one chunk of two rows of values, with one thing edited."""
+    values = torch.zeros(16, 256, dtype=torch.int8)
+    values[0, :2], values[3, 200] = torch.tensor([5, -7], dtype=torch.int8), 9
+    w = pack(values, torch.full((16,), 0.5))
+    payload = w.payload.clone()
+    edit(payload.view(torch.uint8))
+    return dataclasses.replace(w, payload=payload)
+
+
+@each(
+    ("edit", "match"),
+    [
+        (lambda b: b[:4].zero_(), "row 0: the scale must be a positive normal number"),
+        (lambda b: b[4:8].zero_(), "row 1: the scale must be 1"),
+        (lambda b: b[64:65].fill_(128), "chunk 0: a value is zero"),
+        (lambda b: b[64:65].fill_(0), "chunk 0: a value is -128"),
+        (lambda b: b[70:71].fill_(3), "chunk 0: bytes outside the runs"),
+        (lambda b: b[-1:].fill_(4), "chunk 0: the columns"),
+        (lambda b: b[-32 - 4 * 128 : -32].fill_(255), "chunk 0: must have 145 units"),
+    ],
+)
+def test_damage_is_found_and_named(edit, match):
+    w = packed_word(edit)
+    with pytest.raises(ValueError, match=f"strip 0: {match}"):
+        w.validate()
+    with pytest.raises(ValueError, match="strip 0"):
+        QuantizedBitmap.from_tensors(w.header, w.offsets, w.payload)
+
+
+def test_bits_outside_the_matrix_are_found():
+    values, scales = random_int8(16, 255, 0.5)
+    w = pack(values, scales)
+    wide = dataclasses.replace(w, header=w.header._replace(k=200))
+    with pytest.raises(ValueError, match="strip 0: chunk 0: a bit lies outside"):
+        wide.validate()
+
+
+def test_other_values_are_refused():
+    with pytest.raises(TypeError, match='"quantized_bitmap" .*float16'):
+        flash_llm.pack(torch.ones(4, 8).half(), FORMAT)
+    assert flash_llm.pack(torch.ones(4, 8).half(), FORMAT, values="int8").nnz == 32
+
+
+def test_weights_of_zeros_need_no_packing(device):
+    layer = SparseLinear(600, 40, device=device, format=FORMAT, values="int8")
+    layer.packed.validate()
+    assert_same_weight(layer.packed, pack(*random_int8(40, 600, 1.0)))
+
+
+# ---- plans ----
+
+
+def plan_of(m, n, k, config="auto", **device):
+    gpu = {"compute_capability": 90, "num_sms": 132, "smem_per_sm_bytes": 228 * 1024, **device}
+    facts = {"value_type": "int8_float16", "format": FORMAT, "config": config}
+    return flash_llm.explain_plan(m, n, k, m * k // 2, **facts, **gpu)
+
+
+def test_plans():
+    assert ops.explain_format(64, 64, 2048, compute_capability=90, values="int8")[0] == FORMAT
+    assert plan_of(4096, 32, 4096).startswith(f"{KERNEL} ctas=66 unit_cols=16 ")
+    assert plan_of(4096, 33, 4096).startswith("dense ")
+    assert plan_of(28672, 8, 7168).startswith(f"{KERNEL} ctas=132 unit_cols=28 ")
+    assert "workspace" not in plan_of(4096, 8, 8192)
+    assert f"workspace_bytes={2 * 4096 * 8 * 4} " in plan_of(4096, 8, 8448)
+    # Fewer warps fit the shared memory, so K has more sections.
+    assert "unit_cols=16 " in plan_of(4096, 8, 8192, smem_per_sm_bytes=100 * 1024)
+    with pytest.raises(NotImplementedError, match=f"{KERNEL}.*shared memory"):
+        plan_of(64, 8, 64, KERNEL, smem_per_sm_bytes=8 * 1024)
+    with pytest.raises(NotImplementedError, match=f"{KERNEL}.*9.0"):
+        plan_of(64, 8, 64, KERNEL, compute_capability=80)
+
+
+# ---- products ----
+
+K = [1, 7, 64, 256, 257, 600, 1031, 4096, 8200, 17000]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", K)
+@each("dtype", DTYPES)
+def test_small_integers_are_exact(k, dtype):
+    for m, sparsity in itertools.product((1, 16, 67), (0.0, 0.5, 0.95, 1.0)):
+        integers = testing.small_integers(m, k, sparsity=sparsity, dtype=dtype, seed=m)
+        scales = 2.0 ** torch.arange(m).remainder(3)
+        w = pack((integers.float() * 4).to(torch.int8), scales / 4, dtype, "cuda")
+        weight = (integers.float() * scales[:, None]).to(dtype)
+        assert torch.equal(w.to_dense().cpu(), weight)
+        x = testing.small_integers(33, k, dtype=dtype, seed=1)
+        bias = testing.small_integers(m, dtype=dtype, seed=3)
+        expected = testing.spmm_reference(x, weight, bias, "relu").float().to(dtype)
+        for n in (1, 2, 8, 9, 33):
+            for config in (KERNEL, "dense"):
+                y = flash_llm.spmm(x[:n].cuda(), w, bias.cuda(), activation="relu", config=config)
+                assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity, config)
+
+
+@pytest.mark.gpu
+@each("sparsity", [0.0, 0.4, 0.9, 1.0])
+@each("dtype", DTYPES)
+def test_results_stay_within_the_float64_bound(sparsity, dtype):
+    for m, k in ((131, 1100), (2000, 9000)):
+        values, scales = random_int8(m, k, sparsity)
+        w, bias = pack(values, scales / 1000, dtype, "cuda"), torch.randn(m).to(dtype)
+        exact = exact_weight(w).cpu()
+        for n, activation in itertools.product((1, 4, 16), (None, "silu")):
+            x = torch.randn(n, k).to(dtype)
+            y = flash_llm.spmm(x.cuda(), w, bias.cuda(), activation=activation, config=KERNEL)
+            testing.assert_spmm_close(y.cpu(), x, exact, bias, activation)
+            again = flash_llm.spmm(x.cuda(), w, bias.cuda(), activation=activation, config=KERNEL)
+            assert torch.equal(y, again)
+
+
+@pytest.mark.gpu
+@each("dtype", DTYPES)
+def test_infinity_and_nan_in_x_meet_absent_zeros(dtype):
+    values, scales = random_int8(40, 700, 0.7)
+    values[:, 256:512], values[8:12] = 0, 0
+    w = pack(values, scales, dtype, "cuda")
+    x = torch.ones(3, 700, dtype=dtype)
+    x[0, 300], x[2, 699] = float("inf"), float("nan")
+    y = flash_llm.spmm(x.cuda(), w, config=KERNEL).cpu()
+    expected = x.double() @ exact_weight(w).cpu().t()
+    assert torch.equal(y.isnan(), expected.isnan()) and bool(y[1].isfinite().all())
+
+
+@pytest.mark.gpu
+def test_malformed_weights_stay_within_their_memory():
+    values, scales = random_int8(40, 700, 0.5)
+    w = pack(values, scales, device="cuda")
+    x = torch.randn(3, 700).half().cuda()
+    for count in range(0, w.payload.numel() - 8, 97):
+        broken = dataclasses.replace(w, payload=w.payload.clone())
+        broken.payload[count:] = -1
+        assert flash_llm.spmm(x, broken, config=KERNEL).shape == (3, 40)
+        assert broken.to_dense().shape == (40, 700)
+    for offset in (-1, 0, 1, 2**31 - 1):
+        broken = dataclasses.replace(w, offsets=w.offsets.clone())
+        broken.offsets[1:-1:2] = offset
+        assert flash_llm.spmm(x, broken, config=KERNEL).shape == (3, 40)
+        assert broken.to_dense().shape == (40, 700)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_layers_move_between_devices_without_rounding_again():
+    weight = testing.random_sparse(130, 600, 0.5)
+    linear = torch.nn.Linear(600, 130).half()
+    linear.weight.data = weight
+    layer = SparseLinear.from_linear(linear, values="int8")
+    values = layer.packed.to_quantized()
+    layer.cuda()
+    assert layer.packed.FORMAT == FORMAT
+    x = torch.randn(3, 600).half()
+    y = layer(x.cuda())
+    testing.assert_spmm_close(
+        y.cpu(), x, exact_weight(layer.packed).cpu(), layer.bias.detach().cpu()
+    )
+    layer.cpu()
+    assert layer.packed.FORMAT == "row_bitmap"
+    assert all(map(torch.equal, layer.packed.to_quantized(), values))
