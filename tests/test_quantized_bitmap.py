@@ -14,6 +14,7 @@ from flash_llm import PackedWeight, QuantizedBitmap, SparseLinear, ops, quantize
 
 FORMAT = "quantized_bitmap"
 KERNEL = "quantized8"
+INT8_X = "quantized8_int8x"
 
 
 def pack(values, scales, dtype=torch.float16, device="cpu"):
@@ -150,6 +151,9 @@ def test_plans():
     assert "unit_cols=16 " in plan_of(4096, 8, 8192, smem_per_sm_bytes=100 * 1024)
     with pytest.raises(NotImplementedError, match=f"{KERNEL}.*shared memory"):
         plan_of(64, 8, 64, KERNEL, smem_per_sm_bytes=8 * 1024)
+    assert plan_of(64, 8, 65536, INT8_X).startswith(INT8_X)
+    with pytest.raises(ValueError, match=f"{INT8_X}.*65537"):
+        plan_of(64, 8, 65537, INT8_X)
     with pytest.raises(NotImplementedError, match=f"{KERNEL}.*9.0"):
         plan_of(64, 8, 64, KERNEL, compute_capability=80)
 
@@ -176,6 +180,55 @@ def test_small_integers_are_exact(k, dtype):
             for config in (KERNEL, "dense"):
                 y = flash_llm.spmm(x[:n].cuda(), w, bias.cuda(), activation="relu", config=config)
                 assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity, config)
+
+
+def quantize_tokens(x):
+    """X as INT8_X rounds it: int8 values, as float64, and a scale for each token."""
+    largest = x.abs().amax(dim=1).float()
+    inverse = 127 / largest.clamp(min=2.0**-100)
+    values = (x.double() * inverse.double()[:, None]).round()
+    return values, torch.where(largest.isfinite(), largest / 127, torch.nan)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", K)
+@each("dtype", DTYPES)
+def test_quantised_tokens_are_multiplied_exactly(k, dtype):
+    for m, sparsity in itertools.product((1, 16, 67), (0.0, 0.5, 0.95, 1.0)):
+        values, _ = random_int8(m, k, sparsity, seed=m)
+        x = torch.randint(-127, 128, (33, k)).to(dtype)
+        x[:, 0] = 127  # so every scale is 1
+        scales = 2.0 ** torch.arange(m).remainder(3) / 2**15
+        w = pack(values, scales, dtype, "cuda")
+        expected = ((x.double() @ values.double().t()) * scales).float().to(dtype)
+        for n in (1, 2, 8, 9, 33):
+            y = flash_llm.spmm(x[:n].cuda(), w, config=INT8_X)
+            assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity)
+
+
+@pytest.mark.gpu
+@each("dtype", DTYPES)
+@each("magnitude", [1e-30, 1e-6, 1.0, 3e4])
+def test_tokens_are_rounded_to_nearest(dtype, magnitude):
+    values, scales = random_int8(70, 4100, 0.6)
+    w = pack(values, scales, dtype, "cuda")
+    x = (torch.randn(9, 4100) * magnitude / 4).to(dtype)
+    x[3] = 0
+    rounded, token_scales = quantize_tokens(x)
+    sums = (rounded @ values.double().t()).float()
+    expected = ((sums * token_scales[:, None]) * scales).to(dtype)
+    assert torch.equal(flash_llm.spmm(x.cuda(), w, config=INT8_X).cpu(), expected)
+
+
+@pytest.mark.gpu
+@each("dtype", DTYPES)
+@each("number", [float("inf"), float("nan")])
+def test_a_quantised_token_that_is_not_finite_gives_nan(dtype, number):
+    w = pack(*random_int8(40, 700, 0.7), dtype, "cuda")
+    x = torch.ones(3, 700, dtype=dtype)
+    x[1, 699] = number
+    y = flash_llm.spmm(x.cuda(), w, config=INT8_X)
+    assert bool(y[1].isnan().all()) and bool(y[::2].isfinite().all())
 
 
 @pytest.mark.gpu

@@ -8,18 +8,27 @@
 namespace flash_llm {
 namespace {
 
-constexpr char kName[] = "quantized8";
 // Every 8 tokens decode the weight again. Unpacking it takes as long as decoding it four times.
 constexpr int64_t kMostTokens = 32;
 
 }  // namespace
 
+const std::vector<QuantizedBitmapConfig>& quantized_bitmap_configs() {
+  static const std::vector<QuantizedBitmapConfig> configs = {{"quantized8", false},
+                                                             {"quantized8_int8x", true}};
+  return configs;
+}
+
 std::vector<KernelConfig> describe_quantized_bitmap_configs() {
-  return {{kName,
-           {{"tile_n", kQuantTokens},
-            {"warps", kQuantMaxWarps},
-            {"ctas_per_sm", 1},
-            {"smem_bytes", quant_smem_bytes(1, kQuantMinStages)}}}};
+  std::vector<KernelConfig> rows;
+  for (const QuantizedBitmapConfig& config : quantized_bitmap_configs()) {
+    rows.push_back({config.name,
+                    {{"tile_n", kQuantTokens},
+                     {"warps", kQuantMaxWarps},
+                     {"ctas_per_sm", 1},
+                     {"smem_bytes", quant_smem_bytes(1, kQuantMinStages)}}});
+  }
+  return rows;
 }
 
 bool takes_quantized_bitmap(const PlanRequest& request, std::string* reason) {
@@ -34,11 +43,18 @@ bool takes_quantized_bitmap(const PlanRequest& request, std::string* reason) {
 Status plan_quantized_bitmap(const PlanRequest& request, SpmmPlan* out) {
   const SpmmProblem& problem = request.problem;
   const int smem = smem_per_cta_bytes(request.device);
-  if (Status fits = check_smem(kName, quant_smem_bytes(1, kQuantMinStages), request.device);
+  out->config = request.forced() ? config_named(quantized_bitmap_configs(), request.config) : 0;
+  const QuantizedBitmapConfig& config =
+      quantized_bitmap_configs()[static_cast<size_t>(out->config)];
+  if (config.int8_x && problem.k > kQuantMaxInt8K) {
+    return Status::invalid_value("config \"" + std::string(config.name) + "\" takes K up to " +
+                                 std::to_string(kQuantMaxInt8K) + ", got " +
+                                 std::to_string(problem.k));
+  }
+  if (Status fits = check_smem(config.name, quant_smem_bytes(1, kQuantMinStages), request.device);
       !fits.ok()) {
     return fits;
   }
-  out->config = 0;
   // X of a section of K fits the registers of a CTA. The warps of all CTAs of an SM share its
   // registers.
   int most_warps = kQuantMaxWarps;

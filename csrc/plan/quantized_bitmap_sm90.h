@@ -10,6 +10,15 @@
 
 namespace flash_llm {
 
+// The kernel's configurations: X as it is, or X quantised to int8 with a scale for each token,
+// which config="auto" never chooses.
+struct QuantizedBitmapConfig {
+  const char* name;
+  bool int8_x;
+};
+
+const std::vector<QuantizedBitmapConfig>& quantized_bitmap_configs();
+
 // The tokens that a CTA multiplies.
 inline constexpr int kQuantTokens = 8;
 // Columns of chunks of each warp, whose X stays in its registers.
@@ -37,6 +46,9 @@ constexpr int quant_smem_bytes(int warps, int stages) {
 constexpr int quant_warps(int columns) {
   return (columns + kQuantWarpChunks - 1) / kQuantWarpChunks;
 }
+
+// The longest K of quantised X: sums of products of bytes of 255 and 127 fit 32 bits.
+inline constexpr int64_t kQuantMaxInt8K = 65536;
 
 constexpr int64_t quant_token_blocks(int64_t n) { return (n + kQuantTokens - 1) / kQuantTokens; }
 

@@ -3,7 +3,7 @@
 // warps:
 //   * a warp always has the same columns of chunks, so X of them stays in its registers
 //   * it copies one chunk after the other into stages of its own, decodes it into A fragments
-//     (decode.cuh) and multiplies these by mma.m16n8k16
+//     (decode.cuh) and multiplies these by mma.m16n8k16, or by mma.m16n8k32 if X is quantised
 //   * the warps' sums of a strip meet in shared memory, where they take turns in adding them
 // A long K is cut into sections whose X fits the registers. Their sums go through the workspace to
 // a finishing kernel. All sums are added in a fixed order, so results are repeatable bit for bit.
@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <string>
 
 #include "cuda/bitmap/weight_copy.cuh"
 #include "cuda/epilogue.cuh"
@@ -123,11 +124,52 @@ class ChunkCopies {
   int begin_ = 0, rows_ = 0;  // of chunk next_ / 32 * 32 + lane
 };
 
-// X of a column of chunks as B fragments: the two registers for fragment j of word q.
-using ChunkX = uint2[kQuantWords][kQuantFragments];
+// How X is multiplied. Each struct has
+//   kType            the type of the weight
+//   Sum              of the sums
+//   ChunkX           X of a column of chunks as B fragments, for fragment j of word q
+//   multiply_pair()  adds the products of two neighbouring fragments, given as they are decoded
 
-template <ValueType kType>
-__device__ __forceinline__ void load_x(const QuantParams& p, int chunk_col, int lane, ChunkX& x) {
+// X as it is. A fragment is columns 4 t and 4 t + 1 in .x, 4 t + 2 and 4 t + 3 in .y.
+template <ValueType kWeight>
+struct WideX {
+  static constexpr ValueType kType = kWeight;
+  using Sum = float;
+  using ChunkX = uint2[kQuantWords][kQuantFragments];
+
+  __device__ __forceinline__ static void multiply_pair(const uint32_t (&low)[2],
+                                                       const uint32_t (&high)[2], const uint2* x,
+                                                       float (&sums)[4]) {
+    using Values = QuantValues<kType>;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t a[4] = {Values::template widen<0>(low[i]), Values::template widen<0>(high[i]),
+                             Values::template widen<1>(low[i]), Values::template widen<1>(high[i])};
+      ptx::mma_m16n8k16<Values::kDense>(sums, a, x[i].x, x[i].y);
+    }
+  }
+};
+
+// X quantised to int8, with a scale for each token. The weight's bytes are value + 128, so the sums
+// begin at -128 times the sum of X.
+template <ValueType kWeight>
+struct Int8X {
+  static constexpr ValueType kType = kWeight;
+  using Sum = int;
+  using ChunkX = uint32_t[kQuantWords][kQuantFragments];
+
+  __device__ __forceinline__ static void multiply_pair(const uint32_t (&low)[2],
+                                                       const uint32_t (&high)[2], const uint32_t* x,
+                                                       int (&sums)[4]) {
+    const uint32_t a[4] = {low[0], high[0], low[1], high[1]};
+    ptx::mma_m16n8k32_u8(sums, a, x[0], x[1]);
+  }
+};
+
+using WideChunkX = WideX<ValueType::kInt8Float16>::ChunkX;
+
+__device__ __forceinline__ void load_x(const QuantParams& p, int chunk_col, int lane,
+                                       WideChunkX& x) {
   const int64_t token = int64_t{blockIdx.z} * kQuantTokens + lane / 4;
   const uint16_t* row = p.x + token * p.x_stride;
 #pragma unroll
@@ -141,39 +183,151 @@ __device__ __forceinline__ void load_x(const QuantParams& p, int chunk_col, int 
   }
 }
 
-template <ValueType kType, int kFragment, bool kUp>
-__device__ __forceinline__ void multiply_fragment(uint32_t word, RunReader<kUp>& run,
-                                                  const RunSteps& steps, uint2 x,
-                                                  float (&sums)[4]) {
-  using Values = QuantValues<kType>;
-  uint32_t low, high;
-  run.template take<kFragment>(word, steps, Values::kZero, low, high);
-  const uint32_t a[4] = {Values::template widen<0>(low), Values::template widen<0>(high),
-                         Values::template widen<1>(low), Values::template widen<1>(high)};
-  ptx::mma_m16n8k16<Values::kDense>(sums, a, x.x, x.y);
+// The largest magnitude of a lane's elements, as an integer in each half. As integers magnitudes
+// have the order of the numbers, Inf above all of them and NaN above Inf.
+__device__ __forceinline__ uint32_t largest_magnitudes(const WideChunkX& x, uint32_t largest) {
+#pragma unroll
+  for (int i = 0; i < kQuantWords * kQuantFragments; ++i) {
+    const uint2 four = x[i / kQuantFragments][i % kQuantFragments];
+    largest = __vmaxu2(largest, four.x & 0x7FFF7FFFU);
+    largest = __vmaxu2(largest, four.y & 0x7FFF7FFFU);
+  }
+  return largest;
 }
 
-template <ValueType kType, bool kUp>
+// The scale of a token, and its inverse: the largest magnitude divided by 127. The scale of a token
+// that is not finite is NaN, and so is its row of Y.
+struct TokenScale {
+  float scale, inverse;
+
+  template <ValueType kDense>
+  __device__ __forceinline__ static TokenScale of(uint32_t magnitude) {
+    constexpr uint32_t kInfinity = kDense == ValueType::kFloat16 ? 0x7C00 : 0x7F80;
+    const float largest = element_to_float<kDense>(static_cast<uint16_t>(magnitude));
+    // The bound keeps the inverse finite; all elements of such a token become 0.
+    return {magnitude < kInfinity ? largest / 127.0F : __uint_as_float(0x7FFFFFFF),
+            127.0F / fmaxf(largest, 0x1p-100F)};
+  }
+};
+
+// Rounds four elements to int8, ties to even.
+template <ValueType kDense>
+__device__ __forceinline__ uint32_t quantize(uint2 four, float inverse) {
+  uint32_t rounded[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const uint32_t pair = e < 2 ? four.x : four.y;
+    const float value = element_to_float<kDense>(static_cast<uint16_t>(pair >> e % 2 * 16));
+    // The units of 1.5 * 2^23 are 1, so the low byte of the sum is the integer.
+    rounded[e] = __float_as_uint(__fmaf_rn(value, inverse, 12582912.0F));
+  }
+  const uint32_t low = permute_bytes(rounded[0], rounded[1], 0x0040U);
+  return permute_bytes(low, permute_bytes(rounded[2], rounded[3], 0x0040U), 0x5410U);
+}
+
+// X of a warp's columns, in registers. Sums begin at `begin`; multiplied by `scale` they are those
+// of X. Both are for tokens 2 t and 2 t + 1 of lane 4 g + t.
+template <typename M>
+struct WarpX {
+  typename M::ChunkX chunks[kQuantWarpChunks];
+  typename M::Sum begin[2] = {};
+  float scale[2] = {1.0F, 1.0F};
+
+  // All warps of the CTA must call it. Its first column of chunks is `first_col`.
+  __device__ __forceinline__ void load(const QuantParams& p, const QuantSmem& smem, int first_col,
+                                       int columns, int warp, int lane) {
+    if constexpr (sizeof(chunks) == sizeof(WideChunkX[kQuantWarpChunks])) {
+#pragma unroll
+      for (int c = 0; c < kQuantWarpChunks; ++c) {
+        if (c < columns) load_x(p, first_col + c * smem.warps, lane, chunks[c]);
+      }
+      __syncthreads();
+    } else {
+      load_quantized(p, smem, first_col, columns, warp, lane);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load_quantized(const QuantParams& p, const QuantSmem& smem,
+                                                 int first_col, int columns, int warp, int lane) {
+    constexpr ValueType kDense = QuantValues<M::kType>::kDense;
+    WideChunkX wide[kQuantWarpChunks] = {};
+    uint32_t magnitude = 0;
+#pragma unroll
+    for (int c = 0; c < kQuantWarpChunks; ++c) {
+      if (c < columns) load_x(p, first_col + c * smem.warps, lane, wide[c]);
+      magnitude = largest_magnitudes(wide[c], magnitude);
+    }
+    if (p.sections > 1) {  // the scale depends on the columns of the other sections too
+#pragma unroll 1
+      for (int col = warp; col < p.chunk_cols; col += smem.warps) {
+        WideChunkX other;
+        load_x(p, col, lane, other);
+        magnitude = largest_magnitudes(other, magnitude);
+      }
+    }
+    magnitude = max(magnitude >> 16, magnitude & 0xFFFFU);
+    magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 1));
+    magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 2));
+    // The largest of each warp meet in the guard before the stages, which has no other use.
+    static_assert(kQuantMaxWarps * kQuantTokens * 4 <= kQuantGuardBytes);
+    const uint32_t own = smem.base + lane / 4 * 4;
+    if (lane % 4 == 0) ptx::store_shared_u32(own + warp * kQuantTokens * 4, magnitude);
+    __syncthreads();
+    for (int w = 0; w < smem.warps; ++w) {
+      magnitude = max(magnitude, ptx::load_shared_u32(own + w * kQuantTokens * 4));
+    }
+    const TokenScale token = TokenScale::of<kDense>(magnitude);
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < kQuantWarpChunks * kQuantWords * kQuantFragments; ++i) {
+      const int c = i / (kQuantWords * kQuantFragments), q = i / kQuantFragments % kQuantWords;
+      const int j = i % kQuantFragments;
+      chunks[c][q][j] = quantize<kDense>(wide[c][q][j], token.inverse);
+      sum = __dp4a(static_cast<int>(chunks[c][q][j]), 0x01010101, sum);
+    }
+    sum += __shfl_xor_sync(~0U, sum, 1);
+    sum += __shfl_xor_sync(~0U, sum, 2);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int lane_of_token = (lane % 4 * 2 + i) * 4;
+      begin[i] = -kQuantZero * __shfl_sync(~0U, sum, lane_of_token);
+      scale[i] = __shfl_sync(~0U, token.scale, lane_of_token);
+    }
+  }
+};
+
+template <typename M, int kPair, bool kUp, typename X>
+__device__ __forceinline__ void multiply_pair(uint32_t word, RunReader<kUp>& run,
+                                              const RunSteps& steps, const X* x,
+                                              typename M::Sum (&sums)[4]) {
+  uint32_t low[2], high[2];
+  constexpr uint32_t kZero = QuantValues<M::kType>::kZero;
+  run.template take<2 * kPair>(word, steps, kZero, low[0], high[0]);
+  run.template take<2 * kPair + 1>(word, steps, kZero, low[1], high[1]);
+  M::multiply_pair(low, high, x + 2 * kPair, sums);
+}
+
+template <typename M, bool kUp, typename X>
 __device__ __forceinline__ void multiply_word(uint32_t word, RunReader<kUp>& run,
-                                              const RunSteps& steps,
-                                              const uint2 (&x)[kQuantFragments], float (&sums)[4]) {
-  multiply_fragment<kType, 0>(word, run, steps, x[0], sums);
-  multiply_fragment<kType, 1>(word, run, steps, x[1], sums);
-  multiply_fragment<kType, 2>(word, run, steps, x[2], sums);
-  multiply_fragment<kType, 3>(word, run, steps, x[3], sums);
+                                              const RunSteps& steps, const X* x,
+                                              typename M::Sum (&sums)[4]) {
+  multiply_pair<M, 0>(word, run, steps, x, sums);
+  multiply_pair<M, 1>(word, run, steps, x, sums);
 }
 
-template <ValueType kType>
+template <typename M>
 __device__ __forceinline__ void multiply_chunk(uint32_t chunk, int rows, const RunSteps& steps,
-                                               const ChunkX& x, int lane, float (&up_sums)[4],
-                                               float (&down_sums)[4]) {
+                                               const typename M::ChunkX& x, int lane,
+                                               typename M::Sum (&up_sums)[4],
+                                               typename M::Sum (&down_sums)[4]) {
   const QuantChunk parts(chunk, rows, lane);
   RunReader<true> up(chunk, lane * 4);
   RunReader<false> down(parts.top, parts.column);
-  multiply_word<kType>(parts.bits[0], up, steps, x[0], up_sums);
-  multiply_word<kType>(parts.bits[2], down, steps, x[2], down_sums);
-  multiply_word<kType>(parts.bits[1], up, steps, x[1], up_sums);
-  multiply_word<kType>(parts.bits[3], down, steps, x[3], down_sums);
+  multiply_word<M>(parts.bits[0], up, steps, x[0], up_sums);
+  multiply_word<M>(parts.bits[2], down, steps, x[2], down_sums);
+  multiply_word<M>(parts.bits[1], up, steps, x[1], up_sums);
+  multiply_word<M>(parts.bits[3], down, steps, x[3], down_sums);
 }
 
 // The scales of rows lane / 4 and lane / 4 + 8 of a strip; 1 if it has none.
@@ -207,8 +361,31 @@ __device__ __forceinline__ float4* partial_sums(const QuantParams& p, int sectio
   return p.partial + ((int64_t{section} * token_blocks + token_block) * p.strips + strip) * 32;
 }
 
+// Four sums of a lane in shared memory.
+__device__ __forceinline__ void store_sums(uint32_t smem, const float (&sums)[4]) {
+  ptx::store_shared_v4(smem, sums);
+}
+__device__ __forceinline__ void store_sums(uint32_t smem, const int (&sums)[4]) {
+  ptx::store_shared_v4(smem, {__int_as_float(sums[0]), __int_as_float(sums[1]),
+                              __int_as_float(sums[2]), __int_as_float(sums[3])});
+}
+__device__ __forceinline__ void add_stored(uint32_t smem, float (&sums)[4]) {
+  const float4 four = ptx::load_shared_v4(smem);
+  sums[0] += four.x;
+  sums[1] += four.y;
+  sums[2] += four.z;
+  sums[3] += four.w;
+}
+__device__ __forceinline__ void add_stored(uint32_t smem, int (&sums)[4]) {
+  const float4 four = ptx::load_shared_v4(smem);
+  sums[0] += __float_as_int(four.x);
+  sums[1] += __float_as_int(four.y);
+  sums[2] += __float_as_int(four.z);
+  sums[3] += __float_as_int(four.w);
+}
+
 // The grid: CTAs that share the strips; sections; blocks of tokens.
-template <ValueType kType>
+template <typename M>
 __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     quantized_rows_kernel(const __grid_constant__ QuantParams p) {
   if constexpr (kHasSm90) {
@@ -236,12 +413,8 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     ChunkCopies copies(p, smem, first_col, columns, strips, warp, lane);
     for (int i = 0; i < p.stages; ++i) copies.copy_next(i);
     wait_for_previous_kernel();  // it may have written X
-    ChunkX x[kQuantWarpChunks];
-#pragma unroll
-    for (int c = 0; c < kQuantWarpChunks; ++c) {
-      if (c < columns) load_x<kType>(p, first_col + c * warps, lane, x[c]);
-    }
-    __syncthreads();
+    WarpX<M> x;
+    x.load(p, smem, first_col, columns, warp, lane);
     int stage = 0;
     uint32_t phase = 0;
 #pragma unroll 1
@@ -249,14 +422,15 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
       const int strip = static_cast<int>(blockIdx.x + i * gridDim.x);
       const bool adds = i % warps == warp;
       const float2 scales = adds ? load_scales(p, strip, lane) : make_float2(1.0F, 1.0F);
-      float up_sums[4] = {}, down_sums[4] = {};
+      typename M::Sum up_sums[4] = {x.begin[0], x.begin[1], x.begin[0], x.begin[1]};
+      typename M::Sum down_sums[4] = {};
 #pragma unroll
       for (int c = 0; c < kQuantWarpChunks; ++c) {
         if (c >= columns) break;
         ptx::mbarrier_wait(smem.full(warp, stage), phase);
         const int rows = static_cast<int>(ptx::load_shared_u32(smem.rows(warp, stage)));
-        multiply_chunk<kType>(smem.stage(warp, stage), rows, p.steps, x[c], lane, up_sums,
-                              down_sums);
+        multiply_chunk<M>(smem.stage(warp, stage), rows, p.steps, x.chunks[c], lane, up_sums,
+                          down_sums);
         __syncwarp();
         copies.copy_next(stage);
         if (++stage == p.stages) {
@@ -269,19 +443,20 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
       const int buffer = i % kQuantSumsStages;
       const uint32_t use = i / kQuantSumsStages & 1;
       ptx::mbarrier_wait(smem.sums_empty(buffer), use ^ 1);
-      ptx::store_shared_v4(smem.sums(buffer, warp) + lane * 16, up_sums);
+      store_sums(smem.sums(buffer, warp) + lane * 16, up_sums);
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(smem.sums_full(buffer));
       if (!adds) continue;
       ptx::mbarrier_wait(smem.sums_full(buffer), use);
-      float4 sum = make_float4(0, 0, 0, 0);
-      for (int w = 0; w < warps; ++w) {
-        sum = add(sum, ptx::load_shared_v4(smem.sums(buffer, w) + lane * 16));
-      }
+      typename M::Sum sums[4] = {};
+      for (int w = 0; w < warps; ++w) add_stored(smem.sums(buffer, w) + lane * 16, sums);
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(smem.sums_empty(buffer));
+      const float4 sum = make_float4(
+          static_cast<float>(sums[0]) * x.scale[0], static_cast<float>(sums[1]) * x.scale[1],
+          static_cast<float>(sums[2]) * x.scale[0], static_cast<float>(sums[3]) * x.scale[1]);
       if (p.partial == nullptr) {
-        store_strip<kType>(p, strip, static_cast<int>(blockIdx.z), lane, scales, sum);
+        store_strip<M::kType>(p, strip, static_cast<int>(blockIdx.z), lane, scales, sum);
       } else {
         partial_sums(p, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z),
                      static_cast<int>(gridDim.z), strip)[lane] = sum;
@@ -310,22 +485,29 @@ __global__ void __launch_bounds__(kFinishWarps * 32)
   store_strip<kType>(p, strip, static_cast<int>(blockIdx.y), lane, scales, sum);
 }
 
-template <ValueType kType>
+template <typename M>
 Status launch(const QuantParams& params, const SpmmPlan& plan, int warps, int smem_bytes,
               bool prefetch, cudaStream_t stream) {
   const Status sized = allow_smem("cudaFuncSetAttribute(quantized_rows_kernel)",
-                                  quantized_rows_kernel<kType>, smem_bytes);
+                                  quantized_rows_kernel<M>, smem_bytes);
   if (!sized.ok()) return sized;
   const auto token_blocks = static_cast<unsigned>(quant_token_blocks(params.epilogue.n));
   const dim3 grid(static_cast<unsigned>(plan.ctas), static_cast<unsigned>(params.sections),
                   token_blocks);
-  const Status multiplied =
-      launch_kernel("quantized_rows_kernel launch", quantized_rows_kernel<kType>, grid, warps * 32,
-                    smem_bytes, prefetch, stream, params);
+  const Status multiplied = launch_kernel("quantized_rows_kernel launch", quantized_rows_kernel<M>,
+                                          grid, warps * 32, smem_bytes, prefetch, stream, params);
   if (!multiplied.ok() || params.sections == 1) return multiplied;
   const auto ctas = static_cast<unsigned>((params.strips + kFinishWarps - 1) / kFinishWarps);
-  return launch_kernel("quantized_finish_kernel launch", quantized_finish_kernel<kType>,
+  return launch_kernel("quantized_finish_kernel launch", quantized_finish_kernel<M::kType>,
                        dim3(ctas, token_blocks), kFinishWarps * 32, 0, true, stream, params);
+}
+
+template <ValueType kType>
+Status launch_type(const QuantParams& params, const SpmmPlan& plan, int warps, int smem_bytes,
+                   bool prefetch, cudaStream_t stream) {
+  return quantized_bitmap_configs()[static_cast<size_t>(plan.config)].int8_x
+             ? launch<Int8X<kType>>(params, plan, warps, smem_bytes, prefetch, stream)
+             : launch<WideX<kType>>(params, plan, warps, smem_bytes, prefetch, stream);
 }
 
 }  // namespace
@@ -337,6 +519,10 @@ Status cuda::spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, v
   const int warps = quant_warps(plan.unit_cols);
   const int stages = warps < 1 ? 0 : plan.ring_bytes / (warps * kQuantStageBytes);
   const int64_t chunk_cols = num_quant_chunks(args.weight.k);
+  if (plan.config < 0 || plan.config >= static_cast<int>(quantized_bitmap_configs().size())) {
+    return Status::invalid_value("no quantised bitmap configuration has index " +
+                                 std::to_string(plan.config));
+  }
   if (warps < 1 || warps > kQuantMaxWarps || stages < kQuantMinStages || stages > kQuantMaxStages ||
       plan.ctas != plan.work.workers ||
       plan.work.cols != (chunk_cols + plan.unit_cols - 1) / plan.unit_cols) {
@@ -362,9 +548,11 @@ Status cuda::spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, v
   const int smem_bytes = quant_smem_bytes(warps, stages);
   switch (args.weight.value_type) {
     case ValueType::kInt8Float16:
-      return launch<ValueType::kInt8Float16>(params, plan, warps, smem_bytes, prefetch, stream);
+      return launch_type<ValueType::kInt8Float16>(params, plan, warps, smem_bytes, prefetch,
+                                                  stream);
     case ValueType::kInt8Bfloat16:
-      return launch<ValueType::kInt8Bfloat16>(params, plan, warps, smem_bytes, prefetch, stream);
+      return launch_type<ValueType::kInt8Bfloat16>(params, plan, warps, smem_bytes, prefetch,
+                                                   stream);
     case ValueType::kFloat16:
     case ValueType::kBfloat16:
       break;
