@@ -14,7 +14,8 @@ from flash_llm import PackedWeight, QuantizedBitmap, SparseLinear, ops, quantize
 
 FORMAT = "quantized_bitmap"
 KERNEL = "quantized8"
-INT8_X = "quantized8_int8x"
+WIDE = (KERNEL, "quantized16")
+INT8_X = ("quantized8_int8x", "quantized16_int8x", "quantized32_int8x")
 
 
 def pack(values, scales, dtype=torch.float16, device="cpu"):
@@ -142,7 +143,7 @@ def plan_of(m, n, k, config="auto", **device):
 
 def test_plans():
     assert ops.explain_format(64, 64, 2048, compute_capability=90, values="int8")[0] == FORMAT
-    assert plan_of(4096, 32, 4096).startswith(f"{KERNEL} ctas=66 unit_cols=16 ")
+    assert plan_of(4096, 32, 4096).startswith("quantized16 ctas=66 unit_cols=16 ")
     assert plan_of(4096, 33, 4096).startswith("dense ")
     assert plan_of(28672, 8, 7168).startswith(f"{KERNEL} ctas=132 unit_cols=28 ")
     assert "workspace" not in plan_of(4096, 8, 8192)
@@ -151,9 +152,9 @@ def test_plans():
     assert "unit_cols=16 " in plan_of(4096, 8, 8192, smem_per_sm_bytes=100 * 1024)
     with pytest.raises(NotImplementedError, match=f"{KERNEL}.*shared memory"):
         plan_of(64, 8, 64, KERNEL, smem_per_sm_bytes=8 * 1024)
-    assert plan_of(64, 8, 65536, INT8_X).startswith(INT8_X)
-    with pytest.raises(ValueError, match=f"{INT8_X}.*65537"):
-        plan_of(64, 8, 65537, INT8_X)
+    assert plan_of(64, 8, 65536, INT8_X[0]).startswith(INT8_X[0])
+    with pytest.raises(ValueError, match=f"{INT8_X[2]}.*65537"):
+        plan_of(64, 8, 65537, INT8_X[2])
     with pytest.raises(NotImplementedError, match=f"{KERNEL}.*9.0"):
         plan_of(64, 8, 64, KERNEL, compute_capability=80)
 
@@ -177,7 +178,7 @@ def test_small_integers_are_exact(k, dtype):
         bias = testing.small_integers(m, dtype=dtype, seed=3)
         expected = testing.spmm_reference(x, weight, bias, "relu").float().to(dtype)
         for n in (1, 2, 8, 9, 33):
-            for config in (KERNEL, "dense"):
+            for config in (*WIDE, "dense"):
                 y = flash_llm.spmm(x[:n].cuda(), w, bias.cuda(), activation="relu", config=config)
                 assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity, config)
 
@@ -202,8 +203,9 @@ def test_quantised_tokens_are_multiplied_exactly(k, dtype):
         w = pack(values, scales, dtype, "cuda")
         expected = ((x.double() @ values.double().t()) * scales).float().to(dtype)
         for n in (1, 2, 8, 9, 33):
-            y = flash_llm.spmm(x[:n].cuda(), w, config=INT8_X)
-            assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity)
+            for config in INT8_X:
+                y = flash_llm.spmm(x[:n].cuda(), w, config=config)
+                assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity, config)
 
 
 @pytest.mark.gpu
@@ -217,7 +219,8 @@ def test_tokens_are_rounded_to_nearest(dtype, magnitude):
     rounded, token_scales = quantize_tokens(x)
     sums = (rounded @ values.double().t()).float()
     expected = ((sums * token_scales[:, None]) * scales).to(dtype)
-    assert torch.equal(flash_llm.spmm(x.cuda(), w, config=INT8_X).cpu(), expected)
+    for config in INT8_X[:2]:  # one section of K: its sums are exact
+        assert torch.equal(flash_llm.spmm(x.cuda(), w, config=config).cpu(), expected), config
 
 
 @pytest.mark.gpu
@@ -227,7 +230,7 @@ def test_a_quantised_token_that_is_not_finite_gives_nan(dtype, number):
     w = pack(*random_int8(40, 700, 0.7), dtype, "cuda")
     x = torch.ones(3, 700, dtype=dtype)
     x[1, 699] = number
-    y = flash_llm.spmm(x.cuda(), w, config=INT8_X)
+    y = flash_llm.spmm(x.cuda(), w, config=INT8_X[0])
     assert bool(y[1].isnan().all()) and bool(y[::2].isfinite().all())
 
 
@@ -239,11 +242,11 @@ def test_results_stay_within_the_float64_bound(sparsity, dtype):
         values, scales = random_int8(m, k, sparsity)
         w, bias = pack(values, scales / 1000, dtype, "cuda"), torch.randn(m).to(dtype)
         exact = exact_weight(w).cpu()
-        for n, activation in itertools.product((1, 4, 16), (None, "silu")):
+        for n, config in itertools.product((1, 4, 16), WIDE):
             x = torch.randn(n, k).to(dtype)
-            y = flash_llm.spmm(x.cuda(), w, bias.cuda(), activation=activation, config=KERNEL)
-            testing.assert_spmm_close(y.cpu(), x, exact, bias, activation)
-            again = flash_llm.spmm(x.cuda(), w, bias.cuda(), activation=activation, config=KERNEL)
+            y = flash_llm.spmm(x.cuda(), w, bias.cuda(), activation="silu", config=config)
+            testing.assert_spmm_close(y.cpu(), x, exact, bias, "silu")
+            again = flash_llm.spmm(x.cuda(), w, bias.cuda(), activation="silu", config=config)
             assert torch.equal(y, again)
 
 
@@ -268,12 +271,14 @@ def test_malformed_weights_stay_within_their_memory():
     for count in range(0, w.payload.numel() - 8, 97):
         broken = dataclasses.replace(w, payload=w.payload.clone())
         broken.payload[count:] = -1
-        assert flash_llm.spmm(x, broken, config=KERNEL).shape == (3, 40)
+        for config in (*WIDE, *INT8_X):
+            assert flash_llm.spmm(x, broken, config=config).shape == (3, 40)
         assert broken.to_dense().shape == (40, 700)
     for offset in (-1, 0, 1, 2**31 - 1):
         broken = dataclasses.replace(w, offsets=w.offsets.clone())
         broken.offsets[1:-1:2] = offset
-        assert flash_llm.spmm(x, broken, config=KERNEL).shape == (3, 40)
+        for config in (*WIDE, *INT8_X):
+            assert flash_llm.spmm(x, broken, config=config).shape == (3, 40)
         assert broken.to_dense().shape == (40, 700)
     torch.cuda.synchronize()
 

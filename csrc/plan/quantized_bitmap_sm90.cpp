@@ -8,14 +8,29 @@
 namespace flash_llm {
 namespace {
 
-// Every 8 tokens decode the weight again. Unpacking it takes as long as decoding it four times.
+// Every pass decodes the weight again. Unpacking it takes as long as decoding it four times.
 constexpr int64_t kMostTokens = 32;
+
+// The narrowest configuration for n tokens, or the widest.
+int config_for(int64_t n, bool int8_x) {
+  const std::vector<QuantizedBitmapConfig>& configs = quantized_bitmap_configs();
+  int found = -1;
+  for (size_t i = 0; i < configs.size(); ++i) {
+    if (configs[i].int8_x != int8_x) continue;
+    found = static_cast<int>(i);
+    if (n <= configs[i].tile_n) break;
+  }
+  return found;
+}
 
 }  // namespace
 
 const std::vector<QuantizedBitmapConfig>& quantized_bitmap_configs() {
-  static const std::vector<QuantizedBitmapConfig> configs = {{"quantized8", false},
-                                                             {"quantized8_int8x", true}};
+  static const std::vector<QuantizedBitmapConfig> configs = {
+#define FLASH_LLM_ROW(name, tokens, warp_chunks, int8_x) {#name, tokens, warp_chunks, int8_x},
+      FLASH_LLM_QUANTIZED_CONFIGS(FLASH_LLM_ROW)
+#undef FLASH_LLM_ROW
+  };
   return configs;
 }
 
@@ -23,10 +38,10 @@ std::vector<KernelConfig> describe_quantized_bitmap_configs() {
   std::vector<KernelConfig> rows;
   for (const QuantizedBitmapConfig& config : quantized_bitmap_configs()) {
     rows.push_back({config.name,
-                    {{"tile_n", kQuantTokens},
+                    {{"tile_n", config.tile_n},
                      {"warps", kQuantMaxWarps},
                      {"ctas_per_sm", 1},
-                     {"smem_bytes", quant_smem_bytes(1, kQuantMinStages)}}});
+                     {"smem_bytes", quant_smem_bytes(config, 1, kQuantMinStages)}}});
   }
   return rows;
 }
@@ -36,14 +51,15 @@ bool takes_quantized_bitmap(const PlanRequest& request, std::string* reason) {
     explain(reason, "N > 32: the dense GEMM is faster, although it unpacks the weight");
     return false;
   }
-  explain(reason, "N <= 32: the weight is decoded once per 8 tokens");
+  explain(reason, "N <= 32: the weight is decoded once per 8 or 16 tokens");
   return true;
 }
 
 Status plan_quantized_bitmap(const PlanRequest& request, SpmmPlan* out) {
   const SpmmProblem& problem = request.problem;
   const int smem = smem_per_cta_bytes(request.device);
-  out->config = request.forced() ? config_named(quantized_bitmap_configs(), request.config) : 0;
+  out->config = request.forced() ? config_named(quantized_bitmap_configs(), request.config)
+                                 : config_for(problem.n, false);
   const QuantizedBitmapConfig& config =
       quantized_bitmap_configs()[static_cast<size_t>(out->config)];
   if (config.int8_x && problem.k > kQuantMaxInt8K) {
@@ -51,30 +67,32 @@ Status plan_quantized_bitmap(const PlanRequest& request, SpmmPlan* out) {
                                  std::to_string(kQuantMaxInt8K) + ", got " +
                                  std::to_string(problem.k));
   }
-  if (Status fits = check_smem(config.name, quant_smem_bytes(1, kQuantMinStages), request.device);
+  if (Status fits =
+          check_smem(config.name, quant_smem_bytes(config, 1, kQuantMinStages), request.device);
       !fits.ok()) {
     return fits;
   }
   // X of a section of K fits the registers of a CTA. The warps of all CTAs of an SM share its
   // registers.
   int most_warps = kQuantMaxWarps;
-  while (quant_smem_bytes(most_warps, kQuantMinStages) > smem) --most_warps;
+  while (quant_smem_bytes(config, most_warps, kQuantMinStages) > smem) --most_warps;
   const int64_t columns = std::max<int64_t>(num_quant_chunks(problem.k), 1);
-  const int64_t most_columns = int64_t{kQuantWarpChunks} * most_warps;
+  const int64_t most_columns = int64_t{config.warp_chunks} * most_warps;
   const int64_t sections = (columns + most_columns - 1) / most_columns;
   out->unit_cols = static_cast<int>((columns + sections - 1) / sections);
-  const int warps = quant_warps(out->unit_cols);
+  const int warps = std::min(out->unit_cols, most_warps);
   const auto cta_bytes = [&](int stages) {
-    return quant_smem_bytes(warps, stages) + kReservedSmemBytes;
+    return quant_smem_bytes(config, warps, stages) + kReservedSmemBytes;
   };
   const int sm_bytes = request.device.smem_per_sm_bytes;
   const int ctas_per_sm =
       std::clamp(sm_bytes / cta_bytes(kQuantMinStages), 1, std::max(kQuantMaxWarps / warps, 1));
   int stages = kQuantMaxStages;
   while (stages > kQuantMinStages && ctas_per_sm * cta_bytes(stages) > sm_bytes) --stages;
+  out->warps = warps;
   out->ring_bytes = warps * stages * kQuantStageBytes;
   const int64_t strips = std::max<int64_t>(num_quant_strips(problem.m), 1);
-  const int64_t passes = sections * quant_token_blocks(std::max<int64_t>(problem.n, 1));
+  const int64_t passes = sections * config.passes(std::max<int64_t>(problem.n, 1));
   // CTAs of one pass. The passes run at the same time, so that the weight is read from L2 again.
   const int64_t ctas = request.ctas != 0
                            ? request.ctas
@@ -82,7 +100,7 @@ Status plan_quantized_bitmap(const PlanRequest& request, SpmmPlan* out) {
   out->ctas = std::clamp<int64_t>(ctas, 1, strips);
   out->work = {strips, sections, out->ctas};
   out->x_multiple = 8;
-  out->workspace_bytes = quant_sums_bytes(problem.m, problem.n, sections);
+  out->workspace_bytes = quant_sums_bytes(config, problem.m, problem.n, sections);
   return Status::success();
 }
 

@@ -30,6 +30,7 @@ struct SpmmPlan {
   int64_t ctas = 0;     // our CUDA kernels: CTAs in the grid
   WorkGrid work;        // our CUDA kernels: how the work is divided
   int ring_bytes = 0;   // bitmap on CUDA: shared memory for the rings
+  int warps = 0;        // quantised bitmap on CUDA: warps of a CTA
   int unit_cols = 1;    // bitmap on CUDA: columns of chunks in a work unit
   int x_multiple = 1;   // our CUDA kernels: the padded length of X's rows is a multiple of this
   // Whether the kernel leaves the activation to the caller.

@@ -91,6 +91,11 @@ __device__ __forceinline__ void store_shared_v4(uint32_t smem, const float (&val
                : "memory");
 }
 
+// red.shared.add.s32.
+__device__ __forceinline__ void add_shared(uint32_t smem, int value) {
+  asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(smem), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_shared_u32(uint32_t smem) {
   uint32_t value;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(smem) : "memory");

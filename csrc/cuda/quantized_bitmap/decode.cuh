@@ -108,7 +108,8 @@ struct QuantChunk {
 // What the bytes of a kind of values become. Every one has
 //   kDense     the type of the weight's elements
 //   kZero      four bytes of a value that is not stored
-//   widen()    two elements of a register of four bytes, as 16-bit numbers: 0 and 1, or 2 and 3
+//   widen()    two elements of a register of four bytes, as 16-bit numbers: 0 and 1, or 2 and 3;
+//              each is the value divided by kUnit
 template <ValueType kType>
 struct QuantValues;
 
@@ -117,11 +118,12 @@ struct QuantValues<ValueType::kInt8Float16> {
   static constexpr ValueType kDense = ValueType::kFloat16;
   static constexpr uint32_t kZero = 0x01010101U * kQuantZero;
 
-  // 1024 + byte, minus 1024 + 128.
+  // A byte is a subnormal fp16 number, so no register has to hold a bias.
+  static constexpr float kUnit = 0x1p24F;
   template <int kHalf>
   __device__ __forceinline__ static uint32_t widen(uint32_t bytes) {
-    const uint32_t biased = permute_bytes(bytes, 0x64646464U, kHalf == 0 ? 0x4140U : 0x4342U);
-    const __half2 bias = __half2half2(__ushort_as_half(0x6480));
+    const uint32_t biased = permute_bytes(bytes, 0, kHalf == 0 ? 0x4140U : 0x4342U);
+    const __half2 bias = __half2half2(__ushort_as_half(kQuantZero));
     const __half2 value = __hsub2(reinterpret_cast<const __half2&>(biased), bias);
     return reinterpret_cast<const uint32_t&>(value);
   }
@@ -132,6 +134,7 @@ struct QuantValues<ValueType::kInt8Bfloat16> {
   static constexpr ValueType kDense = ValueType::kBfloat16;
   static constexpr uint32_t kZero = 0x01010101U * kQuantZero;
 
+  static constexpr float kUnit = 1.0F;
   // 128 + the low seven bits, minus 128 if the byte is at least 128, else minus 256.
   template <int kHalf>
   __device__ __forceinline__ static uint32_t widen(uint32_t bytes) {

@@ -1,6 +1,5 @@
-// Y = act(X . W^T + bias) for a weight in the quantised bitmap format and 8 tokens at a time, on
-// GPUs with bulk copies. Each CTA multiplies whole strips of 16 rows, every one by all of its
-// warps:
+// Y = act(X . W^T + bias) for a weight in the quantised bitmap format and few tokens, on GPUs with
+// bulk copies. Each CTA multiplies whole strips of 16 rows, every one by all of its warps:
 //   * a warp always has the same columns of chunks, so X of them stays in its registers
 //   * it copies one chunk after the other into stages of its own, decodes it into A fragments
 //     (decode.cuh) and multiplies these by mma.m16n8k16, or by mma.m16n8k32 if X is quantised
@@ -13,6 +12,7 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "cuda/bitmap/weight_copy.cuh"
 #include "cuda/epilogue.cuh"
@@ -39,14 +39,101 @@ struct QuantParams {
   int strips, chunk_cols;
   int section_cols;  // columns of chunks in a section
   int sections;
-  int stages;  // of each warp
+  int stages;        // of each warp
+  int token_blocks;  // of 8 tokens, in all CTAs
+};
+
+// How X is multiplied. Each struct has
+//   kType       the type of the weight
+//   kQuantized  whether its tokens have scales
+//   Sum         of the sums
+//   ChunkX      X of a column of chunks and 8 tokens as B fragments, for fragment j of word q
+//   Fragments   A fragments of two neighbouring fragments of a chunk, made of them as decoded
+//   multiply()  adds their products; `x` is that of the first
+
+// X as it is. A fragment is columns 4 t and 4 t + 1 in .x, 4 t + 2 and 4 t + 3 in .y.
+template <ValueType kWeight>
+struct WideX {
+  static constexpr ValueType kType = kWeight;
+  static constexpr bool kQuantized = false;
+  using Values = QuantValues<kType>;
+  using Sum = float;
+  using ChunkX = uint2[kQuantWords][kQuantFragments];
+
+  struct Fragments {
+    uint32_t a[2][4];
+
+    __device__ __forceinline__ Fragments(const uint32_t (&low)[2], const uint32_t (&high)[2]) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        a[i][0] = Values::template widen<0>(low[i]);
+        a[i][1] = Values::template widen<0>(high[i]);
+        a[i][2] = Values::template widen<1>(low[i]);
+        a[i][3] = Values::template widen<1>(high[i]);
+      }
+    }
+  };
+
+  __device__ __forceinline__ static void multiply(const Fragments& fragments, const uint2* x,
+                                                  float (&sums)[4]) {
+    ptx::mma_m16n8k16<Values::kDense>(sums, fragments.a[0], x[0].x, x[0].y);
+    ptx::mma_m16n8k16<Values::kDense>(sums, fragments.a[1], x[1].x, x[1].y);
+  }
+};
+
+// X quantised to int8, with a scale for each token. The weight's bytes are value + 128, so the sums
+// of products contain 128 times the sum of X.
+template <ValueType kWeight>
+struct Int8X {
+  static constexpr ValueType kType = kWeight;
+  static constexpr bool kQuantized = true;
+  using Sum = int;
+  using ChunkX = uint32_t[kQuantWords][kQuantFragments];
+
+  struct Fragments {
+    uint32_t a[4];
+
+    __device__ __forceinline__ Fragments(const uint32_t (&low)[2], const uint32_t (&high)[2])
+        : a{low[0], high[0], low[1], high[1]} {}
+  };
+
+  __device__ __forceinline__ static void multiply(const Fragments& fragments, const uint32_t* x,
+                                                  int (&sums)[4]) {
+    ptx::mma_m16n8k32_u8(sums, fragments.a, x[0], x[1]);
+  }
+};
+
+template <ValueType kWeight, int kTokens, int kColumns, bool kInt8X>
+struct QuantConfig {
+  static constexpr ValueType kType = kWeight;
+  static constexpr int kBlocks = kTokens / 8;
+  static constexpr int kWarpChunks = kColumns;
+  static constexpr int kSumsBytes = kQuantStripM * kTokens * 4;
+  static constexpr int kSumsStages = quant_sums_stages(kTokens);
+  // A strip's sums are added when the warp that does so has multiplied this many more, so that it
+  // need not wait for the others.
+  static constexpr int kSumsLag = kSumsStages / 2;
+  // One block has few sums, so upward and downward runs have sums of their own and take turns.
+  static constexpr int kSumSets = kBlocks == 1 ? 2 : 1;
+  using X = std::conditional_t<kInt8X, Int8X<kWeight>, WideX<kWeight>>;
 };
 
 // Where things are in a CTA's shared memory.
 struct QuantSmem {
   uint32_t base;
   int warps, stages;
+  int sums_stages, sums_bytes;  // of a warp
 
+  // What only the quantisation of X needs lies in the guard before the stages, which has no other
+  // use: the largest magnitude of each token in each warp's columns, the scale of each token, and
+  // the sum of its integers in the CTA's columns.
+  __device__ __forceinline__ uint32_t magnitudes() const { return base; }
+  __device__ __forceinline__ uint32_t token_scales() const {
+    return base + kQuantMaxWarps * kQuantMaxTokens * 4;
+  }
+  __device__ __forceinline__ uint32_t token_sums() const {
+    return token_scales() + kQuantMaxTokens * 4;
+  }
   __device__ __forceinline__ uint32_t stage(int warp, int i) const {
     return base + kQuantGuardBytes + (warp * stages + i) * kQuantStageBytes;
   }
@@ -55,17 +142,15 @@ struct QuantSmem {
     return stage(warp, i) + kQuantStageBytes - 4;
   }
   __device__ __forceinline__ uint32_t sums(int i, int warp) const {
-    return stage(warps, 0) + (i * warps + warp) * kQuantSumsBytes;
+    return stage(warps, 0) + (i * warps + warp) * sums_bytes;
   }
-  __device__ __forceinline__ uint32_t barrier(int i) const {
-    return sums(kQuantSumsStages, 0) + i * 8;
-  }
+  __device__ __forceinline__ uint32_t barrier(int i) const { return sums(sums_stages, 0) + i * 8; }
   __device__ __forceinline__ uint32_t full(int warp, int i) const {
     return barrier(warp * stages + i);
   }
   __device__ __forceinline__ uint32_t sums_full(int i) const { return barrier(warps * stages + i); }
   __device__ __forceinline__ uint32_t sums_empty(int i) const {
-    return barrier(warps * stages + kQuantSumsStages + i);
+    return barrier(warps * stages + sums_stages + i);
   }
 };
 
@@ -124,53 +209,12 @@ class ChunkCopies {
   int begin_ = 0, rows_ = 0;  // of chunk next_ / 32 * 32 + lane
 };
 
-// How X is multiplied. Each struct has
-//   kType            the type of the weight
-//   Sum              of the sums
-//   ChunkX           X of a column of chunks as B fragments, for fragment j of word q
-//   multiply_pair()  adds the products of two neighbouring fragments, given as they are decoded
-
-// X as it is. A fragment is columns 4 t and 4 t + 1 in .x, 4 t + 2 and 4 t + 3 in .y.
-template <ValueType kWeight>
-struct WideX {
-  static constexpr ValueType kType = kWeight;
-  using Sum = float;
-  using ChunkX = uint2[kQuantWords][kQuantFragments];
-
-  __device__ __forceinline__ static void multiply_pair(const uint32_t (&low)[2],
-                                                       const uint32_t (&high)[2], const uint2* x,
-                                                       float (&sums)[4]) {
-    using Values = QuantValues<kType>;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t a[4] = {Values::template widen<0>(low[i]), Values::template widen<0>(high[i]),
-                             Values::template widen<1>(low[i]), Values::template widen<1>(high[i])};
-      ptx::mma_m16n8k16<Values::kDense>(sums, a, x[i].x, x[i].y);
-    }
-  }
-};
-
-// X quantised to int8, with a scale for each token. The weight's bytes are value + 128, so the sums
-// begin at -128 times the sum of X.
-template <ValueType kWeight>
-struct Int8X {
-  static constexpr ValueType kType = kWeight;
-  using Sum = int;
-  using ChunkX = uint32_t[kQuantWords][kQuantFragments];
-
-  __device__ __forceinline__ static void multiply_pair(const uint32_t (&low)[2],
-                                                       const uint32_t (&high)[2], const uint32_t* x,
-                                                       int (&sums)[4]) {
-    const uint32_t a[4] = {low[0], high[0], low[1], high[1]};
-    ptx::mma_m16n8k32_u8(sums, a, x[0], x[1]);
-  }
-};
-
 using WideChunkX = WideX<ValueType::kInt8Float16>::ChunkX;
 
-__device__ __forceinline__ void load_x(const QuantParams& p, int chunk_col, int lane,
-                                       WideChunkX& x) {
-  const int64_t token = int64_t{blockIdx.z} * kQuantTokens + lane / 4;
+// X of a block of 8 tokens.
+__device__ __forceinline__ void load_x(const QuantParams& p, int64_t token_block, int chunk_col,
+                                       int lane, WideChunkX& x) {
+  const int64_t token = token_block * 8 + lane / 4;
   const uint16_t* row = p.x + token * p.x_stride;
 #pragma unroll
   for (int q = 0; q < kQuantWords; ++q) {
@@ -225,109 +269,145 @@ __device__ __forceinline__ uint32_t quantize(uint2 four, float inverse) {
   return permute_bytes(low, permute_bytes(rounded[2], rounded[3], 0x0040U), 0x5410U);
 }
 
-// X of a warp's columns, in registers. Sums begin at `begin`; multiplied by `scale` they are those
-// of X. Both are for tokens 2 t and 2 t + 1 of lane 4 g + t.
-template <typename M>
+// X of a warp's columns, in registers.
+template <typename C>
 struct WarpX {
-  typename M::ChunkX chunks[kQuantWarpChunks];
-  typename M::Sum begin[2] = {};
-  float scale[2] = {1.0F, 1.0F};
+  using X = typename C::X;
+  static constexpr int kBlocks = C::kBlocks, kWarpChunks = C::kWarpChunks;
 
-  // All warps of the CTA must call it. Its first column of chunks is `first_col`.
+  typename X::ChunkX chunks[kWarpChunks][kBlocks] = {};
+
+  // All warps of the CTA must call it. The warp's first column of chunks is `first_col`.
   __device__ __forceinline__ void load(const QuantParams& p, const QuantSmem& smem, int first_col,
                                        int columns, int warp, int lane) {
-    if constexpr (sizeof(chunks) == sizeof(WideChunkX[kQuantWarpChunks])) {
+    const int64_t first_block = int64_t{blockIdx.z} * kBlocks;
+    if constexpr (!X::kQuantized) {
 #pragma unroll
-      for (int c = 0; c < kQuantWarpChunks; ++c) {
-        if (c < columns) load_x(p, first_col + c * smem.warps, lane, chunks[c]);
+      for (int i = 0; i < kWarpChunks * kBlocks; ++i) {
+        const int c = i / kBlocks, b = i % kBlocks;
+        if (c < columns) {
+          load_x(p, first_block + b, first_col + c * smem.warps, lane, chunks[c][b]);
+        }
       }
       __syncthreads();
     } else {
-      load_quantized(p, smem, first_col, columns, warp, lane);
+      load_quantized(p, smem, first_block, first_col, columns, warp, lane);
     }
   }
 
  private:
   __device__ __forceinline__ void load_quantized(const QuantParams& p, const QuantSmem& smem,
-                                                 int first_col, int columns, int warp, int lane) {
-    constexpr ValueType kDense = QuantValues<M::kType>::kDense;
-    WideChunkX wide[kQuantWarpChunks] = {};
-    uint32_t magnitude = 0;
+                                                 int64_t first_block, int first_col, int columns,
+                                                 int warp, int lane) {
+    constexpr ValueType kDense = QuantValues<X::kType>::kDense;
+    // The largest magnitudes meet in shared memory: uint32[warp][block][8 tokens].
+    const uint32_t own = smem.magnitudes() + lane / 4 * 4;
+    // Not quantised yet; loaded again where it would take too many registers.
+    constexpr bool kKept = kBlocks * kWarpChunks <= 2;
+    WideChunkX kept[kKept ? kWarpChunks : 1][kKept ? kBlocks : 1] = {};
+    uint32_t magnitudes[kBlocks] = {};
+    if constexpr (kKept) {
 #pragma unroll
-    for (int c = 0; c < kQuantWarpChunks; ++c) {
-      if (c < columns) load_x(p, first_col + c * smem.warps, lane, wide[c]);
-      magnitude = largest_magnitudes(wide[c], magnitude);
-    }
-    if (p.sections > 1) {  // the scale depends on the columns of the other sections too
-#pragma unroll 1
-      for (int col = warp; col < p.chunk_cols; col += smem.warps) {
-        WideChunkX other;
-        load_x(p, col, lane, other);
-        magnitude = largest_magnitudes(other, magnitude);
+      for (int i = 0; i < kWarpChunks * kBlocks; ++i) {
+        const int c = i / kBlocks, b = i % kBlocks;
+        if (c < columns) {
+          load_x(p, first_block + b, first_col + c * smem.warps, lane, kept[c][b]);
+        }
+        magnitudes[b] = largest_magnitudes(kept[c][b], magnitudes[b]);
       }
     }
-    magnitude = max(magnitude >> 16, magnitude & 0xFFFFU);
-    magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 1));
-    magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 2));
-    // The largest of each warp meet in the guard before the stages, which has no other use.
-    static_assert(kQuantMaxWarps * kQuantTokens * 4 <= kQuantGuardBytes);
-    const uint32_t own = smem.base + lane / 4 * 4;
-    if (lane % 4 == 0) ptx::store_shared_u32(own + warp * kQuantTokens * 4, magnitude);
+    if (!kKept || p.sections > 1) {  // of all columns, in other sections too
+#pragma unroll 1
+      for (int col = warp; col < p.chunk_cols; col += smem.warps) {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          WideChunkX wide;
+          load_x(p, first_block + b, col, lane, wide);
+          magnitudes[b] = largest_magnitudes(wide, magnitudes[b]);
+        }
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      uint32_t magnitude = max(magnitudes[b] >> 16, magnitudes[b] & 0xFFFFU);
+      magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 1));
+      magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 2));
+      if (lane % 4 == 0) ptx::store_shared_u32(own + (warp * kBlocks + b) * 32, magnitude);
+    }
+    if (warp == 0) ptx::store_shared_u32(smem.token_sums() + lane * 4, 0);
     __syncthreads();
-    for (int w = 0; w < smem.warps; ++w) {
-      magnitude = max(magnitude, ptx::load_shared_u32(own + w * kQuantTokens * 4));
-    }
-    const TokenScale token = TokenScale::of<kDense>(magnitude);
-    int sum = 0;
 #pragma unroll
-    for (int i = 0; i < kQuantWarpChunks * kQuantWords * kQuantFragments; ++i) {
-      const int c = i / (kQuantWords * kQuantFragments), q = i / kQuantFragments % kQuantWords;
-      const int j = i % kQuantFragments;
-      chunks[c][q][j] = quantize<kDense>(wide[c][q][j], token.inverse);
-      sum = __dp4a(static_cast<int>(chunks[c][q][j]), 0x01010101, sum);
-    }
-    sum += __shfl_xor_sync(~0U, sum, 1);
-    sum += __shfl_xor_sync(~0U, sum, 2);
+    for (int b = 0; b < kBlocks; ++b) {
+      uint32_t magnitude = 0;
+      for (int w = 0; w < smem.warps; ++w) {
+        magnitude = max(magnitude, ptx::load_shared_u32(own + (w * kBlocks + b) * 32));
+      }
+      const TokenScale token = TokenScale::of<kDense>(magnitude);
+      if (warp == 0 && lane % 4 == 0) {
+        ptx::store_shared_u32(smem.token_scales() + (b * 8 + lane / 4) * 4,
+                              __float_as_uint(token.scale));
+      }
+      int sum = 0;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int lane_of_token = (lane % 4 * 2 + i) * 4;
-      begin[i] = -kQuantZero * __shfl_sync(~0U, sum, lane_of_token);
-      scale[i] = __shfl_sync(~0U, token.scale, lane_of_token);
+      for (int c = 0; c < kWarpChunks; ++c) {
+        if (c >= columns) break;
+        WideChunkX loaded;
+        if constexpr (!kKept) {
+          load_x(p, first_block + b, first_col + c * smem.warps, lane, loaded);
+        }
+        const WideChunkX& wide = kKept ? kept[kKept ? c : 0][kKept ? b : 0] : loaded;
+#pragma unroll
+        for (int i = 0; i < kQuantWords * kQuantFragments; ++i) {
+          const int q = i / kQuantFragments, j = i % kQuantFragments;
+          const uint32_t four = quantize<kDense>(wide[q][j], token.inverse);
+          chunks[c][b][q][j] = four;
+          sum = __dp4a(static_cast<int>(four), 0x01010101, sum);
+        }
+      }
+      sum += __shfl_xor_sync(~0U, sum, 1);
+      sum += __shfl_xor_sync(~0U, sum, 2);
+      if (lane % 4 == 0) ptx::add_shared(smem.token_sums() + (b * 8 + lane / 4) * 4, sum);
     }
   }
 };
 
-template <typename M, int kPair, bool kUp, typename X>
-__device__ __forceinline__ void multiply_pair(uint32_t word, RunReader<kUp>& run,
-                                              const RunSteps& steps, const X* x,
-                                              typename M::Sum (&sums)[4]) {
-  uint32_t low[2], high[2];
-  constexpr uint32_t kZero = QuantValues<M::kType>::kZero;
-  run.template take<2 * kPair>(word, steps, kZero, low[0], high[0]);
-  run.template take<2 * kPair + 1>(word, steps, kZero, low[1], high[1]);
-  M::multiply_pair(low, high, x + 2 * kPair, sums);
-}
+// A lane's sums of a strip, by block of 8 tokens.
+template <typename C>
+using Sums = typename C::X::Sum[C::kBlocks][4];
 
-template <typename M, bool kUp, typename X>
+// Multiplies the fragments of word kWord of a run by X of a column of chunks.
+template <typename C, int kWord, bool kUp>
 __device__ __forceinline__ void multiply_word(uint32_t word, RunReader<kUp>& run,
-                                              const RunSteps& steps, const X* x,
-                                              typename M::Sum (&sums)[4]) {
-  multiply_pair<M, 0>(word, run, steps, x, sums);
-  multiply_pair<M, 1>(word, run, steps, x, sums);
+                                              const RunSteps& steps,
+                                              const typename C::X::ChunkX (&x)[C::kBlocks],
+                                              Sums<C>& sums) {
+  using X = typename C::X;
+  constexpr uint32_t kZero = QuantValues<C::kType>::kZero;
+  uint32_t low[kQuantFragments], high[kQuantFragments];
+  run.template take<0>(word, steps, kZero, low[0], high[0]);
+  run.template take<1>(word, steps, kZero, low[1], high[1]);
+  const typename X::Fragments first({low[0], low[1]}, {high[0], high[1]});
+#pragma unroll
+  for (int b = 0; b < C::kBlocks; ++b) X::multiply(first, &x[b][kWord][0], sums[b]);
+  run.template take<2>(word, steps, kZero, low[2], high[2]);
+  run.template take<3>(word, steps, kZero, low[3], high[3]);
+  const typename X::Fragments second({low[2], low[3]}, {high[2], high[3]});
+#pragma unroll
+  for (int b = 0; b < C::kBlocks; ++b) X::multiply(second, &x[b][kWord][2], sums[b]);
 }
 
-template <typename M>
+template <typename C>
 __device__ __forceinline__ void multiply_chunk(uint32_t chunk, int rows, const RunSteps& steps,
-                                               const typename M::ChunkX& x, int lane,
-                                               typename M::Sum (&up_sums)[4],
-                                               typename M::Sum (&down_sums)[4]) {
+                                               const typename C::X::ChunkX (&x)[C::kBlocks],
+                                               int lane, Sums<C>& up_sums, Sums<C>& down_sums) {
   const QuantChunk parts(chunk, rows, lane);
   RunReader<true> up(chunk, lane * 4);
+  multiply_word<C, 0>(parts.bits[0], up, steps, x, up_sums);
+  if constexpr (C::kSumSets == 1) multiply_word<C, 1>(parts.bits[1], up, steps, x, up_sums);
   RunReader<false> down(parts.top, parts.column);
-  multiply_word<M>(parts.bits[0], up, steps, x[0], up_sums);
-  multiply_word<M>(parts.bits[2], down, steps, x[2], down_sums);
-  multiply_word<M>(parts.bits[1], up, steps, x[1], up_sums);
-  multiply_word<M>(parts.bits[3], down, steps, x[3], down_sums);
+  multiply_word<C, 2>(parts.bits[2], down, steps, x, down_sums);
+  if constexpr (C::kSumSets == 2) multiply_word<C, 1>(parts.bits[1], up, steps, x, up_sums);
+  multiply_word<C, 3>(parts.bits[3], down, steps, x, down_sums);
 }
 
 // The scales of rows lane / 4 and lane / 4 + 8 of a strip; 1 if it has none.
@@ -341,24 +421,23 @@ __device__ __forceinline__ float2 load_scales(const QuantParams& p, int strip, i
   return make_float2(__uint_as_float(scales[0]), __uint_as_float(scales[8]));
 }
 
-// Stores Y of a strip from a warp's sums, in fragment order.
+// Stores Y of a strip and 8 tokens from a warp's sums, in fragment order.
 template <ValueType kType>
 __device__ __forceinline__ void store_strip(const QuantParams& p, int strip, int token_block,
                                             int lane, float2 scales, float4 sums) {
   sums = make_float4(sums.x * scales.x, sums.y * scales.x, sums.z * scales.y, sums.w * scales.y);
   p.epilogue.store_fragment<QuantValues<kType>::kDense>(
-      int64_t{token_block} * kQuantTokens + lane % 4 * 2, int64_t{strip} * kQuantStripM + lane / 4,
-      sums);
+      int64_t{token_block} * 8 + lane % 4 * 2, int64_t{strip} * kQuantStripM + lane / 4, sums);
 }
 
 __device__ __forceinline__ float4 add(float4 a, float4 b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// Where a section's sums of a strip are in the workspace.
+// Where a section's sums of a strip and 8 tokens are in the workspace.
 __device__ __forceinline__ float4* partial_sums(const QuantParams& p, int section, int token_block,
-                                                int token_blocks, int strip) {
-  return p.partial + ((int64_t{section} * token_blocks + token_block) * p.strips + strip) * 32;
+                                                int strip) {
+  return p.partial + ((int64_t{section} * p.token_blocks + token_block) * p.strips + strip) * 32;
 }
 
 // Four sums of a lane in shared memory.
@@ -384,15 +463,55 @@ __device__ __forceinline__ void add_stored(uint32_t smem, int (&sums)[4]) {
   sums[3] += __float_as_int(four.w);
 }
 
+// Adds the warps' sums of a strip, the `added`-th of the CTA, and stores them.
+template <typename C>
+__device__ __forceinline__ void add_strip(const QuantParams& p, const QuantSmem& smem, int added,
+                                          int strip, float2 scales, int lane) {
+  const int buffer = added % C::kSumsStages;
+  ptx::mbarrier_wait(smem.sums_full(buffer), added / C::kSumsStages & 1);
+#pragma unroll
+  for (int b = 0; b < C::kBlocks; ++b) {
+    typename C::X::Sum total[4] = {};
+    for (int w = 0; w < smem.warps; ++w) {
+      add_stored(smem.sums(buffer, w) + (b * 32 + lane) * 16, total);
+    }
+    float2 tokens = make_float2(1.0F, 1.0F);
+    if constexpr (C::X::kQuantized) {
+      const uint32_t pair = (b * 8 + lane % 4 * 2) * 4;
+      const uint2 sums = ptx::load_shared_v2(smem.token_sums() + pair);
+      total[0] -= kQuantZero * static_cast<int>(sums.x);
+      total[1] -= kQuantZero * static_cast<int>(sums.y);
+      total[2] -= kQuantZero * static_cast<int>(sums.x);
+      total[3] -= kQuantZero * static_cast<int>(sums.y);
+      const uint2 factors = ptx::load_shared_v2(smem.token_scales() + pair);
+      tokens = make_float2(__uint_as_float(factors.x), __uint_as_float(factors.y));
+    } else {
+      tokens.x = tokens.y = QuantValues<C::kType>::kUnit;
+    }
+    const float4 sum = make_float4(
+        static_cast<float>(total[0]) * tokens.x, static_cast<float>(total[1]) * tokens.y,
+        static_cast<float>(total[2]) * tokens.x, static_cast<float>(total[3]) * tokens.y);
+    const int token_block = static_cast<int>(blockIdx.z) * C::kBlocks + b;
+    if (p.partial == nullptr) {
+      store_strip<C::kType>(p, strip, token_block, lane, scales, sum);
+    } else {
+      partial_sums(p, static_cast<int>(blockIdx.y), token_block, strip)[lane] = sum;
+    }
+  }
+  __syncwarp();
+  if (lane == 0) ptx::mbarrier_arrive(smem.sums_empty(buffer));
+}
+
 // The grid: CTAs that share the strips; sections; blocks of tokens.
-template <typename M>
+template <typename C>
 __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     quantized_rows_kernel(const __grid_constant__ QuantParams p) {
   if constexpr (kHasSm90) {
     extern __shared__ uint8_t smem_bytes[];
     const int warps = static_cast<int>(blockDim.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int warp = __shfl_sync(~0U, static_cast<int>(threadIdx.x) / 32, 0);
-    const QuantSmem smem = {(ptx::smem_address(smem_bytes) + 127) / 128 * 128, warps, p.stages};
+    const QuantSmem smem = {(ptx::smem_address(smem_bytes) + 127) / 128 * 128, warps, p.stages,
+                            C::kSumsStages, C::kSumsBytes};
     allow_next_kernel();
     const int first_col = static_cast<int>(blockIdx.y) * p.section_cols + warp;
     const int end_col = min(static_cast<int>(blockIdx.y + 1) * p.section_cols, p.chunk_cols);
@@ -402,7 +521,7 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     if (lane == 0) {
       for (int i = 0; i < p.stages; ++i) ptx::mbarrier_init(smem.full(warp, i), 1);
       if (warp == 0) {
-        for (int i = 0; i < kQuantSumsStages; ++i) {
+        for (int i = 0; i < C::kSumsStages; ++i) {
           ptx::mbarrier_init(smem.sums_full(i), warps);
           ptx::mbarrier_init(smem.sums_empty(i), 1);
         }
@@ -413,54 +532,44 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     ChunkCopies copies(p, smem, first_col, columns, strips, warp, lane);
     for (int i = 0; i < p.stages; ++i) copies.copy_next(i);
     wait_for_previous_kernel();  // it may have written X
-    WarpX<M> x;
+    WarpX<C> x;
     x.load(p, smem, first_col, columns, warp, lane);
     int stage = 0;
     uint32_t phase = 0;
 #pragma unroll 1
-    for (int i = 0; i < strips; ++i) {
-      const int strip = static_cast<int>(blockIdx.x + i * gridDim.x);
-      const bool adds = i % warps == warp;
+    for (int i = 0; i < strips + C::kSumsLag; ++i) {
+      const int added = i - C::kSumsLag;  // the strip to add, if it is this warp's turn
+      const int strip = static_cast<int>(blockIdx.x) + added * static_cast<int>(gridDim.x);
+      const bool adds = added >= 0 && added % warps == warp;
       const float2 scales = adds ? load_scales(p, strip, lane) : make_float2(1.0F, 1.0F);
-      typename M::Sum up_sums[4] = {x.begin[0], x.begin[1], x.begin[0], x.begin[1]};
-      typename M::Sum down_sums[4] = {};
+      if (i < strips) {
+        Sums<C> sums[C::kSumSets] = {};
 #pragma unroll
-      for (int c = 0; c < kQuantWarpChunks; ++c) {
-        if (c >= columns) break;
-        ptx::mbarrier_wait(smem.full(warp, stage), phase);
-        const int rows = static_cast<int>(ptx::load_shared_u32(smem.rows(warp, stage)));
-        multiply_chunk<M>(smem.stage(warp, stage), rows, p.steps, x.chunks[c], lane, up_sums,
-                          down_sums);
-        __syncwarp();
-        copies.copy_next(stage);
-        if (++stage == p.stages) {
-          stage = 0;
-          phase ^= 1;
+        for (int c = 0; c < C::kWarpChunks; ++c) {
+          if (c >= columns) break;
+          ptx::mbarrier_wait(smem.full(warp, stage), phase);
+          const int rows = static_cast<int>(ptx::load_shared_u32(smem.rows(warp, stage)));
+          multiply_chunk<C>(smem.stage(warp, stage), rows, p.steps, x.chunks[c], lane, sums[0],
+                            sums[C::kSumSets - 1]);
+          __syncwarp();
+          copies.copy_next(stage);
+          if (++stage == p.stages) {
+            stage = 0;
+            phase ^= 1;
+          }
         }
-      }
+        const int buffer = i % C::kSumsStages;
+        ptx::mbarrier_wait(smem.sums_empty(buffer), (i / C::kSumsStages & 1) ^ 1);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) up_sums[e] += down_sums[e];
-      const int buffer = i % kQuantSumsStages;
-      const uint32_t use = i / kQuantSumsStages & 1;
-      ptx::mbarrier_wait(smem.sums_empty(buffer), use ^ 1);
-      store_sums(smem.sums(buffer, warp) + lane * 16, up_sums);
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(smem.sums_full(buffer));
-      if (!adds) continue;
-      ptx::mbarrier_wait(smem.sums_full(buffer), use);
-      typename M::Sum sums[4] = {};
-      for (int w = 0; w < warps; ++w) add_stored(smem.sums(buffer, w) + lane * 16, sums);
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(smem.sums_empty(buffer));
-      const float4 sum = make_float4(
-          static_cast<float>(sums[0]) * x.scale[0], static_cast<float>(sums[1]) * x.scale[1],
-          static_cast<float>(sums[2]) * x.scale[0], static_cast<float>(sums[3]) * x.scale[1]);
-      if (p.partial == nullptr) {
-        store_strip<M::kType>(p, strip, static_cast<int>(blockIdx.z), lane, scales, sum);
-      } else {
-        partial_sums(p, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z),
-                     static_cast<int>(gridDim.z), strip)[lane] = sum;
+        for (int b = 0; b < C::kBlocks; ++b) {
+#pragma unroll
+          for (int e = 0; C::kSumSets == 2 && e < 4; ++e) sums[0][b][e] += sums[1][b][e];
+          store_sums(smem.sums(buffer, warp) + (b * 32 + lane) * 16, sums[0][b]);
+        }
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(smem.sums_full(buffer));
       }
+      if (adds) add_strip<C>(p, smem, added, strip, scales, lane);
     }
   }
 }
@@ -479,35 +588,41 @@ __global__ void __launch_bounds__(kFinishWarps * 32)
   wait_for_previous_kernel();
   float4 sum = make_float4(0, 0, 0, 0);
   for (int section = 0; section < p.sections; ++section) {
-    sum = add(sum, partial_sums(p, section, static_cast<int>(blockIdx.y),
-                                static_cast<int>(gridDim.y), strip)[lane]);
+    sum = add(sum, partial_sums(p, section, static_cast<int>(blockIdx.y), strip)[lane]);
   }
   store_strip<kType>(p, strip, static_cast<int>(blockIdx.y), lane, scales, sum);
 }
 
-template <typename M>
+template <typename C>
 Status launch(const QuantParams& params, const SpmmPlan& plan, int warps, int smem_bytes,
               bool prefetch, cudaStream_t stream) {
   const Status sized = allow_smem("cudaFuncSetAttribute(quantized_rows_kernel)",
-                                  quantized_rows_kernel<M>, smem_bytes);
+                                  quantized_rows_kernel<C>, smem_bytes);
   if (!sized.ok()) return sized;
-  const auto token_blocks = static_cast<unsigned>(quant_token_blocks(params.epilogue.n));
   const dim3 grid(static_cast<unsigned>(plan.ctas), static_cast<unsigned>(params.sections),
-                  token_blocks);
-  const Status multiplied = launch_kernel("quantized_rows_kernel launch", quantized_rows_kernel<M>,
+                  static_cast<unsigned>(params.token_blocks / C::kBlocks));
+  const Status multiplied = launch_kernel("quantized_rows_kernel launch", quantized_rows_kernel<C>,
                                           grid, warps * 32, smem_bytes, prefetch, stream, params);
   if (!multiplied.ok() || params.sections == 1) return multiplied;
-  const auto ctas = static_cast<unsigned>((params.strips + kFinishWarps - 1) / kFinishWarps);
-  return launch_kernel("quantized_finish_kernel launch", quantized_finish_kernel<M::kType>,
-                       dim3(ctas, token_blocks), kFinishWarps * 32, 0, true, stream, params);
+  const dim3 finish_grid(static_cast<unsigned>((params.strips + kFinishWarps - 1) / kFinishWarps),
+                         static_cast<unsigned>(params.token_blocks));
+  return launch_kernel("quantized_finish_kernel launch", quantized_finish_kernel<C::kType>,
+                       finish_grid, kFinishWarps * 32, 0, true, stream, params);
 }
 
 template <ValueType kType>
-Status launch_type(const QuantParams& params, const SpmmPlan& plan, int warps, int smem_bytes,
-                   bool prefetch, cudaStream_t stream) {
-  return quantized_bitmap_configs()[static_cast<size_t>(plan.config)].int8_x
-             ? launch<Int8X<kType>>(params, plan, warps, smem_bytes, prefetch, stream)
-             : launch<WideX<kType>>(params, plan, warps, smem_bytes, prefetch, stream);
+Status launch_config(const QuantParams& params, const SpmmPlan& plan, int warps, int smem_bytes,
+                     bool prefetch, cudaStream_t stream) {
+  int index = 0;
+#define FLASH_LLM_ROW(name, tokens, columns, int8_x)                                            \
+  if (plan.config == index++) {                                                                 \
+    return launch<QuantConfig<kType, tokens, columns, int8_x>>(params, plan, warps, smem_bytes, \
+                                                               prefetch, stream);               \
+  }
+  FLASH_LLM_QUANTIZED_CONFIGS(FLASH_LLM_ROW)
+#undef FLASH_LLM_ROW
+  return Status::invalid_value("no quantised bitmap configuration has index " +
+                               std::to_string(plan.config));
 }
 
 }  // namespace
@@ -516,19 +631,21 @@ Status cuda::spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, v
                                    bool prefetch, cudaStream_t stream) {
   const Status fits = check_plan(plan, KernelFamily::kQuantizedBitmapSm90, args);
   if (!fits.ok()) return fits;
-  const int warps = quant_warps(plan.unit_cols);
-  const int stages = warps < 1 ? 0 : plan.ring_bytes / (warps * kQuantStageBytes);
   const int64_t chunk_cols = num_quant_chunks(args.weight.k);
   if (plan.config < 0 || plan.config >= static_cast<int>(quantized_bitmap_configs().size())) {
     return Status::invalid_value("no quantised bitmap configuration has index " +
                                  std::to_string(plan.config));
   }
-  if (warps < 1 || warps > kQuantMaxWarps || stages < kQuantMinStages || stages > kQuantMaxStages ||
-      plan.ctas != plan.work.workers ||
+  const QuantizedBitmapConfig& config =
+      quantized_bitmap_configs()[static_cast<size_t>(plan.config)];
+  const int warps = plan.warps;
+  const int stages = warps < 1 ? 0 : plan.ring_bytes / (warps * kQuantStageBytes);
+  if (warps < 1 || warps > kQuantMaxWarps || plan.unit_cols > warps * config.warp_chunks ||
+      stages < kQuantMinStages || stages > kQuantMaxStages || plan.ctas != plan.work.workers ||
       plan.work.cols != (chunk_cols + plan.unit_cols - 1) / plan.unit_cols) {
     return Status::invalid_value("plan " + plan.to_string() + " does not fit its configuration");
   }
-  const int64_t sums_bytes = quant_sums_bytes(args.weight.m, args.n, plan.work.cols);
+  const int64_t sums_bytes = quant_sums_bytes(config, args.weight.m, args.n, plan.work.cols);
   if (Status enough = check_launch(plan, sums_bytes); !enough.ok()) return enough;
   QuantParams params = {};
   params.payload = args.weight.payload;
@@ -545,14 +662,15 @@ Status cuda::spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, v
   params.section_cols = plan.unit_cols;
   params.sections = static_cast<int>(plan.work.cols);
   params.stages = stages;
-  const int smem_bytes = quant_smem_bytes(warps, stages);
+  params.token_blocks = static_cast<int>(config.passes(args.n)) * config.tile_n / 8;
+  const int smem_bytes = quant_smem_bytes(config, warps, stages);
   switch (args.weight.value_type) {
     case ValueType::kInt8Float16:
-      return launch_type<ValueType::kInt8Float16>(params, plan, warps, smem_bytes, prefetch,
-                                                  stream);
+      return launch_config<ValueType::kInt8Float16>(params, plan, warps, smem_bytes, prefetch,
+                                                    stream);
     case ValueType::kInt8Bfloat16:
-      return launch_type<ValueType::kInt8Bfloat16>(params, plan, warps, smem_bytes, prefetch,
-                                                   stream);
+      return launch_config<ValueType::kInt8Bfloat16>(params, plan, warps, smem_bytes, prefetch,
+                                                     stream);
     case ValueType::kFloat16:
     case ValueType::kBfloat16:
       break;
