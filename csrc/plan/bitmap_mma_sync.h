@@ -59,7 +59,7 @@ constexpr int mma_sync_smem_bytes(const MmaSyncPlanConfig& config, int ring_byte
 }
 // Of all rings together.
 constexpr int mma_sync_min_ring_bytes(const MmaSyncPlanConfig& config) {
-  return config.rings * config.group_chunks * kMaxChunkUnits * kChunkUnitBytes;
+  return config.rings * bitmap_least_ring_bytes(config.group_chunks);
 }
 
 // The functions of these families' rows in plan/kernel_family.cpp.

@@ -32,7 +32,8 @@ class ChunkProducer {
         smem_(smem),
         ring_(ring),
         lane_(lane),
-        ring_base_(smem.ring() + ring * p.ring_units * kChunkUnitBytes) {}
+        ring_base_(smem.ring() +
+                   (ring * (p.ring_units + kBitmapGapUnits) + kBitmapGapUnits) * kChunkUnitBytes) {}
 
   __device__ __forceinline__ void begin() {
     position_ = ColumnPosition(p_, p_.schedule.first_unit(cluster_idx<C>()));
@@ -75,7 +76,7 @@ class ChunkProducer {
     int begin;        // offset of the group's first chunk in the payload
     int total;        // size of all chunks
     int before_wrap;  // size of those that fit before the end of the ring
-    int reserved;     // total plus what stays unused at the end of the ring
+    int reserved;     // total, the gap after it, and what stays unused at the end of the ring
   };
 
   // Sets own_offset_ to this lane's chunk in the pair of columns at next_, the first of an output
@@ -194,8 +195,8 @@ class ChunkProducer {
     copy.before_wrap =
         static_cast<int>(__reduce_max_sync(~0U, static_cast<unsigned>(fits ? end : 0)));
     copy.slot = end - units + (fits ? head_ : -copy.before_wrap);
-    copy.reserved =
-        copy.total + (copy.before_wrap < copy.total ? p_.ring_units - head_ - copy.before_wrap : 0);
+    copy.reserved = copy.total > 0 ? copy.total + kBitmapGapUnits : 0;
+    if (copy.before_wrap < copy.total) copy.reserved += p_.ring_units - head_ - copy.before_wrap;
     return copy;
   }
 
@@ -243,14 +244,14 @@ class ChunkProducer {
     WeightCopy::copy(ring_copy, lane_);
     if (lane_ == issued_ % 32) reserved_before_ = reserved_;
     reserved_ += copy.reserved;
-    head_ = copy.before_wrap < copy.total ? copy.total - copy.before_wrap : head_ + copy.total;
+    head_ += copy.reserved - (copy.before_wrap < copy.total ? p_.ring_units : 0);
     ++issued_;
   }
 
   const BitmapParams& p_;
   const BitmapSmem<C>& smem_;
   int ring_, lane_;
-  uint32_t ring_base_;  // shared-memory address of the ring
+  uint32_t ring_base_;  // shared-memory address of the ring after its first gap
 
   ColumnPosition position_{0, 0};  // the column that is copied next
   ColumnPosition end_{0, 0};       // of the work range

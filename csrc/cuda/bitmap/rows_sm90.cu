@@ -69,7 +69,7 @@ struct RowsParams {
   int payload_units;
   int chunk_rows, chunk_cols;
   int row_blocks;  // blocks of 8 columns of a chunk row, at least one for each team
-  int ring_units;  // size of the ring in units of 64 bytes
+  int ring_units;  // size of the ring after its first gap, in units of 64 bytes
   Epilogue epilogue;
 };
 
@@ -106,7 +106,8 @@ struct RowsSmem {
   __device__ __forceinline__ uint32_t descriptor(uint32_t step, int chunk) const {
     return base + kDescriptors + (step % kStages * kStepChunks + chunk) * 8;
   }
-  __device__ __forceinline__ uint32_t ring() const { return base + kRing; }
+  // After the gap that precedes it.
+  __device__ __forceinline__ uint32_t ring() const { return base + kRing + kDecodeReachBytes; }
   __device__ __forceinline__ uint32_t full(uint32_t step) const { return barrier(step % kStages); }
   __device__ __forceinline__ uint32_t empty(uint32_t step) const {
     return barrier(kStages + step % kStages);
@@ -205,21 +206,23 @@ class StepProducer {
   __device__ __forceinline__ void copy_step(const Chunk& chunk, int i) {
     const bool own = lane_ / kStepChunks == i;
     const int total = __shfl_sync(~0U, chunk.total, i * kStepChunks);
-    int reserving = total, after = head_ + total;  // units of the ring, and head_ after this step
+    // Units of the ring, with the gap after this step; and head_ after it.
+    const int needed = total > 0 ? total + kBitmapGapUnits : 0;
+    int reserving = needed, after = head_ + needed;
     int slot = head_ + chunk.end - chunk.units;
-    if (after > p_.ring_units) {
+    if (after > p_.ring_units + kBitmapGapUnits) {
       // Chunks that would cross the ring's end go to its beginning.
       const bool fits = head_ + chunk.end <= p_.ring_units;
       const int before_wrap = static_cast<int>(
           __reduce_max_sync(~0U, static_cast<unsigned>(own && fits ? chunk.end : 0)));
-      reserving = total + p_.ring_units - head_ - before_wrap;
-      after = total - before_wrap;
+      reserving = needed + p_.ring_units - head_ - before_wrap;
+      after = needed - before_wrap;
       slot = chunk.end - chunk.units + (fits ? head_ : -before_wrap);
       // Very full chunks and the unused end together may exceed the ring: then empty it and start
       // at its beginning, where every step fits.
       if (reserving > p_.ring_units) {
         while (released_ != issued_) release_oldest();
-        reserving = after = total;
+        reserving = after = needed;
         slot = chunk.end - chunk.units;
       }
     }
@@ -628,7 +631,7 @@ Status cuda::spmm_bitmap_rows(const SpmmPlan& plan, const SpmmArgs& args, bool p
   params.chunk_cols = static_cast<int>(num_chunk_cols(weight.k));
   params.row_blocks =
       std::max((params.chunk_cols + 2 * kTeamWarps - 1) / (2 * kTeamWarps), config.teams);
-  params.ring_units = plan.ring_bytes / kChunkUnitBytes;
+  params.ring_units = plan.ring_bytes / kChunkUnitBytes - kBitmapGapUnits;
   params.epilogue = {args.bias, args.y, weight.m, args.n, args.activation};
   const dim3 grid(static_cast<unsigned>(plan.ctas),
                   static_cast<unsigned>((args.n + config.tile_n - 1) / config.tile_n));

@@ -19,7 +19,7 @@ struct BitmapParams {
   int chunk_rows, chunk_cols;
   int row_blocks;    // of block_m rows each
   int output_tiles;  // row blocks times token blocks
-  int ring_units;    // size of each ring in units of 64 bytes
+  int ring_units;    // size of each ring after its first gap, in units of 64 bytes
   // A row of the work grid is the output tile token_block * row_blocks + row_block: block_m rows of
   // W by tile_n tokens. A work unit is `unit_cols` (1 or 2) columns of chunks.
   StreamK schedule;
@@ -36,7 +36,7 @@ struct BitmapParams {
         chunk_cols(static_cast<int>(num_chunk_cols(args.weight.k))),
         row_blocks(static_cast<int>((args.weight.m + block_m - 1) / block_m)),
         output_tiles(static_cast<int>(plan.work.rows)),
-        ring_units(plan.ring_bytes / rings / kChunkUnitBytes),
+        ring_units(plan.ring_bytes / rings / kChunkUnitBytes - kBitmapGapUnits),
         schedule(plan.work),
         unit_cols(plan.unit_cols),
         partial(static_cast<float4*>(workspace)),
@@ -118,8 +118,9 @@ struct BitmapSmem {
   int rank;  // of the CTA in its cluster
 
   static constexpr uint32_t kTransposed = C::kXStages * C::kXStageBytes;
-  static constexpr uint32_t kEmpty = kTransposed + bitmap_transposed_x_bytes(C::kTileN);
-  static constexpr uint32_t kDescriptors = kEmpty + kTwoFourFixedBytes;
+  static constexpr uint32_t kEmpty =
+      kTransposed + bitmap_transposed_x_bytes(C::kTileN) + kDecodeReachBytes;
+  static constexpr uint32_t kDescriptors = kEmpty + kTwoFourFixedBytes + kDecodeReachBytes;
   static constexpr uint32_t kOffsets =
       kDescriptors + C::kGroups * kBitmapGroupStages * C::kGroupChunks * 8;
   static constexpr uint32_t kBarriers = kOffsets + C::kRings * kBitmapPairsAhead * 32 * 8;
@@ -140,7 +141,8 @@ struct BitmapSmem {
   // X of a 2:4 chunk's 256 columns, transposed: [block of 8 tokens][column][token], 16 bytes per
   // column, up to 64 tokens at a time.
   __device__ __forceinline__ uint32_t transposed_x() const { return base + kTransposed; }
-  // All zeros: stands for any chunk, plain or 2:4, that has no nonzeros.
+  // All zeros: stands for any chunk, plain or 2:4, that has no nonzeros. There is a gap around it,
+  // too.
   __device__ __forceinline__ uint32_t empty_chunk() const { return base + kEmpty; }
   // The chunk descriptor (see ColumnFlags) of chunk `chunk` of a group.
   __device__ __forceinline__ uint32_t descriptor(int group, int stage, int chunk) const {
