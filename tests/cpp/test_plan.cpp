@@ -279,6 +279,13 @@ TEST(SelectPlanBitmapRows, FewTokensAndFewRowsTakeWholeRowsInACta) {
   EXPECT_EQ(family(6144, 9, 4096, 0.9), kBlocks);
   EXPECT_EQ(family(14336, 16, 4096, 0.5), kBlocks);
   EXPECT_EQ(family(4096, 17, 4096, 0.5), kBlocks);
+  // On every GPU that has bulk copies and the shared memory.
+  EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096), kB200).family, kRows);
+  for (const DeviceInfo& device : {kA100, kRtx5090}) {
+    EXPECT_NE(plan_of(bitmap_problem(4096, 8, 4096), device).family, kRows);
+    EXPECT_EQ(failure_of(bitmap_problem(4096, 8, 4096), device, "rows8").code,
+              StatusCode::kUnsupported);
+  }
   EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096), kH200).workspace_bytes, 0);
   EXPECT_EQ(plan_of(bitmap_problem(33, 1, 64), kH200).ctas, 2);  // no more than chunk rows
 }

@@ -73,7 +73,7 @@ struct RowsParams {
   Epilogue epilogue;
 };
 
-#ifdef FLASH_LLM_SM90A
+#ifdef FLASH_LLM_SM90
 
 // The layout of shared memory, in bytes from a 1024-byte boundary. What is before the ring and
 // after it keeps the decoder's reads beyond a chunk (smem.cuh) within shared memory.
@@ -552,13 +552,13 @@ __device__ __forceinline__ void multiply_rows(const RowsParams& p, const CUtenso
   }
 }
 
-#endif  // FLASH_LLM_SM90A
+#endif  // FLASH_LLM_SM90
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     bitmap_rows_kernel(const __grid_constant__ RowsParams p,
                        const __grid_constant__ CUtensorMap map) {
-#ifdef FLASH_LLM_SM90A
+#ifdef FLASH_LLM_SM90
   extern __shared__ uint8_t smem_bytes[];
   const RowsSmem<C> smem = {ptx::opaque((ptx::smem_address(smem_bytes) + 1023) / 1024 * 1024)};
   const int warp = __shfl_sync(~0U, static_cast<int>(threadIdx.x) / 32, 0);

@@ -14,7 +14,7 @@
 namespace flash_llm {
 
 // Whether the code is compiled for sm_90 or newer.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#ifdef FLASH_LLM_SM90
 inline constexpr bool kHasSm90 = true;
 #else
 inline constexpr bool kHasSm90 = false;
