@@ -38,6 +38,11 @@
 #include "format/bitmap.h"
 #include "plan/bitmap_rows_sm90.h"
 
+// Defined where the kernel has code. GPUs of compute capability 12 lack the shared memory for it.
+#if defined(FLASH_LLM_SM90) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 1200)
+#define FLASH_LLM_ROWS_SM90 1
+#endif
+
 namespace flash_llm {
 
 // Outside the unnamed namespace, in which nvcc would warn of those that the empty kernel of other
@@ -73,7 +78,7 @@ struct RowsParams {
   Epilogue epilogue;
 };
 
-#ifdef FLASH_LLM_SM90
+#ifdef FLASH_LLM_ROWS_SM90
 
 // The layout of shared memory, in bytes from a 1024-byte boundary. What is before the ring and
 // after it keeps the decoder's reads beyond a chunk (smem.cuh) within shared memory.
@@ -552,13 +557,13 @@ __device__ __forceinline__ void multiply_rows(const RowsParams& p, const CUtenso
   }
 }
 
-#endif  // FLASH_LLM_SM90
+#endif  // FLASH_LLM_ROWS_SM90
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     bitmap_rows_kernel(const __grid_constant__ RowsParams p,
                        const __grid_constant__ CUtensorMap map) {
-#ifdef FLASH_LLM_SM90
+#ifdef FLASH_LLM_ROWS_SM90
   extern __shared__ uint8_t smem_bytes[];
   const RowsSmem<C> smem = {ptx::opaque((ptx::smem_address(smem_bytes) + 1023) / 1024 * 1024)};
   const int warp = __shfl_sync(~0U, static_cast<int>(threadIdx.x) / 32, 0);
@@ -578,6 +583,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   } else {
     producer.run();
   }
+#else
+  __trap();  // never: the plan refuses
 #endif
 }
 
