@@ -2,8 +2,8 @@
 // oracle, bit for bit, and the packers against the host's bytes. Skipped where there is no GPU.
 //
 // The tests named Small are for compute-sanitizer, under which a kernel takes a hundred times as
-// long:
-//   for tool in memcheck racecheck initcheck synccheck; do
+// long. racecheck needs a build with -DFLASH_LLM_RACECHECK=ON (cuda/schedule/warp_arrival.cuh).
+//   for tool in memcheck initcheck synccheck racecheck; do
 //     compute-sanitizer --tool $tool build/cmake/flash_llm_kernel_tests --gtest_filter='*Small*'
 //   done
 #include <cuda_runtime_api.h>

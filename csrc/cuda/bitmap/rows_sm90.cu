@@ -35,6 +35,7 @@
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/ptx/sm90.cuh"
 #include "cuda/schedule/dependent_launch.cuh"
+#include "cuda/schedule/warp_arrival.cuh"
 #include "format/bitmap.h"
 #include "plan/bitmap_rows_sm90.h"
 
@@ -126,8 +127,9 @@ struct RowsSmem {
   __device__ __forceinline__ uint32_t sums_empty() const { return barrier(kSumsBarriers + 1); }
   __device__ __forceinline__ uint32_t barrier(int i) const { return base + kBarriers + i * 8; }
   __device__ __forceinline__ static int arrivals(int i) {
-    if (i >= kSumsBarriers) return i == kSumsBarriers ? C::kWarps : C::kWarps / 2;
-    return i >= kStages && i < kXBarriers ? kTeamWarps : 1;
+    if (i >= kSumsBarriers) return C::kWarps / (i == kSumsBarriers ? 1 : 2) * kWarpArrivals;
+    if (i >= kXBarriers) return 1;
+    return (i >= kStages ? kTeamWarps : 1) * kWarpArrivals;
   }
 };
 
@@ -240,7 +242,11 @@ class StepProducer {
       ptx::store_shared_v2(smem_.descriptor(issued_, lane_ % kStepChunks), place, chunk.units);
     }
     __syncwarp();
-    if (lane_ == i * kStepChunks) ptx::mbarrier_arrive_expect_tx(full, total * kChunkUnitBytes);
+    if (lane_ == i * kStepChunks) {
+      ptx::mbarrier_arrive_expect_tx(full, total * kChunkUnitBytes);
+    } else if constexpr (kWarpArrivals > 1) {
+      ptx::mbarrier_arrive(full);
+    }
     __syncwarp();
     if (own && chunk.units > 0) {
       ptx::bulk_copy_streaming(place, p_.payload + int64_t{chunk.begin} * kChunkUnitWords,
@@ -272,12 +278,6 @@ class StepProducer {
   // Lane l: reserved_ after step i was copied, for the last i with i % 32 == l.
   uint32_t reserved_after_ = 0;
 };
-
-// Arrives for a warp.
-__device__ __forceinline__ void arrive(uint32_t barrier, int lane) {
-  __syncwarp();
-  if (lane == 0) ptx::mbarrier_arrive(barrier);
-}
 
 template <typename C>
 class RowConsumer {
@@ -314,14 +314,14 @@ class RowConsumer {
         multiply_plain(even, 0);
       }
       next_x(0);
-      arrive(smem_.empty(2 * block_), lane_);
+      arrive_for_warp(smem_.empty(2 * block_), lane_);
       const uint2 odd = wait_chunk(2 * block_ + 1);
       if (!is_two_four(even.y)) {
         wait_x(1);
         multiply_plain(odd, 1);
       }
       next_x(1);
-      arrive(smem_.empty(2 * block_ + 1), lane_);
+      arrive_for_warp(smem_.empty(2 * block_ + 1), lane_);
       if (!x_stays()) ++x_uses_;
     }
   }
@@ -547,13 +547,13 @@ __device__ __forceinline__ void multiply_rows(const RowsParams& p, const CUtenso
 #pragma unroll
       for (float& sum : sums) sum = 0.0F;
     }
-    arrive(smem.sums_full(), lane);
+    arrive_for_warp(smem.sums_full(), lane);
     // The halves of the warps take turns in adding the sums; the others go on to the next row.
     constexpr uint32_t kHalf = C::kWarps / 2;
     if (warp / kHalf != row % 2) continue;
     ptx::mbarrier_wait(smem.sums_full(), phase(row));
     add_sums(p, smem, row, (warp % kHalf) * 32 + lane, kHalf * 32);
-    arrive(smem.sums_empty(), lane);
+    arrive_for_warp(smem.sums_empty(), lane);
   }
 }
 

@@ -7,6 +7,7 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/ptx/sm90.cuh"
 #include "cuda/schedule/stream_k.cuh"
+#include "cuda/schedule/warp_arrival.cuh"
 #include "format/bitmap.h"
 #include "plan/bitmap_sm90a.h"
 
@@ -58,9 +59,9 @@ struct BitmapKernelConfig {
   // warpgroup. The launch divides them evenly between the 5 or 3 warpgroups, in multiples of 8 (96
   // or 168, which the spill check of setup.py prints), and setmaxnreg divides the same sum again:
   //                  launched    consumers  producer   used by them in the SASS of nvcc 13.0
-  //   tile_n <= 64   5 *  96 >=   4 * 104  +  56       93 or 94, and 33 or 34
-  //   tile_n = 128   5 *  96 >=   4 * 112  +  32       107, and 24
-  //   tile_n = 256   3 * 168 >=   2 * 208  +  56       192, and 25
+  //   tile_n <= 64   5 *  96 >=   4 * 104  +  56       93 or 94, and 38
+  //   tile_n = 128   5 *  96 >=   4 * 112  +  32       107, and 26
+  //   tile_n = 256   3 * 168 >=   2 * 208  +  56       192, and 28
   // Up to 64 tokens 104 is the most that leaves the producer enough: with 112 it would have 32. At
   // 128 tokens ptxas serialises the wgmmas with 104 (its C7512). At 256 tokens ptxas manages with
   // 184, and 224 would fit; neither was timed.
@@ -180,9 +181,10 @@ struct BitmapSmem {
   __device__ __forceinline__ uint32_t barrier(int i) const { return base + kBarriers + i * 8; }
   // How many arrivals complete a phase of barrier i.
   __device__ __forceinline__ static int arrivals(int i) {
-    if (i >= kTransposedBarriers) return C::kWarps;
-    if (i >= kXBarriers) return i < kXBarriers + C::kXStages ? 1 : C::kCluster * C::kWarps;
-    return i < C::kGroups * kBitmapGroupStages ? 1 : C::kGroupWarps;
+    if (i >= kTransposedBarriers) return C::kWarps * kWarpArrivals;
+    if (i >= kXBarriers + C::kXStages) return C::kCluster * C::kWarps * kWarpArrivals;
+    if (i >= kXBarriers) return 1;
+    return (i < C::kGroups * kBitmapGroupStages ? 1 : C::kGroupWarps) * kWarpArrivals;
   }
 };
 
