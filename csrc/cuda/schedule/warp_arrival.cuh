@@ -19,7 +19,7 @@ inline constexpr int kWarpArrivals = 1;
 // Arrives for the warp, whose lanes must all call it.
 __device__ __forceinline__ void arrive_for_warp(uint32_t barrier, int lane) {
   __syncwarp();
-  if (lane < kWarpArrivals) ptx::mbarrier_arrive(barrier);
+  if (kWarpArrivals > 1 || lane == 0) ptx::mbarrier_arrive(barrier);
 }
 
 // Calls arrive(i) for each i < kBarriers, by another lane for each i, or by all lanes for all.
