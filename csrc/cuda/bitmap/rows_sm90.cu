@@ -127,9 +127,11 @@ struct RowsSmem {
   __device__ __forceinline__ uint32_t sums_empty() const { return barrier(kSumsBarriers + 1); }
   __device__ __forceinline__ uint32_t barrier(int i) const { return base + kBarriers + i * 8; }
   __device__ __forceinline__ static int arrivals(int i) {
-    if (i >= kSumsBarriers) return C::kWarps / (i == kSumsBarriers ? 1 : 2) * kWarpArrivals;
-    if (i >= kXBarriers) return 1;
-    return (i >= kStages ? kTeamWarps : 1) * kWarpArrivals;
+    if (i >= kSumsBarriers) {
+      return (i == kSumsBarriers ? C::kWarps : C::kWarps / 2) * kWarpArrivals;
+    }
+    if (i >= kStages && i < kXBarriers) return kTeamWarps * kWarpArrivals;
+    return i < kStages ? kWarpArrivals : 1;
   }
 };
 

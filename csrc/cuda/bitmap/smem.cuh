@@ -182,8 +182,9 @@ struct BitmapSmem {
   // How many arrivals complete a phase of barrier i.
   __device__ __forceinline__ static int arrivals(int i) {
     if (i >= kTransposedBarriers) return C::kWarps * kWarpArrivals;
-    if (i >= kXBarriers + C::kXStages) return C::kCluster * C::kWarps * kWarpArrivals;
-    if (i >= kXBarriers) return 1;
+    if (i >= kXBarriers) {
+      return i < kXBarriers + C::kXStages ? 1 : C::kCluster * C::kWarps * kWarpArrivals;
+    }
     return (i < C::kGroups * kBitmapGroupStages ? 1 : C::kGroupWarps) * kWarpArrivals;
   }
 };
