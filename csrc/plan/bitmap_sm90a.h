@@ -80,6 +80,9 @@ inline constexpr int kBitmapGroupStages = 8;       // columns of a group in the 
 inline constexpr int kBitmapPairsAhead = 8;        // pairs of columns whose offsets are prefetched
 inline constexpr int kXBoxK = 64;  // columns of a box of X's tensor map: 128 bytes, a swizzle span
 inline constexpr int kBitmapGuardBytes = 34 * kChunkRowBytes;  // after the rings
+// At the beginning of each ring and after each copy in it a gap stays unwritten, so that no copy
+// arrives where a warp still reads beside its chunk.
+inline constexpr int kBitmapGapUnits = kDecodeReachBytes / kChunkUnitBytes;
 // Left free so that CTAs of the finishing kernel become resident while the main kernel runs. Each
 // takes kReservedSmemBytes only, so there is room for three. The registers that the main kernel
 // leaves (4096 of 64K, or 1024 with the widest configuration) have room for one, or none.
@@ -94,17 +97,22 @@ constexpr int bitmap_transposed_x_bytes(int tile_n) {
 // Shared memory of a CTA without the rings.
 constexpr int bitmap_fixed_smem_bytes(int tile_n, int x_stages) {
   return 1024 + x_stages * bitmap_x_boxes(tile_n) * tile_n * kXBoxK * 2 +
-         bitmap_transposed_x_bytes(tile_n) + kTwoFourFixedBytes + 16 * kBitmapGroupStages * 8 +
-         2 * kBitmapPairsAhead * 32 * 8 +
+         bitmap_transposed_x_bytes(tile_n) + kTwoFourFixedBytes + 2 * kDecodeReachBytes +
+         16 * kBitmapGroupStages * 8 + 2 * kBitmapPairsAhead * 32 * 8 +
          8 * (2 * 16 / kBitmapLeastGroupChunks * kBitmapGroupStages + 2 * x_stages + 2) + 128 +
          kBitmapGuardBytes;
 }
 constexpr int bitmap_smem_bytes(const BitmapConfig& config, int ring_bytes) {
   return bitmap_fixed_smem_bytes(config.tile_n, config.x_stages) + ring_bytes;
 }
-// Each ring must hold a group of chunks of the largest size.
+// The least size of a ring that holds copies of `chunks` chunks: one of chunks of the largest size
+// and the gaps around it.
+constexpr int bitmap_least_ring_bytes(int chunks) {
+  return chunks * kMaxChunkUnits * kChunkUnitBytes + 2 * kDecodeReachBytes;
+}
+// Of all rings together.
 constexpr int bitmap_min_ring_bytes(const BitmapConfig& config) {
-  return config.rings() * bitmap_group_chunks(config.chunks()) * kMaxChunkUnits * kChunkUnitBytes;
+  return config.rings() * bitmap_least_ring_bytes(bitmap_group_chunks(config.chunks()));
 }
 
 // Whether a weight of this density has mostly 2:4 pairs of chunk columns (format/bitmap.h:

@@ -281,6 +281,13 @@ TEST(SelectPlanBitmapRows, FewTokensAndFewRowsTakeWholeRowsInACta) {
   EXPECT_EQ(family(6144, 9, 4096, 0.9), kBlocks);
   EXPECT_EQ(family(14336, 16, 4096, 0.5), kBlocks);
   EXPECT_EQ(family(4096, 17, 4096, 0.5), kBlocks);
+  // On every GPU that has bulk copies and the shared memory.
+  EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096), kB200).family, kRows);
+  for (const DeviceInfo& device : {kA100, kRtx5090}) {
+    EXPECT_NE(plan_of(bitmap_problem(4096, 8, 4096), device).family, kRows);
+    EXPECT_EQ(failure_of(bitmap_problem(4096, 8, 4096), device, "rows8").code,
+              StatusCode::kUnsupported);
+  }
   EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096), kH200).workspace_bytes, 0);
   EXPECT_EQ(plan_of(bitmap_problem(33, 1, 64), kH200).ctas, 2);  // no more than chunk rows
 }
@@ -499,6 +506,39 @@ TEST(GpuFeatures, FollowTheGpuAndTheListOfArchitectures) {
   EXPECT_FALSE(has(80, "8.0;9.0+PTX", GpuFeature::kBulkCopy));
   EXPECT_TRUE(has(90, "8.0+PTX;9.0a", GpuFeature::kWgmma));
   EXPECT_FALSE(has(100, "8.0+PTX;9.0a", GpuFeature::kWgmma));
+}
+
+TEST(GpuFeatures, OfEveryGpuAreThoseOfTheCodeThatItRunsByDefault) {
+  struct Gpu {
+    int capability;
+    std::string arch;  // machine code of the same major version if there is any, else PTX
+    KernelFamily family;
+  };
+  const Gpu gpus[] = {
+      {80, "8.0", KernelFamily::kBitmapSm80},       {86, "8.0", KernelFamily::kBitmapSm80},
+      {87, "8.0", KernelFamily::kBitmapSm80},       {89, "8.0", KernelFamily::kBitmapSm80},
+      {90, "9.0a", KernelFamily::kBitmapSm90a},     {100, "10.0+PTX", KernelFamily::kBitmapSm90},
+      {103, "10.0+PTX", KernelFamily::kBitmapSm90}, {110, "10.0+PTX", KernelFamily::kBitmapSm90},
+      {120, "12.0", KernelFamily::kBitmapSm90},     {121, "12.0", KernelFamily::kBitmapSm90}};
+  for (const Gpu& it : gpus) {
+    EXPECT_TRUE(gpu_features(it.capability, it.arch).contains(GpuFeature::kMmaSync))
+        << it.capability;
+    const DeviceInfo device = gpu(it.capability, 100, 0, kArchs);
+    const KernelFamilyRow& family = kernel_family(it.family);
+    EXPECT_TRUE(gpu_features(it.capability, it.arch).contains(family.needs)) << it.capability;
+    // Plain chunks and 2:4 chunks, few and many tokens: packed once, a weight runs everywhere.
+    for (const double sparsity : {0.5, 0.9}) {
+      for (const int64_t n : {1, 64, 128}) {
+        EXPECT_EQ(plan_of(bitmap_problem(28672, n, 7168, sparsity), device).family, it.family)
+            << it.capability << " N=" << n;
+      }
+      EXPECT_EQ(plan_of(bitmap_problem(28672, 4096, 7168, sparsity), device).family,
+                KernelFamily::kDense);
+      const SpmmProblem problem = bitmap_problem(4096, 1, 4096, sparsity);
+      EXPECT_EQ(select_format(4096, 4096, problem.nnz, device).format, Format::kBitmap)
+          << it.capability;
+    }
+  }
 }
 
 TEST(SelectPlan, AGpuThatThisBuildHasNoCodeForTakesTheDenseGemm) {

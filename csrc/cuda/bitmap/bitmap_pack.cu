@@ -693,10 +693,11 @@ __device__ __forceinline__ void unpack_two_four(uint8_t* chunk, uint32_t smem, i
 
 __global__ void __launch_bounds__(kThreads) unpack_kernel(PackedView view, uint16_t* dense) {
   // The decoder reads up to two rows beyond a run, or up to 33 rows if the bits are malformed. What
-  // it reads there does not matter, but it must lie in this CTA's shared memory.
-  constexpr int kGuard = 34 * kChunkRowBytes;
+  // it reads there does not matter, but it must lie in this CTA's shared memory, and a gap between
+  // the warps' chunks keeps a warp's reads from the other's writes.
+  constexpr int kGuard = 34 * kChunkRowBytes, kWarpBytes = kMaxChunkBytes + kDecodeReachBytes;
   __shared__ __align__(16) SlotRows warp_slots[kWarps];
-  __shared__ __align__(16) uint8_t packed[kGuard + kWarps * kMaxChunkBytes];
+  __shared__ __align__(16) uint8_t packed[kGuard + kWarps * kWarpBytes];
   const ChunkPosition position(view.m, view.k);
   if (position.index < 0) return;
   const int64_t max_units = view.payload_words / kChunkUnitWords;
@@ -711,7 +712,7 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(PackedView view, uint1
   const int64_t first = clamped(position.index), units = clamped(position.index + 1) - first;
   const bool two_four = position.paired && position.col % 2 == 0 && is_two_four(units);
   const int rows = chunk_value_rows(units);
-  uint8_t* chunk = packed + kGuard + warp * kMaxChunkBytes;
+  uint8_t* chunk = packed + kGuard + warp * kWarpBytes;
   if (two_four || rows >= 0) {
     const auto* source = reinterpret_cast<const uint4*>(view.payload + first * kChunkUnitWords);
     const int vectors = static_cast<int>(units) * (kChunkUnitBytes / 16);

@@ -111,7 +111,7 @@ class BitmapConsumer {
 
   // Releases the column: this warp has read its chunk.
   __device__ __forceinline__ void release_column() {
-    arrive(smem_.group_empty(group_, group_state_.stage()));
+    arrive_for_warp(smem_.group_empty(group_, group_state_.stage()), lane_);
     group_state_ = group_state_ + 1;
   }
 
@@ -123,24 +123,18 @@ class BitmapConsumer {
         smem_.descriptor(group_, group_state_.stage(), warp_ % C::kGroupWarps / C::kReaders));
   }
 
-  __device__ __forceinline__ void arrive(uint32_t barrier) const {
-    __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive(barrier);
-  }
-
   // Releases kStages stages of X, from `first` on, in all CTAs of the cluster: this warp has read
   // them. One lane arrives for each stage and CTA.
   template <int kStages>
   __device__ __forceinline__ void release_x(PipelineState<C::kXStages> first) const {
-    __syncwarp();
-    if (lane_ < kStages * C::kCluster) {
-      if constexpr (kStages > 1) first = first + lane_ % kStages;
+    arrive_for_warp_at_each<kStages * C::kCluster>(lane_, [&](int i) {
+      const uint32_t barrier = smem_.x_empty((first + i % kStages).stage());
       if constexpr (C::kCluster == 1) {
-        ptx::mbarrier_arrive(smem_.x_empty(first.stage()));
+        ptx::mbarrier_arrive(barrier);
       } else {
-        ptx::mbarrier_arrive_cluster(smem_.x_empty(first.stage()), lane_ / kStages);
+        ptx::mbarrier_arrive_cluster(barrier, i / kStages);
       }
-    }
+    });
   }
 
   // Waits until kStages stages of X are in shared memory, from x_state_ on.
@@ -322,7 +316,7 @@ class BitmapConsumer {
             parts.residual + (lower ? 0 : parts.steps[0] * kResidualStepBytes),
             lower ? parts.steps[0] : parts.steps[1], lane, &sums[s][block * (kTransposedN / 2)]);
       }
-      arrive(smem_.transposed_empty());
+      arrive_for_warp(smem_.transposed_empty(), lane_);
       transposed_phase_ ^= 1;
     }
     release_column();
@@ -384,7 +378,7 @@ class BitmapConsumer {
                                  (col8 * 8 + (row ^ col8 % 8)) * 16,
                              reg);
     }
-    arrive(smem_.transposed_full());
+    arrive_for_warp(smem_.transposed_full(), lane_);
   }
 
   const BitmapSmem<C>& smem_;

@@ -7,6 +7,7 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/ptx/sm90.cuh"
 #include "cuda/schedule/stream_k.cuh"
+#include "cuda/schedule/warp_arrival.cuh"
 #include "format/bitmap.h"
 #include "plan/bitmap_sm90a.h"
 
@@ -19,7 +20,7 @@ struct BitmapParams {
   int chunk_rows, chunk_cols;
   int row_blocks;    // of block_m rows each
   int output_tiles;  // row blocks times token blocks
-  int ring_units;    // size of each ring in units of 64 bytes
+  int ring_units;    // size of each ring after its first gap, in units of 64 bytes
   // A row of the work grid is the output tile token_block * row_blocks + row_block: block_m rows of
   // W by tile_n tokens. A work unit is `unit_cols` (1 or 2) columns of chunks.
   StreamK schedule;
@@ -36,7 +37,7 @@ struct BitmapParams {
         chunk_cols(static_cast<int>(num_chunk_cols(args.weight.k))),
         row_blocks(static_cast<int>((args.weight.m + block_m - 1) / block_m)),
         output_tiles(static_cast<int>(plan.work.rows)),
-        ring_units(plan.ring_bytes / rings / kChunkUnitBytes),
+        ring_units(plan.ring_bytes / rings / kChunkUnitBytes - kBitmapGapUnits),
         schedule(plan.work),
         unit_cols(plan.unit_cols),
         partial(static_cast<float4*>(workspace)),
@@ -58,9 +59,9 @@ struct BitmapKernelConfig {
   // warpgroup. The launch divides them evenly between the 5 or 3 warpgroups, in multiples of 8 (96
   // or 168, which the spill check of setup.py prints), and setmaxnreg divides the same sum again:
   //                  launched    consumers  producer   used by them in the SASS of nvcc 13.0
-  //   tile_n <= 64   5 *  96 >=   4 * 104  +  56       93 or 94, and 33 or 34
-  //   tile_n = 128   5 *  96 >=   4 * 112  +  32       107, and 24
-  //   tile_n = 256   3 * 168 >=   2 * 208  +  56       192, and 25
+  //   tile_n <= 64   5 *  96 >=   4 * 104  +  56       93 or 94, and 38
+  //   tile_n = 128   5 *  96 >=   4 * 112  +  32       107, and 26
+  //   tile_n = 256   3 * 168 >=   2 * 208  +  56       192, and 28
   // Up to 64 tokens 104 is the most that leaves the producer enough: with 112 it would have 32. At
   // 128 tokens ptxas serialises the wgmmas with 104 (its C7512). At 256 tokens ptxas manages with
   // 184, and 224 would fit; neither was timed.
@@ -118,8 +119,9 @@ struct BitmapSmem {
   int rank;  // of the CTA in its cluster
 
   static constexpr uint32_t kTransposed = C::kXStages * C::kXStageBytes;
-  static constexpr uint32_t kEmpty = kTransposed + bitmap_transposed_x_bytes(C::kTileN);
-  static constexpr uint32_t kDescriptors = kEmpty + kTwoFourFixedBytes;
+  static constexpr uint32_t kEmpty =
+      kTransposed + bitmap_transposed_x_bytes(C::kTileN) + kDecodeReachBytes;
+  static constexpr uint32_t kDescriptors = kEmpty + kTwoFourFixedBytes + kDecodeReachBytes;
   static constexpr uint32_t kOffsets =
       kDescriptors + C::kGroups * kBitmapGroupStages * C::kGroupChunks * 8;
   static constexpr uint32_t kBarriers = kOffsets + C::kRings * kBitmapPairsAhead * 32 * 8;
@@ -140,7 +142,8 @@ struct BitmapSmem {
   // X of a 2:4 chunk's 256 columns, transposed: [block of 8 tokens][column][token], 16 bytes per
   // column, up to 64 tokens at a time.
   __device__ __forceinline__ uint32_t transposed_x() const { return base + kTransposed; }
-  // All zeros: stands for any chunk, plain or 2:4, that has no nonzeros.
+  // All zeros: stands for any chunk, plain or 2:4, that has no nonzeros. There is a gap around it,
+  // too.
   __device__ __forceinline__ uint32_t empty_chunk() const { return base + kEmpty; }
   // The chunk descriptor (see ColumnFlags) of chunk `chunk` of a group.
   __device__ __forceinline__ uint32_t descriptor(int group, int stage, int chunk) const {
@@ -178,9 +181,11 @@ struct BitmapSmem {
   __device__ __forceinline__ uint32_t barrier(int i) const { return base + kBarriers + i * 8; }
   // How many arrivals complete a phase of barrier i.
   __device__ __forceinline__ static int arrivals(int i) {
-    if (i >= kTransposedBarriers) return C::kWarps;
-    if (i >= kXBarriers) return i < kXBarriers + C::kXStages ? 1 : C::kCluster * C::kWarps;
-    return i < C::kGroups * kBitmapGroupStages ? 1 : C::kGroupWarps;
+    if (i >= kTransposedBarriers) return C::kWarps * kWarpArrivals;
+    if (i >= kXBarriers) {
+      return i < kXBarriers + C::kXStages ? 1 : C::kCluster * C::kWarps * kWarpArrivals;
+    }
+    return (i < C::kGroups * kBitmapGroupStages ? 1 : C::kGroupWarps) * kWarpArrivals;
   }
 };
 
