@@ -109,6 +109,11 @@ __device__ __forceinline__ void copy_async4(uint32_t smem, const void* gmem, boo
                : "memory");
 }
 
+// cp.async: 16 bytes; both addresses 16-byte aligned.
+__device__ __forceinline__ void copy_async16(uint32_t smem, const void* gmem) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(gmem) : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
