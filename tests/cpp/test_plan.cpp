@@ -237,12 +237,22 @@ TEST(SelectPlanBitmap, TheNarrowestTileThatCoversNAndOneCtaPerSm) {
   EXPECT_EQ(plan_of(bitmap_problem(28672, 4096, 7168), kH200).family, KernelFamily::kDense);
 }
 
-TEST(SelectPlanBitmap, ManyTokensTakeTheDenseRouteEarlierWhereMostPairsAreTwoFour) {
-  EXPECT_EQ(plan_of(bitmap_problem(28672, 512, 7168, 0.5), kH200).family,
-            KernelFamily::kBitmapSm90a);
-  EXPECT_EQ(plan_of(bitmap_problem(28672, 256, 7168, 0.9), kH200).family,
-            KernelFamily::kBitmapSm90a);
-  EXPECT_EQ(plan_of(bitmap_problem(28672, 257, 7168, 0.9), kH200).family, KernelFamily::kDense);
+TEST(SelectPlanBitmap, ManyTokensTakeTheDenseRouteEarlierWhereMostPairsAreTwoFourOrFew) {
+  const auto name = [](int64_t m, int64_t n, int64_t k, double sparsity) {
+    return plan_of(bitmap_problem(m, n, k, sparsity), kH200).name();
+  };
+  EXPECT_EQ(name(28672, 1024, 7168, 0.5), "n256");
+  EXPECT_EQ(name(28672, 1025, 7168, 0.5), "dense");
+  EXPECT_EQ(name(28672, 512, 7168, 0.9), "n256");
+  EXPECT_EQ(name(28672, 513, 7168, 0.9), "dense");
+  EXPECT_EQ(name(4096, 512, 4096, 0.5), "n256");
+  EXPECT_EQ(name(4096, 513, 4096, 0.5), "dense");
+}
+
+TEST(SelectPlanBitmap, TwoFourPairsTakePassesOf64TokensUpToTwoOfThem) {
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 65, 7168, 0.9), kH200).name(), "n64");
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 128, 7168, 0.9), kH200).name(), "n64");
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 129, 7168, 0.9), kH200).name(), "n256");
 }
 
 TEST(SelectPlanBitmap, SharedMemoryFitsBesideTheFinishingKernelAndHoldsTheFullestChunks) {

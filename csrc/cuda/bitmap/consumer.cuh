@@ -1,13 +1,15 @@
 // The consumer warps of the bitmap kernel. For each column of chunks a warp decodes its strips of
 // 16 rows into A fragments in registers (decode.cuh) and multiplies them by wgmma or, for few
-// tokens, mma.sync (plain chunks), or by wgmma.sp (2:4 chunks). While one batch of fragments is
-// multiplied, the next is decoded into other registers. wgmma reads the B operand, X, from shared
-// memory once per warpgroup and strip.
+// tokens, mma.sync (plain chunks), or by wgmma.sp (2:4 chunks). For many tokens 2:4 chunks too are
+// decoded into plain fragments. While one batch of fragments is multiplied, the next is decoded
+// into other registers. wgmma reads the B operand, X, from shared memory once per warpgroup and
+// strip.
 //
-// The residual of a 2:4 chunk, which is a few elements per row at most, is multiplied by
-// mma.m16n8k16 with a diagonal A. A step of the residual holds up to one element of each of 16
-// rows: A[j][j] is the element of row j, and row j of B is the column of X that this element
-// multiplies. X is transposed first, so that a column of eight tokens is one row of ldmatrix.
+// The residual of a 2:4 chunk, which is a few elements per row at most, is inserted into the plain
+// fragments or, beside wgmma.sp, multiplied by mma.m16n8k16 with a diagonal A. A step of the
+// residual holds up to one element of each of 16 rows: A[j][j] is the element of row j, and row j
+// of B is the column of X that this element multiplies. X is transposed first, so that a column of
+// eight tokens is one row of ldmatrix.
 #pragma once
 
 #include "cuda/bitmap/decode.cuh"
@@ -58,18 +60,16 @@ class BitmapConsumer {
     Column column = wait_column();
     for (;;) {
       if (column.is_two_four()) {
-        multiply_two_four(column);
-        if (column.ends()) return column.flags;
-        column = wait_column();
-      } else {
-        // A loop of its own: wgmmas are still in flight at the end of an iteration, and ptxas
-        // tracks their registers only if no other code path can come between two iterations.
-        do {
-          multiply_plain(column);
-          if (column.ends()) break;
+        if constexpr (kExpandsTwoFour) {
+          multiply_columns<true>(column);
+          if (column.ends() && column.is_two_four()) return column.flags;
+        } else {
+          multiply_two_four(column);
+          if (column.ends()) return column.flags;
           column = wait_column();
-        } while (!column.is_two_four());
-        finish_products();
+        }
+      } else {
+        multiply_columns<false>(column);
         if (column.ends() && !column.is_two_four()) return column.flags;
       }
     }
@@ -78,6 +78,7 @@ class BitmapConsumer {
  private:
   static constexpr int kFragments = 8;  // per strip of a chunk, plain or 2:4
   static constexpr bool kWgmma = bitmap_uses_wgmma(C::kTileN);  // for plain chunks
+  static constexpr bool kExpandsTwoFour = bitmap_expands_two_four(C::kTileN);
   static constexpr int kStageFragments = C::kXStageK / 16;
   static constexpr int kTwoFourStages = kTwoFourK / C::kXStageK;
   static constexpr int kBatch = batch_fragments(C::kTileN, C::kStrips);
@@ -101,6 +102,25 @@ class BitmapConsumer {
       return (flags & (kColumnEndsTile | kColumnIsLast)) != 0;
     }
   };
+
+  // Multiplies columns of one kind by plain wgmma or mma.sync, from `column` on: up to the end of
+  // the output tile or of the work range, of which `column` is then the last column, or up to the
+  // first column of the other kind, which it then is. A loop of its own for each kind: wgmmas are
+  // still in flight at the end of an iteration, and ptxas tracks their registers only if no other
+  // code path can come between two iterations.
+  template <bool kTwoFour>
+  __device__ __forceinline__ void multiply_columns(Column& column) {
+    do {
+      if constexpr (kTwoFour) {
+        multiply_expanded(column);
+      } else {
+        multiply_plain(column);
+      }
+      if (column.ends()) break;
+      column = wait_column();
+    } while (column.is_two_four() == kTwoFour);
+    finish_products();
+  }
 
   // Waits until the next column is in shared memory.
   __device__ __forceinline__ Column wait_column() const {
@@ -243,16 +263,25 @@ class BitmapConsumer {
       position[0][s] = strip(s) == 0 ? cursor.up[0] : cursor.up[1];
       position[1][s] = strip(s) == 0 ? cursor.down[0] : cursor.down[1];
     }
+    multiply_fragments([&](auto number, int i, int s, uint32_t* reg) {
+      constexpr int kFirst = decltype(number)::value, kHalf = kFirst / 4;
+      decode_nth<kFirst % 4, kHalf, false>(i, bits[kHalf][s], position[kHalf][s], reg);
+    });
+    release_column();
+  }
+
+  // Multiplies eight plain fragments of each strip, 128 columns, with X from stage x_state_ on.
+  // decode(Number<first of the batch>(), index in the batch, s, registers) decodes a fragment of
+  // strip s; fragments are decoded in their order.
+  template <typename Decode>
+  __device__ __forceinline__ void multiply_fragments(const Decode& decode) {
     for_each_batch([&](auto number) {
       constexpr int kNumber = decltype(number)::value, kFirst = kNumber * kBatch;
-      constexpr int kHalf = kFirst / 4;
       Batch& a = batch_[kNumber % 2];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
 #pragma unroll
-        for (int s = 0; s < C::kStrips; ++s) {
-          decode_nth<kFirst % 4, kHalf, false>(i, bits[kHalf][s], position[kHalf][s], a[i][s]);
-        }
+        for (int s = 0; s < C::kStrips; ++s) decode(Number<kFirst>(), i, s, a[i][s]);
       }
       constexpr bool kBeginsX = kFirst % kStageFragments == 0;
       constexpr bool kEndsX = (kFirst + kBatch) % kStageFragments == 0;
@@ -261,7 +290,6 @@ class BitmapConsumer {
       if constexpr (kBeginsX && kWgmma) release_x_in_use();
       if constexpr (kEndsX) finish_x_stage();
     });
-    release_column();
   }
 
   // The parts of a 2:4 chunk: shared-memory addresses and counts. The counts come from the chunk
@@ -290,6 +318,64 @@ class BitmapConsumer {
     return parts;
   }
 
+  // Loads this lane's bits of strip s.
+  __device__ __forceinline__ void load_two_four_bits(const TwoFourParts& parts, int s,
+                                                     uint32_t (&bits)[4]) const {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+                 : "r"(parts.bits + strip(s) * kTwoFourStripBitsBytes + lane_ * 16));
+  }
+
+  // The address where this lane's downward run of strip s begins.
+  __device__ __forceinline__ uint32_t begin_down(const TwoFourParts& parts, int s) const {
+    return parts.residual - kChunkRowBytes + (parts.down_offsets >> (strip(s) * 8) & 0x7EU);
+  }
+
+  // Multiplies a 2:4 chunk by plain wgmma, twice 128 columns. Decoding it into plain fragments
+  // takes longer than into those of wgmma.sp, but the cost of wgmma.sp's residual grows with the
+  // tokens.
+  __device__ __forceinline__ void multiply_expanded(const Column& column) {
+    const TwoFourParts parts = find_parts(column.descriptor);
+    TwoFourGroups groups[C::kStrips];
+    uint32_t position[2][C::kStrips], residual[C::kStrips], residual_fragments[C::kStrips];
+    int steps[C::kStrips];
+#pragma unroll
+    for (int s = 0; s < C::kStrips; ++s) {
+      const bool lower = strip(s) == 0;
+      uint32_t bits[4];
+      load_two_four_bits(parts, s, bits);
+      groups[s] = two_four_groups(bits, lane_);
+      position[0][s] = parts.values + lane_ * 4 + strip(s) * 2;
+      position[1][s] = begin_down(parts, s);
+      residual[s] = parts.residual + (lower ? 0 : parts.steps[0] * kResidualStepBytes);
+      steps[s] = lower ? parts.steps[0] : parts.steps[1];
+      residual_fragments[s] = fragments_of_residual(residual[s], steps[s], lane_);
+    }
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {
+      multiply_fragments([&](auto number, int i, int s, uint32_t* reg) {
+        constexpr int kFirst = decltype(number)::value;
+        const int fragment = kFirst + i;
+        uint32_t low[2], high[2];
+        decode_groups(fragment, groups[s], position[fragment / 2 % 2][s], low, high);
+        if ((residual_fragments[s] >> fragment & 1) != 0) {
+          insert_residual(residual[s], steps[s], part * kFragments + fragment, lane_, high);
+        }
+        exchange_pairs(low, high, lane_, reg);
+      });
+#pragma unroll
+      for (int s = 0; s < C::kStrips; ++s) {
+#pragma unroll
+        for (auto& half : groups[s].words) {
+#pragma unroll
+          for (uint32_t& word : half) word >>= 2;
+        }
+        residual_fragments[s] >>= kFragments;
+      }
+    }
+    release_column();
+  }
+
   __device__ __forceinline__ void multiply_two_four(const Column& column) {
     TwoFourParts parts = find_parts(column.descriptor);
     TwoFourWords words[C::kStrips];
@@ -297,9 +383,7 @@ class BitmapConsumer {
 #pragma unroll
     for (int s = 0; s < C::kStrips; ++s) {
       uint32_t bits[4];
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
-                   : "r"(parts.bits + strip(s) * kTwoFourStripBitsBytes + lane_ * 16));
+      load_two_four_bits(parts, s, bits);
       words[s] = two_four_words(bits, lane_);
       position[s] = parts.values + lane_ * 4 + strip(s) * 2;
     }
@@ -310,8 +394,7 @@ class BitmapConsumer {
         if constexpr (kFewRegisters) parts = find_parts(load_descriptor());
 #pragma unroll
         for (int s = 0; s < C::kStrips; ++s) {
-          position[s] =
-              parts.residual - kChunkRowBytes + (parts.down_offsets >> (strip(s) * 8) & 0x7EU);
+          position[s] = begin_down(parts, s);
         }
       }
       Batch& a = batch_[kNumber % 2];
@@ -361,6 +444,26 @@ class BitmapConsumer {
     if constexpr (kNumber < kBatches) {
       body(Number<kNumber>());
       for_each_batch<kNumber + 1>(body);
+    }
+  }
+
+  // Decodes this lane's groups of plain fragment `fragment` (0..7, a constant after inlining) of
+  // half of a 2:4 chunk.
+  __device__ __forceinline__ static void decode_groups(int fragment, const TwoFourGroups& groups,
+                                                       uint32_t& position, uint32_t (&low)[2],
+                                                       uint32_t (&high)[2]) {
+    const auto& words = groups.words[fragment / 2 % 2];
+    const int shift = fragment % 2 * 4;
+    const uint32_t shifted[3] = {words[0] >> shift, words[1] >> shift, words[2] >> shift};
+    switch (fragment / 2) {
+      case 0:
+        return decode_two_four_groups<0, kChunkRowBytes>(shifted, position, low, high);
+      case 1:
+        return decode_two_four_groups<0, -kChunkRowBytes>(shifted, position, low, high);
+      case 2:
+        return decode_two_four_groups<1, kChunkRowBytes>(shifted, position, low, high);
+      default:
+        return decode_two_four_groups<1, -kChunkRowBytes>(shifted, position, low, high);
     }
   }
 
