@@ -4,8 +4,9 @@ which C++ programs load without Python, and the Python module ``flash_llm._C``, 
 Environment:
     FLASH_LLM_BUILD_CUDA: ``auto`` (default: with CUDA when nvcc and a CUDA build of torch agree on
         the major version), ``1`` (with CUDA or fail) or ``0`` (CPU only). No GPU is needed.
-    FLASH_LLM_CUDA_ARCHS: architectures to compile for, ``8.0+PTX;9.0a`` by default. GPUs newer than
-        both run the PTX for 8.0.
+    FLASH_LLM_CUDA_ARCHS: architectures to compile for, ``8.0;9.0a;10.0+PTX;12.0`` by default (code
+        for 8.0 runs on 8.6 and 8.9 too, GPUs newer than all of them run the PTX for 10.0), and
+        ``8.0+PTX;9.0a`` with an nvcc before 12.8, which has no newer ones.
     MAX_JOBS: number of parallel compilers, the number of CPUs by default.
 
 ``python setup.py check_spills`` reads the built library and fails if a hot kernel spills.
@@ -60,6 +61,7 @@ CORE_SOURCES = [
     "csrc/format/row_bitmap.cpp",
     "csrc/format/tiled_csl.cpp",
     "csrc/format/value_type.cpp",
+    "csrc/plan/bitmap_mma_sync.cpp",
     "csrc/plan/bitmap_rows_sm90.cpp",
     "csrc/plan/bitmap_sm90a.cpp",
     "csrc/plan/cpu.cpp",
@@ -71,6 +73,8 @@ CORE_SOURCES = [
 ]
 CUDA_SOURCES = [
     "csrc/cuda/bitmap/bitmap_pack.cu",
+    "csrc/cuda/bitmap/bitmap_sm80.cu",
+    "csrc/cuda/bitmap/bitmap_sm90.cu",
     "csrc/cuda/bitmap/bitmap_sm90a.cu",
     "csrc/cuda/bitmap/rows_sm90.cu",
     "csrc/cuda/bitmap/tensor_map.cpp",
@@ -91,12 +95,13 @@ OPERATOR_SOURCES = [
 MODULE_SOURCES = ["csrc/torch/introspect.cpp", "csrc/torch/python_calls.cpp"]
 LIBRARY = "libflash_llm"
 
-DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"
+DEFAULT_CUDA_ARCHS = "8.0;9.0a;10.0+PTX;12.0"
+CUDA_ARCHS_BEFORE_12_8 = "8.0+PTX;9.0a"
 MIN_CUDA_ARCH = (8, 0)
 # Headers that torch's CUDA headers include; a toolkit with nvcc alone lacks them.
 CUDA_HEADERS = ["cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h"]
 # Kernels where a spilled register costs memory traffic in the main loop, matched in mangled names.
-HOT_KERNEL = re.compile(r"lscd|bitmap_(kernel|rows|finish)", re.IGNORECASE)
+HOT_KERNEL = re.compile(r"lscd|bitmap_(kernel|mma_sync|rows|finish)", re.IGNORECASE)
 
 
 def say(text):
@@ -137,9 +142,16 @@ def why_not_cuda(mode, home, nvcc_version):
     return ""
 
 
-def cuda_archs():
+def version(text):
+    """Returns the numbers of a version such as "13.0"."""
+    return tuple(map(int, text.split(".")))
+
+
+def cuda_archs(nvcc_version):
     """Returns the checked architecture list in the spelling of TORCH_CUDA_ARCH_LIST."""
-    archs = os.environ.get("FLASH_LLM_CUDA_ARCHS", DEFAULT_CUDA_ARCHS).strip().strip(";")
+    knows_blackwell = version(nvcc_version) >= (12, 8)
+    default = DEFAULT_CUDA_ARCHS if knows_blackwell else CUDA_ARCHS_BEFORE_12_8
+    archs = os.environ.get("FLASH_LLM_CUDA_ARCHS", default).strip().strip(";")
     for arch in archs.split(";"):
         match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", arch)
         if not match or (int(match[1]), int(match[2])) < MIN_CUDA_ARCH:
@@ -181,7 +193,9 @@ def make_extensions():
     link = ["-fopenmp"]
     sources = CORE_SOURCES + OPERATOR_SOURCES
     if with_cuda:
-        archs = cuda_archs()
+        archs = cuda_archs(nvcc_version)
+        if version(nvcc_version) >= (13, 0):
+            nvcc.append("--compress-mode=size")  # a ninth of the bytes, in the same time
         os.environ["TORCH_CUDA_ARCH_LIST"] = archs
         sources += CUDA_SOURCES
         cxx += [

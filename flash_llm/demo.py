@@ -58,8 +58,7 @@ __all__ = [
 METHOD = "sparsegpt"
 """Default pruning method: a minute or two on two cores. ADMM loses less, in three times as long."""
 SPARSITY = 0.35
-"""Default fraction of zeros: the model still answers, at 1.10 times the dense perplexity. In
-Tiled-CSL, the format of GPUs other than Hopper's, layers become smaller only above 0.5."""
+"""Default fraction of zeros: the model still answers, at 1.10 times the dense perplexity."""
 MOST_LOSS = 1.12
 """Upper limit for the perplexity with the defaults, relative to the dense model."""
 COSTS = {0.5: 1.19, 0.6: 1.49}

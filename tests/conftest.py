@@ -2,7 +2,8 @@
 
 Every test with a ``device`` runs on the CPU and on CUDA. Without a usable GPU the CUDA half is
 skipped with its reason; FLASH_LLM_REQUIRE_GPU=1 makes those skips failures. Tests of a ``format``
-run for each packed format; those marked hopper, its kernels for sm_90a, are skipped on other GPUs.
+run for each packed format. Those marked hopper are skipped on other GPUs, and those marked
+runs_here where the GPU does not run their kernel.
 """
 
 import os
@@ -10,7 +11,7 @@ import os
 import hypothesis
 import pytest
 import torch
-from formats import DTYPES, FORMATS, GPU_FORMATS, has_hopper
+from formats import DTYPES, FORMATS, GPU_FORMATS, has_hopper, runs_here
 
 from flash_llm import _extension
 
@@ -28,6 +29,9 @@ hypothesis.settings.load_profile("flash_llm")
 def pytest_configure(config):
     config.addinivalue_line(
         "markers", "hopper: needs a GPU of compute capability 9.0 and a build for 9.0a; also gpu"
+    )
+    config.addinivalue_line(
+        "markers", "runs_here(format, device, config): needs a GPU that runs this plan; also gpu"
     )
 
 
@@ -50,6 +54,11 @@ def pytest_runtest_setup(item):
         if torch.cuda.get_device_capability() != (9, 0):
             pytest.skip("needs a Hopper GPU")
         reason = "the extension has no code for 9.0a"
+    plan = item.get_closest_marker("runs_here")
+    if not reason and plan is not None and not runs_here(*plan.args):
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("this GPU does not run the kernel")
+        reason = "the extension lacks a kernel, and a Hopper GPU runs all of them"
     if not reason:
         return
     if os.environ.get("FLASH_LLM_REQUIRE_GPU") == "1":

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+import flash_llm
 from flash_llm import _extension
 
 FORMATS = ("tiled_csl", "bitmap", "row_bitmap")
@@ -108,7 +109,7 @@ def _run_each(body, case, loops):
 
 
 def has_hopper():
-    """Whether code for sm_90a, which the bitmap kernel is, can run here."""
+    """Whether code for sm_90a can run here, and so every kernel."""
     return (
         torch.cuda.is_available()
         and torch.cuda.get_device_capability() == (9, 0)
@@ -123,11 +124,21 @@ def plan_names(format, device):
 
 def runs_here(format, device, config):
     """Whether a plan of ``plan_names`` can run on this machine's ``device``."""
-    return has_hopper() if needs_hopper(format, device, config) else True
-
-
-def needs_hopper(format, device, config):
-    return device == "cuda" and format == "bitmap" and config not in ("auto", "dense")
+    if device == "cpu":
+        return True
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    try:
+        flash_llm.explain_plan(
+            *(1, 1, 1, 1),
+            format=format,
+            config=config,
+            compute_capability=10 * gpu.major + gpu.minor,
+            num_sms=gpu.multi_processor_count,
+            smem_per_sm_bytes=gpu.shared_memory_per_multiprocessor,
+        )
+    except NotImplementedError:  # it has no such kernel, or too little shared memory for it
+        return False
+    return True
 
 
 def every_plan(*devices, auto=False):
@@ -137,9 +148,9 @@ def every_plan(*devices, auto=False):
         if device == "cuda" and format not in GPU_FORMATS:
             continue
         for config in ["auto"] * auto + plan_names(format, device):
-            marks = [pytest.mark.gpu] if device == "cuda" else []
-            if needs_hopper(format, device, config):
-                marks.append(pytest.mark.hopper)
+            marks = []
+            if device == "cuda":
+                marks = [pytest.mark.gpu, pytest.mark.runs_here(format, device, config)]
             name = f"{device}-{format}-{config}"
             params.append(pytest.param(device, format, config, marks=marks, id=name))
     return params

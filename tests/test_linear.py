@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from formats import DTYPES, FORMATS, each, has_hopper, other_format
+from formats import DTYPES, FORMATS, each, other_format
 from torch import Tensor, nn
 
 import flash_llm
@@ -302,7 +302,7 @@ def format_of_auto(device):
     """What "auto" takes for the weights of these tests."""
     if torch.device(device).type == "cpu":
         return "row_bitmap"
-    return "bitmap" if has_hopper() else "tiled_csl"
+    return "bitmap"
 
 
 def test_the_default_is_auto(device):

@@ -12,7 +12,9 @@ from flash_llm import _extension
 
 H200 = {"compute_capability": 90, "num_sms": 132, "smem_per_sm_bytes": 228 * 1024}
 A100 = {"compute_capability": 80, "num_sms": 108, "smem_per_sm_bytes": 164 * 1024}
+L40S = {"compute_capability": 89, "num_sms": 142, "smem_per_sm_bytes": 100 * 1024}
 BLACKWELL = {"compute_capability": 100, "num_sms": 148, "smem_per_sm_bytes": 228 * 1024}
+RTX_5090 = {"compute_capability": 120, "num_sms": 170, "smem_per_sm_bytes": 100 * 1024}
 CPU = {}
 EACH_DEVICE = each("device", [H200, A100, CPU], ids=["h200", "a100", "cpu"])
 
@@ -27,6 +29,20 @@ def chosen(text):
 
 def names_on(device, format):
     return plan_names(format, "cuda" if "compute_capability" in device else "cpu")
+
+
+def names_that_run(device, format):
+    """Those of `names_on` that the device has the features and the shared memory for."""
+    return [name for name in names_on(device, format) if not refusal(device, format, name)]
+
+
+def refusal(device, format, config):
+    """Why a device cannot run a plan, or ""."""
+    try:
+        flash_llm.explain_plan(M, 8, K, NNZ, format=format, config=config, **device)
+    except NotImplementedError as error:
+        return str(error)
+    return ""
 
 
 def number(text, name):
@@ -54,8 +70,12 @@ def test_configs_describe_each_row():
         if row["format"] == "tiled_csl":
             assert row["name"].startswith(f"w{row['warps_per_tile']}n{row['tile_n']}")
             assert 0 < row["smem_bytes"] <= 99 * 1024
+        elif row["name"].startswith("rows"):
+            assert row["name"] == f"rows{row['tile_n']}"
+            assert 0 < row["smem_bytes"] <= 227 * 1024
         else:
-            assert row["name"] == f"n{row['tile_n']}" and row["x_stages"] >= 2
+            assert re.fullmatch(rf"(sm[89]0_)?n{row['tile_n']}(_99k)?", row["name"])
+            assert row["x_stages"] >= 2
             assert block_m(row) % 128 == 0 and row["strips"] in (1, 2)
             assert 0 < row["smem_bytes"] <= 227 * 1024
         assert row["ctas_per_sm"] >= 1
@@ -92,25 +112,48 @@ def test_a_kernel_takes_several_passes_up_to_the_n_that_the_plan_names(gpu_forma
         assert chosen(plan) == widest["name"], n
 
 
-@each("device", [A100, BLACKWELL, CPU], ids=["a100", "blackwell", "cpu"])
-@each("n", [1, 8, 64, 4096])
-def test_a_bitmap_off_hopper_takes_the_dense_route_and_says_why(device, n):
-    text = flash_llm.explain_plan(M, n, K, NNZ, format="bitmap", **device)
-    assert chosen(text) == "dense"
-    assert ("CPU" if device is CPU else "Hopper") in text
+@each(
+    ("device", "family", "most"),
+    [
+        (A100, "sm80_", 256),
+        (L40S, "sm80_", 128),
+        (BLACKWELL, "sm90_", 256),
+        (RTX_5090, "sm90_", 128),
+    ],
+    ids=["a100", "l40s", "blackwell", "rtx 5090"],
+)
+def test_a_bitmap_off_hopper_takes_the_family_of_its_gpu_and_says_why(device, family, most):
+    for n in (1, 8, 64, most):
+        text = flash_llm.explain_plan(M, n, K, NNZ, format="bitmap", **device)
+        assert chosen(text).startswith(family) and "mma.sync" in text
+    text = flash_llm.explain_plan(M, most + 1, K, NNZ, format="bitmap", **device)
+    assert chosen(text) == "dense" and f"N > {most}" in text
+
+
+def test_a_bitmap_on_a_cpu_takes_the_dense_route_and_says_why():
+    text = flash_llm.explain_plan(M, 8, K, NNZ, format="bitmap", **CPU)
+    assert chosen(text) == "dense" and "CPU" in text
 
 
 @each(
     ("capability", "named"), [(80, "8.0"), (86, "8.6"), (89, "8.9"), (100, "10.0"), (120, "12.0")]
 )
-def test_bitmap_kernels_cannot_be_forced_off_hopper(capability, named):
-    device = {**A100, "compute_capability": capability}
-    for config in configs_of("bitmap"):
-        with pytest.raises(NotImplementedError) as caught:
-            flash_llm.explain_plan(M, 8, K, NNZ, format="bitmap", config=config, **device)
-        message = str(caught.value)
-        assert message.startswith(f'flash_llm::explain_plan: config "{config}" ')
-        assert "9.0" in message and named in message and '"dense"' in message
+def test_bitmap_kernels_that_a_gpu_does_not_run_cannot_be_forced(capability, named):
+    big, small = (
+        {**A100, "compute_capability": capability, "smem_per_sm_bytes": kb * 1024}
+        for kb in (228, 100)
+    )
+    for config, row in configs_of("bitmap").items():
+        lacks_feature = not config.startswith("sm80_" if capability < 90 else ("sm80_", "sm90_"))
+        message = refusal(big, "bitmap", config)
+        assert bool(message) == lacks_feature
+        if message:
+            assert message.startswith(f'flash_llm::explain_plan: config "{config}" ')
+            assert "9.0" in message and named in message and '"dense"' in message
+        else:
+            message = refusal(small, "bitmap", config)
+            assert bool(message) == (row["smem_bytes"] > 99 * 1024)
+            assert not message or str(row["smem_bytes"]) in message
 
 
 def test_many_tokens_on_a_cpu(force_isa):
@@ -137,9 +180,9 @@ def test_many_tokens_on_a_cpu(force_isa):
     [
         (0, 0.0, "row_bitmap", "row_bitmap 6 %"),
         (0, 1.0, "row_bitmap", "row_bitmap 106 %"),
-        (80, 0.2, "tiled_csl", "Hopper"),
-        (89, 0.5, "tiled_csl", "Hopper"),
-        (100, 0.2, "tiled_csl", "Hopper"),
+        (80, 0.2, "bitmap", "tiled_csl 40 %"),
+        (89, 0.5, "bitmap", "tiled_csl 100 %"),
+        (100, 0.06, "tiled_csl", "bitmap 13 %"),
         (90, 1.0, "bitmap", "tiled_csl 200 %"),
         (90, 0.08, "bitmap", "tiled_csl 16 %"),
         (90, 0.06, "tiled_csl", "bitmap 13 %"),
@@ -177,14 +220,19 @@ def test_a_bitmap_cta_fits_the_shared_memory(density, smem_per_sm_bytes):
             text = flash_llm.explain_plan(
                 m, 8, k, int(m * k * density), format="bitmap", config=name, **device
             )
-            # configs() tells the least: the rings hold every chunk of a column, at 146 units.
-            least_ring = block_m(row) // row["cluster"] // 32 * 146 * 64
+            # configs() tells the least: the rings hold every chunk of a column, or each ring of a
+            # kernel for other GPUs than Hopper a group of chunks, at 146 units.
+            whole_rows = name.startswith("rows")  # without a second kernel
+            chunks = 4 if whole_rows else block_m(row) // row["cluster"] // 32
+            if "rings" in row:
+                chunks = row["rings"] * row["group_chunks"]
+            least_ring = chunks * 146 * 64
             ring_bytes = number(text, "ring_bytes")
             assert ring_bytes >= least_ring and ring_bytes % 64 == 0
             smem_bytes = row["smem_bytes"] + ring_bytes - least_ring
             # The driver takes 1 KiB of each CTA, and there should be room for some of the second
             # kernel.
-            assert smem_bytes <= smem_per_sm_bytes - 4 * 1024, text
+            assert smem_bytes <= smem_per_sm_bytes - (1 if whole_rows else 4) * 1024, text
 
 
 @each("n", [1, 8, 33, 64, 129, 1000])
@@ -192,11 +240,14 @@ def test_a_bitmap_cta_fits_the_shared_memory(density, smem_per_sm_bytes):
 @each("device", [H200, A100], ids=["h200", "a100"])
 def test_workspaces_hold_partial_sums_and_little_else(device, shape, n, format):
     m, k = shape
-    if not (device is A100 and format == "bitmap"):
-        for name, row in configs_of(format).items():
+    for name, row in configs_of(format).items():
+        if name in names_that_run(device, format):
             text = flash_llm.explain_plan(m, n, k, m * k // 2, format=format, config=name, **device)
             ctas = number(text, "ctas")
             assert 1 <= ctas <= device["num_sms"] * row["ctas_per_sm"]
+            if name.startswith("rows"):
+                assert number(text, "workspace_bytes") == 0
+                continue
             blocks = -(-m // block_m(row)) * -(-n // row["tile_n"])
             packed_x = 2 * (n + row["tile_n"]) * (k + 64) if row.get("packed_x") else 0
             # Never more than the sums of the result itself and of two blocks for each CTA.
@@ -237,9 +288,7 @@ def test_prefill_takes_the_dense_route(device, format):
 @EACH_DEVICE
 def test_every_plan_can_be_forced_on_every_shape(device, format, shape, value_type):
     m, n, k = shape
-    # A100 has no kernel for a bitmap; test_bitmap_kernels_cannot_be_forced_off_hopper.
-    names = ["dense"] if (device, format) == (A100, "bitmap") else names_on(device, format)
-    for name in names:
+    for name in names_that_run(device, format):
         text = flash_llm.explain_plan(
             m, n, k, m * k // 2, value_type, format=format, config=name, **device
         )

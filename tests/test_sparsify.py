@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from formats import has_hopper
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -94,7 +93,7 @@ def test_swaps_in_place_and_the_model_answers_the_same(format, device):
 def test_the_default_format_is_auto(device):
     model = Model().to(device)
     report = sparsify_(model)
-    wanted = "row_bitmap" if device == "cpu" else "bitmap" if has_hopper() else "tiled_csl"
+    wanted = "row_bitmap" if device == "cpu" else "bitmap"
     assert {row.format for row in report.packed} == {wanted}
     for name in ALL:
         layer = model.get_submodule(name)

@@ -19,6 +19,8 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, CpuIsa isa,
     case KernelFamily::kTiledCslSm80:
     case KernelFamily::kBitmapRowsSm90:
     case KernelFamily::kBitmapSm90a:
+    case KernelFamily::kBitmapSm90:
+    case KernelFamily::kBitmapSm80:
     case KernelFamily::kDense:
       break;
   }

@@ -38,6 +38,10 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, boo
       return spmm_bitmap_rows(plan, args, prefetch, stream);
     case KernelFamily::kBitmapSm90a:
       return spmm_bitmap(plan, args, workspace, prefetch, stream);
+    case KernelFamily::kBitmapSm90:
+      return spmm_bitmap_sm90(plan, args, workspace, prefetch, stream);
+    case KernelFamily::kBitmapSm80:
+      return spmm_bitmap_sm80(plan, args, workspace, prefetch, stream);
     case KernelFamily::kReference:
     case KernelFamily::kTiledCslCpu:
     case KernelFamily::kRowBitmapCpu:

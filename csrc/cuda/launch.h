@@ -30,9 +30,14 @@ Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bo
 // kBitmapRowsSm90: as kBitmapSm90a, without a workspace.
 Status spmm_bitmap_rows(const SpmmPlan& plan, const SpmmArgs& args, bool prefetch,
                         cudaStream_t stream);
-// kBitmapSm90a: x must be 16-byte aligned and x_stride a multiple of 8 (or n = 1).
+// kBitmapSm90a, kBitmapSm90, kBitmapSm80: x must be 16-byte aligned, x_stride a multiple of 8 (or
+// n = 1), and each row of x followed by zeros up to the next multiple of 8 columns.
 Status spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                    cudaStream_t stream);
+Status spmm_bitmap_sm90(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
+                        cudaStream_t stream);
+Status spmm_bitmap_sm80(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
+                        cudaStream_t stream);
 
 // One format's packer on the device: the steps of format/packed_format.h.
 struct PackKernels {

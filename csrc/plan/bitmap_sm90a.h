@@ -80,8 +80,9 @@ inline constexpr int kBitmapGroupChunks = 8;
 constexpr int bitmap_group_chunks(int chunks) {
   return chunks < kBitmapGroupChunks ? chunks : kBitmapGroupChunks;
 }
-inline constexpr int kBitmapGroupStages = 8;  // columns of a group in the ring, at most
-inline constexpr int kBitmapPairsAhead = 8;   // pairs of columns whose offsets are prefetched
+inline constexpr int kBitmapLeastGroupChunks = 4;  // in any configuration of any kernel
+inline constexpr int kBitmapGroupStages = 8;       // columns of a group in the ring, at most
+inline constexpr int kBitmapPairsAhead = 8;        // pairs of columns whose offsets are prefetched
 inline constexpr int kXBoxK = 64;  // columns of a box of X's tensor map: 128 bytes, a swizzle span
 inline constexpr int kBitmapGuardBytes = 34 * kChunkRowBytes;  // after the rings
 // Left free so that CTAs of the finishing kernel become resident while the main kernel runs. Each
@@ -100,7 +101,7 @@ constexpr int bitmap_fixed_smem_bytes(int tile_n, int x_stages) {
   return 1024 + x_stages * bitmap_x_boxes(tile_n) * tile_n * kXBoxK * 2 +
          bitmap_transposed_x_bytes(tile_n) + kTwoFourFixedBytes + 16 * kBitmapGroupStages * 8 +
          2 * kBitmapPairsAhead * 32 * 8 +
-         8 * (2 * 16 / kBitmapGroupChunks * kBitmapGroupStages + 2 * x_stages + 2) + 128 +
+         8 * (2 * 16 / kBitmapLeastGroupChunks * kBitmapGroupStages + 2 * x_stages + 2) + 128 +
          kBitmapGuardBytes;
 }
 constexpr int bitmap_smem_bytes(const BitmapConfig& config, int ring_bytes) {
@@ -110,6 +111,10 @@ constexpr int bitmap_smem_bytes(const BitmapConfig& config, int ring_bytes) {
 constexpr int bitmap_min_ring_bytes(const BitmapConfig& config) {
   return config.rings() * bitmap_group_chunks(config.chunks()) * kMaxChunkUnits * kChunkUnitBytes;
 }
+
+// Whether a weight of this density has mostly 2:4 pairs of chunk columns (format/bitmap.h:
+// prefers_two_four).
+bool mostly_two_four(const SpmmProblem& problem);
 
 // The functions of this family's row in plan/kernel_family.cpp.
 std::vector<KernelConfig> describe_bitmap_configs();

@@ -1,11 +1,14 @@
 // What the plans of all CUDA kernel families use.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "base/status.h"
+#include "plan/device.h"
 #include "plan/problem.h"
 
 namespace flash_llm {
@@ -17,6 +20,20 @@ inline constexpr int kReservedSmemBytes = 1024;
 inline std::string shape_text(const SpmmProblem& problem) {
   return "M=" + std::to_string(problem.m) + " N=" + std::to_string(problem.n) +
          " K=" + std::to_string(problem.k);
+}
+
+// The shared memory that a CTA can have. It is too little for some configurations of some kernels.
+inline int smem_per_cta_bytes(const DeviceInfo& device) {
+  return device.smem_per_sm_bytes - kReservedSmemBytes;
+}
+
+// Refuses a configuration that needs more shared memory per CTA than a device has.
+inline Status check_smem(const char* config, int needed_bytes, const DeviceInfo& device) {
+  if (needed_bytes <= smem_per_cta_bytes(device)) return Status::success();
+  return Status::unsupported(
+      "config \"" + std::string(config) + "\" needs " + std::to_string(needed_bytes) +
+      " bytes of shared memory per CTA; this GPU has " +
+      std::to_string(std::max(smem_per_cta_bytes(device), 0)) + ", use \"auto\"");
 }
 
 // The index of the configuration of this name, which must exist.

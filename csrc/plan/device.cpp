@@ -32,6 +32,22 @@ struct BuiltArch {
   }
 };
 
+// Shared memory of an SM. A GPU that is not listed may have more.
+int known_smem_per_sm_bytes(int compute_capability) {
+  switch (compute_capability) {
+    case 80:
+    case 87:
+      return 164 * 1024;
+    case 90:
+    case 100:
+    case 103:
+    case 110:
+      return 228 * 1024;
+    default:  // 8.6, 8.9, 12.0, 12.1
+      return 100 * 1024;
+  }
+}
+
 }  // namespace
 
 GpuFeatures gpu_features(int compute_capability, const std::string& archs) {
@@ -41,6 +57,7 @@ GpuFeatures gpu_features(int compute_capability, const std::string& archs) {
     const BuiltArch arch(archs.substr(begin, end - begin));
     if (arch.runs_on(compute_capability)) {
       features.insert(GpuFeature::kMmaSync);
+      if (arch.compute_capability >= 90) features.insert(GpuFeature::kBulkCopy);
       if (arch.specific && arch.compute_capability == 90) features.insert(GpuFeature::kWgmma);
     }
     begin = end + 1;
@@ -52,6 +69,9 @@ const char* describe(GpuFeature feature) {
   switch (feature) {
     case GpuFeature::kMmaSync:
       return "a build with code for this GPU (FLASH_LLM_CUDA_ARCHS)";
+    case GpuFeature::kBulkCopy:
+      return "a GPU of compute capability 9.0 or newer and code for it that was built for sm_90 or "
+             "newer (FLASH_LLM_CUDA_ARCHS)";
     case GpuFeature::kWgmma:
       return "a Hopper GPU (compute capability 9.0) and a build for sm_90a";
   }
@@ -63,7 +83,9 @@ DeviceInfo gpu(int compute_capability, int num_sms, int smem_per_sm_bytes,
   DeviceInfo device;
   device.compute_capability = compute_capability;
   device.num_sms = num_sms;
-  device.smem_per_sm_bytes = smem_per_sm_bytes;
+  device.smem_per_sm_bytes = smem_per_sm_bytes > 0 || compute_capability == 0
+                                 ? smem_per_sm_bytes
+                                 : known_smem_per_sm_bytes(compute_capability);
   device.features = gpu_features(compute_capability, archs);
   return device;
 }

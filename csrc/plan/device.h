@@ -12,14 +12,15 @@ namespace flash_llm {
 
 // Features that kernel families need. A GPU has a feature only if this build has code for it.
 enum class GpuFeature {
-  kMmaSync,  // compute capability 8.0: mma.sync, cp.async
-  kWgmma,    // compute capability 9.0, built for sm_90a: wgmma, bulk tensor copies
+  kMmaSync,   // compute capability 8.0: mma.sync, cp.async, mbarriers
+  kBulkCopy,  // compute capability 9.0: bulk copies to shared memory
+  kWgmma,     // compute capability 9.0, built for sm_90a: wgmma
 };
 
 using GpuFeatures = EnumSet<GpuFeature>;
 
 // The features of a GPU in a build for `archs`, which is spelled as FLASH_LLM_CUDA_ARCHS in
-// setup.py: "8.0+PTX;9.0a". Only this function knows which code runs on which GPU.
+// setup.py: "8.0;9.0a;10.0+PTX". Only this function knows which code runs on which GPU.
 GpuFeatures gpu_features(int compute_capability, const std::string& archs);
 
 // What a feature requires, for error messages and reasons: "a Hopper GPU ... and a build ...".
@@ -37,7 +38,8 @@ struct DeviceInfo {
   bool is_cpu() const { return compute_capability == 0; }
 };
 
-// A GPU with the features that it has in a build for `archs`.
+// A GPU with the features that it has in a build for `archs`. smem_per_sm_bytes = 0 stands for what
+// GPUs of this compute capability have.
 DeviceInfo gpu(int compute_capability, int num_sms, int smem_per_sm_bytes,
                const std::string& archs);
 

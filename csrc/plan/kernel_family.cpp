@@ -1,6 +1,7 @@
 #include "plan/kernel_family.h"
 
 #include "format/packed_format.h"
+#include "plan/bitmap_mma_sync.h"
 #include "plan/bitmap_rows_sm90.h"
 #include "plan/bitmap_sm90a.h"
 #include "plan/cpu.h"
@@ -94,6 +95,10 @@ constexpr std::array<KernelFamilyRow, kNumKernelFamilies> kFamilies = {{
      describe_bitmap_rows_configs, takes_bitmap_rows, plan_bitmap_rows},
     {KernelFamily::kBitmapSm90a, Place::kCuda, Format::kBitmap, k16Bit, GpuFeature::kWgmma, true,
      describe_bitmap_configs, takes_bitmap, plan_bitmap},
+    {KernelFamily::kBitmapSm90, Place::kCuda, Format::kBitmap, k16Bit, GpuFeature::kBulkCopy, true,
+     describe_bitmap_sm90_configs, takes_bitmap_sm90, plan_bitmap_sm90},
+    {KernelFamily::kBitmapSm80, Place::kCuda, Format::kBitmap, k16Bit, GpuFeature::kMmaSync, true,
+     describe_bitmap_sm80_configs, takes_bitmap_sm80, plan_bitmap_sm80},
     {KernelFamily::kDense,
      Place::kBoth,
      every_format(),

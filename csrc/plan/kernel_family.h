@@ -30,6 +30,8 @@ enum class KernelFamily {
   kTiledCslSm80,     // Tiled-CSL on CUDA: load as sparse, compute as dense (LSCD)
   kBitmapRowsSm90,   // bitmap on Hopper, few tokens: whole rows in a CTA
   kBitmapSm90a,      // bitmap on Hopper
+  kBitmapSm90,       // bitmap on GPUs with bulk copies: Hopper and newer
+  kBitmapSm80,       // bitmap on every GPU from sm_80 on
   kDense,            // unpack, then the vendor's dense GEMM; CPU and CUDA
 };
 // A new family goes before kDense.

@@ -90,13 +90,26 @@ Status plan_auto(const PlanRequest& request, SpmmPlan* out) {
                              "\" here");
 }
 
-// The families whose formats format="auto" may choose on a device.
-std::vector<const KernelFamilyRow*> candidates(const DeviceInfo& device) {
-  std::vector<const KernelFamilyRow*> found;
-  for (const KernelFamilyRow& family : kernel_families()) {
-    if (family.chosen_by_format_auto && family.runs_on(device) &&
-        missing_feature(family, device).empty()) {
-      found.push_back(&family);
+// The formats that format="auto" may choose on a device. Those that it could choose if the device
+// had a feature are added to `reason`, if it is not null.
+std::vector<const PackedFormat*> candidates(const DeviceInfo& device, std::string* reason) {
+  std::vector<const PackedFormat*> found;
+  for (const PackedFormat& format : all_formats()) {
+    bool has_kernel = false;
+    std::string missing;
+    for (const KernelFamilyRow& family : kernel_families()) {
+      if (!family.chosen_by_format_auto || !family.runs_on(device) ||
+          !family.formats.contains(format.id)) {
+        continue;
+      }
+      // The last family in the table needs least.
+      missing = missing_feature(family, device);
+      has_kernel |= missing.empty();
+    }
+    if (has_kernel) {
+      found.push_back(&format);
+    } else if (reason != nullptr && !missing.empty()) {
+      *reason += "; " + std::string(format.name) + " needs " + missing;
     }
   }
   return found;
@@ -175,32 +188,23 @@ FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, const DeviceInfo& 
   const double density = elems > 0 ? static_cast<double>(nnz) / elems : 1.0;
   FormatChoice choice;
   double fewest = std::numeric_limits<double>::infinity();
-  std::string sizes;
-  for (const KernelFamilyRow* family : candidates(device)) {
-    for (const PackedFormat& format : all_formats()) {
-      if (!family->formats.contains(format.id)) continue;
-      const double bytes = format.bytes_per_element(density);
-      if (bytes < fewest) choice.format = format.id;
-      fewest = std::min(fewest, bytes);
-      sizes += (sizes.empty() ? "" : ", ") + std::string(format.name) + " " +
-               std::to_string(std::lround(100 * bytes / 2)) + " %";
-    }
+  std::string sizes, others;
+  for (const PackedFormat* format : candidates(device, &others)) {
+    const double bytes = format->bytes_per_element(density);
+    if (bytes < fewest) choice.format = format->id;
+    fewest = std::min(fewest, bytes);
+    sizes += (sizes.empty() ? "" : ", ") + std::string(format->name) + " " +
+             std::to_string(std::lround(100 * bytes / 2)) + " %";
   }
   choice.reason = sizes.empty() ? "no kernel of this build runs here"
                                 : "the fewest bytes of the formats that have kernels here (" +
                                       sizes + " of the dense weight)";
-  for (const KernelFamilyRow& family : kernel_families()) {
-    const std::string missing = missing_feature(family, device);
-    if (!family.chosen_by_format_auto || !family.runs_on(device) || missing.empty()) continue;
-    for (const PackedFormat& format : all_formats()) {
-      if (family.formats.contains(format.id)) {
-        choice.reason += "; " + std::string(format.name) + " needs " + missing;
-      }
-    }
-  }
+  choice.reason += others;
   return choice;
 }
 
-bool format_depends_on_density(const DeviceInfo& device) { return candidates(device).size() > 1; }
+bool format_depends_on_density(const DeviceInfo& device) {
+  return candidates(device, nullptr).size() > 1;
+}
 
 }  // namespace flash_llm

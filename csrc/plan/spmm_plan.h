@@ -29,13 +29,13 @@ struct SpmmPlan {
   int config = -1;      // index into the family's configurations
   int64_t ctas = 0;     // our CUDA kernels: CTAs in the grid
   WorkGrid work;        // our CUDA kernels: how the work is divided
-  int ring_bytes = 0;   // kBitmapSm90a: shared memory for the rings
-  int unit_cols = 1;    // kBitmapSm90a: columns of chunks in a work unit
+  int ring_bytes = 0;   // bitmap on CUDA: shared memory for the rings
+  int unit_cols = 1;    // bitmap on CUDA: columns of chunks in a work unit
   int x_multiple = 1;   // our CUDA kernels: the padded length of X's rows is a multiple of this
   // Whether the kernel leaves the activation to the caller.
   bool rounds_before_activation = false;
   // Temporary memory: fp32 partial sums and then X in fragment order (kTiledCslSm80), fp32 partial
-  // sums (kBitmapSm90a), or the dense weight (kDense).
+  // sums (bitmap), or the dense weight (kDense).
   int64_t workspace_bytes = 0;
   int64_t packed_x_bytes = 0;  // the part of it for X in fragment order
   std::string reason;          // one sentence: why this kernel was chosen

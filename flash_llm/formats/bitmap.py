@@ -1,4 +1,4 @@
-"""Bitmap, the format for the tensor cores of Hopper: one bit per element, 16 bits per nonzero.
+"""Bitmap, the format for the tensor cores of GPUs: one bit per element, 16 bits per nonzero.
 
 Plain chunks of 32 x 128 elements store their values in the order in which the lanes of a GPU warp
 read them. At high sparsity chunks of 32 x 256 elements, for the sparse tensor cores, replace them.

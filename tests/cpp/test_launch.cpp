@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cuda/launch.h"
+#include "plan/bitmap_mma_sync.h"
 #include "plan/bitmap_rows_sm90.h"
 #include "plan/bitmap_sm90a.h"
 #include "plan/spmm_plan.h"
@@ -12,7 +13,7 @@
 namespace flash_llm {
 namespace {
 
-const DeviceInfo kH200 = gpu(90, 132, 228 * 1024, "8.0+PTX;9.0a");
+const DeviceInfo kH200 = gpu(90, 132, 228 * 1024, "8.0;9.0a");
 
 struct Call {
   KernelFamily family;  // whose kernel is called, whatever the plan says
@@ -27,6 +28,10 @@ struct Call {
         return cuda::spmm_bitmap_rows(plan, args, true, nullptr);
       case KernelFamily::kBitmapSm90a:
         return cuda::spmm_bitmap(plan, args, nullptr, true, nullptr);
+      case KernelFamily::kBitmapSm90:
+        return cuda::spmm_bitmap_sm90(plan, args, nullptr, true, nullptr);
+      case KernelFamily::kBitmapSm80:
+        return cuda::spmm_bitmap_sm80(plan, args, nullptr, true, nullptr);
       default:
         return Status::unsupported("not a family with a kernel");
     }
@@ -74,6 +79,11 @@ std::vector<Kernel> every_kernel() {
   for (const auto& config : bitmap_configs()) {
     kernels.push_back({Format::kBitmap, config.name, config.tile_n});
   }
+  for (const KernelFamily family : {KernelFamily::kBitmapSm80, KernelFamily::kBitmapSm90}) {
+    for (const auto& config : mma_sync_configs(family)) {
+      kernels.push_back({Format::kBitmap, config.name, config.tile_n});
+    }
+  }
   return kernels;
 }
 
@@ -95,8 +105,10 @@ TEST_P(EveryKernel, RefusesAPlanForMoreWorkThanThereIs) {
 
 TEST_P(EveryKernel, RefusesThePlanOfAnotherFamily) {
   for (const KernelFamily family :
-       {KernelFamily::kDense, KernelFamily::kTiledCslCpu, KernelFamily::kReference}) {
+       {KernelFamily::kDense, KernelFamily::kTiledCslCpu, KernelFamily::kReference,
+        KernelFamily::kBitmapSm80, KernelFamily::kBitmapSm90}) {
     Call other = call();
+    if (other.plan.family == family) continue;
     other.plan.family = family;
     other.plan.config = 0;
     expect_refused(other, other.plan.name());
@@ -134,7 +146,7 @@ TEST(BitmapLaunch, RefusesAPlanForFewerRowsWhereEachHasItsSums) {
 }
 
 TEST(BitmapLaunch, RefusesRingsThatHoldNoFullChunks) {
-  for (const char* config : {"n8", "rows8"}) {
+  for (const char* config : {"n8", "rows8", "sm80_n8", "sm90_n8"}) {
     Call call = call_of(Format::kBitmap, 8, config);
     call.plan.ring_bytes = 64;
     expect_refused(call, "its configuration");

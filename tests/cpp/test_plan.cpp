@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "plan/bitmap_mma_sync.h"
 #include "plan/bitmap_rows_sm90.h"
 #include "plan/bitmap_sm90a.h"
 #include "plan/cpu.h"
@@ -19,10 +20,14 @@ namespace {
 using testing::mentions;
 
 const DeviceInfo kCpu{};
-// A100: 108 SMs of 164 KB; H200: 132 SMs of 228 KB.
-const std::string kArchs = "8.0+PTX;9.0a";
+// A100: 108 SMs of 164 KB; L40S: 142 of 100 KB; H200: 132 of 228 KB; B200: 148 of 228 KB; RTX 5090:
+// 170 of 100 KB.
+const std::string kArchs = "8.0;9.0a;10.0+PTX;12.0";
 const DeviceInfo kA100 = gpu(80, 108, 164 * 1024, kArchs);
+const DeviceInfo kL40S = gpu(89, 142, 100 * 1024, kArchs);
 const DeviceInfo kH200 = gpu(90, 132, 228 * 1024, kArchs);
+const DeviceInfo kB200 = gpu(100, 148, 228 * 1024, kArchs);
+const DeviceInfo kRtx5090 = gpu(120, 170, 100 * 1024, kArchs);
 
 SpmmProblem problem(int64_t m, int64_t n, int64_t k, double sparsity = 0.8) {
   SpmmProblem out;
@@ -320,15 +325,76 @@ TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
   }
 }
 
-TEST(SelectPlanBitmap, OtherDevicesTakeTheDenseRouteAndRefuseTheKernel) {
-  const DeviceInfo hopper_without_code = gpu(90, 132, 228 * 1024, "8.0+PTX");
-  for (const DeviceInfo& device : {kA100, kCpu, hopper_without_code}) {
-    EXPECT_EQ(plan_of(bitmap_problem(4096, 1, 4096), device).family, KernelFamily::kDense);
-  }
-  for (const DeviceInfo& device : {kA100, hopper_without_code}) {
+TEST(SelectPlanBitmap, EveryGpuTakesTheFastestFamilyThatItHasCodeFor) {
+  const auto family = [](const DeviceInfo& device) {
+    return plan_of(bitmap_problem(28672, 1, 7168), device).family;
+  };
+  EXPECT_EQ(family(kA100), KernelFamily::kBitmapSm80);
+  EXPECT_EQ(family(kL40S), KernelFamily::kBitmapSm80);
+  EXPECT_EQ(family(kH200), KernelFamily::kBitmapSm90a);
+  EXPECT_EQ(family(kB200), KernelFamily::kBitmapSm90);
+  EXPECT_EQ(family(kRtx5090), KernelFamily::kBitmapSm90);
+  EXPECT_EQ(family(kCpu), KernelFamily::kDense);
+  const DeviceInfo hopper_with_ptx_80 = gpu(90, 132, 228 * 1024, "8.0+PTX");
+  const DeviceInfo hopper_without_a = gpu(90, 132, 228 * 1024, "8.0;9.0");
+  EXPECT_EQ(family(hopper_with_ptx_80), KernelFamily::kBitmapSm80);
+  EXPECT_EQ(family(hopper_without_a), KernelFamily::kBitmapSm90);
+  EXPECT_EQ(family(gpu(80, 108, 164 * 1024, "9.0a")), KernelFamily::kDense);
+  for (const DeviceInfo& device : {kA100, hopper_with_ptx_80, hopper_without_a, kB200}) {
     const Status status = failure_of(bitmap_problem(4096, 1, 4096), device, "n8");
     EXPECT_EQ(status.code, StatusCode::kUnsupported);
     EXPECT_NE(status.message.find("sm_90a"), std::string::npos) << status.message;
+  }
+  EXPECT_EQ(failure_of(bitmap_problem(4096, 1, 4096), kA100, "sm90_n8").code,
+            StatusCode::kUnsupported);
+}
+
+TEST(SelectPlanBitmap, TheNarrowestMmaSyncTileThatFitsTheGpu) {
+  const auto name = [](int64_t n, const DeviceInfo& device) {
+    return plan_of(bitmap_problem(28672, n, 7168), device).name();
+  };
+  for (const int64_t n : {1, 8, 9, 16, 17, 32, 33, 64, 256}) {
+    const std::string wide = n <= 8 ? "n8" : n <= 16 ? "n16" : n <= 32 ? "n32" : "n64";
+    EXPECT_EQ(name(n, kA100), "sm80_" + wide) << n;
+    EXPECT_EQ(name(n, kB200), "sm90_" + wide) << n;
+  }
+  for (const int64_t n : {1, 16, 17, 128}) {
+    const std::string small = n <= 16 ? "n16_99k" : "n32_99k";
+    EXPECT_EQ(name(n, kL40S), "sm80_" + small) << n;
+    EXPECT_EQ(name(n, kRtx5090), "sm90_" + small) << n;
+  }
+  EXPECT_EQ(name(257, kA100), "dense");
+  EXPECT_EQ(name(129, kL40S), "dense");
+}
+
+TEST(SelectPlanBitmap, MmaSyncConfigurationsFitWhereTheyAreOffered) {
+  for (const DeviceInfo& device : {kA100, kL40S, kB200, kRtx5090}) {
+    const KernelFamily family =
+        device.compute_capability < 90 ? KernelFamily::kBitmapSm80 : KernelFamily::kBitmapSm90;
+    for (const MmaSyncPlanConfig& config : mma_sync_configs(family)) {
+      SpmmPlan plan;
+      const Status status =
+          select_plan(bitmap_problem(4096, config.tile_n, 4096), device, config.name, 0, &plan);
+      const int room = device.smem_per_sm_bytes - 1024;
+      if (mma_sync_smem_bytes(config, mma_sync_min_ring_bytes(config)) <= room) {
+        ASSERT_TRUE(status.ok()) << status.message;
+        EXPECT_LE(mma_sync_smem_bytes(config, plan.ring_bytes), room) << config.name;
+        EXPECT_GE(plan.ring_bytes, mma_sync_min_ring_bytes(config)) << config.name;
+        EXPECT_EQ(plan.ring_bytes % (config.rings * kChunkUnitBytes), 0);
+      } else {
+        EXPECT_EQ(status.code, StatusCode::kUnsupported);
+        EXPECT_TRUE(mentions(status.message, {config.name, std::to_string(room)}))
+            << status.message;
+      }
+    }
+  }
+}
+
+TEST(SelectPlanBitmap, AGpuOfUnknownSharedMemoryHasThatOfItsComputeCapability) {
+  for (const DeviceInfo& device : {kA100, kL40S, kH200, kB200, kRtx5090}) {
+    const int capability = device.compute_capability;
+    EXPECT_EQ(gpu(capability, 1, 0, kArchs).smem_per_sm_bytes, device.smem_per_sm_bytes)
+        << capability;
   }
 }
 
@@ -391,7 +457,11 @@ TEST(SelectFormat, FollowsTheDeviceAndTheDensity) {
   EXPECT_EQ(name(0.5, kH200), Format::kBitmap);
   EXPECT_EQ(name(0.9, kH200), Format::kBitmap);
   EXPECT_EQ(name(0.99, kH200), Format::kTiledCsl);
-  EXPECT_EQ(name(0.5, kA100), Format::kTiledCsl);
+  for (const DeviceInfo& device : {kA100, kL40S, kB200, kRtx5090}) {
+    EXPECT_EQ(name(0.5, device), Format::kBitmap);
+    EXPECT_EQ(name(0.99, device), Format::kTiledCsl);
+  }
+  EXPECT_EQ(name(0.5, gpu(80, 108, 164 * 1024, "9.0a")), Format::kTiledCsl);
   EXPECT_EQ(name(0.5, kCpu), Format::kRowBitmap);
   EXPECT_EQ(name(0.99, kCpu), Format::kRowBitmap);
 }
@@ -426,6 +496,12 @@ TEST(GpuFeatures, FollowTheGpuAndTheListOfArchitectures) {
   for (const char* archs : {"8.0+PTX", "9.0", "9.0+PTX", "10.0a", ""}) {
     EXPECT_FALSE(has(90, archs, GpuFeature::kWgmma)) << archs;
   }
+  for (const char* archs : {"9.0", "8.0;9.0a", "9.0+PTX"}) {
+    EXPECT_TRUE(has(90, archs, GpuFeature::kBulkCopy)) << archs;
+  }
+  EXPECT_TRUE(has(120, "9.0+PTX", GpuFeature::kBulkCopy));
+  EXPECT_FALSE(has(120, "8.0+PTX;9.0a", GpuFeature::kBulkCopy));
+  EXPECT_FALSE(has(80, "8.0;9.0+PTX", GpuFeature::kBulkCopy));
   EXPECT_TRUE(has(90, "8.0+PTX;9.0a", GpuFeature::kWgmma));
   EXPECT_FALSE(has(100, "8.0+PTX;9.0a", GpuFeature::kWgmma));
 }

@@ -30,7 +30,10 @@ def without_compilation():
 
 
 def toy(architecture):
-    """A model of two blocks, pruned but for two layers; one of these is part of a fused one."""
+    """A pruned model of two blocks. Two layers are dense, one of them a part of a fused one.
+
+    Or, with experts in one of the blocks, these are dense and all else is pruned.
+    """
     import transformers
 
     import flash_llm
@@ -48,6 +51,21 @@ def toy(architecture):
             tie_word_embeddings=False,
         )
         dense = ["layers.1.self_attn.k_proj", "layers.0.mlp.down_proj"]
+    elif architecture == "qwen3_moe":
+        config = transformers.Qwen3MoeConfig(
+            **sizes,
+            intermediate_size=512,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=128,
+            decoder_sparse_step=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=False,
+        )
+        dense = []
     else:
         config = transformers.OPTConfig(
             **sizes,
@@ -61,7 +79,7 @@ def toy(architecture):
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
-        elif parameter.dim() == 2:  # far from uniform probabilities, so that no tokens are ties
+        elif parameter.dim() >= 2:  # far from uniform probabilities, so that no tokens are ties
             parameter.data.mul_(4)
     flash_llm.prune_(model, method="magnitude", sparsity=SPARSITY, ignore=["lm_head", *dense])
     return model
@@ -73,7 +91,7 @@ def folders(tmp_path_factory):
     import flash_llm
 
     made = {}
-    for architecture in ("llama", "opt"):
+    for architecture in ("llama", "opt", "qwen3_moe"):
         folder = tmp_path_factory.mktemp(architecture)
         model = toy(architecture)
         model.save_pretrained(folder / "dense")

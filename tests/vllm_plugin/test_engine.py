@@ -62,6 +62,45 @@ def test_packed_folder(architecture, folders, expected):
     assert {name for name, weight in weights.items() if weight is None} == {prefix + unpruned}
 
 
+def test_experts_stay_dense(folders, expected):
+    folder = folders["qwen3_moe"] / "packed"
+    with engine(folder) as llm:
+        assert_same(generate(llm), expected["qwen3_moe"])
+        packed = {name for name, weight in layers(llm).items() if weight is not None}
+    # vLLM's model does not say of what the gate_up_proj of its dense block is fused.
+    assert packed == {
+        "model.layers.0.mlp.gate_up_proj",
+        "model.layers.0.mlp.down_proj",
+        *(f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in ("qkv", "o")),
+    }
+    stored = load_file(folder / "model.safetensors")
+    assert "model.layers.1.mlp.experts.0.up_proj.weight" in stored
+
+
+@pytest.mark.parametrize(
+    ("guess", "happened"),
+    [
+        (None, "prefix_cache_hits"),
+        ({"method": "ngram", "prompt_lookup_max": 1}, "spec_decode_num_draft_tokens"),
+        ({"method": "draft_model"}, "spec_decode_num_accepted_tokens"),
+    ],
+    ids=["chunks of prompts", "guesses from the prompt", "guesses of a draft model"],
+)
+def test_several_tokens_in_a_step(guess, happened, folders, expected):
+    folder = str(folders["llama"] / "packed")
+    options = {"enable_prefix_caching": True, "block_size": 16, "disable_log_stats": False}
+    if guess is None:
+        options |= {"max_num_batched_tokens": 16, "max_num_seqs": 4}
+    else:
+        model = {"model": folder} if guess["method"] == "draft_model" else {}
+        options["speculative_config"] = {"num_speculative_tokens": 3, **guess, **model}
+    with engine(folder, **options) as llm:
+        for _ in range(2):
+            assert_same(generate(llm), expected["llama"])
+        metrics = {metric.name: metric for metric in llm.get_metrics()}
+    assert metrics[f"vllm:{happened}"].value > 0
+
+
 def test_dense_folder_with_zeros(folders, expected, tmp_path):
     changed = "model.layers.1.self_attn.o_proj"
 
@@ -141,22 +180,24 @@ def test_compiled(folders, expected, tmp_path, monkeypatch):
 def two_processes(monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    return {"tensor_parallel_size": 2}
 
 
-def test_tensor_parallel(folders, expected, two_processes):
-    with engine(folders["llama"] / "packed", **two_processes) as llm:
+@pytest.mark.usefixtures("two_processes")
+@pytest.mark.parametrize("way", ["tensor", "pipeline"])
+def test_two_processes(way, folders, expected):
+    with engine(folders["llama"] / "packed", **{f"{way}_parallel_size": 2}) as llm:
         assert_same(generate(llm), expected["llama"])
 
 
-def test_a_damaged_file_stops_all_processes(folders, tmp_path, two_processes, capfd):
+@pytest.mark.usefixtures("two_processes")
+def test_a_damaged_file_stops_all_processes(folders, tmp_path, capfd):
     layer = "model.layers.1.mlp.up_proj"
 
     def damage(tensors):
         tensors[f"{layer}.weight_payload"][:64] = -1
 
     damaged = with_weights(folders["llama"] / "packed", tmp_path / "damaged", damage)
-    with pytest.raises(Exception, match="."), engine(damaged, **two_processes):
+    with pytest.raises(Exception, match="."), engine(damaged, tensor_parallel_size=2):
         pass
     printed = "".join(capfd.readouterr())
     assert f"{layer} in {damaged / 'model.safetensors'} is malformed" in printed

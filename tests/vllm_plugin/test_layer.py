@@ -65,8 +65,8 @@ def packed_folder(weights, tmp_path_factory):
     return folder
 
 
-def build(name, folder=None, *, rank=0, size=1, bias=False):
-    """A layer of vLLM as process ``rank`` of ``size`` builds it."""
+def build(name, folder=None, *, rank=0, size=1, bias=False, prefix=None):
+    """A layer of vLLM as process ``rank`` of ``size`` builds it, under its name or ``prefix``."""
     from vllm.model_executor.layers import linear
 
     from flash_llm.integrations.vllm.config import FlashLLMConfig
@@ -75,7 +75,7 @@ def build(name, folder=None, *, rank=0, size=1, bias=False):
     config.packed_modules_mapping = {name: list(shards) for name, shards in FUSED.items()}
     if folder is not None:
         config.maybe_update_config(str(folder))
-    options = {"bias": bias, "quant_config": config, "prefix": name}
+    options = {"bias": bias, "quant_config": config, "prefix": prefix or name}
     options |= {"params_dtype": torch.bfloat16}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "get_tensor_model_parallel_rank", lambda: rank)
@@ -134,6 +134,15 @@ def test_parts_of_processes(name, rank, size, weights, packed_folder):
     assert packed.packed_header == dense.packed_header
     assert torch.equal(packed.weight_packed, dense.weight_packed)
     assert torch.equal(packed.weight_offsets, dense.weight_offsets)
+
+
+def test_packed_parts_of_a_layer_that_was_taken_for_dense(packed_folder):
+    from safetensors.torch import load_file
+
+    # Nothing says of which layers one of this name is fused.
+    layer = build("gate_up_proj", packed_folder, prefix="w13")
+    with pytest.raises(NotImplementedError, match="w13"):
+        load(layer, "gate_up_proj", load_file(packed_folder / "model.safetensors"))
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,27 @@ def test_the_configuration_reaches_the_workers(folder):
     assert config.file_of(LAYER) == str(folder / "model.safetensors")
 
 
+def test_a_name_on_the_hub(folders, tmp_path, monkeypatch):
+    import huggingface_hub
+    from vllm.transformers_utils.config import get_config
+
+    from flash_llm.integrations.vllm.config import FlashLLMConfig
+
+    repository = tmp_path / "models--toys--llama"
+    commits = {"packed": "a" * 40, "dense": "b" * 40}
+    for kind, commit in commits.items():
+        shutil.copytree(folders["llama"] / kind, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commits["dense"])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model = get_config("toys/llama", trust_remote_code=False, revision=commits["packed"])
+    config = FlashLLMConfig(packed_folder=True)
+    config.maybe_update_config("toys/llama", model)
+    assert config.file_of(LAYER) == str(
+        repository / "snapshots" / commits["packed"] / "model.safetensors"
+    )
+
+
 def test_newer_folder(folder):
     change_config(folder, version=99)
     with pytest.raises(NotImplementedError, match="version 99"):
@@ -105,6 +126,11 @@ def test_quantization_given_twice(folder):
         configured(folder, quantization="fp8")
 
 
+def test_uneven_parts(folder):
+    with pytest.raises(ValueError, match="4.*3"):  # heads, and processes to share them
+        configured(folder, tensor_parallel_size=3)
+
+
 def test_missing_extension(folder, monkeypatch):
     monkeypatch.setattr(_extension, "_module", None)
     with pytest.raises(RuntimeError, match=r"flash_llm\._C"):
@@ -112,7 +138,7 @@ def test_missing_extension(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "registered"), [("0.19.1", False), ("0.20.0", True), ("0.27.0", False)]
+    ("version", "registered"), [("0.20.2", False), ("0.21.0", True), ("0.27.0", False)]
 )
 def test_versions_of_vllm(version, registered, monkeypatch, caplog):
     import logging
@@ -152,12 +178,28 @@ def test_missing_tensor(missing, folder):
         pass
 
 
+def test_missing_norm(folder):
+    change_weights(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    track = {"model_loader_extra_config": {"enable_weights_track": True}}  # as the guide says
+    with pytest.raises(ValueError, match=r"{'model\.norm\.weight'}"), engine(folder, **track):
+        pass
+
+
 def test_missing_weight_of_a_dense_folder(folders, tmp_path):
     shutil.copytree(folders["llama"] / "dense", tmp_path / "dense")
     change_weights(tmp_path / "dense", lambda tensors: tensors.pop(f"{LAYER}.weight"))
     with (
         pytest.raises(ValueError, match=f"{LAYER}.weight"),
         engine(tmp_path / "dense", quantization="flash_llm"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("options", [{"cpu_offload_gb": 1}, {"offload_group_size": 2}])
+def test_weights_on_the_cpu(options, folder):
+    with (
+        pytest.raises(NotImplementedError, match=next(iter(options))),
+        engine(folder, **options),
     ):
         pass
 

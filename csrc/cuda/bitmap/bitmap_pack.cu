@@ -721,7 +721,7 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(PackedView view, uint1
   if (two_four || rows >= 0) {
     const uint32_t* source = view.payload + first * kChunkUnitWords;
     const int vectors = static_cast<int>(units) * (kChunkUnitBytes / 16);
-    for (int i = lane; i < vectors; i += 32) ptx::copy_async16(smem + i * 16, source + i * 4);
+    for (int i = lane; i < vectors; i += 32) ptx::copy_async16(smem + i * 16, source + i * 4, true);
     ptx::copy_async_commit();
     ptx::copy_async_wait<0>();
   }

@@ -45,7 +45,6 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -142,38 +141,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #endif
 }
 
-template <typename C, int kParts>
-Status launch_finish(const BitmapParams& params, dim3 grid, cudaStream_t stream) {
-  grid.y *= kParts;
-  return launch_kernel("bitmap_finish_kernel launch",
-                       bitmap_finish_kernel<C::kType, C::kFinishesAll, kParts>, grid,
-                       kFinishWarps * 32, 0, true, stream, params, C::kCluster * C::kStripsOfCta);
-}
-
-template <typename C>
-Status launch_finish(const BitmapParams& params, cudaStream_t stream) {
-  constexpr unsigned kStripsOfBlock = C::kCluster * C::kStripsOfCta;
-  static_assert(kStripsOfBlock % kFinishWarps == 0,
-                "each warp of the finishing kernel adds one strip");
-  const int clusters = params.schedule.workers;
-  const int rows =
-      C::kFinishesAll ? params.output_tiles : std::min(params.output_tiles, clusters - 1);
-  const dim3 grid(static_cast<unsigned>(rows), kStripsOfBlock / kFinishWarps, C::kBlocksN);
-  if constexpr (C::kTileN <= 32) {
-    // Several parts pay only where an output tile has sums of more than 8 clusters to add.
-    // Measured on an H100 with one, two and four parts, in us: 4096x4096, N = 8: 13.4, 11.9 and
-    // 13.3; N = 32: 18.1, 17.1 and 16.5; 7168x7168, N = 8: 16.1, 18.8 and 17.7. So two parts are
-    // faster if even then one CTA per SM suffices, and four if one part alone takes more than that.
-    static_assert(C::kCluster == 1, "there is one cluster per SM only if a cluster is one CTA");
-    const int finish_ctas = static_cast<int>(grid.x * grid.y * grid.z);
-    if (clusters > 2 * kFinishInFlight * rows) {
-      if (finish_ctas * 2 <= clusters) return launch_finish<C, 2>(params, grid, stream);
-      if (finish_ctas > clusters) return launch_finish<C, 4>(params, grid, stream);
-    }
-  }
-  return launch_finish<C, 1>(params, grid, stream);
-}
-
 template <typename C>
 Status launch(const BitmapParams& params, const SpmmArgs& args, int smem_bytes, bool prefetch,
               cudaStream_t stream) {
@@ -192,7 +159,7 @@ Status launch(const BitmapParams& params, const SpmmArgs& args, int smem_bytes, 
                       smem_bytes, prefetch, stream, params, map);
   if (!multiplied.ok()) return multiplied;
   if (!C::kFinishesAll && !params.schedule.shares_rows()) return multiplied;
-  return launch_finish<C>(params, stream);
+  return launch_finish<C>(params, true, stream);
 }
 
 template <ValueType kType>

@@ -14,17 +14,16 @@
 #include <cuda.h>
 
 #include "cuda/bitmap/smem.cuh"
+#include "cuda/bitmap/weight_copy.cuh"
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/ptx/sm90.cuh"
 #include "cuda/schedule/dependent_launch.cuh"
-
-#ifdef FLASH_LLM_SM90A
 
 namespace flash_llm {
 
 // One warp, which copies the chunks of one ring. begin() runs before the barriers are initialised,
 // because loading the first offsets from global memory takes longest.
-template <typename C>
+template <typename C, typename WeightCopy = BulkCopy>
 class ChunkProducer {
  public:
   __device__ __forceinline__ ChunkProducer(const BitmapParams& p, const BitmapSmem<C>& smem,
@@ -234,20 +233,14 @@ class ChunkProducer {
           size | flags << 16);
     }
     __syncwarp();
-    if (lane_ == 0) {
-      const uint32_t full = smem_.group_full(group, stage);
-      const int after_wrap = copy.total - copy.before_wrap;
-      ptx::mbarrier_arrive_expect_tx(full, copy.total * kChunkUnitBytes);
-      const uint32_t* source = p_.payload + int64_t{copy.begin} * kChunkUnitWords;
-      if (copy.before_wrap > 0) {
-        ptx::bulk_copy_streaming(ring_base_ + head_ * kChunkUnitBytes, source,
-                                 copy.before_wrap * kChunkUnitBytes, full);
-      }
-      if (after_wrap > 0) {
-        ptx::bulk_copy_streaming(ring_base_, source + copy.before_wrap * kChunkUnitWords,
-                                 after_wrap * kChunkUnitBytes, full);
-      }
-    }
+    RingCopy ring_copy;
+    ring_copy.source = p_.payload + int64_t{copy.begin} * kChunkUnitWords;
+    ring_copy.to = ring_base_ + head_ * kChunkUnitBytes;
+    ring_copy.bytes = copy.before_wrap * kChunkUnitBytes;
+    ring_copy.wrapped_to = ring_base_;
+    ring_copy.wrapped_bytes = (copy.total - copy.before_wrap) * kChunkUnitBytes;
+    ring_copy.full = smem_.group_full(group, stage);
+    WeightCopy::copy(ring_copy, lane_);
     if (lane_ == issued_ % 32) reserved_before_ = reserved_;
     reserved_ += copy.reserved;
     head_ = copy.before_wrap < copy.total ? copy.total - copy.before_wrap : head_ + copy.total;
@@ -328,5 +321,3 @@ __device__ __forceinline__ void produce_x(const BitmapParams& p, const CUtensorM
 }
 
 }  // namespace flash_llm
-
-#endif  // FLASH_LLM_SM90A

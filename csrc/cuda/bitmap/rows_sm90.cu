@@ -628,8 +628,11 @@ Status cuda::spmm_bitmap_rows(const SpmmPlan& plan, const SpmmArgs& args, bool p
                               cudaStream_t stream) {
   if (Status fits = check_plan(plan, KernelFamily::kBitmapRowsSm90, args); !fits.ok()) return fits;
   const PackedView& weight = args.weight;
-  if (plan.config < 0 || plan.config >= static_cast<int>(bitmap_rows_configs().size()) ||
-      plan.ctas < 1 || plan.ctas > num_chunk_rows(weight.m) ||
+  if (plan.config < 0 || plan.config >= static_cast<int>(bitmap_rows_configs().size())) {
+    return Status::invalid_value("no configuration for whole rows has index " +
+                                 std::to_string(plan.config));
+  }
+  if (plan.ctas < 1 || plan.ctas > num_chunk_rows(weight.m) ||
       plan.ring_bytes < kBitmapRowsMinRingBytes) {
     return Status::invalid_value("plan " + plan.to_string() + " does not fit its configuration");
   }

@@ -81,6 +81,10 @@ __device__ __forceinline__ void store_shared_v2(uint32_t smem, uint32_t first, u
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(smem), "r"(first), "r"(second) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_u32(uint32_t smem, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ void store_shared_v4(uint32_t smem, const float (&values)[4]) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "f"(values[0]),
                "f"(values[1]), "f"(values[2]), "f"(values[3])
@@ -109,9 +113,23 @@ __device__ __forceinline__ void copy_async4(uint32_t smem, const void* gmem, boo
                : "memory");
 }
 
-// cp.async: 16 bytes; both addresses 16-byte aligned.
-__device__ __forceinline__ void copy_async16(uint32_t smem, const void* gmem) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(gmem) : "memory");
+// cp.async: 16 bytes, or zeros where `valid` is false.
+__device__ __forceinline__ void copy_async16(uint32_t smem, const void* gmem, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// The L2 policy for data that is read once: what createpolicy.fractional.L2::evict_first returns
+// for 1.0. Creating it takes five instructions, and using it two more if it is not a constant.
+inline constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+
+// cp.async: 16 bytes at kOffset from both addresses, which are read once.
+template <int kOffset>
+__device__ __forceinline__ void copy_async16_streaming(uint32_t smem, const void* gmem) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0 + %3], [%1 + %3], 16, %2;" ::"r"(smem),
+               "l"(gmem), "l"(kEvictFirst), "n"(kOffset)
+               : "memory");
 }
 
 __device__ __forceinline__ void copy_async_commit() {
@@ -122,6 +140,45 @@ __device__ __forceinline__ void copy_async_commit() {
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Waits until all of this thread's cp.async are complete.
+__device__ __forceinline__ void copy_async_wait_all() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives once this thread's earlier cp.async are complete, as one of the expected arrivals.
+__device__ __forceinline__ void mbarrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Waits until the phase of parity `parity` has completed. (On a new barrier parity 1 counts as
+// completed.) From sm_90 on the hardware suspends the thread for a while.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+#define FLASH_LLM_WAIT "try_wait"
+#else
+#define FLASH_LLM_WAIT "test_wait"
+#endif
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "wait:\n"
+      "mbarrier." FLASH_LLM_WAIT
+      ".parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra wait;\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+#undef FLASH_LLM_WAIT
 }
 
 // ldmatrix.x4: four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of

@@ -1,25 +1,21 @@
-// One Hopper PTX instruction (with its operand set-up) per function: mbarriers, bulk copies, tensor
-// maps, wgmma. They exist only in code for sm_90a; the table in csrc/plan/kernel_family.cpp says
-// which kernels need it.
+// One PTX instruction (with its operand set-up) per function, for GPUs newer than sm_80. Bulk
+// copies, tensor maps, clusters and stmatrix exist from sm_90 on, setmaxnreg and wgmma only in code
+// for sm_90a; the table in csrc/plan/kernel_family.cpp says which kernels need them.
 #pragma once
 
 #include <cuda.h>
 
 #include <cstdint>
 
+#include "cuda/ptx/sm80.cuh"
 #include "format/packed_header.h"
 
+// Defined where code may use what only sm_90a has.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define FLASH_LLM_SM90A 1
 #endif
 
-#ifdef FLASH_LLM_SM90A
-
 namespace flash_llm::ptx {
-
-__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
 
 // Makes initialised barriers visible to the asynchronous copies.
 __device__ __forceinline__ void mbarrier_init_fence() {
@@ -33,31 +29,10 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint
                : "memory");
 }
 
-__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Waits until the phase of parity `parity` has completed. (On a new barrier parity 1 counts as
-// completed.)
-__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "wait:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra wait;\n"
-      "}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
 // cp.async.bulk from global to shared memory: both addresses 16-byte aligned, `bytes` a multiple of
-// 16. The data is read once, so L2 may evict it first. (The constant is the policy that
-// createpolicy.fractional.L2::evict_first returns for 1.0; creating it takes five instructions per
-// copy.)
+// 16. The data is read once, so L2 may evict it first.
 __device__ __forceinline__ void bulk_copy_streaming(uint32_t smem, const void* gmem, uint32_t bytes,
                                                     uint32_t barrier) {
-  constexpr uint64_t kEvictFirst = 0x12F0000000000000;
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1], %2, [%3], %4;" ::"r"(smem),
@@ -250,5 +225,3 @@ __device__ __forceinline__ void wgmma_sp(float (&d)[kN / 2], const uint32_t* a, 
 }
 
 }  // namespace flash_llm::ptx
-
-#endif  // FLASH_LLM_SM90A

@@ -26,6 +26,17 @@ __device__ __forceinline__ void allow_next_kernel() {
 #endif
 }
 
+// Sets *waits to whether a kernel, as the current device runs it, waits for its predecessor, so
+// that it may be launched dependently. Only code that was compiled for sm_90 or newer does, but a
+// device of compute capability 9.0 may also run code that was built for sm_80.
+template <typename... Params>
+Status waits_for_previous_kernel(const char* what, void (*kernel)(Params...), bool* waits) {
+  cudaFuncAttributes code = {};
+  const Status described = cuda::check(cudaFuncGetAttributes(&code, kernel), what);
+  *waits = described.ok() && code.ptxVersion >= 90;
+  return described;
+}
+
 // Launches a kernel in clusters of `cluster` CTAs. `dependent` lets it begin before the previous
 // kernel in the stream has finished.
 template <typename... Params, typename... Args>

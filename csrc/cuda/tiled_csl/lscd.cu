@@ -486,13 +486,10 @@ Status launch(const LscdParams& params, bool prefetch, cudaStream_t stream) {
                                        C::kSmemBytes),
                   "cudaFuncSetAttribute(lscd_kernel)");
   if (!sized.ok()) return sized;
-  // Only code that was compiled for sm_90 or newer waits for its predecessor, but a device of
-  // compute capability 9.0 may also run code that was built for sm_80.
-  cudaFuncAttributes code = {};
-  const Status described = cuda::check(cudaFuncGetAttributes(&code, lscd_kernel<C>),
-                                       "cudaFuncGetAttributes(lscd_kernel)");
+  bool dependent = false;
+  const Status described =
+      waits_for_previous_kernel("cudaFuncGetAttributes(lscd_kernel)", lscd_kernel<C>, &dependent);
   if (!described.ok()) return described;
-  const bool dependent = code.ptxVersion >= 90;
   if constexpr (C::kPackedX) {
     const int64_t col_blocks = (params.epilogue.n + C::kTileN - 1) / C::kTileN;
     const int64_t vectors = col_blocks * params.schedule.units_per_row * (C::kTileN * kTileK / 8);

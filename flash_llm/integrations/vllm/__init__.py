@@ -10,8 +10,12 @@ import importlib
 import logging
 import re
 
-FIRST, LAST = (0, 20), (0, 26)
-"""The versions of vLLM whose interface the plugin was written for, and which pin our torch."""
+FIRST, LAST = (0, 21), (0, 26)
+"""The versions of vLLM that have the interface of the plugin, and which pin our torch.
+
+0.20 has it too, but its ``materialize_layer`` replaces biases that are loaded already by
+uninitialised ones, so it would give wrong results.
+"""
 
 
 def register() -> None:

@@ -34,6 +34,12 @@ logger = init_logger("vllm.flash_llm")
 
 METHOD = hf_quantizer.METHOD
 
+_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+"""What layers of these names are fused of in models that do not say it themselves."""
+
+_DRAFT = "draft_model."
+"""What vLLM puts before the names of the layers of a draft model (speculative decoding)."""
+
 
 def register() -> None:
     """Tell vLLM about the quantization method, unless that has been done."""
@@ -148,11 +154,13 @@ class FlashLLMConfig(QuantizationConfig):
         if not os.path.isdir(folder):
             if not self.packed_folder:
                 return
-            from huggingface_hub import snapshot_download
+            from huggingface_hub import constants, snapshot_download
 
-            revision = revision or getattr(hf_config, "_commit_hash", None)
             folder = snapshot_download(
-                model_name, revision=revision, allow_patterns=["*.safetensors", "*.json"]
+                model_name,
+                revision=revision or getattr(hf_config, "_commit_hash", None),
+                allow_patterns=["*.safetensors", "*.json"],
+                local_files_only=constants.HF_HUB_OFFLINE,  # else it asks for a commit's files
             )
         try:
             files = checkpoint_files(folder)
@@ -186,19 +194,28 @@ class FlashLLMConfig(QuantizationConfig):
             prefix: its name in vLLM's model.
 
         Raises:
-            NotImplementedError: an embedding or an output layer is packed in the folder.
+            NotImplementedError: an embedding or an output layer is packed in the folder, or vLLM is
+                told to keep weights on the CPU.
             ValueError: the weights are random, and no sparsity is given.
         """
+        name = prefix.removeprefix(_DRAFT)
         if not isinstance(layer, LinearBase):
-            if prefix in self.stored:
+            if name in self.stored:
                 raise NotImplementedError(
-                    f"flash_llm: {prefix} is packed in {self.file_of(prefix)}, but vLLM's "
+                    f"flash_llm: {name} is packed in {self.file_of(name)}, but vLLM's "
                     f"{type(layer).__name__} can only be dense; leave it out when packing"
                 )
             if {"RoutedExperts", "FusedMoE"} & {cls.__name__ for cls in type(layer).__mro__}:
                 logger.info_once("flash_llm: experts stay dense: no kernel multiplies by several")
             return None
-        dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        engine = get_current_vllm_config()
+        offload = engine.offload_config
+        if offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size:
+            raise NotImplementedError(
+                "flash_llm: vLLM cannot keep packed weights on the CPU; leave out cpu_offload_gb "
+                "and offload_group_size"
+            )
+        dummy = engine.load_config.load_format == "dummy"
         if dummy and self.sparsity is None:
             raise ValueError(
                 'flash_llm: load_format="dummy" makes weights without zeros; give a sparsity: '
@@ -206,13 +223,13 @@ class FlashLLMConfig(QuantizationConfig):
                 '"sparsity": 0.8}}'
             )
         self._pending += 1
-        return FlashLLMLinearMethod(self, prefix, self._shards(prefix), dummy)
+        return FlashLLMLinearMethod(self, prefix, self._shards(name), dummy)
 
-    def _shards(self, prefix: str) -> list[str]:
+    def _shards(self, name: str) -> list[str]:
         """The checkpoint's names of the layers that a layer of vLLM is fused of."""
-        parent, dot, name = prefix.rpartition(".")
-        fused = [] if prefix in self.stored else self.packed_modules_mapping.get(name, [])
-        shards = [parent + dot + shard for shard in fused] or [prefix]
+        parent, dot, last = name.rpartition(".")
+        fused = [] if name in self.stored else (_FUSED | self.packed_modules_mapping).get(last, [])
+        shards = [parent + dot + shard for shard in fused] or [name]
         return [self.stored.get(shard, shard) for shard in shards]
 
     def file_of(self, name: str) -> str:

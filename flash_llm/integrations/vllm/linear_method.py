@@ -73,7 +73,7 @@ class FlashLLMLinearMethod(LinearMethodBase):
         self.dtype = params_dtype
         if None in self.headers:
             layer.register_parameter("weight", self._empty_weight(layer, "meta"))
-        if any(self.headers):
+        if self.config.stored:  # empty in a dense layer, whose loaders refuse packed parts
             for buffer, dtype in zip(BUFFERS, (torch.int64, torch.int32, torch.int32), strict=True):
                 sizes = self._sizes(buffer)
                 room = torch.empty(sum(sizes), dtype=dtype, device="meta")
@@ -148,6 +148,12 @@ class FlashLLMLinearMethod(LinearMethodBase):
                     f"{loaded_shard_id!r}; leave that layer dense when packing"
                 )
             (place,) = places
+            if not sizes[place]:
+                raise NotImplementedError(
+                    f"flash_llm: vLLM loads a packed part of {self.prefix}, but "
+                    f"{self.shards[place]} was not packed when the engine started; start it again, "
+                    "or, if vLLM fuses this layer from others, leave those dense when packing"
+                )
             if loaded_weight.numel() != sizes[place]:
                 raise NotImplementedError(
                     f"flash_llm: {self.shards[place]}.{buffer} has {loaded_weight.numel()} "
