@@ -43,6 +43,8 @@ MODES: dict[str, dict[str, Any]] = {
 """Options of ``vllm.LLM``: its default; CUDA graphs of decoding alone, which start in seconds."""
 PROMPTS, OUTPUTS = (64, 2048), (32, 512)
 """Shortest and longest of the requests that arrive at random, evenly spread between them."""
+FEWEST_TOKENS = 3
+"""To measure a step: the first token comes with the prompt, and a step lies between two others."""
 PROFILED_STEPS = 8
 LARGEST_BATCH = 512
 """vLLM captures no CUDA graphs above it."""
@@ -185,7 +187,9 @@ def engine_options(contender: Contender, arguments: argparse.Namespace) -> dict[
         "dtype": arguments.dtype,
         "tensor_parallel_size": arguments.gpus,
         "max_model_len": max(
-            longest, arguments.prompt + arguments.new_tokens, *(n + 3 for n in arguments.prefill)
+            longest,
+            arguments.prompt + arguments.new_tokens,
+            *(n + FEWEST_TOKENS for n in arguments.prefill),
         ),
         "max_num_seqs": LARGEST_BATCH if arguments.largest else max([256, *arguments.batch]),
         "enable_prefix_caching": False,  # the same prompts come again in each round
@@ -294,7 +298,7 @@ def measurements(
     for batch in batches:
         yield "serve", static(llm, batch, arguments.prompt, arguments.new_tokens)
     for prompt in arguments.prefill:
-        yield "serve", static(llm, 1, prompt, 3)
+        yield "serve", static(llm, 1, prompt, FEWEST_TOKENS)
     for batch in arguments.account:
         yield "step", accounted(llm, batch, arguments.prompt, of_model["step_gb"])
     if arguments.rate:
@@ -351,16 +355,12 @@ def accounted(llm: Any, batch: int, prompt: int, step_gb: float) -> dict[str, An
 
 def read_speed() -> float:
     """Return how many GB per second a plain read of memory takes."""
+    from flash_llm.timing import time_cuda
+
     buffer = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     floor = StreamFloor()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    floor.read(buffer)
-    begin.record()
-    for _ in range(10):
-        floor.read(buffer)
-    end.record()
-    end.synchronize()
-    return 10 * buffer.nbytes / 1e6 / begin.elapsed_time(end)
+    timing = time_cuda({"read": [lambda: floor.read(buffer)]})["read"]
+    return buffer.nbytes / 1e3 / timing.us
 
 
 def replayed(llm: Any, arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -416,8 +416,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     require_positive(parser, arguments, "prompt", "requests", "gpus")
     require_fractions(parser, arguments.sparsity)
-    if arguments.new_tokens < 3:  # the first comes with the prompt, and a step lies between two
-        parser.error(f"--new-tokens must be at least 3, got {arguments.new_tokens}")
+    if arguments.new_tokens < FEWEST_TOKENS:
+        parser.error(f"--new-tokens must be at least {FEWEST_TOKENS}, got {arguments.new_tokens}")
     for name in ("batch", "prefill", "account", "rate"):
         values = getattr(arguments, name)
         if any(value <= 0 for value in values):

@@ -2,8 +2,8 @@
 
     python benchmarks/plot_serve.py h200
 
-``serve-<gpu>.png`` has a panel for each model and a line for each kind of weights. Needs matplotlib
-(extra ``plot``).
+``serve-<gpu>.png`` has a panel for each model and mode of the engine, and a line for each kind of
+weights. Needs matplotlib (extra ``plot``).
 """
 
 import argparse
@@ -29,20 +29,22 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    models = sorted({row["model"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(models), figsize=(5.0 * len(models), 4.4), squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
-        of_model = [row for row in rows if row["model"] == model]
+    cases = sorted({(row["model"], row["mode"]) for row in rows})
+    figure, axes = pyplot.subplots(1, len(cases), figsize=(4.2 * len(cases), 4.4), squeeze=False)
+    for axis, case in zip(axes[0], cases, strict=True):
+        of_model = [row for row in rows if (row["model"], row["mode"]) == case]
         for name in sorted({label(row) for row in of_model}):
             line = sorted(
                 (row["batch"], row["tok_per_gpu_s"]) for row in of_model if label(row) == name
             )
             axis.plot(*zip(*line, strict=True), marker="o", label=name)
-        axis.set_title(model, fontsize=10)
+        axis.set_title(", ".join(case), fontsize=10)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
+        for numbers in (axis.xaxis, axis.yaxis):
+            numbers.set_major_formatter(ticker.ScalarFormatter())
         axis.set_xlabel("batch")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -57,7 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     """Draw the figure; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("gpu", help="as in the name of the file, such as h200")
-    parser.add_argument("--mode", default="compiled", help="of the engine")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
@@ -65,15 +66,14 @@ def main(argv: list[str] | None = None) -> int:
     rows = [
         row
         for row in read_rows(source)
-        if row["bench"] == "serve"
-        and (row["mode"], row["prompt"]) == (arguments.mode, arguments.prompt)
+        if row["bench"] == "serve" and row["prompt"] == arguments.prompt
     ]
     if not rows:
-        parser.error(f"{source} holds no rows of mode {arguments.mode}")
+        parser.error(f"{source} holds no rows of prompts of {arguments.prompt} tokens")
     commits = ", ".join(sorted({str(row["commit"])[:9] for row in rows}))
     engines = ", ".join(sorted({row["engine"] for row in rows}))
     path = source.with_suffix(".png")
-    draw(rows, f"{engines}, {arguments.mode}, on {arguments.gpu} at {commits}", path)
+    draw(rows, f"{engines} on {arguments.gpu} at {commits}", path)
     print(path)
     return 0
 

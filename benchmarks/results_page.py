@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from bench_cpu import NAME_OF
+from bench_serve import FEWEST_TOKENS, WEIGHTS
 from plot_accuracy import ALLOCATIONS, METHODS, conditions
 from plot_cpu import over_fastest, over_own
 from plot_spmm import of_floor, speed_up
@@ -337,7 +338,9 @@ def weights_name(row: dict) -> str:
 
 def serve_table(rows: list[dict]) -> str:
     """Return a table of steps or prompts, a column for each size, with the ratio to dense."""
-    size, value = ("prompt", "ttft_ms") if rows[0]["new_tokens"] == 3 else ("batch", "step_ms")
+    size, value = (
+        ("prompt", "ttft_ms") if rows[0]["new_tokens"] == FEWEST_TOKENS else ("batch", "step_ms")
+    )
     sizes = sorted({row[size] for row in rows})
     dense = {row[size]: row[value] for row in rows if row["weights"] == "dense"}
     lines: dict[str, dict[int, dict]] = {}
@@ -400,11 +403,10 @@ def replay_table(rows: list[dict]) -> str:
 
 def model_section(title: str, rows: list[dict]) -> list[str]:
     """Return the section of one model in one mode of the engine."""
-    order = ("dense", "fp8", "flash_llm")
-    rows.sort(key=lambda row: (order.index(row["weights"]), row["sparsity"]))
+    rows.sort(key=lambda row: (WEIGHTS.index(row["weights"]), row["sparsity"]))
     serve = [row for row in rows if row["bench"] == "serve"]
-    steps = [row for row in serve if row["new_tokens"] > 3]
-    prompts = [row for row in serve if row["new_tokens"] == 3]
+    steps = [row for row in serve if row["new_tokens"] > FEWEST_TOKENS]
+    prompts = [row for row in serve if row["new_tokens"] == FEWEST_TOKENS]
     account = [row for row in rows if row["bench"] == "step"]
     replay = [row for row in rows if row["bench"] == "replay"]
     parts = [f"### {title}", f"{rows[0]['engine']}, commits {commits(rows)}."]

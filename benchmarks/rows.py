@@ -14,6 +14,26 @@ RESULTS = Path(__file__).resolve().parent / "results"
 # blocks of 128 x 128; where real weights are small.
 MASKS = ("uniform", "rows", "blocks", "real")
 
+# What rows of bench_serve.py begin and end with.
+_SERVE_HEAD: dict[str, tuple[type, ...]] = {
+    "bench": (str,),
+    "engine": (str,),
+    "gpu": (str,),  # or the CPU, where there is none
+    "gpus": (int,),
+    "model": (str,),
+    "weights": (str,),  # dense, fp8, flash_llm
+    "format": (str, NoneType),  # null: nothing is packed
+    "sparsity": (float,),
+}
+_SERVE_TAIL: dict[str, tuple[type, ...]] = {
+    "weights_gb": (float, NoneType),  # of all GPUs; null: on a CPU
+    "kv_tokens": (int,),
+    "start_s": (float, NoneType),  # null: several engines started at once
+    "mode": (str,),
+    "torch": (str,),
+    "commit": (str,),
+}
+
 # The rows of each benchmark: field -> types. Times in microseconds; sparsity a fraction of zeros.
 FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "spmm": {
@@ -150,69 +170,33 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "commit": (str,),
     },
     "serve": {
-        "bench": (str,),
-        "engine": (str,),
-        "gpu": (str,),  # or the CPU, where there is none
-        "gpus": (int,),
-        "model": (str,),
-        "weights": (str,),  # dense, fp8, flash_llm
-        "format": (str, NoneType),  # null: nothing is packed
-        "sparsity": (float,),
+        **_SERVE_HEAD,
         "batch": (int,),
         "prompt": (int,),
         "new_tokens": (int,),
         "step_ms": (float,),
         "tok_per_gpu_s": (float,),
         "ttft_ms": (float,),
-        "weights_gb": (float, NoneType),  # of all GPUs; null: on a CPU
-        "kv_tokens": (int,),
-        "start_s": (float, NoneType),  # null: several engines started at once
-        "mode": (str,),
-        "torch": (str,),
-        "commit": (str,),
-    },
-    "replay": {
-        "bench": (str,),
-        "engine": (str,),
-        "gpu": (str,),  # or the CPU, where there is none
-        "gpus": (int,),
-        "model": (str,),
-        "weights": (str,),  # dense, fp8, flash_llm
-        "format": (str, NoneType),  # null: nothing is packed
-        "sparsity": (float,),
-        "rate": (float,),
-        "requests": (int,),
-        "tok_per_gpu_s": (float,),
-        "ttft_ms": (dict,),  # p50, p99
-        "tpot_ms": (dict,),
-        "weights_gb": (float, NoneType),  # of all GPUs; null: on a CPU
-        "kv_tokens": (int,),
-        "start_s": (float, NoneType),  # null: several engines started at once
-        "mode": (str,),
-        "torch": (str,),
-        "commit": (str,),
+        **_SERVE_TAIL,
     },
     "step": {
-        "bench": (str,),
-        "engine": (str,),
-        "gpu": (str,),
-        "gpus": (int,),
-        "model": (str,),
-        "weights": (str,),  # dense, fp8, flash_llm
-        "format": (str, NoneType),  # null: nothing is packed
-        "sparsity": (float,),
+        **_SERVE_HEAD,
         "batch": (int,),
         "prompt": (int,),
         "step_ms": (float,),
         "kinds_ms": (dict,),  # packed, attention, dense, norms, rest
         "gaps_ms": (float,),
         "floor_ms": (float,),
-        "weights_gb": (float, NoneType),
-        "kv_tokens": (int,),
-        "start_s": (float, NoneType),  # null: several engines started at once
-        "mode": (str,),
-        "torch": (str,),
-        "commit": (str,),
+        **_SERVE_TAIL,
+    },
+    "replay": {
+        **_SERVE_HEAD,
+        "rate": (float,),
+        "requests": (int,),
+        "tok_per_gpu_s": (float,),
+        "ttft_ms": (dict,),  # p50, p99
+        "tpot_ms": (dict,),
+        **_SERVE_TAIL,
     },
 }
 POSITIVE_FIELDS = (
@@ -249,10 +233,10 @@ CASE_FIELDS = {
         *("bench", "gpu", "gpus", "model", "weights", "sparsity", "batch", "prompt"),
         *("new_tokens", "mode"),
     ),
+    "step": ("bench", "gpu", "gpus", "model", "weights", "sparsity", "batch", "prompt", "mode"),
     "replay": (
         *("bench", "gpu", "gpus", "model", "weights", "sparsity", "rate", "requests", "mode"),
     ),
-    "step": ("bench", "gpu", "gpus", "model", "weights", "sparsity", "batch", "prompt", "mode"),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 KINDS = (
-    ("packed", re.compile(r"bitmap_(kernel|finish)|lscd")),
+    ("packed", re.compile(r"flash_llm::")),
     ("attention", re.compile(r"flash|attention|fmha|reshape_and_cache", re.IGNORECASE)),
     ("dense", re.compile(r"gemm|gemv|nvjet|cutlass|splitk", re.IGNORECASE)),
     ("norms", re.compile(r"norm", re.IGNORECASE)),

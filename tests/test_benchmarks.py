@@ -180,9 +180,8 @@ def test_committed_rows_follow_the_schema():
                 **{"cpu": "cpu", "decode": "cpu", "accuracy": "accuracy", "rounding": "accuracy"},
                 **{"convert": "pack", "prune": "pack"},
             }
-            assert path.stem == (
-                of_one_file.get(row["bench"]) or f"{row['bench']}-{row.get('gpu')}"
-            )
+            bench = "serve" if row["bench"] in ("step", "replay") else row["bench"]
+            assert path.stem == (of_one_file.get(bench) or f"{bench}-{row.get('gpu')}")
             if row["bench"] in ("spmm", "cpu"):
                 assert row["rel_err"] <= bench_spmm.MAX_REL_ERR[row["dtype"]]
         assert len({rows.case_of(row) for row in found}) == len(found)
@@ -872,8 +871,12 @@ def test_steps_count_in_which_each_request_gets_a_token():
 
 def test_an_account_of_a_step_counts_overlapping_kernels_once():
     kernels = [
-        ("void bitmap_finish<C>", 30.0, 34.0),
-        ("void bitmap_kernel<C>", 10.0, 32.0),  # dependent launch: begins before the next ends
+        ("void flash_llm::bitmap_finish_kernel<C>", 30.0, 34.0),
+        (
+            "void flash_llm::bitmap_kernel<C>",
+            10.0,
+            32.0,
+        ),  # dependent launch: begins before the next ends
         ("flash_fwd_splitkv", 40.0, 45.0),
         ("nvjet_hsh_64x8", 45.0, 50.0),
         ("triton_red_fused_rms_norm", 50.0, 51.0),
@@ -897,14 +900,19 @@ def serve_row(**changes):
 
 def test_the_plot_of_serving_is_drawn_from_rows(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
-    found = [serve_row(batch=b, weights=w) for b in (1, 8) for w in bench_serve.WEIGHTS]
+    found = [
+        serve_row(batch=b, weights=w, mode=m)
+        for b in (1, 8)
+        for w in bench_serve.WEIGHTS
+        for m in bench_serve.MODES
+    ]
     for row in found:
         rows.check_row(row)
     rows.write_rows(tmp_path / "serve-h200.jsonl", found)
     assert plot_serve.main(["h200", "--results", str(tmp_path)]) == 0
     assert (tmp_path / "serve-h200.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
-        plot_serve.main(["h200", "--results", str(tmp_path), "--mode", "eager"])
+        plot_serve.main(["h200", "--results", str(tmp_path), "--prompt", "65"])
 
 
 @pytest.mark.parametrize(

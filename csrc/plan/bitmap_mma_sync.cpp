@@ -85,17 +85,9 @@ Status plan(const Configs& configs, const PlanRequest& request, SpmmPlan* out) {
                                  : best_config(configs, device, problem.n);
   const MmaSyncPlanConfig& config = configs[static_cast<size_t>(out->config)];
   if (Status fit = check_smem(config.name, least_smem_bytes(config), device); !fit.ok()) return fit;
-  const int64_t columns = num_chunk_cols(problem.k);
-  // A work range that ends between the two columns of a 2:4 pair would contain the work of both,
-  // and the next one that of neither.
-  out->unit_cols = mostly_two_four(problem) ? 2 : 1;
-  out->work.rows = (problem.n + config.tile_n - 1) / config.tile_n *
-                   ((problem.m + config.block_m() - 1) / config.block_m());
-  out->work.cols = (columns + out->unit_cols - 1) / out->unit_cols;
-  if (out->work.rows * columns > INT32_MAX) {
-    return Status::invalid_value(shape_text(problem) + " needs " +
-                                 std::to_string(out->work.rows * columns) +
-                                 " units of work, more than 32-bit indices can count");
+  if (Status divided = divide_bitmap_work(problem, config.tile_n, config.block_m(), out);
+      !divided.ok()) {
+    return divided;
   }
   const int64_t ctas = request.ctas == 0 ? device.num_sms : request.ctas;
   out->ctas = std::clamp<int64_t>(ctas, 1, std::max<int64_t>(out->work.units(), 1));

@@ -39,7 +39,7 @@ std::vector<KernelConfig> describe_bitmap_rows_configs() {
 //   14336x4096   21.7 / 24.7   18.0 / 20.4   14.7 / 16.9   (128)
 //   18944x3584   23.0 / 26.0   21.3 / 20.8   18.3 / 18.0   (140)
 //   28672x4096   35.8 / 39.1   31.8 / 29.1   26.8 / 24.0   (224)
-//    9216x9216   34.2 / 31.0   29.9 / 24.4   25.4 / 20.1   (216; 157 if rows were divisible)
+//    9216x9216   34.2 / 31.0   29.9 / 24.4   25.4 / 20.1   (216, 157 on average)
 //   28672x7168   63.7 / 63.5   56.6 / 45.5   47.4 / 35.2   (392)
 // 9 to 16 tokens:
 //    4096x4096    8.9 / 12.7    7.6 / 11.3    7.2 / 11.0
@@ -72,7 +72,7 @@ Status plan_bitmap_rows(const PlanRequest& request, SpmmPlan* out) {
   const BitmapRowsConfig& config = bitmap_rows_configs()[static_cast<size_t>(out->config)];
   const int64_t ctas = request.ctas == 0 ? request.device.num_sms : request.ctas;
   out->ctas = std::clamp<int64_t>(ctas, 1, std::max<int64_t>(num_chunk_rows(problem.m), 1));
-  const int room = request.device.smem_per_sm_bytes - kReservedSmemBytes -
+  const int room = smem_per_cta_bytes(request.device) -
                    bitmap_rows_fixed_smem_bytes(config.tile_n, config.teams);
   out->ring_bytes = std::max(room, kBitmapRowsMinRingBytes) / kChunkUnitBytes * kChunkUnitBytes;
   out->x_multiple = 8;

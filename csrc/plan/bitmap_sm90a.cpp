@@ -83,6 +83,21 @@ bool takes_bitmap(const PlanRequest& request, std::string* reason) {
   return true;
 }
 
+Status divide_bitmap_work(const SpmmProblem& problem, int tile_n, int block_m, SpmmPlan* out) {
+  const int64_t columns = num_chunk_cols(problem.k);
+  // A work range that ends between the two columns of a 2:4 pair would contain the work of both,
+  // and the next one that of neither.
+  out->unit_cols = mostly_two_four(problem) ? 2 : 1;
+  out->work.rows = (problem.n + tile_n - 1) / tile_n * ((problem.m + block_m - 1) / block_m);
+  out->work.cols = (columns + out->unit_cols - 1) / out->unit_cols;
+  if (out->work.rows * columns > INT32_MAX) {
+    return Status::invalid_value(shape_text(problem) + " needs " +
+                                 std::to_string(out->work.rows * columns) +
+                                 " units of work, more than 32-bit indices can count");
+  }
+  return Status::success();
+}
+
 Status plan_bitmap(const PlanRequest& request, SpmmPlan* out) {
   const SpmmProblem& problem = request.problem;
   const DeviceInfo& device = request.device;
@@ -90,25 +105,16 @@ Status plan_bitmap(const PlanRequest& request, SpmmPlan* out) {
   out->config = request.forced() ? config_named(bitmap_configs(), request.config)
                                  : config_covering(bitmap_configs(), tokens);
   const BitmapConfig& config = bitmap_configs()[static_cast<size_t>(out->config)];
-  const int64_t token_blocks = (problem.n + config.tile_n - 1) / config.tile_n;
-  const int64_t row_blocks = (problem.m + config.block_m() - 1) / config.block_m();
-  // A work range that ends between the two columns of a 2:4 pair would contain the work of both,
-  // and the next one that of neither.
-  out->unit_cols = mostly_two_four(problem) ? 2 : 1;
-  const int64_t columns = num_chunk_cols(problem.k);
-  out->work.rows = token_blocks * row_blocks;
-  out->work.cols = (columns + out->unit_cols - 1) / out->unit_cols;
-  if (out->work.rows * columns > INT32_MAX) {
-    return Status::invalid_value(shape_text(problem) + " needs " +
-                                 std::to_string(out->work.rows * columns) +
-                                 " units of work, more than 32-bit indices can count");
+  if (Status divided = divide_bitmap_work(problem, config.tile_n, config.block_m(), out);
+      !divided.ok()) {
+    return divided;
   }
   // One CTA per SM, because it fills the SM's registers. The workers are clusters.
   const int64_t ctas = request.ctas == 0 ? device.num_sms : request.ctas;
   out->work.workers =
       std::clamp<int64_t>(ctas / config.cluster, 1, std::max<int64_t>(out->work.units(), 1));
   out->ctas = out->work.workers * config.cluster;
-  const int room = device.smem_per_sm_bytes - kReservedSmemBytes - kBitmapSpareSmemBytes;
+  const int room = smem_per_cta_bytes(device) - kBitmapSpareSmemBytes;
   const int step = kChunkUnitBytes * config.rings();
   out->ring_bytes =
       std::max(room - bitmap_smem_bytes(config, 0), bitmap_min_ring_bytes(config)) / step * step;

@@ -116,6 +116,10 @@ constexpr int bitmap_min_ring_bytes(const BitmapConfig& config) {
 // prefers_two_four).
 bool mostly_two_four(const SpmmProblem& problem);
 
+// Sets the work grid of a plan for kernels whose output tiles are `block_m` rows of W by `tile_n`
+// tokens, and the columns of a work unit.
+Status divide_bitmap_work(const SpmmProblem& problem, int tile_n, int block_m, SpmmPlan* out);
+
 // The functions of this family's row in plan/kernel_family.cpp.
 std::vector<KernelConfig> describe_bitmap_configs();
 bool takes_bitmap(const PlanRequest& request, std::string* reason);

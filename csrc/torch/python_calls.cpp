@@ -1,5 +1,5 @@
-// Calls of flash_llm::spmm from Python for layers of few microseconds: torch.ops parses arguments
-// by the operator's schema and boxes them, which takes longer than the call itself.
+// Calls flash_llm::spmm from Python without boxing its arguments: torch.ops parses them by the
+// operator's schema, which takes longer than a small layer's call itself.
 #include "torch/python_calls.h"
 
 #include <torch/csrc/utils/pybind.h>

@@ -147,11 +147,8 @@ Status launch(const BitmapParams& params, const SpmmArgs& args, int smem_bytes, 
   CUtensorMap map;
   const Status mapped = map_x(args, C::kTileN / C::kCluster, &map);
   if (!mapped.ok()) return mapped;
-  // Idempotent and legal during graph capture; it applies to the current device.
   const Status sized =
-      cuda::check(cudaFuncSetAttribute(bitmap_kernel<C>,
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
-                  "cudaFuncSetAttribute(bitmap_kernel)");
+      allow_smem("cudaFuncSetAttribute(bitmap_kernel)", bitmap_kernel<C>, smem_bytes);
   if (!sized.ok()) return sized;
   const Status multiplied =
       launch_clusters("bitmap_kernel launch", bitmap_kernel<C>, C::kCluster,
@@ -180,7 +177,6 @@ Status launch_config(int config, const BitmapParams& params, const SpmmArgs& arg
 
 Status cuda::spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                          cudaStream_t stream) {
-  const PackedView& weight = args.weight;
   if (plan.config < 0 || plan.config >= static_cast<int>(bitmap_configs().size())) {
     return Status::invalid_value("no bitmap configuration has index " +
                                  std::to_string(plan.config));
@@ -193,19 +189,7 @@ Status cuda::spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* works
   }
   const int64_t sums_bytes = bitmap_sums_bytes(config, plan.work);
   if (Status fits = cuda::check_launch(plan, sums_bytes); !fits.ok()) return fits;
-  BitmapParams params;
-  params.payload = weight.payload;
-  params.offsets = weight.offsets;
-  params.payload_units = static_cast<int>(weight.payload_words / kChunkUnitWords);
-  params.chunk_rows = static_cast<int>(num_chunk_rows(weight.m));
-  params.chunk_cols = static_cast<int>(num_chunk_cols(weight.k));
-  params.row_blocks = static_cast<int>((weight.m + config.block_m() - 1) / config.block_m());
-  params.output_tiles = static_cast<int>(plan.work.rows);
-  params.ring_units = plan.ring_bytes / config.rings() / kChunkUnitBytes;
-  params.unit_cols = plan.unit_cols;
-  params.schedule = StreamK(plan.work);
-  params.partial = static_cast<float4*>(workspace);
-  params.epilogue = {args.bias, args.y, weight.m, args.n, args.activation};
+  const BitmapParams params(plan, args, workspace, config.block_m(), config.rings());
   const int smem_bytes = bitmap_smem_bytes(config, plan.ring_bytes);
   switch (args.value_type) {
     case ValueType::kFloat16:

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "cuda/bitmap/decode.cuh"
+#include "cuda/bitmap/residual.cuh"
 #include "cuda/bitmap/smem.cuh"
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/ptx/sm90.cuh"
@@ -88,7 +89,6 @@ class BitmapConsumer {
   static constexpr bool kFewRegisters = C::kStrips * C::kTileN > 64;
   static constexpr int kTransposedN = C::kTileN < 64 ? C::kTileN : 64;
   static constexpr int kTokenBlocks = C::kTileN / kTransposedN;
-  static constexpr int kTransposedBlockBytes = kTwoFourK * 16;  // 8 tokens
 
   using Batch = uint32_t[kBatch][C::kStrips][4];
 
@@ -292,38 +292,8 @@ class BitmapConsumer {
     });
   }
 
-  // The parts of a 2:4 chunk: shared-memory addresses and counts. The counts come from the chunk
-  // itself and are clamped by its size, so that even a malformed chunk leads to no address beyond
-  // the guard after the rings.
-  struct TwoFourParts {
-    uint32_t bits, values, residual;
-    uint32_t down_offsets;  // where this lane's downward runs begin, one byte per strip
-    int steps[2];           // of the residual, by strip
-  };
-
   __device__ __forceinline__ TwoFourParts find_parts(uint2 descriptor) const {
-    const int units = static_cast<int>(descriptor.y & 0xFFFF);
-    TwoFourParts parts;
-    parts.bits = descriptor.x;
-    asm volatile("ld.shared.u16 %0, [%1];"
-                 : "=r"(parts.down_offsets)
-                 : "r"(descriptor.x + kTwoFourBitsBytes + lane_ * 2));
-    const uint32_t counts = __ballot_sync(~0U, (parts.down_offsets & 1) != 0);
-    const int rows = min(static_cast<int>(counts & 0xFF), units / 2);
-    const int spare = max(units - kTwoFourFixedUnits - 2 * rows, 0);
-    parts.steps[0] = min(static_cast<int>(counts >> 8 & 0xFF), spare);
-    parts.steps[1] = min(static_cast<int>(counts >> 16 & 0xFF), spare - parts.steps[0]);
-    parts.values = descriptor.x + kTwoFourFixedBytes;
-    parts.residual = parts.values + rows * kChunkRowBytes;
-    return parts;
-  }
-
-  // Loads this lane's bits of strip s.
-  __device__ __forceinline__ void load_two_four_bits(const TwoFourParts& parts, int s,
-                                                     uint32_t (&bits)[4]) const {
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
-                 : "r"(parts.bits + strip(s) * kTwoFourStripBitsBytes + lane_ * 16));
+    return {descriptor.x, static_cast<int>(descriptor.y & 0xFFFF), lane_};
   }
 
   // The address where this lane's downward run of strip s begins.
@@ -343,7 +313,7 @@ class BitmapConsumer {
     for (int s = 0; s < C::kStrips; ++s) {
       const bool lower = strip(s) == 0;
       uint32_t bits[4];
-      load_two_four_bits(parts, s, bits);
+      load_bits(bits, parts.bits + strip(s) * kTwoFourStripBitsBytes + lane_ * 16);
       groups[s] = two_four_groups(bits, lane_);
       position[0][s] = parts.values + lane_ * 4 + strip(s) * 2;
       position[1][s] = begin_down(parts, s);
@@ -383,7 +353,7 @@ class BitmapConsumer {
 #pragma unroll
     for (int s = 0; s < C::kStrips; ++s) {
       uint32_t bits[4];
-      load_two_four_bits(parts, s, bits);
+      load_bits(bits, parts.bits + strip(s) * kTwoFourStripBitsBytes + lane_ * 16);
       words[s] = two_four_words(bits, lane_);
       position[s] = parts.values + lane_ * 4 + strip(s) * 2;
     }
@@ -421,8 +391,13 @@ class BitmapConsumer {
 #pragma unroll
       for (int s = 0; s < C::kStrips; ++s) {
         const bool lower = strip(s) == 0;
-        add_residual(parts.residual + (lower ? 0 : parts.steps[0] * kResidualStepBytes),
-                     lower ? parts.steps[0] : parts.steps[1], &sums[s][block * (kTransposedN / 2)]);
+        // Opaque: otherwise the compiler computes what depends on the lane once, before all
+        // columns, and keeps it in registers.
+        const int lane = kFewRegisters ? static_cast<int>(ptx::opaque(lane_)) : lane_;
+        add_residual<C::kType, kTransposedN>(
+            smem_.transposed_x(),
+            parts.residual + (lower ? 0 : parts.steps[0] * kResidualStepBytes),
+            lower ? parts.steps[0] : parts.steps[1], lane, &sums[s][block * (kTransposedN / 2)]);
       }
       arrive(smem_.transposed_empty());
       transposed_phase_ ^= 1;
@@ -507,53 +482,6 @@ class BitmapConsumer {
                              reg);
     }
     arrive(smem_.transposed_full());
-  }
-
-  // Adds the products of `steps` steps of a strip's residual to the sums of kTransposedN tokens;
-  // `step` is the shared-memory address of the first step.
-  __device__ __forceinline__ void add_residual(uint32_t step, int steps, float* strip_sums) const {
-    constexpr int kUnroll = kTransposedN <= 16 ? 2 : 1;
-    // Opaque: otherwise the compiler computes what depends on the lane once, before all columns,
-    // and keeps it in registers.
-    const int lane = kFewRegisters ? static_cast<int>(ptx::opaque(lane_)) : lane_;
-    // Lane 4 g + t holds A[g][2 t], A[g][2 t + 1] and A[g + 8][2 t + 8], A[g + 8][2 t + 9]; one of
-    // each is on the diagonal if t == g / 2.
-    const bool diagonal = lane % 4 == lane / 8;
-    const bool high = (lane / 4) % 2 != 0;
-    const uint32_t select_low = !diagonal ? 0x4444U : high ? 0x1044U : 0x4410U;
-    const uint32_t select_high = !diagonal ? 0x4444U : high ? 0x3244U : 0x4432U;
-    const uint32_t tokens =
-        smem_.transposed_x() + (kTransposedN > 8 ? lane / 16 : 0) * kTransposedBlockBytes;
-    const uint32_t own_pair = lane / 4 * 4, own_column = 32 + lane % 16 * 2;
-    const auto load_pair = [&] { return ptx::load_shared_u32(step + own_pair); };
-    const auto load_column = [&] {
-      return tokens + (load_shared_u16<0>(step + own_column) & (kTransposedBlockBytes - 16));
-    };
-    // Loads are one step ahead. The loads after the last step read shared memory beyond the
-    // residual, and their results are not used.
-    uint32_t next_pair = load_pair(), next_column = load_column();
-#pragma unroll kUnroll
-    for (int i = 0; i < steps; ++i) {
-      const uint32_t pair = next_pair, column = next_column;
-      step += kResidualStepBytes;
-      next_pair = load_pair();
-      next_column = load_column();
-      const uint32_t a[4] = {byte_permute(pair, 0, select_low), 0, 0,
-                             byte_permute(pair, 0, select_high)};
-      if constexpr (kTransposedN == 8) {
-        uint32_t b[2];
-        ptx::ldmatrix_x2_trans(b, column);
-        ptx::mma_m16n8k16<C::kType>(strip_sums, a, b[0], b[1]);
-      } else {
-#pragma unroll
-        for (int token16 = 0; token16 < kTransposedN / 16; ++token16) {
-          uint32_t b[4];
-          ptx::ldmatrix_x4_trans(b, column + token16 * 2 * kTransposedBlockBytes);
-          ptx::mma_m16n8k16<C::kType>(strip_sums + token16 * 8, a, b[0], b[1]);
-          ptx::mma_m16n8k16<C::kType>(strip_sums + token16 * 8 + 4, a, b[2], b[3]);
-        }
-      }
-    }
   }
 
   const BitmapSmem<C>& smem_;

@@ -276,6 +276,13 @@ __device__ __forceinline__ void exchange_pairs(const uint32_t (&low)[2], const u
   }
 }
 
+// Loads a lane's four words of bits. Volatile, as load_shared_u16.
+__device__ __forceinline__ void load_bits(uint32_t (&bits)[4], uint32_t smem) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+               : "r"(smem));
+}
+
 // A lane's bits, and the addresses where its runs begin, in a plain chunk in shared memory.
 struct ChunkCursor {
   uint32_t bits[4];  // [2 half + strip]
@@ -288,9 +295,7 @@ struct ChunkCursor {
                                          int lane) {
     const uint32_t smem_bits = smem_chunk + value_bytes;
     uint32_t down_offsets;  // where the downward runs begin in the last row, one byte per strip
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
-                 : "r"(smem_bits + lane * 16));
+    load_bits(bits, smem_bits + lane * 16);
     asm volatile("ld.shared.u16 %0, [%1];"
                  : "=r"(down_offsets)
                  : "r"(smem_bits + kChunkBitsBytes + lane * 2));

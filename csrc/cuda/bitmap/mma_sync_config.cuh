@@ -41,8 +41,7 @@ struct MmaSyncConfig
   static constexpr int kGroups = kWarps / kGroupChunks;
   static constexpr int kGroupWarps = kGroupChunks;
   static constexpr int kRingGroups = kGroups / kRings;
-  static constexpr int kXProducer = kWarps + kRings;  // index of the warp, after those of the rings
-  static constexpr int kAllWarps = kXProducer + 1;
+  static constexpr int kAllWarps = kWarps + kRings + 1;  // the last one copies X
   static constexpr int kThreads = kAllWarps * 32;
 
   static_assert(kRingGroups * kRings == kGroups, "each ring has the same number of groups");

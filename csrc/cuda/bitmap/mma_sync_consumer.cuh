@@ -146,9 +146,7 @@ class MmaSyncConsumer {
 #pragma unroll
     for (int s = 0; s < C::kStrips; ++s) {
       uint32_t bits[4];
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
-                   : "r"(parts.bits + s * kTwoFourStripBitsBytes + lane_ * 16));
+      load_bits(bits, parts.bits + s * kTwoFourStripBitsBytes + lane_ * 16);
       words[s] = two_four_words(bits, lane_);
       position[s] = parts.values + lane_ * 4 + s * 2;
     }

@@ -4,7 +4,7 @@
 //   * plain chunks are multiplied by mma.m16n8k16, 2:4 chunks by mma.sp.m16n8k32, for any number of
 //     tokens, at most 64 in a pass
 //   * X is copied by cp.async into the same swizzled stages, instead of through a tensor map
-//   * one producer warp and one ring per CTA, no clusters, no setmaxnreg
+//   * no clusters, no setmaxnreg
 #pragma once
 
 #include <cuda_runtime.h>
@@ -153,11 +153,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 template <typename C>
 Status launch_mma_sync(const MmaSyncParams& params, int smem_bytes, bool prefetch,
                        cudaStream_t stream) {
-  // Idempotent and legal during graph capture; it applies to the current device.
-  const Status sized =
-      cuda::check(cudaFuncSetAttribute(bitmap_mma_sync_kernel<C>,
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
-                  "cudaFuncSetAttribute(bitmap_mma_sync_kernel)");
+  const Status sized = allow_smem("cudaFuncSetAttribute(bitmap_mma_sync_kernel)",
+                                  bitmap_mma_sync_kernel<C>, smem_bytes);
   if (!sized.ok()) return sized;
   bool dependent = C::WeightCopy::kNeedsSm90;
   if (!dependent) {
@@ -191,7 +188,6 @@ Status launch_mma_sync_config(int config, const MmaSyncParams& params, int smem_
 template <typename Family>
 Status spmm_mma_sync(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                      cudaStream_t stream) {
-  const PackedView& weight = args.weight;
   if (plan.config < 0 || plan.config >= static_cast<int>(std::size(Family::kConfigs))) {
     return Status::invalid_value("no bitmap configuration has index " +
                                  std::to_string(plan.config));
@@ -203,22 +199,10 @@ Status spmm_mma_sync(const SpmmPlan& plan, const SpmmArgs& args, void* workspace
   }
   const int64_t sums_bytes = mma_sync_sums_bytes(config, plan.work);
   if (Status fits = cuda::check_launch(plan, sums_bytes); !fits.ok()) return fits;
-  MmaSyncParams params;
-  params.payload = weight.payload;
-  params.offsets = weight.offsets;
-  params.payload_units = static_cast<int>(weight.payload_words / kChunkUnitWords);
-  params.chunk_rows = static_cast<int>(num_chunk_rows(weight.m));
-  params.chunk_cols = static_cast<int>(num_chunk_cols(weight.k));
-  params.row_blocks = static_cast<int>((weight.m + config.block_m() - 1) / config.block_m());
-  params.output_tiles = static_cast<int>(plan.work.rows);
-  params.ring_units = plan.ring_bytes / config.rings / kChunkUnitBytes;
-  params.unit_cols = plan.unit_cols;
-  params.schedule = StreamK(plan.work);
-  params.partial = static_cast<float4*>(workspace);
-  params.epilogue = {args.bias, args.y, weight.m, args.n, args.activation};
+  MmaSyncParams params = {{plan, args, workspace, config.block_m(), config.rings}};
   params.x = args.x;
   params.x_stride = args.x_stride;
-  params.k = static_cast<int>(weight.k);
+  params.k = static_cast<int>(args.weight.k);
   const int smem_bytes = mma_sync_smem_bytes(config, plan.ring_bytes);
   switch (args.value_type) {
     case ValueType::kFloat16:

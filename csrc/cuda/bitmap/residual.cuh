@@ -1,7 +1,7 @@
-// The residual of a 2:4 chunk (format/bitmap.h) for mma.sync: a step holds up to one element of
-// each of 16 rows. It is multiplied by mma.m16n8k16 with a diagonal A: A[j][j] is the element of
-// row j, and row j of B is the column of X that this element multiplies. X is transposed first, so
-// that a column of eight tokens is one row of ldmatrix.
+// The parts and the residual of a 2:4 chunk (format/bitmap.h). The residual is for mma.sync: a step
+// holds up to one element of each of 16 rows. It is multiplied by mma.m16n8k16 with a diagonal A:
+// A[j][j] is the element of row j, and row j of B is the column of X that this element multiplies.
+// X is transposed first, so that a column of eight tokens is one row of ldmatrix.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +33,20 @@ struct TwoFourParts {
     steps[1] = min(static_cast<int>(counts >> 16 & 0xFF), spare - steps[0]);
     values = smem_chunk + kTwoFourFixedBytes;
     residual = values + rows * kChunkRowBytes;
+  }
+};
+
+// PRMT selectors that build a lane's registers 0 and 3 of a diagonal A from the step's values of
+// rows g and g + 8, which are the halves of a word. Lane 4 g + t holds A[g][2 t], A[g][2 t + 1] and
+// A[g + 8][2 t + 8], A[g + 8][2 t + 9]; one of each is on the diagonal if t == g / 2.
+struct DiagonalSelectors {
+  uint32_t low, high;
+
+  __device__ __forceinline__ explicit DiagonalSelectors(int lane) {
+    const bool diagonal = lane % 4 == lane / 8;
+    const bool odd_row = (lane / 4) % 2 != 0;
+    low = !diagonal ? 0x4444U : odd_row ? 0x1044U : 0x4410U;
+    high = !diagonal ? 0x4444U : odd_row ? 0x3244U : 0x4432U;
   }
 };
 
@@ -69,12 +83,7 @@ __device__ __forceinline__ void transpose_columns(uint32_t x, int col8, uint32_t
 template <ValueType kType, int kTokens>
 __device__ __forceinline__ void add_residual(uint32_t transposed, uint32_t step, int steps,
                                              int lane, float* sums) {
-  // Lane 4 g + t holds A[g][2 t], A[g][2 t + 1] and A[g + 8][2 t + 8], A[g + 8][2 t + 9]; one of
-  // each is on the diagonal if t == g / 2.
-  const bool diagonal = lane % 4 == lane / 8;
-  const bool high = (lane / 4) % 2 != 0;
-  const uint32_t select_low = !diagonal ? 0x4444U : high ? 0x1044U : 0x4410U;
-  const uint32_t select_high = !diagonal ? 0x4444U : high ? 0x3244U : 0x4432U;
+  const DiagonalSelectors select(lane);
   const uint32_t tokens = transposed + (kTokens > 8 ? lane / 16 : 0) * kTransposedBlockBytes;
   const uint32_t own_pair = lane / 4 * 4, own_column = 32 + lane % 16 * 2;
   const auto load_pair = [&] { return ptx::load_shared_u32(step + own_pair); };
@@ -90,8 +99,8 @@ __device__ __forceinline__ void add_residual(uint32_t transposed, uint32_t step,
     step += kResidualStepBytes;
     next_pair = load_pair();
     next_column = load_column();
-    const uint32_t a[4] = {byte_permute(pair, 0, select_low), 0, 0,
-                           byte_permute(pair, 0, select_high)};
+    const uint32_t a[4] = {byte_permute(pair, 0, select.low), 0, 0,
+                           byte_permute(pair, 0, select.high)};
     if constexpr (kTokens == 8) {
       uint32_t b[2];
       ptx::ldmatrix_x2_trans(b, column);

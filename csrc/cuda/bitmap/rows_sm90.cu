@@ -28,6 +28,7 @@
 #include <string>
 
 #include "cuda/bitmap/decode.cuh"
+#include "cuda/bitmap/residual.cuh"
 #include "cuda/bitmap/tensor_map.h"
 #include "cuda/epilogue.cuh"
 #include "cuda/launch.h"
@@ -38,14 +39,15 @@
 #include "plan/bitmap_rows_sm90.h"
 
 namespace flash_llm {
-namespace {
 
-constexpr int kTeamWarps = 4;
-constexpr int kStepChunks = kBitmapRowsStepChunks;
+// Outside the unnamed namespace, in which nvcc would warn of those that the empty kernel of other
+// architectures does not use.
+inline constexpr int kTeamWarps = 4;
+inline constexpr int kStepChunks = kBitmapRowsStepChunks;
 static_assert(kStepChunks == kTeamWarps, "a chunk for each warp of a team");
-constexpr int kStages = 16;  // steps in the ring, at most
-constexpr int kPairBoxes = kTwoFourK / kXBoxK;
-constexpr int kColumnBoxes = kChunkK / kXBoxK;
+inline constexpr int kStages = 16;  // steps in the ring, at most
+inline constexpr int kPairBoxes = kTwoFourK / kXBoxK;
+inline constexpr int kColumnBoxes = kChunkK / kXBoxK;
 
 template <ValueType kTypeArg, int kTokensArg, int kTeamsArg>
 struct RowsConfig {
@@ -58,6 +60,8 @@ struct RowsConfig {
   static constexpr int kBoxBytes = kTokens * kXBoxK * 2;
   static constexpr int kRowSums = kChunkM * kTokens;
 };
+
+namespace {
 
 struct RowsParams {
   const uint32_t* payload;
@@ -262,7 +266,6 @@ class StepProducer {
 };
 
 // Arrives for a warp.
-template <typename C>
 __device__ __forceinline__ void arrive(uint32_t barrier, int lane) {
   __syncwarp();
   if (lane == 0) ptx::mbarrier_arrive(barrier);
@@ -303,14 +306,14 @@ class RowConsumer {
         multiply_plain(even, 0);
       }
       next_x(0);
-      arrive<C>(smem_.empty(2 * block_), lane_);
+      arrive(smem_.empty(2 * block_), lane_);
       const uint2 odd = wait_chunk(2 * block_ + 1);
       if (!is_two_four(even.y)) {
         wait_x(1);
         multiply_plain(odd, 1);
       }
       next_x(1);
-      arrive<C>(smem_.empty(2 * block_ + 1), lane_);
+      arrive(smem_.empty(2 * block_ + 1), lane_);
       if (!x_stays()) ++x_uses_;
     }
   }
@@ -412,34 +415,20 @@ class RowConsumer {
   }
 
   __device__ __forceinline__ void multiply_two_four(uint32_t chunk, int units) {
-    uint32_t down_offsets;
-    asm volatile("ld.shared.u16 %0, [%1];"
-                 : "=r"(down_offsets)
-                 : "r"(chunk + kTwoFourBitsBytes + lane_ * 2));
-    // Counts are clamped by the chunk's size, so that a malformed chunk leads to no address beyond
-    // the guard after the ring.
-    const uint32_t counts = __ballot_sync(~0U, (down_offsets & 1) != 0);
-    const int rows = min(static_cast<int>(counts & 0xFF), units / 2);
-    const int spare = max(units - kTwoFourFixedUnits - 2 * rows, 0);
-    int steps[2];
-    steps[0] = min(static_cast<int>(counts >> 8 & 0xFF), spare);
-    steps[1] = min(static_cast<int>(counts >> 16 & 0xFF), spare - steps[0]);
-    const uint32_t values = chunk + kTwoFourFixedBytes;
-    const uint32_t residual = values + rows * kChunkRowBytes;
+    const TwoFourParts parts(chunk, units, lane_);
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       uint32_t bits[4];
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
-                   : "r"(chunk + s * kTwoFourStripBitsBytes + lane_ * 16));
+      load_bits(bits, parts.bits + s * kTwoFourStripBitsBytes + lane_ * 16);
       const TwoFourWords words = two_four_words(bits, lane_);
-      uint32_t up = values + lane_ * 4 + s * 2;
-      uint32_t down = residual - kChunkRowBytes + (down_offsets >> (s * 8) & 0x7EU);
+      uint32_t up = parts.values + lane_ * 4 + s * 2;
+      uint32_t down = parts.residual - kChunkRowBytes + (parts.down_offsets >> (s * 8) & 0x7EU);
       two_four_fragment<0>(words, up, down, sums[s]);
       two_four_fragment<1>(words, up, down, sums[s]);
       two_four_fragment<2>(words, up, down, sums[s]);
       two_four_fragment<3>(words, up, down, sums[s]);
-      add_residual(residual + (s == 0 ? 0 : steps[0] * kResidualStepBytes), steps[s], sums[s]);
+      add_residual(parts.residual + (s == 0 ? 0 : parts.steps[0] * kResidualStepBytes),
+                   parts.steps[s], sums[s]);
     }
   }
 
@@ -474,10 +463,7 @@ class RowConsumer {
   __device__ __forceinline__ void add_residual(uint32_t step, int steps,
                                                float (&strip_sums)[C::kBlocks][4]) const {
     const int group = lane_ / 4, t = lane_ % 4;
-    // Lane 4 g + t holds A[g][2 t], A[g][2 t + 1] and A[g + 8][2 t + 8], A[g + 8][2 t + 9].
-    const bool diagonal = t == group / 2, odd_row = group % 2 != 0;
-    const uint32_t select_low = !diagonal ? 0x4444U : odd_row ? 0x1044U : 0x4410U;
-    const uint32_t select_high = !diagonal ? 0x4444U : odd_row ? 0x3244U : 0x4432U;
+    const DiagonalSelectors select(lane_);
     // The columns of two rows, of token `group` of a block.
     const auto load_pair = [&](uint32_t offsets, int block) {
       uint32_t pair[2];
@@ -495,8 +481,8 @@ class RowConsumer {
       const uint32_t values = ptx::load_shared_u32(step + group * 4);
       const uint32_t low = ptx::load_shared_u32(step + 32 + t * 4);
       const uint32_t high = ptx::load_shared_u32(step + 48 + t * 4);
-      const uint32_t a[4] = {byte_permute(values, 0, select_low), 0, 0,
-                             byte_permute(values, 0, select_high)};
+      const uint32_t a[4] = {byte_permute(values, 0, select.low), 0, 0,
+                             byte_permute(values, 0, select.high)};
 #pragma unroll
       for (int block = 0; block < C::kBlocks; ++block) {
         ptx::mma_m16n8k16<C::kType>(strip_sums[block], a, load_pair(low, block),
@@ -553,13 +539,13 @@ __device__ __forceinline__ void multiply_rows(const RowsParams& p, const CUtenso
 #pragma unroll
       for (float& sum : sums) sum = 0.0F;
     }
-    arrive<C>(smem.sums_full(), lane);
+    arrive(smem.sums_full(), lane);
     // The halves of the warps take turns in adding the sums; the others go on to the next row.
     constexpr uint32_t kHalf = C::kWarps / 2;
     if (warp / kHalf != row % 2) continue;
     ptx::mbarrier_wait(smem.sums_full(), phase(row));
     add_sums(p, smem, row, (warp % kHalf) * 32 + lane, kHalf * 32);
-    arrive<C>(smem.sums_empty(), lane);
+    arrive(smem.sums_empty(), lane);
   }
 }
 
@@ -597,11 +583,8 @@ Status launch(const RowsParams& params, const SpmmArgs& args, dim3 grid, int sme
               bool prefetch, cudaStream_t stream) {
   CUtensorMap map;
   if (Status mapped = map_x(args, C::kTokens, &map); !mapped.ok()) return mapped;
-  // Idempotent and legal during graph capture; it applies to the current device.
   const Status sized =
-      cuda::check(cudaFuncSetAttribute(bitmap_rows_kernel<C>,
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
-                  "cudaFuncSetAttribute(bitmap_rows_kernel)");
+      allow_smem("cudaFuncSetAttribute(bitmap_rows_kernel)", bitmap_rows_kernel<C>, smem_bytes);
   if (!sized.ok()) return sized;
   return launch_kernel("bitmap_rows_kernel launch", bitmap_rows_kernel<C>, grid, C::kThreads,
                        smem_bytes, prefetch, stream, params, map);

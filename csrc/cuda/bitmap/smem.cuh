@@ -26,6 +26,21 @@ struct BitmapParams {
   int unit_cols;
   float4* partial;  // partial sums for the finishing kernel, see finish.cuh
   Epilogue epilogue;
+
+  // `workspace` has the size that the plan says; `block_m` is the rows of W in an output tile.
+  BitmapParams(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, int block_m, int rings)
+      : payload(args.weight.payload),
+        offsets(args.weight.offsets),
+        payload_units(static_cast<int>(args.weight.payload_words / kChunkUnitWords)),
+        chunk_rows(static_cast<int>(num_chunk_rows(args.weight.m))),
+        chunk_cols(static_cast<int>(num_chunk_cols(args.weight.k))),
+        row_blocks(static_cast<int>((args.weight.m + block_m - 1) / block_m)),
+        output_tiles(static_cast<int>(plan.work.rows)),
+        ring_units(plan.ring_bytes / rings / kChunkUnitBytes),
+        schedule(plan.work),
+        unit_cols(plan.unit_cols),
+        partial(static_cast<float4*>(workspace)),
+        epilogue{args.bias, args.y, args.weight.m, args.n, args.activation} {}
 };
 
 template <ValueType kTypeArg, int kTileNArg, int kWarpsArg, int kStripsArg, int kClusterArg,

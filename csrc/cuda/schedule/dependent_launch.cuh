@@ -37,6 +37,14 @@ Status waits_for_previous_kernel(const char* what, void (*kernel)(Params...), bo
   return described;
 }
 
+// Allows a kernel dynamic shared memory of `smem_bytes`, on the current device; more than 48 KB
+// need it. Idempotent and legal during graph capture.
+template <typename... Params>
+Status allow_smem(const char* what, void (*kernel)(Params...), int smem_bytes) {
+  return cuda::check(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes), what);
+}
+
 // Launches a kernel in clusters of `cluster` CTAs. `dependent` lets it begin before the previous
 // kernel in the stream has finished.
 template <typename... Params, typename... Args>

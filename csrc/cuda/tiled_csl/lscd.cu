@@ -480,11 +480,8 @@ __global__ void __launch_bounds__(kCtaThreads)
 
 template <typename C>
 Status launch(const LscdParams& params, bool prefetch, cudaStream_t stream) {
-  // Idempotent and legal during graph capture; it applies to the current device.
   const Status sized =
-      cuda::check(cudaFuncSetAttribute(lscd_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       C::kSmemBytes),
-                  "cudaFuncSetAttribute(lscd_kernel)");
+      allow_smem("cudaFuncSetAttribute(lscd_kernel)", lscd_kernel<C>, C::kSmemBytes);
   if (!sized.ok()) return sized;
   bool dependent = false;
   const Status described =
