@@ -118,7 +118,7 @@ Status plan_bitmap(const PlanRequest& request, SpmmPlan* out) {
   const int step = kChunkUnitBytes * config.rings();
   out->ring_bytes =
       std::max(room - bitmap_smem_bytes(config, 0), bitmap_min_ring_bytes(config)) / step * step;
-  out->workspace_bytes = bitmap_sums_bytes(config, out->work);
+  out->workspace_bytes = bitmap_workspace_bytes(config, out->work);
   out->rounds_before_activation = !bitmap_finishes_all(config.tile_n);
   out->x_multiple = 8;
   return Status::success();

@@ -60,6 +60,20 @@ constexpr int64_t bitmap_sums_bytes(const BitmapConfig& config, const WorkGrid& 
   return slots * config.block_m() * config.tile_n * static_cast<int64_t>(sizeof(float));
 }
 
+// Whether a cluster adds the partial sums of an output tile that several share, instead of the
+// finishing kernel: where a tile has about three clusters at most. The finishing kernel adds those
+// of more clusters faster, because it does so on all SMs.
+constexpr bool bitmap_adds_shared(int tile_n, const WorkGrid& work) {
+  return !bitmap_finishes_all(tile_n) && work.workers <= 3 * work.rows;
+}
+
+// Bytes of the workspace: the partial sums, and a word for each consumer warp if clusters add them.
+constexpr int64_t bitmap_workspace_bytes(const BitmapConfig& config, const WorkGrid& work) {
+  return bitmap_sums_bytes(config, work) + (bitmap_adds_shared(config.tile_n, work)
+                                                ? work.workers * config.cluster * config.warps * 4
+                                                : 0);
+}
+
 // Whether plain chunks are multiplied by wgmma or by mma.sync. A wgmma with A in registers occupies
 // the tensor cores for 30 cycles, however few the columns of B: with 8 tokens and 70 % zeros the
 // kernel takes 57 us with wgmma and 45 with mma.sync. (wgmma.sp multiplies twice as many columns of

@@ -317,12 +317,19 @@ TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
   const SpmmPlan two_blocks = plan_of(bitmap_problem(28672, 128, 7168), kH200, "n64");
   EXPECT_EQ(two_blocks.workspace_bytes, int64_t{132 / 2 + 2 * 56} * 512 * 64 * 4);
   // A kernel that stores complete output tiles itself needs two slots per cluster for any number of
-  // tokens.
+  // tokens, and a word for each of a CTA's 8 consumer warps if clusters add each other's sums:
+  // where there are at most three for each tile.
+  constexpr int64_t kSlots = int64_t{2 * 132 / 2} * 256 * 256 * 4;
   for (const int64_t n : {129, 1024, 1 << 20}) {
     const SpmmPlan wide = plan_of(bitmap_problem(28672, n, 7168), kH200, "n256");
-    EXPECT_EQ(wide.workspace_bytes, int64_t{2 * 132 / 2} * 256 * 256 * 4);
+    EXPECT_EQ(wide.workspace_bytes, kSlots + 132 * 8 * 4);
     EXPECT_TRUE(wide.rounds_before_activation);
   }
+  const auto bytes = [](int64_t m) {
+    return plan_of(bitmap_problem(m, 256, 4096), kH200, "n256").workspace_bytes;
+  };
+  EXPECT_EQ(bytes(21 * 256), kSlots);  // 66 clusters for 21 and 22 tiles
+  EXPECT_EQ(bytes(22 * 256), kSlots + 132 * 8 * 4);
 }
 
 TEST(SelectPlanBitmap, EveryGpuTakesTheFastestFamilyThatItHasCodeFor) {

@@ -24,7 +24,10 @@ struct BitmapParams {
   // W by tile_n tokens. A work unit is `unit_cols` (1 or 2) columns of chunks.
   StreamK schedule;
   int unit_cols;
-  float4* partial;  // partial sums for the finishing kernel, see finish.cuh
+  float4* partial;  // partial sums, see finish.cuh
+  // For each consumer warp, whether its partial sums are in the workspace. Null if the finishing
+  // kernel adds them.
+  uint32_t* stored;
   Epilogue epilogue;
 
   // `workspace` has the size that the plan says; `block_m` is the rows of W in an output tile.
@@ -40,6 +43,7 @@ struct BitmapParams {
         schedule(plan.work),
         unit_cols(plan.unit_cols),
         partial(static_cast<float4*>(workspace)),
+        stored(nullptr),
         epilogue{args.bias, args.y, args.weight.m, args.n, args.activation} {}
 };
 
@@ -195,10 +199,13 @@ struct PipelineState {
   __device__ __forceinline__ PipelineState operator+(int stages) const { return {count + stages}; }
 };
 
-// The cluster's index in the grid, and so its index among the workers of the schedule.
+// The cluster's index among the workers of the schedule. A kernel whose clusters may wait for those
+// after them (finish.cuh) counts from the grid's end, because CTAs are launched in the grid's
+// order: a cluster then waits only for clusters that were launched before it.
 template <typename C>
 __device__ __forceinline__ int cluster_idx() {
-  return static_cast<int>(blockIdx.x) / C::kCluster;
+  const int idx = static_cast<int>(blockIdx.x) / C::kCluster;
+  return C::kFinishesAll ? idx : static_cast<int>(gridDim.x) / C::kCluster - 1 - idx;
 }
 
 // A position in the schedule: an output tile and one of its columns of chunks.
