@@ -336,6 +336,11 @@ def weights_name(row: dict) -> str:
     return {"dense": "dense float16", "fp8": "dense FP8"}[row["weights"]]
 
 
+def weights_order(row: dict) -> tuple[int, float]:
+    """Sort rows of serving: dense first, then FP8, then by the share of zeros."""
+    return WEIGHTS.index(row["weights"]), row["sparsity"]
+
+
 def serve_table(rows: list[dict]) -> str:
     """Return a table of steps or prompts, a column for each size, with the ratio to dense."""
     size, value = (
@@ -360,6 +365,30 @@ def serve_table(rows: list[dict]) -> str:
     return table(
         ["weights", "GB", *(f"{size} {n}" for n in sizes)],
         [line(name, of_line) for name, of_line in lines.items()],
+    )
+
+
+def measures_steps(row: dict) -> bool:
+    """Return whether a row is of decode steps, not of the time to a first token."""
+    return row["bench"] == "serve" and row["new_tokens"] > FEWEST_TOKENS
+
+
+def per_gpu_table(rows: list[dict]) -> str:
+    """Return the tokens per second and GPU of one model on different numbers of GPUs."""
+    sizes = sorted({row["batch"] for row in rows})
+    lines: dict[tuple[str, int], dict[int, dict]] = {}
+    for row in sorted(rows, key=weights_order):
+        lines.setdefault((weights_name(row), row["gpus"]), {})[row["batch"]] = row
+    return table(
+        ["weights", "GPUs", *(f"batch {n}" for n in sizes)],
+        [
+            [
+                name,
+                str(gpus),
+                *(f"{of_line[n]['tok_per_gpu_s']:.1f}" if n in of_line else "–" for n in sizes),
+            ]
+            for (name, gpus), of_line in lines.items()
+        ],
     )
 
 
@@ -403,10 +432,9 @@ def replay_table(rows: list[dict]) -> str:
 
 def model_section(title: str, rows: list[dict]) -> list[str]:
     """Return the section of one model in one mode of the engine."""
-    rows.sort(key=lambda row: (WEIGHTS.index(row["weights"]), row["sparsity"]))
-    serve = [row for row in rows if row["bench"] == "serve"]
-    steps = [row for row in serve if row["new_tokens"] > FEWEST_TOKENS]
-    prompts = [row for row in serve if row["new_tokens"] == FEWEST_TOKENS]
+    rows.sort(key=weights_order)
+    steps = [row for row in rows if measures_steps(row)]
+    prompts = [row for row in rows if row["bench"] == "serve" and row not in steps]
     account = [row for row in rows if row["bench"] == "step"]
     replay = [row for row in rows if row["bench"] == "replay"]
     parts = [f"### {title}", f"{rows[0]['engine']}, commits {commits(rows)}."]
@@ -441,12 +469,18 @@ def serve_sections(results: Path) -> list[str]:
     for path in sorted(results.glob("serve-*.jsonl")):
         gpu = path.stem.removeprefix("serve-")
 
-        def case(row: dict) -> tuple[str, int, str]:
-            return row["model"], row["gpus"], row["mode"]
+        def case(row: dict) -> tuple[str, str, int]:
+            return row["model"], row["mode"], row["gpus"]
 
-        for (model, gpus, mode), group in groupby(sorted(read_rows(path), key=case), case):
+        rows = sorted(read_rows(path), key=case)
+        for (model, mode, gpus), group in groupby(rows, case):
             where = GPUS.get(gpu, gpu) if gpus == 1 else f"{gpus} × {gpu}"
             parts += model_section(f"{model}, {where}, {mode}", list(group))
+            if gpus > 1:
+                steps = [
+                    row for row in rows if measures_steps(row) and case(row)[:2] == (model, mode)
+                ]
+                parts += ["Tokens per second and GPU:", per_gpu_table(steps)]
         parts.append(picture(path.with_suffix(".png"), "Tokens per second against the batch"))
     if not parts:
         return []

@@ -901,10 +901,11 @@ def serve_row(**changes):
 def test_the_plot_of_serving_is_drawn_from_rows(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     found = [
-        serve_row(batch=b, weights=w, mode=m)
+        serve_row(batch=b, weights=w, mode=m, gpus=g)
         for b in (1, 8)
         for w in bench_serve.WEIGHTS
         for m in bench_serve.MODES
+        for g in (1, 2)
     ]
     for row in found:
         rows.check_row(row)
@@ -923,6 +924,7 @@ def test_the_plot_of_serving_is_drawn_from_rows(tmp_path):
         ["--model", "llama-8b", "--new-tokens", "2"],
         ["--model", "llama-8b", "--rate", "0"],
         ["--model", "llama-8b", "--sparsity", "1.5"],
+        ["--model", "llama-8b", "--gpus", "2", "--account", "8"],
     ],
 )
 def test_bad_arguments_of_the_serving_benchmark_are_refused(arguments):

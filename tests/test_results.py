@@ -78,6 +78,7 @@ def test_serving_is_compared_with_the_dense_model_of_the_same_size(tmp_path):
             serve_row(ttft_ms=8.0, **prompt, **half),
             serve_row(bench="step", kinds_ms=kinds, gaps_ms=0.5, floor_ms=2.0, **half),
             serve_row(bench="replay", rate=4.0, tpot_ms=replay, **{"ttft_ms": replay}),
+            serve_row(gpus=2, step_ms=5.0, tok_per_gpu_s=0.6),
         ],
     )
     lines = lines_of(page)
@@ -86,6 +87,8 @@ def test_serving_is_compared_with_the_dense_model_of_the_same_size(tmp_path):
     assert ["50 % zeros", "9.0", "8.00 (1.25)"] in lines
     assert ["50 % zeros", "8", "6.00", "3.00", "0.50", "0.50", "2.00"] in lines
     assert ["dense float16", "4", "1", "1.0 / 2.0", "1.0 / 2.0"] in lines
+    assert ["dense float16", "16.0", "5.00 (1.00)"] in lines
+    assert ["dense float16", "2", "0.6", "–"] in lines
 
 
 def test_a_gpu_table_shows_each_row_in_its_cell(tmp_path):

@@ -93,6 +93,8 @@ RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type) {
       return row_bitmap_avx512(type, false);
     case CpuIsa::kAvx512Bf16:
       return row_bitmap_avx512(type, true);
+    case CpuIsa::kNeon:
+      return row_bitmap_neon(type);
   }
   return row_bitmap_portable(type);
 }

@@ -437,13 +437,16 @@ TEST(SelectPlanRows, KernelOrBlocksByTokensTypeAndInstructionSet) {
   EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx512), 4096);
   EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx512, true), 16);
   EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx512Bf16, true), 16);
-  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx2), 16);
+  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx2), 4096);
+  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx2, true), 16);
   EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kPortable), 16);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx512Bf16), 4096);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx512, true), 128);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx2), 4096);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx2, true), 16);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kPortable), 16);
+  EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kNeon), 16);
+  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kNeon), 16);
 }
 
 TEST(CpuBlockRows, AreWholeBlocksOfAtLeastOne) {
