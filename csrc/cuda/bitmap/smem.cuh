@@ -63,8 +63,8 @@ struct BitmapKernelConfig {
   // or 168, which the spill check of setup.py prints), and setmaxnreg divides the same sum again:
   //                  launched    consumers  producer   used by them in the SASS of nvcc 13.0
   //   tile_n <= 64   5 *  96 >=   4 * 104  +  56       93 or 94, and 33 or 34
-  //   tile_n = 128   5 *  96 >=   4 * 112  +  32       107, and 24
-  //   tile_n = 256   3 * 168 >=   2 * 224  +  56       199, and 25
+  //   tile_n = 128   5 *  96 >=   4 * 112  +  32       108, and 24
+  //   tile_n = 256   3 * 168 >=   2 * 224  +  56       220, and 25
   // Up to 64 tokens 104 is the most that leaves the producer enough: with 112 it would have 32. At
   // 128 tokens ptxas serialises the wgmmas with 104 (its C7512). At 256 tokens ptxas manages with
   // 184 for plain chunks; expanding 2:4 chunks takes more.
