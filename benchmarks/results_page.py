@@ -15,12 +15,15 @@ from statistics import median
 
 from bench_cpu import NAME_OF
 from bench_serve import FEWEST_TOKENS, WEIGHTS
-from plot_accuracy import ALLOCATIONS, METHODS, conditions
+from plot_accuracy import ALLOCATIONS, METHODS, conditions, measured_on
 from plot_cpu import over_fastest, over_own
 from plot_spmm import of_floor, speed_up
 from rows import RESULTS, read_rows
 
+from flash_llm.prune.grids import GRIDS
+
 PAGE = RESULTS.parent / "RESULTS.md"
+VALUES = ("16-bit", *GRIDS)  # in the order of the tables of accuracy
 LARGE = 7168 * 7168  # least number of weights of a layer that counts as large
 GPUS = {"h100": "One NVIDIA H100", "h200": "One NVIDIA H200"}
 CPUS = {
@@ -536,12 +539,18 @@ def accuracy_section(results: Path) -> list[str]:
 
     def order(row: dict) -> tuple:
         method, allocation = [*METHODS].index(row["method"]), ALLOCATIONS.index(row["allocation"])
-        return conditions(row), method, allocation, row["sparsity"]
+        values = VALUES.index(row["values"]), row["rounding"] or ""
+        of_line = row["recover_epochs"], method, allocation, row["sparsity"]
+        return measured_on(row), values, of_line
+
+    def perplexity(of_cell: list[dict]) -> str:
+        return f"{of_cell[0]['perplexity']:.2f}"
 
     pruned.sort(key=order)
-    for key, group in groupby(pruned, conditions):
+    unrounded = [row for row in pruned if row["values"] == "16-bit"]
+    for key, group in groupby(unrounded, conditions):
         of_group = list(group)
-        model, text, nsamples, seqlen, _, epochs = key
+        model, text, nsamples, seqlen, _, epochs, *_ = key
         dense = of_group[0]["dense_perplexity"]
         recovered = f", after {epochs} epochs of `recover_`" if epochs else ""
         parts += [
@@ -551,12 +560,41 @@ def accuracy_section(results: Path) -> list[str]:
             grid(
                 ["method", "allocation"],
                 of_group,
-                lambda of_cell: f"{of_cell[0]['perplexity']:.2f}",
+                perplexity,
                 lambda row: (row["method"], row["allocation"]),
             ),
         ]
     if pruned:
         parts.append(picture(results / "accuracy.png", "Perplexity against sparsity"))
+    swept = [row for row in pruned if row["values"] != "16-bit"]
+    for key, group in groupby(swept, measured_on):
+        of_group = list(group)
+        model, text, nsamples, seqlen, _ = key
+        parts += [
+            f"Perplexity of {model} (dense: {of_group[0]['dense_perplexity']:.2f}) with the values "
+            "that stay rounded, by the sweep that lets later columns compensate or to nearest, and "
+            "0 % zeros meaning that nothing is pruned (the method is then GPTQ, or rounding to "
+            f"nearest). {nsamples} samples of {seqlen} tokens. Text: {text}. One NVIDIA H200, "
+            f"commits {commits(of_group)}.",
+            grid(
+                ["values", "method", "rounding", "epochs of `recover_`"],
+                of_group,
+                perplexity,
+                lambda row: (
+                    *(row["values"], row["method"], row["rounding"]),
+                    str(row["recover_epochs"]),
+                ),
+            ),
+            "Bits per weight: a bitmap where there are zeros, the values that are not zero, and "
+            "scales.",
+            grid(
+                ["values"],
+                of_group,
+                lambda of_cell: f"{median(row['bits'] for row in of_cell):.2f}",
+                lambda row: (row["values"],),
+            ),
+            picture(results / "accuracy-bits.png", "Perplexity against bits per weight"),
+        ]
     if rounded:
         parts += [
             "Perplexity over the given text with the layers rounded to nearest instead of pruned. "

@@ -196,8 +196,8 @@ def test_the_readmes_perplexities_are_what_the_rows_say():
     found = {
         row["sparsity"]: row
         for row in rows.read_rows(rows.RESULTS / "accuracy.jsonl")
-        if (row.get("method"), row.get("allocation"), row.get("recover_epochs"))
-        == ("admm", "uniform", 0)
+        if (row.get("method"), row.get("allocation"), row.get("recover_epochs"), row["values"])
+        == ("admm", "uniform", 0, "16-bit")
     }
     said = (
         f"rises from {found[0.5]['dense_perplexity']:.2f} to {found[0.5]['perplexity']:.2f} at "

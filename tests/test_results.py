@@ -13,7 +13,7 @@ import rows  # noqa: E402
 
 # What rows of accuracy.jsonl must have in common for their methods to be compared.
 SAME_CONDITIONS = (
-    *("model", "allocation", "sparsity", "recover_epochs"),
+    *("model", "allocation", "sparsity", "recover_epochs", "values", "rounding"),
     *("text", "nsamples", "seqlen", "seed"),
 )
 
@@ -139,7 +139,8 @@ def test_every_perplexity_is_shown():
 def test_rows_of_different_conditions_do_not_share_a_table(tmp_path):
     row = {
         **{"bench": "accuracy", "model": "m", "method": "wanda", "allocation": "uniform"},
-        **{"sparsity": 0.5, "recover_epochs": 0, "perplexity": 20.0, "dense_perplexity": 10.0},
+        **{"sparsity": 0.5, "recover_epochs": 0, "values": "16-bit", "rounding": None},
+        **{"bits": 9.0, "perplexity": 20.0, "dense_perplexity": 10.0},
         **{"text": "t", "nsamples": 32, "seqlen": 512, "seed": 0, "seconds": 1.0, "commit": "a"},
     }
     others = [{**row, "nsamples": 8, "perplexity": 30.0}, {**row, "perplexity": 25.0, "text": "u"}]
