@@ -8,30 +8,38 @@
 namespace flash_llm {
 namespace {
 
-// The bitmap kernel, in passes of 256 tokens, against unpacking and cuBLAS on an H200, 28672x7168,
-// fp16, in microseconds (2026-11-23):
-//   N = 512     50 % 446 / 555    70 % 423 / 525    90 % 371 / 469
-//   N = 2048    50 % 1691 / 1438  70 % 1598 / 1375  90 % 1527 / 1275
-// If most pairs of columns are 2:4, the residual costs more with each token. With such pairs forced
-// at 80 %, the kernel had 0.64 of cuBLAS's speed at N = 128 and 0.35 at N = 512, and unpacking and
-// cuBLAS had 0.38 and 0.68 (2026-11-24).
+// The bitmap kernel, in passes of 256 tokens, against unpacking and cuBLAS on an H200, fp16, in
+// microseconds (2026-11-29; cuBLAS in the same run as the kernel, unpacking in another):
+//   28672x7168  N = 512   50 % 387 / 476    90 % 398 / 397
+//               N = 1024  50 % 738 / 803    90 % 817 / 688
+//               N = 2048  50 % 1454 / 1428  90 % 1648 / 1239
+//   4096x4096   N = 512   50 % 38 / 42      90 % 43 / 43
+//               N = 1024  50 % 87 / 70      90 % 74 / 62
+// At 90 %, 2:4 pairs are expanded (bitmap_expands_two_four).
 constexpr int64_t kMaxTokens = 1024;
-constexpr int64_t kMaxTokensTwoFour = 256;
+constexpr int64_t kMaxTokensSmall = 512;  // for a weight of at most kSmallElems elements
+constexpr int64_t kMaxTokensTwoFour = 512;
+constexpr double kSmallElems = 1 << 25;
 
-// At 90 % zeros, 28672x7168, on an H100 (2026-11-26): N = 128 takes 135 us in two passes of 64
-// tokens and 159 in one of 128; N = 256 takes 269 us in four passes of 64 and 301 in one of 256.
+double num_elems(const SpmmProblem& problem) {
+  return static_cast<double>(problem.m) * static_cast<double>(problem.k);
+}
+
+// At 90 % zeros, 28672x7168, N = 128 takes 135 us in two passes of 64 tokens and 159 in one of 128
+// (H100, 2026-11-26). N = 256 takes 199 us in one pass, which expands 2:4 chunks (H200,
+// 2026-11-29), and 269 in four passes of 64 (H100).
 constexpr int64_t kTwoFourPassTokens = 64;
 
 bool takes_narrow_passes(const SpmmProblem& problem) {
-  return mostly_two_four(problem) && problem.n > kTwoFourPassTokens;
+  return mostly_two_four(problem) && problem.n > kTwoFourPassTokens &&
+         problem.n <= 2 * kTwoFourPassTokens;
 }
 
 }  // namespace
 
 bool mostly_two_four(const SpmmProblem& problem) {
   constexpr double kTwoFourDensity = 0.17;
-  const double elems = static_cast<double>(problem.m) * static_cast<double>(problem.k);
-  return static_cast<double>(problem.nnz) < kTwoFourDensity * elems;
+  return static_cast<double>(problem.nnz) < kTwoFourDensity * num_elems(problem);
 }
 
 const std::vector<BitmapConfig>& bitmap_configs() {
@@ -61,8 +69,11 @@ std::vector<KernelConfig> describe_bitmap_configs() {
 
 bool takes_bitmap(const PlanRequest& request, std::string* reason) {
   const bool two_four = mostly_two_four(request.problem);
-  if (request.problem.n > (two_four ? kMaxTokensTwoFour : kMaxTokens)) {
-    explain(reason, two_four ? "N > 256 above 83 % zeros: unpacking and cuBLAS cost less"
+  const bool small = num_elems(request.problem) <= kSmallElems;
+  const int64_t most = two_four ? kMaxTokensTwoFour : small ? kMaxTokensSmall : kMaxTokens;
+  if (request.problem.n > most) {
+    explain(reason, two_four ? "N > 512 above 83 % zeros: unpacking and cuBLAS cost less"
+                    : small  ? "N > 512 with at most 2^25 elements: unpacking and cuBLAS cost less"
                              : "N > 1024: unpacking and cuBLAS cost less");
     return false;
   }
@@ -107,7 +118,7 @@ Status plan_bitmap(const PlanRequest& request, SpmmPlan* out) {
   const int step = kChunkUnitBytes * config.rings();
   out->ring_bytes =
       std::max(room - bitmap_smem_bytes(config, 0), bitmap_min_ring_bytes(config)) / step * step;
-  out->workspace_bytes = bitmap_sums_bytes(config, out->work);
+  out->workspace_bytes = bitmap_workspace_bytes(config, out->work);
   out->rounds_before_activation = !bitmap_finishes_all(config.tile_n);
   out->x_multiple = 8;
   return Status::success();

@@ -60,11 +60,30 @@ constexpr int64_t bitmap_sums_bytes(const BitmapConfig& config, const WorkGrid& 
   return slots * config.block_m() * config.tile_n * static_cast<int64_t>(sizeof(float));
 }
 
+// Whether a cluster adds the partial sums of an output tile that several share, instead of the
+// finishing kernel: where a tile has about three clusters at most. The finishing kernel adds those
+// of more clusters faster, because it does so on all SMs.
+constexpr bool bitmap_adds_shared(int tile_n, const WorkGrid& work) {
+  return !bitmap_finishes_all(tile_n) && work.workers <= 3 * work.rows;
+}
+
+// Bytes of the workspace: the partial sums, and a word for each consumer warp if clusters add them.
+constexpr int64_t bitmap_workspace_bytes(const BitmapConfig& config, const WorkGrid& work) {
+  return bitmap_sums_bytes(config, work) + (bitmap_adds_shared(config.tile_n, work)
+                                                ? work.workers * config.cluster * config.warps * 4
+                                                : 0);
+}
+
 // Whether plain chunks are multiplied by wgmma or by mma.sync. A wgmma with A in registers occupies
 // the tensor cores for 30 cycles, however few the columns of B: with 8 tokens and 70 % zeros the
 // kernel takes 57 us with wgmma and 45 with mma.sync. (wgmma.sp multiplies twice as many columns of
 // A at once and takes no longer than mma.sp.)
 constexpr bool bitmap_uses_wgmma(int tile_n) { return tile_n > 16; }
+
+// Whether 2:4 chunks are decoded into plain fragments instead of those of wgmma.sp, whose residual
+// costs more with each token (28672x7168, 90 % zeros, 256 tokens, H200: 199 us against 297).
+// Narrower tiles leave no registers for it.
+constexpr bool bitmap_expands_two_four(int tile_n) { return tile_n > 128; }
 
 // A CTA's shared memory holds, from a 1024-byte boundary on: stages of X, X transposed, an empty
 // chunk, chunk descriptors, prefetched offsets, barriers, and the rings, which take the rest. The
@@ -91,7 +110,7 @@ inline constexpr int kBitmapSpareSmemBytes = 3 * 1024;
 // Boxes in a stage of X. (With two, ptxas can no longer track which wgmmas are in flight.)
 constexpr int bitmap_x_boxes(int tile_n) { return bitmap_uses_wgmma(tile_n) ? 1 : 2; }
 constexpr int bitmap_transposed_x_bytes(int tile_n) {
-  return kTwoFourK * 2 * (tile_n < 64 ? tile_n : 64);
+  return bitmap_expands_two_four(tile_n) ? 0 : kTwoFourK * 2 * (tile_n < 64 ? tile_n : 64);
 }
 
 // Shared memory of a CTA without the rings.

@@ -242,12 +242,22 @@ TEST(SelectPlanBitmap, TheNarrowestTileThatCoversNAndOneCtaPerSm) {
   EXPECT_EQ(plan_of(bitmap_problem(28672, 4096, 7168), kH200).family, KernelFamily::kDense);
 }
 
-TEST(SelectPlanBitmap, ManyTokensTakeTheDenseRouteEarlierWhereMostPairsAreTwoFour) {
-  EXPECT_EQ(plan_of(bitmap_problem(28672, 512, 7168, 0.5), kH200).family,
-            KernelFamily::kBitmapSm90a);
-  EXPECT_EQ(plan_of(bitmap_problem(28672, 256, 7168, 0.9), kH200).family,
-            KernelFamily::kBitmapSm90a);
-  EXPECT_EQ(plan_of(bitmap_problem(28672, 257, 7168, 0.9), kH200).family, KernelFamily::kDense);
+TEST(SelectPlanBitmap, ManyTokensTakeTheDenseRouteEarlierWhereMostPairsAreTwoFourOrFew) {
+  const auto name = [](int64_t m, int64_t n, int64_t k, double sparsity) {
+    return plan_of(bitmap_problem(m, n, k, sparsity), kH200).name();
+  };
+  EXPECT_EQ(name(28672, 1024, 7168, 0.5), "n256");
+  EXPECT_EQ(name(28672, 1025, 7168, 0.5), "dense");
+  EXPECT_EQ(name(28672, 512, 7168, 0.9), "n256");
+  EXPECT_EQ(name(28672, 513, 7168, 0.9), "dense");
+  EXPECT_EQ(name(4096, 512, 4096, 0.5), "n256");
+  EXPECT_EQ(name(4096, 513, 4096, 0.5), "dense");
+}
+
+TEST(SelectPlanBitmap, TwoFourPairsTakePassesOf64TokensUpToTwoOfThem) {
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 65, 7168, 0.9), kH200).name(), "n64");
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 128, 7168, 0.9), kH200).name(), "n64");
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 129, 7168, 0.9), kH200).name(), "n256");
 }
 
 TEST(SelectPlanBitmap, SharedMemoryFitsBesideTheFinishingKernelAndHoldsTheFullestChunks) {
@@ -316,12 +326,19 @@ TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
   const SpmmPlan two_blocks = plan_of(bitmap_problem(28672, 128, 7168), kH200, "n64");
   EXPECT_EQ(two_blocks.workspace_bytes, int64_t{132 / 2 + 2 * 56} * 512 * 64 * 4);
   // A kernel that stores complete output tiles itself needs two slots per cluster for any number of
-  // tokens.
+  // tokens, and a word for each of a CTA's 8 consumer warps if clusters add each other's sums:
+  // where there are at most three for each tile.
+  constexpr int64_t kSlots = int64_t{2 * 132 / 2} * 256 * 256 * 4;
   for (const int64_t n : {129, 1024, 1 << 20}) {
     const SpmmPlan wide = plan_of(bitmap_problem(28672, n, 7168), kH200, "n256");
-    EXPECT_EQ(wide.workspace_bytes, int64_t{2 * 132 / 2} * 256 * 256 * 4);
+    EXPECT_EQ(wide.workspace_bytes, kSlots + 132 * 8 * 4);
     EXPECT_TRUE(wide.rounds_before_activation);
   }
+  const auto bytes = [](int64_t m) {
+    return plan_of(bitmap_problem(m, 256, 4096), kH200, "n256").workspace_bytes;
+  };
+  EXPECT_EQ(bytes(21 * 256), kSlots);  // 66 clusters for 21 and 22 tiles
+  EXPECT_EQ(bytes(22 * 256), kSlots + 132 * 8 * 4);
 }
 
 TEST(SelectPlanBitmap, EveryGpuTakesTheFastestFamilyThatItHasCodeFor) {

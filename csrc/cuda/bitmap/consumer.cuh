@@ -1,13 +1,15 @@
 // The consumer warps of the bitmap kernel. For each column of chunks a warp decodes its strips of
 // 16 rows into A fragments in registers (decode.cuh) and multiplies them by wgmma or, for few
-// tokens, mma.sync (plain chunks), or by wgmma.sp (2:4 chunks). While one batch of fragments is
-// multiplied, the next is decoded into other registers. wgmma reads the B operand, X, from shared
-// memory once per warpgroup and strip.
+// tokens, mma.sync (plain chunks), or by wgmma.sp (2:4 chunks). For many tokens 2:4 chunks too are
+// decoded into plain fragments. While one batch of fragments is multiplied, the next is decoded
+// into other registers. wgmma reads the B operand, X, from shared memory once per warpgroup and
+// strip.
 //
-// The residual of a 2:4 chunk, which is a few elements per row at most, is multiplied by
-// mma.m16n8k16 with a diagonal A. A step of the residual holds up to one element of each of 16
-// rows: A[j][j] is the element of row j, and row j of B is the column of X that this element
-// multiplies. X is transposed first, so that a column of eight tokens is one row of ldmatrix.
+// The residual of a 2:4 chunk, which is a few elements per row at most, is inserted into the plain
+// fragments or, beside wgmma.sp, multiplied by mma.m16n8k16 with a diagonal A. A step of the
+// residual holds up to one element of each of 16 rows: A[j][j] is the element of row j, and row j
+// of B is the column of X that this element multiplies. X is transposed first, so that a column of
+// eight tokens is one row of ldmatrix.
 #pragma once
 
 #include "cuda/bitmap/decode.cuh"
@@ -59,18 +61,16 @@ class BitmapConsumer {
     Column column = wait_column();
     for (;;) {
       if (column.is_two_four()) {
-        multiply_two_four(column);
-        if (column.ends()) return column.flags;
-        column = wait_column();
-      } else {
-        // A loop of its own: wgmmas are still in flight at the end of an iteration, and ptxas
-        // tracks their registers only if no other code path can come between two iterations.
-        do {
-          multiply_plain(column);
-          if (column.ends()) break;
+        if constexpr (kExpandsTwoFour) {
+          multiply_columns<true>(column);
+          if (column.ends() && column.is_two_four()) return column.flags;
+        } else {
+          multiply_two_four(column);
+          if (column.ends()) return column.flags;
           column = wait_column();
-        } while (!column.is_two_four());
-        finish_products();
+        }
+      } else {
+        multiply_columns<false>(column);
         if (column.ends() && !column.is_two_four()) return column.flags;
       }
     }
@@ -79,6 +79,7 @@ class BitmapConsumer {
  private:
   static constexpr int kFragments = 8;  // per strip of a chunk, plain or 2:4
   static constexpr bool kWgmma = bitmap_uses_wgmma(C::kTileN);  // for plain chunks
+  static constexpr bool kExpandsTwoFour = bitmap_expands_two_four(C::kTileN);
   static constexpr int kStageFragments = C::kXStageK / 16;
   static constexpr int kTwoFourStages = kTwoFourK / C::kXStageK;
   static constexpr int kBatch = batch_fragments(C::kTileN, C::kStrips);
@@ -86,10 +87,14 @@ class BitmapConsumer {
   // Whether to read or compute values again when they are needed instead of keeping them in
   // registers.
   static constexpr bool kFewRegisters = C::kStrips * C::kTileN > 64;
+  // Whether the values of a batch of a plain chunk are loaded before the batch before it is
+  // complete.
+  static constexpr bool kLoadsAhead = C::kTileN > 128;
   static constexpr int kTransposedN = C::kTileN < 64 ? C::kTileN : 64;
   static constexpr int kTokenBlocks = C::kTileN / kTransposedN;
 
   using Batch = uint32_t[kBatch][C::kStrips][4];
+  using Values = uint32_t[kBatch][C::kStrips][8];  // of a batch: those that may be stored for it
 
   // This warp's part of a column of chunks.
   struct Column {
@@ -101,6 +106,26 @@ class BitmapConsumer {
       return (flags & (kColumnEndsTile | kColumnIsLast)) != 0;
     }
   };
+
+  // Multiplies columns of one kind by plain wgmma or mma.sync, from `column` on: up to the end of
+  // the output tile or of the work range, of which `column` is then the last column, or up to the
+  // first column of the other kind, which it then is. A loop of its own for each kind: wgmmas are
+  // still in flight at the end of an iteration, and ptxas tracks their registers only if no other
+  // code path can come between two iterations.
+  template <bool kTwoFour>
+  __device__ __forceinline__ void multiply_columns(Column& column) {
+    if constexpr (kLoadsAhead && !kTwoFour) return multiply_plain_ahead(column);
+    do {
+      if constexpr (kTwoFour) {
+        multiply_expanded(column);
+      } else {
+        multiply_plain(column);
+      }
+      if (column.ends()) break;
+      column = wait_column();
+    } while (column.is_two_four() == kTwoFour);
+    finish_products();
+  }
 
   // Waits until the next column is in shared memory.
   __device__ __forceinline__ Column wait_column() const {
@@ -184,7 +209,6 @@ class BitmapConsumer {
         }
       }
       ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();  // the other batch's registers are overwritten next
     } else {
       static_assert(kBatch == 2, "ldmatrix loads 32 columns");
       // Register i of lane 4 g + t gets columns 8 i + 2 t and 8 i + 2 t + 1 of token g.
@@ -227,39 +251,173 @@ class BitmapConsumer {
     ptx::wgmma_commit();
   }
 
-  __device__ __forceinline__ void multiply_plain(const Column& column) {
-    const ChunkCursor cursor(column.descriptor.x, column.descriptor.y & 0xFFFF, true, lane_);
+  // The runs of a warp's strips of a plain chunk, by half.
+  struct PlainRuns {
     uint32_t bits[2][C::kStrips], position[2][C::kStrips];
+  };
+
+  __device__ __forceinline__ PlainRuns begin_plain(const Column& column) const {
+    const ChunkCursor cursor(column.descriptor.x, column.descriptor.y & 0xFFFF, true, lane_);
+    PlainRuns runs;
 #pragma unroll
     for (int s = 0; s < C::kStrips; ++s) {
-      bits[0][s] = strip(s) == 0 ? cursor.bits[0] : cursor.bits[1];
-      bits[1][s] = strip(s) == 0 ? cursor.bits[2] : cursor.bits[3];
-      position[0][s] = strip(s) == 0 ? cursor.up[0] : cursor.up[1];
-      position[1][s] = strip(s) == 0 ? cursor.down[0] : cursor.down[1];
+      runs.bits[0][s] = strip(s) == 0 ? cursor.bits[0] : cursor.bits[1];
+      runs.bits[1][s] = strip(s) == 0 ? cursor.bits[2] : cursor.bits[3];
+      runs.position[0][s] = strip(s) == 0 ? cursor.up[0] : cursor.up[1];
+      runs.position[1][s] = strip(s) == 0 ? cursor.down[0] : cursor.down[1];
     }
+    return runs;
+  }
+
+  __device__ __forceinline__ void multiply_plain(const Column& column) {
+    PlainRuns runs = begin_plain(column);
+    multiply_fragments([&](auto number, int i, int s, uint32_t* reg) {
+      constexpr int kFirst = decltype(number)::value, kHalf = kFirst / 4;
+      decode_nth<kFirst % 4, kHalf, false>(i, runs.bits[kHalf][s], runs.position[kHalf][s], reg);
+    });
+    release_column();
+  }
+
+  // Multiplies plain columns as multiply_columns does. While a batch is multiplied, the values of
+  // the next one are loaded. They are arranged once the registers of the batch before are free, so
+  // that the tensor cores do not wait for shared memory.
+  __device__ __forceinline__ void multiply_plain_ahead(Column& column) {
+    PlainRuns runs = begin_plain(column);
+    Values values;
+    load_batch<0>(runs, values);
+    arrange_batch<0>(runs, values, batch_[0]);
+    bool more;
+    do {
+      more = !column.ends();
+      for_each_batch([&](auto number) {
+        constexpr int kNumber = decltype(number)::value, kFirst = kNumber * kBatch;
+        constexpr int kNext = (kFirst + kBatch) % kFragments;
+        constexpr bool kBeginsX = kFirst % kStageFragments == 0;
+        constexpr bool kEndsX = (kFirst + kBatch) % kStageFragments == 0;
+        if constexpr (kBeginsX) wait_x<1>();
+        start_plain<kFirst>(batch_[kNumber % 2]);
+        if constexpr (kNext == 0) {
+          release_column();
+          if (more) {
+            column = wait_column();
+            more = !column.is_two_four();
+          }
+          // After the last column, what is loaded next is not used.
+          if (more) runs = begin_plain(column);
+        }
+        load_batch<kNext>(runs, values);
+        ptx::wgmma_wait<1>();
+        if constexpr (kBeginsX) release_x_in_use();
+        if constexpr (kEndsX) finish_x_stage();
+        arrange_batch<kNext>(runs, values, batch_[(kNumber + 1) % 2]);
+      });
+    } while (more);
+    finish_products();
+  }
+
+  template <int kFirst>
+  __device__ __forceinline__ static void load_batch(PlainRuns& runs, Values& values) {
+    constexpr int kHalf = kFirst / 4, kStep = kHalf == 0 ? kChunkRowBytes : -kChunkRowBytes;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int s = 0; s < C::kStrips; ++s) {
+        const uint32_t word = runs.bits[kHalf][s] >> (2 * (kFirst % 4 + i));
+        load_quad<0, kStep>(word, runs.position[kHalf][s], &values[i][s][0]);
+        load_quad<1, kStep>(word, runs.position[kHalf][s], &values[i][s][4]);
+      }
+    }
+  }
+
+  template <int kFirst>
+  __device__ __forceinline__ static void arrange_batch(const PlainRuns& runs, const Values& values,
+                                                       Batch& a) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int s = 0; s < C::kStrips; ++s) {
+        const uint32_t word = runs.bits[kFirst / 4][s] >> (2 * (kFirst % 4 + i));
+        arrange_quad<0>(word, &values[i][s][0], &a[i][s][0]);
+        arrange_quad<1>(word, &values[i][s][4], &a[i][s][2]);
+      }
+    }
+  }
+
+  // Multiplies eight plain fragments of each strip, 128 columns, with X from stage x_state_ on.
+  // decode(Number<first of the batch>(), index in the batch, s, registers) decodes a fragment of
+  // strip s; fragments are decoded in their order.
+  template <typename Decode>
+  __device__ __forceinline__ void multiply_fragments(const Decode& decode) {
     for_each_batch([&](auto number) {
       constexpr int kNumber = decltype(number)::value, kFirst = kNumber * kBatch;
-      constexpr int kHalf = kFirst / 4;
       Batch& a = batch_[kNumber % 2];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
 #pragma unroll
-        for (int s = 0; s < C::kStrips; ++s) {
-          decode_nth<kFirst % 4, kHalf, false>(i, bits[kHalf][s], position[kHalf][s], a[i][s]);
-        }
+        for (int s = 0; s < C::kStrips; ++s) decode(Number<kFirst>(), i, s, a[i][s]);
       }
       constexpr bool kBeginsX = kFirst % kStageFragments == 0;
       constexpr bool kEndsX = (kFirst + kBatch) % kStageFragments == 0;
       if constexpr (kBeginsX) wait_x<1>();
       start_plain<kFirst>(a);
+      if constexpr (kWgmma) ptx::wgmma_wait<1>();  // the other batch's registers are overwritten
       if constexpr (kBeginsX && kWgmma) release_x_in_use();
       if constexpr (kEndsX) finish_x_stage();
     });
-    release_column();
   }
 
   __device__ __forceinline__ TwoFourParts find_parts(uint2 descriptor) const {
     return {descriptor.x, static_cast<int>(descriptor.y & 0xFFFF), lane_};
+  }
+
+  // The address where this lane's downward run of strip s begins.
+  __device__ __forceinline__ uint32_t begin_down(const TwoFourParts& parts, int s) const {
+    return parts.residual - kChunkRowBytes + (parts.down_offsets >> (strip(s) * 8) & 0x7EU);
+  }
+
+  // Multiplies a 2:4 chunk by plain wgmma, twice 128 columns. Decoding it into plain fragments
+  // takes longer than into those of wgmma.sp, but the cost of wgmma.sp's residual grows with the
+  // tokens.
+  __device__ __forceinline__ void multiply_expanded(const Column& column) {
+    const TwoFourParts parts = find_parts(column.descriptor);
+    TwoFourGroups groups[C::kStrips];
+    uint32_t position[2][C::kStrips], residual[C::kStrips], residual_fragments[C::kStrips];
+    int steps[C::kStrips];
+#pragma unroll
+    for (int s = 0; s < C::kStrips; ++s) {
+      const bool lower = strip(s) == 0;
+      uint32_t bits[4];
+      load_bits(bits, parts.bits + strip(s) * kTwoFourStripBitsBytes + lane_ * 16);
+      groups[s] = two_four_groups(bits, lane_);
+      position[0][s] = parts.values + lane_ * 4 + strip(s) * 2;
+      position[1][s] = begin_down(parts, s);
+      residual[s] = parts.residual + (lower ? 0 : parts.steps[0] * kResidualStepBytes);
+      steps[s] = lower ? parts.steps[0] : parts.steps[1];
+      residual_fragments[s] = fragments_of_residual(residual[s], steps[s], lane_);
+    }
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {
+      multiply_fragments([&](auto number, int i, int s, uint32_t* reg) {
+        constexpr int kFirst = decltype(number)::value;
+        const int fragment = kFirst + i;
+        uint32_t low[2], high[2];
+        decode_groups(fragment, groups[s], position[fragment / 2 % 2][s], low, high);
+        if ((residual_fragments[s] >> fragment & 1) != 0) {
+          insert_residual(residual[s], steps[s], part * kFragments + fragment, lane_, high);
+        }
+        exchange_pairs(low, high, lane_, reg);
+      });
+#pragma unroll
+      for (int s = 0; s < C::kStrips; ++s) {
+#pragma unroll
+        for (auto& half : groups[s].words) {
+#pragma unroll
+          for (uint32_t& word : half) word >>= 2;
+        }
+        residual_fragments[s] >>= kFragments;
+      }
+    }
+    release_column();
   }
 
   __device__ __forceinline__ void multiply_two_four(const Column& column) {
@@ -280,8 +438,7 @@ class BitmapConsumer {
         if constexpr (kFewRegisters) parts = find_parts(load_descriptor());
 #pragma unroll
         for (int s = 0; s < C::kStrips; ++s) {
-          position[s] =
-              parts.residual - kChunkRowBytes + (parts.down_offsets >> (strip(s) * 8) & 0x7EU);
+          position[s] = begin_down(parts, s);
         }
       }
       Batch& a = batch_[kNumber % 2];
@@ -336,6 +493,26 @@ class BitmapConsumer {
     if constexpr (kNumber < kBatches) {
       body(Number<kNumber>());
       for_each_batch<kNumber + 1>(body);
+    }
+  }
+
+  // Decodes this lane's groups of plain fragment `fragment` (0..7, a constant after inlining) of
+  // half of a 2:4 chunk.
+  __device__ __forceinline__ static void decode_groups(int fragment, const TwoFourGroups& groups,
+                                                       uint32_t& position, uint32_t (&low)[2],
+                                                       uint32_t (&high)[2]) {
+    const auto& words = groups.words[fragment / 2 % 2];
+    const int shift = fragment % 2 * 4;
+    const uint32_t shifted[3] = {words[0] >> shift, words[1] >> shift, words[2] >> shift};
+    switch (fragment / 2) {
+      case 0:
+        return decode_two_four_groups<0, kChunkRowBytes>(shifted, position, low, high);
+      case 1:
+        return decode_two_four_groups<0, -kChunkRowBytes>(shifted, position, low, high);
+      case 2:
+        return decode_two_four_groups<1, kChunkRowBytes>(shifted, position, low, high);
+      default:
+        return decode_two_four_groups<1, -kChunkRowBytes>(shifted, position, low, high);
     }
   }
 

@@ -25,7 +25,10 @@ struct BitmapParams {
   // W by tile_n tokens. A work unit is `unit_cols` (1 or 2) columns of chunks.
   StreamK schedule;
   int unit_cols;
-  float4* partial;  // partial sums for the finishing kernel, see finish.cuh
+  float4* partial;  // partial sums, see finish.cuh
+  // For each consumer warp, whether its partial sums are in the workspace. Null if the finishing
+  // kernel adds them.
+  uint32_t* stored;
   Epilogue epilogue;
 
   // `workspace` has the size that the plan says; `block_m` is the rows of W in an output tile.
@@ -41,6 +44,7 @@ struct BitmapParams {
         schedule(plan.work),
         unit_cols(plan.unit_cols),
         partial(static_cast<float4*>(workspace)),
+        stored(nullptr),
         epilogue{args.bias, args.y, args.weight.m, args.n, args.activation} {}
 };
 
@@ -59,17 +63,17 @@ struct BitmapKernelConfig {
   // warpgroup. The launch divides them evenly between the 5 or 3 warpgroups, in multiples of 8 (96
   // or 168, which the spill check of setup.py prints), and setmaxnreg divides the same sum again:
   //                  launched    consumers  producer   used by them in the SASS of nvcc 13.0
-  //   tile_n <= 64   5 *  96 >=   4 * 104  +  56       93 or 94, and 38
-  //   tile_n = 128   5 *  96 >=   4 * 112  +  32       107, and 26
-  //   tile_n = 256   3 * 168 >=   2 * 208  +  56       192, and 28
+  //   tile_n <= 64   5 *  96 >=   4 * 104  +  56       93 or 94, and 33 or 34
+  //   tile_n = 128   5 *  96 >=   4 * 112  +  32       108, and 24
+  //   tile_n = 256   3 * 168 >=   2 * 224  +  56       220, and 25
   // Up to 64 tokens 104 is the most that leaves the producer enough: with 112 it would have 32. At
   // 128 tokens ptxas serialises the wgmmas with 104 (its C7512). At 256 tokens ptxas manages with
-  // 184, and 224 would fit; neither was timed.
+  // 184 for plain chunks; expanding 2:4 chunks takes more.
   static constexpr int kAllWarps = kWarps + 4;
   static constexpr int kThreads = kAllWarps * 32;
   static constexpr int kLaunchRegisters = 512 / (kWarps / 4 + 1) / 8 * 8;
   static constexpr int kProducerRegisters = kTileN == 128 ? 32 : 56;
-  static constexpr int kConsumerRegisters = kTileN == 256 ? 208 : kTileN == 128 ? 112 : 104;
+  static constexpr int kConsumerRegisters = kTileN == 256 ? 224 : kTileN == 128 ? 112 : 104;
   static_assert(kWarps / 4 * kConsumerRegisters + kProducerRegisters <=
                     (kWarps / 4 + 1) * kLaunchRegisters,
                 "setmaxnreg.inc waits forever for registers that the launch did not allocate");
@@ -140,7 +144,7 @@ struct BitmapSmem {
                                  stage * C::kXStageBytes + k16 / 4 * C::kXBoxBytes + k16 % 4 * 32);
   }
   // X of a 2:4 chunk's 256 columns, transposed: [block of 8 tokens][column][token], 16 bytes per
-  // column, up to 64 tokens at a time.
+  // column, up to 64 tokens at a time. None if 2:4 chunks are expanded.
   __device__ __forceinline__ uint32_t transposed_x() const { return base + kTransposed; }
   // All zeros: stands for any chunk, plain or 2:4, that has no nonzeros. There is a gap around it,
   // too.
@@ -200,10 +204,13 @@ struct PipelineState {
   __device__ __forceinline__ PipelineState operator+(int stages) const { return {count + stages}; }
 };
 
-// The cluster's index in the grid, and so its index among the workers of the schedule.
+// The cluster's index among the workers of the schedule. A kernel whose clusters may wait for those
+// after them (finish.cuh) counts from the grid's end, because CTAs are launched in the grid's
+// order: a cluster then waits only for clusters that were launched before it.
 template <typename C>
 __device__ __forceinline__ int cluster_idx() {
-  return static_cast<int>(blockIdx.x) / C::kCluster;
+  const int idx = static_cast<int>(blockIdx.x) / C::kCluster;
+  return C::kFinishesAll ? idx : static_cast<int>(gridDim.x) / C::kCluster - 1 - idx;
 }
 
 // A position in the schedule: an output tile and one of its columns of chunks.

@@ -106,6 +106,18 @@ __device__ __forceinline__ uint2 load_shared_v2(uint32_t smem) {
   return value;
 }
 
+// Makes this thread's earlier writes, and those that it has synchronised with, visible to a thread
+// that reads `value` by load_acquire().
+__device__ __forceinline__ void store_release(uint32_t* gmem, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(gmem), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* gmem) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(gmem) : "memory");
+  return value;
+}
+
 // cp.async: four bytes from global to shared memory, or zeros where `valid` is false.
 __device__ __forceinline__ void copy_async4(uint32_t smem, const void* gmem, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem), "l"(gmem),
