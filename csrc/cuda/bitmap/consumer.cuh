@@ -87,14 +87,10 @@ class BitmapConsumer {
   // Whether to read or compute values again when they are needed instead of keeping them in
   // registers.
   static constexpr bool kFewRegisters = C::kStrips * C::kTileN > 64;
-  // Whether the values of a batch of a plain chunk are loaded before the batch before it is
-  // complete.
-  static constexpr bool kLoadsAhead = C::kTileN > 128;
   static constexpr int kTransposedN = C::kTileN < 64 ? C::kTileN : 64;
   static constexpr int kTokenBlocks = C::kTileN / kTransposedN;
 
   using Batch = uint32_t[kBatch][C::kStrips][4];
-  using Values = uint32_t[kBatch][C::kStrips][8];  // of a batch: those that may be stored for it
 
   // This warp's part of a column of chunks.
   struct Column {
@@ -114,7 +110,6 @@ class BitmapConsumer {
   // code path can come between two iterations.
   template <bool kTwoFour>
   __device__ __forceinline__ void multiply_columns(Column& column) {
-    if constexpr (kLoadsAhead && !kTwoFour) return multiply_plain_ahead(column);
     do {
       if constexpr (kTwoFour) {
         multiply_expanded(column);
@@ -209,6 +204,7 @@ class BitmapConsumer {
         }
       }
       ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();  // the other batch's registers are overwritten next
     } else {
       static_assert(kBatch == 2, "ldmatrix loads 32 columns");
       // Register i of lane 4 g + t gets columns 8 i + 2 t and 8 i + 2 t + 1 of token g.
@@ -251,96 +247,21 @@ class BitmapConsumer {
     ptx::wgmma_commit();
   }
 
-  // The runs of a warp's strips of a plain chunk, by half.
-  struct PlainRuns {
-    uint32_t bits[2][C::kStrips], position[2][C::kStrips];
-  };
-
-  __device__ __forceinline__ PlainRuns begin_plain(const Column& column) const {
+  __device__ __forceinline__ void multiply_plain(const Column& column) {
     const ChunkCursor cursor(column.descriptor.x, column.descriptor.y & 0xFFFF, true, lane_);
-    PlainRuns runs;
+    uint32_t bits[2][C::kStrips], position[2][C::kStrips];
 #pragma unroll
     for (int s = 0; s < C::kStrips; ++s) {
-      runs.bits[0][s] = strip(s) == 0 ? cursor.bits[0] : cursor.bits[1];
-      runs.bits[1][s] = strip(s) == 0 ? cursor.bits[2] : cursor.bits[3];
-      runs.position[0][s] = strip(s) == 0 ? cursor.up[0] : cursor.up[1];
-      runs.position[1][s] = strip(s) == 0 ? cursor.down[0] : cursor.down[1];
+      bits[0][s] = strip(s) == 0 ? cursor.bits[0] : cursor.bits[1];
+      bits[1][s] = strip(s) == 0 ? cursor.bits[2] : cursor.bits[3];
+      position[0][s] = strip(s) == 0 ? cursor.up[0] : cursor.up[1];
+      position[1][s] = strip(s) == 0 ? cursor.down[0] : cursor.down[1];
     }
-    return runs;
-  }
-
-  __device__ __forceinline__ void multiply_plain(const Column& column) {
-    PlainRuns runs = begin_plain(column);
     multiply_fragments([&](auto number, int i, int s, uint32_t* reg) {
       constexpr int kFirst = decltype(number)::value, kHalf = kFirst / 4;
-      decode_nth<kFirst % 4, kHalf, false>(i, runs.bits[kHalf][s], runs.position[kHalf][s], reg);
+      decode_nth<kFirst % 4, kHalf, false>(i, bits[kHalf][s], position[kHalf][s], reg);
     });
     release_column();
-  }
-
-  // Multiplies plain columns as multiply_columns does. While a batch is multiplied, the values of
-  // the next one are loaded. They are arranged once the registers of the batch before are free, so
-  // that the tensor cores do not wait for shared memory.
-  __device__ __forceinline__ void multiply_plain_ahead(Column& column) {
-    PlainRuns runs = begin_plain(column);
-    Values values;
-    load_batch<0>(runs, values);
-    arrange_batch<0>(runs, values, batch_[0]);
-    bool more;
-    do {
-      more = !column.ends();
-      for_each_batch([&](auto number) {
-        constexpr int kNumber = decltype(number)::value, kFirst = kNumber * kBatch;
-        constexpr int kNext = (kFirst + kBatch) % kFragments;
-        constexpr bool kBeginsX = kFirst % kStageFragments == 0;
-        constexpr bool kEndsX = (kFirst + kBatch) % kStageFragments == 0;
-        if constexpr (kBeginsX) wait_x<1>();
-        start_plain<kFirst>(batch_[kNumber % 2]);
-        if constexpr (kNext == 0) {
-          release_column();
-          if (more) {
-            column = wait_column();
-            more = !column.is_two_four();
-          }
-          // After the last column, what is loaded next is not used.
-          if (more) runs = begin_plain(column);
-        }
-        load_batch<kNext>(runs, values);
-        ptx::wgmma_wait<1>();
-        if constexpr (kBeginsX) release_x_in_use();
-        if constexpr (kEndsX) finish_x_stage();
-        arrange_batch<kNext>(runs, values, batch_[(kNumber + 1) % 2]);
-      });
-    } while (more);
-    finish_products();
-  }
-
-  template <int kFirst>
-  __device__ __forceinline__ static void load_batch(PlainRuns& runs, Values& values) {
-    constexpr int kHalf = kFirst / 4, kStep = kHalf == 0 ? kChunkRowBytes : -kChunkRowBytes;
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-      for (int s = 0; s < C::kStrips; ++s) {
-        const uint32_t word = runs.bits[kHalf][s] >> (2 * (kFirst % 4 + i));
-        load_quad<0, kStep>(word, runs.position[kHalf][s], &values[i][s][0]);
-        load_quad<1, kStep>(word, runs.position[kHalf][s], &values[i][s][4]);
-      }
-    }
-  }
-
-  template <int kFirst>
-  __device__ __forceinline__ static void arrange_batch(const PlainRuns& runs, const Values& values,
-                                                       Batch& a) {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-      for (int s = 0; s < C::kStrips; ++s) {
-        const uint32_t word = runs.bits[kFirst / 4][s] >> (2 * (kFirst % 4 + i));
-        arrange_quad<0>(word, &values[i][s][0], &a[i][s][0]);
-        arrange_quad<1>(word, &values[i][s][4], &a[i][s][2]);
-      }
-    }
   }
 
   // Multiplies eight plain fragments of each strip, 128 columns, with X from stage x_state_ on.
@@ -360,7 +281,6 @@ class BitmapConsumer {
       constexpr bool kEndsX = (kFirst + kBatch) % kStageFragments == 0;
       if constexpr (kBeginsX) wait_x<1>();
       start_plain<kFirst>(a);
-      if constexpr (kWgmma) ptx::wgmma_wait<1>();  // the other batch's registers are overwritten
       if constexpr (kBeginsX && kWgmma) release_x_in_use();
       if constexpr (kEndsX) finish_x_stage();
     });

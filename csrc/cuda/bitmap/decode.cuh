@@ -79,33 +79,20 @@ __device__ __forceinline__ uint32_t advance(uint32_t position, uint32_t quad_bit
   }
 }
 
-// Loads the four values that may be stored for the quad whose bits are bit kBit of each byte of
-// `word`. kBit is 0 or 1, as the factors above must be divisible by 2^kBit. `position` is the
-// shared-memory address of the run's next value and is advanced.
-template <int kBit, int kStep>
-__device__ __forceinline__ void load_quad(uint32_t word, uint32_t& position, uint32_t* value) {
-  value[0] = load_shared_u16<0>(position);
-  value[1] = load_shared_u16<kStep>(position);
-  position = advance<kBit, kStep>(position, word & (0x01010101U << kBit));
-  // The second register's elements are stored backwards from the quad's end.
-  value[2] = load_shared_u16<-kStep>(position);
-  value[3] = load_shared_u16<-2 * kStep>(position);
-}
-
-// Arranges the values of a quad and zeros in two registers of a fragment.
-template <int kBit>
-__device__ __forceinline__ void arrange_quad(uint32_t word, const uint32_t* value, uint32_t* reg) {
-  const uint32_t bits = word & (0x01010101U << kBit);
-  reg[0] = byte_permute(value[0], value[1], selector<kBit, false>(bits));
-  reg[1] = byte_permute(value[2], value[3], selector<kBit, true>(bits));
-}
-
-// Both: decodes a quad.
+// Decodes the quad whose bits are bit kBit of each byte of `word` into two registers of a fragment.
+// kBit is 0 or 1, as the factors above must be divisible by 2^kBit. `position` is the shared-memory
+// address of the run's next value and is advanced.
 template <int kBit, int kStep>
 __device__ __forceinline__ void decode_quad(uint32_t word, uint32_t& position, uint32_t* reg) {
-  uint32_t value[4];
-  load_quad<kBit, kStep>(word, position, value);
-  arrange_quad<kBit>(word, value, reg);
+  const uint32_t bits = word & (0x01010101U << kBit);
+  const uint32_t first = load_shared_u16<0>(position);
+  const uint32_t second = load_shared_u16<kStep>(position);
+  position = advance<kBit, kStep>(position, bits);
+  // The other register's elements are stored backwards from the quad's end.
+  const uint32_t last = load_shared_u16<-kStep>(position);
+  const uint32_t before_last = load_shared_u16<-2 * kStep>(position);
+  reg[0] = byte_permute(first, second, selector<kBit, false>(bits));
+  reg[1] = byte_permute(last, before_last, selector<kBit, true>(bits));
 }
 
 // Decodes the four registers of fragment kFragment (0..3) of a half of a plain chunk.
