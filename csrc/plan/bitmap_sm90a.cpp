@@ -26,6 +26,28 @@ bool takes_narrow_passes(const SpmmProblem& problem) {
   return mostly_two_four(problem) && problem.n > kTwoFourPassTokens;
 }
 
+// The index of the first configuration for as many tokens as a pass has.
+int first_config(const SpmmProblem& problem) {
+  return config_covering(bitmap_configs(),
+                         takes_narrow_passes(problem) ? kTwoFourPassTokens : problem.n);
+}
+
+// Whether the configuration after `first` is for as many tokens and the faster one: its tiles are
+// lower. Fewer CTAs share a low tile, so there are fewer partial sums to add, but each column of X
+// serves fewer rows. On an H200, fp16, N = 32, low tiles / high tiles in us (2026-11-30):
+//    6144x4096    50 % 16.3 / 17.0   70 % 15.3 / 16.1   90 % 14.1 / 14.8
+//    4096x14336   50 % 24.2 / 27.7   70 % 23.8 / 24.2   90 % 20.5 / 23.1
+//    7168x28672   50 % 70.5 / 70.3   70 % 68.2 / 57.6   90 % 51.8 / 46.4
+constexpr int64_t kLowTileElems = 448 * 1024;  // of W, for each SM, at most
+
+bool takes_low_tiles(const PlanRequest& request, int first) {
+  const std::vector<BitmapConfig>& configs = bitmap_configs();
+  const auto high = static_cast<size_t>(first), low = high + 1;
+  const int64_t sms = std::max(request.device.num_sms, 1);
+  return low < configs.size() && configs[low].tile_n == configs[high].tile_n &&
+         request.problem.m * request.problem.k <= kLowTileElems * sms;
+}
+
 }  // namespace
 
 bool mostly_two_four(const SpmmProblem& problem) {
@@ -68,6 +90,8 @@ bool takes_bitmap(const PlanRequest& request, std::string* reason) {
   }
   explain(reason, takes_narrow_passes(request.problem)
                       ? "above 83 % zeros passes of 64 tokens cost less than wider tiles"
+                  : takes_low_tiles(request, first_config(request.problem))
+                      ? "a small layer: lower tiles leave fewer partial sums to add"
                       : "the narrowest tile that covers N decodes each weight once");
   return true;
 }
@@ -90,9 +114,12 @@ Status divide_bitmap_work(const SpmmProblem& problem, int tile_n, int block_m, S
 Status plan_bitmap(const PlanRequest& request, SpmmPlan* out) {
   const SpmmProblem& problem = request.problem;
   const DeviceInfo& device = request.device;
-  const int64_t tokens = takes_narrow_passes(problem) ? kTwoFourPassTokens : problem.n;
-  out->config = request.forced() ? config_named(bitmap_configs(), request.config)
-                                 : config_covering(bitmap_configs(), tokens);
+  if (request.forced()) {
+    out->config = config_named(bitmap_configs(), request.config);
+  } else {
+    const int first = first_config(problem);
+    out->config = takes_low_tiles(request, first) ? first + 1 : first;
+  }
   const BitmapConfig& config = bitmap_configs()[static_cast<size_t>(out->config)];
   if (Status divided = divide_bitmap_work(problem, config.tile_n, config.block_m(), out);
       !divided.ok()) {

@@ -11,7 +11,8 @@
 
 namespace flash_llm {
 
-// The kernel's configurations, with one CTA per SM each:
+// The kernel's configurations, with one CTA per SM each. For some numbers of tokens there are two:
+// the second one has lower tiles, see takes_low_tiles() in bitmap_sm90a.cpp.
 //   name; tokens per CTA; consumer warps; strips of 16 rows per consumer warp (2 are a whole chunk;
 //   with 1 two warps share a chunk, which leaves registers for more tokens); CTAs per cluster,
 //   which read X from L2 once for all of them; stages of X in shared memory, of 64 or 128 columns
@@ -21,7 +22,8 @@ namespace flash_llm {
   row(n8, 8, 16, 2, 1, 8)             \
   row(n16, 16, 16, 2, 1, 8)           \
   row(n32, 32, 16, 2, 1, 8)           \
-  row(n64, 64, 16, 1, 2, 8)           \
+  row(n32_low, 32, 16, 1, 1, 8)       \
+  row(n64, 64, 16, 1, 1, 8)           \
   row(n128, 128, 16, 1, 2, 4)         \
   row(n256, 256, 8, 1, 2, 4)
 // clang-format on

@@ -242,6 +242,17 @@ TEST(SelectPlanBitmap, TheNarrowestTileThatCoversNAndOneCtaPerSm) {
   EXPECT_EQ(plan_of(bitmap_problem(28672, 4096, 7168), kH200).family, KernelFamily::kDense);
 }
 
+TEST(SelectPlanBitmap, SmallLayersTakeLowTiles) {
+  const auto name = [](int64_t m, int64_t n, int64_t k) {
+    return plan_of(bitmap_problem(m, n, k, 0.7), kH200).name();
+  };
+  EXPECT_EQ(name(6144, 17, 4096), "n32_low");
+  EXPECT_EQ(name(4096, 32, 14336), "n32_low");
+  EXPECT_EQ(name(28672, 32, 4096), "n32");
+  EXPECT_EQ(name(7168, 32, 28672), "n32");
+  EXPECT_EQ(name(4096, 33, 4096), "n64");
+}
+
 TEST(SelectPlanBitmap, ManyTokensTakeTheDenseRouteEarlierWhereMostPairsAreTwoFour) {
   EXPECT_EQ(plan_of(bitmap_problem(28672, 512, 7168, 0.5), kH200).family,
             KernelFamily::kBitmapSm90a);
@@ -307,7 +318,7 @@ TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
   const SpmmPlan plan = plan_of(bitmap_problem(28672, 8, 7168), kH200, "n8");
   EXPECT_EQ(plan.workspace_bytes, int64_t{132 + 56} * 512 * 8 * 4);
   const SpmmPlan two_blocks = plan_of(bitmap_problem(28672, 128, 7168), kH200, "n64");
-  EXPECT_EQ(two_blocks.workspace_bytes, int64_t{132 / 2 + 2 * 56} * 512 * 64 * 4);
+  EXPECT_EQ(two_blocks.workspace_bytes, int64_t{132 + 2 * 112} * 256 * 64 * 4);
   // A kernel that stores complete output tiles itself needs two slots per cluster for any number of
   // tokens.
   for (const int64_t n : {129, 1024, 1 << 20}) {

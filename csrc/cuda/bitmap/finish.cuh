@@ -155,11 +155,13 @@ Status launch_finish(const BitmapParams& params, bool dependent, cudaStream_t st
   const int rows =
       C::kFinishesAll ? params.output_tiles : std::min(params.output_tiles, clusters - 1);
   const dim3 grid(static_cast<unsigned>(rows), kStripsOfBlock / kFinishWarps, C::kBlocksN);
-  if constexpr (C::kTileN <= 32) {
+  if constexpr (C::kTileN <= 64) {
     // Several parts pay only where an output tile has sums of more than 8 clusters to add.
     // Measured on an H100 with one, two and four parts, in us: 4096x4096, N = 8: 13.4, 11.9 and
-    // 13.3; N = 32: 18.1, 17.1 and 16.5; 7168x7168, N = 8: 16.1, 18.8 and 17.7. So two parts are
-    // faster if even then one CTA per SM suffices, and four if one part alone takes more than that.
+    // 13.3; N = 32: 18.1, 17.1 and 16.5; 7168x7168, N = 8: 16.1, 18.8 and 17.7; on an H200 with one
+    // and four parts, N = 64: 4096x14336, 8 clusters to a tile, 30.9 and 29.9; 6144x4096, 6
+    // clusters, 19.8 and 21.2. So two parts are faster if even then one CTA per SM suffices, and
+    // four if one part alone takes more than that.
     static_assert(C::kCluster == 1, "there is one cluster per SM only if a cluster is one CTA");
     const int finish_ctas = static_cast<int>(grid.x * grid.y * grid.z);
     if (clusters > 2 * kFinishInFlight * rows) {
