@@ -11,7 +11,8 @@
 
 namespace flash_llm {
 
-// The kernel's configurations, with one CTA per SM each:
+// The kernel's configurations, with one CTA per SM each. For some numbers of tokens there are two:
+// the second one has lower tiles, see takes_low_tiles() in bitmap_sm90a.cpp.
 //   name; tokens per CTA; consumer warps; strips of 16 rows per consumer warp (2 are a whole chunk;
 //   with 1 two warps share a chunk, which leaves registers for more tokens); CTAs per cluster,
 //   which read X from L2 once for all of them; stages of X in shared memory, of 64 or 128 columns
@@ -21,7 +22,8 @@ namespace flash_llm {
   row(n8, 8, 16, 2, 1, 8)             \
   row(n16, 16, 16, 2, 1, 8)           \
   row(n32, 32, 16, 2, 1, 8)           \
-  row(n64, 64, 16, 1, 2, 8)           \
+  row(n32_low, 32, 16, 1, 1, 8)       \
+  row(n64, 64, 16, 1, 1, 8)           \
   row(n128, 128, 16, 1, 2, 4)         \
   row(n256, 256, 8, 1, 2, 4)
 // clang-format on
@@ -61,10 +63,15 @@ constexpr int64_t bitmap_sums_bytes(const BitmapConfig& config, const WorkGrid& 
 }
 
 // Whether a cluster adds the partial sums of an output tile that several share, instead of the
-// finishing kernel: where a tile has about three clusters at most. The finishing kernel adds those
-// of more clusters faster, because it does so on all SMs.
+// finishing kernel: where there are at most 1.5 clusters for each tile. The finishing kernel adds
+// those of more clusters faster, because it does so on all SMs. Times with such sums over those
+// with the finishing kernel, by clusters for each tile (H200, fp16, 50 %, 2026-11-30):
+//   0.6        0.93 (28672x7168, N = 256), 0.89 (14336x4096, N = 512), 0.96 (7168x7168, N = 1024)
+//   1.0 … 1.2  0.87 (4096x4096, N = 1024), 0.87 (14336x4096, N = 256), 0.95 (7168x7168, N = 512)
+//   2.1, 2.4   1.05 (4096x4096, N = 512), 1.06 (7168x7168, N = 256), 0.98 (14336x4096, N = 128)
+//   4.1, 4.7   1.31 (4096x4096, N = 256), 1.23 (7168x7168, N = 128)
 constexpr bool bitmap_adds_shared(int tile_n, const WorkGrid& work) {
-  return !bitmap_finishes_all(tile_n) && work.workers <= 3 * work.rows;
+  return !bitmap_finishes_all(tile_n) && 2 * work.workers <= 3 * work.rows;
 }
 
 // Bytes of the workspace: the partial sums, and a word for each consumer warp if clusters add them.

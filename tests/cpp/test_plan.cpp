@@ -242,16 +242,28 @@ TEST(SelectPlanBitmap, TheNarrowestTileThatCoversNAndOneCtaPerSm) {
   EXPECT_EQ(plan_of(bitmap_problem(28672, 4096, 7168), kH200).family, KernelFamily::kDense);
 }
 
-TEST(SelectPlanBitmap, ManyTokensTakeTheDenseRouteEarlierWhereMostPairsAreTwoFourOrFew) {
+TEST(SelectPlanBitmap, SmallLayersTakeLowTiles) {
   const auto name = [](int64_t m, int64_t n, int64_t k, double sparsity) {
     return plan_of(bitmap_problem(m, n, k, sparsity), kH200).name();
   };
-  EXPECT_EQ(name(28672, 1024, 7168, 0.5), "n256");
-  EXPECT_EQ(name(28672, 1025, 7168, 0.5), "dense");
-  EXPECT_EQ(name(28672, 512, 7168, 0.9), "n256");
-  EXPECT_EQ(name(28672, 513, 7168, 0.9), "dense");
-  EXPECT_EQ(name(4096, 512, 4096, 0.5), "n256");
-  EXPECT_EQ(name(4096, 513, 4096, 0.5), "dense");
+  EXPECT_EQ(name(6144, 17, 4096, 0.7), "n32_low");
+  EXPECT_EQ(name(18944, 32, 3584, 0.9), "n32_low");
+  EXPECT_EQ(name(28672, 32, 4096, 0.5), "n32_low");  // enough nonzeros for a column of X
+  EXPECT_EQ(name(28672, 32, 4096, 0.7), "n32");
+  EXPECT_EQ(name(7168, 32, 28672, 0.5), "n32");
+  EXPECT_EQ(name(2048, 32, 2048, 0.7), "n32");
+  EXPECT_EQ(name(2048, 32, 2048, 0.9), "n32_low");
+  EXPECT_EQ(name(4096, 33, 4096, 0.7), "n64");
+}
+
+TEST(SelectPlanBitmap, ManyTokensTakeTheDenseRouteEarlierWhereMostPairsAreTwoFour) {
+  const auto name = [](int64_t n, double sparsity) {
+    return plan_of(bitmap_problem(28672, n, 7168, sparsity), kH200).name();
+  };
+  EXPECT_EQ(name(1024, 0.5), "n256");
+  EXPECT_EQ(name(1025, 0.5), "dense");
+  EXPECT_EQ(name(256, 0.9), "n256");
+  EXPECT_EQ(name(257, 0.9), "dense");
 }
 
 TEST(SelectPlanBitmap, TwoFourPairsTakePassesOf64TokensUpToTwoOfThem) {
@@ -324,10 +336,10 @@ TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
   const SpmmPlan plan = plan_of(bitmap_problem(28672, 8, 7168), kH200, "n8");
   EXPECT_EQ(plan.workspace_bytes, int64_t{132 + 56} * 512 * 8 * 4);
   const SpmmPlan two_blocks = plan_of(bitmap_problem(28672, 128, 7168), kH200, "n64");
-  EXPECT_EQ(two_blocks.workspace_bytes, int64_t{132 / 2 + 2 * 56} * 512 * 64 * 4);
+  EXPECT_EQ(two_blocks.workspace_bytes, int64_t{132 + 2 * 112} * 256 * 64 * 4);
   // A kernel that stores complete output tiles itself needs two slots per cluster for any number of
   // tokens, and a word for each of a CTA's 8 consumer warps if clusters add each other's sums:
-  // where there are at most three for each tile.
+  // where there are at most 1.5 for each tile.
   constexpr int64_t kSlots = int64_t{2 * 132 / 2} * 256 * 256 * 4;
   for (const int64_t n : {129, 1024, 1 << 20}) {
     const SpmmPlan wide = plan_of(bitmap_problem(28672, n, 7168), kH200, "n256");
@@ -337,8 +349,8 @@ TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
   const auto bytes = [](int64_t m) {
     return plan_of(bitmap_problem(m, 256, 4096), kH200, "n256").workspace_bytes;
   };
-  EXPECT_EQ(bytes(21 * 256), kSlots);  // 66 clusters for 21 and 22 tiles
-  EXPECT_EQ(bytes(22 * 256), kSlots + 132 * 8 * 4);
+  EXPECT_EQ(bytes(43 * 256), kSlots);  // 66 clusters for 43 and 44 tiles
+  EXPECT_EQ(bytes(44 * 256), kSlots + 132 * 8 * 4);
 }
 
 TEST(SelectPlanBitmap, EveryGpuTakesTheFastestFamilyThatItHasCodeFor) {

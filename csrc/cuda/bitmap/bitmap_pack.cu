@@ -665,6 +665,7 @@ __device__ __forceinline__ void unpack_two_four(uint8_t* chunk, uint32_t smem, i
     const TwoFourWords words = two_four_words(bits, lane);
     swap_two_four_words(bits);  // below, the bits are read in the order of columns
     stored_bits = make_uint4(bits[0], bits[1], bits[2], bits[3]);
+    __syncwarp();  // decoding reads, and does not use, up to two rows before the values: other bits
     decode_run<true, 0>(stored ? words.runs[0] : 0, smem_values + lane * 4 + strip * 2, lane,
                         slots);
     decode_run<true, 1>(stored ? words.runs[1] : 0, last_row + (down_offsets >> strip * 8 & 0x7EU),

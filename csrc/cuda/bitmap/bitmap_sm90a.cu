@@ -35,9 +35,9 @@
 //
 // The three upper boxes are shared memory (smem.cuh). A work range (stream_k.cuh) is a
 // sequence of columns of chunks, which may begin and end within an output tile. A CTA's part of a
-// column is 512 rows of W by 128 columns (2:4: 256) up to 32 tokens, 256 rows for 64 and 128
-// tokens, 128 rows for 256 tokens. Clusters of two CTAs take two such parts and share X by
-// multicast.
+// column is 512 rows of W by 128 columns (2:4: 256) up to 32 tokens, 256 rows for 64 and 128 tokens
+// and for small layers at 32, 128 rows for 256 tokens. Above 64 tokens clusters of two CTAs take
+// two such parts and share X by multicast.
 //
 // With dependent launches the start of a call overlaps with the end of the previous one: when a CTA
 // of the previous call exits, a CTA of this call takes over its SM and copies weights while the

@@ -79,37 +79,73 @@ __device__ __forceinline__ uint32_t advance(uint32_t position, uint32_t quad_bit
   }
 }
 
-// Decodes the quad whose bits are bit kBit of each byte of `word` into two registers of a fragment.
+// Loads the values that may be stored for the quad whose bits are bit kBit of each byte of `word`.
 // kBit is 0 or 1, as the factors above must be divisible by 2^kBit. `position` is the shared-memory
 // address of the run's next value and is advanced.
 template <int kBit, int kStep>
-__device__ __forceinline__ void decode_quad(uint32_t word, uint32_t& position, uint32_t* reg) {
-  const uint32_t bits = word & (0x01010101U << kBit);
-  const uint32_t first = load_shared_u16<0>(position);
-  const uint32_t second = load_shared_u16<kStep>(position);
-  position = advance<kBit, kStep>(position, bits);
+__device__ __forceinline__ void load_quad(uint32_t word, uint32_t& position, uint32_t* values) {
+  values[0] = load_shared_u16<0>(position);
+  values[1] = load_shared_u16<kStep>(position);
+  position = advance<kBit, kStep>(position, word & (0x01010101U << kBit));
   // The other register's elements are stored backwards from the quad's end.
-  const uint32_t last = load_shared_u16<-kStep>(position);
-  const uint32_t before_last = load_shared_u16<-2 * kStep>(position);
-  reg[0] = byte_permute(first, second, selector<kBit, false>(bits));
-  reg[1] = byte_permute(last, before_last, selector<kBit, true>(bits));
+  values[2] = load_shared_u16<-kStep>(position);
+  values[3] = load_shared_u16<-2 * kStep>(position);
 }
 
-// Decodes the four registers of fragment kFragment (0..3) of a half of a plain chunk.
-template <int kFragment, int kStep>
-__device__ __forceinline__ void decode_fragment(uint32_t word, uint32_t& position, uint32_t* reg) {
-  const uint32_t shifted = word >> (2 * kFragment);
-  decode_quad<0, kStep>(shifted, position, reg);
-  decode_quad<1, kStep>(shifted, position, reg + 2);
+// Arranges the values of a quad in two registers of a fragment.
+template <int kBit>
+__device__ __forceinline__ void arrange_quad(uint32_t word, const uint32_t* values, uint32_t* reg) {
+  const uint32_t bits = word & (0x01010101U << kBit);
+  reg[0] = byte_permute(values[0], values[1], selector<kBit, false>(bits));
+  reg[1] = byte_permute(values[2], values[3], selector<kBit, true>(bits));
 }
+
+// How the four registers of a fragment are decoded from a word of bits: in two quads, first all
+// loads, then the arranging. Fragment kFragment (0..3) of a half of a plain chunk.
+template <int kFragment>
+struct PlainFragment {
+  template <int kStep>
+  __device__ __forceinline__ static void load(uint32_t word, uint32_t& position, uint32_t* values) {
+    load_quad<0, kStep>(word >> (2 * kFragment), position, values);
+    load_quad<1, kStep>(word >> (2 * kFragment), position, values + 4);
+  }
+  __device__ __forceinline__ static void arrange(uint32_t word, const uint32_t* values,
+                                                 uint32_t* reg) {
+    arrange_quad<0>(word >> (2 * kFragment), values, reg);
+    arrange_quad<1>(word >> (2 * kFragment), values + 4, reg + 2);
+  }
+};
 
 // The same for a 2:4 chunk, whose fragments have 16 slots for 32 columns.
+template <int kFragment>
+struct TwoFourFragment {
+  static constexpr int kShift = kFragment / 2 * 2, kBit = kFragment % 2;
+
+  template <int kStep>
+  __device__ __forceinline__ static void load(uint32_t word, uint32_t& position, uint32_t* values) {
+    load_quad<kBit, kStep>(word >> kShift, position, values);
+    load_quad<kBit, kStep>(word >> (kShift + 4), position, values + 4);
+  }
+  __device__ __forceinline__ static void arrange(uint32_t word, const uint32_t* values,
+                                                 uint32_t* reg) {
+    arrange_quad<kBit>(word >> kShift, values, reg);
+    arrange_quad<kBit>(word >> (kShift + 4), values + 4, reg + 2);
+  }
+};
+
+template <int kFragment, int kStep>
+__device__ __forceinline__ void decode_fragment(uint32_t word, uint32_t& position, uint32_t* reg) {
+  uint32_t values[8];
+  PlainFragment<kFragment>::template load<kStep>(word, position, values);
+  PlainFragment<kFragment>::arrange(word, values, reg);
+}
+
 template <int kFragment, int kStep>
 __device__ __forceinline__ void decode_two_four_fragment(uint32_t word, uint32_t& position,
                                                          uint32_t* reg) {
-  constexpr int kShift = kFragment / 2 * 2;
-  decode_quad<kFragment % 2, kStep>(word >> kShift, position, reg);
-  decode_quad<kFragment % 2, kStep>(word >> (kShift + 4), position, reg + 2);
+  uint32_t values[8];
+  TwoFourFragment<kFragment>::template load<kStep>(word, position, values);
+  TwoFourFragment<kFragment>::arrange(word, values, reg);
 }
 
 // What a lane derives from its bits of one strip of a 2:4 chunk.

@@ -106,15 +106,17 @@ __device__ __forceinline__ void add_shared_sums(const BitmapParams& p, int colum
 template <typename C>
 __device__ __forceinline__ void finish_tile(const BitmapParams& p, uint32_t flags, int columns,
                                             float (&sums)[C::kStrips][C::kTileN / 2]) {
-  const bool ends_tile = (flags & kColumnEndsTile) != 0, adds = p.stored != nullptr;
+  const bool adds = p.stored != nullptr;
   if constexpr (!C::kFinishesAll) {
-    if (adds && !ends_tile && TilePosition<C>(p, columns).begins_tile) {
-      // Opaque, so that nothing that is computed in there is kept for what follows.
+    // Opaque, so that nothing that is computed in here is kept for what follows.
+    if (adds && (ptx::opaque(flags) & kColumnEndsTile) == 0 &&
+        TilePosition<C>(p, columns).begins_tile) {
       add_shared_sums<C>(p, static_cast<int>(ptx::opaque(columns)), sums);
     }
   }
   const TilePosition<C> at(p, columns);
-  const bool complete = !C::kFinishesAll && at.begins_tile && (ends_tile || adds);
+  const bool complete =
+      !C::kFinishesAll && at.begins_tile && (adds || (flags & kColumnEndsTile) != 0);
   const int slot = partial_slot<C::kFinishesAll>(at.cluster, at.tile, at.begins_tile);
 #pragma unroll
   for (int s = 0; s < C::kStrips; ++s) {
@@ -248,16 +250,33 @@ Status launch_finish(const BitmapParams& params, bool dependent, cudaStream_t st
   const int rows =
       C::kFinishesAll ? params.output_tiles : std::min(params.output_tiles, clusters - 1);
   const dim3 grid(static_cast<unsigned>(rows), kStripsOfBlock / kFinishWarps, C::kBlocksN);
-  if constexpr (C::kTileN <= 32) {
-    // Several parts pay only where an output tile has sums of more than 8 clusters to add.
-    // Measured on an H100 with one, two and four parts, in us: 4096x4096, N = 8: 13.4, 11.9 and
-    // 13.3; N = 32: 18.1, 17.1 and 16.5; 7168x7168, N = 8: 16.1, 18.8 and 17.7. So two parts are
-    // faster if even then one CTA per SM suffices, and four if one part alone takes more than that.
+  if constexpr (C::kFinishesAll) {
     static_assert(C::kCluster == 1, "there is one cluster per SM only if a cluster is one CTA");
     const int finish_ctas = static_cast<int>(grid.x * grid.y * grid.z);
-    if (clusters > 2 * kFinishInFlight * rows) {
-      if (finish_ctas * 2 <= clusters) return launch_finish<C, 2>(params, grid, dependent, stream);
-      if (finish_ctas > clusters) return launch_finish<C, 4>(params, grid, dependent, stream);
+    const int round = kFinishInFlight * rows;  // sums that one part loads at a time
+    if constexpr (kStripsOfBlock * kStripM > 256) {
+      // Several parts pay only where an output tile has sums of more than 8 clusters to add.
+      // Measured on an H100 with one, two and four parts, in us: 4096x4096, N = 8: 13.4, 11.9 and
+      // 13.3; N = 32: 18.1, 17.1 and 16.5; 7168x7168, N = 8: 16.1, 18.8 and 17.7. So two parts are
+      // faster if even then one CTA per SM suffices, and four if one part alone takes more than
+      // that.
+      if (clusters > 2 * round) {
+        if (finish_ctas * 2 <= clusters) {
+          return launch_finish<C, 2>(params, grid, dependent, stream);
+        }
+        if (finish_ctas > clusters) return launch_finish<C, 4>(params, grid, dependent, stream);
+      }
+    } else {
+      // Lower tiles are shared by fewer clusters, and there are more of them. On an H200, 50 %, in
+      // us (2026-11-30), where a tile has sums of
+      //   8.3 clusters (4096x14336)  N = 32: 24.1 with four parts, 25.7 with two
+      //                              N = 64: 28.9 with four parts, 28.4 with two
+      //   5.5 clusters (6144x4096)   N = 32: 15.5 with two, 17.1 with one; N = 64: 18.0 and 18.5
+      //   2.4 clusters (14336x4096)  N = 32: 26.7 with two, 24.0 with one; N = 64: 32.3 and 29.0
+      if (clusters > 2 * round && finish_ctas <= 2 * clusters) {
+        return launch_finish<C, 4>(params, grid, dependent, stream);
+      }
+      if (clusters > round) return launch_finish<C, 2>(params, grid, dependent, stream);
     }
   }
   return launch_finish<C, 1>(params, grid, dependent, stream);

@@ -63,17 +63,18 @@ struct BitmapKernelConfig {
   // warpgroup. The launch divides them evenly between the 5 or 3 warpgroups, in multiples of 8 (96
   // or 168, which the spill check of setup.py prints), and setmaxnreg divides the same sum again:
   //                  launched    consumers  producer   used by them in the SASS of nvcc 13.0
-  //   tile_n <= 64   5 *  96 >=   4 * 104  +  56       93 or 94, and 33 or 34
-  //   tile_n = 128   5 *  96 >=   4 * 112  +  32       108, and 24
+  //   tile_n <= 64   5 *  96 >=   4 * 104  +  56       93 to 102, and 34 to 39
+  //   32 and 128     5 *  96 >=   4 * 112  +  32       110 and 107, and 21 and 24
   //   tile_n = 256   3 * 168 >=   2 * 224  +  56       220, and 25
-  // Up to 64 tokens 104 is the most that leaves the producer enough: with 112 it would have 32. At
-  // 128 tokens ptxas serialises the wgmmas with 104 (its C7512). At 256 tokens ptxas manages with
-  // 184 for plain chunks; expanding 2:4 chunks takes more.
+  // 104 is the most that leaves the producer as many as it takes; with 112 it has 32. With 104
+  // ptxas spills at 32 tokens, and at 128 it serialises the wgmmas (its C7512). At 256 tokens ptxas
+  // manages with 184 for plain chunks; expanding 2:4 chunks takes more.
   static constexpr int kAllWarps = kWarps + 4;
   static constexpr int kThreads = kAllWarps * 32;
   static constexpr int kLaunchRegisters = 512 / (kWarps / 4 + 1) / 8 * 8;
-  static constexpr int kProducerRegisters = kTileN == 128 ? 32 : 56;
-  static constexpr int kConsumerRegisters = kTileN == 256 ? 224 : kTileN == 128 ? 112 : 104;
+  static constexpr bool kFewForProducer = kTileN == 32 || kTileN == 128;
+  static constexpr int kProducerRegisters = kFewForProducer ? 32 : 56;
+  static constexpr int kConsumerRegisters = kTileN == 256 ? 224 : kFewForProducer ? 112 : 104;
   static_assert(kWarps / 4 * kConsumerRegisters + kProducerRegisters <=
                     (kWarps / 4 + 1) * kLaunchRegisters,
                 "setmaxnreg.inc waits forever for registers that the launch did not allocate");
