@@ -73,7 +73,7 @@ def test_configs_describe_each_row():
             assert row["name"] == f"rows{row['tile_n']}"
             assert 0 < row["smem_bytes"] <= 227 * 1024
         else:
-            assert re.fullmatch(rf"(sm[89]0_)?n{row['tile_n']}(_99k)?", row["name"])
+            assert re.fullmatch(rf"(sm[89]0_)?n{row['tile_n']}(_99k|_low)?", row["name"])
             assert row["x_stages"] >= 2
             assert block_m(row) % 128 == 0 and row["strips"] in (1, 2)
             assert 0 < row["smem_bytes"] <= 227 * 1024

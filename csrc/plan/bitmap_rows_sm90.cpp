@@ -63,18 +63,18 @@ bool takes_bitmap_rows(const PlanRequest& request, std::string* reason) {
   const int64_t sms = std::max(request.device.num_sms, 1), columns = num_chunk_cols(problem.k);
   const int64_t chunk_rows = num_chunk_rows(problem.m), rounds = (chunk_rows + sms - 1) / sms;
   const int64_t chunks = rounds * columns;  // of the CTA that has most
-  const double elems = static_cast<double>(problem.m) * static_cast<double>(problem.k);
-  const double density = static_cast<double>(problem.nnz) / std::max(elems, 1.0);
   bool takes = false;
   if (problem.n <= bitmap_rows_configs().front().tile_n) {
     const bool even = 5 * chunks * sms <= 6 * chunk_rows * columns;  // 20 % above the mean at most
-    const int64_t most = density >= 0.48 ? 400 : density >= 0.4 ? 256 : 128;
+    const int64_t most = density(problem) >= 0.48 ? 400 : density(problem) >= 0.4 ? 256 : 128;
     takes = chunks <= 128 || (chunks <= most && even);
   } else if (problem.n <= bitmap_rows_configs().back().tile_n) {
-    takes = chunks <= 128 && (rounds == 1 || (rounds == 2 && density >= 0.25));
+    takes = chunks <= 128 && (rounds == 1 || (rounds == 2 && density(problem) >= 0.25));
   }
   if (takes)
-    explain(reason, "few tokens and few rows: a CTA for whole rows needs no second kernel");
+    explain(reason,
+            "few tokens and few rows: a CTA for whole rows needs no second kernel (4096x4096, "
+            "50 %, N = 8, H200: 8 us, with one 10)");
   return takes;
 }
 

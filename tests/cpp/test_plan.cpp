@@ -379,7 +379,7 @@ TEST(SelectPlanBitmap, EveryGpuTakesTheFastestFamilyThatItHasCodeFor) {
 
 TEST(SelectPlanBitmap, TheNarrowestMmaSyncTileThatFitsTheGpu) {
   const auto name = [](int64_t n, const DeviceInfo& device) {
-    return plan_of(bitmap_problem(28672, n, 7168), device).name();
+    return plan_of(bitmap_problem(28672, n, 7168, 0.7), device).name();
   };
   for (const int64_t n : {1, 8, 9, 16, 17, 32, 33, 64, 256}) {
     const std::string wide = n <= 8 ? "n8" : n <= 16 ? "n16" : n <= 32 ? "n32" : "n64";

@@ -63,9 +63,9 @@ struct BitmapKernelConfig {
   // warpgroup. The launch divides them evenly between the 5 or 3 warpgroups, in multiples of 8 (96
   // or 168, which the spill check of setup.py prints), and setmaxnreg divides the same sum again:
   //                  launched    consumers  producer   used by them in the SASS of nvcc 13.0
-  //   tile_n <= 64   5 *  96 >=   4 * 104  +  56       93 to 102, and 34 to 39
-  //   32 and 128     5 *  96 >=   4 * 112  +  32       110 and 107, and 21 and 24
-  //   tile_n = 256   3 * 168 >=   2 * 224  +  56       220, and 25
+  //   8, 16 and 64   5 *  96 >=   4 * 104  +  56       93 to 102, and 38 to 43
+  //   32 and 128     5 *  96 >=   4 * 112  +  32       88 to 110, and 24 or 25
+  //   tile_n = 256   3 * 168 >=   2 * 224  +  56       222, and 28
   // 104 is the most that leaves the producer as many as it takes; with 112 it has 32. With 104
   // ptxas spills at 32 tokens, and at 128 it serialises the wgmmas (its C7512). At 256 tokens ptxas
   // manages with 184 for plain chunks; expanding 2:4 chunks takes more.
