@@ -55,11 +55,15 @@ class SparseLinear(nn.Linear):
         dtype: float16 or bfloat16.
         payload_words: length of the payload on the meta device, so that tools which compute the
             size of a model before it is loaded get the right size; 0 on other devices.
-        format: ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"`` or ``"auto"``, which chooses the
-            format that multiplies fastest on the device, whenever a dense weight is packed and
-            when the layer moves between CPU and GPU.
+        format: the name of a format, as :func:`flash_llm.pack` takes it, or ``"auto"``, which
+            chooses the format that multiplies fastest on the device, whenever a dense weight is
+            packed and when the layer moves between CPU and GPU.
         values: ``"16-bit"`` or ``"int8"``: what :func:`flash_llm.pack` stores of each dense weight
             that the layer gets.
+
+    Attributes:
+        x_quantization: None, or ``"dynamic"``, which :func:`flash_llm.spmm` describes. It may be
+            set at any time and is not part of the state dict.
 
     Raises:
         ValueError: a size is negative, ``format`` or ``values`` is unknown, or ``payload_words`` is
@@ -82,6 +86,7 @@ class SparseLinear(nn.Linear):
     weight_offsets: Tensor
     weight_payload: Tensor
     format: str
+    x_quantization: str | None = None
     is_part: bool = False  # whether this is one process's part of a distributed weight
     # The header that was last read from weight_header; while that is on the meta device, the header
     # of the weight that will be loaded.
@@ -272,10 +277,15 @@ class SparseLinear(nn.Linear):
         offsets, payload = buffers["weight_offsets"], buffers["weight_payload"]
         result = self._mixed_dtype(input)
         if result is None:
-            return ops.spmm_buffers(input, header, offsets, payload, bias)
+            return ops.spmm_buffers(
+                input, header, offsets, payload, bias, x_quantization=self.x_quantization
+            )
         x = input.to(header.dtype)
         cast_bias = None if bias is None else bias.to(header.dtype)
-        return ops.spmm_buffers(x, header, offsets, payload, cast_bias).to(result)
+        y = ops.spmm_buffers(
+            x, header, offsets, payload, cast_bias, x_quantization=self.x_quantization
+        )
+        return y.to(result)
 
     def _mixed_dtype(self, input: Tensor) -> torch.dtype | None:
         """Dtype of the result if the input may have another dtype than the weight, else None."""

@@ -512,6 +512,7 @@ def spmm(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    x_quantization: str | None = None,
     config: str = "auto",
     ctas: int = 0,
     prefetch: bool = True,
@@ -535,6 +536,10 @@ def spmm(
             in float32 before the final rounding. For large N (the dense product, and the bitmap
             kernel above 64 tokens) the sum is rounded to ``x.dtype`` before the activation, as by
             ``torch.nn.functional.linear``.
+        x_quantization: ``"dynamic"`` allows kernels to round each token of ``x`` to int8, with its
+            largest magnitude divided by 127 as the scale, where that is faster: on GPUs with
+            quantised weights and few tokens. A token with an element that is NaN or infinite then
+            gives NaN. None never rounds ``x``.
         config: ``"auto"`` lets ``explain_plan`` choose; any other name forces that kernel (see
             ``flash_llm._C.plan_names``), for tests and benchmarks.
         ctas: CTAs in the grid of the CUDA kernel, at most one for each tile of work; 0 lets the
@@ -547,8 +552,9 @@ def spmm(
         Contiguous ``[..., M]`` of ``x.dtype``.
 
     Raises:
-        ValueError: a shape disagrees with ``w``; ``activation`` or ``config`` is unknown; ``ctas``
-            lies outside [0, 65535]; a buffer of ``w`` has the wrong length; the storage of a tensor
+        ValueError: a shape disagrees with ``w``; ``activation``, ``config`` or
+            ``x_quantization`` is unknown, or both of the latter are given; ``ctas`` lies outside
+            [0, 65535]; a buffer of ``w`` has the wrong length; the storage of a tensor
             is smaller than its shape needs.
         TypeError: dtype or device of ``x``, ``bias`` or a buffer differs from ``w``.
         NotImplementedError: the device is older than sm_80, or this build has no CUDA part.
@@ -569,10 +575,24 @@ def spmm(
         w.payload,
         bias,
         activation=activation,
+        x_quantization=x_quantization,
         config=config,
         ctas=ctas,
         prefetch=prefetch,
     )
+
+
+def _config_for(x_quantization: str, config: str) -> str:
+    """Return the ``config`` of the operator that allows kernels to quantise x."""
+    if x_quantization != "dynamic":
+        raise ValueError(
+            f'flash_llm::spmm: x_quantization must be None or "dynamic", got {x_quantization!r}'
+        )
+    if config != "auto":
+        raise ValueError(
+            f'flash_llm::spmm: config must be "auto" with x_quantization, got "{config}"'
+        )
+    return "auto_int8x"
 
 
 def spmm_buffers(
@@ -583,6 +603,7 @@ def spmm_buffers(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    x_quantization: str | None = None,
     config: str = "auto",
     ctas: int = 0,
     prefetch: bool = True,
@@ -592,6 +613,8 @@ def spmm_buffers(
     _check_tensor("spmm", "x", x)
     if bias is not None:
         _check_tensor("spmm", "bias", bias)
+    if x_quantization is not None:
+        config = _config_for(x_quantization, config)
     defaults = activation is None and config == "auto" and ctas == 0 and prefetch
     if defaults and type(x) is Tensor and not _is_traced():
         y: Tensor = extension.spmm(x, header, offsets, payload, bias)

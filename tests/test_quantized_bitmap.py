@@ -145,6 +145,9 @@ def test_plans():
     assert ops.explain_format(64, 64, 2048, compute_capability=90, values="int8")[0] == FORMAT
     assert plan_of(4096, 32, 4096).startswith("quantized16 ctas=66 unit_cols=16 ")
     assert plan_of(4096, 33, 4096).startswith("dense ")
+    assert plan_of(4096, 8, 4096, "auto_int8x").startswith(f"{INT8_X[0]} ")
+    assert plan_of(4096, 32, 4096, "auto_int8x").startswith(f"{INT8_X[2]} ")
+    assert plan_of(4096, 8, 65537, "auto_int8x").startswith(f"{KERNEL} ")
     assert plan_of(28672, 8, 7168).startswith(f"{KERNEL} ctas=132 unit_cols=28 ")
     assert "workspace" not in plan_of(4096, 8, 8192)
     assert f"workspace_bytes={2 * 4096 * 8 * 4} " in plan_of(4096, 8, 8448)
@@ -157,6 +160,22 @@ def test_plans():
         plan_of(64, 8, 65537, INT8_X[2])
     with pytest.raises(NotImplementedError, match=f"{KERNEL}.*9.0"):
         plan_of(64, 8, 64, KERNEL, compute_capability=80)
+
+
+def test_quantising_x_is_asked_for_by_name(device):
+    w = flash_llm.pack(testing.random_sparse(40, 600, 0.5, device=device), values="int8")
+    x = torch.randn(3, 600).half().to(device)
+    y = flash_llm.spmm(x, w, x_quantization="dynamic")
+    expected = "auto" if device == "cpu" else INT8_X[0]  # CPUs have no kernel for it
+    assert torch.equal(y, flash_llm.spmm(x, w, config=expected))
+    layer = SparseLinear.from_packed(w)
+    assert torch.equal(layer(x), flash_llm.spmm(x, w))
+    layer.x_quantization = "dynamic"
+    assert torch.equal(layer(x), y)
+    with pytest.raises(ValueError, match="x_quantization .*'static'"):
+        flash_llm.spmm(x, w, x_quantization="static")
+    with pytest.raises(ValueError, match='config .*"dense"'):
+        flash_llm.spmm(x, w, x_quantization="dynamic", config="dense")
 
 
 # ---- products ----

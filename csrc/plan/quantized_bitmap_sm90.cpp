@@ -23,6 +23,11 @@ int config_for(int64_t n, bool int8_x) {
   return found;
 }
 
+// Whether X is quantised, unless a configuration is forced.
+bool takes_int8_x(const PlanRequest& request) {
+  return request.int8_x() && request.problem.k <= kQuantMaxInt8K;
+}
+
 }  // namespace
 
 const std::vector<QuantizedBitmapConfig>& quantized_bitmap_configs() {
@@ -51,7 +56,8 @@ bool takes_quantized_bitmap(const PlanRequest& request, std::string* reason) {
     explain(reason, "N > 32: the dense GEMM is faster, although it unpacks the weight");
     return false;
   }
-  explain(reason, "N <= 32: the weight is decoded once per 8 or 16 tokens");
+  explain(reason, takes_int8_x(request) ? "N <= 32: the weight is decoded once, X is quantised"
+                                        : "N <= 32: the weight is decoded once per 8 or 16 tokens");
   return true;
 }
 
@@ -59,7 +65,7 @@ Status plan_quantized_bitmap(const PlanRequest& request, SpmmPlan* out) {
   const SpmmProblem& problem = request.problem;
   const int smem = smem_per_cta_bytes(request.device);
   out->config = request.forced() ? config_named(quantized_bitmap_configs(), request.config)
-                                 : config_for(problem.n, false);
+                                 : config_for(problem.n, takes_int8_x(request));
   const QuantizedBitmapConfig& config =
       quantized_bitmap_configs()[static_cast<size_t>(out->config)];
   if (config.int8_x && problem.k > kQuantMaxInt8K) {

@@ -66,7 +66,7 @@ Status plan_forced(const PlanRequest& request, SpmmPlan* out) {
       return plan_family(family, request, out);
     }
   }
-  return Status::invalid_value("config must be \"auto\" or one of " +
+  return Status::invalid_value("config must be \"auto\", \"auto_int8x\" or one of " +
                                join(plan_names(request.problem.format, !device.is_cpu())) +
                                " for format \"" + packed_format(request.problem.format).name +
                                "\" on " + (device.is_cpu() ? "the CPU" : "CUDA") + ", got \"" +

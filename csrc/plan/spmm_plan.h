@@ -54,7 +54,8 @@ Status check_plan(const SpmmPlan& plan, KernelFamily family, const SpmmArgs& arg
 // CUDA.
 std::vector<std::string> plan_names(Format format, bool cuda);
 
-// Plans a problem. config = "auto" chooses the kernel, any other name forces one. ctas = 0 chooses
+// Plans a problem. config = "auto" chooses the kernel, and "auto_int8x" too, but from kernels that
+// quantise X as well; any other name forces one. ctas = 0 chooses
 // the number of CTAs, which the CPU and the dense GEMM ignore. explain = false leaves the reason
 // out.
 Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const std::string& config,

@@ -7,6 +7,7 @@
 #include "plan/bitmap_mma_sync.h"
 #include "plan/bitmap_rows_sm90.h"
 #include "plan/bitmap_sm90a.h"
+#include "plan/quantized_bitmap_sm90.h"
 #include "plan/spmm_plan.h"
 #include "plan/tiled_csl_sm80.h"
 
@@ -32,6 +33,8 @@ struct Call {
         return cuda::spmm_bitmap_sm90(plan, args, nullptr, true, nullptr);
       case KernelFamily::kBitmapSm80:
         return cuda::spmm_bitmap_sm80(plan, args, nullptr, true, nullptr);
+      case KernelFamily::kQuantizedBitmapSm90:
+        return cuda::spmm_quantized_bitmap(plan, args, nullptr, true, nullptr);
       default:
         return Status::unsupported("not a family with a kernel");
     }
@@ -41,11 +44,13 @@ struct Call {
 // A call that would be launched: the pointers are null, because nothing here may get that far.
 Call call_of(Format format, int64_t n, const std::string& config) {
   Call call;
-  SpmmProblem problem{4096, n, 4096, 4096 * 2048, format, ValueType::kFloat16};
+  const ValueType type = packed_format(format).value_types.first();
+  SpmmProblem problem{4096, n, 4096, 4096 * 2048, format, type};
   const Status planned = select_plan(problem, kH200, config, 0, &call.plan);
   EXPECT_TRUE(planned.ok()) << planned.message;
   call.family = call.plan.family;
   call.args.format = format;
+  call.args.weight.value_type = type;
   call.args.weight.m = call.args.weight.k = 4096;
   call.args.n = n;
   return call;
@@ -84,6 +89,9 @@ std::vector<Kernel> every_kernel() {
       kernels.push_back({Format::kBitmap, config.name, config.tile_n});
     }
   }
+  for (const auto& config : quantized_bitmap_configs()) {
+    kernels.push_back({Format::kQuantizedBitmap, config.name, config.tile_n});
+  }
   return kernels;
 }
 
@@ -117,8 +125,8 @@ TEST_P(EveryKernel, RefusesThePlanOfAnotherFamily) {
 
 TEST_P(EveryKernel, RefusesAWeightOfAnotherFormat) {
   Call other = call();
-  const bool bitmap = other.args.format == Format::kBitmap;
-  other.args.format = bitmap ? Format::kTiledCsl : Format::kBitmap;
+  const bool tiled = other.args.format == Format::kTiledCsl;
+  other.args.format = tiled ? Format::kBitmap : Format::kTiledCsl;
   const Status status = other.launch();
   EXPECT_EQ(status.code, StatusCode::kInvalidValue);
   EXPECT_NE(status.message.find("tiled_csl"), std::string::npos) << status.message;
@@ -143,6 +151,17 @@ TEST(BitmapLaunch, RefusesAPlanForFewerRowsWhereEachHasItsSums) {
   Call call = call_of(Format::kBitmap, 8, "n8");
   call.args.weight.m *= 2;
   expect_refused(call, "M=8192");
+}
+
+TEST(QuantizedBitmapLaunch, RefusesWarpsAndStagesThatDoNotFit) {
+  for (const int warps : {0, 7, 17}) {
+    Call call = call_of(Format::kQuantizedBitmap, 8, "quantized8");
+    call.plan.warps = warps;
+    expect_refused(call, "its configuration");
+  }
+  Call call = call_of(Format::kQuantizedBitmap, 8, "quantized8");
+  call.plan.ring_bytes /= 2;
+  expect_refused(call, "its configuration");
 }
 
 TEST(BitmapLaunch, RefusesRingsThatHoldNoFullChunks) {
