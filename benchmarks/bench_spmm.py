@@ -38,25 +38,39 @@ from weights import (
 
 import flash_llm
 from flash_llm import PackedWeight
+from flash_llm.ops import VALUES
 from flash_llm.timing import REPLAYS, Timing, copies_to_rotate, time_cpu, time_cuda
 
 PDL = {"both": (True, False), "on": (True,), "off": (False,)}
 # Largest relative error (Frobenius norms): each output may be rounded once, by at most the unit
 # roundoff. Sums in fp32 add about 1e-6, sums in 16 bits or a wrong index would show at once.
 MAX_REL_ERR = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+# With X rounded to int8: its rounding errors are uniform, and the largest of thousands of normal
+# numbers is about 4 standard deviations, so steps of 4 / 127 make an error of 0.009.
+MAX_INT8X_REL_ERR = 0.02
 
 Calls = list[Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One product Y[N, M] = X[N, K] . W^T; ``pdl`` says whether weights are prefetched."""
+    """One product Y[N, M] = X[N, K] . W^T; ``pdl`` says whether weights are prefetched.
+
+    ``values`` are those that the weight stores, ``x_values`` those that X is multiplied as.
+    """
 
     weight: Weight
     n: int
     format: str
     config: str
     pdl: bool
+    values: str = "16-bit"
+    x_values: str = "16-bit"
+
+    @property
+    def max_rel_err(self) -> float:
+        """Largest relative error of a correct result."""
+        return MAX_REL_ERR[self.weight.dtype] if self.x_values == "16-bit" else MAX_INT8X_REL_ERR
 
 
 @dataclass(frozen=True)
@@ -115,9 +129,9 @@ def explain(case: Case, packed: PackedWeight, device: str) -> str:
         case.n,
         w.k,
         packed.nnz,
-        w.dtype,
+        w.dtype if case.values == "16-bit" else f"{case.values}_{w.dtype}",
         format=packed.FORMAT,  # pack may have chosen it
-        config=case.config,
+        config="auto_int8x" if case.x_values == "int8" else case.config,
         **hardware,
     )
 
@@ -131,6 +145,7 @@ class Operands:
         formats: names of the packed formats.
         device: ``"cuda"`` or ``"cpu"``.
         real: see :func:`weights.make_weight`.
+        values: that the packed weights store. The other products take the same rounded weight.
 
     Attributes:
         x: ``[max_n, K]``.
@@ -140,7 +155,13 @@ class Operands:
     """
 
     def __init__(
-        self, weight: Weight, max_n: int, formats: Sequence[str], device: str, real: Path | None
+        self,
+        weight: Weight,
+        max_n: int,
+        formats: Sequence[str],
+        device: str,
+        real: Path | None,
+        values: str = "16-bit",
     ) -> None:
         self.dtype = DTYPES[weight.dtype]
         generator = torch.Generator(device=device).manual_seed(weight.k)
@@ -149,8 +170,11 @@ class Operands:
             weight.m, weight.k, weight.sparsity, weight.mask, self.dtype, device, real
         )
         self.x = x.to(self.dtype)
+        packed = {name: flash_llm.pack(dense, name, values=values) for name in formats}
+        if values != "16-bit":
+            dense = packed[formats[0]].to_dense()
         self.exact = exact_product(self.x, dense)
-        self.packed = {name: rotated(flash_llm.pack(dense, name)) for name in formats}
+        self.packed = {name: rotated(w) for name, w in packed.items()}
         self.dense = [dense.clone() for _ in range(copies_to_rotate(dense.nbytes))]
         self._fp8: list[Tensor] = []
         if device == "cuda" and fp8.suits(weight.m, weight.k, torch.cuda.get_device_capability()):
@@ -165,11 +189,10 @@ class Operands:
 
     def sparse_calls(self, case: Case) -> Calls:
         """Return our product on each copy."""
-        x, config, pdl = self.x[: case.n], case.config, case.pdl
-        return [
-            lambda w=w: flash_llm.spmm(x, w, config=config, prefetch=pdl)
-            for w in self.packed[case.format]
-        ]
+        x, options = self.x[: case.n], {"config": case.config, "prefetch": case.pdl}
+        if case.x_values == "int8":
+            options["x_quantization"] = "dynamic"
+        return [lambda w=w: flash_llm.spmm(x, w, **options) for w in self.packed[case.format]]
 
     def fp8_calls(self, n: int) -> Calls:
         """Return the FP8 product on each copy; empty if this GPU, shape or N does not support it.
@@ -204,6 +227,8 @@ class Bench:
         replays: timed replays; see :mod:`flash_llm.timing`.
         floor: None on the CPU.
         real: file of real matrices for the mask "real".
+        values: that the packed weights store.
+        x_values: that X is multiplied as.
     """
 
     device: str
@@ -213,6 +238,8 @@ class Bench:
     replays: int = REPLAYS
     floor: StreamFloor | None = None
     real: Path | None = None
+    values: str = "16-bit"
+    x_values: str = "16-bit"
 
     def measure(self, weight: Weight, tokens: Sequence[int]) -> Iterator[tuple[Case, Measurement]]:
         """Check and time a weight with each N of ``tokens``.
@@ -220,7 +247,7 @@ class Bench:
         Raises:
             RuntimeError: a result is wrong, or not the same before and after the timing.
         """
-        operands = Operands(weight, max(tokens), self.formats, self.device, self.real)
+        operands = Operands(weight, max(tokens), self.formats, self.device, self.real, self.values)
         for n in tokens:
             yield from self._measure(weight, n, operands)
 
@@ -228,14 +255,19 @@ class Bench:
         self, weight: Weight, n: int, operands: Operands
     ) -> list[tuple[Case, Measurement]]:
         """Measure all contenders of one N in the same turns."""
-        cases = [Case(weight, n, fmt, self.config, pdl) for fmt in self.formats for pdl in self.pdl]
+        cases = [
+            Case(weight, n, fmt, self.config, pdl, self.values, self.x_values)
+            for fmt in self.formats
+            for pdl in self.pdl
+        ]
         ours = {case: operands.sparse_calls(case) for case in cases}
         before = {case: calls[0]() for case, calls in ours.items()}
         rel_errs = {case: relative_error(y, operands.exact[:n]) for case, y in before.items()}
         for case, rel_err in rel_errs.items():
-            if not rel_err <= MAX_REL_ERR[weight.dtype]:  # NaN too
-                bound = MAX_REL_ERR[weight.dtype]
-                raise RuntimeError(f"{case}: relative error {rel_err:.3g} exceeds {bound:.3g}")
+            if not rel_err <= case.max_rel_err:  # NaN too
+                raise RuntimeError(
+                    f"{case}: relative error {rel_err:.3g} exceeds {case.max_rel_err:.3g}"
+                )
 
         contenders: dict[Hashable, Sequence[Callable[[], object]]] = {
             "dense": operands.dense_calls(n),
@@ -283,6 +315,8 @@ def make_row(case: Case, found: Measurement, gpu: str, commit: str) -> dict[str,
         "mask": case.weight.mask,
         "dtype": case.weight.dtype,
         "format": case.format,
+        "values": case.values,
+        "x_values": case.x_values,
         "pdl": case.pdl,
         "packed_bytes": found.packed_bytes,
         "us": round(found.ours.us, 2),
@@ -298,7 +332,7 @@ def make_row(case: Case, found: Measurement, gpu: str, commit: str) -> dict[str,
 
 
 HEADINGS = (
-    *("M", "K", "N", "sparsity", "mask", "dtype", "format", "pdl"),
+    *("M", "K", "N", "sparsity", "mask", "dtype", "format", "values", "pdl"),
     *("us", "±%", "dense us", "x", "fp8 us", "floor us", "of floor"),
 )
 
@@ -314,6 +348,7 @@ def table_line(case: Case, found: Measurement) -> tuple[str, ...]:
         weight.mask,
         weight.dtype,
         case.format,
+        f"{case.values} x {case.x_values}",
         "on" if case.pdl else "off",
         f"{found.ours.us:.1f}",
         f"{50 * found.ours.spread:.1f}",
@@ -332,6 +367,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--n", nargs="+", type=int, default=[8, 16, 32, 64], help="tokens")
     parser.add_argument("--format", nargs="+", default=["tiled_csl"], help="packed formats")
     parser.add_argument("--pdl", choices=list(PDL), default="both", help="prefetch of weights")
+    parser.add_argument("--values", choices=VALUES, default="16-bit", help="of the packed weight")
+    parser.add_argument("--x-values", choices=VALUES, default="16-bit", help="of X")
     parser.add_argument("--config", default="auto", help="force a kernel, see plan_names")
     add_device_option(parser)
     parser.add_argument("--replays", type=int, default=REPLAYS)
@@ -356,6 +393,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments.replays,
         StreamFloor() if on_gpu else None,
         arguments.real,
+        arguments.values,
+        arguments.x_values,
     )
     lines = []
     with torch.inference_mode():

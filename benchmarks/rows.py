@@ -46,6 +46,8 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "mask": (str,),
         "dtype": (str,),
         "format": (str,),
+        "values": (str,),  # 16-bit, int8
+        "x_values": (str,),
         "pdl": (bool,),
         "packed_bytes": (int, NoneType),  # null: measured before this was recorded
         "us": (float,),
@@ -212,7 +214,10 @@ POSITIVE_FIELDS = (
 )
 # The fields that identify a case; a new row replaces the old row of its case.
 CASE_FIELDS = {
-    "spmm": ("bench", "gpu", "M", "K", "N", "sparsity", "mask", "dtype", "format", "pdl"),
+    "spmm": (
+        *("bench", "gpu", "M", "K", "N", "sparsity", "mask", "dtype", "format"),
+        *("values", "x_values", "pdl"),
+    ),
     "cpu": (
         *("bench", "cpu", "isa", "threads", "M", "K", "N"),
         *("sparsity", "mask", "dtype", "format"),
