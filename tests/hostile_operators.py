@@ -212,6 +212,8 @@ class Caller:
                 del value[field]
         elif isinstance(value, str):
             arguments[name] = rng.choice(TEXTS)
+        elif isinstance(value, torch.dtype):  # torch itself crashes at an integer that is none
+            arguments[name] = rng.choice((torch.float32, torch.int8, torch.bool, 0.5, "text", None))
         elif isinstance(value, float):
             arguments[name] = rng.choice((float("nan"), float("inf"), -0.1, 1.1, 1e-300, None))
         else:

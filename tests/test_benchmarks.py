@@ -91,8 +91,8 @@ def prefetches(monkeypatch, quick):
 def test_row_has_exactly_the_agreed_fields():
     row = fake_row()
     assert list(row) == (
-        "bench gpu M K N sparsity mask dtype format pdl packed_bytes us cublas_us fp8_us "
-        "stream_floor_us rel_err plan torch cuda commit".split()
+        "bench gpu M K N sparsity mask dtype format values x_values pdl packed_bytes us cublas_us "
+        "fp8_us stream_floor_us rel_err plan torch cuda commit".split()
     )
     assert (row["bench"], row["M"], row["K"], row["N"]) == ("spmm", 256, 128, 8)
     assert (row["us"], row["cublas_us"], row["fp8_us"]) == (70.12, 96.0, 55.0)
@@ -640,15 +640,22 @@ def test_the_whole_benchmark_on_the_cpu(dtype, capsys, prefetches):
     assert bench_spmm.main([*arguments.split(), dtype]) == 0
     captured = capsys.readouterr()
     table = captured.out.splitlines()
-    assert table[0].split()[:8] == "M K N sparsity mask dtype format pdl".split()
-    assert [line.split()[:8] for line in table[1:]] == [
-        ["256", "128", n, "0.8", mask, dtype, "tiled_csl", pdl]
+    assert table[0].split()[:9] == "M K N sparsity mask dtype format values pdl".split()
+    assert [line.split()[:11] for line in table[1:]] == [
+        ["256", "128", n, "0.8", mask, dtype, "tiled_csl", "16-bit", "x", "16-bit", pdl]
         for mask in ("uniform", "rows")
         for n in ("1", "40")
         for pdl in ("on", "off")
     ]
     assert "cpu_tiles" in captured.err and "dense" in captured.err
     assert set(prefetches) == {True, False}
+
+
+def test_quantised_values_are_compared_with_the_same_rounded_weight(capsys):
+    arguments = "--device cpu --shapes 256x128 --n 8 --sparsity 0.5 --format row_bitmap --pdl on"
+    assert bench_spmm.main([*arguments.split(), *"--values int8 --x-values int8".split()]) == 0
+    captured = capsys.readouterr()
+    assert " int8 x int8 " in captured.out and "cpu_rows" in captured.err
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -747,7 +754,7 @@ def test_all_formats_and_both_prefetches_share_turns_and_packing(monkeypatch, pr
     packed, turns = [], []
     pack = bench_spmm.flash_llm.pack
 
-    def named(dense, fmt):
+    def named(dense, fmt, *, values):
         packed.append(fmt)
         return pack(dense, "tiled_csl")
 

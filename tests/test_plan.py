@@ -69,6 +69,8 @@ def test_configs_describe_each_row():
         if row["format"] == "tiled_csl":
             assert row["name"].startswith(f"w{row['warps_per_tile']}n{row['tile_n']}")
             assert 0 < row["smem_bytes"] <= 99 * 1024
+        elif row["format"] == "quantized_bitmap":
+            assert re.fullmatch(rf"quantized{row['tile_n']}(_int8x)?", row["name"])
         elif row["name"].startswith("rows"):
             assert row["name"] == f"rows{row['tile_n']}"
             assert 0 < row["smem_bytes"] <= 227 * 1024
