@@ -46,7 +46,7 @@ std::vector<KernelConfig> describe_quantized_bitmap_configs() {
                     {{"tile_n", config.tile_n},
                      {"warps", kQuantMaxWarps},
                      {"ctas_per_sm", 1},
-                     {"smem_bytes", quant_smem_bytes(config, 1, kQuantMinStages)}}});
+                     {"smem_bytes", quant_smem_bytes(config, 1, kQuantMinRingBytes)}}});
   }
   return rows;
 }
@@ -56,8 +56,7 @@ bool takes_quantized_bitmap(const PlanRequest& request, std::string* reason) {
     explain(reason, "N > 32: the dense GEMM is faster, although it unpacks the weight");
     return false;
   }
-  explain(reason, takes_int8_x(request) ? "N <= 32: the weight is decoded once, X is quantised"
-                                        : "N <= 32: the weight is decoded once per 8 or 16 tokens");
+  explain(reason, "N <= 32: the weight is decoded once per 8 or 16 tokens");
   return true;
 }
 
@@ -74,29 +73,26 @@ Status plan_quantized_bitmap(const PlanRequest& request, SpmmPlan* out) {
                                  std::to_string(problem.k));
   }
   if (Status fits =
-          check_smem(config.name, quant_smem_bytes(config, 1, kQuantMinStages), request.device);
+          check_smem(config.name, quant_smem_bytes(config, 1, kQuantMinRingBytes), request.device);
       !fits.ok()) {
     return fits;
   }
   // X of a section of K fits the registers of a CTA. The warps of all CTAs of an SM share its
   // registers.
   int most_warps = kQuantMaxWarps;
-  while (quant_smem_bytes(config, most_warps, kQuantMinStages) > smem) --most_warps;
+  while (quant_smem_bytes(config, most_warps, kQuantMinRingBytes) > smem) --most_warps;
   const int64_t columns = std::max<int64_t>(num_quant_chunks(problem.k), 1);
   const int64_t most_columns = int64_t{config.warp_chunks} * most_warps;
   const int64_t sections = (columns + most_columns - 1) / most_columns;
   out->unit_cols = static_cast<int>((columns + sections - 1) / sections);
   const int warps = std::min(out->unit_cols, most_warps);
-  const auto cta_bytes = [&](int stages) {
-    return quant_smem_bytes(config, warps, stages) + kReservedSmemBytes;
-  };
+  const int fixed_bytes = quant_smem_bytes(config, warps, 0) + kReservedSmemBytes;
   const int sm_bytes = request.device.smem_per_sm_bytes;
-  const int ctas_per_sm =
-      std::clamp(sm_bytes / cta_bytes(kQuantMinStages), 1, std::max(kQuantMaxWarps / warps, 1));
-  int stages = kQuantMaxStages;
-  while (stages > kQuantMinStages && ctas_per_sm * cta_bytes(stages) > sm_bytes) --stages;
+  const int ctas_per_sm = std::clamp(sm_bytes / (fixed_bytes + warps * kQuantMinRingBytes), 1,
+                                     std::max(kQuantMaxWarps / warps, 1));
+  const int room = (sm_bytes / ctas_per_sm - fixed_bytes) / warps / 128 * 128;
   out->warps = warps;
-  out->ring_bytes = warps * stages * kQuantStageBytes;
+  out->ring_bytes = warps * std::clamp(room, kQuantMinRingBytes, kQuantMaxRingBytes);
   const int64_t strips = std::max<int64_t>(num_quant_strips(problem.m), 1);
   const int64_t passes = sections * config.passes(std::max<int64_t>(problem.n, 1));
   // CTAs of one pass. The passes run at the same time, so that the weight is read from L2 again.

@@ -18,12 +18,8 @@ namespace flash_llm {
   row(quantized8, 8, 2, false)           \
   row(quantized16, 16, 1, false)         \
   row(quantized8_int8x, 8, 2, true)      \
-  row(quantized16_int8x, 16, 2, true)    \
-  row(quantized32_int8x, 32, 1, true)
+  row(quantized16_int8x, 16, 2, true)
 // clang-format on
-
-// With 32 tokens there is no room for more.
-constexpr int quant_sums_stages(int tile_n) { return tile_n <= 16 ? 4 : 2; }
 
 struct QuantizedBitmapConfig {
   const char* name;
@@ -31,8 +27,6 @@ struct QuantizedBitmapConfig {
   int warp_chunks;
   bool int8_x;
 
-  // Strips whose sums are in shared memory at a time.
-  constexpr int sums_stages() const { return quant_sums_stages(tile_n); }
   // CTAs that share the tokens.
   constexpr int64_t passes(int64_t n) const { return (n + tile_n - 1) / tile_n; }
   // Bytes of a strip's sums.
@@ -41,25 +35,30 @@ struct QuantizedBitmapConfig {
 
 const std::vector<QuantizedBitmapConfig>& quantized_bitmap_configs();
 
-inline constexpr int kQuantMaxTokens = 32;  // of a CTA
+inline constexpr int kQuantMaxTokens = 16;  // of a CTA
+inline constexpr int kQuantSumsStages = 4;  // strips whose sums are in shared memory at a time
 // With all 16 warps the schedulers of an SM have the same work.
 inline constexpr int kQuantMaxWarps = 16;
-inline constexpr int kQuantMinStages = 2, kQuantMaxStages = 4;
+// Each warp has a ring that its chunks are copied to, at most kQuantRingChunks at a time. It holds
+// two of the largest; they begin at multiples of 128 bytes.
+inline constexpr int kQuantRingChunks = 4;
+inline constexpr int kQuantMaxChunkBytes = (kQuantMaxUnits * kQuantUnitBytes + 127) / 128 * 128;
+inline constexpr int kQuantMinRingBytes = 2 * kQuantMaxChunkBytes;
+inline constexpr int kQuantMaxRingBytes = kQuantRingChunks * kQuantMaxChunkBytes;
 
-// A stage holds the largest chunk and, in its last word, the chunk's rows of values.
-inline constexpr int kQuantStageBytes = 37 * 128;
-static_assert(kQuantStageBytes >= kQuantMaxUnits * kQuantUnitBytes + 4);
-// Before the stages: a malformed chunk is read from up to 17 rows before its begin. Besides, there
+// Before the rings: a malformed chunk is read from up to 17 rows before its begin. Besides, there
 // is a word for each token and warp there, and two for each token.
 inline constexpr int kQuantGuardBytes = 18 * kQuantRowBytes;
 static_assert(kQuantGuardBytes >= (kQuantMaxWarps + 2) * kQuantMaxTokens * 4);
 
-// A CTA's shared memory, from a 128-byte boundary on: the guard, the stages of each warp, the sums
-// of each warp, barriers.
-constexpr int quant_smem_bytes(const QuantizedBitmapConfig& config, int warps, int stages) {
-  const int barriers = 8 * (warps * stages + 2 * config.sums_stages());
-  return 128 + kQuantGuardBytes + warps * stages * kQuantStageBytes +
-         config.sums_stages() * warps * config.sums_bytes() + barriers;
+// A CTA's shared memory, from a 128-byte boundary on: the guard, the ring of each warp, the sums of
+// each warp, 8 bytes for each chunk of the rings and for the next 32 of each warp, barriers.
+constexpr int quant_smem_bytes(const QuantizedBitmapConfig& config, int warps, int ring_bytes) {
+  const int barriers = 8 * (warps * kQuantRingChunks + 2 * kQuantSumsStages);
+  return 128 + kQuantGuardBytes +
+         warps *
+             (ring_bytes + kQuantSumsStages * config.sums_bytes() + 8 * (kQuantRingChunks + 32)) +
+         barriers;
 }
 
 // The longest K of quantised X: sums of products of bytes of 255 and 127 fit 32 bits.

@@ -78,13 +78,13 @@ template <ValueType kType>
 __global__ void __launch_bounds__(kWarps * 32)
     unpack_kernel(const __grid_constant__ PackedView view, const __grid_constant__ RunSteps steps,
                   uint16_t* dense) {
-  __shared__ __align__(128) uint8_t stages[kQuantGuardBytes + kWarps * kQuantStageBytes];
+  __shared__ __align__(128) uint8_t stages[kQuantGuardBytes + kWarps * kQuantMaxChunkBytes];
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const int64_t chunks = num_quant_chunks(view.k), index = int64_t{blockIdx.x} * kWarps + warp;
   if (index >= num_quant_strips(view.m) * chunks) return;
   const int64_t strip = index / chunks, chunk = index % chunks;
   const StoredChunk stored(view, strip, chunk);
-  uint8_t* stage = stages + kQuantGuardBytes + warp * kQuantStageBytes;
+  uint8_t* stage = stages + kQuantGuardBytes + warp * kQuantMaxChunkBytes;
   if (stored.rows > 0) {
     const int vectors = (stored.rows * kQuantRowBytes + kQuantBitsBytes + kQuantColumnsBytes) / 16;
     for (int i = lane; i < vectors; i += 32) {

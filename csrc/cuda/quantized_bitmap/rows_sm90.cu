@@ -1,7 +1,7 @@
 // Y = act(X . W^T + bias) for a weight in the quantised bitmap format and few tokens, on GPUs with
 // bulk copies. Each CTA multiplies whole strips of 16 rows, every one by all of its warps:
 //   * a warp always has the same columns of chunks, so X of them stays in its registers
-//   * it copies one chunk after the other into stages of its own, decodes it into A fragments
+//   * it copies one chunk after the other into a ring of its own, decodes it into A fragments
 //     (decode.cuh) and multiplies these by mma.m16n8k16, or by mma.m16n8k32 if X is quantised
 //   * the warps' sums of a strip meet in shared memory, where they take turns in adding them
 // A long K is cut into sections whose X fits the registers. Their sums go through the workspace to
@@ -39,9 +39,13 @@ struct QuantParams {
   int strips, chunk_cols;
   int section_cols;  // columns of chunks in a section
   int sections;
-  int stages;        // of each warp
+  int ring_bytes;    // of each warp
   int token_blocks;  // of 8 tokens, in all CTAs
 };
+
+// A strip's sums are added when the warp that does so has multiplied this many more, so that it
+// need not wait for the others.
+constexpr int kSumsLag = kQuantSumsStages / 2;
 
 // How X is multiplied. Each struct has
 //   kType       the type of the weight
@@ -109,10 +113,6 @@ struct QuantConfig {
   static constexpr int kBlocks = kTokens / 8;
   static constexpr int kWarpChunks = kColumns;
   static constexpr int kSumsBytes = kQuantStripM * kTokens * 4;
-  static constexpr int kSumsStages = quant_sums_stages(kTokens);
-  // A strip's sums are added when the warp that does so has multiplied this many more, so that it
-  // need not wait for the others.
-  static constexpr int kSumsLag = kSumsStages / 2;
   // One block has few sums, so upward and downward runs have sums of their own and take turns.
   static constexpr int kSumSets = kBlocks == 1 ? 2 : 1;
   using X = std::conditional_t<kInt8X, Int8X<kWeight>, WideX<kWeight>>;
@@ -121,10 +121,10 @@ struct QuantConfig {
 // Where things are in a CTA's shared memory.
 struct QuantSmem {
   uint32_t base;
-  int warps, stages;
-  int sums_stages, sums_bytes;  // of a warp
+  int warps, ring_bytes;
+  int sums_bytes;  // of a warp
 
-  // What only the quantisation of X needs lies in the guard before the stages, which has no other
+  // What only the quantisation of X needs lies in the guard before the rings, which has no other
   // use: the largest magnitude of each token in each warp's columns, the scale of each token, and
   // the sum of its integers in the CTA's columns.
   __device__ __forceinline__ uint32_t magnitudes() const { return base; }
@@ -134,31 +134,39 @@ struct QuantSmem {
   __device__ __forceinline__ uint32_t token_sums() const {
     return token_scales() + kQuantMaxTokens * 4;
   }
-  __device__ __forceinline__ uint32_t stage(int warp, int i) const {
-    return base + kQuantGuardBytes + (warp * stages + i) * kQuantStageBytes;
-  }
-  // The word with the rows of values of a stage's chunk.
-  __device__ __forceinline__ uint32_t rows(int warp, int i) const {
-    return stage(warp, i) + kQuantStageBytes - 4;
+  __device__ __forceinline__ uint32_t ring(int warp) const {
+    return base + kQuantGuardBytes + warp * ring_bytes;
   }
   __device__ __forceinline__ uint32_t sums(int i, int warp) const {
-    return stage(warps, 0) + (i * warps + warp) * sums_bytes;
+    return ring(warps) + (i * warps + warp) * sums_bytes;
   }
-  __device__ __forceinline__ uint32_t barrier(int i) const { return sums(sums_stages, 0) + i * 8; }
+  // The rows of values and the address of the i-th chunk of a warp's ring.
+  __device__ __forceinline__ uint32_t chunk(int warp, int i) const {
+    return sums(kQuantSumsStages, 0) + (warp * kQuantRingChunks + i) * 8;
+  }
+  // The first unit and the rows of values of one of the next 32 chunks of a warp.
+  __device__ __forceinline__ uint32_t found(int warp, int i) const {
+    return chunk(warps, 0) + (warp * 32 + i) * 8;
+  }
+  __device__ __forceinline__ uint32_t barrier(int i) const { return found(warps, 0) + i * 8; }
+  // Complete when the chunk has been copied.
   __device__ __forceinline__ uint32_t full(int warp, int i) const {
-    return barrier(warp * stages + i);
+    return barrier(warp * kQuantRingChunks + i);
   }
-  __device__ __forceinline__ uint32_t sums_full(int i) const { return barrier(warps * stages + i); }
+  __device__ __forceinline__ uint32_t sums_full(int i) const {
+    return barrier(warps * kQuantRingChunks + i);
+  }
   __device__ __forceinline__ uint32_t sums_empty(int i) const {
-    return barrier(warps * stages + sums_stages + i);
+    return barrier(warps * kQuantRingChunks + kQuantSumsStages + i);
   }
 };
 
-// The chunks of a warp: those of its columns in each of the CTA's strips.
-class ChunkCopies {
+// The chunks of a warp, those of its columns in each of the CTA's strips, on their way through its
+// ring. All lanes must call its functions.
+class ChunkRing {
  public:
-  __device__ __forceinline__ ChunkCopies(const QuantParams& p, const QuantSmem& smem, int first_col,
-                                         int columns, int strips, int warp, int lane)
+  __device__ __forceinline__ ChunkRing(const QuantParams& p, const QuantSmem& smem, int first_col,
+                                       int columns, int strips, int warp, int lane)
       : p_(p),
         smem_(smem),
         first_col_(first_col),
@@ -167,46 +175,83 @@ class ChunkCopies {
         warp_(warp),
         lane_(lane) {}
 
-  // Starts to copy the next chunk, if there is one, to a stage that the warp has read.
-  __device__ __forceinline__ void copy_next(int stage) {
-    if (next_ >= total_) return;
-    if (next_ % 32 == 0) find_chunks();
-    const int begin = __shfl_sync(~0U, begin_, next_ % 32);
-    const int rows = __shfl_sync(~0U, rows_, next_ % 32);
-    ++next_;
-    if (lane_ != 0) return;
-    ptx::store_shared_u32(smem_.rows(warp_, stage), rows);
-    const uint32_t full = smem_.full(warp_, stage);
-    if (rows == 0) {
-      ptx::mbarrier_arrive(full);
-      return;
+  // Starts to copy as many chunks as the ring has room for.
+  __device__ __forceinline__ void fill() {
+    while (next_ < total_ && next_ - done_ < kQuantRingChunks) {
+      if (next_ % 32 == 0) find_chunks();
+      const uint2 found = ptx::load_shared_v2(smem_.found(warp_, next_ % 32));
+      const int rows = static_cast<int>(found.y);
+      const uint32_t bytes =
+          rows == 0 ? 0 : rows * kQuantRowBytes + kQuantBitsBytes + kQuantColumnsBytes;
+      // One without values takes room too, so that no two begin at the same place.
+      const int room = bytes == 0 ? 128 : (static_cast<int>(bytes) + 127) / 128 * 128;
+      // The chunks lie from `begin` to end_, or wrap around at the end of the ring.
+      const int begin = static_cast<int>(oldest().y - smem_.ring(warp_));
+      if (next_ == done_) {
+        end_ = 0;
+      } else if (end_ <= begin) {
+        if (end_ + room > begin) return;
+      } else if (end_ + room > smem_.ring_bytes) {
+        if (room > begin) return;
+        end_ = 0;
+      }
+      copy(found, bytes, smem_.ring(warp_) + end_);
+      end_ += room;
+      ++next_;
     }
-    const uint32_t bytes = rows * kQuantRowBytes + kQuantBitsBytes + kQuantColumnsBytes;
-    ptx::mbarrier_arrive_expect_tx(full, bytes);
-    ptx::bulk_copy_streaming(smem_.stage(warp_, stage),
-                             p_.payload + int64_t{begin} * kQuantUnitWords, bytes, full);
   }
 
+  // Waits for the oldest chunk, and returns its rows of values and its address.
+  __device__ __forceinline__ uint2 wait() const {
+    ptx::mbarrier_wait(smem_.full(warp_, done_ % kQuantRingChunks), done_ / kQuantRingChunks & 1);
+    return oldest();
+  }
+
+  // Releases the oldest chunk, which the warp has read.
+  __device__ __forceinline__ void release() { ++done_; }
+
  private:
+  __device__ __forceinline__ uint2 oldest() const {
+    return ptx::load_shared_v2(smem_.chunk(warp_, done_ % kQuantRingChunks));
+  }
+
+  __device__ __forceinline__ void copy(uint2 found, uint32_t bytes, uint32_t to) const {
+    const int i = next_ % kQuantRingChunks;
+    if (lane_ == 0) {
+      ptx::store_shared_v2(smem_.chunk(warp_, i), found.y, to);
+      const uint32_t full = smem_.full(warp_, i);
+      ptx::mbarrier_arrive_expect_tx(full, bytes);
+      if (bytes > 0) {
+        const uint32_t* from = p_.payload + int64_t{found.x} * kQuantUnitWords;
+        ptx::bulk_copy_streaming(to, from, bytes, full);
+      }
+    }
+    __syncwarp();
+  }
+
   // Each lane finds one of the next 32 chunks. Malformed offsets give a chunk without values.
-  __device__ __forceinline__ void find_chunks() {
+  __device__ __forceinline__ void find_chunks() const {
     const int chunk = next_ + lane_;
-    begin_ = rows_ = 0;
-    if (chunk >= total_) return;
-    const int strip = blockIdx.x + chunk / columns_ * gridDim.x;
-    const int col = first_col_ + chunk % columns_ * smem_.warps;
-    const int32_t* offsets = p_.offsets + int64_t{strip} * p_.chunk_cols + col;
-    const int begin = offsets[0], end = offsets[1];
-    if (begin < 0 || end <= begin || end > p_.payload_units) return;
-    begin_ = begin + (col == 0 ? kQuantScaleUnits : 0);
-    rows_ = max(quant_value_rows(end - begin_), 0);
+    int first_unit = 0, rows = 0;
+    if (chunk < total_) {
+      const int strip = blockIdx.x + chunk / columns_ * gridDim.x;
+      const int col = first_col_ + chunk % columns_ * smem_.warps;
+      const int32_t* offsets = p_.offsets + int64_t{strip} * p_.chunk_cols + col;
+      const int begin = offsets[0], end = offsets[1];
+      if (begin >= 0 && end > begin && end <= p_.payload_units) {
+        first_unit = begin + (col == 0 ? kQuantScaleUnits : 0);
+        rows = max(quant_value_rows(end - first_unit), 0);
+      }
+    }
+    ptx::store_shared_v2(smem_.found(warp_, lane_), first_unit, rows);
+    __syncwarp();
   }
 
   const QuantParams& p_;
   const QuantSmem& smem_;
   int first_col_, columns_, total_, warp_, lane_;
-  int next_ = 0;
-  int begin_ = 0, rows_ = 0;  // of chunk next_ / 32 * 32 + lane
+  int next_ = 0, done_ = 0;  // chunks that were copied and released
+  int end_ = 0;              // of the newest chunk, in the ring
 };
 
 using WideChunkX = WideX<ValueType::kInt8Float16>::ChunkX;
@@ -467,8 +512,8 @@ __device__ __forceinline__ void add_stored(uint32_t smem, int (&sums)[4]) {
 template <typename C>
 __device__ __forceinline__ void add_strip(const QuantParams& p, const QuantSmem& smem, int added,
                                           int strip, float2 scales, int lane) {
-  const int buffer = added % C::kSumsStages;
-  ptx::mbarrier_wait(smem.sums_full(buffer), added / C::kSumsStages & 1);
+  const int buffer = added % kQuantSumsStages;
+  ptx::mbarrier_wait(smem.sums_full(buffer), added / kQuantSumsStages & 1);
 #pragma unroll
   for (int b = 0; b < C::kBlocks; ++b) {
     typename C::X::Sum total[4] = {};
@@ -510,8 +555,8 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     extern __shared__ uint8_t smem_bytes[];
     const int warps = static_cast<int>(blockDim.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int warp = __shfl_sync(~0U, static_cast<int>(threadIdx.x) / 32, 0);
-    const QuantSmem smem = {(ptx::smem_address(smem_bytes) + 127) / 128 * 128, warps, p.stages,
-                            C::kSumsStages, C::kSumsBytes};
+    const QuantSmem smem = {(ptx::smem_address(smem_bytes) + 127) / 128 * 128, warps, p.ring_bytes,
+                            C::kSumsBytes};
     allow_next_kernel();
     const int first_col = static_cast<int>(blockIdx.y) * p.section_cols + warp;
     const int end_col = min(static_cast<int>(blockIdx.y + 1) * p.section_cols, p.chunk_cols);
@@ -519,9 +564,9 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     const int strips = (p.strips - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
                        static_cast<int>(gridDim.x);
     if (lane == 0) {
-      for (int i = 0; i < p.stages; ++i) ptx::mbarrier_init(smem.full(warp, i), 1);
+      for (int i = 0; i < kQuantRingChunks; ++i) ptx::mbarrier_init(smem.full(warp, i), 1);
       if (warp == 0) {
-        for (int i = 0; i < C::kSumsStages; ++i) {
+        for (int i = 0; i < kQuantSumsStages; ++i) {
           ptx::mbarrier_init(smem.sums_full(i), warps);
           ptx::mbarrier_init(smem.sums_empty(i), 1);
         }
@@ -529,16 +574,14 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
       ptx::mbarrier_init_fence();
     }
     __syncwarp();
-    ChunkCopies copies(p, smem, first_col, columns, strips, warp, lane);
-    for (int i = 0; i < p.stages; ++i) copies.copy_next(i);
+    ChunkRing ring(p, smem, first_col, columns, strips, warp, lane);
+    ring.fill();
     wait_for_previous_kernel();  // it may have written X
     WarpX<C> x;
     x.load(p, smem, first_col, columns, warp, lane);
-    int stage = 0;
-    uint32_t phase = 0;
 #pragma unroll 1
-    for (int i = 0; i < strips + C::kSumsLag; ++i) {
-      const int added = i - C::kSumsLag;  // the strip to add, if it is this warp's turn
+    for (int i = 0; i < strips + kSumsLag; ++i) {
+      const int added = i - kSumsLag;  // the strip to add, if it is this warp's turn
       const int strip = static_cast<int>(blockIdx.x) + added * static_cast<int>(gridDim.x);
       const bool adds = added >= 0 && added % warps == warp;
       const float2 scales = adds ? load_scales(p, strip, lane) : make_float2(1.0F, 1.0F);
@@ -547,19 +590,15 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
 #pragma unroll
         for (int c = 0; c < C::kWarpChunks; ++c) {
           if (c >= columns) break;
-          ptx::mbarrier_wait(smem.full(warp, stage), phase);
-          const int rows = static_cast<int>(ptx::load_shared_u32(smem.rows(warp, stage)));
-          multiply_chunk<C>(smem.stage(warp, stage), rows, p.steps, x.chunks[c], lane, sums[0],
+          const uint2 chunk = ring.wait();
+          multiply_chunk<C>(chunk.y, static_cast<int>(chunk.x), p.steps, x.chunks[c], lane, sums[0],
                             sums[C::kSumSets - 1]);
           __syncwarp();
-          copies.copy_next(stage);
-          if (++stage == p.stages) {
-            stage = 0;
-            phase ^= 1;
-          }
+          ring.release();
+          ring.fill();
         }
-        const int buffer = i % C::kSumsStages;
-        ptx::mbarrier_wait(smem.sums_empty(buffer), (i / C::kSumsStages & 1) ^ 1);
+        const int buffer = i % kQuantSumsStages;
+        ptx::mbarrier_wait(smem.sums_empty(buffer), (i / kQuantSumsStages & 1) ^ 1);
 #pragma unroll
         for (int b = 0; b < C::kBlocks; ++b) {
 #pragma unroll
@@ -639,9 +678,9 @@ Status cuda::spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, v
   const QuantizedBitmapConfig& config =
       quantized_bitmap_configs()[static_cast<size_t>(plan.config)];
   const int warps = plan.warps;
-  const int stages = warps < 1 ? 0 : plan.ring_bytes / (warps * kQuantStageBytes);
+  const int ring_bytes = warps < 1 ? 0 : plan.ring_bytes / warps;
   if (warps < 1 || warps > kQuantMaxWarps || plan.unit_cols > warps * config.warp_chunks ||
-      stages < kQuantMinStages || stages > kQuantMaxStages || plan.ctas != plan.work.workers ||
+      ring_bytes < kQuantMinRingBytes || ring_bytes % 128 != 0 || plan.ctas != plan.work.workers ||
       plan.work.cols != (chunk_cols + plan.unit_cols - 1) / plan.unit_cols) {
     return Status::invalid_value("plan " + plan.to_string() + " does not fit its configuration");
   }
@@ -661,9 +700,9 @@ Status cuda::spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, v
   params.chunk_cols = static_cast<int>(chunk_cols);
   params.section_cols = plan.unit_cols;
   params.sections = static_cast<int>(plan.work.cols);
-  params.stages = stages;
+  params.ring_bytes = ring_bytes;
   params.token_blocks = static_cast<int>(config.passes(args.n)) * config.tile_n / 8;
-  const int smem_bytes = quant_smem_bytes(config, warps, stages);
+  const int smem_bytes = quant_smem_bytes(config, warps, ring_bytes);
   switch (args.weight.value_type) {
     case ValueType::kInt8Float16:
       return launch_config<ValueType::kInt8Float16>(params, plan, warps, smem_bytes, prefetch,
