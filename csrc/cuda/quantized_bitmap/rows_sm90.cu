@@ -284,6 +284,27 @@ __device__ __forceinline__ uint32_t largest_magnitudes(const WideChunkX& x, uint
   return largest;
 }
 
+// A lane's share of the largest magnitude in one of kRowParts parts of a token's X. Each row of X
+// is followed by zeros up to the next multiple of 8 columns.
+constexpr int kRowParts = 2;
+
+template <int kUnroll>
+__device__ __forceinline__ uint32_t largest_of_part(const QuantParams& p, int64_t token, int part,
+                                                    int lane) {
+  if (token >= p.epilogue.n) return 0;
+  const auto* row = reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
+  uint32_t largest = 0;
+#pragma unroll kUnroll
+  for (int i = part * 32 + lane; i < (p.k + 7) / 8; i += kRowParts * 32) {
+    const uint4 eight = row[i];
+    largest = __vmaxu2(largest, eight.x & 0x7FFF7FFFU);
+    largest = __vmaxu2(largest, eight.y & 0x7FFF7FFFU);
+    largest = __vmaxu2(largest, eight.z & 0x7FFF7FFFU);
+    largest = __vmaxu2(largest, eight.w & 0x7FFF7FFFU);
+  }
+  return max(largest >> 16, largest & 0xFFFFU);
+}
+
 // The scale of a token, and its inverse: the largest magnitude divided by 127. The scale of a token
 // that is not finite is NaN, and so is its row of Y.
 struct TokenScale {
@@ -345,12 +366,13 @@ struct WarpX {
                                                  int64_t first_block, int first_col, int columns,
                                                  int warp, int lane) {
     constexpr ValueType kDense = QuantValues<X::kType>::kDense;
-    // The largest magnitudes meet in shared memory: uint32[warp][block][8 tokens].
-    const uint32_t own = smem.magnitudes() + lane / 4 * 4;
     // Not quantised yet; loaded again where it would take too many registers.
     constexpr bool kKept = kBlocks * kWarpChunks <= 2;
     WideChunkX kept[kKept ? kWarpChunks : 1][kKept ? kBlocks : 1] = {};
-    uint32_t magnitudes[kBlocks] = {};
+    // The largest magnitudes meet in shared memory: uint32[part][tokens]. A part is a warp's
+    // columns, if its X is kept and there is one section of K, or else one of kRowParts parts of
+    // all of K.
+    int parts = smem.warps;
     if constexpr (kKept) {
 #pragma unroll
       for (int i = 0; i < kWarpChunks * kBlocks; ++i) {
@@ -358,34 +380,41 @@ struct WarpX {
         if (c < columns) {
           load_x(p, first_block + b, first_col + c * smem.warps, lane, kept[c][b]);
         }
-        magnitudes[b] = largest_magnitudes(kept[c][b], magnitudes[b]);
       }
     }
-    if (!kKept || p.sections > 1) {  // of all columns, in other sections too
-#pragma unroll 1
-      for (int col = warp; col < p.chunk_cols; col += smem.warps) {
+    if (kKept && p.sections == 1) {
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          WideChunkX wide;
-          load_x(p, first_block + b, col, lane, wide);
-          magnitudes[b] = largest_magnitudes(wide, magnitudes[b]);
+      for (int b = 0; b < kBlocks; ++b) {
+        uint32_t magnitude = 0;
+#pragma unroll
+        for (int c = 0; c < kWarpChunks; ++c) {
+          magnitude = largest_magnitudes(kept[kKept ? c : 0][kKept ? b : 0], magnitude);
+        }
+        magnitude = max(magnitude >> 16, magnitude & 0xFFFFU);
+        magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 1));
+        magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 2));
+        if (lane % 4 == 0) {
+          ptx::store_shared_u32(smem.magnitudes() + ((warp * kBlocks + b) * 8 + lane / 4) * 4,
+                                magnitude);
         }
       }
-    }
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      uint32_t magnitude = max(magnitudes[b] >> 16, magnitudes[b] & 0xFFFFU);
-      magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 1));
-      magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 2));
-      if (lane % 4 == 0) ptx::store_shared_u32(own + (warp * kBlocks + b) * 32, magnitude);
+    } else {
+      parts = kRowParts;
+      for (int i = warp; i < kRowParts * kBlocks * 8; i += smem.warps) {
+        const int64_t token = first_block * 8 + i % (kBlocks * 8);
+        const uint32_t magnitude = __reduce_max_sync(
+            ~0U, largest_of_part < kKept ? 2 : 8 > (p, token, i / (kBlocks * 8), lane));
+        if (lane == 0) ptx::store_shared_u32(smem.magnitudes() + i * 4, magnitude);
+      }
     }
     if (warp == 0) ptx::store_shared_u32(smem.token_sums() + lane * 4, 0);
     __syncthreads();
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       uint32_t magnitude = 0;
-      for (int w = 0; w < smem.warps; ++w) {
-        magnitude = max(magnitude, ptx::load_shared_u32(own + (w * kBlocks + b) * 32));
+      for (int part = 0; part < parts; ++part) {
+        const int i = (part * kBlocks + b) * 8 + lane / 4;
+        magnitude = max(magnitude, ptx::load_shared_u32(smem.magnitudes() + i * 4));
       }
       const TokenScale token = TokenScale::of<kDense>(magnitude);
       if (warp == 0 && lane % 4 == 0) {
