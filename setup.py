@@ -55,6 +55,7 @@ CORE_SOURCES = [
     "csrc/cpu/spmm.cpp",
     "csrc/cpu/tiled_csl_spmm.cpp",
     "csrc/format/bitmap.cpp",
+    "csrc/format/gather.cpp",
     "csrc/format/packed_format.cpp",
     "csrc/format/packed_header.cpp",
     "csrc/format/prune.cpp",

@@ -318,8 +318,8 @@ class PackedWeight:
 
         The result has the bytes of packing ``to_dense()[rows, columns]``. A slice of all columns
         whose first and last row are borders of the format (multiples of 128 rows in ``tiled_csl``,
-        of 512 in ``bitmap``, of 4 in ``row_bitmap``, or the end) is copied. For any other slice the
-        weight is unpacked, cut and packed again, on the same device.
+        of 512 in ``bitmap`` and ``gather``, of 4 in ``row_bitmap``, or the end) is copied. For any
+        other slice the weight is unpacked, cut and packed again, on the same device.
 
         Args:
             rows: a slice of the M rows, with step 1.
@@ -584,7 +584,8 @@ def pack(dense: Tensor, format: str = "auto") -> PackedWeight:
     Args:
         dense: ``[M, K]`` float16 or bfloat16, CPU or CUDA, any strides, any M, K >= 0.
         format: ``"auto"`` (the format that multiplies fastest on ``dense.device``;
-            ``explain_format`` gives the reason), ``"row_bitmap"``, ``"tiled_csl"`` or ``"bitmap"``.
+            ``explain_format`` gives the reason), ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"`` or
+            ``"gather"``.
 
     Returns:
         The packed weight, of the format's class, on ``dense.device``; detached from autograd.

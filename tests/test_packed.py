@@ -437,7 +437,7 @@ def test_operators_survive_garbage_buffers(garbage, format, device):
 def test_slices_have_the_bytes_of_packing_the_slice(format, device):
     weight = testing.random_sparse(1100, 300, 0.85, dtype=torch.bfloat16, device=device, seed=3)
     packed = flash_llm.pack(weight, format)
-    natural = {"tiled_csl": 128, "bitmap": 512, "row_bitmap": 4}[format]
+    natural = {"tiled_csl": 128, "bitmap": 512, "row_bitmap": 4, "gather": 512}[format]
     rows = [(0, natural), (natural, 2 * natural), (natural, 1100), (0, 1100), (3, 700), (7, 7)]
     columns = [(0, 300), (0, 128), (5, 299), (300, 300)]
     for (first, last), (left, right) in itertools.product(rows, columns):

@@ -60,6 +60,7 @@ const PackKernels* pack_kernels(Format format) {
     case Format::kBitmap:
       return &bitmap;
     case Format::kRowBitmap:
+    case Format::kGather:
       return nullptr;
   }
   return nullptr;  // never: the switch is exhaustive

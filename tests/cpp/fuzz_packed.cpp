@@ -32,7 +32,8 @@
 namespace flash_llm::testing {
 namespace {
 
-constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap};
+constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap,
+                               Format::kGather};
 
 struct Outcomes {
   uint64_t accepted = 0;
