@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flash_llm
-from flash_llm import Bitmap, RowBitmap, TiledCSL, ops, testing
+from flash_llm import Bitmap, Gather, RowBitmap, TiledCSL, ops, testing
 from flash_llm.ops import PackedHeader, PackedWeight
 
 SIZES = (0, 1, 7, 8, 63, 64, 65, 127, 129, 200, 576)
@@ -286,12 +286,12 @@ def test_from_tensors_takes_what_the_buffers_hold(format, device):
 
 def test_classes_pack_into_their_own_format(device):
     dense = testing.random_sparse(130, 70, device=device)
-    for cls in (TiledCSL, Bitmap, RowBitmap):
+    for cls in (TiledCSL, Bitmap, RowBitmap, Gather):
         assert PackedWeight.class_for(cls.FORMAT) is PackedWeight.class_for(cls.FORMAT_ID) is cls
         assert type(cls.from_dense(dense)) is cls
         assert_same_weight(cls.from_dense(dense), flash_llm.pack(dense, cls.FORMAT))
     classes = [PackedWeight.class_for(format) for format in FORMATS]
-    assert classes == [TiledCSL, Bitmap, RowBitmap]
+    assert classes == [TiledCSL, Bitmap, RowBitmap, Gather]
 
 
 def test_buffers_may_be_views_into_larger_ones(format, device):
