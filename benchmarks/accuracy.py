@@ -3,7 +3,9 @@
     python benchmarks/accuracy.py --sparsity 0.3 0.5 0.6 0.7 --nsamples 32
 
 Each case prunes a copy of the dense model, recovers it for as many epochs as ``--recover-epochs``
-says, and measures its perplexity on held-out text, all in float32. Rows go to
+says, and measures its perplexity on held-out text, all in float32. With ``--values int8 int4`` the
+weights that stay are rounded while the model is pruned; with ``--rounding nearest``, afterwards.
+Sparsity 0 only rounds. Rows go to
 ``benchmarks/results/accuracy.jsonl``; a new row replaces the old row of its case. With
 ``--missing`` cases that have a row are skipped, so that an interrupted run can continue.
 
@@ -16,7 +18,7 @@ import argparse
 import copy
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +28,9 @@ from rows import case_of, commit_hash, print_table, read_rows, write_rows
 from torch import Tensor, nn
 
 from flash_llm import perplexity, prune_, recover_
+from flash_llm.prune import PrunedLayer
 from flash_llm.prune.calibrate import ALLOCATIONS
+from flash_llm.prune.grids import GRIDS
 from flash_llm.prune.methods import METHODS
 from flash_llm.select import DEFAULT_IGNORE
 from flash_llm.smollm2 import load_smollm2, pydoc_text
@@ -35,19 +39,45 @@ from flash_llm.weight_only import GROUP, VALUES, round_
 MODEL = "SmolLM2-135M-Instruct"
 # Tokens per window of held-out text.
 WINDOW = 512
+# Weights that are not rounded; they count 16 bits, though the benchmark computes in float32.
+UNROUNDED = "16-bit"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to prune the model; with 0 ``recover_epochs`` it is not recovered."""
+    """One way to prune the model; with 0 ``recover_epochs`` it is not recovered.
+
+    ``rounding`` is ``"sweep"``, ``"nearest"`` (after pruning), or None for 16-bit ``values``.
+    """
 
     method: str
     allocation: str
     sparsity: float
     recover_epochs: int
+    values: str
+    rounding: str | None
     nsamples: int
     seqlen: int
     seed: int
+
+
+def bits_per_weight(layers: Sequence[PrunedLayer], case: Case) -> float:
+    """Bits that a pruned weight takes: a bitmap, the values that are not zero, and scales.
+
+    Without pruning there is no bitmap, and all values are stored.
+    """
+    bits = 0.0
+    for layer in layers:
+        rows, cols = layer.shape
+        stored = rows * cols * ((1 - layer.sparsity) if case.sparsity else 1)
+        if case.values == UNROUNDED:
+            bits += stored * 16
+        else:
+            grid = GRIDS[case.values]
+            groups = -(-cols // (grid.group or cols))
+            bits += stored * grid.bits + rows * groups * grid.scale_bits
+        bits += rows * cols if case.sparsity else 0
+    return bits / sum(rows * cols for rows, cols in (layer.shape for layer in layers))
 
 
 class Bench:
@@ -67,8 +97,8 @@ class Bench:
         self.text = f"topics of Python's help(), held out, {windows}x{WINDOW}"
         self.dense_perplexity = perplexity(model, self.heldout, window=WINDOW)
 
-    def measure(self, case: Case) -> tuple[float, float]:
-        """Prune a copy; returns the seconds that it took and the perplexity of the copy."""
+    def measure(self, case: Case) -> tuple[float, float, float]:
+        """Prune a copy; returns its perplexity, bits per weight and the seconds that it took."""
         model = copy.deepcopy(self.model)
         whole = len(self.calibration) // case.seqlen * case.seqlen
         samples: dict[str, Any] = {
@@ -77,16 +107,25 @@ class Bench:
             "seqlen": case.seqlen,
             "seed": case.seed,
         }
-        seconds = prune_(
+        grid = None if case.values == UNROUNDED else case.values
+        report = prune_(
             model,
             method=case.method,
             allocation=case.allocation,
             sparsity=case.sparsity,
+            values=grid if case.rounding == "sweep" else None,
             **samples,
-        ).seconds
+        )
+        seconds = report.seconds
+        if case.rounding == "nearest":
+            report = prune_(model, method="magnitude", sparsity=0.0, values=grid)
+            seconds += report.seconds
         if case.recover_epochs:
-            seconds += recover_(model, self.model, epochs=case.recover_epochs, **samples).seconds
-        return seconds, perplexity(model, self.heldout, window=WINDOW)
+            epochs = case.recover_epochs
+            recovery = recover_(model, self.model, epochs=epochs, values=grid, **samples)
+            seconds += recovery.seconds
+        quality = perplexity(model, self.heldout, window=WINDOW)
+        return quality, bits_per_weight(report.layers, case), seconds
 
     def round(self, values: str, group: int, commit: str) -> dict[str, object]:
         """Round a copy's layers to nearest; returns the JSON row of its perplexity."""
@@ -105,7 +144,7 @@ class Bench:
         }
 
     def make_row(
-        self, case: Case, quality: float, seconds: float, commit: str
+        self, case: Case, quality: float, bits: float, seconds: float, commit: str
     ) -> dict[str, object]:
         """Return the JSON row of a measurement."""
         return {
@@ -115,6 +154,9 @@ class Bench:
             "allocation": case.allocation,
             "sparsity": case.sparsity,
             "recover_epochs": case.recover_epochs,
+            "values": case.values,
+            "rounding": case.rounding,
+            "bits": round(bits, 3),
             "perplexity": round(quality, 3),
             "dense_perplexity": round(self.dense_perplexity, 3),
             "text": self.text,
@@ -128,13 +170,15 @@ class Bench:
 
 def cases(arguments: argparse.Namespace) -> Iterator[Case]:
     """Yield the cases that the command line asks for."""
-    for method, allocation, sparsity in itertools.product(
-        arguments.method, arguments.allocation, arguments.sparsity
+    for method, allocation, sparsity, values in itertools.product(
+        arguments.method, arguments.allocation, arguments.sparsity, arguments.values
     ):
-        yield Case(
-            *(method, allocation, sparsity, arguments.recover_epochs),
-            *(arguments.nsamples, arguments.seqlen, arguments.seed),
-        )
+        roundings = arguments.rounding if METHODS[method].updates_weights else ["nearest"]
+        for rounding in [None] if values == UNROUNDED else roundings:
+            yield Case(
+                *(method, allocation, sparsity, arguments.recover_epochs, values, rounding),
+                *(arguments.nsamples, arguments.seqlen, arguments.seed),
+            )
 
 
 def is_measured(case: Case, text: str, rows: list[dict[str, object]]) -> bool:
@@ -149,6 +193,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--allocation", nargs="+", choices=ALLOCATIONS, default=["uniform", "owl"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5, 0.6, 0.7])
+    parser.add_argument("--values", nargs="+", choices=[UNROUNDED, *GRIDS], default=[UNROUNDED])
+    parser.add_argument(
+        "--rounding",
+        nargs="+",
+        choices=["sweep", "nearest"],
+        default=["sweep"],
+        help="of sparsegpt and admm; the other methods round to nearest",
+    )
     parser.add_argument("--recover-epochs", type=int, default=0, help="of recover_; 0 for none")
     parser.add_argument(
         "--round", nargs="+", choices=VALUES, default=[], help="round the weights, prune nothing"
@@ -170,7 +222,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-HEADINGS = ("method", "allocation", "sparsity", "epochs", "perplexity", "dense", "seconds")
+HEADINGS = (
+    *("method", "allocation", "sparsity", "epochs", "values", "rounding"),
+    *("bits", "perplexity", "dense", "seconds"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -194,12 +249,13 @@ def main(argv: list[str] | None = None) -> int:
     for case in cases(arguments):
         if arguments.missing and is_measured(case, bench.text, read_rows(arguments.out)):
             continue
-        seconds, quality = bench.measure(case)
-        row = bench.make_row(case, quality, seconds, commit)
+        quality, bits, seconds = bench.measure(case)
+        row = bench.make_row(case, quality, bits, seconds, commit)
         write_rows(arguments.out, [row])  # after each case: an interrupted run keeps its rows
         lines.append(
             (
                 *(case.method, case.allocation, f"{case.sparsity:g}", str(case.recover_epochs)),
+                *(case.values, case.rounding or "-", f"{bits:.2f}"),
                 *(f"{quality:.2f}", f"{bench.dense_perplexity:.2f}", f"{seconds:.0f}"),
             )
         )

@@ -207,30 +207,34 @@ def engine_options(contender: Contender, arguments: argparse.Namespace) -> dict[
     return options
 
 
+def facts_of_model(model: torch.nn.Module) -> tuple[int, int, list[int]]:
+    """Return a part's bytes, those that a step reads, and the numbers of its packed formats.
+
+    Several GPUs have a process each, which gets this function by its name.
+    """
+    parameters = {id(parameter): parameter for parameter in model.parameters()}
+    headers = [getattr(layer, "packed_header", None) for layer in model.modules()]
+    # A step reads a row of each embedding; one that is tied to the head is its own module.
+    embeddings = [
+        parameter.nbytes
+        for layer in model.modules()
+        if type(layer).__name__ == "VocabParallelEmbedding"
+        and not getattr(model.config, "tie_word_embeddings", False)
+        for parameter in layer.parameters()
+    ]
+    total = sum(parameter.nbytes for parameter in parameters.values())
+    return (
+        total,
+        total - sum(embeddings),
+        sorted({header.format for header in headers if header is not None}),
+    )
+
+
 def facts(llm: Any) -> dict[str, Any]:
-    """Return what an engine made of its model: bytes on each GPU, the packed format, its cache."""
-
-    def of_model(model: torch.nn.Module) -> tuple[int, int, list[int]]:
-        parameters = {id(parameter): parameter for parameter in model.parameters()}
-        headers = [getattr(layer, "packed_header", None) for layer in model.modules()]
-        # A step reads a row of each embedding; one that is tied to the head is its own module.
-        embeddings = [
-            parameter.nbytes
-            for layer in model.modules()
-            if type(layer).__name__ == "VocabParallelEmbedding"
-            and not getattr(model.config, "tie_word_embeddings", False)
-            for parameter in layer.parameters()
-        ]
-        total = sum(parameter.nbytes for parameter in parameters.values())
-        return (
-            total,
-            total - sum(embeddings),
-            sorted({header.format for header in headers if header is not None}),
-        )
-
+    """Return what an engine made of its model: bytes on all GPUs, the packed format, its cache."""
     from flash_llm import PackedWeight
 
-    found = llm.apply_model(of_model)
+    found = llm.apply_model(facts_of_model)
     formats = sorted({number for *_, numbers in found for number in numbers})
     cache = llm.llm_engine.vllm_config.cache_config
     return {
@@ -243,7 +247,7 @@ def facts(llm: Any) -> dict[str, Any]:
 
 def measure(folder: str, contender: Contender, arguments: argparse.Namespace) -> list[dict]:
     """Start an engine and measure all of its rows; called in a process of its own."""
-    # Steps are timed in this process; closures are sent to the workers of several GPUs.
+    # Steps are timed in this process; functions are sent to those of several GPUs.
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     import vllm
 
@@ -424,6 +428,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be positive, got {min(values)}")
     if arguments.model not in MODELS and not Path(arguments.model, "config.json").is_file():
         parser.error(f"--model must be {', '.join(MODELS)} or a folder, got {arguments.model}")
+    if arguments.account and arguments.gpus > 1:
+        parser.error("--account sees the kernels of this process alone: it needs --gpus 1")
     if arguments.together is not None and arguments.together <= 0:
         parser.error(f"--together must be positive, got {arguments.together}")
     arguments.commit = commit_hash(arguments.commit)

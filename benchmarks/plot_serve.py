@@ -2,8 +2,8 @@
 
     python benchmarks/plot_serve.py h200
 
-``serve-<gpu>.png`` has a panel for each model and mode of the engine, and a line for each kind of
-weights. Needs matplotlib (extra ``plot``).
+``serve-<gpu>.png`` has a panel for each model, number of GPUs and mode of the engine, and a line
+for each kind of weights. Needs matplotlib (extra ``plot``).
 """
 
 import argparse
@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 from rows import RESULTS, read_rows
+
+PANELS_PER_LINE = 4
 
 
 def label(row: dict) -> str:
@@ -31,24 +33,35 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    cases = sorted({(row["model"], row["mode"]) for row in rows})
-    figure, axes = pyplot.subplots(1, len(cases), figsize=(4.2 * len(cases), 4.4), squeeze=False)
-    for axis, case in zip(axes[0], cases, strict=True):
-        of_model = [row for row in rows if (row["model"], row["mode"]) == case]
+    def panel(row: dict) -> tuple[str, str, int]:
+        return row["model"], row["mode"], row["gpus"]
+
+    cases = sorted({panel(row) for row in rows})
+    lines = -(-len(cases) // PANELS_PER_LINE)
+    columns = min(len(cases), PANELS_PER_LINE)
+    size = (4.2 * columns, 4.4 * lines)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False)
+    for unused in axes.flat[len(cases) :]:
+        unused.set_axis_off()
+    for axis, case in zip(axes.flat, cases, strict=False):
+        of_model = [row for row in rows if panel(row) == case]
         for name in sorted({label(row) for row in of_model}):
             line = sorted(
                 (row["batch"], row["tok_per_gpu_s"]) for row in of_model if label(row) == name
             )
             axis.plot(*zip(*line, strict=True), marker="o", label=name)
-        axis.set_title(", ".join(case), fontsize=10)
+        model, mode, gpus = case
+        where = "" if gpus == 1 else f", {gpus} GPUs"
+        axis.set_title(f"{model}, {mode}{where}", fontsize=10)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         for numbers in (axis.xaxis, axis.yaxis):
-            numbers.set_major_formatter(ticker.ScalarFormatter())
+            numbers.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         axis.set_xlabel("batch")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    axes[0][0].set_ylabel("tokens per second and GPU")
+    for first in axes[:, 0]:
+        first.set_ylabel("tokens per second and GPU")
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

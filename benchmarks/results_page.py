@@ -15,12 +15,15 @@ from statistics import median
 
 from bench_cpu import NAME_OF
 from bench_serve import FEWEST_TOKENS, WEIGHTS
-from plot_accuracy import ALLOCATIONS, METHODS, conditions
+from plot_accuracy import ALLOCATIONS, METHODS, conditions, measured_on
 from plot_cpu import over_fastest, over_own
 from plot_spmm import of_floor, speed_up
 from rows import RESULTS, read_rows
 
+from flash_llm.prune.grids import GRIDS
+
 PAGE = RESULTS.parent / "RESULTS.md"
+VALUES = ("16-bit", *GRIDS)  # in the order of the tables of accuracy
 LARGE = 7168 * 7168  # least number of weights of a layer that counts as large
 GPUS = {"h100": "One NVIDIA H100", "h200": "One NVIDIA H200"}
 CPUS = {
@@ -336,6 +339,11 @@ def weights_name(row: dict) -> str:
     return {"dense": "dense float16", "fp8": "dense FP8"}[row["weights"]]
 
 
+def weights_order(row: dict) -> tuple[int, float]:
+    """Sort rows of serving: dense first, then FP8, then by the share of zeros."""
+    return WEIGHTS.index(row["weights"]), row["sparsity"]
+
+
 def serve_table(rows: list[dict]) -> str:
     """Return a table of steps or prompts, a column for each size, with the ratio to dense."""
     size, value = (
@@ -360,6 +368,30 @@ def serve_table(rows: list[dict]) -> str:
     return table(
         ["weights", "GB", *(f"{size} {n}" for n in sizes)],
         [line(name, of_line) for name, of_line in lines.items()],
+    )
+
+
+def measures_steps(row: dict) -> bool:
+    """Return whether a row is of decode steps, not of the time to a first token."""
+    return row["bench"] == "serve" and row["new_tokens"] > FEWEST_TOKENS
+
+
+def per_gpu_table(rows: list[dict]) -> str:
+    """Return the tokens per second and GPU of one model on different numbers of GPUs."""
+    sizes = sorted({row["batch"] for row in rows})
+    lines: dict[tuple[str, int], dict[int, dict]] = {}
+    for row in sorted(rows, key=weights_order):
+        lines.setdefault((weights_name(row), row["gpus"]), {})[row["batch"]] = row
+    return table(
+        ["weights", "GPUs", *(f"batch {n}" for n in sizes)],
+        [
+            [
+                name,
+                str(gpus),
+                *(f"{of_line[n]['tok_per_gpu_s']:.1f}" if n in of_line else "–" for n in sizes),
+            ]
+            for (name, gpus), of_line in lines.items()
+        ],
     )
 
 
@@ -403,10 +435,9 @@ def replay_table(rows: list[dict]) -> str:
 
 def model_section(title: str, rows: list[dict]) -> list[str]:
     """Return the section of one model in one mode of the engine."""
-    rows.sort(key=lambda row: (WEIGHTS.index(row["weights"]), row["sparsity"]))
-    serve = [row for row in rows if row["bench"] == "serve"]
-    steps = [row for row in serve if row["new_tokens"] > FEWEST_TOKENS]
-    prompts = [row for row in serve if row["new_tokens"] == FEWEST_TOKENS]
+    rows.sort(key=weights_order)
+    steps = [row for row in rows if measures_steps(row)]
+    prompts = [row for row in rows if row["bench"] == "serve" and row not in steps]
     account = [row for row in rows if row["bench"] == "step"]
     replay = [row for row in rows if row["bench"] == "replay"]
     parts = [f"### {title}", f"{rows[0]['engine']}, commits {commits(rows)}."]
@@ -441,12 +472,18 @@ def serve_sections(results: Path) -> list[str]:
     for path in sorted(results.glob("serve-*.jsonl")):
         gpu = path.stem.removeprefix("serve-")
 
-        def case(row: dict) -> tuple[str, int, str]:
-            return row["model"], row["gpus"], row["mode"]
+        def case(row: dict) -> tuple[str, str, int]:
+            return row["model"], row["mode"], row["gpus"]
 
-        for (model, gpus, mode), group in groupby(sorted(read_rows(path), key=case), case):
+        rows = sorted(read_rows(path), key=case)
+        for (model, mode, gpus), group in groupby(rows, case):
             where = GPUS.get(gpu, gpu) if gpus == 1 else f"{gpus} × {gpu}"
             parts += model_section(f"{model}, {where}, {mode}", list(group))
+            if gpus > 1:
+                steps = [
+                    row for row in rows if measures_steps(row) and case(row)[:2] == (model, mode)
+                ]
+                parts += ["Tokens per second and GPU:", per_gpu_table(steps)]
         parts.append(picture(path.with_suffix(".png"), "Tokens per second against the batch"))
     if not parts:
         return []
@@ -502,12 +539,18 @@ def accuracy_section(results: Path) -> list[str]:
 
     def order(row: dict) -> tuple:
         method, allocation = [*METHODS].index(row["method"]), ALLOCATIONS.index(row["allocation"])
-        return conditions(row), method, allocation, row["sparsity"]
+        values = VALUES.index(row["values"]), row["rounding"] or ""
+        of_line = row["recover_epochs"], method, allocation, row["sparsity"]
+        return measured_on(row), values, of_line
+
+    def perplexity(of_cell: list[dict]) -> str:
+        return f"{of_cell[0]['perplexity']:.2f}"
 
     pruned.sort(key=order)
-    for key, group in groupby(pruned, conditions):
+    unrounded = [row for row in pruned if row["values"] == "16-bit"]
+    for key, group in groupby(unrounded, conditions):
         of_group = list(group)
-        model, text, nsamples, seqlen, _, epochs = key
+        model, text, nsamples, seqlen, _, epochs, *_ = key
         dense = of_group[0]["dense_perplexity"]
         recovered = f", after {epochs} epochs of `recover_`" if epochs else ""
         parts += [
@@ -517,12 +560,42 @@ def accuracy_section(results: Path) -> list[str]:
             grid(
                 ["method", "allocation"],
                 of_group,
-                lambda of_cell: f"{of_cell[0]['perplexity']:.2f}",
+                perplexity,
                 lambda row: (row["method"], row["allocation"]),
             ),
         ]
     if pruned:
         parts.append(picture(results / "accuracy.png", "Perplexity against sparsity"))
+    swept = [row for row in pruned if row["values"] != "16-bit"]
+    for key, group in groupby(swept, measured_on):
+        of_group = list(group)
+        model, text, nsamples, seqlen, _ = key
+        parts += [
+            f"Perplexity of {model} (dense: {of_group[0]['dense_perplexity']:.2f}) with the values "
+            "that stay rounded, by the sweep that lets later columns compensate or to nearest, and "
+            "0 % zeros meaning that nothing is pruned (the method is then GPTQ, or rounding to "
+            f"nearest). The model's own weights have 4 bits and 32 share a scale, which flatters "
+            f"4-bit values. {nsamples} samples of {seqlen} tokens. Text: {text}. Commits "
+            f"{commits(of_group)}.",
+            grid(
+                ["values", "method", "rounding", "epochs of `recover_`"],
+                of_group,
+                perplexity,
+                lambda row: (
+                    *(row["values"], row["method"], row["rounding"]),
+                    str(row["recover_epochs"]),
+                ),
+            ),
+            "Bits per weight: a bitmap where there are zeros, the values that are not zero, and "
+            "scales.",
+            grid(
+                ["values"],
+                of_group,
+                lambda of_cell: f"{median(row['bits'] for row in of_cell):.2f}",
+                lambda row: (row["values"],),
+            ),
+            picture(results / "accuracy-bits.png", "Perplexity against bits per weight"),
+        ]
     if rounded:
         parts += [
             "Perplexity over the given text with the layers rounded to nearest instead of pruned. "

@@ -150,6 +150,9 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "allocation": (str,),
         "sparsity": (float,),
         "recover_epochs": (int,),
+        "values": (str,),
+        "rounding": (str, NoneType),  # sweep, nearest; null: 16-bit values
+        "bits": (float,),  # per weight
         "perplexity": (float,),
         "dense_perplexity": (float,),
         "text": (str,),
@@ -203,7 +206,7 @@ POSITIVE_FIELDS = (
     *("packed_bytes", "us", "gb_s", "unpack_us"),
     *("bytes", "workers", "threads", "cpu_seconds", "gb_s_core", "peak_bytes"),
     *("cublas_us", "fp8_us", "stream_floor_us"),
-    *("perplexity", "dense_perplexity", "nsamples", "seqlen", "seconds", "group"),
+    *("bits", "perplexity", "dense_perplexity", "nsamples", "seqlen", "seconds", "group"),
     *("gpus", "batch", "prompt", "new_tokens", "step_ms", "tok_per_gpu_s", "weights_gb"),
     *("rate", "requests", "kv_tokens", "start_s", "floor_ms"),
 )
@@ -226,7 +229,7 @@ CASE_FIELDS = {
     ),
     "accuracy": (
         *("bench", "model", "method", "allocation", "sparsity", "recover_epochs"),
-        *("text", "nsamples", "seqlen", "seed"),
+        *("values", "rounding", "text", "nsamples", "seqlen", "seed"),
     ),
     "rounding": ("bench", "model", "values", "group", "text"),
     "serve": (

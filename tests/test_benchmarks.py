@@ -260,12 +260,12 @@ def test_the_whole_benchmark_of_accuracy(tiny_weights, tmp_path, monkeypatch, ca
         assert row["text"] == "topics of Python's help(), held out, 2x512"
         assert row["perplexity"] != row["dense_perplexity"] == found[0]["dense_perplexity"]
     assert list(found[0]) == (
-        "bench model method allocation sparsity recover_epochs perplexity dense_perplexity text "
-        "nsamples seqlen seed seconds commit".split()
+        "bench model method allocation sparsity recover_epochs values rounding bits perplexity "
+        "dense_perplexity text nsamples seqlen seed seconds commit".split()
     )
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 9 and table[0].split()[:5] == (
-        ["method", "allocation", "sparsity", "epochs", "perplexity"]
+    assert len(table) == 9 and table[0].split()[:8] == (
+        "method allocation sparsity epochs values rounding bits perplexity".split()
     )
 
     # A stopped run goes on: with one row missing, one case is measured.
@@ -291,7 +291,26 @@ def test_the_whole_benchmark_of_accuracy(tiny_weights, tmp_path, monkeypatch, ca
     for row in rounded:
         rows.check_row(row)
         assert row["perplexity"] != row["dense_perplexity"] == found[0]["dense_perplexity"]
-    out.write_text("".join(line for line in out.open() if '"rounding"' not in line))
+    out.write_text("".join(line for line in out.open() if '"bench": "rounding"' not in line))
+
+    # So do rounded values; only methods that change weights can round in their sweep.
+    values = ["--method", "wanda", "admm", "--allocation", "uniform", "--values", "int4", "int8"]
+    values += ["--sparsity", "0", "0.75", "--rounding", "sweep", "nearest"]
+    assert accuracy.main([*arguments, *values]) == 0
+    rounded = [row for row in rows.read_rows(out) if row["values"] != "16-bit"]
+    assert len(rounded) == 2 * 2 * (1 + 2)
+    for row in rounded:
+        rows.check_row(row)
+        bits = 4 + 16 / 64 if row["values"] == "int4" else 8 + 32 / 64
+        if not row["sparsity"]:
+            assert row["bits"] == bits  # layers have 64 columns
+        else:
+            most = 1 + bits - 0.75 * (4 if row["values"] == "int4" else 8)
+            assert 1 < row["bits"] <= most + 1e-3
+    found_by = {(r["method"], r["sparsity"], r["values"], r["rounding"]): r for r in rounded}
+    swept = found_by["admm", 0.75, "int4", "sweep"]
+    assert swept["perplexity"] != found_by["admm", 0.75, "int4", "nearest"]["perplexity"]
+    out.write_text("".join(line for line in out.open() if '"rounding": null' in line))
 
     # Recovery makes another case of it.
     recovered = ["--method", "wanda", "--allocation", "uniform", "--recover-epochs", "2"]
@@ -348,31 +367,40 @@ def test_the_whole_benchmark_of_pruning(tiny_weights, tmp_path, capsys):
 
 def test_perplexities_are_compared_under_the_same_conditions_only(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
-    case = accuracy.Case("wanda", "uniform", 0.5, 0, 8, 512, 0)
+    case = accuracy.Case("admm", "uniform", 0.5, 0, "16-bit", None, 8, 512, 0)
     bench = object.__new__(accuracy.Bench)
     bench.dense_perplexity, bench.text = 10.0, "text"
     several = [
-        bench.make_row(dataclasses.replace(case, **changes), 20.0, 1.0, "0123abc")
+        bench.make_row(dataclasses.replace(case, **changes), 20.0, 9.0, 1.0, "0123abc")
         for changes in (
             {"nsamples": 32},
             {},
             {"sparsity": 0.6},
-            {"method": "admm"},
+            {"method": "wanda"},
             {"recover_epochs": 8},
+            {"values": "int4", "rounding": "sweep"},
+            {"values": "int3", "rounding": "sweep", "sparsity": 0.0},
+            {"values": "int4", "rounding": "nearest"},
         )
     ]
     rows.write_rows(tmp_path / "accuracy.jsonl", several)
-    drawn = []
+    plot_accuracy.main(["--results", str(tmp_path)])
+    assert (tmp_path / "accuracy-bits.png").read_bytes().startswith(b"\x89PNG")
+    drawn, by_bits = [], []
     monkeypatch.setattr(plot_accuracy, "draw", lambda *a: drawn.append(a))
+    monkeypatch.setattr(plot_accuracy, "draw_bits", lambda *a: by_bits.append(a))
     plot_accuracy.main(["--results", str(tmp_path)])
     ((chosen, title, _),) = drawn
+    ((rounded, _, _),) = by_bits
+    assert len(rounded) == 5 and {row["values"] for row in rounded} == {"16-bit", "int4", "int3"}
     assert {row["nsamples"] for row in chosen} == {8} and len(chosen) == 3
     assert "8x512" in title
 
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--nsamples 0", "--windows 0", "--sparsity 1.5", "--method obs", "--recover-epochs -1"],
+    ["--nsamples 0", "--windows 0", "--sparsity 1.5", "--method obs", "--recover-epochs -1"]
+    + ["--values int5", "--rounding up"],
 )
 def test_bad_arguments_of_the_accuracy_benchmark_are_refused(arguments):
     with pytest.raises(SystemExit):
@@ -901,10 +929,11 @@ def serve_row(**changes):
 def test_the_plot_of_serving_is_drawn_from_rows(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     found = [
-        serve_row(batch=b, weights=w, mode=m)
+        serve_row(batch=b, weights=w, mode=m, gpus=g)
         for b in (1, 8)
         for w in bench_serve.WEIGHTS
         for m in bench_serve.MODES
+        for g in (1, 2)
     ]
     for row in found:
         rows.check_row(row)
@@ -923,6 +952,7 @@ def test_the_plot_of_serving_is_drawn_from_rows(tmp_path):
         ["--model", "llama-8b", "--new-tokens", "2"],
         ["--model", "llama-8b", "--rate", "0"],
         ["--model", "llama-8b", "--sparsity", "1.5"],
+        ["--model", "llama-8b", "--gpus", "2", "--account", "8"],
     ],
 )
 def test_bad_arguments_of_the_serving_benchmark_are_refused(arguments):

@@ -175,12 +175,29 @@ def test_the_readme_says_where_it_wins_as_the_rows_do():
             assert row["fp8_us"] < row["us"]
 
 
+def test_the_readmes_speed_in_vllm_is_what_the_rows_say():
+    step = {
+        (row["sparsity"], row["batch"]): row["step_ms"]
+        for row in rows.read_rows(rows.RESULTS / "serve-h200.jsonl")
+        if (row["bench"], row["model"], row["gpus"], row["mode"], row.get("prompt"))
+        == ("serve", "llama-8b", 1, "compiled", 64)
+        and row["weights"] != "fp8"
+    }
+    said = re.search(
+        r"(\S+) times as fast as the dense one at batch 8, (\S+) times at batch 32 and as fast at "
+        r"batch 64 \((\S+) times",
+        " ".join(README.split()),
+    )
+    assert said is not None
+    assert said.groups() == tuple(f"{step[0, n] / step[0.5, n]:.2f}" for n in (8, 32, 64))
+
+
 def test_the_readmes_perplexities_are_what_the_rows_say():
     found = {
         row["sparsity"]: row
         for row in rows.read_rows(rows.RESULTS / "accuracy.jsonl")
-        if (row.get("method"), row.get("allocation"), row.get("recover_epochs"))
-        == ("admm", "uniform", 0)
+        if (row.get("method"), row.get("allocation"), row.get("recover_epochs"), row["values"])
+        == ("admm", "uniform", 0, "16-bit")
     }
     said = (
         f"rises from {found[0.5]['dense_perplexity']:.2f} to {found[0.5]['perplexity']:.2f} at "

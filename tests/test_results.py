@@ -13,7 +13,7 @@ import rows  # noqa: E402
 
 # What rows of accuracy.jsonl must have in common for their methods to be compared.
 SAME_CONDITIONS = (
-    *("model", "allocation", "sparsity", "recover_epochs"),
+    *("model", "allocation", "sparsity", "recover_epochs", "values", "rounding"),
     *("text", "nsamples", "seqlen", "seed"),
 )
 
@@ -78,6 +78,7 @@ def test_serving_is_compared_with_the_dense_model_of_the_same_size(tmp_path):
             serve_row(ttft_ms=8.0, **prompt, **half),
             serve_row(bench="step", kinds_ms=kinds, gaps_ms=0.5, floor_ms=2.0, **half),
             serve_row(bench="replay", rate=4.0, tpot_ms=replay, **{"ttft_ms": replay}),
+            serve_row(gpus=2, step_ms=5.0, tok_per_gpu_s=0.6),
         ],
     )
     lines = lines_of(page)
@@ -86,6 +87,8 @@ def test_serving_is_compared_with_the_dense_model_of_the_same_size(tmp_path):
     assert ["50 % zeros", "9.0", "8.00 (1.25)"] in lines
     assert ["50 % zeros", "8", "6.00", "3.00", "0.50", "0.50", "2.00"] in lines
     assert ["dense float16", "4", "1", "1.0 / 2.0", "1.0 / 2.0"] in lines
+    assert ["dense float16", "16.0", "5.00 (1.00)"] in lines
+    assert ["dense float16", "2", "0.6", "–"] in lines
 
 
 def test_a_gpu_table_shows_each_row_in_its_cell(tmp_path):
@@ -136,7 +139,8 @@ def test_every_perplexity_is_shown():
 def test_rows_of_different_conditions_do_not_share_a_table(tmp_path):
     row = {
         **{"bench": "accuracy", "model": "m", "method": "wanda", "allocation": "uniform"},
-        **{"sparsity": 0.5, "recover_epochs": 0, "perplexity": 20.0, "dense_perplexity": 10.0},
+        **{"sparsity": 0.5, "recover_epochs": 0, "values": "16-bit", "rounding": None},
+        **{"bits": 9.0, "perplexity": 20.0, "dense_perplexity": 10.0},
         **{"text": "t", "nsamples": 32, "seqlen": 512, "seed": 0, "seconds": 1.0, "commit": "a"},
     }
     others = [{**row, "nsamples": 8, "perplexity": 30.0}, {**row, "perplexity": 25.0, "text": "u"}]

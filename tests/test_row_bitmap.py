@@ -15,7 +15,7 @@ from hypothesis import given
 import flash_llm
 from flash_llm import RowBitmap, _extension, testing
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "neon")
 ROUTES = ("cpu_rows", "cpu_blocks")
 # Around the 32 columns of a group, and the 64 bytes of a load.
 AWKWARD_K = (1, 2, 31, 32, 33, 63, 64, 65, 95, 127, 129, 300, 1031, 4099)

@@ -1,4 +1,4 @@
-"""Tensor parallel of transformers over packed layers: two processes on a CPU, with gloo."""
+"""Tensor parallel of transformers over packed layers: two processes, on two GPUs or on the CPU."""
 
 import json
 import os
@@ -16,6 +16,8 @@ transformers = pytest.importorskip("transformers")
 distributed = pytest.importorskip("transformers.distributed")
 pytestmark = [pytest.mark.hf, pytest.mark.slow]
 
+DEVICE = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
+"""transformers gives each process a GPU of its own wherever it sees one."""
 IDS = torch.arange(24).view(2, 12)
 
 
@@ -32,7 +34,8 @@ def save_models(folder):
         attention_bias=True,
         mlp_bias=True,
     )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.eval().to(DEVICE)
     with torch.no_grad():
         for layer in model.model.layers.modules():
             if isinstance(layer, nn.Linear):
@@ -50,10 +53,14 @@ def load(folder):
     return auto.from_pretrained(folder, dtype="auto", distributed_config=plan)
 
 
+def logits_of(model):
+    return model(IDS.to(model.device)).logits.float()
+
+
 def gradient(model):
     """Of the embeddings, and so through all packed layers."""
     weight = model.get_input_embeddings().weight
-    model(IDS).logits.float().square().sum().backward()
+    logits_of(model).square().sum().backward()
     return weight.grad.full_tensor() if isinstance(weight, DTensor) else weight.grad
 
 
@@ -67,7 +74,7 @@ def worker(rank, folder, port):
     for name, model in {"packed folder": load(folder / "packed"), "sparsify_": dense}.items():
         layers = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
         with torch.no_grad():
-            found[name] = model(IDS).logits.float()
+            found[name] = logits_of(model)
         found[f"{name} weights"] = {n: m.weight.clone() for n, m in layers.items()}
         found[f"{name} gradient"] = gradient(model)
         for save in (model.save_pretrained, lambda to, model=model: flash_llm.save(model, to)):
@@ -80,7 +87,7 @@ def worker(rank, folder, port):
 
 def fully_sharded():
     """What is said of weights that FSDP2 distributes."""
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    mesh = torch.distributed.init_device_mesh(DEVICE, (2,))
     model = nn.Sequential(nn.Sequential(nn.Linear(64, 64)), nn.ReLU()).half()
     torch.distributed.fsdp.fully_shard(model[0], mesh=mesh)
     messages = []
@@ -100,15 +107,18 @@ def run(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (folder, port), nprocs=2)
-    return model, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    with pytest.MonkeyPatch.context() as environment:
+        if DEVICE == "cpu":  # one GPU is not enough for two processes
+            environment.setenv("CUDA_VISIBLE_DEVICES", "")
+        torch.multiprocessing.spawn(worker, (folder, port), nprocs=2)
+    return model, [torch.load(folder / f"{rank}.pt", map_location=DEVICE) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", ["packed folder", "sparsify_"])
 def test_two_processes_give_the_logits_and_gradients_of_one(name, run):
     model, ranks = run
     with torch.no_grad():
-        expected = model(IDS).logits.float()
+        expected = logits_of(model)
     expected_gradient = gradient(model)
     model.zero_grad()
     for rank in ranks:

@@ -48,7 +48,11 @@ bool detect(CpuIsa isa) {
       return avx512;
     case CpuIsa::kAvx512Bf16:
       return avx512 && __builtin_cpu_supports("avx512bf16");
+    case CpuIsa::kNeon:
+      return false;
   }
+#elif defined(__aarch64__)
+  if (isa == CpuIsa::kNeon) return true;  // part of the base architecture
 #endif
   return isa == CpuIsa::kPortable;
 }
@@ -123,6 +127,8 @@ const char* cpu_isa_name(CpuIsa isa) {
       return "avx512";
     case CpuIsa::kAvx512Bf16:
       return "avx512_bf16";
+    case CpuIsa::kNeon:
+      return "neon";
   }
   return "unknown";
 }

@@ -8,18 +8,19 @@
 
 namespace flash_llm {
 
-// From the most common to the rarest, which usually is the fastest.
+// Of each architecture from the most common to the rarest, which usually is the fastest.
 enum class CpuIsa {
   kPortable,    // C++
   kAvx2,        // AVX2, FMA, F16C
   kAvx512,      // AVX-512 F, BW, VL, DQ, VBMI2
   kAvx512Bf16,  // kAvx512 and BF16
+  kNeon,        // AArch64's NEON; tested under qemu only, never timed
 };
 
 inline constexpr CpuIsa kCpuIsas[] = {CpuIsa::kPortable, CpuIsa::kAvx2, CpuIsa::kAvx512,
-                                      CpuIsa::kAvx512Bf16};
+                                      CpuIsa::kAvx512Bf16, CpuIsa::kNeon};
 
-// "portable", "avx2", "avx512" or "avx512_bf16".
+// "portable", "avx2", "avx512", "avx512_bf16" or "neon".
 const char* cpu_isa_name(CpuIsa isa);
 
 // Whether this CPU has the instruction set and this build has code for it.

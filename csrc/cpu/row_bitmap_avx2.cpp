@@ -1,5 +1,5 @@
 // The row bitmap's kernels for AVX2: a byte shuffle moves eight elements at a time to their
-// columns. A table of 256 shuffles is indexed by their eight bits.
+// columns.
 #include "cpu/row_bitmap_kernels.h"
 
 #if defined(__x86_64__)
@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstring>
 
+#include "cpu/row_bitmap_shuffles.h"
 #include "format/element.h"
 
 #define FLASH_LLM_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
@@ -18,31 +19,27 @@
 namespace flash_llm {
 namespace {
 
-constexpr int kMaxTokens = 2;  // times four rows: their sums take half of the registers
-constexpr int64_t kPartCols = 8;
-constexpr int64_t kParts = kGroupCols / kPartCols;
+constexpr int kMaxTokens = 3;  // times four rows: their sums take 12 of the 16 registers
 
-// Row `bits`: for each column the indices of the two bytes of its value among the packed values, or
-// 0x80, which gives zero, if the column is not stored.
-using Shuffles = std::array<std::array<uint8_t, 2 * kPartCols>, 256>;
+// kExpansions for bf16 that is widened at once: the two bytes of a column become the upper half of
+// its fp32 number. Both halves of the shuffled vector hold the packed values.
+using WideShuffles = std::array<std::array<uint8_t, 4 * kPartCols>, 256>;
 
-constexpr Shuffles make_shuffles() {
-  Shuffles table{};
+constexpr WideShuffles make_bf16_expansions() {
+  WideShuffles table{};
   for (size_t bits = 0; bits < table.size(); ++bits) {
-    size_t rank = 0;
     for (size_t col = 0; col < kPartCols; ++col) {
-      const bool stored = (bits >> col & 1U) != 0;
-      table[bits][2 * col] = static_cast<uint8_t>(stored ? 2 * rank : 0x80);
-      table[bits][2 * col + 1] = static_cast<uint8_t>(stored ? 2 * rank + 1 : 0x80);
-      if (stored) ++rank;
+      table[bits][4 * col] = table[bits][4 * col + 1] = 0x80;
+      table[bits][4 * col + 2] = kExpansions[bits][2 * col];
+      table[bits][4 * col + 3] = kExpansions[bits][2 * col + 1];
     }
   }
   return table;
 }
 
-alignas(64) constexpr Shuffles kShuffles = make_shuffles();
+alignas(64) constexpr WideShuffles kBf16Expansions = make_bf16_expansions();
 
-// The inverse: row `bits` moves the stored columns to the front.
+// The inverse of kExpansions: row `bits` moves the stored columns to the front.
 constexpr Shuffles make_gathers() {
   Shuffles table{};
   for (size_t bits = 0; bits < table.size(); ++bits) {
@@ -58,6 +55,15 @@ constexpr Shuffles make_gathers() {
 }
 
 alignas(64) constexpr Shuffles kGathers = make_gathers();
+
+template <ValueType kType>
+FLASH_LLM_AVX2 inline __m256 widen(__m128i elements) {
+  if constexpr (kType == ValueType::kFloat16) {
+    return _mm256_cvtph_ps(elements);
+  } else {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(elements), 16));
+  }
+}
 
 // Reads the values of a row. Near the payload's end they are copied first, so that no load reads
 // past it.
@@ -79,25 +85,29 @@ struct Values {
   }
   // The elements of the next eight columns, of which those in `bits` are stored.
   FLASH_LLM_AVX2 inline __m128i take(uint32_t bits) {
-    const auto* shuffle = reinterpret_cast<const __m128i*>(kShuffles[bits].data());
+    const auto* shuffle = reinterpret_cast<const __m128i*>(kExpansions[bits].data());
     const __m128i elements = _mm_shuffle_epi8(load(), _mm_load_si128(shuffle));
     skip(bits);
     return elements;
+  }
+  // The same as fp32.
+  template <ValueType kType>
+  FLASH_LLM_AVX2 inline __m256 take_wide(uint32_t bits) {
+    if constexpr (kType == ValueType::kFloat16) {
+      return widen<kType>(take(bits));
+    } else {
+      const auto* shuffle = reinterpret_cast<const __m256i*>(kBf16Expansions[bits].data());
+      const __m256i elements =
+          _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load()), _mm256_load_si256(shuffle));
+      skip(bits);
+      return _mm256_castsi256_ps(elements);
+    }
   }
 };
 
 // How many groups can be read by loads of 16 bytes that all stay within the payload.
 int64_t groups_before_end(const uint16_t* next, const uint16_t* end) {
   return (end - next) / (kBlockRows * kGroupCols);
-}
-
-template <ValueType kType>
-FLASH_LLM_AVX2 inline __m256 widen(__m128i elements) {
-  if constexpr (kType == ValueType::kFloat16) {
-    return _mm256_cvtph_ps(elements);
-  } else {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(elements), 16));
-  }
 }
 
 template <ValueType kType>
@@ -115,6 +125,10 @@ struct Block {
   template <bool kNearEnd>
   FLASH_LLM_AVX2 inline void add_group(const uint32_t* masks, const float* x,
                                        Values<kNearEnd>& values) {
+    if (!kNearEnd) {
+      prefetch_soon(values.next);
+      prefetch_later(values.next);
+    }
     Values<kNearEnd> rows[kBlockRows] = {};
 #pragma GCC unroll 4
     for (int row = 0; row < kBlockRows; ++row) {
@@ -129,7 +143,7 @@ struct Block {
       }
 #pragma GCC unroll 4
       for (int row = 0; row < kBlockRows; ++row) {
-        const __m256 w = widen<kType>(rows[row].take(masks[row] >> (8 * part) & 0xFFU));
+        const __m256 w = rows[row].template take_wide<kType>(masks[row] >> (8 * part) & 0xFFU);
         for (int token = 0; token < kTokens; ++token) {
           sums[row][token] = _mm256_fmadd_ps(w, input[token], sums[row][token]);
         }
@@ -168,23 +182,19 @@ struct Block {
   }
 };
 
+using MultiplyBlock = void (*)(const RowBlock&, int64_t groups, const float* x, float* out);
+
+template <ValueType kType>
+constexpr MultiplyBlock kMultiplyBlock[kMaxTokens] = {
+    Block<kType, 1>::multiply, Block<kType, 2>::multiply, Block<kType, 3>::multiply};
+
 template <ValueType kType>
 void multiply(const RowBitmapProduct& product) {
   const int64_t groups = num_groups(product.weight.k);
-  float* out = product.sums;
-  for (int64_t j = 0; j < product.token_blocks; ++j) {
-    const RowBitmapTokens& tokens = product.tokens[j];
-    const auto multiply_block =
-        tokens.count == 1 ? Block<kType, 1>::multiply : Block<kType, kMaxTokens>::multiply;
-    for (int64_t i = product.first; i < product.last; ++i, out += tokens.count * kBlockRows) {
-      const RowBlock block = row_block(product.weight, i);
-      if (block.masks == nullptr) {
-        sum_nothing(tokens, out);
-      } else {
-        multiply_block(block, groups, static_cast<const float*>(tokens.x), out);
-      }
-    }
-  }
+  multiply_blocks(product, [&](const RowBitmapTokens& tokens, const RowBlock& block, float* out) {
+    kMultiplyBlock<kType>[tokens.count - 1](block, groups, static_cast<const float*>(tokens.x),
+                                            out);
+  });
 }
 
 template <bool kNearEnd>

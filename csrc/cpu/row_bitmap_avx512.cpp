@@ -56,23 +56,6 @@ struct Values {
   }
 };
 
-// Prefetches what lies 1 KB ahead of the values. Blocks are contiguous, so it will be read soon,
-// masks included. The hardware prefetcher alone, which sees streams begin and end every few
-// kilobytes and stops at each page, is slower: with these prefetches 4096x4096 takes 830 instead of
-// 960 us at 50 % zeros (on huge pages 630) and 360 instead of 490 us at 90 % (Zen 4). A step of
-// four groups reads two cache lines of values at 50 % zeros.
-FLASH_LLM_AVX512 inline void prefetch_soon(const uint16_t* values) {
-  const auto* bytes = reinterpret_cast<const char*>(values);
-  _mm_prefetch(bytes + 1024, _MM_HINT_T0);
-  _mm_prefetch(bytes + 1024 + 64, _MM_HINT_T0);
-}
-
-FLASH_LLM_AVX512 inline void prefetch_later(const uint16_t* values) {
-  const auto* bytes = reinterpret_cast<const char*>(values);
-  _mm_prefetch(bytes + 8192, _MM_HINT_T1);
-  _mm_prefetch(bytes + 8192 + 64, _MM_HINT_T1);
-}
-
 // How many groups can be read by loads of 64 bytes that all stay within the payload.
 int64_t groups_before_end(const uint16_t* next, const uint16_t* end) {
   return (end - next) / (kBlockRows * kGroupCols);

@@ -56,18 +56,10 @@ void multiply_block(const RowBitmapTokens& block_tokens, int64_t groups, RowBloc
 
 template <ValueType kType>
 void multiply(const RowBitmapProduct& product) {
-  float* out = product.sums;
-  for (int64_t j = 0; j < product.token_blocks; ++j) {
-    const RowBitmapTokens& tokens = product.tokens[j];
-    for (int64_t i = product.first; i < product.last; ++i, out += tokens.count * kBlockRows) {
-      const RowBlock block = row_block(product.weight, i);
-      if (block.masks == nullptr) {
-        sum_nothing(tokens, out);
-      } else {
-        multiply_block<kType>(tokens, num_groups(product.weight.k), block, out);
-      }
-    }
-  }
+  const int64_t groups = num_groups(product.weight.k);
+  multiply_blocks(product, [&](const RowBitmapTokens& tokens, const RowBlock& block, float* out) {
+    multiply_block<kType>(tokens, groups, block, out);
+  });
 }
 
 }  // namespace
@@ -93,6 +85,8 @@ RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type) {
       return row_bitmap_avx512(type, false);
     case CpuIsa::kAvx512Bf16:
       return row_bitmap_avx512(type, true);
+    case CpuIsa::kNeon:
+      return row_bitmap_neon(type);
   }
   return row_bitmap_portable(type);
 }

@@ -56,7 +56,8 @@ bool takes_bitmap_rows(const PlanRequest& request, std::string* reason) {
   bool takes = false;
   if (problem.n <= bitmap_rows_configs().front().tile_n) {
     const bool even = 5 * chunks * sms <= 6 * chunk_rows * columns;  // 20 % above the mean at most
-    takes = chunks <= 128 || (density >= 0.4 && chunks <= 256 && even);
+    const int64_t most = density >= 0.48 ? 400 : density >= 0.4 ? 256 : 128;
+    takes = chunks <= 128 || (chunks <= most && even);
   } else if (problem.n <= bitmap_rows_configs().back().tile_n) {
     takes = chunks <= 128 && (rounds == 1 || (rounds == 2 && density >= 0.25));
   }

@@ -25,8 +25,11 @@ constexpr int64_t kTiledCslMaxTokens = 16;
 //         N = 256  35.2 / 53.3 / 51.7  512  70.7 / 105 / 102
 //   fp16  N = 32   4.6 / 6.8 / 5.3     64   8.9 / 12.3 / 8.3   128   18.7 / 18.3 / 15.0
 //         N = 512  73 / 57 / 55
-// For bf16 with AVX2, and for portable C++, blocks take less time from 17 tokens on. The same is
-// assumed where the dense product has matrix instructions (AMX), which has not been measured.
+// An EPYC with AVX2 alone (2026-11-30; one thread's CPU time, on a shared machine):
+//   bf16  N = 16   25 / 57 / 51    32   38 / 108 / 101    128   163 / 421 / 437
+//         N = 512  1063 / 1904 / 1730
+// For portable C++ blocks take less time from 17 tokens on. The same is assumed, but was not
+// measured, for NEON and where the dense product has matrix instructions (AMX).
 constexpr int64_t kRowsMaxTokensDot = 128;
 constexpr int64_t kRowsMaxTokensFastDense = 128;
 constexpr int64_t kRowsMaxTokensSlow = 16;
@@ -38,14 +41,15 @@ constexpr int64_t kBlockBytes = int64_t{8} << 20;
 
 // The largest number of tokens for which kRowBitmapCpu is chosen.
 int64_t most_tokens_of_rows(ValueType type, const DeviceInfo& device) {
-  const bool avx512 = device.cpu_isa == CpuIsa::kAvx512 || device.cpu_isa == CpuIsa::kAvx512Bf16;
+  if (device.cpu_isa == CpuIsa::kPortable || device.cpu_isa == CpuIsa::kNeon) {
+    return kRowsMaxTokensSlow;
+  }
   switch (type) {
     case ValueType::kFloat16:
-      if (device.cpu_isa == CpuIsa::kPortable) return kRowsMaxTokensSlow;
       if (!device.cpu_fast_dense_fp16) return kAnyTokens;
-      return avx512 ? kRowsMaxTokensFastDense : kRowsMaxTokensSlow;
+      return device.cpu_isa == CpuIsa::kAvx2 ? kRowsMaxTokensSlow : kRowsMaxTokensFastDense;
     case ValueType::kBfloat16:
-      if (!avx512 || device.cpu_fast_dense_bf16) return kRowsMaxTokensSlow;
+      if (device.cpu_fast_dense_bf16) return kRowsMaxTokensSlow;
       return device.cpu_isa == CpuIsa::kAvx512Bf16 ? kRowsMaxTokensDot : kAnyTokens;
   }
   return kRowsMaxTokensSlow;  // never: the switch is exhaustive
@@ -70,7 +74,7 @@ bool takes_tiled_csl_cpu(const PlanRequest& request, std::string* reason) {
 bool takes_row_bitmap_cpu(const PlanRequest& request, std::string* reason) {
   const int64_t most = most_tokens_of_rows(request.problem.value_type, request.device);
   if (most == kAnyTokens) {
-    explain(reason, "each weight is decoded once, and torch's dense product takes longer at any N");
+    explain(reason, "torch's dense product, which needs the decoded weight, takes longer at any N");
     return true;
   }
   if (request.problem.n <= most) {

@@ -8,8 +8,8 @@ runs again to compute the inputs of the next block (``blocks.py``).
 Layers outside this scheme (a projection outside the stacks, blocks that are called twice or do not
 feed one another) are pruned last, on statistics of one pass of the model with all other layers
 pruned; the report says which layers those are. The mathematics are in ``criteria.py`` (magnitude,
-Wanda), ``sparsegpt.py``, ``admm.py`` and ``allocation.py``, the statistics in ``inputs.py``, and
-the table of methods in ``methods.py``.
+Wanda), ``sparsegpt.py``, ``admm.py``, ``gptq.py``, ``grids.py`` and ``allocation.py``, the
+statistics in ``inputs.py``, and the table of methods in ``methods.py``.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from flash_llm.prune.blocks import (
     taking_turns,
 )
 from flash_llm.prune.criteria import check_prune_target, global_magnitude_masks
+from flash_llm.prune.gptq import gptq
+from flash_llm.prune.grids import GRIDS, round_to_grid
 from flash_llm.prune.inputs import Inputs, Statistic, collect_inputs, squares
 from flash_llm.prune.layers import check_inputs, check_weights, matrix
 from flash_llm.prune.methods import METHODS
@@ -75,6 +77,7 @@ def prune_(
     seed: int | None = None,
     damping: float = 0.01,
     preserve_mask: bool = False,
+    values: str | None = None,
     targets: str | Sequence[str] = DEFAULT_TARGETS,
     ignore: str | Sequence[str] = DEFAULT_IGNORE,
     device: torch.device | str | None = None,
@@ -125,6 +128,12 @@ def prune_(
             raised tenfold, up to 1, with a warning that names the layer; 0 is never raised.
         preserve_mask: weights that are already zero stay zero (SparseGPT and ADMM; the other
             methods prune zeros first anyway).
+        values: round the weights that stay to ``"int8"`` or ``"fp8_e4m3"`` (a scale for each row)
+            or ``"int4"`` (a scale for each row and 128 columns); the model keeps its dtype, and
+            zeros may become more. SparseGPT and ADMM round one column after another and let the
+            later columns compensate, so that a sparsity of 0 is GPTQ (arXiv 2210.17323); the other
+            methods round to nearest. ``"int4_asymmetric"``, ``"int3"`` and ``"int2"`` (a scale and
+            a zero point for each row and 128 columns) are for comparison only. None rounds nothing.
         targets: patterns of the layers to prune, as in :func:`flash_llm.sparsify_`.
         ignore: patterns of the layers to leave alone; wins over ``targets``.
         device: where blocks run and are pruned, one at a time; everything else stays on the
@@ -144,13 +153,14 @@ def prune_(
     Raises:
         TypeError: an argument or a sample has the wrong type, or a targeted weight is not floating
             point.
-        ValueError: unknown method or allocation; invalid sparsity, scope or damping, or a scope and
-            an allocation that contradict one another; calibration missing or empty, or a file of
-            fewer than ``seqlen`` tokens; a token id outside the vocabulary; a pattern that matches
-            nothing; a targeted weight that is not finite, on the meta device or tied to another
-            module; calibration activations that are not finite; a Hessian that damping leaves
-            singular, or new weights that overflow the dtype of the old (the message names the
-            layer); a ``resume_dir`` of another run (the message names the difference).
+        ValueError: unknown method, allocation or values; invalid sparsity, scope or damping, or a
+            scope and an allocation that contradict one another; calibration missing or empty, or a
+            file of fewer than ``seqlen`` tokens; a token id outside the vocabulary; a pattern that
+            matches nothing; a targeted weight that is not finite, on the meta device or tied to
+            another module; calibration activations that are not finite; a Hessian that damping
+            leaves singular, or new weights that overflow the dtype of the old or the scales of
+            ``values`` (the message names the layer); a ``resume_dir`` of another run (the message
+            names the difference).
         OSError: the calibration file cannot be read, or ``resume_dir`` cannot be written.
 
     Example:
@@ -174,6 +184,7 @@ def prune_(
         seed=seed,
         damping=damping,
         preserve_mask=preserve_mask,
+        values=values,
         targets=targets,
         ignore=ignore,
         calibration=calibration,
@@ -242,6 +253,11 @@ def make_recipe(**arguments: Any) -> PruneRecipe:
     if method not in METHODS:
         raise ValueError(
             f"flash_llm.prune_: method must be one of {', '.join(METHODS)}, got {method!r}"
+        )
+    if found["values"] is not None and found["values"] not in GRIDS:
+        raise ValueError(
+            f"flash_llm.prune_: values must be one of {', '.join(GRIDS)} or None, got "
+            f"{found['values']!r}"
         )
     _check_allocation(method, found["scope"], allocation)
     if not 0.0 <= damping < math.inf:
@@ -397,18 +413,30 @@ class _Pruner:
         if method.updates_weights:
             assert inputs is not None
             pruned = self._reconstruct(name, weight, inputs)
-            if not bool(pruned.isfinite().all()):
-                raise ValueError(
-                    f"flash_llm.prune_: the new weights of {name} overflow {weight.dtype}"
-                )
+            self._refuse_overflow(name, pruned)
             error = relative_error(weight, pruned, inputs.total.to(weight.device))
             weight.copy_(pruned)
         else:
             mask = method(weight, inputs, self.sparsities[name], self.recipe.scope)
-            weight.masked_fill_(~mask, 0.0)
+            self._apply(name, mask)
         self._note(name, inputs, sequential, error)
         if self.done is not None:
             self.done.keep(self.entries[name], weight)
+
+    def _apply(self, name: str, mask: Tensor) -> None:
+        """Mask a weight, and round what stays to nearest."""
+        weight = matrix(self.layers[name])
+        if self.recipe.values is None:
+            weight.masked_fill_(~mask, 0.0)
+            return
+        rounded = round_to_grid(weight.masked_fill(~mask, 0.0), self.recipe.values)
+        self._refuse_overflow(name, rounded)
+        weight.copy_(rounded)
+
+    def _refuse_overflow(self, name: str, weight: Tensor) -> None:
+        if not bool(weight.isfinite().all()):
+            number = self.recipe.values or weight.dtype
+            raise ValueError(f"flash_llm.prune_: the new weights of {name} overflow {number}")
 
     def _reconstruct(self, name: str, weight: Tensor, inputs: Inputs) -> Tensor:
         """Return the new weight; the damping is raised while the Hessian is singular.
@@ -420,7 +448,7 @@ class _Pruner:
         damping = self.recipe.damping
         while True:
             try:
-                return METHODS[self.recipe.method](
+                pruned = METHODS[self.recipe.method](
                     weight,
                     inputs,
                     self.sparsities[name],
@@ -428,6 +456,10 @@ class _Pruner:
                     damping=damping,
                     preserve_mask=self.recipe.preserve_mask,
                 )
+                if self.recipe.values is None:
+                    return pruned
+                hessian = inputs.total.to(weight.device)
+                return gptq(pruned, hessian, self.recipe.values, damping=damping)
             except SingularHessianError as problem:
                 if damping == 0 or 10 * damping > LARGEST_DAMPING:
                     raise ValueError(f"flash_llm.prune_: {name}: {problem}") from problem
@@ -441,7 +473,7 @@ class _Pruner:
         weights = [matrix(layer) for layer in self.layers.values()]
         masks = global_magnitude_masks(weights, sparsity)
         for name in track(list(self.layers), "pruning", progress):
-            matrix(self.layers[name]).masked_fill_(~next(masks), 0.0)
+            self._apply(name, next(masks))
             self._note(name, None, False, None)
 
     def _note(

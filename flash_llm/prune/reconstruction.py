@@ -1,4 +1,4 @@
-"""Layer-wise reconstruction: the quadratic problem that ``sparsegpt.py`` and ``admm.py`` solve.
+"""Layer-wise reconstruction: the quadratic problem that the methods which change weights solve.
 
 A layer ``y = W x`` with weight ``W [M, K]`` is pruned such that the change of its outputs on the
 calibration tokens ``X [K, T]`` is minimal. It depends on the tokens only by ``H = X X^T [K, K]``::
@@ -7,11 +7,21 @@ calibration tokens ``X [K, T]`` is minimal. It depends on the tokens only by ``H
 
 H is called the Hessian, as in the papers (theirs has a factor of 2, which changes nothing). With
 fewer tokens than channels it is only semidefinite, so a fraction of its mean diagonal is added.
+
+``sparsegpt.py`` and ``gptq.py`` give the columns new values from left to right. With U the
+upper triangular factor of the inverse, ``H^-1 = U^T U``, optimal brain surgery on the columns from
+j on needs only row j of U: to change ``W_ij`` to v costs ``((W_ij - v) / U_jj)^2`` after the best
+compensation by the columns that follow::
+
+    W_i,j: -= ((W_ij - v) / U_jj) U_j,j:
+
+so one Cholesky factor serves all rows and columns.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,6 +68,50 @@ def damped_problem(weight: Tensor, hessian: Tensor, damping: float) -> tuple[Ten
     damped = hessian.clone()
     damped.diagonal().add_(dead * mean + damping * mean)
     return weight.to(hessian.dtype).masked_fill(dead, 0.0), damped
+
+
+def inverse_factor(damped: Tensor, damping: float) -> Tensor:
+    """Return the upper triangular U with ``H^-1 = U^T U``, in the dtype of H.
+
+    The lower Cholesky factor of H with rows and columns in reverse order becomes, reversed again,
+    an upper triangular V with ``H = V V^T``; U is the inverse of V.
+
+    Raises:
+        SingularHessianError: the damped Hessian is not positive definite.
+    """
+    lower, failed = torch.linalg.cholesky_ex(damped.double().flip(0, 1))
+    if bool(failed):
+        raise SingularHessianError(damping)
+    upper = lower.flip(0, 1)
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return inverse.to(damped.dtype)
+
+
+def sweep_(
+    columns: Tensor, factor: Tensor, block_size: int, settle: Callable[[int], Tensor]
+) -> None:
+    """Give the columns new values from left to right, each compensated by those that follow.
+
+    Args:
+        columns: ``[K, M]`` the transposed weight, so that columns are contiguous; changed in place.
+        factor: ``[K, K]`` from :func:`inverse_factor`.
+        block_size: the columns of a block are compensated at once, later columns once per block.
+        settle: called with 0, 1, … K - 1, returns the new values ``[M]`` of this column. It may
+            read ``columns``, which are up to date from this column to the end of its block, and
+            everywhere at the first column of a block.
+    """
+    for begin in range(0, len(columns), block_size):
+        block = columns[begin : begin + block_size]
+        end = begin + len(block)
+        triangle = factor[begin:end, begin:end]
+        errors = torch.empty_like(block)
+        for j in range(len(block)):
+            settled = settle(begin + j)
+            torch.sub(block[j], settled, out=errors[j]).div_(triangle[j, j])
+            block[j] = settled
+            block[j + 1 :].addr_(triangle[j, j + 1 :], errors[j], alpha=-1)
+        columns[end:].addmm_(factor[begin:end, end:].t(), errors, alpha=-1)
 
 
 class SingularHessianError(ValueError):

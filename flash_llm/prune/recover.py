@@ -1,10 +1,11 @@
 """Recovery: after pruning, train the weights that stay, block by block, towards the dense model.
 
 Each block gets the outputs of the recovered blocks before it as inputs, and is trained to give the
-outputs of the dense model at this point, so that errors do not accumulate. Zeros stay zeros. There
-are no labels, and only one block is trained at a time, in float32: it takes five times the memory
-of one block (weights, gradients, two moments of Adam and the dense block) and two sets of
-activations between blocks.
+outputs of the dense model at this point, so that errors do not accumulate. Zeros stay zeros, and
+weights stay on a grid: the block computes with rounded weights, whose gradients change the weights
+before rounding. There are no labels, and only one block is trained at a time, in float32: it takes
+five times the memory of one block (weights, gradients, two moments of Adam and the dense block) and
+two sets of activations between blocks.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
+from flash_llm.linear import is_conv1d
 from flash_llm.progress import ProgressBar, remark, track
 from flash_llm.prune.blocks import (
     Call,
@@ -32,6 +34,7 @@ from flash_llm.prune.blocks import (
     on,
     record_calls,
 )
+from flash_llm.prune.grids import Grid, grid_of
 from flash_llm.prune.layers import check_weights
 from flash_llm.prune.samples import Calibration, Tokenizer, samples_for
 from flash_llm.report_base import SavedReport
@@ -106,6 +109,7 @@ def recover_(
     seed: int = 0,
     epochs: int = 8,
     learning_rate: float = 5e-4,
+    values: str | None = None,
     targets: str | Sequence[str] = DEFAULT_TARGETS,
     ignore: str | Sequence[str] = DEFAULT_IGNORE,
     device: torch.device | str | None = None,
@@ -133,6 +137,8 @@ def recover_(
         learning_rate: of Adam at the beginning; it falls to 0 along a cosine. On five blocks of
             SmolLM2 (SparseGPT at 0.6, 1536 tokens) 5e-4 was better than 1e-4, also
             on held-out text.
+        values: type of the values of the pruned layers, as in :func:`flash_llm.prune_`: their
+            weights are rounded to nearest in every step, and in the end. None rounds nothing.
         targets: patterns of the layers whose zeros must stay, as in :func:`flash_llm.sparsify_`.
         ignore: patterns of the layers that are trained freely; wins over ``targets``.
         device: where blocks are trained, one at a time; None means where the model is.
@@ -143,9 +149,9 @@ def recover_(
 
     Raises:
         TypeError: an argument or a sample has the wrong type; a layer is packed already.
-        ValueError: ``epochs`` or ``learning_rate`` is out of range; ``dense`` has no tensor of a
-            name or one of another shape; calibration missing or empty; a weight or the outputs of
-            a block are not finite; a pattern matches nothing.
+        ValueError: ``epochs`` or ``learning_rate`` is out of range; ``values`` is unknown;
+            ``dense`` has no tensor of a name or one of another shape; calibration missing or empty;
+            a weight or the outputs of a block are not finite; a pattern matches nothing.
         NotImplementedError: the model has no blocks that feed one another in order.
         OSError: a file cannot be read.
 
@@ -165,6 +171,7 @@ def recover_(
         raise ValueError(f"epochs must be an integer of at least 1, got {epochs!r}")
     if not 0.0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}")
+    grid = None if values is None else grid_of(values)
     layers = select_layers(model, targets, ignore)
     check_weights(model, layers)
     stacks = find_stacks(model, layers, None if device is None else torch.device(device))
@@ -194,7 +201,9 @@ def recover_(
             frozen = [f"{layer.removeprefix(f'{name}.')}.weight" for layer in inside]
             with stack.on_device(index) as block:
                 wanted = _dense_outputs(twin, index, _dense_copy(block, name, read), passed_on)
-                student = _Student(block, frozen, stack, stack.calls[index], wanted, passed_on)
+                student = _Student(
+                    *(block, frozen, grid, stack, stack.calls[index], wanted, passed_on)
+                )
                 before, after, epoch = student.train_(epochs, learning_rate, generator)
                 if not math.isfinite(before):
                     raise ValueError(f"flash_llm.recover_: the outputs of {name} are not finite")
@@ -268,6 +277,7 @@ class _Student:
     Args:
         block: pruned, on the compute device.
         frozen: names of its parameters whose zeros stay zeros.
+        grid: of these parameters; None for numbers of their dtype.
         stack: of the block.
         calls: the inputs, for each sample.
         wanted: for each sample, the targets of the outputs that the next block takes.
@@ -278,6 +288,7 @@ class _Student:
         self,
         block: nn.Module,
         frozen: list[str],
+        grid: Grid | None,
         stack: Stack,
         calls: list[Call],
         wanted: list[list[Tensor]],
@@ -294,6 +305,7 @@ class _Student:
         )
         weights = [self.module.get_parameter(name) for name in frozen]
         self.kept = [(weight, weight.detach() != 0) for weight in weights]
+        self.grids = {} if grid is None else dict.fromkeys(frozen, grid)
 
     def distance(self, sample: int, outputs: list[Tensor]) -> Tensor:
         """Return the sum of squared differences between one sample's outputs and its targets."""
@@ -307,22 +319,42 @@ class _Student:
             return torch.autograd.graph.allow_mutation_on_saved_tensors()
         return contextlib.nullcontext()
 
+    def nearest(self, name: str) -> Tensor:
+        """Return a parameter in float32, rounded to its grid if it has one."""
+        weight = self.module.get_parameter(name).detach()
+        if name not in self.grids:
+            return weight
+        grid, dtype = self.grids[name], self.block.get_parameter(name).dtype
+        if is_conv1d(self.block.get_submodule(name.removesuffix(".weight"))):
+            return grid.round(weight.t(), dtype).t()
+        return grid.round(weight, dtype)
+
     def rounded(self) -> dict[str, Tensor]:
-        """Return the parameters rounded to the dtypes of the block."""
-        own = dict(self.block.named_parameters())
+        """Return the parameters rounded to their grids and to the dtypes of the block."""
         return {
-            n: p.detach().to(own[n].dtype, copy=True) for n, p in self.module.named_parameters()
+            name: self.nearest(name).to(parameter.dtype, copy=True)
+            for name, parameter in self.block.named_parameters()
         }
+
+    def used(self) -> dict[str, Tensor]:
+        """Return the parameters for a step of training: a rounded one passes its gradient on."""
+        used: dict[str, Tensor] = dict(self.module.named_parameters())
+        for name in self.grids:
+            used[name] = used[name] + (self.nearest(name) - used[name]).detach()
+        return used
+
+    def outputs(self, parameters: dict[str, Tensor], call: Call) -> list[Tensor]:
+        """Return the outputs of the block with these parameters."""
+        return self.stack.run(
+            lambda *args, **kwargs: functional_call(self.module, parameters, args, kwargs), call
+        )
 
     def error(self, parameters: Mapping[str, Tensor]) -> float:
         """Return ``|Y' - Y| / |Y|`` over all samples with these parameters, in float32."""
         floats = {name: tensor.float() for name, tensor in parameters.items()}
         total = 0.0
         for sample, call in enumerate(self.calls):
-            outputs = self.stack.run(
-                lambda *args, **kwargs: functional_call(self.module, floats, args, kwargs), call
-            )
-            total += self.distance(sample, outputs).item()
+            total += self.distance(sample, self.outputs(floats, call)).item()
         return math.sqrt(total / self.energy) if self.energy > 0 else math.sqrt(total)
 
     def train_(
@@ -340,7 +372,7 @@ class _Student:
             for sample in torch.randperm(len(self.calls), generator=generator).tolist():
                 optimizer.zero_grad()
                 with torch.enable_grad(), self.changes():
-                    outputs = self.stack.run(self.module, self.calls[sample])
+                    outputs = self.outputs(self.used(), self.calls[sample])
                     loss = self.distance(sample, outputs) / max(self.energy, 1e-30)
                     loss.backward()  # type: ignore[no-untyped-call]
                 for weight, kept in self.kept:

@@ -26,6 +26,7 @@ class PruneRecipe:
         targets: patterns of the layers to prune.
         ignore: patterns of the layers to leave alone.
         calibration: name of the calibration file; None if the text was in memory or not needed.
+        values: type of the values that stay; None if they are not rounded.
     """
 
     method: str
@@ -40,6 +41,7 @@ class PruneRecipe:
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
     calibration: str | None = None
+    values: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,9 @@ class PruneReport(SavedReport):
         return "\n".join([*aligned(table, left={0, 1, 4}), self._totals()])
 
     def _totals(self) -> str:
+        values = f" and {self.recipe.values} values" if self.recipe.values else ""
         return (
             f"{len(self.layers)} layers pruned by {self.recipe.method} to sparsity "
-            f"{self.sparsity:.4f} ({self.num_samples} calibration samples) in {self.seconds:.1f} s"
+            f"{self.sparsity:.4f}{values} ({self.num_samples} calibration samples) in "
+            f"{self.seconds:.1f} s"
         )

@@ -1,14 +1,9 @@
 """SparseGPT: prune column by column, and update the later columns to compensate.
 
 Frantar and Alistarh, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot"
-(arXiv 2301.00774), section 3. With H the damped Hessian (``reconstruction.py``) and U the upper
-triangular factor of its inverse, ``H^-1 = U^T U``, optimal brain surgery on the columns from j on
-needs only row j of U: pruning ``W_ij`` costs ``(W_ij / U_jj)^2``, and the optimal compensation is
-
-    W_i,j: -= (W_ij / U_jj) U_j,j:
-
-so one Cholesky factor serves all rows and columns. Columns are processed in blocks: the mask of a
-block is chosen when the sweep reaches it, and the columns after it are updated once per block.
+(arXiv 2301.00774), section 3. The sweep over the columns is that of ``reconstruction.py``. Columns
+are processed in blocks: the mask of a block is chosen when the sweep reaches it, and the columns
+after it are updated once per block.
 """
 
 from __future__ import annotations
@@ -22,7 +17,7 @@ from flash_llm.prune.criteria import (
     largest_mask,
     num_pruned,
 )
-from flash_llm.prune.reconstruction import SingularHessianError, damped_problem
+from flash_llm.prune.reconstruction import damped_problem, inverse_factor, sweep_
 
 
 def sparsegpt(
@@ -72,45 +67,24 @@ def sparsegpt(
     if group is not None:
         block_size = max(1, block_size // group[1]) * group[1]
     choose_every = block_size if group is None else group[1]
-    current, damped = damped_problem(weight, hessian, damping)
-    factor = _inverse_factor(damped, damping)
+    weights, damped = damped_problem(weight, hessian, damping)
+    factor = inverse_factor(damped, damping)
     frozen = weight == 0 if preserve_mask else torch.zeros_like(weight, dtype=torch.bool)
 
-    # Transposed, so that columns are contiguous.
-    current, frozen = current.t().contiguous(), frozen.t()
-    for begin in range(0, len(current), block_size):
-        block, block_frozen = current[begin : begin + block_size], frozen[begin:][:block_size]
-        end = begin + len(block)
-        triangle = factor[begin:end, begin:end]
-        kept = torch.empty_like(block, dtype=torch.bool)
-        errors = torch.empty_like(block)
-        for j in range(len(block)):
-            if j % choose_every == 0:
-                chosen = slice(j, j + choose_every)
-                cost = (block[chosen] / triangle.diagonal()[chosen, None]).abs()
-                cost.masked_fill_(block_frozen[chosen], -1.0)
-                kept[chosen] = _most_costly_mask(cost.t(), sparsity, scope, begin).t()
-                kept[chosen] &= ~block_frozen[chosen]
-            errors[j] = (block[j] / triangle[j, j]).masked_fill(kept[j], 0.0)
-            block[j:].addr_(triangle[j, j:], errors[j], alpha=-1)
-        block.masked_fill_(~kept, 0.0)
-        current[end:].addmm_(factor[begin:end, end:].t(), errors, alpha=-1)
-    return current.t().to(weight.dtype).contiguous()
+    columns, frozen = weights.t().contiguous(), frozen.t()
+    pruned = torch.empty_like(columns, dtype=torch.bool)
 
+    def settle(j: int) -> Tensor:
+        if j % choose_every == 0:
+            chosen = slice(j, j + choose_every)
+            cost = (columns[chosen] / factor.diagonal()[chosen, None]).abs()
+            cost.masked_fill_(frozen[chosen], -1.0)
+            kept = _most_costly_mask(cost.t(), sparsity, scope, j).t()
+            pruned[chosen] = ~kept | frozen[chosen]
+        return columns[j].masked_fill(pruned[j], 0.0)
 
-def _inverse_factor(damped: Tensor, damping: float) -> Tensor:
-    """Return the upper triangular U with ``H^-1 = U^T U``, in the dtype of H.
-
-    The lower Cholesky factor of H with rows and columns in reverse order becomes, reversed again,
-    an upper triangular V with ``H = V V^T``; U is the inverse of V.
-    """
-    lower, failed = torch.linalg.cholesky_ex(damped.double().flip(0, 1))
-    if bool(failed):
-        raise SingularHessianError(damping)
-    upper = lower.flip(0, 1)
-    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return inverse.to(damped.dtype)
+    sweep_(columns, factor, block_size, settle)
+    return columns.t().to(weight.dtype).contiguous()
 
 
 def _most_costly_mask(cost: Tensor, sparsity: float | None, scope: str, begin: int) -> Tensor:

@@ -232,7 +232,7 @@ SpmmProblem bitmap_problem(int64_t m, int64_t n, int64_t k, double sparsity = 0.
 
 TEST(SelectPlanBitmap, TheNarrowestTileThatCoversNAndOneCtaPerSm) {
   for (int64_t n = 1; n <= bitmap_configs().back().tile_n; ++n) {
-    const SpmmPlan plan = plan_of(bitmap_problem(28672, n, 7168), kH200);
+    const SpmmPlan plan = plan_of(bitmap_problem(28672, n, 7168, 0.7), kH200);
     ASSERT_EQ(plan.family, KernelFamily::kBitmapSm90a) << "N=" << n;
     const int chosen = bitmap_configs()[static_cast<size_t>(plan.config)].tile_n;
     EXPECT_GE(chosen, n);
@@ -273,7 +273,9 @@ TEST(SelectPlanBitmapRows, FewTokensAndFewRowsTakeWholeRowsInACta) {
   EXPECT_EQ(family(28672, 8, 4096, 0.5), kRows);
   EXPECT_EQ(family(28672, 8, 4096, 0.7), kBlocks);
   EXPECT_EQ(family(9216, 8, 9216, 0.5), kBlocks);  // three chunk rows in some CTAs, 2.2 on average
-  EXPECT_EQ(family(28672, 8, 7168, 0.5), kBlocks);
+  EXPECT_EQ(family(28672, 8, 7168, 0.5), kRows);
+  EXPECT_EQ(family(28672, 8, 7168, 0.6), kBlocks);
+  EXPECT_EQ(family(36864, 8, 9216, 0.5), kBlocks);  // 648 chunks in a CTA
   EXPECT_EQ(family(4096, 16, 14336, 0.9), kRows);
   EXPECT_EQ(family(6144, 9, 4096, 0.7), kRows);
   EXPECT_EQ(family(6144, 9, 4096, 0.9), kBlocks);
@@ -302,7 +304,7 @@ TEST(SelectPlanBitmap, PairsOfColumnsStayTogetherWhereTheyAreMostlyTwoFour) {
 
 TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
   // 28672 rows are 56 blocks of 512; each sum is 4 bytes.
-  const SpmmPlan plan = plan_of(bitmap_problem(28672, 8, 7168), kH200);
+  const SpmmPlan plan = plan_of(bitmap_problem(28672, 8, 7168), kH200, "n8");
   EXPECT_EQ(plan.workspace_bytes, int64_t{132 + 56} * 512 * 8 * 4);
   const SpmmPlan two_blocks = plan_of(bitmap_problem(28672, 128, 7168), kH200, "n64");
   EXPECT_EQ(two_blocks.workspace_bytes, int64_t{132 / 2 + 2 * 56} * 512 * 64 * 4);
@@ -317,7 +319,7 @@ TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
 
 TEST(SelectPlanBitmap, EveryGpuTakesTheFastestFamilyThatItHasCodeFor) {
   const auto family = [](const DeviceInfo& device) {
-    return plan_of(bitmap_problem(28672, 1, 7168), device).family;
+    return plan_of(bitmap_problem(28672, 1, 7168, 0.7), device).family;
   };
   EXPECT_EQ(family(kA100), KernelFamily::kBitmapSm80);
   EXPECT_EQ(family(kL40S), KernelFamily::kBitmapSm80);
@@ -420,13 +422,16 @@ TEST(SelectPlanRows, KernelOrBlocksByTokensTypeAndInstructionSet) {
   EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx512), 4096);
   EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx512, true), 16);
   EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx512Bf16, true), 16);
-  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx2), 16);
+  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx2), 4096);
+  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kAvx2, true), 16);
   EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kPortable), 16);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx512Bf16), 4096);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx512, true), 128);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx2), 4096);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kAvx2, true), 16);
   EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kPortable), 16);
+  EXPECT_EQ(most_tokens(ValueType::kFloat16, CpuIsa::kNeon), 16);
+  EXPECT_EQ(most_tokens(ValueType::kBfloat16, CpuIsa::kNeon), 16);
 }
 
 TEST(CpuBlockRows, AreWholeBlocksOfAtLeastOne) {

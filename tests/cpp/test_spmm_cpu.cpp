@@ -139,6 +139,7 @@ std::vector<Kernel> fast_kernels() {
   add(CpuIsa::kAvx2, spmm_cpu_rows_of<CpuIsa::kAvx2>);
   add(CpuIsa::kAvx512, spmm_cpu_rows_of<CpuIsa::kAvx512>);
   add(CpuIsa::kAvx512Bf16, spmm_cpu_rows_of<CpuIsa::kAvx512Bf16>);
+  add(CpuIsa::kNeon, spmm_cpu_rows_of<CpuIsa::kNeon>);
   return kernels;
 }
 
@@ -400,6 +401,31 @@ TEST(SpmmCpuSpecial, AMalformedWeightNeverReachesForeignMemory) {
     EXPECT_FALSE(check(packed).ok());
     product.run(kernel, packed, serial_for);
     EXPECT_EQ(unpack(packed, serial_for).size(), 200U * 150U);
+  }
+}
+
+// Blocks of rows are decoded for the dense GEMM. The last values of a payload are those that a
+// load could read past.
+TEST(RowBitmapDecode, EveryInstructionSetGivesTheRowsBack) {
+  for (const auto& [m, k] : {std::pair{5, 1}, {4, 32}, {7, 33}, {12, 63}, {9, 200}}) {
+    for (const double sparsity : {0.0, 0.5, 0.95, 1.0}) {
+      const DenseMatrix dense = random_patterns(m, k, sparsity, 7);
+      const Packed packed = pack_or_die(dense, Format::kRowBitmap);
+      const int64_t first = m > 4 ? 4 : 0;
+      std::vector<uint16_t> expected;
+      for (int64_t row = first; row < m; ++row) {
+        for (int64_t col = 0; col < k; ++col) {
+          const uint16_t value = dense.at(row, col);
+          expected.push_back(is_zero_pattern(value) ? uint16_t{0} : value);
+        }
+      }
+      for (const CpuIsa isa : kCpuIsas) {
+        if (!has_cpu_isa(isa)) continue;
+        std::vector<uint16_t> decoded(expected.size(), kPoison);
+        row_bitmap_decode(packed.view(), first, m, isa, serial_for, decoded.data());
+        EXPECT_EQ(decoded, expected) << cpu_isa_name(isa) << ", " << m << "x" << k;
+      }
+    }
   }
 }
 

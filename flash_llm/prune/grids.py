@@ -1,0 +1,182 @@
+"""Grids: the numbers that weights of 8 or fewer bits can hold, and rounding to them.
+
+A number of a grid is a step, such as an integer from -7 to 7, times a scale. Every row has a scale
+of its own, or one for each group of columns. The scale is the largest magnitude of the row or group
+divided by the largest step. So it can be computed from the rounded weight, and rounding a weight
+again changes nothing: a pruned model needs no scales beside its weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flash_llm.prune.criteria import check_weight
+
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""Fractions of the largest magnitude that :meth:`Grid.fit` tries as the end of a grid. Where a few
+weights are much larger than the others, the others gain more by smaller steps than these lose."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A type of values, and how their scales are chosen.
+
+    Attributes:
+        bits: of a value.
+        largest: the largest step.
+        group: neighbouring columns of a row that share a scale, from column 0 on (the last group
+            may be shorter); None for the whole row.
+        scale_dtype: of the scales.
+        is_float: steps are the numbers of float8_e4m3fn up to ``largest``; otherwise integers.
+        has_zero_point: steps are any ``2 * largest + 2`` neighbouring integers with 0 among them;
+            otherwise they are symmetric.
+    """
+
+    bits: int
+    largest: float
+    group: int | None = None
+    scale_dtype: torch.dtype = torch.float32
+    is_float: bool = False
+    has_zero_point: bool = False
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits that are stored for each scale and zero point."""
+        return self.scale_dtype.itemsize * 8 + (self.bits if self.has_zero_point else 0)
+
+    def fit(self, columns: Tensor, dtype: torch.dtype, importance: Tensor | None = None) -> Scaled:
+        """Choose the scales of one group of columns.
+
+        Args:
+            columns: ``[G, ...]`` float32 or float64, the columns of a group; there is a scale for
+                each of their elements.
+            dtype: in which the rounded weight will be stored. The end of a symmetric grid is a
+                number of this dtype, so that the scale can be computed from the stored weight.
+            importance: ``[G]`` positive factors of the squared errors of the columns ``[G, M]``. If
+                given, the end of each grid is the fraction of the largest magnitude, of those in
+                :data:`SHRINK`, that minimises their sum; otherwise it is the largest magnitude.
+        """
+        lowest, highest = columns.amin(dim=0).clamp_(max=0), columns.amax(dim=0).clamp_(min=0)
+        if importance is None:
+            return self._between(lowest, highest, dtype)
+        fraction, least = torch.ones_like(lowest), torch.full_like(lowest, torch.inf)
+        for candidate in SHRINK:
+            scaled = self._between(lowest * candidate, highest * candidate, dtype)
+            error = importance @ (columns - scaled.round(columns)).square_()
+            better = error < least
+            least = torch.where(better, error, least)
+            fraction.masked_fill_(better, candidate)
+        return self._between(lowest * fraction, highest * fraction, dtype)
+
+    def round(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Round each weight to the nearest number of the grid of its row or group.
+
+        Args:
+            weight: ``[M, K]`` float32 or float64; not changed.
+            dtype: in which the rounded weight will be stored.
+
+        Returns:
+            ``[M, K]`` of the dtype of ``weight``, to be converted to ``dtype``. NaN where a scale
+            overflows, and in the groups of weights that are not finite.
+        """
+        rows, cols = weight.shape
+        size = self.group or max(cols, 1)
+        padded = torch.nn.functional.pad(weight, (0, -cols % size))
+        groups = padded.view(rows, -(-cols // size), size).permute(2, 1, 0)
+        rounded = self.fit(groups, dtype).round(groups)
+        return rounded.permute(2, 1, 0).reshape(padded.shape)[:, :cols]
+
+    def _between(self, lowest: Tensor, highest: Tensor, dtype: torch.dtype) -> Scaled:
+        """Return the grid from ``lowest``, at most 0, to ``highest``, at least 0."""
+        if self.has_zero_point:
+            steps = 2 * self.largest + 1
+            scale = self._stored((highest - lowest) / steps, lowest.dtype)
+            low = (lowest / scale).round()
+            return Scaled(self, scale, low, low + steps)
+        end = torch.maximum(-lowest, highest).to(dtype).float()
+        scale = self._stored(end / self.largest, lowest.dtype)
+        return Scaled(self, scale, -self.largest, self.largest)
+
+    def _stored(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Round scales to the dtype they are stored in; that of a group of zeros is 1."""
+        # The smallest normal number of float32; of float16, whose scales are small, any number.
+        least = 2.0**-126 if self.scale_dtype == torch.float32 else 2.0**-24
+        rounded = scale.to(self.scale_dtype).to(dtype).clamp_(min=least)
+        return rounded.masked_fill_(scale == 0, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A grid with the scales of one group of columns.
+
+    Attributes:
+        grid: the type of the values.
+        scale: positive, one for each element of a column.
+        low: the smallest step; a tensor if it differs between scales.
+        high: the largest step, likewise.
+    """
+
+    grid: Grid
+    scale: Tensor
+    low: Tensor | float
+    high: Tensor | float
+
+    def round(self, values: Tensor) -> Tensor:
+        """Return the nearest numbers of the grid to one or more columns; of two, the even step."""
+        steps = (values / self.scale).clamp_(self.low, self.high)  # type: ignore[arg-type]
+        if self.grid.is_float:
+            return steps.to(torch.float8_e4m3fn).to(values.dtype).mul_(self.scale)
+        return steps.round_().mul_(self.scale)
+
+
+GRIDS: dict[str, Grid] = {
+    "int8": Grid(8, 127),
+    "fp8_e4m3": Grid(8, 448, is_float=True),
+    "int4": Grid(4, 7, 128, torch.float16),
+    "int4_asymmetric": Grid(4, 7, 128, torch.float16, has_zero_point=True),
+    "int3": Grid(3, 3, 128, torch.float16, has_zero_point=True),
+    "int2": Grid(2, 1, 128, torch.float16, has_zero_point=True),
+}
+"""The grids by the name that :func:`flash_llm.prune_` takes. Those with a zero point are what other
+libraries store for dense weights; packed weights have no such values."""
+
+
+def grid_of(values: str) -> Grid:
+    """Return the grid of a type of values.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    if values not in GRIDS:
+        raise ValueError(f"values must be one of {', '.join(GRIDS)}, got {values!r}")
+    return GRIDS[values]
+
+
+def round_to_grid(weight: Tensor, values: str) -> Tensor:
+    """Round each weight to the nearest number of the grid of its row or group.
+
+    Args:
+        weight: ``[M, K]`` finite floating point, any device and strides; not changed.
+        values: one of :data:`GRIDS`.
+
+    Returns:
+        ``[M, K]``, contiguous, of the weight's dtype. Zeros stay zeros. Rounding the result again
+        gives the same numbers, except on a grid with a zero point. NaN where a scale overflows.
+
+    Raises:
+        TypeError: the weight is not floating point.
+        ValueError: the weight is not a finite matrix, or ``values`` is unknown.
+
+    Example:
+        >>> round_to_grid(torch.tensor([[127.0, 0.6, -3.4]]), "int8")
+        tensor([[127.,   1.,  -3.]])
+    """
+    grid = grid_of(values)
+    check_weight(weight)
+    if not bool(weight.isfinite().all()):
+        raise ValueError("weight must be finite")
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return grid.round(exact, weight.dtype).to(weight.dtype).contiguous()
