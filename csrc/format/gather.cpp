@@ -3,24 +3,18 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
-#include <cstdlib>
 #include <cstring>
 #include <numeric>
 #include <string>
 #include <vector>
 
 #include "format/element.h"
+#include "format/gather_order.h"
 #include "format/packed_checks.h"
 
 namespace flash_llm {
 namespace {
 
-constexpr int kClasses = 8;  // columns modulo this are in different banks, 16 bytes per column
-constexpr int kPhases = kGatherLanes / kClasses;  // lanes that load 16 bytes each at once
-constexpr int kFourByteBanks = 32, kEightByteBanks = 16;
-constexpr int kFourBytePenalty = 60, kEightBytePenalty = 80;
-constexpr int kNoEntry = 4000, kRunIsDone = 2000;  // more than any candidate costs
-constexpr int kSegmentSteps = kGatherSegmentQuads * kGatherQuadSteps;
 constexpr int kUnitBytes = kGatherUnitWords * 4;
 
 // The part of the matrix that a tile covers; smaller at the edges.
@@ -49,266 +43,45 @@ int64_t directory_bytes(int slices) {
          kUnitBytes;
 }
 
-// The assignment of lanes to classes, one each, with the least total cost (the Hungarian method).
-std::array<int, kClasses> assign(const std::array<std::array<int, kClasses>, kClasses>& cost) {
-  std::array<int, kClasses + 1> lane_price{}, class_price{}, lane_of{}, way{};
-  for (int lane = 1; lane <= kClasses; ++lane) {
-    std::array<int, kClasses + 1> slack;
-    slack.fill(1 << 29);
-    std::array<bool, kClasses + 1> done{};
-    size_t at = 0;
-    lane_of[0] = lane;
-    do {
-      done[at] = true;
-      const auto from = static_cast<size_t>(lane_of[at]);
-      int least = 1 << 29;
-      size_t next = 0;
-      for (size_t c = 1; c <= kClasses; ++c) {
-        if (done[c]) continue;
-        const int reduced = cost[from - 1][c - 1] - lane_price[from] - class_price[c];
-        if (reduced < slack[c]) {
-          slack[c] = reduced;
-          way[c] = static_cast<int>(at);
-        }
-        if (slack[c] < least) {
-          least = slack[c];
-          next = c;
-        }
-      }
-      for (size_t c = 0; c <= kClasses; ++c) {
-        if (done[c]) {
-          lane_price[static_cast<size_t>(lane_of[c])] += least;
-          class_price[c] -= least;
-        } else {
-          slack[c] -= least;
-        }
-      }
-      at = next;
-    } while (lane_of[at] != 0);
-    while (at != 0) {
-      const auto before = static_cast<size_t>(way[at]);
-      lane_of[at] = lane_of[before];
-      at = before;
-    }
-  }
-  std::array<int, kClasses> class_of{};
-  for (size_t c = 1; c <= kClasses; ++c) {
-    class_of[static_cast<size_t>(lane_of[c] - 1)] = static_cast<int>(c) - 1;
-  }
-  return class_of;
-}
-
-struct Entry {
-  int col;
-  uint16_t value;
-  bool stored = false;
-};
-
-// A lane's run of nonzeros.
-struct Run {
-  std::vector<Entry> entries;
-  size_t oldest = 0;     // the first entry that is not stored yet
-  size_t left = 0;       // entries that are not stored yet
-  size_t can_spare = 0;  // steps that need not store an entry
-  int col = 0;           // of the last step
-
-  // How far a step that stores nothing may go to meet the oldest entry.
-  int bridge(bool segment_begins, int cols) const {
-    constexpr int kBridge = kGatherReach - kClasses + 1;  // leaves room to choose a class
-    const int target = left > 0 ? entries[oldest].col : segment_begins ? cols : col;
-    const int to = segment_begins ? target : std::clamp(target, col - kBridge, col + kBridge);
-    return std::max(std::min(to, cols - kClasses), 0) / kClasses * kClasses;
-  }
-};
-
-// Chooses the order of a slice's runs and collects its steps.
-class SlicePacker {
- public:
-  SlicePacker(std::array<Run, kGatherLanes>& runs, int cols) : runs_(runs), cols_(cols) {
-    size_t longest = 0;
-    for (const Run& run : runs_) longest = std::max(longest, run.left);
-    const size_t steps = (longest + kGatherQuadSteps - 1) / kGatherQuadSteps * kGatherQuadSteps;
-    for (Run& run : runs_) run.can_spare = steps - run.left;
-  }
-
-  // Appends the slice's segments; returns its quads.
-  int pack(std::vector<uint8_t>* out) {
-    int steps = 0;
-    while (steps % kGatherQuadSteps != 0 ||
-           std::any_of(runs_.begin(), runs_.end(), [](const Run& run) { return run.left > 0; })) {
-      store_step(steps, out);
-      ++steps;
-    }
-    return steps / kGatherQuadSteps;
-  }
-
- private:
-  // The cheapest entry of each class within a lane's reach.
-  struct Candidates {
-    std::array<int, kClasses> entry;
-    std::array<int, kClasses> cost;
-  };
-
-  Candidates find_candidates(size_t lane) {
-    Run& run = runs_[lane];
-    Candidates found;
-    found.entry.fill(-1);
-    found.cost.fill(run.left > 0 ? kNoEntry : kRunIsDone);
-    if (run.left == 0) return found;
-    while (run.entries[run.oldest].stored) ++run.oldest;
-    const int oldest = run.entries[run.oldest].col;
-    int dearest = kNoEntry;  // of the classes; entries at this distance or farther cost more
-    for (size_t i = run.oldest; i < run.entries.size(); ++i) {
-      const Entry& entry = run.entries[i];
-      const int distance = entry.col - oldest;
-      if (distance > std::min(kGatherReach, dearest - 1)) break;
-      if (entry.stored || (!segment_begins_ && std::abs(entry.col - run.col) > kGatherReach)) {
-        continue;
-      }
-      const int cost =
-          distance + kFourBytePenalty * four_byte_lanes_[bank(entry.col, kFourByteBanks)] +
-          kEightBytePenalty *
-              eight_byte_lanes_[lane / kEightByteBanks][bank(entry.col, kEightByteBanks)];
-      const size_t c = bank(entry.col, kClasses);
-      if (cost < found.cost[c]) {
-        found.cost[c] = cost;
-        found.entry[c] = static_cast<int>(i);
-        dearest = *std::max_element(found.cost.begin(), found.cost.end());
-      }
-    }
-    return found;
-  }
-
-  static constexpr size_t bank(int col, unsigned banks) {
-    return static_cast<unsigned>(col) % banks;
-  }
-
-  void store_step(int step, std::vector<uint8_t>* out) {
-    segment_begins_ = step % kSegmentSteps == 0;
-    if (segment_begins_) out->resize(out->size() + kGatherHeadBytes);
-    if (step % kGatherQuadSteps == 0) out->resize(out->size() + kGatherQuadBytes);
-    out_ = out->data() + out->size() - kGatherQuadBytes;
-    step_ = static_cast<size_t>(step % kGatherQuadSteps);
-    four_byte_lanes_ = {};
-    eight_byte_lanes_ = {};
-    for (size_t phase = 0; phase < kPhases; ++phase) store_phase(phase * kClasses);
-  }
-
-  // One step of eight lanes. Entries of the assignment come first, then what conflicts least.
-  void store_phase(size_t first_lane) {
-    class_lanes_ = {};
-    std::array<Candidates, kClasses> found;
-    std::array<std::array<int, kClasses>, kClasses> cost;
-    for (size_t i = 0; i < kClasses; ++i) {
-      found[i] = find_candidates(first_lane + i);
-      cost[i] = found[i].cost;
-    }
-    const std::array<int, kClasses> class_of = assign(cost);
-    std::array<int, kClasses> entry;
-    for (size_t i = 0; i < kClasses; ++i) {
-      entry[i] = found[i].entry[static_cast<size_t>(class_of[i])];
-      if (entry[i] >= 0) store_entry(first_lane + i, entry[i]);
-    }
-    for (size_t i = 0; i < kClasses; ++i) {
-      if (entry[i] < 0) store_rest(first_lane + i, found[i]);
-    }
-  }
-
-  // A lane that got no class: it stores nothing if it can spare the step, else an entry whose class
-  // the fewest lanes have.
-  void store_rest(size_t lane, const Candidates& found) {
-    Run& run = runs_[lane];
-    int best = -1, lanes = kClasses;
-    for (size_t c = 0; c < kClasses; ++c) {
-      const int entry = found.entry[c];
-      if (entry < 0 || class_lanes_[c] > lanes) continue;
-      if (class_lanes_[c] == lanes && best >= 0 && entry >= best) continue;
-      best = entry;
-      lanes = class_lanes_[c];
-    }
-    if (best >= 0 && (lanes == 0 || run.can_spare == 0)) {
-      store_entry(lane, best);
-      return;
-    }
-    if (best >= 0) --run.can_spare;
-    const int base = run.bridge(segment_begins_, cols_);
-    int col = base;
-    for (int c = 1; c < std::min(kClasses, cols_ - base); ++c) {
-      const bool reached = segment_begins_ || std::abs(base + c - run.col) <= kGatherReach;
-      if (reached && class_lanes_[static_cast<size_t>(c)] < class_lanes_[bank(col, kClasses)]) {
-        col = base + c;
-      }
-    }
-    store(lane, col, 0);
-  }
-
-  void store_entry(size_t lane, int index) {
-    Entry& entry = runs_[lane].entries[static_cast<size_t>(index)];
-    entry.stored = true;
-    --runs_[lane].left;
-    store(lane, entry.col, entry.value);
-  }
-
-  void store(size_t lane, int col, uint16_t value) {
-    Run& run = runs_[lane];
-    if (segment_begins_) {
-      const auto head = static_cast<uint16_t>(col);
-      std::memcpy(out_ - kGatherHeadBytes + 2 * lane, &head, sizeof(head));
-      run.col = col;
-    }
-    const size_t at = lane * kGatherQuadSteps + step_;
-    out_[at] = static_cast<uint8_t>(col - run.col);
-    std::memcpy(out_ + kGatherLanes * kGatherQuadSteps + 2 * at, &value, sizeof(value));
-    run.col = col;
-    ++class_lanes_[bank(col, kClasses)];
-    ++four_byte_lanes_[bank(col, kFourByteBanks)];
-    ++eight_byte_lanes_[lane / kEightByteBanks][bank(col, kEightByteBanks)];
-  }
-
-  std::array<Run, kGatherLanes>& runs_;
-  int cols_;
-  bool segment_begins_ = false;
-  uint8_t* out_ = nullptr;  // the quad that is being filled
-  size_t step_ = 0;         // of the quad
-  // Lanes of this step, by bank; class_lanes_ counts those of one phase.
-  std::array<int, kClasses> class_lanes_{};
-  std::array<int, kFourByteBanks> four_byte_lanes_{};
-  std::array<std::array<int, kEightByteBanks>, 2> eight_byte_lanes_{};
-};
-
 // A tile's bytes, whole units; none if it has no nonzeros.
 std::vector<uint8_t> pack_tile(const uint16_t* dense, int64_t ld, const TileExtent& extent,
                                int64_t* nnz) {
   const uint16_t* tile = dense + extent.row0 * ld + extent.col0;
-  const int slices = gather_slices(extent.rows);
-  std::vector<std::vector<Entry>> rows(static_cast<size_t>(slices) * kGatherSliceRows);
-  *nnz = 0;
+  const int slices = gather_slices(extent.rows), words = (extent.cols + 31) / 32;
+  const auto row_words = static_cast<size_t>(words);
+  // Which elements are nonzeros, and how many they are in each row.
+  std::vector<uint32_t> bits(static_cast<size_t>(slices) * kGatherSliceRows * row_words);
+  std::vector<int> counts(static_cast<size_t>(slices) * kGatherSliceRows);
   for (int row = 0; row < extent.rows; ++row) {
-    std::vector<Entry>& entries = rows[static_cast<size_t>(row)];
+    uint32_t* const own = bits.data() + static_cast<size_t>(row) * row_words;
     for (int col = 0; col < extent.cols; ++col) {
-      const uint16_t value = tile[row * ld + col];
-      if (!is_zero(value)) entries.push_back({col, value});
+      const bool stored = !is_zero(tile[row * ld + col]);
+      own[col / 32] |= static_cast<uint32_t>(stored) << col % 32;
+      counts[static_cast<size_t>(row)] += stored ? 1 : 0;
     }
-    *nnz += static_cast<int64_t>(entries.size());
   }
+  *nnz = std::accumulate(counts.begin(), counts.end(), int64_t{0});
   if (*nnz == 0) return {};
-  std::vector<uint16_t> order(rows.size()), quads(static_cast<size_t>(slices));
+  std::vector<uint16_t> order(counts.size()), quads(static_cast<size_t>(slices));
   std::iota(order.begin(), order.end(), uint16_t{0});
   std::stable_sort(order.begin(), order.end(),
-                   [&](uint16_t a, uint16_t b) { return rows[a].size() > rows[b].size(); });
+                   [&](uint16_t a, uint16_t b) { return counts[a] > counts[b]; });
   std::vector<uint8_t> bytes(static_cast<size_t>(directory_bytes(slices)));
+  std::vector<uint32_t> slice_bits(kGatherSliceRows * row_words);
+  GatherOrderState state;
   for (size_t slice = 0; slice < quads.size(); ++slice) {
-    std::array<Run, kGatherLanes> runs;
-    for (size_t lane = 0; lane < kGatherLanes; ++lane) {
-      const auto& row = rows[order[slice * kGatherSliceRows + lane / kGatherRuns]];
-      const size_t run = lane % kGatherRuns;
-      const auto at = [&](size_t i) {
-        return row.begin() + static_cast<std::ptrdiff_t>(row.size() * i / kGatherRuns);
-      };
-      runs[lane].entries.assign(at(run), at(run + 1));
-      runs[lane].left = runs[lane].entries.size();
+    const uint16_t* const rows = order.data() + slice * kGatherSliceRows;
+    for (size_t i = 0; i < kGatherSliceRows; ++i) {
+      std::copy_n(bits.data() + rows[i] * row_words, row_words, slice_bits.data() + i * row_words);
     }
-    quads[slice] = static_cast<uint16_t>(SlicePacker(runs, extent.cols).pack(&bytes));
+    const auto bytes_of = [&](int quad) {
+      if (quad % kGatherSegmentQuads == 0) bytes.resize(bytes.size() + kGatherHeadBytes);
+      bytes.resize(bytes.size() + kGatherQuadBytes);
+      return bytes.data() + bytes.size() - kGatherQuadBytes;
+    };
+    const auto value_of = [&](int row, int col) { return tile[rows[row] * ld + col]; };
+    GatherOrder slice_order(state, slice_bits.data(), words, extent.cols);
+    quads[slice] = static_cast<uint16_t>(slice_order.store(bytes_of, value_of));
   }
   std::memcpy(bytes.data(), order.data(), order.size() * 2);
   std::memcpy(bytes.data() + units_of_bytes(static_cast<int64_t>(order.size()) * 2) * kUnitBytes,

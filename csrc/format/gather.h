@@ -46,6 +46,7 @@
 
 #include <cstdint>
 
+#include "base/host_device.h"
 #include "base/parallel.h"
 #include "base/status.h"
 #include "format/packed_format.h"
@@ -65,7 +66,9 @@ inline constexpr int kGatherReach = 127;  // columns that a step can cross, eith
 inline constexpr int kGatherHeadBytes = kGatherLanes * 2;  // of a segment's first columns
 inline constexpr int kGatherQuadBytes = kGatherLanes * kGatherQuadSteps * 3;
 
-constexpr int gather_slices(int rows) { return (rows + kGatherSliceRows - 1) / kGatherSliceRows; }
+FLASH_LLM_HOST_DEVICE constexpr int gather_slices(int64_t rows) {
+  return static_cast<int>((rows + kGatherSliceRows - 1) / kGatherSliceRows);
+}
 // Bytes of a slice's segments.
 constexpr int64_t gather_slice_bytes(int64_t quads) {
   return (quads + kGatherSegmentQuads - 1) / kGatherSegmentQuads * kGatherHeadBytes +
