@@ -20,7 +20,7 @@ from flash_llm import _extension
 
 FORMATS = ("tiled_csl", "bitmap", "row_bitmap", "gather")
 # Those that a GPU has kernels for. The host packs and unpacks the others, which cannot be captured.
-GPU_FORMATS = ("tiled_csl", "bitmap")
+GPU_FORMATS = ("tiled_csl", "bitmap", "gather")
 DTYPES = (torch.float16, torch.bfloat16)
 
 SPECIAL = {

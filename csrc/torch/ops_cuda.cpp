@@ -58,9 +58,12 @@ Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFor
   const auto int_options = dense.tensor.options().dtype(at::kInt);
   const Tensor counts = at::empty({2, tiles}, int_options);  // units and nonzeros of each tile
   const Tensor units = counts[0], nnz = counts[1];
+  const Tensor scratch =
+      at::empty({tiles * kernels->scratch_bytes}, dense.tensor.options().dtype(at::kByte));
   raise_if_error(op, kernels->count(raw(dense.tensor), dense.ld, dense.m, dense.k,
                                     units.mutable_data_ptr<int32_t>(),
-                                    nnz.mutable_data_ptr<int32_t>(), current_stream()));
+                                    nnz.mutable_data_ptr<int32_t>(), scratch.mutable_data_ptr(),
+                                    current_stream()));
   const Tensor totals = at::sum(counts, 1, false, at::kLong).cpu();
   const int64_t total_units = totals[0].item<int64_t>(), total_nnz = totals[1].item<int64_t>();
   TORCH_CHECK_VALUE(total_units <= INT32_MAX, "flash_llm::", op, ": a weight of ", dense.m, "x",
@@ -72,7 +75,8 @@ Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFor
   raise_if_error(op, kernels->pack(raw(dense.tensor), dense.ld, dense.m, dense.k,
                                    offsets.const_data_ptr<int32_t>(), nnz.const_data_ptr<int32_t>(),
                                    reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()),
-                                   changed.mutable_data_ptr<int32_t>(), current_stream()));
+                                   changed.mutable_data_ptr<int32_t>(), scratch.mutable_data_ptr(),
+                                   current_stream()));
   if (changed.item<int32_t>() != 0) raise_if_error(op, dense_changed());
   if (tiles > 0) {
     raise_if_error(op, cuda::end_weight_writes(counts.mutable_data_ptr(), current_stream()));
