@@ -476,6 +476,9 @@ def test_report_shows_the_folder_and_how_it_was_pruned(tmp_path, source, text):
     assert found["formats"]["row_bitmap"] == len(stored.packed)
     rows = {row["name"]: row for row in found["weights"]["rows"]}
     assert all(rows[layer["name"]]["sparsity"] == 0.75 for layer in found["pruning"]["layers"])
+    prune(source, tmp_path / "few", text, "--expected-tokens", "1", "--sparsity", "0.9")
+    found = json.loads(invoke("report", tmp_path / "few", "--json").stdout)
+    assert found["formats"]["gather"] == len(Checkpoint(checkpoint_files(tmp_path / "few")).packed)
     shown = invoke("report", tmp_path / "pruned").stdout
     assert "pruned by wanda" in shown and "row_bitmap" in shown
     assert "There is no report of its pruning." in invoke("report", source).stdout
