@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from options import require_fractions, require_positive
-from rows import RESULTS, check_row, commit_hash, cpu_name, gpu_name, print_table, write_rows
+from rows import RESULTS, commit_hash, cpu_name, gpu_name, print_table, write_rows
 from step_account import account
 from stream_floor import StreamFloor
 
@@ -283,11 +283,12 @@ def measure(folder: str, contender: Contender, arguments: argparse.Namespace) ->
         "torch": str(torch.__version__),
         "commit": arguments.commit,
     }
+    found = []
     with contextlib.nullcontext() if _turns is None else _turns.measuring:
-        kinds = list(measurements(llm, of_model, arguments))
-    found = [{"bench": bench, **head, **middle, **tail} for bench, middle in kinds]
-    for row in found:
-        check_row(row)
+        for bench, middle in measurements(llm, of_model, arguments):
+            found.append({"bench": bench, **head, **middle, **tail})
+            # One at a time, so that an engine that ends early leaves what it has measured.
+            write_rows(arguments.out or RESULTS / f"serve-{head['gpu']}.jsonl", found[-1:])
     return found
 
 
@@ -465,9 +466,7 @@ def main(argv: list[str] | None = None) -> int:
                     for contender in contenders[first : first + at_once]
                 ]
                 for future in running:
-                    rows = future.result()
-                    write_rows(arguments.out or RESULTS / f"serve-{rows[0]['gpu']}.jsonl", rows)
-                    found += rows
+                    found += future.result()
     headings = (
         "weights",
         "sparsity",

@@ -74,7 +74,7 @@ def test_configs_describe_each_row():
             assert re.fullmatch(rf"((sm80_)?gather|rows){row['tile_n']}", row["name"])
             assert 0 < row["smem_bytes"] <= 227 * 1024
         else:
-            assert re.fullmatch(rf"(sm[89]0_)?n{row['tile_n']}(_99k)?", row["name"])
+            assert re.fullmatch(rf"(sm[89]0_)?n{row['tile_n']}(_99k|_low)?", row["name"])
             assert row["x_stages"] >= 2
             assert block_m(row) % 128 == 0 and row["strips"] in (1, 2)
             assert 0 < row["smem_bytes"] <= 227 * 1024
@@ -144,7 +144,8 @@ def test_bitmap_kernels_that_a_gpu_does_not_run_cannot_be_forced(capability, nam
         for kb in (228, 100)
     )
     for config, row in configs_of("bitmap").items():
-        lacks_feature = not config.startswith("sm80_" if capability < 90 else ("sm80_", "sm90_"))
+        runs = ("sm80_",) if capability < 90 else ("sm80_", "sm90_", "rows")
+        lacks_feature = not config.startswith(runs)
         message = refusal(big, "bitmap", config)
         assert bool(message) == lacks_feature
         if message:
@@ -255,12 +256,13 @@ def test_a_bitmap_cta_fits_the_shared_memory(density, smem_per_sm_bytes):
                 m, 8, k, int(m * k * density), format="bitmap", config=name, **device
             )
             # configs() tells the least: the rings hold every chunk of a column, or each ring of a
-            # kernel for other GPUs than Hopper a group of chunks, at 146 units.
+            # kernel for other GPUs than Hopper a group of chunks, at 146 units, and two gaps.
             whole_rows = name.startswith("rows")  # without a second kernel
             chunks = 4 if whole_rows else block_m(row) // row["cluster"] // 32
+            rings = row.get("rings", max(chunks // 8, 1))
             if "rings" in row:
-                chunks = row["rings"] * row["group_chunks"]
-            least_ring = chunks * 146 * 64
+                chunks = rings * row["group_chunks"]
+            least_ring = chunks * 146 * 64 + rings * 2 * 256
             ring_bytes = number(text, "ring_bytes")
             assert ring_bytes >= least_ring and ring_bytes % 64 == 0
             smem_bytes = row["smem_bytes"] + ring_bytes - least_ring

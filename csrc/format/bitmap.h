@@ -178,6 +178,10 @@ inline constexpr int kResidualStepBytes = kChunkUnitBytes;
 inline constexpr int kMaxPlainUnits = 2 * kMaxChunkRows + kChunkFixedUnits;
 // The most of either kind, taken by a full 2:4 chunk, as of a weight that was pruned to 2:4.
 inline constexpr int kMaxChunkUnits = 2 * kMaxChunkRows + kTwoFourFixedUnits + 1;
+// A reader of whole quads (cuda/bitmap/decode.cuh) loads, and does not use, bytes up to two rows
+// before a plain chunk and up to 192 bytes after a 2:4 chunk. No other thread should write there
+// meanwhile: what it writes does not matter, but tools report it as a race.
+inline constexpr int kDecodeReachBytes = 2 * kChunkRowBytes;
 inline constexpr int kRunElems = 32;
 inline constexpr int kQuads = 8;
 

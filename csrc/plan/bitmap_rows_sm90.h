@@ -29,8 +29,7 @@ struct BitmapRowsConfig {
 const std::vector<BitmapRowsConfig>& bitmap_rows_configs();
 
 inline constexpr int kBitmapRowsStepChunks = 4;  // chunks that are copied and released together
-inline constexpr int kBitmapRowsMinRingBytes =
-    kBitmapRowsStepChunks * kMaxChunkUnits * kChunkUnitBytes;
+inline constexpr int kBitmapRowsMinRingBytes = bitmap_least_ring_bytes(kBitmapRowsStepChunks);
 // Shared memory without the ring: X of a pair of columns for each warp; its sums; chunk
 // descriptors, barriers and alignment; the guard after the ring.
 constexpr int bitmap_rows_fixed_smem_bytes(int tokens, int teams) {

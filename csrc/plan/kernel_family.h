@@ -28,7 +28,7 @@ enum class KernelFamily {
   kRowBitmapCpu,     // row bitmap on the CPU
   kRowBitmapBlocks,  // row bitmap on the CPU: decodes blocks of rows for the dense GEMM
   kTiledCslSm80,     // Tiled-CSL on CUDA: load as sparse, compute as dense (LSCD)
-  kBitmapRowsSm90,   // bitmap on Hopper, few tokens: whole rows in a CTA
+  kBitmapRowsSm90,   // bitmap on GPUs with bulk copies, few tokens: whole rows in a CTA
   kBitmapSm90a,      // bitmap on Hopper
   kBitmapSm90,       // bitmap on GPUs with bulk copies: Hopper and newer
   kBitmapSm80,       // bitmap on every GPU from sm_80 on

@@ -93,6 +93,20 @@ struct Chunk {
     return group;
   }
 
+  // How many values of a lane's quad (the n-th of its run) are stored.
+  int stored_in_quad(int lane, int half, int strip, int n) const {
+    if (!two_four)
+      return static_cast<int>(std::bitset<32>(bits(lane, half, strip) >> n & 0x01010101U).count());
+    const int quad = n / 2 + n % 2 * 4, row = 16 * strip + lane / 4;
+    const int col = 64 * (quad % 4) + 32 * half + 16 * (quad / 4) + 4 * (lane % 4);
+    int stored = 0;
+    for (const int r : {row, row + 8}) {
+      stored += std::min(
+          2, static_cast<int>(std::bitset<4>(static_cast<unsigned>(group(r, col))).count()));
+    }
+    return stored;
+  }
+
   // Value and residual offset of a row in a step of its strip.
   std::pair<uint16_t, uint16_t> residual_entry(int row, int step) const {
     const int at = static_cast<int>(residual() - bytes) + 64 * (step + (row < 16 ? 0 : steps[0]));
@@ -745,6 +759,52 @@ TEST_P(BitmapDensity, EveryStoredHalfwordIsAValueAndNoBankIsReadTwice) {
     EXPECT_EQ(slots.size(), 64U) << "chunk " << idx;
   }
   EXPECT_EQ(stored, packed.header.nnz);
+}
+
+// The bytes, relative to the chunk, that a reader of whole quads loads (cuda/bitmap/decode.cuh):
+// the two values from a quad's position on, and the two before the next quad's. It advances by a
+// row of values for each value that is stored.
+std::pair<int, int> loaded_bytes(const Chunk& chunk) {
+  int first = 0, end = 64 * chunk.units;
+  const int values = static_cast<int>(chunk.values() - chunk.bytes);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int strip = 0; strip < 2; ++strip) {
+      for (int half = 0; half < 2; ++half) {
+        const int step = half == 0 ? 128 : -128;
+        int position =
+            half == 0 ? values + 4 * lane + 2 * strip
+                      : values + 128 * (chunk.rows - 1) + (chunk.down_offset(lane, strip) & 0xFE);
+        for (int quad = 0; quad < 8; ++quad) {
+          const int next = position + step * chunk.stored_in_quad(lane, half, strip, quad);
+          for (const int load : {position, position + step, next - step, next - 2 * step}) {
+            first = std::min(first, load);
+            end = std::max(end, load + 2);
+          }
+          position = next;
+        }
+      }
+    }
+  }
+  // Of the residual it loads one step more than there are.
+  if (chunk.two_four) {
+    const int residual = values + 128 * chunk.rows;
+    end = std::max(end, residual + 64 * (chunk.steps[0] + chunk.steps[1] + 1));
+  }
+  return {first, end};
+}
+
+// The kernels leave a gap of this size beside chunks, in which nothing is written while they read.
+TEST_P(BitmapDensity, AReaderOfWholeQuadsStaysWithinItsReach) {
+  for (const uint32_t seed : {31U, 32U, 33U}) {
+    Packed packed = pack_bitmap(random_patterns(100, 600, GetParam(), seed));
+    for (int64_t idx = 0; idx + 1 < static_cast<int64_t>(packed.offsets.size()); ++idx) {
+      const Chunk chunk(packed, idx);
+      if (chunk.rows < 0) continue;
+      const auto [first, end] = loaded_bytes(chunk);
+      EXPECT_GE(first, chunk.two_four ? 0 : -kDecodeReachBytes) << "chunk " << idx;
+      EXPECT_LE(end - 64 * chunk.units, chunk.two_four ? 192 : 0) << "chunk " << idx;
+    }
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Sparsities, BitmapDensity,

@@ -243,12 +243,34 @@ TEST(SelectPlanBitmap, TheNarrowestTileThatCoversNAndOneCtaPerSm) {
   EXPECT_EQ(plan_of(bitmap_problem(28672, 4096, 7168), kH200).family, KernelFamily::kDense);
 }
 
+TEST(SelectPlanBitmap, SmallLayersTakeLowTiles) {
+  const auto name = [](int64_t m, int64_t n, int64_t k, double sparsity) {
+    return plan_of(bitmap_problem(m, n, k, sparsity), kH200).name();
+  };
+  EXPECT_EQ(name(6144, 17, 4096, 0.7), "n32_low");
+  EXPECT_EQ(name(18944, 32, 3584, 0.9), "n32_low");
+  EXPECT_EQ(name(28672, 32, 4096, 0.5), "n32_low");  // enough nonzeros for a column of X
+  EXPECT_EQ(name(28672, 32, 4096, 0.7), "n32");
+  EXPECT_EQ(name(7168, 32, 28672, 0.5), "n32");
+  EXPECT_EQ(name(2048, 32, 2048, 0.7), "n32");
+  EXPECT_EQ(name(2048, 32, 2048, 0.9), "n32_low");
+  EXPECT_EQ(name(4096, 33, 4096, 0.7), "n64");
+}
+
 TEST(SelectPlanBitmap, ManyTokensTakeTheDenseRouteEarlierWhereMostPairsAreTwoFour) {
-  EXPECT_EQ(plan_of(bitmap_problem(28672, 512, 7168, 0.5), kH200).family,
-            KernelFamily::kBitmapSm90a);
-  EXPECT_EQ(plan_of(bitmap_problem(28672, 256, 7168, 0.9), kH200).family,
-            KernelFamily::kBitmapSm90a);
-  EXPECT_EQ(plan_of(bitmap_problem(28672, 257, 7168, 0.9), kH200).family, KernelFamily::kDense);
+  const auto name = [](int64_t n, double sparsity) {
+    return plan_of(bitmap_problem(28672, n, 7168, sparsity), kH200).name();
+  };
+  EXPECT_EQ(name(1024, 0.5), "n256");
+  EXPECT_EQ(name(1025, 0.5), "dense");
+  EXPECT_EQ(name(256, 0.9), "n256");
+  EXPECT_EQ(name(257, 0.9), "dense");
+}
+
+TEST(SelectPlanBitmap, TwoFourPairsTakePassesOf64TokensUpToTwoOfThem) {
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 65, 7168, 0.9), kH200).name(), "n64");
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 128, 7168, 0.9), kH200).name(), "n64");
+  EXPECT_EQ(plan_of(bitmap_problem(28672, 129, 7168, 0.9), kH200).name(), "n256");
 }
 
 TEST(SelectPlanBitmap, SharedMemoryFitsBesideTheFinishingKernelAndHoldsTheFullestChunks) {
@@ -282,6 +304,13 @@ TEST(SelectPlanBitmapRows, FewTokensAndFewRowsTakeWholeRowsInACta) {
   EXPECT_EQ(family(6144, 9, 4096, 0.9), kBlocks);
   EXPECT_EQ(family(14336, 16, 4096, 0.5), kBlocks);
   EXPECT_EQ(family(4096, 17, 4096, 0.5), kBlocks);
+  // On every GPU that has bulk copies and the shared memory.
+  EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096), kB200).family, kRows);
+  for (const DeviceInfo& device : {kA100, kRtx5090}) {
+    EXPECT_NE(plan_of(bitmap_problem(4096, 8, 4096), device).family, kRows);
+    EXPECT_EQ(failure_of(bitmap_problem(4096, 8, 4096), device, "rows8").code,
+              StatusCode::kUnsupported);
+  }
   EXPECT_EQ(plan_of(bitmap_problem(4096, 8, 4096), kH200).workspace_bytes, 0);
   EXPECT_EQ(plan_of(bitmap_problem(33, 1, 64), kH200).ctas, 2);  // no more than chunk rows
 }
@@ -308,14 +337,21 @@ TEST(SelectPlanBitmap, WorkspaceHoldsASlotForEveryCtaAndRowOfBlocks) {
   const SpmmPlan plan = plan_of(bitmap_problem(28672, 8, 7168), kH200, "n8");
   EXPECT_EQ(plan.workspace_bytes, int64_t{132 + 56} * 512 * 8 * 4);
   const SpmmPlan two_blocks = plan_of(bitmap_problem(28672, 128, 7168), kH200, "n64");
-  EXPECT_EQ(two_blocks.workspace_bytes, int64_t{132 / 2 + 2 * 56} * 512 * 64 * 4);
+  EXPECT_EQ(two_blocks.workspace_bytes, int64_t{132 + 2 * 112} * 256 * 64 * 4);
   // A kernel that stores complete output tiles itself needs two slots per cluster for any number of
-  // tokens.
+  // tokens, and a word for each of a CTA's 8 consumer warps if clusters add each other's sums:
+  // where there are at most 1.5 for each tile.
+  constexpr int64_t kSlots = int64_t{2 * 132 / 2} * 256 * 256 * 4;
   for (const int64_t n : {129, 1024, 1 << 20}) {
     const SpmmPlan wide = plan_of(bitmap_problem(28672, n, 7168), kH200, "n256");
-    EXPECT_EQ(wide.workspace_bytes, int64_t{2 * 132 / 2} * 256 * 256 * 4);
+    EXPECT_EQ(wide.workspace_bytes, kSlots + 132 * 8 * 4);
     EXPECT_TRUE(wide.rounds_before_activation);
   }
+  const auto bytes = [](int64_t m) {
+    return plan_of(bitmap_problem(m, 256, 4096), kH200, "n256").workspace_bytes;
+  };
+  EXPECT_EQ(bytes(43 * 256), kSlots);  // 66 clusters for 43 and 44 tiles
+  EXPECT_EQ(bytes(44 * 256), kSlots + 132 * 8 * 4);
 }
 
 TEST(SelectPlanBitmap, EveryGpuTakesTheFastestFamilyThatItHasCodeFor) {
@@ -344,7 +380,7 @@ TEST(SelectPlanBitmap, EveryGpuTakesTheFastestFamilyThatItHasCodeFor) {
 
 TEST(SelectPlanBitmap, TheNarrowestMmaSyncTileThatFitsTheGpu) {
   const auto name = [](int64_t n, const DeviceInfo& device) {
-    return plan_of(bitmap_problem(28672, n, 7168), device).name();
+    return plan_of(bitmap_problem(28672, n, 7168, 0.7), device).name();
   };
   for (const int64_t n : {1, 8, 9, 16, 17, 32, 33, 64, 256}) {
     const std::string wide = n <= 8 ? "n8" : n <= 16 ? "n16" : n <= 32 ? "n32" : "n64";
@@ -598,6 +634,39 @@ TEST(GpuFeatures, FollowTheGpuAndTheListOfArchitectures) {
   EXPECT_FALSE(has(80, "8.0;9.0+PTX", GpuFeature::kBulkCopy));
   EXPECT_TRUE(has(90, "8.0+PTX;9.0a", GpuFeature::kWgmma));
   EXPECT_FALSE(has(100, "8.0+PTX;9.0a", GpuFeature::kWgmma));
+}
+
+TEST(GpuFeatures, OfEveryGpuAreThoseOfTheCodeThatItRunsByDefault) {
+  struct Gpu {
+    int capability;
+    std::string arch;  // machine code of the same major version if there is any, else PTX
+    KernelFamily family;
+  };
+  const Gpu gpus[] = {
+      {80, "8.0", KernelFamily::kBitmapSm80},       {86, "8.0", KernelFamily::kBitmapSm80},
+      {87, "8.0", KernelFamily::kBitmapSm80},       {89, "8.0", KernelFamily::kBitmapSm80},
+      {90, "9.0a", KernelFamily::kBitmapSm90a},     {100, "10.0+PTX", KernelFamily::kBitmapSm90},
+      {103, "10.0+PTX", KernelFamily::kBitmapSm90}, {110, "10.0+PTX", KernelFamily::kBitmapSm90},
+      {120, "12.0", KernelFamily::kBitmapSm90},     {121, "12.0", KernelFamily::kBitmapSm90}};
+  for (const Gpu& it : gpus) {
+    EXPECT_TRUE(gpu_features(it.capability, it.arch).contains(GpuFeature::kMmaSync))
+        << it.capability;
+    const DeviceInfo device = gpu(it.capability, 100, 0, kArchs);
+    const KernelFamilyRow& family = kernel_family(it.family);
+    EXPECT_TRUE(gpu_features(it.capability, it.arch).contains(family.needs)) << it.capability;
+    // Plain chunks and 2:4 chunks, few and many tokens: packed once, a weight runs everywhere.
+    for (const double sparsity : {0.5, 0.9}) {
+      for (const int64_t n : {1, 64, 128}) {
+        EXPECT_EQ(plan_of(bitmap_problem(28672, n, 7168, sparsity), device).family, it.family)
+            << it.capability << " N=" << n;
+      }
+      EXPECT_EQ(plan_of(bitmap_problem(28672, 4096, 7168, sparsity), device).family,
+                KernelFamily::kDense);
+      const SpmmProblem problem = bitmap_problem(4096, 1, 4096, sparsity);
+      EXPECT_EQ(select_format(4096, 4096, problem.nnz, device).format, Format::kBitmap)
+          << it.capability;
+    }
+  }
 }
 
 TEST(SelectPlan, AGpuThatThisBuildHasNoCodeForTakesTheDenseGemm) {

@@ -24,13 +24,14 @@ constexpr uint32_t kAllLanes = ~0U;
 constexpr int kSlotRowWords = kChunkK / 2 + 4;
 constexpr int kMaxChunkBytes = kMaxChunkUnits * kChunkUnitBytes;
 
-using SlotRows = uint32_t[kChunkM][kSlotRowWords];
+using SlotRow = uint32_t[kSlotRowWords];
+using SlotRows = SlotRow[kChunkM];
 
 // The word with a lane's two slots of a quad, in the upper (`lower` = 0) or the lower eight rows of
-// a strip.
-__device__ __forceinline__ uint32_t& slots_of(SlotRows& slots, int lane, int strip, int half,
-                                              int quad, int lower) {
-  return slots[strip * kStripM + lower * 8 + lane / 4][half * 32 + quad * 4 + lane % 4];
+// a strip, which begins at `rows`.
+__device__ __forceinline__ uint32_t& slots_of(SlotRow* rows, int lane, int half, int quad,
+                                              int lower) {
+  return rows[lower * 8 + lane / 4][half * 32 + quad * 4 + lane % 4];
 }
 
 // The part of the matrix that a chunk covers.
@@ -501,7 +502,7 @@ __device__ __forceinline__ void write_runs(const RunWords& runs, const RunLayout
         for (int j = 0; j < 4; ++j) {
           const int elem = quad_order(j);
           if ((word >> chunk_bit(quad, elem) & 1U) == 0) continue;
-          const uint32_t pair = slots_of(slots, lane, strip, half, quad, elem / 2);
+          const uint32_t pair = slots_of(&slots[strip * kStripM], lane, half, quad, elem / 2);
           *reinterpret_cast<uint16_t*>(next) = static_cast<uint16_t>(pair >> elem % 2 * 16);
           next += step;
         }
@@ -582,10 +583,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = lane; i < vectors; i += 32) target[i] = reinterpret_cast<const uint4*>(out)[i];
 }
 
-// Decodes the run of a strip and half into rows of slots.
+// Decodes the run of a half of a strip into the strip's rows of slots.
 template <bool kTwoFour, int kHalf>
-__device__ __forceinline__ void decode_run(uint32_t bits, uint32_t position, int strip, int lane,
-                                           SlotRows& slots) {
+__device__ __forceinline__ void decode_run(uint32_t bits, uint32_t position, int lane,
+                                           SlotRow* slots) {
   constexpr int kStep = kHalf == 0 ? kChunkRowBytes : -kChunkRowBytes;
   uint32_t reg[4][4];
   if constexpr (kTwoFour) {
@@ -603,7 +604,7 @@ __device__ __forceinline__ void decode_run(uint32_t bits, uint32_t position, int
   for (int i = 0; i < 16; ++i) {
     const int nth = i / 2;
     const int quad = kTwoFour ? two_four_quad_order(nth) : nth;
-    slots_of(slots, lane, strip, kHalf, quad, i % 2) = reg[i / 4][i % 4];
+    slots_of(slots, lane, kHalf, quad, i % 2) = reg[i / 4][i % 4];
   }
 }
 
@@ -624,27 +625,29 @@ __device__ __forceinline__ void store_eight(uint16_t* dense, int64_t k, const Ex
 }
 
 // `smem` is the chunk's address in shared memory, `rows` its rows of values; -1 stands for zeros.
+// `slots` has the rows of one strip, here and below.
 __device__ __forceinline__ void unpack_plain(uint32_t smem, int rows, int lane,
-                                             const Extent& extent, int64_t k, SlotRows& slots,
+                                             const Extent& extent, int64_t k, SlotRow* slots,
                                              uint16_t* dense) {
   const ChunkCursor cursor(smem, max(rows, 0) * kChunkRowBytes, rows >= 0, lane);
 #pragma unroll
   for (int strip = 0; strip < 2; ++strip) {
-    decode_run<false, 0>(cursor.bits[strip], cursor.up[strip], strip, lane, slots);
-    decode_run<false, 1>(cursor.bits[2 + strip], cursor.down[strip], strip, lane, slots);
-  }
-  __syncwarp();
+    decode_run<false, 0>(cursor.bits[strip], cursor.up[strip], lane, slots);
+    decode_run<false, 1>(cursor.bits[2 + strip], cursor.down[strip], lane, slots);
+    __syncwarp();
 #pragma unroll 4
-  for (int i = 0; i < kChunkM / 2; ++i) {
-    const int row = i * 2 + lane / 16, eighth = lane % 16;
-    store_eight(dense, k, extent, row, eighth * 8,
-                *reinterpret_cast<const uint4*>(&slots[row][eighth * 4]));
+    for (int i = 0; i < kStripM / 2; ++i) {
+      const int row = i * 2 + lane / 16, eighth = lane % 16;
+      store_eight(dense, k, extent, strip * kStripM + row, eighth * 8,
+                  *reinterpret_cast<const uint4*>(&slots[row][eighth * 4]));
+    }
+    __syncwarp();
   }
 }
 
 // `chunk` is in shared memory, and `smem` its address there.
 __device__ __forceinline__ void unpack_two_four(uint8_t* chunk, uint32_t smem, int units, int lane,
-                                                const Extent& extent, int64_t k, SlotRows& slots,
+                                                const Extent& extent, int64_t k, SlotRow* slots,
                                                 uint16_t* dense) {
   const uint32_t down_offsets = reinterpret_cast<const uint16_t*>(chunk + kTwoFourBitsBytes)[lane];
   const uint32_t sizes = __ballot_sync(kAllLanes, (down_offsets & 1U) != 0);
@@ -656,28 +659,30 @@ __device__ __forceinline__ void unpack_two_four(uint8_t* chunk, uint32_t smem, i
   const uint32_t last_row = smem_values + (stored ? (rows - 1) * kChunkRowBytes : 0);
 #pragma unroll
   for (int strip = 0; strip < 2; ++strip) {
-    uint4& stored_bits = reinterpret_cast<uint4*>(chunk + strip * kTwoFourStripBitsBytes)[lane];
+    uint8_t* strip_bits = chunk + strip * kTwoFourStripBitsBytes;
+    uint4& stored_bits = reinterpret_cast<uint4*>(strip_bits)[lane];
     uint32_t bits[4] = {stored_bits.x, stored_bits.y, stored_bits.z, stored_bits.w};
     const TwoFourWords words = two_four_words(bits, lane);
     swap_two_four_words(bits);  // below, the bits are read in the order of columns
     stored_bits = make_uint4(bits[0], bits[1], bits[2], bits[3]);
-    decode_run<true, 0>(stored ? words.runs[0] : 0, smem_values + lane * 4 + strip * 2, strip, lane,
+    __syncwarp();  // decoding reads, and does not use, up to two rows before the values: other bits
+    decode_run<true, 0>(stored ? words.runs[0] : 0, smem_values + lane * 4 + strip * 2, lane,
                         slots);
     decode_run<true, 1>(stored ? words.runs[1] : 0, last_row + (down_offsets >> strip * 8 & 0x7EU),
-                        strip, lane, slots);
-  }
-  __syncwarp();
-  // Each lane unpacks eight columns of a row: a byte of bits and two words of slots.
-  const uint8_t* bytes = chunk + lane / 2 % 4 * 16 + lane / 8 * 4 + lane % 2;
+                        lane, slots);
+    __syncwarp();
+    // Each lane unpacks eight columns of a row: a byte of bits and two words of slots.
+    const uint8_t* bytes = strip_bits + lane / 2 % 4 * 16 + lane / 8 * 4 + lane % 2;
 #pragma unroll 4
-  for (int row = 0; row < kChunkM; ++row) {
-    const uint32_t byte =
-        bytes[row / kStripM * kTwoFourStripBitsBytes + row % 8 * 64 + row / 8 % 2 * 2];
-    const auto two = *reinterpret_cast<const uint2*>(&slots[row][slot_word(lane)]);
-    const uint2 low = spread_slots(byte & 0xFU, two.x), high = spread_slots(byte >> 4, two.y);
-    store_eight(dense, k, extent, row, lane * 8, make_uint4(low.x, low.y, high.x, high.y));
+    for (int row = 0; row < kStripM; ++row) {
+      const uint32_t byte = bytes[row % 8 * 64 + row / 8 * 2];
+      const auto two = *reinterpret_cast<const uint2*>(&slots[row][slot_word(lane)]);
+      const uint2 low = spread_slots(byte & 0xFU, two.x), high = spread_slots(byte >> 4, two.y);
+      store_eight(dense, k, extent, strip * kStripM + row, lane * 8,
+                  make_uint4(low.x, low.y, high.x, high.y));
+    }
+    __syncwarp();  // the next strip takes the slots, and the residual overwrites zeros stored above
   }
-  __syncwarp();  // the residual overwrites some of the zeros that were stored above
   const int row = lane;
   if (!stored || row >= extent.rows) return;
   const uint8_t* residual = chunk + kTwoFourFixedBytes + rows * kChunkRowBytes;
@@ -693,10 +698,12 @@ __device__ __forceinline__ void unpack_two_four(uint8_t* chunk, uint32_t smem, i
 
 __global__ void __launch_bounds__(kThreads) unpack_kernel(PackedView view, uint16_t* dense) {
   // The decoder reads up to two rows beyond a run, or up to 33 rows if the bits are malformed. What
-  // it reads there does not matter, but it must lie in this CTA's shared memory.
-  constexpr int kGuard = 34 * kChunkRowBytes;
-  __shared__ __align__(16) SlotRows warp_slots[kWarps];
-  __shared__ __align__(16) uint8_t packed[kGuard + kWarps * kMaxChunkBytes];
+  // it reads there does not matter, but it must lie in this CTA's shared memory, and a gap between
+  // the warps' chunks keeps a warp's reads from the other's writes.
+  constexpr int kGuard = 34 * kChunkRowBytes, kWarpBytes = kMaxChunkBytes + kDecodeReachBytes;
+  // Slots of one strip per warp: with both, fewer CTAs would fit on an SM.
+  __shared__ __align__(16) SlotRow warp_slots[kWarps][kStripM];
+  __shared__ __align__(16) uint8_t packed[kGuard + kWarps * kWarpBytes];
   const ChunkPosition position(view.m, view.k);
   if (position.index < 0) return;
   const int64_t max_units = view.payload_words / kChunkUnitWords;
@@ -711,17 +718,17 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(PackedView view, uint1
   const int64_t first = clamped(position.index), units = clamped(position.index + 1) - first;
   const bool two_four = position.paired && position.col % 2 == 0 && is_two_four(units);
   const int rows = chunk_value_rows(units);
-  uint8_t* chunk = packed + kGuard + warp * kMaxChunkBytes;
+  uint8_t* chunk = packed + kGuard + warp * kWarpBytes;
+  const uint32_t smem = ptx::smem_address(chunk);
   if (two_four || rows >= 0) {
-    const auto* source = reinterpret_cast<const uint4*>(view.payload + first * kChunkUnitWords);
+    const uint32_t* source = view.payload + first * kChunkUnitWords;
     const int vectors = static_cast<int>(units) * (kChunkUnitBytes / 16);
-    for (int i = lane; i < vectors; i += 32) {
-      reinterpret_cast<uint4*>(chunk)[i] = ptx::load_streaming(source + i);
-    }
+    for (int i = lane; i < vectors; i += 32) ptx::copy_async16(smem + i * 16, source + i * 4, true);
+    ptx::copy_async_commit();
+    ptx::copy_async_wait<0>();
   }
   __syncwarp();
   const Extent extent(position.row, position.col, two_four, view.m, view.k);
-  const uint32_t smem = ptx::smem_address(chunk);
   if (two_four) {
     unpack_two_four(chunk, smem, static_cast<int>(units), lane, extent, view.k, warp_slots[warp],
                     dense);

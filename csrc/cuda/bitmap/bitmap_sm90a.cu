@@ -26,18 +26,18 @@
 //   |   decode to A fragments (decode.cuh) -> wgmma / mma.sync, or wgmma.sp + residual     |
 //   |   -> fp32 sums of an output tile in registers                                        |
 //   +--------------------------------------------------------------------------------------+
-//              |                                              |  above 64 tokens, if the work
-//              v                                              |  range has all of the tile
-//   workspace: partial sums                                   |
+//              |                                              |  above 64 tokens, if the cluster
+//              v                                              |  has the tile's first column and
+//   workspace: partial sums                                   |  the last one, or adds the others'
 //              |                                              |
 //              v                                              v
 //   finishing kernel (finish.cuh): adds them, bias, act  ->   Y
 //
 // The three upper boxes are shared memory (smem.cuh). A work range (stream_k.cuh) is a
 // sequence of columns of chunks, which may begin and end within an output tile. A CTA's part of a
-// column is 512 rows of W by 128 columns (2:4: 256) up to 32 tokens, 256 rows for 64 and 128
-// tokens, 128 rows for 256 tokens. Clusters of two CTAs take two such parts and share X by
-// multicast.
+// column is 512 rows of W by 128 columns (2:4: 256) up to 32 tokens, 256 rows for 64 and 128 tokens
+// and for small layers at 32, 128 rows for 256 tokens. Above 64 tokens clusters of two CTAs take
+// two such parts and share X by multicast.
 //
 // With dependent launches the start of a call overlaps with the end of the previous one: when a CTA
 // of the previous call exits, a CTA of this call takes over its SM and copies weights while the
@@ -100,7 +100,7 @@ __device__ __forceinline__ void multiply(const BitmapParams& p, const BitmapSmem
   BitmapConsumer<C> consumer(smem, warp, lane);
   for (;;) {
     const uint32_t flags = consumer.multiply_tile();
-    store_sums<C>(p, flags, consumer.columns(), consumer.sums);
+    finish_tile<C>(p, flags, consumer.columns(), consumer.sums);
     if ((flags & kColumnIsLast) != 0) return;
     consumer.begin_sums();
   }
@@ -150,11 +150,15 @@ Status launch(const BitmapParams& params, const SpmmArgs& args, int smem_bytes, 
   const Status sized =
       allow_smem("cudaFuncSetAttribute(bitmap_kernel)", bitmap_kernel<C>, smem_bytes);
   if (!sized.ok()) return sized;
+  if (params.stored != nullptr) {
+    const Status cleared = launch_clear<C>(params, prefetch, stream);
+    if (!cleared.ok()) return cleared;
+  }
   const Status multiplied =
       launch_clusters("bitmap_kernel launch", bitmap_kernel<C>, C::kCluster,
                       static_cast<unsigned>(params.schedule.workers) * C::kCluster, C::kThreads,
                       smem_bytes, prefetch, stream, params, map);
-  if (!multiplied.ok()) return multiplied;
+  if (!multiplied.ok() || params.stored != nullptr) return multiplied;
   if (!C::kFinishesAll && !params.schedule.shares_rows()) return multiplied;
   return launch_finish<C>(params, true, stream);
 }
@@ -187,9 +191,15 @@ Status cuda::spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* works
       plan.ring_bytes < bitmap_min_ring_bytes(config)) {
     return Status::invalid_value("plan " + plan.to_string() + " does not fit its configuration");
   }
-  const int64_t sums_bytes = bitmap_sums_bytes(config, plan.work);
-  if (Status fits = cuda::check_launch(plan, sums_bytes); !fits.ok()) return fits;
-  const BitmapParams params(plan, args, workspace, config.block_m(), config.rings());
+  if (Status fits = cuda::check_launch(plan, bitmap_workspace_bytes(config, plan.work));
+      !fits.ok()) {
+    return fits;
+  }
+  BitmapParams params(plan, args, workspace, config.block_m(), config.rings());
+  if (bitmap_adds_shared(config.tile_n, plan.work) && params.schedule.shares_rows()) {
+    params.stored = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) +
+                                                bitmap_sums_bytes(config, plan.work));
+  }
   const int smem_bytes = bitmap_smem_bytes(config, plan.ring_bytes);
   switch (args.value_type) {
     case ValueType::kFloat16:

@@ -1,13 +1,15 @@
 // The consumer warps of the bitmap kernel. For each column of chunks a warp decodes its strips of
 // 16 rows into A fragments in registers (decode.cuh) and multiplies them by wgmma or, for few
-// tokens, mma.sync (plain chunks), or by wgmma.sp (2:4 chunks). While one batch of fragments is
-// multiplied, the next is decoded into other registers. wgmma reads the B operand, X, from shared
-// memory once per warpgroup and strip.
+// tokens, mma.sync (plain chunks), or by wgmma.sp (2:4 chunks). For many tokens 2:4 chunks too are
+// decoded into plain fragments. While one batch of fragments is multiplied, the next is decoded
+// into other registers. wgmma reads the B operand, X, from shared memory once per warpgroup and
+// strip.
 //
-// The residual of a 2:4 chunk, which is a few elements per row at most, is multiplied by
-// mma.m16n8k16 with a diagonal A. A step of the residual holds up to one element of each of 16
-// rows: A[j][j] is the element of row j, and row j of B is the column of X that this element
-// multiplies. X is transposed first, so that a column of eight tokens is one row of ldmatrix.
+// The residual of a 2:4 chunk, which is a few elements per row at most, is inserted into the plain
+// fragments or, beside wgmma.sp, multiplied by mma.m16n8k16 with a diagonal A. A step of the
+// residual holds up to one element of each of 16 rows: A[j][j] is the element of row j, and row j
+// of B is the column of X that this element multiplies. X is transposed first, so that a column of
+// eight tokens is one row of ldmatrix.
 #pragma once
 
 #include "cuda/bitmap/decode.cuh"
@@ -59,18 +61,16 @@ class BitmapConsumer {
     Column column = wait_column();
     for (;;) {
       if (column.is_two_four()) {
-        multiply_two_four(column);
-        if (column.ends()) return column.flags;
-        column = wait_column();
-      } else {
-        // A loop of its own: wgmmas are still in flight at the end of an iteration, and ptxas
-        // tracks their registers only if no other code path can come between two iterations.
-        do {
-          multiply_plain(column);
-          if (column.ends()) break;
+        if constexpr (kExpandsTwoFour) {
+          multiply_columns<true>(column);
+          if (column.ends() && column.is_two_four()) return column.flags;
+        } else {
+          multiply_two_four(column);
+          if (column.ends()) return column.flags;
           column = wait_column();
-        } while (!column.is_two_four());
-        finish_products();
+        }
+      } else {
+        multiply_columns<false>(column);
         if (column.ends() && !column.is_two_four()) return column.flags;
       }
     }
@@ -79,6 +79,7 @@ class BitmapConsumer {
  private:
   static constexpr int kFragments = 8;  // per strip of a chunk, plain or 2:4
   static constexpr bool kWgmma = bitmap_uses_wgmma(C::kTileN);  // for plain chunks
+  static constexpr bool kExpandsTwoFour = bitmap_expands_two_four(C::kTileN);
   static constexpr int kStageFragments = C::kXStageK / 16;
   static constexpr int kTwoFourStages = kTwoFourK / C::kXStageK;
   static constexpr int kBatch = batch_fragments(C::kTileN, C::kStrips);
@@ -86,6 +87,11 @@ class BitmapConsumer {
   // Whether to read or compute values again when they are needed instead of keeping them in
   // registers.
   static constexpr bool kFewRegisters = C::kStrips * C::kTileN > 64;
+  // Whether the values of a 2:4 batch are loaded while the two batches before it are multiplied. On
+  // an H200, 28672x7168, 90 % zeros, 8 / 32 / 64 tokens, with it 35.8 / 44.9 / 67.9 us, without it
+  // 35.0 / 46.1 / 69.0. Plain chunks gain nothing (70 %, 32 / 64 tokens: 55.8 / 78.9 and 56.0
+  // / 77.3).
+  static constexpr bool kLoadsAhead = C::kTileN == 32 || C::kTileN == 64;
   static constexpr int kTransposedN = C::kTileN < 64 ? C::kTileN : 64;
   static constexpr int kTokenBlocks = C::kTileN / kTransposedN;
 
@@ -102,6 +108,25 @@ class BitmapConsumer {
     }
   };
 
+  // Multiplies columns of one kind by plain wgmma or mma.sync, from `column` on: up to the end of
+  // the output tile or of the work range, of which `column` is then the last column, or up to the
+  // first column of the other kind, which it then is. A loop of its own for each kind: wgmmas are
+  // still in flight at the end of an iteration, and ptxas tracks their registers only if no other
+  // code path can come between two iterations.
+  template <bool kTwoFour>
+  __device__ __forceinline__ void multiply_columns(Column& column) {
+    do {
+      if constexpr (kTwoFour) {
+        multiply_expanded(column);
+      } else {
+        multiply_plain(column);
+      }
+      if (column.ends()) break;
+      column = wait_column();
+    } while (column.is_two_four() == kTwoFour);
+    finish_products();
+  }
+
   // Waits until the next column is in shared memory.
   __device__ __forceinline__ Column wait_column() const {
     ptx::mbarrier_wait(smem_.group_full(group_, group_state_.stage()), group_state_.phase());
@@ -111,7 +136,7 @@ class BitmapConsumer {
 
   // Releases the column: this warp has read its chunk.
   __device__ __forceinline__ void release_column() {
-    arrive(smem_.group_empty(group_, group_state_.stage()));
+    arrive_for_warp(smem_.group_empty(group_, group_state_.stage()), lane_);
     group_state_ = group_state_ + 1;
   }
 
@@ -123,24 +148,18 @@ class BitmapConsumer {
         smem_.descriptor(group_, group_state_.stage(), warp_ % C::kGroupWarps / C::kReaders));
   }
 
-  __device__ __forceinline__ void arrive(uint32_t barrier) const {
-    __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive(barrier);
-  }
-
   // Releases kStages stages of X, from `first` on, in all CTAs of the cluster: this warp has read
   // them. One lane arrives for each stage and CTA.
   template <int kStages>
   __device__ __forceinline__ void release_x(PipelineState<C::kXStages> first) const {
-    __syncwarp();
-    if (lane_ < kStages * C::kCluster) {
-      if constexpr (kStages > 1) first = first + lane_ % kStages;
+    arrive_for_warp_at_each<kStages * C::kCluster>(lane_, [&](int i) {
+      const uint32_t barrier = smem_.x_empty((first + i % kStages).stage());
       if constexpr (C::kCluster == 1) {
-        ptx::mbarrier_arrive(smem_.x_empty(first.stage()));
+        ptx::mbarrier_arrive(barrier);
       } else {
-        ptx::mbarrier_arrive_cluster(smem_.x_empty(first.stage()), lane_ / kStages);
+        ptx::mbarrier_arrive_cluster(barrier, i / kStages);
       }
-    }
+    });
   }
 
   // Waits until kStages stages of X are in shared memory, from x_state_ on.
@@ -233,27 +252,72 @@ class BitmapConsumer {
     ptx::wgmma_commit();
   }
 
+  // Values of a batch, as they are loaded.
+  using Values = uint32_t[kBatch][C::kStrips][8];
+
+  // The runs of this warp's strips of a chunk, by half.
+  struct Runs {
+    uint32_t bits[2][C::kStrips], position[2][C::kStrips];
+  };
+
+  // Loads the values of the batch from fragment kFirst (0..7) on.
+  template <template <int> typename Fragment, int kFirst>
+  __device__ __forceinline__ static void load_batch(Runs& runs, Values& values) {
+    constexpr int kHalf = kFirst / 4, kStep = kHalf == 0 ? kChunkRowBytes : -kChunkRowBytes;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int s = 0; s < C::kStrips; ++s) {
+        const uint32_t bits = runs.bits[kHalf][s];
+        uint32_t& position = runs.position[kHalf][s];
+        if (i == 0) Fragment<kFirst % 4>::template load<kStep>(bits, position, values[i][s]);
+        if (i == 1) Fragment<(kFirst + 1) % 4>::template load<kStep>(bits, position, values[i][s]);
+      }
+    }
+  }
+
+  // Arranges them in fragments.
+  template <template <int> typename Fragment, int kFirst>
+  __device__ __forceinline__ static void arrange_batch(const Runs& runs, const Values& values,
+                                                       Batch& a) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int s = 0; s < C::kStrips; ++s) {
+        const uint32_t bits = runs.bits[kFirst / 4][s];
+        if (i == 0) Fragment<kFirst % 4>::arrange(bits, values[i][s], a[i][s]);
+        if (i == 1) Fragment<(kFirst + 1) % 4>::arrange(bits, values[i][s], a[i][s]);
+      }
+    }
+  }
+
   __device__ __forceinline__ void multiply_plain(const Column& column) {
     const ChunkCursor cursor(column.descriptor.x, column.descriptor.y & 0xFFFF, true, lane_);
-    uint32_t bits[2][C::kStrips], position[2][C::kStrips];
+    Runs runs;
 #pragma unroll
     for (int s = 0; s < C::kStrips; ++s) {
-      bits[0][s] = strip(s) == 0 ? cursor.bits[0] : cursor.bits[1];
-      bits[1][s] = strip(s) == 0 ? cursor.bits[2] : cursor.bits[3];
-      position[0][s] = strip(s) == 0 ? cursor.up[0] : cursor.up[1];
-      position[1][s] = strip(s) == 0 ? cursor.down[0] : cursor.down[1];
+      runs.bits[0][s] = strip(s) == 0 ? cursor.bits[0] : cursor.bits[1];
+      runs.bits[1][s] = strip(s) == 0 ? cursor.bits[2] : cursor.bits[3];
+      runs.position[0][s] = strip(s) == 0 ? cursor.up[0] : cursor.up[1];
+      runs.position[1][s] = strip(s) == 0 ? cursor.down[0] : cursor.down[1];
     }
+    multiply_fragments([&](auto number, Batch& a) {
+      constexpr int kFirst = decltype(number)::value;
+      Values values;
+      load_batch<PlainFragment, kFirst>(runs, values);
+      arrange_batch<PlainFragment, kFirst>(runs, values, a);
+    });
+    release_column();
+  }
+
+  // Multiplies eight plain fragments of each strip, 128 columns, with X from stage x_state_ on.
+  // decode(Number<its first fragment>(), batch) decodes a batch; they are decoded in their order.
+  template <typename Decode>
+  __device__ __forceinline__ void multiply_fragments(const Decode& decode) {
     for_each_batch([&](auto number) {
       constexpr int kNumber = decltype(number)::value, kFirst = kNumber * kBatch;
-      constexpr int kHalf = kFirst / 4;
       Batch& a = batch_[kNumber % 2];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-        for (int s = 0; s < C::kStrips; ++s) {
-          decode_nth<kFirst % 4, kHalf, false>(i, bits[kHalf][s], position[kHalf][s], a[i][s]);
-        }
-      }
+      decode(Number<kFirst>(), a);
       constexpr bool kBeginsX = kFirst % kStageFragments == 0;
       constexpr bool kEndsX = (kFirst + kBatch) % kStageFragments == 0;
       if constexpr (kBeginsX) wait_x<1>();
@@ -261,45 +325,102 @@ class BitmapConsumer {
       if constexpr (kBeginsX && kWgmma) release_x_in_use();
       if constexpr (kEndsX) finish_x_stage();
     });
-    release_column();
   }
 
   __device__ __forceinline__ TwoFourParts find_parts(uint2 descriptor) const {
     return {descriptor.x, static_cast<int>(descriptor.y & 0xFFFF), lane_};
   }
 
+  // The address where this lane's downward run of strip s begins.
+  __device__ __forceinline__ uint32_t begin_down(const TwoFourParts& parts, int s) const {
+    return parts.residual - kChunkRowBytes + (parts.down_offsets >> (strip(s) * 8) & 0x7EU);
+  }
+
+  // Multiplies a 2:4 chunk by plain wgmma, twice 128 columns. Decoding it into plain fragments
+  // takes longer than into those of wgmma.sp, but the cost of wgmma.sp's residual grows with the
+  // tokens.
+  __device__ __forceinline__ void multiply_expanded(const Column& column) {
+    const TwoFourParts parts = find_parts(column.descriptor);
+    TwoFourGroups groups[C::kStrips];
+    uint32_t position[2][C::kStrips], residual[C::kStrips], residual_fragments[C::kStrips];
+    int steps[C::kStrips];
+#pragma unroll
+    for (int s = 0; s < C::kStrips; ++s) {
+      const bool lower = strip(s) == 0;
+      uint32_t bits[4];
+      load_bits(bits, parts.bits + strip(s) * kTwoFourStripBitsBytes + lane_ * 16);
+      groups[s] = two_four_groups(bits, lane_);
+      position[0][s] = parts.values + lane_ * 4 + strip(s) * 2;
+      position[1][s] = begin_down(parts, s);
+      residual[s] = parts.residual + (lower ? 0 : parts.steps[0] * kResidualStepBytes);
+      steps[s] = lower ? parts.steps[0] : parts.steps[1];
+      residual_fragments[s] = fragments_of_residual(residual[s], steps[s], lane_);
+    }
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {
+      multiply_fragments([&](auto number, Batch& a) {
+        constexpr int kFirst = decltype(number)::value;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int fragment = kFirst + i;
+#pragma unroll
+          for (int s = 0; s < C::kStrips; ++s) {
+            uint32_t low[2], high[2];
+            decode_groups(fragment, groups[s], position[fragment / 2 % 2][s], low, high);
+            if ((residual_fragments[s] >> fragment & 1) != 0) {
+              insert_residual(residual[s], steps[s], part * kFragments + fragment, lane_, high);
+            }
+            exchange_pairs(low, high, lane_, a[i][s]);
+          }
+        }
+      });
+#pragma unroll
+      for (int s = 0; s < C::kStrips; ++s) {
+#pragma unroll
+        for (auto& half : groups[s].words) {
+#pragma unroll
+          for (uint32_t& word : half) word >>= 2;
+        }
+        residual_fragments[s] >>= kFragments;
+      }
+    }
+    release_column();
+  }
+
   __device__ __forceinline__ void multiply_two_four(const Column& column) {
     TwoFourParts parts = find_parts(column.descriptor);
     TwoFourWords words[C::kStrips];
-    uint32_t position[C::kStrips];
+    Runs runs;
 #pragma unroll
     for (int s = 0; s < C::kStrips; ++s) {
       uint32_t bits[4];
       load_bits(bits, parts.bits + strip(s) * kTwoFourStripBitsBytes + lane_ * 16);
       words[s] = two_four_words(bits, lane_);
-      position[s] = parts.values + lane_ * 4 + strip(s) * 2;
+      runs.bits[0][s] = words[s].runs[0];
+      runs.bits[1][s] = words[s].runs[1];
+      runs.position[0][s] = parts.values + lane_ * 4 + strip(s) * 2;
     }
-    for_each_batch([&](auto number) {
-      constexpr int kNumber = decltype(number)::value, kFirst = kNumber * kBatch;
-      constexpr int kHalf = kFirst / 4;
+    Values values;
+    const auto load = [&](auto number) {
+      constexpr int kFirst = decltype(number)::value * kBatch;
       if constexpr (kFirst == 4) {
         if constexpr (kFewRegisters) parts = find_parts(load_descriptor());
 #pragma unroll
         for (int s = 0; s < C::kStrips; ++s) {
-          position[s] =
-              parts.residual - kChunkRowBytes + (parts.down_offsets >> (strip(s) * 8) & 0x7EU);
+          runs.position[1][s] = begin_down(parts, s);
         }
       }
+      load_batch<TwoFourFragment, kFirst>(runs, values);
+    };
+    if constexpr (kLoadsAhead) load(Number<0>());
+    for_each_batch([&](auto number) {
+      constexpr int kNumber = decltype(number)::value, kFirst = kNumber * kBatch;
+      if constexpr (!kLoadsAhead) load(number);
       Batch& a = batch_[kNumber % 2];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-        for (int s = 0; s < C::kStrips; ++s) {
-          decode_nth<kFirst % 4, kHalf, true>(i, words[s].runs[kHalf], position[s], a[i][s]);
-        }
-      }
+      arrange_batch<TwoFourFragment, kFirst>(runs, values, a);
       if constexpr (kFirst == 0) wait_x<kTwoFourStages>();
       start_two_four<kFirst>(a, words);
+      if constexpr (kLoadsAhead && kNumber + 1 < kBatches) load(Number<kNumber + 1>());
       ptx::wgmma_wait<1>();
       // X is transposed in the middle of the chunk, so that the slowest warp has the time of half a
       // chunk before others wait for it, in here at transposed_empty, below at transposed_full.
@@ -322,7 +443,7 @@ class BitmapConsumer {
             parts.residual + (lower ? 0 : parts.steps[0] * kResidualStepBytes),
             lower ? parts.steps[0] : parts.steps[1], lane, &sums[s][block * (kTransposedN / 2)]);
       }
-      arrive(smem_.transposed_empty());
+      arrive_for_warp(smem_.transposed_empty(), lane_);
       transposed_phase_ ^= 1;
     }
     release_column();
@@ -345,17 +466,23 @@ class BitmapConsumer {
     }
   }
 
-  // Decodes fragment kFirst + i (0..3) of a half.
-  template <int kFirst, int kHalf, bool kTwoFour>
-  __device__ __forceinline__ static void decode_nth(int i, uint32_t bits, uint32_t& position,
-                                                    uint32_t* reg) {
-    constexpr int kStep = kHalf == 0 ? kChunkRowBytes : -kChunkRowBytes;
-    if constexpr (kTwoFour) {
-      if (i == 0) decode_two_four_fragment<kFirst, kStep>(bits, position, reg);
-      if (i == 1) decode_two_four_fragment<(kFirst + 1) % 4, kStep>(bits, position, reg);
-    } else {
-      if (i == 0) decode_fragment<kFirst, kStep>(bits, position, reg);
-      if (i == 1) decode_fragment<(kFirst + 1) % 4, kStep>(bits, position, reg);
+  // Decodes this lane's groups of plain fragment `fragment` (0..7, a constant after inlining) of
+  // half of a 2:4 chunk.
+  __device__ __forceinline__ static void decode_groups(int fragment, const TwoFourGroups& groups,
+                                                       uint32_t& position, uint32_t (&low)[2],
+                                                       uint32_t (&high)[2]) {
+    const auto& words = groups.words[fragment / 2 % 2];
+    const int shift = fragment % 2 * 4;
+    const uint32_t shifted[3] = {words[0] >> shift, words[1] >> shift, words[2] >> shift};
+    switch (fragment / 2) {
+      case 0:
+        return decode_two_four_groups<0, kChunkRowBytes>(shifted, position, low, high);
+      case 1:
+        return decode_two_four_groups<0, -kChunkRowBytes>(shifted, position, low, high);
+      case 2:
+        return decode_two_four_groups<1, kChunkRowBytes>(shifted, position, low, high);
+      default:
+        return decode_two_four_groups<1, -kChunkRowBytes>(shifted, position, low, high);
     }
   }
 
@@ -384,7 +511,7 @@ class BitmapConsumer {
                                  (col8 * 8 + (row ^ col8 % 8)) * 16,
                              reg);
     }
-    arrive(smem_.transposed_full());
+    arrive_for_warp(smem_.transposed_full(), lane_);
   }
 
   const BitmapSmem<C>& smem_;

@@ -50,7 +50,7 @@ class MmaSyncConsumer {
       } else {
         multiply_plain(descriptor.x, descriptor.y & 0xFFFF);
       }
-      arrive(smem_.group_empty(group(), group_state_.stage()));
+      arrive_for_warp(smem_.group_empty(group(), group_state_.stage()), lane_);
       group_state_ = group_state_ + 1;
       if ((flags & (kColumnEndsTile | kColumnIsLast)) != 0) return flags;
     }
@@ -65,11 +65,6 @@ class MmaSyncConsumer {
 
   __device__ __forceinline__ int group() const { return warp_ / C::kGroupWarps; }
 
-  __device__ __forceinline__ void arrive(uint32_t barrier) const {
-    __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive(barrier);
-  }
-
   // Waits until kStages stages of X are in shared memory, from x_state_ on.
   template <int kStages>
   __device__ __forceinline__ void wait_x() const {
@@ -81,8 +76,8 @@ class MmaSyncConsumer {
   // Releases kStages stages of X, from x_state_ on: this warp has read them.
   template <int kStages>
   __device__ __forceinline__ void release_x() {
-    __syncwarp();
-    if (lane_ < kStages) ptx::mbarrier_arrive(smem_.x_empty((x_state_ + lane_).stage()));
+    arrive_for_warp_at_each<kStages>(
+        lane_, [&](int i) { ptx::mbarrier_arrive(smem_.x_empty((x_state_ + i).stage())); });
     x_state_ = x_state_ + kStages;
   }
 
@@ -173,7 +168,7 @@ class MmaSyncConsumer {
           smem_.transposed_x(), parts.residual + (s == 0 ? 0 : parts.steps[0] * kResidualStepBytes),
           s == 0 ? parts.steps[0] : parts.steps[1], lane, sums[s]);
     }
-    arrive(smem_.transposed_empty());
+    arrive_for_warp(smem_.transposed_empty(), lane_);
     transposed_phase_ ^= 1;
     release_x<kTwoFourStages>();
   }
@@ -225,7 +220,7 @@ class MmaSyncConsumer {
     for (int col8 = warp_ * 4; col8 < kTwoFourK / 8; col8 += C::kGroupWarps * 4) {
       transpose_columns<C::kBlocksN>(x_of_pair(col8 / 8), col8, smem_.transposed_x(), lane);
     }
-    arrive(smem_.transposed_full());
+    arrive_for_warp(smem_.transposed_full(), lane_);
   }
 
   const BitmapSmem<C>& smem_;

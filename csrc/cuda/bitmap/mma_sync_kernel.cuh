@@ -81,7 +81,7 @@ __device__ __forceinline__ int mma_sync_arrivals(int i) {
   const int x_full = static_cast<int>(Smem::kXBarriers);
   if (i >= x_full && i < x_full + C::kXStages) return 32;  // the lanes of copy_x
   // The warps that transpose X.
-  if (i == static_cast<int>(Smem::kTransposedBarriers)) return C::kGroupWarps;
+  if (i == static_cast<int>(Smem::kTransposedBarriers)) return C::kGroupWarps * kWarpArrivals;
   return Smem::arrivals(i);
 }
 

@@ -2,10 +2,15 @@
 // columns of X that these multiply, from global to shared memory ahead of the consumer warps.
 //
 // Weights go through rings of bytes, one producer warp per ring. The chunks of a column lie next to
-// each other in global memory, so a group of up to 8 chunks is one bulk copy, or two where the ring
-// wraps around (never within a chunk). The bytes in flight therefore depend on the size of the
-// rings and not on the density: at 90 % zeros four 2:4 columns are in flight. One more warp loads X
-// through a tensor map into stages of 64 or 128 columns, in the 128-byte swizzle that wgmma reads.
+// each other in global memory, so a group of up to 8 chunks is one copy, or two where the ring
+// wraps around (never within a chunk); by cp.async (weight_copy.cuh) a copy may be of several
+// groups. The bytes in flight therefore depend on the size of the rings and not on the density: at
+// 90 % zeros four 2:4 columns are in flight. One more warp loads X through a tensor map into stages
+// of 64 or 128 columns, in the 128-byte swizzle that wgmma reads.
+//
+// What limits is how many instructions a copy takes: the producer warps get one issue slot of five.
+// So sums over the chunks are computed once for both columns of a pair (99 KB of shared memory,
+// 28672x7168, N = 8, 70 % zeros, H200: 67 -> 60 us).
 //
 // Weights may be copied while the previous kernel in the stream still runs. X may not, because that
 // kernel may be writing it.
@@ -32,13 +37,15 @@ class ChunkProducer {
         smem_(smem),
         ring_(ring),
         lane_(lane),
-        ring_base_(smem.ring() + ring * p.ring_units * kChunkUnitBytes) {}
+        ring_base_(smem.ring() +
+                   (ring * (p.ring_units + kBitmapGapUnits) + kBitmapGapUnits) * kChunkUnitBytes),
+        free_units_(p.ring_units) {}
 
   __device__ __forceinline__ void begin() {
     position_ = ColumnPosition(p_, p_.schedule.first_unit(cluster_idx<C>()));
     end_ = ColumnPosition(p_, p_.schedule.first_unit(cluster_idx<C>() + 1));
     next_ = position_;
-    pair_ = load_pair();
+    lay_out(load_pair());
 #pragma unroll 1
     for (int i = 0; i < kBitmapPairsAhead; ++i) prefetch_pair();
   }
@@ -46,12 +53,8 @@ class ChunkProducer {
   __device__ __forceinline__ void run() {
 #pragma unroll 1
     while (position_.before(end_)) {
-      // If any offset is malformed, the whole column is treated as empty.
-      const bool sound = pair_.begin >= 0 && pair_.units >= 0 && pair_.units <= kMaxChunkUnits &&
-                         pair_.begin <= p_.payload_units - pair_.units;
-      const int units = __all_sync(~0U, sound) ? pair_.units : 0;
-      const uint32_t flags = column_flags(units);
-      copy_column(units, flags);
+      const uint32_t flags = column_flags();
+      copy_column(flags);
       position_.advance((flags & kColumnIsTwoFour) != 0 ? 2 : 1, p_.chunk_cols);
       if (position_.col % 2 == 0) next_pair();
     }
@@ -60,22 +63,13 @@ class ChunkProducer {
 
  private:
   static constexpr unsigned kStages = C::kRingGroups * kBitmapGroupStages;
-  static_assert(kStages <= 32, "reserved_before_ has one entry per lane");
+  static_assert(kStages <= 32, "reserved_ has one entry per lane");
+  static constexpr int kRingChunks = C::kRingGroups * C::kGroupChunks;
+  static_assert(kBandChunkRows == 16, "lane l has chunk row l % 16 of column l / 16 of a pair");
 
   // Where a chunk begins in the payload, and its size, in units.
   struct ChunkRange {
     int begin, units;
-  };
-
-  // One group's chunks of a column, which are copied together. Sizes are in units.
-  struct GroupCopy {
-    int chunk;        // index in the group of this lane's chunk; negative if the lane has none
-    int units;        // size of this lane's chunk
-    int slot;         // offset of this lane's chunk in the ring
-    int begin;        // offset of the group's first chunk in the payload
-    int total;        // size of all chunks
-    int before_wrap;  // size of those that fit before the end of the ring
-    int reserved;     // total plus what stays unused at the end of the ring
   };
 
   // Sets own_offset_ to this lane's chunk in the pair of columns at next_, the first of an output
@@ -134,21 +128,36 @@ class ChunkProducer {
     advance_pair();
   }
 
-  // Sets pair_ to the next pair, whose offsets were prefetched, and prefetches one more.
+  // Lays out the next pair, whose offsets were prefetched, and prefetches one more.
   __device__ __forceinline__ void next_pair() {
     ptx::copy_async_wait<kBitmapPairsAhead - 1>();
     // Each lane reads what it has copied itself, so no barrier is needed.
     const uint2 offsets = ptx::load_shared_v2(smem_.offsets(ring_, prefetch_stage_, lane_));
-    pair_.begin = static_cast<int>(offsets.x);
-    pair_.units = static_cast<int>(offsets.y - offsets.x);
+    lay_out({static_cast<int>(offsets.x), static_cast<int>(offsets.y - offsets.x)});
     prefetch_pair();
   }
 
-  // The flags of the column at position_; `units` is the size of each lane's own chunk.
-  __device__ __forceinline__ uint32_t column_flags(int units) const {
+  // Computes what the copies of both columns of a pair need of this lane's chunk.
+  __device__ __forceinline__ void lay_out(const ChunkRange& chunk) {
+    // If any offset is malformed, both columns are treated as empty.
+    const bool sound = chunk.begin >= 0 && chunk.units >= 0 && chunk.units <= kMaxChunkUnits &&
+                       chunk.begin <= p_.payload_units - chunk.units;
+    units_ = __all_sync(~0U, sound) ? chunk.units : 0;
+    is_two_four_ = __any_sync(~0U, lane_ < kBandChunkRows && units_ > 0 && is_two_four(units_));
+    // The chunks of a ring are contiguous in the payload.
+    ring_begin_ = __shfl_sync(~0U, chunk.begin, 0, kRingChunks);
+    end_in_ring_ = units_ > 0 ? chunk.begin + units_ - ring_begin_ : 0;
+#pragma unroll
+    for (int distance = 1; distance < kRingChunks; distance *= 2) {
+      const int before = __shfl_up_sync(~0U, end_in_ring_, distance, kRingChunks);
+      if (lane_ % kRingChunks >= distance) end_in_ring_ = max(end_in_ring_, before);
+    }
+  }
+
+  // The flags of the column at position_.
+  __device__ __forceinline__ uint32_t column_flags() const {
     // The even column of a 2:4 pair holds the chunks of both: the odd one has no bytes.
-    const bool two_four =
-        __any_sync(~0U, position_.col % 2 == 0 && lane_ < 16 && units > 0 && is_two_four(units));
+    const bool two_four = is_two_four_ && position_.col % 2 == 0;
     ColumnPosition after = position_;
     after.advance(two_four ? 2 : 1, p_.chunk_cols);
     const bool last = !after.before(end_);
@@ -159,57 +168,85 @@ class ChunkProducer {
            (last ? kColumnIsLast : 0U);
   }
 
-  // Copies the column at position_; `units` is the size of each lane's own chunk.
-  __device__ __forceinline__ void copy_column(int units, uint32_t flags) {
+  // Copies the ring's chunks of the column at position_: those of all groups together where the
+  // ring has room for two such copies, one to be read and one to arrive, else group by group.
+  __device__ __forceinline__ void copy_column(uint32_t flags) {
+    const int first_lane = position_.col % 2 * kBandChunkRows + ring_ * kRingChunks;
+    const uint32_t begin = __shfl_sync(~0U, ring_begin_, first_lane);
+    if constexpr (WeightCopy::kCopiesGroups) {
+      const int end = __shfl_sync(~0U, end_in_ring_, first_lane + kRingChunks - 1);
+      if (2 * (end + kBitmapGapUnits) <= p_.ring_units) {
+        copy_groups<C::kRingGroups>(0, first_lane, begin, 0, end, flags);
+        return;
+      }
+    }
+    int end = 0;
 #pragma unroll 1
     for (int i = 0; i < C::kRingGroups; ++i) {
-      const int group = ring_ * C::kRingGroups + i;
-      GroupCopy copy = plan_copy(group, units);
+      const int first = end;
+      end = __shfl_sync(~0U, end_in_ring_, first_lane + (i + 1) * C::kGroupChunks - 1);
+      copy_groups<1>(i, first_lane, begin, first, end, flags);
+    }
+  }
+
+  // Copies the chunks of kGroups groups from group `group` of the ring on, which are units `first`
+  // to `end` of the ring's chunks: waits for room in the ring, writes the chunk descriptors and
+  // issues the copy. They stay contiguous in the ring, but where they would cross its end: the
+  // chunk that would, and those after it, go to its beginning.
+  template <int kGroups>
+  __device__ __forceinline__ void copy_groups(int group, int first_lane, uint32_t begin, int first,
+                                              int end, uint32_t flags) {
+    const unsigned chunk = lane_ - first_lane - group * C::kGroupChunks;
+    const bool own = chunk < kGroups * C::kGroupChunks;
+    const int total = end - first;
+    int before_wrap = total;
+    // With the gap after the copy, and with what stays unused at the end of the ring.
+    int reserved = total > 0 ? total + kBitmapGapUnits : 0, head = head_ + reserved;
+    if (head > p_.ring_units + kBitmapGapUnits) {
+      const bool fits = own && head_ + end_in_ring_ - first <= p_.ring_units;
+      before_wrap = static_cast<int>(
+          __reduce_max_sync(~0U, static_cast<unsigned>(fits ? end_in_ring_ - first : 0)));
+      head -= head_ + before_wrap;
+      reserved += p_.ring_units - head_ - before_wrap;
       // Very full chunks and the unused end of the ring together may exceed the ring: then empty it
-      // and start at its beginning, where every group fits (bitmap_min_ring_bytes).
-      if (copy.reserved > p_.ring_units) {
+      // and start at its beginning, where every group fits (bitmap_least_ring_bytes).
+      if (reserved > p_.ring_units) {
         while (released_ != issued_) release_oldest();
         head_ = 0;
-        copy = plan_copy(group, units);
+        before_wrap = total;
+        reserved = head = total + kBitmapGapUnits;
       }
-      wait_for_space(copy.reserved);
-      issue_copy(group, copy, flags);
     }
-  }
+    while (issued_ - released_ > kStages - kGroups || reserved > free_units_) release_oldest();
+    free_units_ -= reserved;
+    const int stage = PipelineState<kBitmapGroupStages>{issued_ / C::kRingGroups}.stage();
+    // The last of the groups to be released frees all of the copy.
+    const unsigned ago = (lane_ - issued_) % 32;
+    if (ago < kGroups) reserved_ = ago == kGroups - 1 ? reserved : 0;
 
-  // Lays out a group's chunks of the column at position_ in the ring.
-  __device__ __forceinline__ GroupCopy plan_copy(int group, int units) const {
-    const int first_lane = position_.col % 2 * 16 + group * C::kGroupChunks;
-    const unsigned chunk = lane_ - first_lane;
-    GroupCopy copy;
-    copy.chunk = chunk < C::kGroupChunks ? static_cast<int>(chunk) : -1;
-    copy.units = copy.chunk >= 0 ? units : 0;
-    // The chunks are contiguous in the payload and stay so in the ring.
-    copy.begin = __shfl_sync(~0U, pair_.begin, first_lane);
-    const int end = copy.units > 0 ? pair_.begin + units - copy.begin : 0;
-    // The first chunk that would cross the end of the ring, and those after it, go to its
-    // beginning.
-    const bool fits = head_ + end <= p_.ring_units;
-    copy.total = static_cast<int>(__reduce_max_sync(~0U, static_cast<unsigned>(end)));
-    copy.before_wrap =
-        static_cast<int>(__reduce_max_sync(~0U, static_cast<unsigned>(fits ? end : 0)));
-    copy.slot = end - units + (fits ? head_ : -copy.before_wrap);
-    copy.reserved =
-        copy.total + (copy.before_wrap < copy.total ? p_.ring_units - head_ - copy.before_wrap : 0);
-    return copy;
-  }
-
-  // Waits until the next stage and `units` units of the ring are free.
-  __device__ __forceinline__ void wait_for_space(int units) {
-#pragma unroll 1
-    while (released_ != issued_) {
-      const uint32_t oldest = __shfl_sync(~0U, reserved_before_, released_ % 32);
-      if (issued_ - released_ < kStages &&
-          static_cast<int>(reserved_ + units - oldest) <= p_.ring_units) {
-        break;
-      }
-      release_oldest();
+    const int cta_group = ring_ * C::kRingGroups + group;
+    if (own) {
+      const int end_in_copy = end_in_ring_ - first;
+      const int place = end_in_copy + (end_in_copy <= before_wrap ? head_ : -before_wrap) - units_;
+      const int size = (flags & kColumnIsTwoFour) != 0
+                           ? units_
+                           : max(units_ * kChunkUnitBytes - kChunkFixedBytes, 0);
+      ptx::store_shared_v2(smem_.descriptor(cta_group + static_cast<int>(chunk / C::kGroupChunks),
+                                            stage, chunk % C::kGroupChunks),
+                           units_ > 0 ? ring_base_ + place * kChunkUnitBytes : smem_.empty_chunk(),
+                           size | flags << 16);
     }
+    __syncwarp();
+    RingCopy copy;
+    copy.source = p_.payload + int64_t{begin + first} * kChunkUnitWords;
+    copy.to = ring_base_ + head_ * kChunkUnitBytes;
+    copy.bytes = before_wrap * kChunkUnitBytes;
+    copy.wrapped_to = ring_base_;
+    copy.wrapped_bytes = (total - before_wrap) * kChunkUnitBytes;
+    copy.full = smem_.group_full(cta_group, stage);
+    WeightCopy::template copy<kGroups>(copy, lane_);
+    head_ = head;
+    issued_ += kGroups;
   }
 
   // Waits until the consumers have released the oldest copy in the ring.
@@ -217,40 +254,14 @@ class ChunkProducer {
     const PipelineState<kBitmapGroupStages> state = {released_ / C::kRingGroups};
     const int group = ring_ * C::kRingGroups + static_cast<int>(released_ % C::kRingGroups);
     ptx::mbarrier_wait(smem_.group_empty(group, state.stage()), state.phase());
+    free_units_ += __shfl_sync(~0U, reserved_, released_ % 32);
     ++released_;
-  }
-
-  // Writes the chunk descriptors and issues the bulk copies.
-  __device__ __forceinline__ void issue_copy(int group, const GroupCopy& copy, uint32_t flags) {
-    const int stage = PipelineState<kBitmapGroupStages>{issued_ / C::kRingGroups}.stage();
-    if (copy.chunk >= 0) {
-      const bool two_four = (flags & kColumnIsTwoFour) != 0;
-      const int size =
-          two_four ? copy.units : max(copy.units * kChunkUnitBytes - kChunkFixedBytes, 0);
-      ptx::store_shared_v2(
-          smem_.descriptor(group, stage, copy.chunk),
-          copy.units > 0 ? ring_base_ + copy.slot * kChunkUnitBytes : smem_.empty_chunk(),
-          size | flags << 16);
-    }
-    __syncwarp();
-    RingCopy ring_copy;
-    ring_copy.source = p_.payload + int64_t{copy.begin} * kChunkUnitWords;
-    ring_copy.to = ring_base_ + head_ * kChunkUnitBytes;
-    ring_copy.bytes = copy.before_wrap * kChunkUnitBytes;
-    ring_copy.wrapped_to = ring_base_;
-    ring_copy.wrapped_bytes = (copy.total - copy.before_wrap) * kChunkUnitBytes;
-    ring_copy.full = smem_.group_full(group, stage);
-    WeightCopy::copy(ring_copy, lane_);
-    if (lane_ == issued_ % 32) reserved_before_ = reserved_;
-    reserved_ += copy.reserved;
-    head_ = copy.before_wrap < copy.total ? copy.total - copy.before_wrap : head_ + copy.total;
-    ++issued_;
   }
 
   const BitmapParams& p_;
   const BitmapSmem<C>& smem_;
   int ring_, lane_;
-  uint32_t ring_base_;  // shared-memory address of the ring
+  uint32_t ring_base_;  // shared-memory address of the ring after its first gap
 
   ColumnPosition position_{0, 0};  // the column that is copied next
   ColumnPosition end_{0, 0};       // of the work range
@@ -260,16 +271,21 @@ class ChunkProducer {
   ColumnPosition next_{0, 0};
   int own_col_ = 0;
   const int32_t* own_offset_ = nullptr;
-  int pair_chunks_ = 0;   // chunks from own_offset_ to the lane's chunk in the next pair
-  ChunkRange pair_ = {};  // this lane's chunk in the pair that position_ is in
+  int pair_chunks_ = 0;  // chunks from own_offset_ to the lane's chunk in the next pair
   int prefetch_stage_ = 0;
 
+  // The pair that position_ is in: whether it is 2:4; the size of this lane's chunk; where the
+  // first chunk of its ring and column begins in the payload, and the size of the ring's chunks up
+  // to this lane's. All in units.
+  bool is_two_four_ = false;
+  int units_ = 0, ring_begin_ = 0, end_in_ring_ = 0;
+
   int head_ = 0;           // where the next chunk goes in the ring, in units
+  int free_units_;         // of the ring
   uint32_t issued_ = 0;    // copies issued so far; the groups of the ring take turns
   uint32_t released_ = 0;  // how many of them the consumers have released
-  uint32_t reserved_ = 0;  // units of the ring that were reserved so far
-  // Lane l: the value of reserved_ before copy i was issued, for the last i with i % 32 == l.
-  uint32_t reserved_before_ = 0;
+  // Lane l: the units of the ring that copy i reserved, for the last i with i % 32 == l.
+  int reserved_ = 0;
 };
 
 // One thread, which loads X stage by stage, once the previous kernel has written it. Each CTA of a

@@ -35,8 +35,14 @@
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/ptx/sm90.cuh"
 #include "cuda/schedule/dependent_launch.cuh"
+#include "cuda/schedule/warp_arrival.cuh"
 #include "format/bitmap.h"
 #include "plan/bitmap_rows_sm90.h"
+
+// Defined where the kernel has code. GPUs of compute capability 12 lack the shared memory for it.
+#if defined(FLASH_LLM_SM90) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 1200)
+#define FLASH_LLM_ROWS_SM90 1
+#endif
 
 namespace flash_llm {
 
@@ -69,11 +75,11 @@ struct RowsParams {
   int payload_units;
   int chunk_rows, chunk_cols;
   int row_blocks;  // blocks of 8 columns of a chunk row, at least one for each team
-  int ring_units;  // size of the ring in units of 64 bytes
+  int ring_units;  // size of the ring after its first gap, in units of 64 bytes
   Epilogue epilogue;
 };
 
-#ifdef FLASH_LLM_SM90A
+#ifdef FLASH_LLM_ROWS_SM90
 
 // The layout of shared memory, in bytes from a 1024-byte boundary. What is before the ring and
 // after it keeps the decoder's reads beyond a chunk (smem.cuh) within shared memory.
@@ -106,7 +112,8 @@ struct RowsSmem {
   __device__ __forceinline__ uint32_t descriptor(uint32_t step, int chunk) const {
     return base + kDescriptors + (step % kStages * kStepChunks + chunk) * 8;
   }
-  __device__ __forceinline__ uint32_t ring() const { return base + kRing; }
+  // After the gap that precedes it.
+  __device__ __forceinline__ uint32_t ring() const { return base + kRing + kDecodeReachBytes; }
   __device__ __forceinline__ uint32_t full(uint32_t step) const { return barrier(step % kStages); }
   __device__ __forceinline__ uint32_t empty(uint32_t step) const {
     return barrier(kStages + step % kStages);
@@ -120,8 +127,11 @@ struct RowsSmem {
   __device__ __forceinline__ uint32_t sums_empty() const { return barrier(kSumsBarriers + 1); }
   __device__ __forceinline__ uint32_t barrier(int i) const { return base + kBarriers + i * 8; }
   __device__ __forceinline__ static int arrivals(int i) {
-    if (i >= kSumsBarriers) return i == kSumsBarriers ? C::kWarps : C::kWarps / 2;
-    return i >= kStages && i < kXBarriers ? kTeamWarps : 1;
+    if (i >= kSumsBarriers) {
+      return (i == kSumsBarriers ? C::kWarps : C::kWarps / 2) * kWarpArrivals;
+    }
+    if (i >= kStages && i < kXBarriers) return kTeamWarps * kWarpArrivals;
+    return i < kStages ? kWarpArrivals : 1;
   }
 };
 
@@ -205,21 +215,23 @@ class StepProducer {
   __device__ __forceinline__ void copy_step(const Chunk& chunk, int i) {
     const bool own = lane_ / kStepChunks == i;
     const int total = __shfl_sync(~0U, chunk.total, i * kStepChunks);
-    int reserving = total, after = head_ + total;  // units of the ring, and head_ after this step
+    // Units of the ring, with the gap after this step; and head_ after it.
+    const int needed = total > 0 ? total + kBitmapGapUnits : 0;
+    int reserving = needed, after = head_ + needed;
     int slot = head_ + chunk.end - chunk.units;
-    if (after > p_.ring_units) {
+    if (after > p_.ring_units + kBitmapGapUnits) {
       // Chunks that would cross the ring's end go to its beginning.
       const bool fits = head_ + chunk.end <= p_.ring_units;
       const int before_wrap = static_cast<int>(
           __reduce_max_sync(~0U, static_cast<unsigned>(own && fits ? chunk.end : 0)));
-      reserving = total + p_.ring_units - head_ - before_wrap;
-      after = total - before_wrap;
+      reserving = needed + p_.ring_units - head_ - before_wrap;
+      after = needed - before_wrap;
       slot = chunk.end - chunk.units + (fits ? head_ : -before_wrap);
       // Very full chunks and the unused end together may exceed the ring: then empty it and start
       // at its beginning, where every step fits.
       if (reserving > p_.ring_units) {
         while (released_ != issued_) release_oldest();
-        reserving = after = total;
+        reserving = after = needed;
         slot = chunk.end - chunk.units;
       }
     }
@@ -232,7 +244,11 @@ class StepProducer {
       ptx::store_shared_v2(smem_.descriptor(issued_, lane_ % kStepChunks), place, chunk.units);
     }
     __syncwarp();
-    if (lane_ == i * kStepChunks) ptx::mbarrier_arrive_expect_tx(full, total * kChunkUnitBytes);
+    if (lane_ == i * kStepChunks) {
+      ptx::mbarrier_arrive_expect_tx(full, total * kChunkUnitBytes);
+    } else if constexpr (kWarpArrivals > 1) {
+      ptx::mbarrier_arrive(full);
+    }
     __syncwarp();
     if (own && chunk.units > 0) {
       ptx::bulk_copy_streaming(place, p_.payload + int64_t{chunk.begin} * kChunkUnitWords,
@@ -264,12 +280,6 @@ class StepProducer {
   // Lane l: reserved_ after step i was copied, for the last i with i % 32 == l.
   uint32_t reserved_after_ = 0;
 };
-
-// Arrives for a warp.
-__device__ __forceinline__ void arrive(uint32_t barrier, int lane) {
-  __syncwarp();
-  if (lane == 0) ptx::mbarrier_arrive(barrier);
-}
 
 template <typename C>
 class RowConsumer {
@@ -306,14 +316,14 @@ class RowConsumer {
         multiply_plain(even, 0);
       }
       next_x(0);
-      arrive(smem_.empty(2 * block_), lane_);
+      arrive_for_warp(smem_.empty(2 * block_), lane_);
       const uint2 odd = wait_chunk(2 * block_ + 1);
       if (!is_two_four(even.y)) {
         wait_x(1);
         multiply_plain(odd, 1);
       }
       next_x(1);
-      arrive(smem_.empty(2 * block_ + 1), lane_);
+      arrive_for_warp(smem_.empty(2 * block_ + 1), lane_);
       if (!x_stays()) ++x_uses_;
     }
   }
@@ -539,23 +549,23 @@ __device__ __forceinline__ void multiply_rows(const RowsParams& p, const CUtenso
 #pragma unroll
       for (float& sum : sums) sum = 0.0F;
     }
-    arrive(smem.sums_full(), lane);
+    arrive_for_warp(smem.sums_full(), lane);
     // The halves of the warps take turns in adding the sums; the others go on to the next row.
     constexpr uint32_t kHalf = C::kWarps / 2;
     if (warp / kHalf != row % 2) continue;
     ptx::mbarrier_wait(smem.sums_full(), phase(row));
     add_sums(p, smem, row, (warp % kHalf) * 32 + lane, kHalf * 32);
-    arrive(smem.sums_empty(), lane);
+    arrive_for_warp(smem.sums_empty(), lane);
   }
 }
 
-#endif  // FLASH_LLM_SM90A
+#endif  // FLASH_LLM_ROWS_SM90
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     bitmap_rows_kernel(const __grid_constant__ RowsParams p,
                        const __grid_constant__ CUtensorMap map) {
-#ifdef FLASH_LLM_SM90A
+#ifdef FLASH_LLM_ROWS_SM90
   extern __shared__ uint8_t smem_bytes[];
   const RowsSmem<C> smem = {ptx::opaque((ptx::smem_address(smem_bytes) + 1023) / 1024 * 1024)};
   const int warp = __shfl_sync(~0U, static_cast<int>(threadIdx.x) / 32, 0);
@@ -575,6 +585,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   } else {
     producer.run();
   }
+#else
+  __trap();  // never: the plan refuses
 #endif
 }
 
@@ -628,7 +640,7 @@ Status cuda::spmm_bitmap_rows(const SpmmPlan& plan, const SpmmArgs& args, bool p
   params.chunk_cols = static_cast<int>(num_chunk_cols(weight.k));
   params.row_blocks =
       std::max((params.chunk_cols + 2 * kTeamWarps - 1) / (2 * kTeamWarps), config.teams);
-  params.ring_units = plan.ring_bytes / kChunkUnitBytes;
+  params.ring_units = plan.ring_bytes / kChunkUnitBytes - kBitmapGapUnits;
   params.epilogue = {args.bias, args.y, weight.m, args.n, args.activation};
   const dim3 grid(static_cast<unsigned>(plan.ctas),
                   static_cast<unsigned>((args.n + config.tile_n - 1) / config.tile_n));

@@ -7,6 +7,7 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/ptx/sm90.cuh"
 #include "cuda/schedule/stream_k.cuh"
+#include "cuda/schedule/warp_arrival.cuh"
 #include "format/bitmap.h"
 #include "plan/bitmap_sm90a.h"
 
@@ -19,12 +20,15 @@ struct BitmapParams {
   int chunk_rows, chunk_cols;
   int row_blocks;    // of block_m rows each
   int output_tiles;  // row blocks times token blocks
-  int ring_units;    // size of each ring in units of 64 bytes
+  int ring_units;    // size of each ring after its first gap, in units of 64 bytes
   // A row of the work grid is the output tile token_block * row_blocks + row_block: block_m rows of
   // W by tile_n tokens. A work unit is `unit_cols` (1 or 2) columns of chunks.
   StreamK schedule;
   int unit_cols;
-  float4* partial;  // partial sums for the finishing kernel, see finish.cuh
+  float4* partial;  // partial sums, see finish.cuh
+  // For each consumer warp, whether its partial sums are in the workspace. Null if the finishing
+  // kernel adds them.
+  uint32_t* stored;
   Epilogue epilogue;
 
   // `workspace` has the size that the plan says; `block_m` is the rows of W in an output tile.
@@ -36,10 +40,11 @@ struct BitmapParams {
         chunk_cols(static_cast<int>(num_chunk_cols(args.weight.k))),
         row_blocks(static_cast<int>((args.weight.m + block_m - 1) / block_m)),
         output_tiles(static_cast<int>(plan.work.rows)),
-        ring_units(plan.ring_bytes / rings / kChunkUnitBytes),
+        ring_units(plan.ring_bytes / rings / kChunkUnitBytes - kBitmapGapUnits),
         schedule(plan.work),
         unit_cols(plan.unit_cols),
         partial(static_cast<float4*>(workspace)),
+        stored(nullptr),
         epilogue{args.bias, args.y, args.weight.m, args.n, args.activation} {}
 };
 
@@ -58,17 +63,18 @@ struct BitmapKernelConfig {
   // warpgroup. The launch divides them evenly between the 5 or 3 warpgroups, in multiples of 8 (96
   // or 168, which the spill check of setup.py prints), and setmaxnreg divides the same sum again:
   //                  launched    consumers  producer   used by them in the SASS of nvcc 13.0
-  //   tile_n <= 64   5 *  96 >=   4 * 104  +  56       93 or 94, and 33 or 34
-  //   tile_n = 128   5 *  96 >=   4 * 112  +  32       107, and 24
-  //   tile_n = 256   3 * 168 >=   2 * 208  +  56       192, and 25
-  // Up to 64 tokens 104 is the most that leaves the producer enough: with 112 it would have 32. At
-  // 128 tokens ptxas serialises the wgmmas with 104 (its C7512). At 256 tokens ptxas manages with
-  // 184, and 224 would fit; neither was timed.
+  //   8, 16 and 64   5 *  96 >=   4 * 104  +  56       93 to 102, and 38 to 43
+  //   32 and 128     5 *  96 >=   4 * 112  +  32       88 to 110, and 24 or 25
+  //   tile_n = 256   3 * 168 >=   2 * 224  +  56       222, and 28
+  // 104 is the most that leaves the producer as many as it takes; with 112 it has 32. With 104
+  // ptxas spills at 32 tokens, and at 128 it serialises the wgmmas (its C7512). At 256 tokens ptxas
+  // manages with 184 for plain chunks; expanding 2:4 chunks takes more.
   static constexpr int kAllWarps = kWarps + 4;
   static constexpr int kThreads = kAllWarps * 32;
   static constexpr int kLaunchRegisters = 512 / (kWarps / 4 + 1) / 8 * 8;
-  static constexpr int kProducerRegisters = kTileN == 128 ? 32 : 56;
-  static constexpr int kConsumerRegisters = kTileN == 256 ? 208 : kTileN == 128 ? 112 : 104;
+  static constexpr bool kFewForProducer = kTileN == 32 || kTileN == 128;
+  static constexpr int kProducerRegisters = kFewForProducer ? 32 : 56;
+  static constexpr int kConsumerRegisters = kTileN == 256 ? 224 : kFewForProducer ? 112 : 104;
   static_assert(kWarps / 4 * kConsumerRegisters + kProducerRegisters <=
                     (kWarps / 4 + 1) * kLaunchRegisters,
                 "setmaxnreg.inc waits forever for registers that the launch did not allocate");
@@ -118,8 +124,9 @@ struct BitmapSmem {
   int rank;  // of the CTA in its cluster
 
   static constexpr uint32_t kTransposed = C::kXStages * C::kXStageBytes;
-  static constexpr uint32_t kEmpty = kTransposed + bitmap_transposed_x_bytes(C::kTileN);
-  static constexpr uint32_t kDescriptors = kEmpty + kTwoFourFixedBytes;
+  static constexpr uint32_t kEmpty =
+      kTransposed + bitmap_transposed_x_bytes(C::kTileN) + kDecodeReachBytes;
+  static constexpr uint32_t kDescriptors = kEmpty + kTwoFourFixedBytes + kDecodeReachBytes;
   static constexpr uint32_t kOffsets =
       kDescriptors + C::kGroups * kBitmapGroupStages * C::kGroupChunks * 8;
   static constexpr uint32_t kBarriers = kOffsets + C::kRings * kBitmapPairsAhead * 32 * 8;
@@ -138,9 +145,10 @@ struct BitmapSmem {
                                  stage * C::kXStageBytes + k16 / 4 * C::kXBoxBytes + k16 % 4 * 32);
   }
   // X of a 2:4 chunk's 256 columns, transposed: [block of 8 tokens][column][token], 16 bytes per
-  // column, up to 64 tokens at a time.
+  // column, up to 64 tokens at a time. None if 2:4 chunks are expanded.
   __device__ __forceinline__ uint32_t transposed_x() const { return base + kTransposed; }
-  // All zeros: stands for any chunk, plain or 2:4, that has no nonzeros.
+  // All zeros: stands for any chunk, plain or 2:4, that has no nonzeros. There is a gap around it,
+  // too.
   __device__ __forceinline__ uint32_t empty_chunk() const { return base + kEmpty; }
   // The chunk descriptor (see ColumnFlags) of chunk `chunk` of a group.
   __device__ __forceinline__ uint32_t descriptor(int group, int stage, int chunk) const {
@@ -178,9 +186,11 @@ struct BitmapSmem {
   __device__ __forceinline__ uint32_t barrier(int i) const { return base + kBarriers + i * 8; }
   // How many arrivals complete a phase of barrier i.
   __device__ __forceinline__ static int arrivals(int i) {
-    if (i >= kTransposedBarriers) return C::kWarps;
-    if (i >= kXBarriers) return i < kXBarriers + C::kXStages ? 1 : C::kCluster * C::kWarps;
-    return i < C::kGroups * kBitmapGroupStages ? 1 : C::kGroupWarps;
+    if (i >= kTransposedBarriers) return C::kWarps * kWarpArrivals;
+    if (i >= kXBarriers) {
+      return i < kXBarriers + C::kXStages ? 1 : C::kCluster * C::kWarps * kWarpArrivals;
+    }
+    return (i < C::kGroups * kBitmapGroupStages ? 1 : C::kGroupWarps) * kWarpArrivals;
   }
 };
 
@@ -195,10 +205,13 @@ struct PipelineState {
   __device__ __forceinline__ PipelineState operator+(int stages) const { return {count + stages}; }
 };
 
-// The cluster's index in the grid, and so its index among the workers of the schedule.
+// The cluster's index among the workers of the schedule. A kernel whose clusters may wait for those
+// after them (finish.cuh) counts from the grid's end, because CTAs are launched in the grid's
+// order: a cluster then waits only for clusters that were launched before it.
 template <typename C>
 __device__ __forceinline__ int cluster_idx() {
-  return static_cast<int>(blockIdx.x) / C::kCluster;
+  const int idx = static_cast<int>(blockIdx.x) / C::kCluster;
+  return C::kFinishesAll ? idx : static_cast<int>(gridDim.x) / C::kCluster - 1 - idx;
 }
 
 // A position in the schedule: an output tile and one of its columns of chunks.

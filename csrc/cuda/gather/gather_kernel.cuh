@@ -356,7 +356,7 @@ class GatherCta {
                                 0,
                                 0,
                                 full_ + stage * 8};
-    C::WeightCopy::copy(ring_copy, lane_);
+    C::WeightCopy::template copy<1>(ring_copy, lane_);
     return walk.take();
   }
 

@@ -121,6 +121,18 @@ __device__ __forceinline__ uint32_t load_shared_u16(uint32_t smem) {
   return value;
 }
 
+// Makes this thread's earlier writes, and those that it has synchronised with, visible to a thread
+// that reads `value` by load_acquire().
+__device__ __forceinline__ void store_release(uint32_t* gmem, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(gmem), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* gmem) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(gmem) : "memory");
+  return value;
+}
+
 // cp.async: four bytes from global to shared memory, or zeros where `valid` is false.
 __device__ __forceinline__ void copy_async4(uint32_t smem, const void* gmem, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem), "l"(gmem),
@@ -139,11 +151,13 @@ __device__ __forceinline__ void copy_async16(uint32_t smem, const void* gmem, bo
 // for 1.0. Creating it takes five instructions, and using it two more if it is not a constant.
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 
-// cp.async: 16 bytes at kOffset from both addresses, which are read once.
-template <int kOffset>
+// cp.async: 16 bytes, which are read once, at these offsets from the addresses. The hardware has 12
+// bits for a kGmemOffset: others cost an addition.
+template <int kSmemOffset, int kGmemOffset>
 __device__ __forceinline__ void copy_async16_streaming(uint32_t smem, const void* gmem) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0 + %3], [%1 + %3], 16, %2;" ::"r"(smem),
-               "l"(gmem), "l"(kEvictFirst), "n"(kOffset)
+  static_assert(-2048 <= kGmemOffset && kGmemOffset < 2048, "takes one instruction");
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0 + %3], [%1 + %4], 16, %2;" ::"r"(smem),
+               "l"(gmem), "l"(kEvictFirst), "n"(kSmemOffset), "n"(kGmemOffset)
                : "memory");
 }
 

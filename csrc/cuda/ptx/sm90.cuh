@@ -10,7 +10,10 @@
 #include "cuda/ptx/sm80.cuh"
 #include "format/packed_header.h"
 
-// Defined where code may use what only sm_90a has.
+// Defined where code may use what GPUs from sm_90 on have, and what only sm_90a has.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define FLASH_LLM_SM90 1
+#endif
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define FLASH_LLM_SM90A 1
 #endif
