@@ -73,7 +73,7 @@ struct SliceOfCta {
 };
 
 // A CTA writes the elements of a slice in one part, window by window.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     unpack_kernel(const __grid_constant__ GatherWeight weight, uint16_t* dense) {
   extern __shared__ __align__(16) uint16_t values[];  // [kGatherSliceRows][kWindow]
   const int lane = threadIdx.x % 32, warp = static_cast<int>(threadIdx.x) / 32;
