@@ -13,7 +13,7 @@ from test_cli import SCRIPT, invoke, start
 from test_hf import SIZES, dense, output, sparse_layers
 
 import flash_llm
-from flash_llm import evaluate
+from flash_llm import evaluate, ops
 from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
 from flash_llm.io.unfinished import NOTE_NAME
 from flash_llm.prune import calibrate, checkpoint
@@ -466,6 +466,17 @@ def test_code_that_comes_with_a_model_does_not_run_unasked(tmp_path, source, tex
 # ---- report and eval ----
 
 
+def test_files_have_the_format_that_gpus_take_for_few_tokens(tmp_path, source, text, monkeypatch):
+    # The rule is for larger weights than those of a toy.
+    monkeypatch.setattr(ops, "stored_format", lambda _, format, few: "gather" if few else format)
+    for options, format in (((), "row_bitmap"), (("--expected-tokens", "1"), "gather")):
+        folder = tmp_path / format
+        result = prune(source, folder, text, *options)
+        assert result.exit_code == 0, result.output
+        found = json.loads(invoke("report", folder, "--json").stdout)
+        assert found["formats"][format] == len(Checkpoint(checkpoint_files(folder)).packed) > 0
+
+
 def test_report_shows_the_folder_and_how_it_was_pruned(tmp_path, source, text):
     prune(source, tmp_path / "pruned", text)
     found = json.loads(invoke("report", tmp_path / "pruned", "--json").stdout)
@@ -476,9 +487,6 @@ def test_report_shows_the_folder_and_how_it_was_pruned(tmp_path, source, text):
     assert found["formats"]["row_bitmap"] == len(stored.packed)
     rows = {row["name"]: row for row in found["weights"]["rows"]}
     assert all(rows[layer["name"]]["sparsity"] == 0.75 for layer in found["pruning"]["layers"])
-    prune(source, tmp_path / "few", text, "--expected-tokens", "1", "--sparsity", "0.9")
-    found = json.loads(invoke("report", tmp_path / "few", "--json").stdout)
-    assert found["formats"]["gather"] == len(Checkpoint(checkpoint_files(tmp_path / "few")).packed)
     shown = invoke("report", tmp_path / "pruned").stdout
     assert "pruned by wanda" in shown and "row_bitmap" in shown
     assert "There is no report of its pruning." in invoke("report", source).stdout

@@ -560,8 +560,9 @@ TEST(SelectPlanGather, EachPartOf8192ColumnsHasCtasAndSums) {
 }
 
 TEST(SelectFormat, TakesGatherOnlyOnAGpuWhereFewTokensAreExpected) {
-  const auto format = [](double sparsity, const DeviceInfo& device, int64_t tokens) {
-    const SpmmProblem p = problem(4096, 1, 4096, sparsity);
+  const auto format = [](double sparsity, const DeviceInfo& device, int64_t tokens,
+                         int64_t m = 28672) {
+    const SpmmProblem p = problem(m, 1, 7168, sparsity);
     return select_format(p.m, p.k, p.nnz, device, tokens).format;
   };
   for (const DeviceInfo& device : {kA100, kL40S, kH200, kB200, kRtx5090}) {
@@ -571,6 +572,7 @@ TEST(SelectFormat, TakesGatherOnlyOnAGpuWhereFewTokensAreExpected) {
     EXPECT_EQ(format(0.8, device, 4), Format::kGather);
     EXPECT_EQ(format(0.7, device, 1), Format::kBitmap);
     EXPECT_EQ(format(0.99, device, 1), Format::kTiledCsl);
+    EXPECT_EQ(format(0.9, device, 1, 2048), Format::kBitmap);
   }
   EXPECT_EQ(format(0.9, kCpu, 1), Format::kRowBitmap);
   EXPECT_EQ(format(0.9, gpu(100, 148, 228 * 1024, "9.0a"), 1),
