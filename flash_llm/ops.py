@@ -637,9 +637,9 @@ def pack(
             ``explain_format`` gives the reason), ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"`` or
             ``"gather"``.
         expected_tokens: how many tokens most products will have at most, if that is known: the
-            batch size of decoding, for instance. Up to 8, and for weights of many zeros on a GPU,
-            ``"auto"`` then takes ``"gather"``, which is faster for so few tokens and slower from
-            16 tokens on. Ignored for any other format.
+            batch size of decoding, for instance. Up to 8, and for large weights of many zeros on a
+            GPU, ``"auto"`` then takes ``"gather"``, which is faster for so few tokens and slower
+            from 16 tokens on. Ignored for any other format.
 
     Returns:
         The packed weight, of the format's class, on ``dense.device``; detached from autograd.
