@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flash_llm import _extension, ops
 from flash_llm.formats.bitmap import Bitmap
+from flash_llm.formats.gather import Gather
 from flash_llm.formats.row_bitmap import RowBitmap
 from flash_llm.formats.tiled_csl import TiledCSL
 from flash_llm.prune.calibrate import prune_
@@ -269,7 +270,7 @@ _FORMAT_TESTS = {
 _TESTS: dict[str, Callable[[str], None]] = {
     **{
         f"{cls.FORMAT}: {name}": functools.partial(test, cls.FORMAT)
-        for cls in (TiledCSL, Bitmap, RowBitmap)
+        for cls in (TiledCSL, Bitmap, RowBitmap, Gather)
         for name, test in _FORMAT_TESTS.items()
     },
     **{f"prune_: {method}": functools.partial(_test_prune, method) for method in METHODS},

@@ -53,14 +53,16 @@ class SparseLinear(nn.Linear):
         dtype: float16 or bfloat16.
         payload_words: length of the payload on the meta device, so that tools which compute the
             size of a model before it is loaded get the right size; 0 on other devices.
-        format: ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"`` or ``"auto"``, which chooses the
-            format that multiplies fastest on the device, whenever a dense weight is packed and
-            when the layer moves between CPU and GPU.
+        format: ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"``, ``"gather"`` or ``"auto"``, which
+            chooses the format that multiplies fastest on the device, whenever a dense weight is
+            packed and when the layer moves between CPU and GPU. A layer that had ``"gather"`` once
+            has it again on every GPU, because nobody has it who does not expect few tokens.
+        expected_tokens: as :func:`flash_llm.pack` takes it, for each choice of ``"auto"``.
 
     Raises:
-        ValueError: a size is negative, ``format`` is unknown, or ``payload_words`` is not 0 off the
-            meta device.
-        TypeError: ``dtype`` is neither float16 nor bfloat16.
+        ValueError: a size is negative, ``format`` is unknown, ``expected_tokens`` is not positive,
+            or ``payload_words`` is not 0 off the meta device.
+        TypeError: ``dtype`` is neither float16 nor bfloat16; ``expected_tokens`` is no integer.
         RuntimeError: the compiled extension is missing.
 
     Example:
@@ -77,6 +79,8 @@ class SparseLinear(nn.Linear):
     weight_offsets: Tensor
     weight_payload: Tensor
     format: str
+    expected_tokens: int | None = None
+    _had_gather: bool = False
     is_part: bool = False  # whether this is one process's part of a distributed weight
     # The header that was last read from weight_header; while that is on the meta device, the header
     # of the weight that will be loaded.
@@ -96,13 +100,16 @@ class SparseLinear(nn.Linear):
         dtype: torch.dtype = torch.float16,
         payload_words: int = 0,
         format: str = "auto",
+        expected_tokens: int | None = None,
     ) -> None:
         # nn.Linear's own constructor would allocate the dense weight.
         nn.Module.__init__(self)
         ops.check_format(format)
+        ops.check_expected_tokens(expected_tokens)
         self.in_features = in_features
         self.out_features = out_features
         self.format = format
+        self.expected_tokens = expected_tokens
         packed = PackedWeight.class_for("tiled_csl" if format == "auto" else format).empty(
             out_features, in_features, dtype=dtype, device=device, payload_words=payload_words
         )
@@ -122,6 +129,7 @@ class SparseLinear(nn.Linear):
         sparsity: float | None = None,
         scope: str = "row",
         format: str = "auto",
+        expected_tokens: int | None = None,
     ) -> SparseLinear:
         """Pack the weight of a dense layer.
 
@@ -131,6 +139,7 @@ class SparseLinear(nn.Linear):
                 as by :func:`flash_llm.prune_pack`; None does not prune.
             scope: ``"row"``, ``"layer"`` or ``"N:M"``, which prunes even if ``sparsity`` is None.
             format: as for the constructor.
+            expected_tokens: likewise.
 
         Returns:
             A new layer on the same device and in the same training mode. It shares the bias
@@ -142,11 +151,13 @@ class SparseLinear(nn.Linear):
             ValueError: ``sparsity``, ``scope`` or ``format`` is not one that
                 :func:`flash_llm.prune_pack` takes.
         """
-        packed = pack_layer(linear, sparsity=sparsity, scope=scope, format=format)
+        packed = pack_layer(
+            linear, sparsity=sparsity, scope=scope, format=format, expected_tokens=expected_tokens
+        )
         bias = linear.bias
         assert bias is None or isinstance(bias, nn.Parameter)
         layer = cls.from_packed(packed, bias, validate=False)
-        layer.format = format
+        layer.format, layer.expected_tokens = format, expected_tokens
         layer.train(linear.training)
         return layer
 
@@ -336,6 +347,7 @@ class SparseLinear(nn.Linear):
         """Record that the buffer ``weight_header`` has the values of ``header``."""
         tensor = self._buffers["weight_header"]
         self._header, self._header_read = header, None
+        self._had_gather |= PackedWeight.class_for(header.format).FORMAT == "gather"
         if not _has_values(tensor):
             return
         if tensor.is_inference():  # such tensors have no version
@@ -357,6 +369,14 @@ class SparseLinear(nn.Linear):
         self._buffers.update(zip(BUFFERS, packed.parts(), strict=True))
         self._remember(packed.header)
 
+    def _pack(self, dense: Tensor) -> PackedWeight:
+        format = "gather" if self._keeps_gather(dense.device) else self.format
+        return ops.pack(dense, format, expected_tokens=self.expected_tokens)
+
+    def _keeps_gather(self, device: torch.device) -> bool:
+        """Whether the layer has gather on a device because it was chosen before."""
+        return self.format == "auto" and self._had_gather and device.type == "cuda"
+
     def _set_weight(self, dense: Any) -> None:
         if not isinstance(dense, Tensor):
             raise TypeError(
@@ -367,7 +387,7 @@ class SparseLinear(nn.Linear):
             raise TypeError(
                 f"flash_llm.SparseLinear: weight must be {self.dtype}, got {dense.dtype}"
             )
-        packed = ops.pack(dense, self.format)
+        packed = self._pack(dense)
         here = self.weight_payload.device
         self._install(packed if here.type == "meta" else packed.to(here))
 
@@ -413,7 +433,7 @@ class SparseLinear(nn.Linear):
             if self.weight_payload.is_meta:
                 self._header = self._header._replace(value_type=ops.value_type_of(new_dtype))
             else:
-                self._install(ops.pack(self.weight.to(new_dtype), self.format))
+                self._install(self._pack(self.weight.to(new_dtype)))
         elif self.weight_payload.device.type != old_device.type:
             self.refit()
         return self
@@ -425,7 +445,7 @@ class SparseLinear(nn.Linear):
             weight: ``[M', K']`` dense part, of the layer's dtype.
         """
         self.out_features, self.in_features = weight.shape
-        self._install(ops.pack(weight, self.format))
+        self._install(self._pack(weight))
         self.is_part = True
 
     def refit(self) -> None:
@@ -434,16 +454,20 @@ class SparseLinear(nn.Linear):
         ``.to()`` calls this; it is for code that replaces the buffers.
         """
         if self._wants_other_format():
-            self._install(ops.pack(ops.unpack(self.packed), self.format))
+            self._install(self._pack(ops.unpack(self.packed)))
 
     def _wants_other_format(self) -> bool:
         """Whether ``format="auto"`` would choose another format on the layer's device."""
         header, device = self._current_header(), self.weight_payload.device
         if self.format != "auto" or device.type == "meta":
             return False
+        if self._keeps_gather(device):
+            return self.packed.FORMAT != "gather"
         major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
         name, _ = ops.explain_format(
-            header.m, header.k, header.nnz, compute_capability=10 * major + minor
+            *(header.m, header.k, header.nnz),
+            compute_capability=10 * major + minor,
+            expected_tokens=self.expected_tokens,
         )
         return name != self.packed.FORMAT
 
@@ -465,6 +489,7 @@ class SparseLinear(nn.Linear):
             )
             return
         if packed is not None:
+            self._had_gather = packed.FORMAT == "gather"
             incoming = packed.parts()
             state_dict = {k: v for k, v in state_dict.items() if k != prefix + "weight"}
             state_dict.update(zip((prefix + name for name in BUFFERS), incoming, strict=True))
@@ -502,7 +527,7 @@ class SparseLinear(nn.Linear):
             if not isinstance(dense, Tensor) or not dense.is_floating_point() or dense.is_meta:
                 raise TypeError(f"weight must be a floating point tensor with values, got {dense}")
             self._check_shape(*dense.shape)
-            return ops.pack(dense.to(self.dtype), self.format)
+            return self._pack(dense.to(self.dtype))
         if len(found) != len(BUFFERS):
             absent = next(name for name in BUFFERS if name not in found)
             raise ValueError(f"{absent} is missing, although there is {found[0]}")
@@ -572,6 +597,7 @@ def pack_layer(
     sparsity: float | None = None,
     scope: str = "row",
     format: str = "auto",
+    expected_tokens: int | None = None,
 ) -> PackedWeight:
     """Pack the ``[M, K]`` weight of a dense layer; arguments and errors as ``from_linear``."""
     name = type(layer).__name__
@@ -599,5 +625,7 @@ def pack_layer(
     if is_conv1d(layer):
         weight = weight.t()
     if sparsity is None and scope in ("row", "layer"):
-        return ops.pack(weight, format)
-    return ops.prune_pack(weight, sparsity, scope=scope, format=format)
+        return ops.pack(weight, format, expected_tokens=expected_tokens)
+    return ops.prune_pack(
+        weight, sparsity, scope=scope, format=format, expected_tokens=expected_tokens
+    )

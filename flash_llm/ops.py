@@ -318,8 +318,8 @@ class PackedWeight:
 
         The result has the bytes of packing ``to_dense()[rows, columns]``. A slice of all columns
         whose first and last row are borders of the format (multiples of 128 rows in ``tiled_csl``,
-        of 512 in ``bitmap``, of 4 in ``row_bitmap``, or the end) is copied. For any other slice the
-        weight is unpacked, cut and packed again, on the same device.
+        of 512 in ``bitmap`` and ``gather``, of 4 in ``row_bitmap``, or the end) is copied. For any
+        other slice the weight is unpacked, cut and packed again, on the same device.
 
         Args:
             rows: a slice of the M rows, with step 1.
@@ -554,7 +554,14 @@ def spmm_buffers(
     return y
 
 
-def explain_format(m: int, k: int, nnz: int, *, compute_capability: int = 0) -> tuple[str, str]:
+def explain_format(
+    m: int,
+    k: int,
+    nnz: int,
+    *,
+    compute_capability: int = 0,
+    expected_tokens: int | None = None,
+) -> tuple[str, str]:
     """Return the format that ``format="auto"`` chooses, and the reason; needs no GPU.
 
     Args:
@@ -562,18 +569,61 @@ def explain_format(m: int, k: int, nnz: int, *, compute_capability: int = 0) -> 
         k: in_features.
         nnz: nonzeros of the weight.
         compute_capability: 10 * major + minor of the GPU, 90 for an H100; 0 means the CPU.
+        expected_tokens: as :func:`pack` takes it.
 
     Returns:
         The format's name and one sentence.
 
     Raises:
+        TypeError: ``expected_tokens`` is no integer.
+        ValueError: ``expected_tokens`` is not positive.
         RuntimeError: the extension is missing.
     """
-    name, reason = _extension.require().explain_format(m, k, nnz, compute_capability)
+    tokens = check_expected_tokens(expected_tokens)
+    name, reason = _extension.require().explain_format(m, k, nnz, compute_capability, tokens)
     return str(name), str(reason)
 
 
-def pack(dense: Tensor, format: str = "auto") -> PackedWeight:
+def check_expected_tokens(expected_tokens: int | None) -> int:
+    """Check the argument ``expected_tokens`` of functions that pack, and return it; 0 for None.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is not positive.
+    """
+    if expected_tokens is None:
+        return 0
+    if not isinstance(expected_tokens, int) or isinstance(expected_tokens, bool):
+        raise TypeError(
+            f"flash_llm: expected_tokens must be an integer, got {type(expected_tokens).__name__}"
+        )
+    if expected_tokens < 1:
+        raise ValueError(f"flash_llm: expected_tokens must be positive, got {expected_tokens}")
+    return expected_tokens
+
+
+def stored_format(weight: Tensor | PackedWeight, format: str, expected_tokens: int | None) -> str:
+    """Return the format in which to write a weight to files that GPUs will load too.
+
+    ``"auto"`` remains, so that the weight is packed for the device it is on, unless few tokens are
+    expected and a GPU would take ``"gather"`` for them: loading cannot know that.
+
+    Args:
+        weight: ``[M, K]``, dense or packed.
+        format: a format's name or ``"auto"``.
+        expected_tokens: as :func:`pack` takes it.
+    """
+    if format != "auto" or expected_tokens is None:
+        return format
+    nnz = weight.nnz if isinstance(weight, PackedWeight) else int(torch.count_nonzero(weight))
+    m, k = weight.shape
+    on_gpu, _ = explain_format(m, k, nnz, compute_capability=90, expected_tokens=expected_tokens)
+    return on_gpu if on_gpu == "gather" else format
+
+
+def pack(
+    dense: Tensor, format: str = "auto", *, expected_tokens: int | None = None
+) -> PackedWeight:
     """Pack the nonzeros of a dense weight.
 
     Zeros of either sign are dropped, and ``unpack`` returns them as +0; all other values (NaN, Inf
@@ -584,15 +634,21 @@ def pack(dense: Tensor, format: str = "auto") -> PackedWeight:
     Args:
         dense: ``[M, K]`` float16 or bfloat16, CPU or CUDA, any strides, any M, K >= 0.
         format: ``"auto"`` (the format that multiplies fastest on ``dense.device``;
-            ``explain_format`` gives the reason), ``"row_bitmap"``, ``"tiled_csl"`` or ``"bitmap"``.
+            ``explain_format`` gives the reason), ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"`` or
+            ``"gather"``.
+        expected_tokens: how many tokens most products will have at most, if that is known: the
+            batch size of decoding, for instance. Up to 8, and for large weights of many zeros on a
+            GPU, ``"auto"`` then takes ``"gather"``, which is faster for so few tokens and slower
+            from 16 tokens on. Ignored for any other format.
 
     Returns:
         The packed weight, of the format's class, on ``dense.device``; detached from autograd.
 
     Raises:
         ValueError: ``dense`` is not two-dimensional, is too large for the format's 31-bit offsets,
-            has a storage smaller than its shape needs, or ``format`` is unknown.
-        TypeError: the dtype is neither float16 nor bfloat16.
+            has a storage smaller than its shape needs, ``format`` is unknown, or
+            ``expected_tokens`` is not positive.
+        TypeError: the dtype is neither float16 nor bfloat16; ``expected_tokens`` is no integer.
         NotImplementedError: ``dense`` is on CUDA and this build has no CUDA part.
         RuntimeError: another thread or stream changed ``dense`` while it was packed; the extension
             is missing, or CUDA failed.
@@ -604,7 +660,8 @@ def pack(dense: Tensor, format: str = "auto") -> PackedWeight:
     """
     _extension.require()
     _check_dense("pack", dense)
-    return _from_op(torch.ops.flash_llm.pack(dense.detach(), format))
+    tokens = check_expected_tokens(expected_tokens)
+    return _from_op(torch.ops.flash_llm.pack(dense.detach(), format, tokens))
 
 
 def prune_pack(
@@ -613,6 +670,7 @@ def prune_pack(
     *,
     scope: str = "row",
     format: str = "auto",
+    expected_tokens: int | None = None,
 ) -> PackedWeight:
     """Prune by magnitude to a sparsity, then pack, in one operator; ``dense`` does not change.
 
@@ -625,14 +683,16 @@ def prune_pack(
         scope: ``"row"`` (each row is pruned to the fraction), ``"layer"`` (the matrix as a whole)
             or ``"N:M"``, such as ``"2:4"`` (the N largest of every M consecutive columns are kept).
         format: as :func:`pack` takes it.
+        expected_tokens: likewise.
 
     Returns:
         The packed weight on ``dense.device``.
 
     Raises:
         ValueError: ``sparsity`` is outside [0, 1], NaN, missing or contradicts the scope; ``scope``
-            or ``format`` is unknown; ``dense`` is not two-dimensional.
-        TypeError: the dtype is neither float16 nor bfloat16.
+            or ``format`` is unknown; ``dense`` is not two-dimensional; ``expected_tokens`` is not
+            positive.
+        TypeError: the dtype is neither float16 nor bfloat16; ``expected_tokens`` is no integer.
         NotImplementedError: ``dense`` is on CUDA and this build has no CUDA part.
         RuntimeError: the extension is missing, or CUDA failed.
 
@@ -648,7 +708,8 @@ def prune_pack(
         raise TypeError(
             f"flash_llm::prune_pack: sparsity must be a number, got {type(sparsity).__name__}"
         )
-    return _from_op(torch.ops.flash_llm.prune_pack(dense.detach(), sparsity, scope, format))
+    tokens = check_expected_tokens(expected_tokens)
+    return _from_op(torch.ops.flash_llm.prune_pack(dense.detach(), sparsity, scope, format, tokens))
 
 
 def unpack(w: PackedWeight) -> Tensor:
@@ -760,7 +821,9 @@ def _check_fake_device(op: str, name: str, tensor: Tensor, payload: Tensor) -> N
         )
 
 
-def _fake_pack(dense: Tensor, format: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+def _fake_pack(
+    dense: Tensor, format: str = "auto", expected_tokens: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     value_type_of(dense.dtype)
     if dense.dim() != 2:
         raise ValueError(
@@ -782,9 +845,13 @@ def _fake_pack(dense: Tensor, format: str = "auto") -> tuple[Tensor, Tensor, Ten
 
 
 def _fake_prune_pack(
-    dense: Tensor, sparsity: float | None = None, scope: str = "row", format: str = "auto"
+    dense: Tensor,
+    sparsity: float | None = None,
+    scope: str = "row",
+    format: str = "auto",
+    expected_tokens: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_pack(dense, format)
+    return _fake_pack(dense, format, expected_tokens)
 
 
 def _fake_unpack(

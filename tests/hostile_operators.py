@@ -24,7 +24,7 @@ from flash_llm import testing
 from flash_llm.ops import ACTIVATIONS
 
 ERRORS = (ValueError, TypeError, NotImplementedError, RuntimeError)
-FORMATS = ("tiled_csl", "bitmap", "row_bitmap")
+FORMATS = ("tiled_csl", "bitmap", "row_bitmap", "gather")
 CONFIGS = ("auto", "dense", "cpu_reference", "cpu_tiles", "cpu_rows", "cpu_blocks")
 OPS = torch.ops.flash_llm
 EXTREMES = (0, 1, -1, 2, 3, 7, 16, 127, 8192, 2**16, 2**31 - 1, 2**31, -(2**31), 2**62, 2**63 - 1)

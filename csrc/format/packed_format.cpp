@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "format/bitmap.h"
+#include "format/gather.h"
 #include "format/row_bitmap.h"
 #include "format/tiled_csl.h"
 
@@ -26,6 +27,10 @@ constexpr std::array<PackedFormat, kNumFormats> kFormats = {{
      // One bit for each element. The padding is 0.1 % at 50 % zeros of a large weight.
      [](double density) { return 0.125 + 2 * density; }, row_bitmap_count, row_bitmap_pack,
      row_bitmap_unpack_block, row_bitmap_count_stored, row_bitmap_check_sizes, row_bitmap_validate},
+    {Format::kGather, "gather", 1, kGatherTileM, kGatherTileK, kGatherUnitWords, kGatherTileM,
+     // Measured: 28672x7168 at 70, 80 and 90 % zeros takes 0.925, 0.622 and 0.317.
+     [](double density) { return 0.012 + 3.05 * density; }, gather_count, gather_pack,
+     gather_unpack_tile_row, gather_count_stored, gather_check_sizes, gather_validate},
 }};
 
 // Row i is the format of number i + 1.

@@ -8,6 +8,7 @@
 
 #include "format/packed_format.h"
 #include "plan/config_table.h"
+#include "plan/gather.h"
 
 namespace flash_llm {
 namespace {
@@ -183,7 +184,8 @@ Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const s
   return request.forced() ? plan_forced(request, out) : plan_auto(request, out);
 }
 
-FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, const DeviceInfo& device) {
+FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, const DeviceInfo& device,
+                           int64_t expected_tokens) {
   const double elems = static_cast<double>(m) * static_cast<double>(k);
   const double density = elems > 0 ? static_cast<double>(nnz) / elems : 1.0;
   FormatChoice choice;
@@ -200,6 +202,9 @@ FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, const DeviceInfo& 
                                 : "the fewest bytes of the formats that have kernels here (" +
                                       sizes + " of the dense weight)";
   choice.reason += others;
+  if (gather_suits_few_tokens(device, m, k, density, expected_tokens, &choice.reason)) {
+    choice.format = Format::kGather;
+  }
   return choice;
 }
 

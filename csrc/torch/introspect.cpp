@@ -124,9 +124,10 @@ void check_header(const std::string& where, const std::vector<int64_t>& ints,
                                 payload_words.value_or(header.payload_words)));
 }
 
-py::tuple explain_format(int64_t m, int64_t k, int64_t nnz, int compute_capability) {
+py::tuple explain_format(int64_t m, int64_t k, int64_t nnz, int compute_capability,
+                         int64_t expected_tokens) {
   const DeviceInfo device = gpu(compute_capability, 0, 0, FLASH_LLM_CUDA_ARCHS);
-  const FormatChoice choice = select_format(m, k, nnz, device);
+  const FormatChoice choice = select_format(m, k, nnz, device, expected_tokens);
   return py::make_tuple(packed_format(choice.format).name, choice.reason);
 }
 
@@ -146,7 +147,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("row_of_position", &row_of_position, py::arg("position"));
   m.def("col_of_position", &col_of_position, py::arg("position"));
   m.def("explain_format", &explain_format, py::arg("m"), py::arg("k"), py::arg("nnz"),
-        py::arg("compute_capability"));
+        py::arg("compute_capability"), py::arg("expected_tokens") = 0);
   m.def("check_header", &check_header, py::arg("where"), py::arg("ints"),
         py::arg("num_offsets") = py::none(), py::arg("payload_words") = py::none());
   m.def("cpu_isa", &current_cpu_isa);

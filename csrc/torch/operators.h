@@ -15,9 +15,10 @@ namespace flash_llm {
                            const at::Tensor& payload, const std::optional<at::Tensor>& bias,       \
                            c10::string_view activation, c10::string_view config, int64_t ctas,     \
                            bool prefetch, const std::optional<at::Tensor>& scales);                \
-  Packed pack_##device(const at::Tensor& dense, c10::string_view format);                          \
+  Packed pack_##device(const at::Tensor& dense, c10::string_view format, int64_t expected_tokens); \
   Packed prune_pack_##device(const at::Tensor& dense, std::optional<double> sparsity,              \
-                             c10::string_view scope, c10::string_view format);                     \
+                             c10::string_view scope, c10::string_view format,                      \
+                             int64_t expected_tokens);                                             \
   at::Tensor unpack_##device(at::IntArrayRef header, const at::Tensor& offsets,                    \
                              const at::Tensor& payload, const std::optional<at::Tensor>& scales);  \
   void validate_##device(at::IntArrayRef header, const at::Tensor& offsets,                        \

@@ -10,10 +10,12 @@ TORCH_LIBRARY(flash_llm, m) {
       "spmm(Tensor x, int[] header, Tensor offsets, Tensor payload, Tensor? bias=None, "
       "str activation=\"none\", str config=\"auto\", int ctas=0, bool prefetch=True, "
       "Tensor? scales=None) -> Tensor");
-  m.def("pack(Tensor dense, str format=\"auto\") -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "pack(Tensor dense, str format=\"auto\", int expected_tokens=0) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def(
       "prune_pack(Tensor dense, float? sparsity=None, str scope=\"row\", "
-      "str format=\"auto\") -> (Tensor, Tensor, Tensor)");
+      "str format=\"auto\", int expected_tokens=0) -> (Tensor, Tensor, Tensor)");
   m.def("unpack(int[] header, Tensor offsets, Tensor payload, Tensor? scales=None) -> Tensor");
   m.def("validate(int[] header, Tensor offsets, Tensor payload, Tensor? scales=None) -> ()");
   m.def("count_stored(int[] header, Tensor offsets, Tensor payload) -> int");

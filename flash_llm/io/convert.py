@@ -76,6 +76,7 @@ class _Options:
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
     format: str
+    expected_tokens: int | None
     dtype: str | None
     pack_unprofitable: bool
     conv1d: bool
@@ -88,6 +89,7 @@ def convert_checkpoint(
     targets: str | Sequence[str] = EVERY_LAYER,
     ignore: str | Sequence[str] = CONVERT_IGNORE,
     format: str = "auto",
+    expected_tokens: int | None = None,
     dtype: torch.dtype | None = None,
     pack_unprofitable: bool = False,
     workers: int = 1,
@@ -111,6 +113,8 @@ def convert_checkpoint(
         ignore: patterns of the layers to leave dense; overrides ``targets``.
         format: ``"auto"`` (the fastest on the CPU; a layer is packed again when it is loaded on a
             device for which another format is faster), or a format's name.
+        expected_tokens: how many tokens most products on a GPU will have at most, if that is known:
+            ``"auto"`` then writes ``"gather"`` where :func:`flash_llm.pack` would on a GPU.
         dtype: cast float32 weights to this dtype first, float16 or bfloat16. None leaves them
             dense.
         pack_unprofitable: also pack weights that do not get smaller.
@@ -127,7 +131,8 @@ def convert_checkpoint(
         FileExistsError: ``dst`` exists, or ``dst.partial`` belongs to other work or is in use by
             another run.
         ValueError: a file is broken, or not directly in ``src``; a target matches nothing; a layer
-            is packed already; ``format``, ``dtype`` or ``workers`` is invalid.
+            is packed already; ``format``, ``expected_tokens``, ``dtype`` or ``workers`` is invalid.
+        TypeError: ``expected_tokens`` is no integer.
         OSError: the disk is full or not writable; ``src`` is untouched, and finished files stay in
             ``dst.partial``.
 
@@ -145,6 +150,7 @@ def convert_checkpoint(
     """
     src, dst = Path(src), Path(dst)
     ops.check_format(format)
+    ops.check_expected_tokens(expected_tokens)
     if dtype is not None and not ops.is_packable(dtype):
         raise ValueError(
             "flash_llm.convert_checkpoint: dtype must be torch.float16 or torch.bfloat16, got "
@@ -168,6 +174,7 @@ def convert_checkpoint(
         targets=parse_patterns("targets", targets),
         ignore=parse_patterns("ignore", ignore),
         format=format,
+        expected_tokens=expected_tokens,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         pack_unprofitable=pack_unprofitable,
         conv1d=bool(is_conv1d_model(src)),
@@ -246,7 +253,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str], *, format: str = "auto") 
     """
     ops.check_format(format)
     source = DenseView(checkpoint_files(folder))
-    options = _Options((EVERY_LAYER,), (), format, None, False, conv1d=False)
+    options = _Options((EVERY_LAYER,), (), format, None, None, False, conv1d=False)
     rows = []
     for name in sorted(source.checkpoint.packed, key=natural):
         packed = source.checkpoint.placeholder(name)
@@ -463,7 +470,8 @@ def _convert_tensor(
     if why_dense:
         row = LayerReport(name, shape, None, tensor.nbytes, None, None, "skipped", why_dense)
         return row, {f"{name}.weight": tensor}
-    packed = ops.pack(tensor.t() if transposed else tensor, options.format)
+    weight = tensor.t() if transposed else tensor
+    packed = ops.pack(weight, ops.stored_format(weight, options.format, options.expected_tokens))
     row = decide(name, packed, options.pack_unprofitable)
     if row.decision != "packed":
         return row, {f"{name}.weight": tensor}

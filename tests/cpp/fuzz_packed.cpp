@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <random>
 #include <string>
@@ -32,7 +33,8 @@
 namespace flash_llm::testing {
 namespace {
 
-constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap};
+constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap,
+                               Format::kGather};
 
 struct Outcomes {
   uint64_t accepted = 0;
@@ -50,7 +52,7 @@ class Fuzzer {
     DenseMatrix dense = random_patterns(m, k, pick_of(0.0, 0.3, 0.7, 0.97, 1.0),
                                         static_cast<uint32_t>(rng_()), below(3));
     if (below(2)) thin_out(dense);
-    const Format format = kFormats[below(3)];
+    const Format format = kFormats[below(static_cast<int>(std::size(kFormats)))];
     Packed packed;
     require(pack(dense, format, serial_for, &packed).ok(), "pack refused a small matrix");
 

@@ -7,6 +7,7 @@
 #include "plan/bitmap_mma_sync.h"
 #include "plan/bitmap_rows_sm90.h"
 #include "plan/bitmap_sm90a.h"
+#include "plan/gather.h"
 #include "plan/spmm_plan.h"
 #include "plan/tiled_csl_sm80.h"
 
@@ -32,6 +33,10 @@ struct Call {
         return cuda::spmm_bitmap_sm90(plan, args, nullptr, true, nullptr);
       case KernelFamily::kBitmapSm80:
         return cuda::spmm_bitmap_sm80(plan, args, nullptr, true, nullptr);
+      case KernelFamily::kGatherSm90:
+        return cuda::spmm_gather_sm90(plan, args, nullptr, true, nullptr);
+      case KernelFamily::kGatherSm80:
+        return cuda::spmm_gather_sm80(plan, args, nullptr, true, nullptr);
       default:
         return Status::unsupported("not a family with a kernel");
     }
@@ -84,6 +89,11 @@ std::vector<Kernel> every_kernel() {
       kernels.push_back({Format::kBitmap, config.name, config.tile_n});
     }
   }
+  for (const KernelFamily family : {KernelFamily::kGatherSm80, KernelFamily::kGatherSm90}) {
+    for (const auto& config : gather_configs(family)) {
+      kernels.push_back({Format::kGather, config.name, config.tile_n});
+    }
+  }
   return kernels;
 }
 
@@ -117,12 +127,10 @@ TEST_P(EveryKernel, RefusesThePlanOfAnotherFamily) {
 
 TEST_P(EveryKernel, RefusesAWeightOfAnotherFormat) {
   Call other = call();
-  const bool bitmap = other.args.format == Format::kBitmap;
-  other.args.format = bitmap ? Format::kTiledCsl : Format::kBitmap;
-  const Status status = other.launch();
-  EXPECT_EQ(status.code, StatusCode::kInvalidValue);
-  EXPECT_NE(status.message.find("tiled_csl"), std::string::npos) << status.message;
-  EXPECT_NE(status.message.find("bitmap"), std::string::npos) << status.message;
+  other.args.format = other.args.format == Format::kBitmap ? Format::kTiledCsl : Format::kBitmap;
+  for (const Format format : {other.args.format, other.plan.problem.format}) {
+    expect_refused(other, packed_format(format).name);
+  }
 }
 
 TEST_P(EveryKernel, RefusesConfigurationsThatDoNotExist) {
@@ -143,6 +151,20 @@ TEST(BitmapLaunch, RefusesAPlanForFewerRowsWhereEachHasItsSums) {
   Call call = call_of(Format::kBitmap, 8, "n8");
   call.args.weight.m *= 2;
   expect_refused(call, "M=8192");
+}
+
+TEST(GatherLaunch, RefusesAPlanForOtherRowsOrPartsOrWithoutWarps) {
+  for (const char* config : {"gather8", "sm80_gather1"}) {
+    Call call = call_of(Format::kGather, 1, config);
+    call.plan.work.rows += 1;
+    expect_refused(call, "its configuration");
+    call = call_of(Format::kGather, 1, config);
+    call.plan.work.cols += 1;
+    expect_refused(call, "its configuration");
+    call = call_of(Format::kGather, 1, config);
+    call.plan.ring_bytes = 64;
+    expect_refused(call, "its configuration");
+  }
 }
 
 TEST(BitmapLaunch, RefusesRingsThatHoldNoFullChunks) {
