@@ -256,7 +256,7 @@ def interrupt(monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(checkpoint, "sparsify_", fail)
+    monkeypatch.setattr(checkpoint, "sparsify_for_files_", fail)
 
 
 def test_an_unfinished_run_is_continued_by_the_same_only(tmp_path, source, text):

@@ -246,7 +246,7 @@ def test_the_support_table_is_what_the_planner_says():
             gpu = {"num_sms": 132, "smem_per_sm_bytes": 228 * 1024} if capability else {}
             auto = {
                 flash_llm.explain_format(
-                    *(4096, 4096, int(density * 4096**2)),
+                    *(8192, 8192, int(density * 8192**2)),
                     compute_capability=capability,
                     expected_tokens=tokens,
                 )[0]
