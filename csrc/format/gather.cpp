@@ -39,7 +39,8 @@ int64_t units_of_bytes(int64_t bytes) { return (bytes + kUnitBytes - 1) / kUnitB
 
 // Bytes before the slices: rows and quads.
 int64_t directory_bytes(int slices) {
-  return (units_of_bytes(int64_t{slices} * kGatherSliceRows * 2) + units_of_bytes(slices * 2)) *
+  return (units_of_bytes(int64_t{slices} * kGatherSliceRows * 2) +
+          units_of_bytes(int64_t{slices} * 2)) *
          kUnitBytes;
 }
 
@@ -139,7 +140,7 @@ const uint8_t* visit_steps(const Tile& tile, int slices, const Visit& visit) {
           const size_t index = lane * kGatherQuadSteps + i;
           const auto step = static_cast<int8_t>(at[index]);
           uint16_t value;
-          std::memcpy(&value, at + kGatherLanes * kGatherQuadSteps + 2 * index, sizeof(value));
+          std::memcpy(&value, at + kGatherQuadStepBytes + 2 * index, sizeof(value));
           cols[lane] += step;
           visit(slice * kGatherSliceRows + static_cast<int>(lane) / kGatherRuns, cols[lane], value,
                 quad % kGatherSegmentQuads * kGatherQuadSteps + static_cast<int>(i), step);

@@ -64,7 +64,8 @@ inline constexpr int kGatherQuadSteps = 4;
 inline constexpr int kGatherSegmentQuads = 8;
 inline constexpr int kGatherReach = 127;  // columns that a step can cross, either way
 inline constexpr int kGatherHeadBytes = kGatherLanes * 2;  // of a segment's first columns
-inline constexpr int kGatherQuadBytes = kGatherLanes * kGatherQuadSteps * 3;
+inline constexpr int kGatherQuadStepBytes = kGatherLanes * kGatherQuadSteps;  // then the values
+inline constexpr int kGatherQuadBytes = kGatherQuadStepBytes * 3;
 
 FLASH_LLM_HOST_DEVICE constexpr int gather_slices(int64_t rows) {
   return static_cast<int>((rows + kGatherSliceRows - 1) / kGatherSliceRows);

@@ -2,6 +2,7 @@
 // for the host and for the kernel that packs, so that both write the same bytes.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -102,13 +103,13 @@ class GatherOrder {
   }
 
   FLASH_LLM_HOST_DEVICE uint32_t* row_bits(int lane) const {
-    return bits_ + lane / kGatherRuns * words_;
+    return bits_ + ptrdiff_t{lane / kGatherRuns} * words_;
   }
 
   // Cuts a row into runs.
   FLASH_LLM_HOST_DEVICE void begin_row(int row) {
-    GatherOrderState::Run* const runs = s_.runs + row * kGatherRuns;
-    const uint32_t* const bits = bits_ + row * words_;
+    GatherOrderState::Run* const runs = s_.runs + ptrdiff_t{row} * kGatherRuns;
+    const uint32_t* const bits = bits_ + ptrdiff_t{row} * words_;
     int count = 0;
     for (int i = 0; i < words_; ++i) count += count_bits(bits[i]);
     for (int run = 0; run < kGatherRuns; ++run) {
@@ -288,11 +289,11 @@ class GatherOrder {
     if (out != nullptr) {
       if (segment_begins_) {
         const auto first = static_cast<uint16_t>(col);
-        std::memcpy(out - kGatherHeadBytes + 2 * lane, &first, sizeof(first));
+        std::memcpy(out - kGatherHeadBytes + ptrdiff_t{lane} * 2, &first, sizeof(first));
       }
       const int at = lane * kGatherQuadSteps + step;
       out[at] = static_cast<uint8_t>(col - run.col);
-      std::memcpy(out + kGatherLanes * kGatherQuadSteps + 2 * at, &value, sizeof(value));
+      std::memcpy(out + kGatherQuadStepBytes + ptrdiff_t{at} * 2, &value, sizeof(value));
     }
     run.col = col;
     ++s_.class_lanes[col % kGatherClasses];

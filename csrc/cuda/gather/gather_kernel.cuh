@@ -426,7 +426,7 @@ class GatherCta {
   __device__ __forceinline__ Quad load_quad(uint32_t segment, int quad) const {
     const uint32_t at = segment + kGatherHeadBytes + quad * kGatherQuadBytes;
     return {ptx::load_shared_u32(at + lane_ * 4),
-            ptx::load_shared_v2(at + kGatherLanes * kGatherQuadSteps + lane_ * 8)};
+            ptx::load_shared_v2(at + kGatherQuadStepBytes + lane_ * 8)};
   }
 
   // Adds a quad's products. `column` is in bytes from the beginning of X.
@@ -583,8 +583,7 @@ class GatherCta {
             at += kGatherHeadBytes;
           }
           const uint32_t steps = __ldg(reinterpret_cast<const uint32_t*>(at) + lane_);
-          const auto* values =
-              reinterpret_cast<const uint16_t*>(at + kGatherLanes * kGatherQuadSteps);
+          const auto* values = reinterpret_cast<const uint16_t*>(at + kGatherQuadStepBytes);
 #pragma unroll 1
           for (int i = 0; i < kGatherQuadSteps; ++i) {
             column += static_cast<int8_t>(steps >> 8 * i);

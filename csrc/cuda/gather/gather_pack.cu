@@ -60,7 +60,7 @@ struct SliceOfCta {
       for (int q = 0; q < count; ++q, at += kGatherQuadBytes) {
         const auto steps = static_cast<int>(__ldg(reinterpret_cast<const uint32_t*>(at) + lane));
         const uint2 values =
-            __ldg(reinterpret_cast<const uint2*>(at + kGatherLanes * kGatherQuadSteps) + lane);
+            __ldg(reinterpret_cast<const uint2*>(at + kGatherQuadStepBytes) + lane);
         const uint32_t words[2] = {values.x, values.y};
 #pragma unroll
         for (int i = 0; i < kGatherQuadSteps; ++i) {
