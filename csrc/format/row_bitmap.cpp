@@ -197,13 +197,7 @@ Status row_bitmap_validate(const PackedView& view, const ParallelFor& parallel_f
                                  std::to_string(units));
   });
   if (!offsets.ok()) return offsets;
-  const auto check_block = [&](int64_t block, FirstFailure& failure) {
-    int64_t nnz = 0;
-    const std::string problem = block_problem(view, block, &nnz);
-    if (!problem.empty()) failure.report(block, problem);
-    return nnz;
-  };
-  return check_tiles(view, blocks, "block", parallel_for, check_block);
+  return check_tiles(view, blocks, "block", parallel_for, tile_check(view, block_problem));
 }
 
 int64_t row_bitmap_count_stored(const PackedView& view, const ParallelFor& parallel_for) {

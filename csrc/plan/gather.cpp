@@ -60,11 +60,9 @@ bool takes(const Configs& configs, const PlanRequest& request, std::string* reas
     return false;
   }
   const SpmmProblem& problem = request.problem;
-  const double elems = static_cast<double>(problem.m) * static_cast<double>(problem.k);
-  const double density = static_cast<double>(problem.nnz) / std::max(elems, 1.0);
   const GatherConfig& config = configs[static_cast<size_t>(best)];
-  const auto most =
-      static_cast<int64_t>(kDenseCost / (kPassCost + kPassCostOfDensity * density)) * config.tile_n;
+  const double pass_cost = kPassCost + kPassCostOfDensity * density(problem);
+  const int64_t most = static_cast<int64_t>(kDenseCost / pass_cost) * config.tile_n;
   if (problem.n > most) {
     if (reason != nullptr) {
       *reason = "N > " + std::to_string(most) + ": unpacking and the dense GEMM cost less than " +
@@ -158,7 +156,7 @@ std::vector<KernelConfig> describe_gather_sm90_configs() {
   return describe(gather_configs(KernelFamily::kGatherSm90));
 }
 
-// Each family is for the GPUs that have no faster one, which gives the reason there.
+// On GPUs that have bulk copies the other family is taken, which then gives the reason.
 bool takes_gather_sm80(const PlanRequest& request, std::string* reason) {
   return !request.device.features.contains(GpuFeature::kBulkCopy) &&
          takes(gather_configs(KernelFamily::kGatherSm80), request, reason);
