@@ -17,6 +17,7 @@ with interrupts.deferred():
 from flash_llm import _extension
 from flash_llm.evaluate import perplexity
 from flash_llm.formats.bitmap import Bitmap
+from flash_llm.formats.gather import Gather
 from flash_llm.formats.quantized_bitmap import QuantizedBitmap
 from flash_llm.formats.row_bitmap import RowBitmap
 from flash_llm.formats.tiled_csl import TiledCSL
@@ -40,6 +41,7 @@ hf.register_when_imported()
 
 __all__ = [
     "Bitmap",
+    "Gather",
     "PackedWeight",
     "PruneReport",
     "QuantizedBitmap",

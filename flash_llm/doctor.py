@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flash_llm import _extension, ops, quantize
 from flash_llm.formats.bitmap import Bitmap
+from flash_llm.formats.gather import Gather
 from flash_llm.formats.quantized_bitmap import QuantizedBitmap
 from flash_llm.formats.row_bitmap import RowBitmap
 from flash_llm.formats.tiled_csl import TiledCSL
@@ -297,7 +298,7 @@ _FORMAT_TESTS = {
 _TESTS: dict[str, Callable[[str], None]] = {
     **{
         f"{cls.FORMAT}: {name}": functools.partial(test, cls.FORMAT)
-        for cls in (TiledCSL, Bitmap, RowBitmap)
+        for cls in (TiledCSL, Bitmap, RowBitmap, Gather)
         for name, test in _FORMAT_TESTS.items()
     },
     **{

@@ -57,19 +57,21 @@ class SparseLinear(nn.Linear):
             size of a model before it is loaded get the right size; 0 on other devices.
         format: the name of a format, as :func:`flash_llm.pack` takes it, or ``"auto"``, which
             chooses the format that multiplies fastest on the device, whenever a dense weight is
-            packed and when the layer moves between CPU and GPU.
+            packed and when the layer moves between CPU and GPU. A layer that was
+            packed as ``"gather"`` is packed so again on every GPU: its caller expects few tokens.
         values: ``"16-bit"`` or ``"int8"``: what :func:`flash_llm.pack` stores of each dense weight
             that the layer gets.
+        expected_tokens: as :func:`flash_llm.pack` takes it, for each choice of ``"auto"``.
 
     Attributes:
         x_quantization: None, or ``"dynamic"``, which :func:`flash_llm.spmm` describes. It may be
             set at any time and is not part of the state dict.
 
     Raises:
-        ValueError: a size is negative, ``format`` or ``values`` is unknown, or ``payload_words`` is
-            not 0 off the meta device.
-        TypeError: ``dtype`` is neither float16 nor bfloat16, or the format does not hold such
-            values.
+        ValueError: a size is negative, ``format`` or ``values`` is unknown, ``expected_tokens`` is
+            not positive, or ``payload_words`` is not 0 off the meta device.
+        TypeError: ``dtype`` is neither float16 nor bfloat16; the format does not hold such values;
+            ``expected_tokens`` is no integer.
         RuntimeError: the compiled extension is missing.
 
     Example:
@@ -87,6 +89,8 @@ class SparseLinear(nn.Linear):
     weight_payload: Tensor
     format: str
     x_quantization: str | None = None
+    expected_tokens: int | None = None
+    _had_gather: bool = False
     is_part: bool = False  # whether this is one process's part of a distributed weight
     # The header that was last read from weight_header; while that is on the meta device, the header
     # of the weight that will be loaded.
@@ -107,15 +111,18 @@ class SparseLinear(nn.Linear):
         payload_words: int = 0,
         format: str = "auto",
         values: str = "16-bit",
+        expected_tokens: int | None = None,
     ) -> None:
         # nn.Linear's own constructor would allocate the dense weight.
         nn.Module.__init__(self)
         ops.check_format(format)
+        ops.check_expected_tokens(expected_tokens)
         self.in_features = in_features
         self.out_features = out_features
         self.format = format
         # Any format will do for a weight of zeros; one that holds the values.
         any_format = "tiled_csl" if values == "16-bit" else "row_bitmap"
+        self.expected_tokens = expected_tokens
         packed = PackedWeight.class_for(any_format if format == "auto" else format).empty(
             out_features,
             in_features,
@@ -141,6 +148,7 @@ class SparseLinear(nn.Linear):
         scope: str = "row",
         format: str = "auto",
         values: str = "16-bit",
+        expected_tokens: int | None = None,
     ) -> SparseLinear:
         """Pack the weight of a dense layer.
 
@@ -150,7 +158,8 @@ class SparseLinear(nn.Linear):
                 as by :func:`flash_llm.prune_pack`; None does not prune.
             scope: ``"row"``, ``"layer"`` or ``"N:M"``, which prunes even if ``sparsity`` is None.
             format: as for the constructor.
-            values: as for the constructor.
+            values: likewise.
+            expected_tokens: likewise.
 
         Returns:
             A new layer on the same device and in the same training mode. It shares the bias
@@ -162,11 +171,18 @@ class SparseLinear(nn.Linear):
             ValueError: ``sparsity``, ``scope``, ``format`` or ``values`` is not one that
                 :func:`flash_llm.prune_pack` takes.
         """
-        packed = pack_layer(linear, sparsity=sparsity, scope=scope, format=format, values=values)
+        packed = pack_layer(
+            linear,
+            sparsity=sparsity,
+            scope=scope,
+            format=format,
+            values=values,
+            expected_tokens=expected_tokens,
+        )
         bias = linear.bias
         assert bias is None or isinstance(bias, nn.Parameter)
         layer = cls.from_packed(packed, bias, validate=False)
-        layer.format = format
+        layer.format, layer.expected_tokens = format, expected_tokens
         layer.train(linear.training)
         return layer
 
@@ -377,6 +393,7 @@ class SparseLinear(nn.Linear):
         """Record that the buffer ``weight_header`` has the values of ``header``."""
         tensor = self._buffers["weight_header"]
         self._header, self._header_read = header, None
+        self._had_gather |= PackedWeight.class_for(header.format).FORMAT == "gather"
         if not _has_values(tensor):
             return
         if tensor.is_inference():  # such tensors have no version
@@ -398,6 +415,18 @@ class SparseLinear(nn.Linear):
         self._buffers.update(zip(BUFFERS, packed.parts(), strict=True))
         self._remember(packed.header)
 
+    def _pack(self, dense: Tensor, values: str = "16-bit") -> PackedWeight:
+        format = self._format_on(dense.device)
+        return ops.pack(dense, format, values=values, expected_tokens=self.expected_tokens)
+
+    def _format_on(self, device: torch.device) -> str:
+        return "gather" if self._keeps_gather(device) else self.format
+
+    def _keeps_gather(self, device: torch.device) -> bool:
+        """Whether the layer has gather on a device because it was chosen before."""
+        had_gather = self._had_gather and self.values == "16-bit"
+        return self.format == "auto" and had_gather and device.type == "cuda"
+
     def _set_weight(self, dense: Any) -> None:
         if not isinstance(dense, Tensor):
             raise TypeError(
@@ -408,7 +437,7 @@ class SparseLinear(nn.Linear):
             raise TypeError(
                 f"flash_llm.SparseLinear: weight must be {self.dtype}, got {dense.dtype}"
             )
-        packed = ops.pack(dense, self.format, values=self.values)
+        packed = self._pack(dense, self.values)
         here = self.weight_payload.device
         self._install(packed if here.type == "meta" else packed.to(here))
 
@@ -460,7 +489,7 @@ class SparseLinear(nn.Linear):
                 self._install(dataclasses.replace(packed, header=cast))
                 self.refit()
             else:
-                self._install(ops.pack(self.weight.to(new_dtype), self.format))
+                self._install(self._pack(self.weight.to(new_dtype)))
         elif self.weight_payload.device.type != old_device.type:
             self.refit()
         return self
@@ -473,7 +502,7 @@ class SparseLinear(nn.Linear):
         """
         self.out_features, self.in_features = weight.shape
         # The elements of a quantised weight become 16-bit values: rounding again would change them.
-        self._install(ops.pack(weight, self.format))
+        self._install(self._pack(weight))
         self.is_part = True
 
     def refit(self) -> None:
@@ -482,18 +511,22 @@ class SparseLinear(nn.Linear):
         ``.to()`` calls this; it is for code that replaces the buffers.
         """
         if self._wants_other_format():
-            self._install(ops.repack(self.packed, self.format))
+            format = self._format_on(self.weight_payload.device)
+            self._install(ops.repack(self.packed, format, expected_tokens=self.expected_tokens))
 
     def _wants_other_format(self) -> bool:
         """Whether ``format="auto"`` would choose another format on the layer's device."""
         header, device = self._current_header(), self.weight_payload.device
         if self.format != "auto" or device.type == "meta":
             return False
+        if self._keeps_gather(device):
+            return self.packed.FORMAT != "gather"
         major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
         name, _ = ops.explain_format(
             *(header.m, header.k, header.nnz),
             compute_capability=10 * major + minor,
             values=header.values,
+            expected_tokens=self.expected_tokens,
         )
         return name != self.packed.FORMAT
 
@@ -515,6 +548,7 @@ class SparseLinear(nn.Linear):
             )
             return
         if packed is not None:
+            self._had_gather = packed.FORMAT == "gather"
             incoming = packed.parts()
             state_dict = {k: v for k, v in state_dict.items() if k != prefix + "weight"}
             state_dict.update(zip((prefix + name for name in BUFFERS), incoming, strict=True))
@@ -552,7 +586,7 @@ class SparseLinear(nn.Linear):
             if not isinstance(dense, Tensor) or not dense.is_floating_point() or dense.is_meta:
                 raise TypeError(f"weight must be a floating point tensor with values, got {dense}")
             self._check_shape(*dense.shape)
-            return ops.pack(dense.to(self.dtype), self.format, values=self.values)
+            return self._pack(dense.to(self.dtype), self.values)
         if len(found) != len(BUFFERS):
             absent = next(name for name in BUFFERS if name not in found)
             raise ValueError(f"{absent} is missing, although there is {found[0]}")
@@ -623,6 +657,7 @@ def pack_layer(
     scope: str = "row",
     format: str = "auto",
     values: str = "16-bit",
+    expected_tokens: int | None = None,
 ) -> PackedWeight:
     """Pack the ``[M, K]`` weight of a dense layer; arguments and errors as ``from_linear``."""
     name = type(layer).__name__
@@ -650,5 +685,11 @@ def pack_layer(
     if is_conv1d(layer):
         weight = weight.t()
     if sparsity is None and scope in ("row", "layer"):
-        return ops.pack(weight, format, values=values)
-    return ops.prune_pack(weight, sparsity, scope=scope, format=format, values=values)
+        return ops.pack(weight, format, values=values, expected_tokens=expected_tokens)
+    return ops.prune_pack(
+        *(weight, sparsity),
+        scope=scope,
+        format=format,
+        values=values,
+        expected_tokens=expected_tokens,
+    )

@@ -356,9 +356,10 @@ class PackedWeight:
 
         The result has the bytes of packing ``to_dense()[rows, columns]``; of quantised weights it
         has the values, and their scales do not change. A slice of all columns whose first and last
-        row are borders of the format (multiples of 128 rows in ``tiled_csl``, of 512 in ``bitmap``,
-        of 4 in ``row_bitmap``, of 16 in ``quantized_bitmap``, or the end) is copied. For any other
-        slice the weight is unpacked, cut and packed again, on the same device.
+        row are borders of the format (multiples of 128 rows in ``tiled_csl``, of 512 in ``bitmap``
+        and ``gather``, of 4 in ``row_bitmap``, of 16 in ``quantized_bitmap``, or the end) is
+        copied. For any other slice the weight is unpacked, cut and packed again, on the same
+        device.
 
         Args:
             rows: a slice of the M rows, with step 1.
@@ -631,7 +632,13 @@ def spmm_buffers(
 
 
 def explain_format(
-    m: int, k: int, nnz: int, *, compute_capability: int = 0, values: str = "16-bit"
+    m: int,
+    k: int,
+    nnz: int,
+    *,
+    compute_capability: int = 0,
+    values: str = "16-bit",
+    expected_tokens: int | None = None,
 ) -> tuple[str, str]:
     """Return the format that ``format="auto"`` chooses, and the reason; needs no GPU.
 
@@ -641,20 +648,76 @@ def explain_format(
         nnz: nonzeros of the weight.
         compute_capability: 10 * major + minor of the GPU, 90 for an H100; 0 means the CPU.
         values: one of :data:`VALUES`.
+        expected_tokens: as :func:`pack` takes it.
 
     Returns:
         The format's name and one sentence.
 
     Raises:
-        ValueError: ``values`` is unknown.
+        TypeError: ``expected_tokens`` is no integer.
+        ValueError: ``values`` is unknown, or ``expected_tokens`` is not positive.
         RuntimeError: the extension is missing.
     """
     value_type = value_type_of(torch.float16, values)  # the choice does not depend on the dtype
-    name, reason = _extension.require().explain_format(m, k, nnz, compute_capability, value_type)
+    tokens = check_expected_tokens(expected_tokens)
+    name, reason = _extension.require().explain_format(
+        m, k, nnz, compute_capability, value_type, tokens
+    )
     return str(name), str(reason)
 
 
-def pack(dense: Tensor, format: str = "auto", *, values: str = "16-bit") -> PackedWeight:
+def check_expected_tokens(expected_tokens: int | None) -> int:
+    """Check the argument ``expected_tokens`` of functions that pack, and return it; 0 for None.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is not positive.
+    """
+    if expected_tokens is None:
+        return 0
+    if not isinstance(expected_tokens, int) or isinstance(expected_tokens, bool):
+        raise TypeError(
+            f"flash_llm: expected_tokens must be an integer, got {type(expected_tokens).__name__}"
+        )
+    if expected_tokens < 1:
+        raise ValueError(f"flash_llm: expected_tokens must be positive, got {expected_tokens}")
+    return expected_tokens
+
+
+def stored_format(
+    weight: Tensor | PackedWeight,
+    format: str,
+    expected_tokens: int | None,
+    values: str = "16-bit",
+) -> str:
+    """Return the format in which to write a weight to files that GPUs will load too.
+
+    ``"auto"`` remains, so that the weight is packed for the device it is on, unless few tokens are
+    expected and a GPU would take ``"gather"`` for them: loading cannot know that.
+
+    Args:
+        weight: ``[M, K]``, dense or packed.
+        format: a format's name or ``"auto"``.
+        expected_tokens: as :func:`pack` takes it.
+        values: likewise.
+    """
+    if format != "auto" or expected_tokens is None:
+        return format
+    nnz = weight.nnz if isinstance(weight, PackedWeight) else int(torch.count_nonzero(weight))
+    m, k = weight.shape
+    on_gpu, _ = explain_format(
+        *(m, k, nnz), compute_capability=90, values=values, expected_tokens=expected_tokens
+    )
+    return on_gpu if on_gpu == "gather" else format
+
+
+def pack(
+    dense: Tensor,
+    format: str = "auto",
+    *,
+    values: str = "16-bit",
+    expected_tokens: int | None = None,
+) -> PackedWeight:
     """Pack the nonzeros of a dense weight.
 
     Zeros of either sign are dropped, and ``unpack`` returns them as +0; all other values (NaN, Inf
@@ -666,20 +729,24 @@ def pack(dense: Tensor, format: str = "auto", *, values: str = "16-bit") -> Pack
         dense: ``[M, K]`` float16 or bfloat16, CPU or CUDA, any strides, any M, K >= 0.
         format: ``"auto"`` (the format that multiplies fastest on ``dense.device``;
             ``explain_format`` gives the reason), ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"`` or
-            ``"quantized_bitmap"``.
+            ``"gather"`` or ``"quantized_bitmap"``.
         values: ``"16-bit"`` stores the elements. ``"int8"`` rounds each row to int8 with one scale
             (:func:`flash_llm.quantize.round_to_int8`); elements that round to 0 are dropped. Only
             ``"row_bitmap"``, for CPUs, and ``"quantized_bitmap"``, for GPUs, hold int8 values.
+        expected_tokens: how many tokens most products will have at most, if that is known: the
+            batch size of decoding, for instance. Up to 8, and for large weights of many zeros on a
+            GPU, ``"auto"`` then takes ``"gather"``, which is faster for so few tokens and slower
+            from 16 tokens on. Ignored for any other format and for quantised values.
 
     Returns:
         The packed weight, of the format's class, on ``dense.device``; detached from autograd.
 
     Raises:
         ValueError: ``dense`` is not two-dimensional, is too large for the format's 31-bit offsets,
-            has a storage smaller than its shape needs, or ``format`` or ``values`` is unknown; an
-            element to quantise is NaN or infinite.
-        TypeError: the dtype is neither float16 nor bfloat16, or the format does not hold such
-            values.
+            has a storage smaller than its shape needs; ``format`` or ``values`` is unknown;
+            ``expected_tokens`` is not positive; an element to quantise is NaN or infinite.
+        TypeError: the dtype is neither float16 nor bfloat16; the format does not hold such values;
+            ``expected_tokens`` is no integer.
         NotImplementedError: ``dense`` is on CUDA and this build has no CUDA part.
         RuntimeError: another thread or stream changed ``dense`` while it was packed; the extension
             is missing, or CUDA failed.
@@ -692,8 +759,9 @@ def pack(dense: Tensor, format: str = "auto", *, values: str = "16-bit") -> Pack
     _extension.require()
     _check_dense("pack", dense)
     check_values(values)
+    tokens = check_expected_tokens(expected_tokens)
     if values == "16-bit":
-        return _from_op(torch.ops.flash_llm.pack(dense.detach(), format))
+        return _from_op(torch.ops.flash_llm.pack(dense.detach(), format, tokens))
     value_type_of(dense.dtype, values)
     return pack_quantized(*quantize.round_to_int8(dense.detach()), dense.dtype, format)
 
@@ -725,18 +793,21 @@ def pack_quantized(
     return _from_op(torch.ops.flash_llm.pack_quantized(values, scales.detach(), dtype, format))
 
 
-def repack(w: PackedWeight, format: str = "auto") -> PackedWeight:
+def repack(
+    w: PackedWeight, format: str = "auto", *, expected_tokens: int | None = None
+) -> PackedWeight:
     """Pack a weight in another format; values and scales do not change.
 
     Args:
         w: packed weight on any device.
         format: as :func:`pack` takes it.
+        expected_tokens: likewise.
 
     Raises:
         TypeError: the format does not hold such values.
     """
     if w.values == "16-bit":
-        return pack(unpack(w), format)
+        return pack(unpack(w), format, expected_tokens=expected_tokens)
     return pack_quantized(*unpack_quantized(w), w.dtype, format)
 
 
@@ -747,6 +818,7 @@ def prune_pack(
     scope: str = "row",
     format: str = "auto",
     values: str = "16-bit",
+    expected_tokens: int | None = None,
 ) -> PackedWeight:
     """Prune by magnitude to a sparsity, then pack, in one operator; ``dense`` does not change.
 
@@ -760,16 +832,17 @@ def prune_pack(
             or ``"N:M"``, such as ``"2:4"`` (the N largest of every M consecutive columns are kept).
         format: as :func:`pack` takes it.
         values: as :func:`pack` takes it; the elements that are left are quantised.
+        expected_tokens: as :func:`pack` takes it.
 
     Returns:
         The packed weight on ``dense.device``.
 
     Raises:
         ValueError: ``sparsity`` is outside [0, 1], NaN, missing or contradicts the scope;
-            ``scope``, ``format`` or ``values`` is unknown; ``dense`` is not two-dimensional; an
-            element to quantise is NaN or infinite.
-        TypeError: the dtype is neither float16 nor bfloat16, or the format does not hold such
-            values.
+            ``scope``, ``format`` or ``values`` is unknown; ``dense`` is not two-dimensional;
+            ``expected_tokens`` is not positive; an element to quantise is NaN or infinite.
+        TypeError: the dtype is neither float16 nor bfloat16; the format does not hold such values;
+            ``expected_tokens`` is no integer.
         NotImplementedError: ``dense`` is on CUDA and this build has no CUDA part.
         RuntimeError: the extension is missing, or CUDA failed.
 
@@ -786,9 +859,11 @@ def prune_pack(
             f"flash_llm::prune_pack: sparsity must be a number, got {type(sparsity).__name__}"
         )
     check_values(values)
+    tokens = check_expected_tokens(expected_tokens)
+    prune = torch.ops.flash_llm.prune_pack
     if values == "16-bit":
-        return _from_op(torch.ops.flash_llm.prune_pack(dense.detach(), sparsity, scope, format))
-    pruned = _from_op(torch.ops.flash_llm.prune_pack(dense.detach(), sparsity, scope, "auto"))
+        return _from_op(prune(dense.detach(), sparsity, scope, format, tokens))
+    pruned = _from_op(prune(dense.detach(), sparsity, scope, "auto"))
     return pack(unpack(pruned), format, values=values)
 
 
@@ -923,7 +998,9 @@ def _check_fake_device(op: str, name: str, tensor: Tensor, payload: Tensor) -> N
         )
 
 
-def _fake_pack(dense: Tensor, format: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+def _fake_pack(
+    dense: Tensor, format: str = "auto", expected_tokens: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     value_type_of(dense.dtype)
     return _fake_packed("pack", "dense", dense, format)
 
@@ -949,9 +1026,13 @@ def _fake_packed(op: str, name: str, dense: Tensor, format: str) -> tuple[Tensor
 
 
 def _fake_prune_pack(
-    dense: Tensor, sparsity: float | None = None, scope: str = "row", format: str = "auto"
+    dense: Tensor,
+    sparsity: float | None = None,
+    scope: str = "row",
+    format: str = "auto",
+    expected_tokens: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_pack(dense, format)
+    return _fake_pack(dense, format, expected_tokens)
 
 
 def _fake_pack_quantized(

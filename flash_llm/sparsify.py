@@ -8,9 +8,10 @@ decision and its reason for every layer that matched.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import html
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -217,6 +218,7 @@ def sparsify_(
     scope: str = "row",
     format: str = "auto",
     values: str = "16-bit",
+    expected_tokens: int | None = None,
     pack_unprofitable: bool = False,
     progress: bool | ProgressBar = False,
 ) -> SparsifyReport:
@@ -246,8 +248,10 @@ def sparsify_(
             to this fraction of zeros in [0, 1]; a layer that stays dense keeps its weight.
         scope: ``"row"``, ``"layer"`` or ``"N:M"`` (which prunes even when ``sparsity`` is None).
         format: ``"auto"`` (the format that multiplies fastest on the layer's device),
-            ``"row_bitmap"``, ``"tiled_csl"`` or ``"bitmap"``.
+            ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"``, ``"gather"`` or ``"quantized_bitmap"``.
         values: ``"16-bit"`` or ``"int8"``, as :func:`flash_llm.pack` takes it.
+        expected_tokens: how many tokens most products will have at most, if that is known; see
+            :func:`flash_llm.pack`.
         pack_unprofitable: whether to replace layers that packing does not shrink too.
         progress: True for a tqdm bar, or a callable such as ``rich.progress.track``.
 
@@ -256,10 +260,10 @@ def sparsify_(
 
     Raises:
         ValueError: a pattern matches nothing; a weight to pack is tied to another parameter;
-            ``sparsity``, ``scope``, ``format`` or ``values`` is wrong; ``model`` itself is the
-            layer; an element to quantise is NaN or infinite.
-        TypeError: a weight or bias to pack is not float16 or bfloat16, ``model`` is not a module,
-            or the format does not hold such values.
+            ``sparsity``, ``scope``, ``format``, ``values`` or ``expected_tokens`` is wrong;
+            ``model`` itself is the layer; an element to quantise is NaN or infinite.
+        TypeError: a weight or bias to pack is not float16 or bfloat16, ``expected_tokens`` is no
+            integer, ``model`` is not a module, or the format does not hold such values.
         NotImplementedError: a weight is distributed over processes, but not by a tensor parallel
             plan of transformers (with such a plan, all processes must call this together).
         RuntimeError: the compiled extension is missing, or CUDA failed.
@@ -271,10 +275,56 @@ def sparsify_(
         >>> type(model[0]).__name__, report.rows[0].decision
         ('SparseLinear', 'packed')
     """
+    ops.check_values(values)
+    pack = functools.partial(
+        pack_layer,
+        sparsity=sparsity,
+        scope=scope,
+        format=format,
+        values=values,
+        expected_tokens=expected_tokens,
+    )
+    return _sparsify(
+        model, targets, ignore, pack, format, expected_tokens, pack_unprofitable, progress
+    )
+
+
+def sparsify_for_files_(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    ignore: str | Sequence[str],
+    *,
+    format: str,
+    expected_tokens: int | None,
+    progress: bool | ProgressBar,
+) -> SparsifyReport:
+    """As :func:`sparsify_`, for a model that is saved next and that GPUs will load.
+
+    The formats are those of :func:`flash_llm.ops.stored_format`.
+    """
+
+    def pack(layer: nn.Module) -> PackedWeight:
+        packed = pack_layer(layer, format=format)
+        stored = ops.stored_format(packed, format, expected_tokens)
+        return packed if stored == format else ops.pack(packed.to_dense(), stored)
+
+    return _sparsify(model, targets, ignore, pack, format, expected_tokens, False, progress)
+
+
+def _sparsify(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    ignore: str | Sequence[str],
+    pack: Callable[[nn.Module], PackedWeight],
+    format: str,
+    expected_tokens: int | None,
+    pack_unprofitable: bool,
+    progress: bool | ProgressBar,
+) -> SparsifyReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"flash_llm.sparsify_: model must be a module, got {type(model).__name__}")
     ops.check_format(format)
-    ops.check_values(values)
+    ops.check_expected_tokens(expected_tokens)
     layers = match_layers(model, targets, ignore)
     distributed = tensor_parallel.styles(model)
     skip = {
@@ -304,13 +354,14 @@ def sparsify_(
             rows.append(_skipped_row(name, module, skip[module]))
             continue
         whole = tensor_parallel.gathered(module) if module in distributed else module
-        packed = pack_layer(whole, sparsity=sparsity, scope=scope, format=format, values=values)
+        packed = pack(whole)
         row = decide(name, packed, pack_unprofitable)
         rows.append(row)
         if row.decision == "packed":
             assert module.bias is None or isinstance(module.bias, nn.Parameter)
             swaps[module] = SparseLinear.from_packed(packed, module.bias, validate=False)
             swaps[module].format = format
+            swaps[module].expected_tokens = expected_tokens
     if targets == DEFAULT_TARGETS:
         rows.extend(_expert_rows(model))
 

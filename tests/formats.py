@@ -2,8 +2,8 @@
 
 Here is also :func:`each`, which runs many combinations of arguments in one case.
 
-The readers and the writers follow the comments in csrc/format/tiled_csl.h, csrc/format/bitmap.h and
-csrc/format/row_bitmap.h and quantized_bitmap.h alone, and call nothing of flash_llm.
+The readers and the writers follow the comments in the headers of csrc/format alone (tiled_csl.h,
+bitmap.h, row_bitmap.h, gather.h, quantized_bitmap.h), and call nothing of flash_llm.
 """
 
 import functools
@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 import flash_llm
 from flash_llm import _extension
 
-FORMATS = ("tiled_csl", "bitmap", "row_bitmap")
+FORMATS = ("tiled_csl", "bitmap", "row_bitmap", "gather")
 # Those that a GPU has kernels for. The host packs and unpacks the others, which cannot be captured.
-GPU_FORMATS = ("tiled_csl", "bitmap")
+GPU_FORMATS = ("tiled_csl", "bitmap", "gather")
 DTYPES = (torch.float16, torch.bfloat16)
 
 SPECIAL = {
@@ -663,7 +663,48 @@ def write_quantized_bitmap(values, scales):
     return written
 
 
-READERS = {"tiled_csl": read_tiled_csl, "bitmap": read_bitmap, "row_bitmap": read_row_bitmap}
+def read_gather(packed):
+    m, k = packed.shape
+    dense = np.zeros((m, k), np.uint16)
+    offsets = packed.offsets.cpu().numpy().astype(np.int64) * 16
+    payload = packed.payload.cpu().numpy().view(np.uint8)
+    assert offsets[0] == 0 and offsets[-1] == len(payload)
+    tiles = [(row, col) for row in range(0, m, 512) for col in range(0, k, 8192)]
+    for (row0, col0), (first, last) in zip(tiles, itertools.pairwise(offsets), strict=True):
+        tile = payload[first:last]
+        if not len(tile):
+            continue
+        slices = -(-min(512, m - row0) // 8)
+        rows, tile = tile[: 16 * slices].view("<u2"), tile[16 * slices :]
+        assert sorted(rows) == list(range(8 * slices))
+        head = -(-slices // 8) * 16
+        quads, tile = tile[:head].view("<u2"), tile[head:]
+        assert not quads[slices:].any()
+        for i in range(slices):
+            left = int(quads[i])
+            while left:
+                size = min(left, 8)
+                left -= size
+                columns, tile = tile[:64].view("<u2").astype(np.int64), tile[64:]
+                steps, tile = tile[: 384 * size].reshape(size, 384), tile[384 * size :]
+                # Axes: quad, lane, step of the quad. Then steps of the segment by lane.
+                moves = steps[:, :128].reshape(-1, 32, 4).view(np.int8).transpose(0, 2, 1)
+                values = np.ascontiguousarray(steps[:, 128:]).view("<u2").reshape(-1, 32, 4)
+                values = values.transpose(0, 2, 1).reshape(-1, 32)
+                columns = columns + moves.reshape(-1, 32).astype(np.int64).cumsum(axis=0)
+                row = np.broadcast_to(rows[8 * i + np.arange(32) // 4], columns.shape)
+                stored = values != 0
+                dense[row0 + row[stored], col0 + columns[stored]] = values[stored]
+        assert not len(tile)
+    return dense
+
+
+READERS = {
+    "tiled_csl": read_tiled_csl,
+    "bitmap": read_bitmap,
+    "row_bitmap": read_row_bitmap,
+    "gather": read_gather,
+}
 
 
 def read(packed):

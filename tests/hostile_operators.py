@@ -24,7 +24,7 @@ from flash_llm import quantize, testing
 from flash_llm.ops import ACTIVATIONS
 
 ERRORS = (ValueError, TypeError, NotImplementedError, RuntimeError)
-FORMATS = ("tiled_csl", "bitmap", "row_bitmap")
+FORMATS = ("tiled_csl", "bitmap", "row_bitmap", "gather")
 CONFIGS = ("auto", "dense", "cpu_reference", "cpu_tiles", "cpu_rows", "cpu_blocks")
 OPS = torch.ops.flash_llm
 OTHER_OPS = ("pack", "pack_quantized", "prune_pack", "unpack", "unpack_quantized", "validate")

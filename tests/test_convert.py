@@ -677,6 +677,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
         ({"src": "nowhere"}, FileNotFoundError, "has neither model.safetensors nor"),
         ({"dst": "dense"}, FileExistsError, "dense exists"),
         ({"format": "csr"}, ValueError, "format"),
+        ({"expected_tokens": 0}, ValueError, "expected_tokens must be positive, got 0"),
         ({"dtype": torch.float64}, ValueError, "dtype must be torch.float16 or torch.bfloat16"),
         ({"workers": 0}, ValueError, "workers must be positive, got 0"),
         ({"targets": "q_prj"}, ValueError, 'target "q_prj" matches no two-dimensional weight'),
@@ -690,6 +691,23 @@ def test_bad_arguments(tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
         convert_checkpoint(src, dst, **arguments)
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+def test_few_expected_tokens_are_written_as_gather(tmp_path):
+    tensors = {"large.weight": zeros_among(4096, 8192, sparsity=0.95)}
+    tensors["small.weight"] = zeros_among(256, 512, sparsity=0.95)
+    save_tensors(tmp_path / "dense", tensors)
+    for tokens, format in ((1, "gather"), (16, "row_bitmap")):
+        folder = tmp_path / f"packed{tokens}"
+        report = convert_checkpoint(tmp_path / "dense", folder, expected_tokens=tokens)
+        assert [row.format for row in report.rows] == [format, "row_bitmap"], tokens
+        for name, weight in tensors.items():
+            packed = Checkpoint(checkpoint_files(folder)).weight(name.removesuffix(".weight"))
+            assert torch.equal(packed.to_dense(), weight)
+    report = convert_checkpoint(
+        tmp_path / "dense", tmp_path / "named", format="bitmap", expected_tokens=1
+    )
+    assert {row.format for row in report.rows} == {"bitmap"}
 
 
 def test_sources_that_are_no_dense_checkpoint(tmp_path):

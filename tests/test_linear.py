@@ -400,8 +400,27 @@ def test_an_auto_layer_loads_on_the_gpu_and_follows_its_next_move(format):
     layer.load_state_dict(source.state_dict())
     assert layer.packed.FORMAT == format and layer.weight_payload.is_cuda
     assert layer.cpu().packed.FORMAT == "row_bitmap"
-    assert layer.cuda().packed.FORMAT == format_of_auto("cuda")
+    # Nobody has gather who does not expect few tokens.
+    wanted = "gather" if format == "gather" else format_of_auto("cuda")
+    assert layer.cuda().packed.FORMAT == wanted
     assert torch.equal(layer.weight.cpu(), linear.weight)
+
+
+@pytest.mark.gpu
+def test_a_layer_for_few_tokens_is_gather_on_every_gpu():
+    linear = nn.Linear(8192, 4096).half()
+    layer = SparseLinear.from_linear(linear, sparsity=0.9, expected_tokens=4)
+    weight = layer.weight
+    for _ in range(2):
+        assert layer.cpu().packed.FORMAT == "row_bitmap"
+        assert copy.deepcopy(layer).cuda().packed.FORMAT == "gather"
+        assert layer.cuda().packed.FORMAT == "gather"
+    layer.weight = weight.cuda()
+    assert layer.packed.FORMAT == "gather" and torch.equal(layer.weight.cpu(), weight)
+    layer.expected_tokens = 64
+    assert layer.bfloat16().packed.FORMAT == "gather"  # it had it
+    layer.half().load_state_dict(SparseLinear.from_linear(linear, format="bitmap").state_dict())
+    assert layer.cpu().cuda().packed.FORMAT == "bitmap"
 
 
 @pytest.mark.gpu

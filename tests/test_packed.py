@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flash_llm
-from flash_llm import Bitmap, RowBitmap, TiledCSL, ops, testing
+from flash_llm import Bitmap, Gather, RowBitmap, TiledCSL, ops, testing
 from flash_llm.ops import PackedHeader, PackedWeight
 
 SIZES = (0, 1, 7, 8, 63, 64, 65, 127, 129, 200, 576)
@@ -288,12 +288,12 @@ def test_from_tensors_takes_what_the_buffers_hold(format, device):
 
 def test_classes_pack_into_their_own_format(device):
     dense = testing.random_sparse(130, 70, device=device)
-    for cls in (TiledCSL, Bitmap, RowBitmap):
+    for cls in (TiledCSL, Bitmap, RowBitmap, Gather):
         assert PackedWeight.class_for(cls.FORMAT) is PackedWeight.class_for(cls.FORMAT_ID) is cls
         assert type(cls.from_dense(dense)) is cls
         assert_same_weight(cls.from_dense(dense), flash_llm.pack(dense, cls.FORMAT))
     classes = [PackedWeight.class_for(format) for format in FORMATS]
-    assert classes == [TiledCSL, Bitmap, RowBitmap]
+    assert classes == [TiledCSL, Bitmap, RowBitmap, Gather]
 
 
 def test_buffers_may_be_views_into_larger_ones(format, device):
@@ -439,7 +439,7 @@ def test_operators_survive_garbage_buffers(garbage, format, device):
 def test_slices_have_the_bytes_of_packing_the_slice(format, device):
     weight = testing.random_sparse(1100, 300, 0.85, dtype=torch.bfloat16, device=device, seed=3)
     packed = flash_llm.pack(weight, format)
-    natural = {"tiled_csl": 128, "bitmap": 512, "row_bitmap": 4}[format]
+    natural = {"tiled_csl": 128, "bitmap": 512, "row_bitmap": 4, "gather": 512}[format]
     rows = [(0, natural), (natural, 2 * natural), (natural, 1100), (0, 1100), (3, 700), (7, 7)]
     columns = [(0, 300), (0, 128), (5, 299), (300, 300)]
     for (first, last), (left, right) in itertools.product(rows, columns):

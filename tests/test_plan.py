@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from formats import FORMATS, each, other_format, plan_names
 
 import flash_llm
@@ -71,8 +72,9 @@ def test_configs_describe_each_row():
             assert 0 < row["smem_bytes"] <= 99 * 1024
         elif row["format"] == "quantized_bitmap":
             assert re.fullmatch(rf"quantized{row['tile_n']}(_int8x)?", row["name"])
-        elif row["name"].startswith("rows"):
-            assert row["name"] == f"rows{row['tile_n']}"
+            assert 0 < row["smem_bytes"] <= 227 * 1024
+        elif row["format"] == "gather" or row["name"].startswith("rows"):
+            assert re.fullmatch(rf"((sm80_)?gather|rows){row['tile_n']}", row["name"])
             assert 0 < row["smem_bytes"] <= 227 * 1024
         else:
             assert re.fullmatch(rf"(sm[89]0_)?n{row['tile_n']}(_99k|_low)?", row["name"])
@@ -83,14 +85,14 @@ def test_configs_describe_each_row():
     for format in FORMATS:
         assert names_on(H200, format) == [*configs_of(format), "dense"]
     assert names_on(CPU, "tiled_csl") == ["cpu_tiles", "cpu_reference", "dense"]
-    assert names_on(CPU, "bitmap") == ["cpu_reference", "dense"]
+    assert names_on(CPU, "bitmap") == names_on(CPU, "gather") == ["cpu_reference", "dense"]
     assert names_on(CPU, "row_bitmap") == ["cpu_rows", "cpu_blocks", "cpu_reference", "dense"]
 
 
 @each(
     ("device", "format"),
-    [(H200, "tiled_csl"), (H200, "bitmap"), (A100, "tiled_csl")],
-    ids=["h200-tiled_csl", "h200-bitmap", "a100-tiled_csl"],
+    [(H200, "tiled_csl"), (H200, "bitmap"), (A100, "tiled_csl"), (H200, "gather")],
+    ids=["h200-tiled_csl", "h200-bitmap", "a100-tiled_csl", "h200-gather"],
 )
 def test_small_n_takes_the_narrowest_configuration(device, format):
     widths = {name: row["tile_n"] for name, row in configs_of(format).items()}
@@ -197,6 +199,52 @@ def test_auto_chooses_a_format_and_says_why(capability, density, format, reason)
     assert chosen(plan) in names_on(device, format)
 
 
+@each(
+    ("capability", "density", "tokens", "format"),
+    [
+        (90, 0.1, 1, "gather"),
+        (90, 0.1, 8, "gather"),
+        (90, 0.1, 9, "bitmap"),
+        (90, 0.1, None, "bitmap"),
+        (90, 0.2, 4, "gather"),
+        (90, 0.2, 8, "bitmap"),
+        (90, 0.3, 1, "bitmap"),
+        (80, 0.1, 1, "gather"),
+        (120, 0.1, 1, "gather"),
+        (0, 0.1, 1, "row_bitmap"),
+    ],
+)
+def test_auto_takes_gather_where_few_tokens_are_expected(capability, density, tokens, format):
+    name, why = flash_llm.explain_format(
+        M, K, int(M * K * density), compute_capability=capability, expected_tokens=tokens
+    )
+    assert name == format
+    assert (format == "gather") == (f"{tokens} tokens" in why)
+    small, _ = flash_llm.explain_format(
+        *(2048, 2048, int(2048**2 * density)),
+        compute_capability=capability,
+        expected_tokens=tokens,
+    )
+    assert small == ("bitmap" if capability else "row_bitmap")
+
+
+@each("tokens", [0, -1, 1.0, True])
+def test_expected_tokens_are_a_positive_integer(tokens):
+    error = ValueError if type(tokens) is int else TypeError
+    weight = torch.eye(4, dtype=torch.float16)
+    for call in (
+        lambda: flash_llm.explain_format(4, 4, 4, expected_tokens=tokens),
+        lambda: flash_llm.pack(weight, expected_tokens=tokens),
+        lambda: flash_llm.prune_pack(weight, 0.5, expected_tokens=tokens),
+        lambda: flash_llm.SparseLinear(4, 4, expected_tokens=tokens),
+        lambda: flash_llm.sparsify_(torch.nn.Sequential(), expected_tokens=tokens),
+    ):
+        with pytest.raises(error, match="expected_tokens"):
+            call()
+    with pytest.raises(ValueError, match="expected_tokens"):
+        torch.ops.flash_llm.pack(weight, "auto", -1)
+
+
 @each(("m", "k"), [(0, 0), (0, 5), (5, 0)])
 def test_a_weight_without_elements_has_a_format_too(m, k):
     for capability in (0, 80, 90):
@@ -242,7 +290,7 @@ def test_workspaces_hold_partial_sums_and_little_else(device, shape, n, format):
             text = flash_llm.explain_plan(m, n, k, m * k // 2, format=format, config=name, **device)
             ctas = number(text, "ctas")
             assert 1 <= ctas <= device["num_sms"] * row["ctas_per_sm"]
-            if name.startswith("rows"):
+            if name.startswith("rows") or format == "gather":  # of up to 8192 columns
                 assert number(text, "workspace_bytes") == 0
                 continue
             blocks = -(-m // block_m(row)) * -(-n // row["tile_n"])

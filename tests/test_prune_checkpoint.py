@@ -13,7 +13,7 @@ from test_cli import SCRIPT, invoke, start
 from test_hf import SIZES, dense, output, sparse_layers
 
 import flash_llm
-from flash_llm import evaluate
+from flash_llm import evaluate, ops
 from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
 from flash_llm.io.unfinished import NOTE_NAME
 from flash_llm.prune import calibrate, checkpoint
@@ -256,7 +256,7 @@ def interrupt(monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(checkpoint, "sparsify_", fail)
+    monkeypatch.setattr(checkpoint, "sparsify_for_files_", fail)
 
 
 def test_an_unfinished_run_is_continued_by_the_same_only(tmp_path, source, text):
@@ -464,6 +464,17 @@ def test_code_that_comes_with_a_model_does_not_run_unasked(tmp_path, source, tex
 
 
 # ---- report and eval ----
+
+
+def test_files_have_the_format_that_gpus_take_for_few_tokens(tmp_path, source, text, monkeypatch):
+    # The rule is for larger weights than those of a toy.
+    monkeypatch.setattr(ops, "stored_format", lambda _, format, few: "gather" if few else format)
+    for options, format in (((), "row_bitmap"), (("--expected-tokens", "1"), "gather")):
+        folder = tmp_path / format
+        result = prune(source, folder, text, *options)
+        assert result.exit_code == 0, result.output
+        found = json.loads(invoke("report", folder, "--json").stdout)
+        assert found["formats"][format] == len(Checkpoint(checkpoint_files(folder)).packed) > 0
 
 
 def test_report_shows_the_folder_and_how_it_was_pruned(tmp_path, source, text):

@@ -237,7 +237,7 @@ def test_the_readmes_speed_on_a_cpu_is_measured():
 
 def test_the_support_table_is_what_the_planner_says():
     """Which cells say "kernel", and which formats are `auto`."""
-    names = ("bitmap", "tiled_csl", "row_bitmap")
+    names = ("bitmap", "tiled_csl", "gather", "row_bitmap")
     lines = re.findall(r"^\| (.*) \| float16, bfloat16 \| (.+) \|$", README, re.MULTILINE)
     assert len(lines) == 4
     for device, cells in lines:
@@ -246,9 +246,11 @@ def test_the_support_table_is_what_the_planner_says():
             gpu = {"num_sms": 132, "smem_per_sm_bytes": 228 * 1024} if capability else {}
             auto = {
                 flash_llm.explain_format(
-                    4096, 4096, int(density * 4096**2), compute_capability=capability
+                    *(8192, 8192, int(density * 8192**2)),
+                    compute_capability=capability,
+                    expected_tokens=tokens,
                 )[0]
-                for density in (0.5, 0.04)
+                for density, tokens in ((0.5, None), (0.04, None), (0.1, 1))
             }
             for name, cell in zip(names, cells.split(" | "), strict=True):
                 plan = flash_llm.explain_plan(

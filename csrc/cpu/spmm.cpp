@@ -21,6 +21,8 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, CpuIsa isa,
     case KernelFamily::kBitmapSm90a:
     case KernelFamily::kBitmapSm90:
     case KernelFamily::kBitmapSm80:
+    case KernelFamily::kGatherSm90:
+    case KernelFamily::kGatherSm80:
     case KernelFamily::kQuantizedBitmapSm90:
     case KernelFamily::kDense:
       break;

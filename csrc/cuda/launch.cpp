@@ -42,6 +42,10 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, boo
       return spmm_bitmap_sm90(plan, args, workspace, prefetch, stream);
     case KernelFamily::kBitmapSm80:
       return spmm_bitmap_sm80(plan, args, workspace, prefetch, stream);
+    case KernelFamily::kGatherSm90:
+      return spmm_gather_sm90(plan, args, workspace, prefetch, stream);
+    case KernelFamily::kGatherSm80:
+      return spmm_gather_sm80(plan, args, workspace, prefetch, stream);
     case KernelFamily::kQuantizedBitmapSm90:
       return spmm_quantized_bitmap(plan, args, workspace, prefetch, stream);
     case KernelFamily::kReference:
@@ -56,12 +60,14 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, boo
 
 const PackKernels* pack_kernels(Format format) {
   static const PackKernels tiled_csl = tiled_csl_kernels(), bitmap = bitmap_kernels(),
-                           quantized_bitmap = quantized_bitmap_kernels();
+                           gather = gather_kernels(), quantized_bitmap = quantized_bitmap_kernels();
   switch (format) {
     case Format::kTiledCsl:
       return &tiled_csl;
     case Format::kBitmap:
       return &bitmap;
+    case Format::kGather:
+      return &gather;
     case Format::kQuantizedBitmap:
       return &quantized_bitmap;
     case Format::kRowBitmap:

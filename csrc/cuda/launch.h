@@ -41,21 +41,30 @@ Status spmm_bitmap_sm90(const SpmmPlan& plan, const SpmmArgs& args, void* worksp
                         cudaStream_t stream);
 Status spmm_bitmap_sm80(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                         cudaStream_t stream);
+// kGatherSm90, kGatherSm80: x must be 16-byte aligned, x_stride a multiple of 8 (or n = 1), and
+// each row of x followed by zeros up to the next multiple of 8 columns.
+Status spmm_gather_sm90(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
+                        cudaStream_t stream);
+Status spmm_gather_sm80(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
+                        cudaStream_t stream);
 
 // One format's packer on the device: the steps of format/packed_format.h. `count` and `pack` are
 // null for a format that is packed on the host.
 struct PackKernels {
   // Pass 1: units[tiles] and nonzeros nnz[tiles] of each tile.
   Status (*count)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units,
-                  int32_t* nnz, cudaStream_t stream);
+                  int32_t* nnz, void* scratch, cudaStream_t stream);
   // Pass 2: writes the same bytes as the host's packer. `offsets` and `nnz` come from pass 1. Where
   // `dense` has changed since pass 1, it sets *changed, which is 0 before, and leaves tiles out.
   Status (*pack)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-                 const int32_t* nnz, uint32_t* payload, int32_t* changed, cudaStream_t stream);
+                 const int32_t* nnz, uint32_t* payload, int32_t* changed, void* scratch,
+                 cudaStream_t stream);
   // dense[m, k] (contiguous, 16-byte aligned) from a packed weight.
   Status (*unpack)(const PackedView& view, uint16_t* dense, cudaStream_t stream);
   // Adds the number of stored values to *total.
   Status (*count_stored)(const PackedView& view, int64_t* total, cudaStream_t stream);
+  // What `scratch` holds for each tile, from pass 1 to pass 2; 16-byte aligned.
+  int scratch_bytes = 0;
 };
 
 // To be called after the kernels that write a weight, with 4 bytes of scratch memory. It makes the
@@ -65,6 +74,7 @@ Status end_weight_writes(void* scratch, cudaStream_t stream);
 
 PackKernels tiled_csl_kernels();
 PackKernels bitmap_kernels();
+PackKernels gather_kernels();
 PackKernels quantized_bitmap_kernels();
 
 // The kernels of a format; null for a format that is packed and unpacked on the host.

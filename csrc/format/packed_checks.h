@@ -192,4 +192,17 @@ Status check_tiles(const PackedView& view, int64_t tiles, const char* what,
   return Status::success();
 }
 
+// The check_tile of check_tiles() for formats whose tiles are numbered as they are stored.
+// tile_problem(view, tile, &nnz) returns what is wrong with a tile, empty if nothing is, and counts
+// its nonzeros.
+template <typename TileProblem>
+auto tile_check(const PackedView& view, const TileProblem& tile_problem) {
+  return [&view, &tile_problem](int64_t tile, FirstFailure& failure) {
+    int64_t nnz = 0;
+    const std::string problem = tile_problem(view, tile, &nnz);
+    if (!problem.empty()) failure.report(tile, problem);
+    return nnz;
+  };
+}
+
 }  // namespace flash_llm

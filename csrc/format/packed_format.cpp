@@ -6,6 +6,7 @@
 
 #include "format/bitmap.h"
 #include "format/element.h"
+#include "format/gather.h"
 #include "format/quantized_bitmap.h"
 #include "format/row_bitmap.h"
 #include "format/tiled_csl.h"
@@ -34,6 +35,11 @@ constexpr std::array<PackedFormat, kNumFormats> kFormats = {{
      [](double density, int value_bits) { return 0.125 + value_bits / 8 * density; },
      row_bitmap_count, row_bitmap_pack, row_bitmap_unpack_block, row_bitmap_count_stored,
      row_bitmap_check_sizes, row_bitmap_validate},
+    {Format::kGather, "gather", 1, kGatherTileM, kGatherTileK, kGatherUnitWords, kGatherTileM,
+     k16Bit,
+     // Measured: 28672x7168 at 70, 80 and 90 % zeros takes 0.925, 0.622 and 0.317.
+     [](double density, int /*value_bits*/) { return 0.012 + 3.05 * density; }, gather_count,
+     gather_pack, gather_unpack_tile_row, gather_count_stored, gather_check_sizes, gather_validate},
     // Besides the bits 32 bytes for the columns of a chunk, and 5 to 8 % padding of its values.
     {Format::kQuantizedBitmap, "quantized_bitmap", 1, kQuantStripM, kQuantChunkK, kQuantUnitWords,
      kQuantStripM, kQuantizedTypes,

@@ -84,7 +84,7 @@ struct PackedFormat {
   constexpr int64_t tiles(int64_t m, int64_t k) const { return tile_rows(m) * tile_cols(k); }
 };
 
-inline constexpr int kNumFormats = 4;
+inline constexpr int kNumFormats = 5;
 
 const std::array<PackedFormat, kNumFormats>& all_formats();
 

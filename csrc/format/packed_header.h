@@ -16,7 +16,13 @@ inline constexpr int64_t kPackedMagic = 0x4D4C4C4853414C46;
 inline constexpr int kPackedHeaderInts = 8;
 
 // The numbers are stored in headers, so they never change. packed_format.cpp has a row for each.
-enum class Format : int64_t { kTiledCsl = 1, kBitmap = 2, kRowBitmap = 3, kQuantizedBitmap = 4 };
+enum class Format : int64_t {
+  kTiledCsl = 1,
+  kBitmap = 2,
+  kRowBitmap = 3,
+  kGather = 4,
+  kQuantizedBitmap = 5,
+};
 
 struct PackedHeader {
   int64_t magic = kPackedMagic;

@@ -206,13 +206,7 @@ Status tiled_csl_validate(const PackedView& view, const ParallelFor& parallel_fo
                                  std::to_string(vectors));
   });
   if (!offsets.ok()) return offsets;
-  const auto check_tile = [&](int64_t tile, FirstFailure& failure) {
-    int64_t nnz = 0;
-    const std::string problem = tile_problem(view, tile, &nnz);
-    if (!problem.empty()) failure.report(tile, problem);
-    return nnz;
-  };
-  return check_tiles(view, tiles, "tile", parallel_for, check_tile);
+  return check_tiles(view, tiles, "tile", parallel_for, tile_check(view, tile_problem));
 }
 
 int64_t tiled_csl_count_stored(const PackedView& view, const ParallelFor& parallel_for) {

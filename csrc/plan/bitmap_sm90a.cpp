@@ -24,10 +24,6 @@ namespace {
 constexpr int64_t kMaxTokens = 1024;
 constexpr int64_t kMaxTokensTwoFour = 256;
 
-double num_elems(const SpmmProblem& problem) {
-  return static_cast<double>(problem.m) * static_cast<double>(problem.k);
-}
-
 // At 90 % zeros, 28672x7168, on an H200, a pass of 64 tokens takes 66 us and one of 128 takes 141
 // (2026-11-30). N = 256 takes 199 us in one pass, which expands 2:4 chunks, and four of 64 would
 // take 264.
@@ -72,10 +68,6 @@ bool takes_low_tiles(const PlanRequest& request, int first) {
 }
 
 }  // namespace
-
-double density(const SpmmProblem& problem) {
-  return static_cast<double>(problem.nnz) / std::max(num_elems(problem), 1.0);
-}
 
 bool mostly_two_four(const SpmmProblem& problem) {
   constexpr double kTwoFourDensity = 0.17;

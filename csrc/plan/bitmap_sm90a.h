@@ -141,9 +141,6 @@ constexpr int bitmap_min_ring_bytes(const BitmapConfig& config) {
   return config.rings() * bitmap_least_ring_bytes(bitmap_group_chunks(config.chunks()));
 }
 
-// Nonzeros for each element; 0 for a weight without elements.
-double density(const SpmmProblem& problem);
-
 // Whether a weight of this density has mostly 2:4 pairs of chunk columns (format/bitmap.h:
 // prefers_two_four).
 bool mostly_two_four(const SpmmProblem& problem);

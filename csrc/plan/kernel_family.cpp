@@ -5,6 +5,7 @@
 #include "plan/bitmap_rows_sm90.h"
 #include "plan/bitmap_sm90a.h"
 #include "plan/cpu.h"
+#include "plan/gather.h"
 #include "plan/quantized_bitmap_sm90.h"
 #include "plan/spmm_plan.h"
 #include "plan/tiled_csl_sm80.h"
@@ -98,6 +99,10 @@ constexpr std::array<KernelFamilyRow, kNumKernelFamilies> kFamilies = {{
      describe_bitmap_sm90_configs, takes_bitmap_sm90, plan_bitmap_sm90},
     {KernelFamily::kBitmapSm80, Place::kCuda, Format::kBitmap, k16Bit, GpuFeature::kMmaSync, true,
      describe_bitmap_sm80_configs, takes_bitmap_sm80, plan_bitmap_sm80},
+    {KernelFamily::kGatherSm90, Place::kCuda, Format::kGather, k16Bit, GpuFeature::kBulkCopy, false,
+     describe_gather_sm90_configs, takes_gather_sm90, plan_gather_sm90},
+    {KernelFamily::kGatherSm80, Place::kCuda, Format::kGather, k16Bit, GpuFeature::kMmaSync, false,
+     describe_gather_sm80_configs, takes_gather_sm80, plan_gather_sm80},
     {KernelFamily::kQuantizedBitmapSm90, Place::kCuda, Format::kQuantizedBitmap, kQuantizedTypes,
      GpuFeature::kBulkCopy, true, describe_quantized_bitmap_configs, takes_quantized_bitmap,
      plan_quantized_bitmap},

@@ -32,6 +32,8 @@ enum class KernelFamily {
   kBitmapSm90a,          // bitmap on Hopper
   kBitmapSm90,           // bitmap on GPUs with bulk copies: Hopper and newer
   kBitmapSm80,           // bitmap on every GPU from sm_80 on
+  kGatherSm90,           // gather on GPUs with bulk copies
+  kGatherSm80,           // gather on every GPU from sm_80 on
   kQuantizedBitmapSm90,  // quantised bitmap on GPUs with bulk copies
   kDense,                // unpack, then the vendor's dense GEMM; CPU and CUDA
 };

@@ -1,5 +1,7 @@
 #include "plan/problem.h"
 
+#include <algorithm>
+
 namespace flash_llm {
 
 Status parse_activation(const std::string& name, Activation* out) {
@@ -16,6 +18,14 @@ Status parse_activation(const std::string& name, Activation* out) {
         "activation must be \"none\", \"relu\", \"gelu\" or \"silu\", got \"" + name + "\"");
   }
   return Status::success();
+}
+
+double num_elems(const SpmmProblem& problem) {
+  return static_cast<double>(problem.m) * static_cast<double>(problem.k);
+}
+
+double density(const SpmmProblem& problem) {
+  return static_cast<double>(problem.nnz) / std::max(num_elems(problem), 1.0);
 }
 
 }  // namespace flash_llm

@@ -25,6 +25,12 @@ struct SpmmProblem {
   ValueType value_type = ValueType::kFloat16;
 };
 
+// Elements of the weight, zeros included.
+double num_elems(const SpmmProblem& problem);
+
+// Nonzeros for each element; 0 for a weight without elements.
+double density(const SpmmProblem& problem);
+
 struct SpmmArgs {
   const uint16_t* x = nullptr;  // [n, x_stride], row-major
   int64_t x_stride = 0;         // elements between rows of x; each kernel has its own requirements

@@ -8,6 +8,7 @@
 
 #include "format/packed_format.h"
 #include "plan/config_table.h"
+#include "plan/gather.h"
 
 namespace flash_llm {
 namespace {
@@ -185,7 +186,7 @@ Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const s
 }
 
 FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, ValueType type,
-                           const DeviceInfo& device) {
+                           const DeviceInfo& device, int64_t expected_tokens) {
   const double elems = static_cast<double>(m) * static_cast<double>(k);
   const double density = elems > 0 ? static_cast<double>(nnz) / elems : 1.0;
   FormatChoice choice;
@@ -207,6 +208,10 @@ FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, ValueType type,
                                 : "the fewest bytes of the formats that have kernels here (" +
                                       sizes + " of the dense weight)";
   choice.reason += others;
+  if (packed_format(Format::kGather).value_types.contains(type) &&
+      gather_suits_few_tokens(device, m, k, density, expected_tokens, &choice.reason)) {
+    choice.format = Format::kGather;
+  }
   return choice;
 }
 

@@ -67,8 +67,9 @@ struct FormatChoice {
   std::string reason;
 };
 
+// Most calls will have at most `expected_tokens` tokens; 0 says nothing.
 FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, ValueType type,
-                           const DeviceInfo& device);
+                           const DeviceInfo& device, int64_t expected_tokens = 0);
 
 // Whether the choice between formats on a device depends on nnz.
 bool format_depends_on_density(ValueType type, const DeviceInfo& device);

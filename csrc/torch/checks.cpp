@@ -193,14 +193,16 @@ PackedHeader make_header(const DenseMatrix& dense, Format format, int64_t nnz, i
 }
 
 const PackedFormat& choose_format(const char* op, c10::string_view name, const DenseMatrix& dense,
-                                  const DeviceInfo& device) {
+                                  const DeviceInfo& device, int64_t expected_tokens) {
+  TORCH_CHECK_VALUE(expected_tokens >= 0, "flash_llm::", op,
+                    ": expected_tokens must not be negative, got ", expected_tokens);
   Format id;
   if (name == "auto") {
     // Counting waits for the device, so it is done only if the format depends on the count.
     const int64_t nnz = format_depends_on_density(dense.value_type, device)
                             ? at::count_nonzero(dense.tensor).item<int64_t>()
                             : 0;
-    id = select_format(dense.m, dense.k, nnz, dense.value_type, device).format;
+    id = select_format(dense.m, dense.k, nnz, dense.value_type, device, expected_tokens).format;
   } else {
     raise_if_error(op, parse_format(std::string(name), &id));
   }

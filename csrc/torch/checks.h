@@ -72,8 +72,9 @@ PackedHeader make_header(const DenseMatrix& dense, Format format, int64_t nnz, i
 void check_format(const char* op, c10::string_view name);
 
 // The format into which to pack `dense` on `device`; "auto" may count its nonzeros.
+// expected_tokens is as in select_format.
 const PackedFormat& choose_format(const char* op, c10::string_view name, const DenseMatrix& dense,
-                                  const DeviceInfo& device);
+                                  const DeviceInfo& device, int64_t expected_tokens);
 
 PruneTarget check_prune_target(std::optional<double> sparsity, c10::string_view scope);
 

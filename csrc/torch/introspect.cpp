@@ -125,11 +125,11 @@ void check_header(const std::string& where, const std::vector<int64_t>& ints,
 }
 
 py::tuple explain_format(int64_t m, int64_t k, int64_t nnz, int compute_capability,
-                         int64_t value_type) {
+                         int64_t value_type, int64_t expected_tokens) {
   ValueType type{};
   raise_if_error("flash_llm::explain_format", value_type_of(value_type, &type));
   const DeviceInfo device = gpu(compute_capability, 0, 0, FLASH_LLM_CUDA_ARCHS);
-  const FormatChoice choice = select_format(m, k, nnz, type, device);
+  const FormatChoice choice = select_format(m, k, nnz, type, device, expected_tokens);
   return py::make_tuple(packed_format(choice.format).name, choice.reason);
 }
 
@@ -149,7 +149,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("row_of_position", &row_of_position, py::arg("position"));
   m.def("col_of_position", &col_of_position, py::arg("position"));
   m.def("explain_format", &explain_format, py::arg("m"), py::arg("k"), py::arg("nnz"),
-        py::arg("compute_capability"), py::arg("value_type"));
+        py::arg("compute_capability"), py::arg("value_type"), py::arg("expected_tokens") = 0);
   m.def("check_header", &check_header, py::arg("where"), py::arg("ints"),
         py::arg("num_offsets") = py::none(), py::arg("payload_words") = py::none());
   m.def("cpu_isa", &current_cpu_isa);

@@ -15,13 +15,14 @@ namespace flash_llm {
                            const at::Tensor& payload, const std::optional<at::Tensor>& bias,       \
                            c10::string_view activation, c10::string_view config, int64_t ctas,     \
                            bool prefetch);                                                         \
-  Packed pack_##device(const at::Tensor& dense, c10::string_view format);                          \
+  Packed pack_##device(const at::Tensor& dense, c10::string_view format, int64_t expected_tokens); \
   Packed pack_quantized_##device(const at::Tensor& values, const at::Tensor& scales,               \
                                  at::ScalarType dtype, c10::string_view format);                   \
   Quantized unpack_quantized_##device(at::IntArrayRef header, const at::Tensor& offsets,           \
                                       const at::Tensor& payload);                                  \
   Packed prune_pack_##device(const at::Tensor& dense, std::optional<double> sparsity,              \
-                             c10::string_view scope, c10::string_view format);                     \
+                             c10::string_view scope, c10::string_view format,                      \
+                             int64_t expected_tokens);                                             \
   at::Tensor unpack_##device(at::IntArrayRef header, const at::Tensor& offsets,                    \
                              const at::Tensor& payload);                                           \
   void validate_##device(at::IntArrayRef header, const at::Tensor& offsets,                        \

@@ -31,10 +31,11 @@ Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, const PackedForm
   return {header_tensor(make_header(dense, format.id, nnz, words)), offsets, payload};
 }
 
-Packed pack_cpu(const Tensor& dense, c10::string_view format) {
+Packed pack_cpu(const Tensor& dense, c10::string_view format, int64_t expected_tokens) {
   check_format("pack", format);
   const DenseMatrix matrix = check_dense("pack", dense);
-  return pack_dense_cpu("pack", matrix, choose_format("pack", format, matrix, DeviceInfo{}));
+  return pack_dense_cpu("pack", matrix,
+                        choose_format("pack", format, matrix, DeviceInfo{}, expected_tokens));
 }
 
 Packed pack_quantized_cpu(const Tensor& values, const Tensor& scales, at::ScalarType dtype,
@@ -46,7 +47,7 @@ Packed pack_quantized_cpu(const Tensor& values, const Tensor& scales, at::Scalar
 }
 
 Packed prune_pack_cpu(const Tensor& dense, std::optional<double> sparsity, c10::string_view scope,
-                      c10::string_view format) {
+                      c10::string_view format, int64_t expected_tokens) {
   DenseMatrix matrix = check_dense("prune_pack", dense);
   check_format("prune_pack", format);
   const PruneTarget target = check_prune_target(sparsity, scope);
@@ -56,7 +57,7 @@ Packed prune_pack_cpu(const Tensor& dense, std::optional<double> sparsity, c10::
                   mutable_raw(pruned));
   const DenseMatrix kept = {pruned, matrix.value_type, matrix.m, matrix.k, matrix.k};
   return pack_dense_cpu("prune_pack", kept,
-                        choose_format("prune_pack", format, kept, DeviceInfo{}));
+                        choose_format("prune_pack", format, kept, DeviceInfo{}, expected_tokens));
 }
 
 CpuIsa cpu_isa(const char* op) {

@@ -61,9 +61,12 @@ Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFor
   const auto int_options = dense.tensor.options().dtype(at::kInt);
   const Tensor counts = at::empty({2, tiles}, int_options);  // units and nonzeros of each tile
   const Tensor units = counts[0], nnz = counts[1];
-  raise_if_error(op, kernels->count(raw(dense.tensor), dense.ld, dense.m, dense.k,
-                                    units.mutable_data_ptr<int32_t>(),
-                                    nnz.mutable_data_ptr<int32_t>(), current_stream()));
+  const Tensor scratch =
+      at::empty({tiles * kernels->scratch_bytes}, dense.tensor.options().dtype(at::kByte));
+  raise_if_error(op,
+                 kernels->count(raw(dense.tensor), dense.ld, dense.m, dense.k,
+                                units.mutable_data_ptr<int32_t>(), nnz.mutable_data_ptr<int32_t>(),
+                                scratch.mutable_data_ptr(), current_stream()));
   const Tensor totals = at::sum(counts, 1, false, at::kLong).cpu();
   const int64_t total_units = totals[0].item<int64_t>(), total_nnz = totals[1].item<int64_t>();
   TORCH_CHECK_VALUE(total_units <= INT32_MAX, "flash_llm::", op, ": a weight of ", dense.m, "x",
@@ -75,7 +78,8 @@ Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFor
   raise_if_error(op, kernels->pack(raw(dense.tensor), dense.ld, dense.m, dense.k,
                                    offsets.const_data_ptr<int32_t>(), nnz.const_data_ptr<int32_t>(),
                                    reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()),
-                                   changed.mutable_data_ptr<int32_t>(), current_stream()));
+                                   changed.mutable_data_ptr<int32_t>(), scratch.mutable_data_ptr(),
+                                   current_stream()));
   if (changed.item<int32_t>() != 0) raise_if_error(op, dense_changed());
   if (tiles > 0) {
     raise_if_error(op, cuda::end_weight_writes(counts.mutable_data_ptr(), current_stream()));
@@ -84,12 +88,13 @@ Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFor
           offsets, payload};
 }
 
-Packed pack_cuda(const Tensor& dense, c10::string_view format) {
+Packed pack_cuda(const Tensor& dense, c10::string_view format, int64_t expected_tokens) {
   const c10::cuda::CUDAGuard guard(dense.device());
   check_format("pack", format);
   const DenseMatrix matrix = check_dense("pack", dense);
-  return pack_dense_cuda("pack", matrix,
-                         choose_format("pack", format, matrix, current_device_info()));
+  return pack_dense_cuda(
+      "pack", matrix,
+      choose_format("pack", format, matrix, current_device_info(), expected_tokens));
 }
 
 Packed pack_quantized_cuda(const Tensor& values, const Tensor& scales, at::ScalarType dtype,
@@ -148,14 +153,15 @@ Tensor prune_cuda(const DenseMatrix& dense, const PruneTarget& target) {
 }
 
 Packed prune_pack_cuda(const Tensor& dense, std::optional<double> sparsity, c10::string_view scope,
-                       c10::string_view format) {
+                       c10::string_view format, int64_t expected_tokens) {
   const c10::cuda::CUDAGuard guard(dense.device());
   const DenseMatrix matrix = check_dense("prune_pack", dense);
   check_format("prune_pack", format);
   const Tensor pruned = prune_cuda(matrix, check_prune_target(sparsity, scope));
   const DenseMatrix kept = {pruned, matrix.value_type, matrix.m, matrix.k, matrix.k};
-  return pack_dense_cuda("prune_pack", kept,
-                         choose_format("prune_pack", format, kept, current_device_info()));
+  return pack_dense_cuda(
+      "prune_pack", kept,
+      choose_format("prune_pack", format, kept, current_device_info(), expected_tokens));
 }
 
 PackedWeight on_host(const PackedWeight& weight) {
@@ -271,8 +277,9 @@ int64_t count_stored_cuda(at::IntArrayRef header, const Tensor& offsets, const T
       "torch. Then run: FLASH_LLM_BUILD_CUDA=1 pip install --no-build-isolation -e .");
 }
 
-Packed pack_cuda(const Tensor&, c10::string_view) { raise_no_cuda("pack"); }
-Packed prune_pack_cuda(const Tensor&, std::optional<double>, c10::string_view, c10::string_view) {
+Packed pack_cuda(const Tensor&, c10::string_view, int64_t) { raise_no_cuda("pack"); }
+Packed prune_pack_cuda(const Tensor&, std::optional<double>, c10::string_view, c10::string_view,
+                       int64_t) {
   raise_no_cuda("prune_pack");
 }
 Packed pack_quantized_cuda(const Tensor&, const Tensor&, at::ScalarType, c10::string_view) {

@@ -28,8 +28,8 @@ Tensor unpack(const PackedWeight& weight) {
 Packed pack(const Tensor& dense, Format format) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flash_llm::pack", "")
-                             .typed<Packed(const Tensor&, c10::string_view)>();
-  return op.call(dense, packed_format(format).name);
+                             .typed<Packed(const Tensor&, c10::string_view, int64_t)>();
+  return op.call(dense, packed_format(format).name, 0);
 }
 
 bool is_quantized(const PackedHeader& header) {

@@ -9,14 +9,16 @@ TORCH_LIBRARY(flash_llm, m) {
   m.def(
       "spmm(Tensor x, int[] header, Tensor offsets, Tensor payload, Tensor? bias=None, "
       "str activation=\"none\", str config=\"auto\", int ctas=0, bool prefetch=True) -> Tensor");
-  m.def("pack(Tensor dense, str format=\"auto\") -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "pack(Tensor dense, str format=\"auto\", int expected_tokens=0) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def(
       "pack_quantized(Tensor values, Tensor scales, ScalarType dtype, str format=\"auto\") -> "
       "(Tensor, Tensor, Tensor)");
   m.def("unpack_quantized(int[] header, Tensor offsets, Tensor payload) -> (Tensor, Tensor)");
   m.def(
       "prune_pack(Tensor dense, float? sparsity=None, str scope=\"row\", "
-      "str format=\"auto\") -> (Tensor, Tensor, Tensor)");
+      "str format=\"auto\", int expected_tokens=0) -> (Tensor, Tensor, Tensor)");
   m.def("unpack(int[] header, Tensor offsets, Tensor payload) -> Tensor");
   m.def("validate(int[] header, Tensor offsets, Tensor payload) -> ()");
   m.def("count_stored(int[] header, Tensor offsets, Tensor payload) -> int");

@@ -21,6 +21,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DryRun = Annotated[bool, typer.Option(help="Only show what would be done.")]
 Dtype = Annotated[str | None, typer.Option(help="float16 or bfloat16: cast float32 weights first.")]
+ExpectedTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens that most products on a GPU have at most (batch size of decoding); "
+        "up to 8, --format auto packs very sparse layers for them.",
+    ),
+]
 Format = Annotated[str, typer.Option(help="Format of packed weights: auto, or its name.")]
 Ignore = Annotated[
     list[str] | None, typer.Option(help="Layers to leave alone, instead of the default ones.")

@@ -49,6 +49,7 @@ def prune(
         bool, typer.Option(help="Save packed weights, or dense weights with zeros.")
     ] = True,
     format: options.Format = "auto",
+    expected_tokens: options.ExpectedTokens = None,
     dtype: options.Dtype = None,
     device: options.Device = "auto",
     resume: Annotated[
@@ -73,6 +74,7 @@ def prune(
         "ignore": DEFAULT_IGNORE if ignore is None else ignore,
         "pack": pack,
         "format": format,
+        "expected_tokens": expected_tokens,
         "dtype": parse_dtype(dtype),
         "trust_remote_code": trust_remote_code,
     }

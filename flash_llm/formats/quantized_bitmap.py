@@ -46,7 +46,7 @@ class QuantizedBitmap(PackedWeight):
     """
 
     FORMAT = "quantized_bitmap"
-    FORMAT_ID = 4
+    FORMAT_ID = 5
 
     def stats(self) -> QuantizedBitmapStats:
         """Count what the buffers hold, after checking them in depth.

@@ -77,6 +77,7 @@ class _Options:
     ignore: tuple[str, ...]
     format: str
     values: str
+    expected_tokens: int | None
     dtype: str | None
     pack_unprofitable: bool
     conv1d: bool
@@ -90,6 +91,7 @@ def convert_checkpoint(
     ignore: str | Sequence[str] = CONVERT_IGNORE,
     format: str = "auto",
     values: str = "16-bit",
+    expected_tokens: int | None = None,
     dtype: torch.dtype | None = None,
     pack_unprofitable: bool = False,
     workers: int = 1,
@@ -114,6 +116,8 @@ def convert_checkpoint(
         format: ``"auto"`` (the fastest on the CPU; a layer is packed again when it is loaded on a
             device for which another format is faster), or a format's name.
         values: ``"16-bit"`` or ``"int8"``, as :func:`flash_llm.pack` takes it.
+        expected_tokens: how many tokens most products on a GPU will have at most, if that is known:
+            ``"auto"`` then writes ``"gather"`` where :func:`flash_llm.pack` would on a GPU.
         dtype: cast float32 weights to this dtype first, float16 or bfloat16. None leaves them
             dense.
         pack_unprofitable: also pack weights that do not get smaller.
@@ -130,9 +134,9 @@ def convert_checkpoint(
         FileExistsError: ``dst`` exists, or ``dst.partial`` belongs to other work or is in use by
             another run.
         ValueError: a file is broken, or not directly in ``src``; a target matches nothing; a layer
-            is packed already; ``format``, ``values``, ``dtype`` or ``workers`` is invalid; an
-            element to quantise is NaN or infinite.
-        TypeError: the format does not hold such values.
+            is packed already; ``format``, ``values``, ``expected_tokens``, ``dtype`` or ``workers``
+            is invalid; an element to quantise is NaN or infinite.
+        TypeError: the format does not hold such values; ``expected_tokens`` is no integer.
         OSError: the disk is full or not writable; ``src`` is untouched, and finished files stay in
             ``dst.partial``.
 
@@ -151,6 +155,7 @@ def convert_checkpoint(
     src, dst = Path(src), Path(dst)
     ops.check_format(format)
     ops.check_values(values)
+    ops.check_expected_tokens(expected_tokens)
     if dtype is not None and not ops.is_packable(dtype):
         raise ValueError(
             "flash_llm.convert_checkpoint: dtype must be torch.float16 or torch.bfloat16, got "
@@ -175,6 +180,7 @@ def convert_checkpoint(
         ignore=parse_patterns("ignore", ignore),
         format=format,
         values=values,
+        expected_tokens=expected_tokens,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         pack_unprofitable=pack_unprofitable,
         conv1d=bool(is_conv1d_model(src)),
@@ -257,7 +263,7 @@ def inspect_checkpoint(
     ops.check_format(format)
     ops.check_values(values)
     source = DenseView(checkpoint_files(folder))
-    options = _Options((EVERY_LAYER,), (), format, values, None, False, conv1d=False)
+    options = _Options((EVERY_LAYER,), (), format, values, None, None, False, conv1d=False)
     rows = []
     for name in sorted(source.checkpoint.packed, key=natural):
         packed = source.checkpoint.placeholder(name)
@@ -474,10 +480,10 @@ def _convert_tensor(
     if why_dense:
         row = LayerReport(name, shape, None, tensor.nbytes, None, None, "skipped", why_dense)
         return row, {f"{name}.weight": tensor}
+    weight = tensor.t() if transposed else tensor
+    stored = ops.stored_format(weight, options.format, options.expected_tokens, options.values)
     try:
-        packed = ops.pack(
-            tensor.t() if transposed else tensor, options.format, values=options.values
-        )
+        packed = ops.pack(weight, stored, values=options.values)
     except ValueError as error:
         raise ValueError(f"flash_llm: {name}: {error}") from None
     row = decide(name, packed, options.pack_unprofitable)

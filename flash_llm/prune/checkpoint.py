@@ -32,7 +32,7 @@ from flash_llm.prune.resume import ALLOCATION_NAME
 from flash_llm.prune.samples import samples_for
 from flash_llm.report_base import Report
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, match_layers, refuse_tied
-from flash_llm.sparsify import SparsifyReport, sparsify_
+from flash_llm.sparsify import SparsifyReport, sparsify_for_files_
 from flash_llm.table import aligned, kind, shape_text
 
 _CALLER = "flash_llm.prune_checkpoint"
@@ -148,6 +148,7 @@ def plan_pruning(
     ignore: str | Sequence[str] = DEFAULT_IGNORE,
     pack: bool = True,
     format: str = "auto",
+    expected_tokens: int | None = None,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     **options: Any,
@@ -165,6 +166,7 @@ def plan_pruning(
         ignore: likewise.
         pack: likewise.
         format: likewise.
+        expected_tokens: likewise.
         dtype: likewise.
         trust_remote_code: likewise.
         options: likewise.
@@ -179,7 +181,10 @@ def plan_pruning(
     if _needs_sparsity(make_recipe(**options)):
         missing.append("sparsity")
         options["sparsity"] = 0.0  # any value, to check the rest
-    request = _Request(src, dst, targets, ignore, pack, format, dtype, trust_remote_code, options)
+    request = _Request(
+        *(src, dst, targets, ignore, pack, format, expected_tokens),
+        *(dtype, trust_remote_code, options),
+    )
     recipe, text = request.recipe, _text_options(src, calibration, trust_remote_code)
     if needs_calibration(recipe) and calibration is None:
         missing.append("calibration")
@@ -197,6 +202,7 @@ def prune_checkpoint(
     ignore: str | Sequence[str] = DEFAULT_IGNORE,
     pack: bool = True,
     format: str = "auto",
+    expected_tokens: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     resume: bool = True,
@@ -218,6 +224,7 @@ def prune_checkpoint(
         ignore: patterns of the layers to leave alone; wins over ``targets``.
         pack: pack the layers that become smaller; False saves dense weights with zeros.
         format: of the packed weights, as in :func:`flash_llm.sparsify_`.
+        expected_tokens: as in :func:`flash_llm.convert_checkpoint`.
         dtype: load the model in this dtype; None for the dtype of its weights. Packed weights are
             float16 or bfloat16.
         device: where the blocks are pruned, one at a time; the model stays on the CPU.
@@ -243,7 +250,10 @@ def prune_checkpoint(
             layers stay in ``dst.partial``.
     """
     src, dst = Path(src), Path(dst)
-    request = _Request(src, dst, targets, ignore, pack, format, dtype, trust_remote_code, options)
+    request = _Request(
+        *(src, dst, targets, ignore, pack, format, expected_tokens),
+        *(dtype, trust_remote_code, options),
+    )
     if calibration is not None:
         options |= _text_options(src, calibration, trust_remote_code)
     note = {"dtype": request.plan.dtype}
@@ -271,7 +281,12 @@ def prune_checkpoint(
             raise
         packing = None
         if pack:
-            packing = sparsify_(model, targets, ignore, format=format, progress=progress)
+            packing = sparsify_for_files_(
+                *(model, targets, ignore),
+                format=format,
+                expected_tokens=expected_tokens,
+                progress=progress,
+            )
         shutil.rmtree(unfinished.content)  # perhaps part of a model, left by a run that was killed
         unfinished.content.mkdir()
         copy_other_files(src, unfinished.content, checkpoint_files(src))
@@ -312,11 +327,13 @@ class _Request:
         ignore: str | Sequence[str],
         pack: bool,
         format: str,
+        expected_tokens: int | None,
         dtype: torch.dtype | None,
         trust_remote_code: bool,
         options: Mapping[str, Any],
     ) -> None:
         ops.check_format(format)
+        ops.check_expected_tokens(expected_tokens)
         _check_source(src)
         self.model, dtype = _empty_model(src, dtype, trust_remote_code)
         self.recipe = make_recipe(targets=targets, ignore=ignore, **options)

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <random>
 #include <string>
@@ -34,7 +35,7 @@ namespace flash_llm::testing {
 namespace {
 
 constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap,
-                               Format::kQuantizedBitmap};
+                               Format::kGather, Format::kQuantizedBitmap};
 
 struct Outcomes {
   uint64_t accepted = 0;

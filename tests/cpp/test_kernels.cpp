@@ -26,6 +26,7 @@
 #include "plan/bitmap_mma_sync.h"
 #include "plan/bitmap_rows_sm90.h"
 #include "plan/bitmap_sm90a.h"
+#include "plan/gather.h"
 #include "plan/spmm_plan.h"
 #include "testing.h"
 
@@ -128,7 +129,7 @@ std::vector<Kernel> every_kernel() {
   std::vector<Kernel> kernels;
   for (const KernelFamilyRow& family : kernel_families()) {
     if (family.place != Place::kCuda) continue;
-    for (const Format format : {Format::kTiledCsl, Format::kBitmap}) {
+    for (const Format format : {Format::kTiledCsl, Format::kBitmap, Format::kGather}) {
       if (!family.formats.contains(format)) continue;
       for (const KernelConfig& config : family.configs()) {
         int64_t tile_n = 0;
@@ -153,6 +154,9 @@ int least_ring_bytes(const SpmmPlan& plan) {
     case KernelFamily::kBitmapSm90:
     case KernelFamily::kBitmapSm80:
       return mma_sync_min_ring_bytes(mma_sync_configs(plan.family)[config]);
+    case KernelFamily::kGatherSm90:
+    case KernelFamily::kGatherSm80:
+      return gather_ring_bytes(gather_configs(plan.family)[config], kGatherMinWarps);
     default:
       return 0;
   }
@@ -196,7 +200,6 @@ class KernelOnGpu : public ::testing::TestWithParam<Kernel> {
     std::vector<uint16_t> y(static_cast<size_t>(n * m), kNaN), want(y.size());
     SpmmArgs args;
     args.format = GetParam().format;
-    args.value_type = type;
     args.n = n;
     args.x = x.data();
     args.x_stride = stride;
@@ -236,7 +239,8 @@ INSTANTIATE_TEST_SUITE_P(Configurations, KernelOnGpu, ::testing::ValuesIn(every_
 TEST_P(KernelOnGpu, AwkwardShapesAndAllDensities) {
   const int64_t tile = GetParam().tile_n;
   for (const ValueType type : {ValueType::kFloat16, ValueType::kBfloat16}) {
-    for (const auto& [m, k] : {std::pair<int64_t, int64_t>{1, 1}, {33, 129}, {600, 1999}}) {
+    for (const auto& [m, k] :
+         {std::pair<int64_t, int64_t>{1, 1}, {33, 129}, {600, 1999}, {17, 8321}}) {
       for (const double sparsity : {0.0, 0.5, 0.8, 0.93, 1.0}) {
         const DenseMatrix dense = integers(m, k, sparsity, type, 1);
         expect_exact(dense, 1, 0, false, type);
@@ -257,7 +261,7 @@ TEST_P(KernelOnGpu, SmallRings) {
 class PackerOnGpu : public ::testing::TestWithParam<Format> {};
 
 INSTANTIATE_TEST_SUITE_P(Formats, PackerOnGpu,
-                         ::testing::Values(Format::kTiledCsl, Format::kBitmap),
+                         ::testing::Values(Format::kTiledCsl, Format::kBitmap, Format::kGather),
                          [](const auto& format) { return packed_format(format.param).name; });
 
 TEST_P(PackerOnGpu, SmallWeightsHaveTheHostsBytes) {
@@ -268,8 +272,10 @@ TEST_P(PackerOnGpu, SmallWeightsHaveTheHostsBytes) {
   const size_t tiles = packed.offsets.size() - 1;
   const OnGpu<uint16_t> gpu_dense(dense.values);
   const OnGpu<int32_t> units(std::vector<int32_t>(tiles, -1)), nnz(std::vector<int32_t>(tiles, -1));
+  const OnGpu<uint8_t> scratch(
+      std::vector<uint8_t>(tiles * static_cast<size_t>(kernels.scratch_bytes), 0xFF));
   Status status = kernels.count(gpu_dense.data(), dense.ld, dense.m, dense.k, units.data(),
-                                nnz.data(), nullptr);
+                                nnz.data(), scratch.data(), nullptr);
   ASSERT_TRUE(status.ok()) << status.message;
   const std::vector<int32_t> counted = units.to_host();
   for (size_t i = 0; i < tiles; ++i) {
@@ -278,7 +284,7 @@ TEST_P(PackerOnGpu, SmallWeightsHaveTheHostsBytes) {
   const OnGpu<int32_t> offsets(packed.offsets), changed(std::vector<int32_t>(1, 0));
   const OnGpu<uint32_t> payload(std::vector<uint32_t>(packed.payload.size(), 0xFFFFFFFF));
   status = kernels.pack(gpu_dense.data(), dense.ld, dense.m, dense.k, offsets.data(), nnz.data(),
-                        payload.data(), changed.data(), nullptr);
+                        payload.data(), changed.data(), scratch.data(), nullptr);
   ASSERT_TRUE(status.ok()) << status.message;
   EXPECT_EQ(payload.to_host(), packed.payload);
   EXPECT_EQ(changed.to_host()[0], 0);

@@ -7,6 +7,7 @@
 #include "plan/bitmap_mma_sync.h"
 #include "plan/bitmap_rows_sm90.h"
 #include "plan/bitmap_sm90a.h"
+#include "plan/gather.h"
 #include "plan/quantized_bitmap_sm90.h"
 #include "plan/spmm_plan.h"
 #include "plan/tiled_csl_sm80.h"
@@ -33,6 +34,10 @@ struct Call {
         return cuda::spmm_bitmap_sm90(plan, args, nullptr, true, nullptr);
       case KernelFamily::kBitmapSm80:
         return cuda::spmm_bitmap_sm80(plan, args, nullptr, true, nullptr);
+      case KernelFamily::kGatherSm90:
+        return cuda::spmm_gather_sm90(plan, args, nullptr, true, nullptr);
+      case KernelFamily::kGatherSm80:
+        return cuda::spmm_gather_sm80(plan, args, nullptr, true, nullptr);
       case KernelFamily::kQuantizedBitmapSm90:
         return cuda::spmm_quantized_bitmap(plan, args, nullptr, true, nullptr);
       default:
@@ -89,6 +94,11 @@ std::vector<Kernel> every_kernel() {
       kernels.push_back({Format::kBitmap, config.name, config.tile_n});
     }
   }
+  for (const KernelFamily family : {KernelFamily::kGatherSm80, KernelFamily::kGatherSm90}) {
+    for (const auto& config : gather_configs(family)) {
+      kernels.push_back({Format::kGather, config.name, config.tile_n});
+    }
+  }
   for (const auto& config : quantized_bitmap_configs()) {
     kernels.push_back({Format::kQuantizedBitmap, config.name, config.tile_n});
   }
@@ -127,10 +137,9 @@ TEST_P(EveryKernel, RefusesAWeightOfAnotherFormat) {
   Call other = call();
   const bool tiled = other.args.format == Format::kTiledCsl;
   other.args.format = tiled ? Format::kBitmap : Format::kTiledCsl;
-  const Status status = other.launch();
-  EXPECT_EQ(status.code, StatusCode::kInvalidValue);
-  EXPECT_NE(status.message.find("tiled_csl"), std::string::npos) << status.message;
-  EXPECT_NE(status.message.find("bitmap"), std::string::npos) << status.message;
+  for (const Format format : {other.args.format, other.plan.problem.format}) {
+    expect_refused(other, packed_format(format).name);
+  }
 }
 
 TEST_P(EveryKernel, RefusesConfigurationsThatDoNotExist) {
@@ -153,7 +162,21 @@ TEST(BitmapLaunch, RefusesAPlanForFewerRowsWhereEachHasItsSums) {
   expect_refused(call, "M=8192");
 }
 
-TEST(QuantizedBitmapLaunch, RefusesWarpsAndStagesThatDoNotFit) {
+TEST(GatherLaunch, RefusesAPlanForOtherRowsOrPartsOrWithoutWarps) {
+  for (const char* config : {"gather8", "sm80_gather1"}) {
+    Call call = call_of(Format::kGather, 1, config);
+    call.plan.work.rows += 1;
+    expect_refused(call, "its configuration");
+    call = call_of(Format::kGather, 1, config);
+    call.plan.work.cols += 1;
+    expect_refused(call, "its configuration");
+    call = call_of(Format::kGather, 1, config);
+    call.plan.ring_bytes = 64;
+    expect_refused(call, "its configuration");
+  }
+}
+
+TEST(QuantizedBitmapLaunch, RefusesWarpsAndRingsThatDoNotFit) {
   for (const int warps : {0, 7, 17}) {
     Call call = call_of(Format::kQuantizedBitmap, 8, "quantized8");
     call.plan.warps = warps;

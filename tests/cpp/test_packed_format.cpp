@@ -22,7 +22,8 @@
 namespace flash_llm::testing {
 namespace {
 
-constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap};
+constexpr Format kFormats[] = {Format::kTiledCsl, Format::kBitmap, Format::kRowBitmap,
+                               Format::kGather};
 
 std::string name_of(Format format) { return packed_format(format).name; }
 
@@ -37,7 +38,7 @@ TEST(Formats, EachHasARowAndANameOfItsOwn) {
   }
   Format parsed{};
   EXPECT_TRUE(mentions(parse_format("csr", &parsed).message,
-                       {"format ", "auto", "tiled_csl", "bitmap", "row_bitmap", "csr"}));
+                       {"format ", "auto", "tiled_csl", "bitmap", "row_bitmap", "gather", "csr"}));
 }
 
 TEST(Header, MagicSpellsTheName) {
@@ -75,6 +76,7 @@ TEST(Header, EveryVersionUpToTheNewestIsReadAndNoOther) {
   const std::pair<Format, int64_t> newest_of[] = {{Format::kTiledCsl, 1},
                                                   {Format::kBitmap, 2},
                                                   {Format::kRowBitmap, 1},
+                                                  {Format::kGather, 1},
                                                   {Format::kQuantizedBitmap, 1}};
   for (const auto& [format, newest] : newest_of) {
     PackedHeader header = PackedHeader::of(format), back;
@@ -304,6 +306,7 @@ TEST_P(Changed, OneElementMoreOrLessIsSeen) {
 INSTANTIATE_TEST_SUITE_P(Packers, Changed,
                          ::testing::Values(std::tuple{Format::kTiledCsl, CpuIsa::kPortable},
                                            std::tuple{Format::kBitmap, CpuIsa::kPortable},
+                                           std::tuple{Format::kGather, CpuIsa::kPortable},
                                            std::tuple{Format::kRowBitmap, CpuIsa::kPortable},
                                            std::tuple{Format::kRowBitmap, CpuIsa::kAvx2},
                                            std::tuple{Format::kRowBitmap, CpuIsa::kAvx512}));
@@ -311,7 +314,7 @@ INSTANTIATE_TEST_SUITE_P(Packers, Changed,
 // Each test breaks one thing in a weight that is valid otherwise.
 class Malformed : public ::testing::TestWithParam<Format> {
  protected:
-  Packed good_ = pack_or_die(random_patterns(200, 150, 0.7, 3), GetParam());
+  Packed good_ = pack_or_die(random_patterns(1100, 150, 0.7, 3), GetParam());
 
   void SetUp() override {
     const Status status = check(good_);

@@ -10,6 +10,7 @@
 #include "plan/bitmap_rows_sm90.h"
 #include "plan/bitmap_sm90a.h"
 #include "plan/cpu.h"
+#include "plan/gather.h"
 #include "plan/spmm_plan.h"
 #include "plan/tiled_csl_sm80.h"
 #include "testing.h"
@@ -478,6 +479,107 @@ TEST(CpuBlockRows, AreWholeBlocksOfAtLeastOne) {
     EXPECT_EQ(cpu_block_rows(k) % 4, 0) << k;
   }
   EXPECT_EQ(cpu_block_rows(4096), 1024);
+}
+
+SpmmProblem gather_problem(int64_t m, int64_t n, int64_t k, double sparsity = 0.9) {
+  SpmmProblem out = problem(m, n, k, sparsity);
+  out.format = Format::kGather;
+  return out;
+}
+
+TEST(SelectPlanGather, TheNarrowestConfigurationThatFitsTheGpu) {
+  const auto name = [](int64_t n, int64_t k, const DeviceInfo& device) {
+    return plan_of(gather_problem(28672, n, k), device).name();
+  };
+  for (const auto& [n, config] :
+       {std::pair{1, "gather1"}, std::pair{2, "gather2"}, std::pair{3, "gather4"},
+        std::pair{8, "gather8"}, std::pair{9, "gather8"}}) {
+    for (const int64_t k : {64, 7168, 8192, 28672}) {
+      EXPECT_EQ(name(n, k, kH200), config) << k;
+      EXPECT_EQ(name(n, k, kB200), config) << k;
+    }
+    EXPECT_EQ(name(n, 4096, kA100), std::string("sm80_") + config);
+  }
+  // X of 8 tokens does not fit into 100 KB, that of 4 does up to 4096 columns.
+  EXPECT_EQ(name(8, 4096, kL40S), "sm80_gather4");
+  EXPECT_EQ(name(8, 8192, kRtx5090), "gather2");
+  EXPECT_EQ(plan_of(gather_problem(28672, 1, 7168), kCpu).family, KernelFamily::kDense);
+  EXPECT_EQ(failure_of(gather_problem(4096, 1, 4096), kA100, "gather1").code,
+            StatusCode::kUnsupported);
+  EXPECT_EQ(failure_of(gather_problem(4096, 8, 8192), kL40S, "sm80_gather8").code,
+            StatusCode::kUnsupported);
+}
+
+TEST(SelectPlanGather, EachConfigurationFitsTheSharedMemoryWhereItIsTaken) {
+  for (const DeviceInfo& device : {kA100, kL40S, kH200, kRtx5090}) {
+    for (const int64_t k : {1, 4096, 7168, 8192, 28672}) {
+      for (const int64_t n : {1, 2, 4, 8}) {
+        const SpmmPlan plan = plan_of(gather_problem(28672, n, k), device);
+        const GatherConfig& config = gather_configs(plan.family)[static_cast<size_t>(plan.config)];
+        const int warps = plan.ring_bytes / gather_ring_bytes(config, 1);
+        EXPECT_GE(warps, kGatherMinWarps);
+        EXPECT_LE(gather_smem_bytes(config, k, warps, gather_batch(plan.work)) + kGatherTableBytes,
+                  device.smem_per_sm_bytes - 1024)
+            << plan.to_string();
+      }
+    }
+  }
+  EXPECT_EQ(plan_of(gather_problem(28672, 8, 7168), kH200).ring_bytes, 16 * 2 * 3136);
+}
+
+TEST(SelectPlanGather, PassesShareTheGpuUntilUnpackingCostsLess) {
+  EXPECT_EQ(plan_of(gather_problem(28672, 8, 7168), kH200).ctas, 132);
+  EXPECT_EQ(plan_of(gather_problem(28672, 9, 7168), kH200).ctas, 66);
+  EXPECT_EQ(plan_of(gather_problem(28672, 64, 7168), kH200).ctas, 16);
+  const SpmmPlan dense = plan_of(gather_problem(28672, 65, 7168), kH200);
+  EXPECT_EQ(dense.family, KernelFamily::kDense);
+  EXPECT_TRUE(mentions(dense.reason, {"N > 64"})) << dense.reason;
+  EXPECT_EQ(plan_of(gather_problem(28672, 17, 7168, 0.5), kH200).family, KernelFamily::kDense);
+  // A weight of one slice.
+  EXPECT_EQ(plan_of(gather_problem(8, 8, 7168), kH200).ctas, 1);
+}
+
+TEST(SelectPlanGather, EachPartOf8192ColumnsHasCtasAndSums) {
+  const SpmmPlan plan = plan_of(gather_problem(7168, 8, 28672), kH200);
+  EXPECT_EQ(plan.workspace_bytes, int64_t{4} * 8 * 7168 * 4);
+  EXPECT_EQ(plan_of(gather_problem(7168, 8, 8192), kH200).workspace_bytes, 0);
+  EXPECT_EQ(plan_of(gather_problem(7168, 1, 28672), kH200, "auto", 1).ctas, 4);
+  for (const int64_t k : {8193, 16384, 28672, 1 << 20}) {
+    const int parts = gather_parts(k);
+    for (const int ctas : {parts, parts + 1, 132, 1000}) {
+      if (ctas < parts) continue;
+      EXPECT_EQ(gather_first_cta(0, parts, ctas, k), 0);
+      EXPECT_EQ(gather_first_cta(parts, parts, ctas, k), ctas);
+      for (int part = 0; part < parts; ++part) {
+        EXPECT_LT(gather_first_cta(part, parts, ctas, k),
+                  gather_first_cta(part + 1, parts, ctas, k))
+            << part << " of " << parts << ", " << ctas;
+      }
+    }
+  }
+  // The last part has half of the columns of each other one.
+  EXPECT_EQ(gather_first_cta(3, 4, 132, 28672), 113);
+}
+
+TEST(SelectFormat, TakesGatherOnlyOnAGpuWhereFewTokensAreExpected) {
+  const auto format = [](double sparsity, const DeviceInfo& device, int64_t tokens,
+                         int64_t m = 28672, ValueType type = ValueType::kFloat16) {
+    const SpmmProblem p = problem(m, 1, 7168, sparsity);
+    return select_format(p.m, p.k, p.nnz, type, device, tokens).format;
+  };
+  for (const DeviceInfo& device : {kA100, kL40S, kH200, kB200, kRtx5090}) {
+    EXPECT_EQ(format(0.9, device, 0), Format::kBitmap);
+    EXPECT_EQ(format(0.9, device, 1), Format::kGather);
+    EXPECT_EQ(format(0.9, device, 9), Format::kBitmap);
+    EXPECT_EQ(format(0.8, device, 4), Format::kGather);
+    EXPECT_EQ(format(0.7, device, 1), Format::kBitmap);
+    EXPECT_EQ(format(0.99, device, 1), Format::kTiledCsl);
+    EXPECT_EQ(format(0.9, device, 1, 2048), Format::kBitmap);
+  }
+  EXPECT_EQ(format(0.9, kCpu, 1), Format::kRowBitmap);
+  EXPECT_EQ(format(0.9, kH200, 1, 28672, ValueType::kInt8Float16), Format::kQuantizedBitmap);
+  EXPECT_EQ(format(0.9, gpu(100, 148, 228 * 1024, "9.0a"), 1),
+            format(0.9, gpu(100, 148, 228 * 1024, "9.0a"), 0));
 }
 
 TEST(SelectFormat, FollowsTheDeviceAndTheDensity) {

@@ -101,6 +101,13 @@ def test_sparsity(folder, sparsity, error):
         configured(folder)
 
 
+@pytest.mark.parametrize(("tokens", "error"), [(0, ValueError), ("8", TypeError)])
+def test_expected_tokens(folder, tokens, error):
+    change_config(folder, expected_tokens=tokens)
+    with pytest.raises(error, match="expected_tokens"):
+        configured(folder)
+
+
 def test_a_sparsity_for_a_packed_folder(folder):
     change_config(folder, sparsity=0.8)
     with pytest.raises(ValueError, match=r"model\.layers.*model\.safetensors"):

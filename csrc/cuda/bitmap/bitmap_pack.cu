@@ -758,7 +758,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 Status count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units, int32_t* nnz,
-             cudaStream_t stream) {
+             void* /*scratch*/, cudaStream_t stream) {
   if (m == 0 || k == 0) return Status::success();
   const int64_t pairs = num_bands(num_chunk_rows(m)) * num_chunk_pairs(num_chunk_cols(k));
   count_kernel<<<static_cast<unsigned>(pairs), kBandChunkRows * 32, 0, stream>>>({dense, ld, m, k},
@@ -767,7 +767,8 @@ Status count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* u
 }
 
 Status pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-            const int32_t* nnz, uint32_t* payload, int32_t* changed, cudaStream_t stream) {
+            const int32_t* nnz, uint32_t* payload, int32_t* changed, void* /*scratch*/,
+            cudaStream_t stream) {
   if (m == 0 || k == 0) return Status::success();
   pack_kernel<<<num_ctas(m, k), kThreads, 0, stream>>>({dense, ld, m, k}, offsets, nnz, payload,
                                                        changed);

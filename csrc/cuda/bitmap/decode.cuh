@@ -133,19 +133,26 @@ struct TwoFourFragment {
   }
 };
 
+template <int kBit, int kStep>
+__device__ __forceinline__ void decode_quad(uint32_t word, uint32_t& position, uint32_t* reg) {
+  uint32_t values[4];
+  load_quad<kBit, kStep>(word, position, values);
+  arrange_quad<kBit>(word, values, reg);
+}
+
+// Decodes a fragment quad by quad, where registers are scarce: all loads first takes four more.
 template <int kFragment, int kStep>
 __device__ __forceinline__ void decode_fragment(uint32_t word, uint32_t& position, uint32_t* reg) {
-  uint32_t values[8];
-  PlainFragment<kFragment>::template load<kStep>(word, position, values);
-  PlainFragment<kFragment>::arrange(word, values, reg);
+  decode_quad<0, kStep>(word >> (2 * kFragment), position, reg);
+  decode_quad<1, kStep>(word >> (2 * kFragment), position, reg + 2);
 }
 
 template <int kFragment, int kStep>
 __device__ __forceinline__ void decode_two_four_fragment(uint32_t word, uint32_t& position,
                                                          uint32_t* reg) {
-  uint32_t values[8];
-  TwoFourFragment<kFragment>::template load<kStep>(word, position, values);
-  TwoFourFragment<kFragment>::arrange(word, values, reg);
+  using Fragment = TwoFourFragment<kFragment>;
+  decode_quad<Fragment::kBit, kStep>(word >> Fragment::kShift, position, reg);
+  decode_quad<Fragment::kBit, kStep>(word >> (Fragment::kShift + 4), position, reg + 2);
 }
 
 // What a lane derives from its bits of one strip of a 2:4 chunk.

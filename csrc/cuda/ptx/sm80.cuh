@@ -111,12 +111,18 @@ __device__ __forceinline__ uint2 load_shared_v2(uint32_t smem) {
   return value;
 }
 
-__device__ __forceinline__ float4 load_shared_v4(uint32_t smem) {
-  float4 value;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+__device__ __forceinline__ uint4 load_shared_v4(uint32_t smem) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "r"(smem)
                : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint32_t load_shared_u16(uint32_t smem) {
+  uint16_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(smem) : "memory");
   return value;
 }
 

@@ -523,18 +523,18 @@ __device__ __forceinline__ void store_sums(uint32_t smem, const int (&sums)[4]) 
                               __int_as_float(sums[2]), __int_as_float(sums[3])});
 }
 __device__ __forceinline__ void add_stored(uint32_t smem, float (&sums)[4]) {
-  const float4 four = ptx::load_shared_v4(smem);
-  sums[0] += four.x;
-  sums[1] += four.y;
-  sums[2] += four.z;
-  sums[3] += four.w;
+  const uint4 four = ptx::load_shared_v4(smem);
+  sums[0] += __uint_as_float(four.x);
+  sums[1] += __uint_as_float(four.y);
+  sums[2] += __uint_as_float(four.z);
+  sums[3] += __uint_as_float(four.w);
 }
 __device__ __forceinline__ void add_stored(uint32_t smem, int (&sums)[4]) {
-  const float4 four = ptx::load_shared_v4(smem);
-  sums[0] += __float_as_int(four.x);
-  sums[1] += __float_as_int(four.y);
-  sums[2] += __float_as_int(four.z);
-  sums[3] += __float_as_int(four.w);
+  const uint4 four = ptx::load_shared_v4(smem);
+  sums[0] += static_cast<int>(four.x);
+  sums[1] += static_cast<int>(four.y);
+  sums[2] += static_cast<int>(four.z);
+  sums[3] += static_cast<int>(four.w);
 }
 
 // Adds the warps' sums of a strip, the `added`-th of the CTA, and stores them.

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) count_stored_kernel(PackedView view,
 }
 
 Status count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units, int32_t* nnz,
-             cudaStream_t stream) {
+             void* /*scratch*/, cudaStream_t stream) {
   const int64_t tiles = num_tiles(m, k);
   if (tiles == 0) return Status::success();
   count_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>({dense, ld, m, k}, units,
@@ -194,7 +194,8 @@ Status count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* u
 }
 
 Status pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-            const int32_t* nnz, uint32_t* entries, int32_t* changed, cudaStream_t stream) {
+            const int32_t* nnz, uint32_t* entries, int32_t* changed, void* /*scratch*/,
+            cudaStream_t stream) {
   const int64_t tiles = num_tiles(m, k);
   if (tiles == 0) return Status::success();
   pack_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>({dense, ld, m, k}, offsets,

@@ -58,21 +58,32 @@ class FlashLLMConfig(QuantizationConfig):
       model (``hf_overrides``): each layer is pruned by magnitude first. With
       ``load_format="dummy"`` this measures the speed of a model without its weights.
 
+    An ``"expected_tokens"`` in that config says how many tokens most steps will have at most
+    (requests that decode together): the layers are packed for so few, see :func:`flash_llm.pack`.
+
     Embeddings, output layers and the experts of mixtures stay dense.
 
     Args:
         sparsity: fraction of zeros in [0, 1] to prune each row to; None packs the zeros there are.
+        expected_tokens: None if it is unknown.
         packed_folder: whether the model's config says that its folder holds packed layers.
 
     Raises:
-        ValueError: ``sparsity`` is outside [0, 1].
-        TypeError: ``sparsity`` is no number.
+        ValueError: ``sparsity`` is outside [0, 1], or ``expected_tokens`` is not positive.
+        TypeError: ``sparsity`` is no number, or ``expected_tokens`` no integer.
         RuntimeError: the compiled extension is missing.
     """
 
-    def __init__(self, sparsity: float | None = None, *, packed_folder: bool = False) -> None:
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        expected_tokens: int | None = None,
+        packed_folder: bool = False,
+    ) -> None:
         super().__init__()
         _extension.require()
+        ops.check_expected_tokens(expected_tokens)
         if sparsity is not None:
             if not isinstance(sparsity, (int, float)) or isinstance(sparsity, bool):
                 raise TypeError(
@@ -81,6 +92,7 @@ class FlashLLMConfig(QuantizationConfig):
             if not 0 <= sparsity <= 1:
                 raise ValueError(f"flash_llm: sparsity must lie in [0, 1], got {sparsity}")
         self.sparsity = sparsity
+        self.expected_tokens = expected_tokens
         self.packed_folder = packed_folder
         self.checkpoint: Checkpoint | None = None
         self.stored: dict[str, str] = {}
@@ -113,7 +125,8 @@ class FlashLLMConfig(QuantizationConfig):
         """Read the ``quantization_config`` of a model.
 
         Args:
-            config: ``quant_method``, and ``version`` (of packed folders) or ``sparsity``.
+            config: ``quant_method``, and ``version`` (of packed folders), ``sparsity`` or
+                ``expected_tokens``.
 
         Raises:
             NotImplementedError: a newer flash_llm wrote the folder.
@@ -121,14 +134,19 @@ class FlashLLMConfig(QuantizationConfig):
             TypeError: as the constructor.
         """
         hf_quantizer.FlashLLMConfig(**config)  # refuses versions that cannot be read
-        unknown = sorted(config.keys() - {"quant_method", "version", "sparsity"})
+        options = ("sparsity", "expected_tokens")
+        unknown = sorted(config.keys() - {"quant_method", "version", *options})
         if unknown:
             raise ValueError(
-                f'flash_llm: quantization_config must hold "quant_method" and "version" or '
-                f'"sparsity", got "{unknown[0]}"'
+                f'flash_llm: quantization_config must hold "quant_method" and "version", '
+                f'"sparsity" or "expected_tokens", got "{unknown[0]}"'
             )
-        sparsity = config.get("sparsity")
-        return cls(sparsity, packed_folder=sparsity is None)
+        sparsity, expected_tokens = (config.get(option) for option in options)
+        return cls(
+            sparsity,
+            expected_tokens=expected_tokens,
+            packed_folder=sparsity is None and (expected_tokens is None or "version" in config),
+        )
 
     def maybe_update_config(
         self,

@@ -130,6 +130,10 @@ class FlashLLMLinearMethod(LinearMethodBase):
             weight_loader=layer.weight_loader,
         )
 
+    def _stored_formats(self) -> set[str]:
+        """Formats of the shards that are packed in the checkpoint."""
+        return {PackedWeight.class_for(header.format).FORMAT for header in self.headers if header}
+
     def _sizes(self, buffer: str) -> list[int]:
         """Elements of a part of each shard in the checkpoint, 0 where the shard is dense."""
         checkpoint = self.config.checkpoint
@@ -237,10 +241,14 @@ class FlashLLMLinearMethod(LinearMethodBase):
         elif self.config.stored and not stored:
             reason = "dense in the folder"
         else:
+            # A folder has gather if few tokens are expected; only GPUs have kernels for it.
+            few = weight.device.type == "cuda" and "gather" in self._stored_formats()
+            format = "gather" if few else "auto"
+            expected = self.config.expected_tokens
             if self.config.sparsity is None:
-                packed = ops.pack(weight.data)
+                packed = ops.pack(weight.data, format, expected_tokens=expected)
             else:
-                packed = ops.prune_pack(weight.data, self.config.sparsity)
+                packed = ops.prune_pack(weight.data, self.config.sparsity, expected_tokens=expected)
             row = decide(self.prefix, packed, pack_unprofitable=stored)
             return row, packed if row.decision == "packed" else None
         row = LayerReport(
