@@ -43,7 +43,7 @@ Packed pack_quantized_cpu(const Tensor& values, const Tensor& scales, at::Scalar
   check_format("pack_quantized", format);
   const DenseMatrix matrix = check_quantized(values, scales, dtype);
   return pack_dense_cpu("pack_quantized", matrix,
-                        choose_format("pack_quantized", format, matrix, DeviceInfo{}));
+                        choose_format("pack_quantized", format, matrix, DeviceInfo{}, 0));
 }
 
 Packed prune_pack_cpu(const Tensor& dense, std::optional<double> sparsity, c10::string_view scope,

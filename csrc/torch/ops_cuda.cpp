@@ -103,7 +103,7 @@ Packed pack_quantized_cuda(const Tensor& values, const Tensor& scales, at::Scala
   check_format("pack_quantized", format);
   const DenseMatrix matrix = check_quantized(values, scales, dtype);
   return pack_dense_cuda("pack_quantized", matrix,
-                         choose_format("pack_quantized", format, matrix, current_device_info()));
+                         choose_format("pack_quantized", format, matrix, current_device_info(), 0));
 }
 
 // Cuts for each row from a target for the whole layer: all rows have one threshold, and the ties to
