@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cuda/bitmap/smem.cuh"
-#include "cuda/bitmap/weight_copy.cuh"
+#include "cuda/schedule/weight_copy.cuh"
 #include "plan/bitmap_mma_sync.h"
 
 namespace flash_llm {

@@ -19,12 +19,12 @@
 #include "cuda/bitmap/mma_sync_consumer.cuh"
 #include "cuda/bitmap/producer.cuh"
 #include "cuda/bitmap/smem.cuh"
-#include "cuda/bitmap/weight_copy.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/ptx/sm90.cuh"
 #include "cuda/schedule/dependent_launch.cuh"
 #include "cuda/schedule/stream_k.cuh"
+#include "cuda/schedule/weight_copy.cuh"
 #include "format/bitmap.h"
 #include "plan/bitmap_mma_sync.h"
 

@@ -19,10 +19,10 @@
 #include <cuda.h>
 
 #include "cuda/bitmap/smem.cuh"
-#include "cuda/bitmap/weight_copy.cuh"
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/ptx/sm90.cuh"
 #include "cuda/schedule/dependent_launch.cuh"
+#include "cuda/schedule/weight_copy.cuh"
 
 namespace flash_llm {
 
@@ -244,6 +244,7 @@ class ChunkProducer {
     copy.wrapped_to = ring_base_;
     copy.wrapped_bytes = (total - before_wrap) * kChunkUnitBytes;
     copy.full = smem_.group_full(cta_group, stage);
+    copy.group_bytes = kBitmapGroupStages * 8;
     WeightCopy::template copy<kGroups>(copy, lane_);
     head_ = head;
     issued_ += kGroups;

@@ -17,12 +17,12 @@
 #include <cstdint>
 #include <string>
 
-#include "cuda/bitmap/weight_copy.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/gather/tile.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/schedule/dependent_launch.cuh"
+#include "cuda/schedule/weight_copy.cuh"
 #include "plan/gather.h"
 
 namespace flash_llm {

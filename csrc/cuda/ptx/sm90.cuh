@@ -18,6 +18,17 @@
 #define FLASH_LLM_SM90A 1
 #endif
 
+namespace flash_llm {
+
+// Whether the code is compiled for sm_90 or newer.
+#ifdef FLASH_LLM_SM90
+inline constexpr bool kHasSm90 = true;
+#else
+inline constexpr bool kHasSm90 = false;
+#endif
+
+}  // namespace flash_llm
+
 namespace flash_llm::ptx {
 
 // Makes initialised barriers visible to the asynchronous copies.

@@ -14,7 +14,6 @@
 #include <string>
 #include <type_traits>
 
-#include "cuda/bitmap/weight_copy.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/sm80.cuh"

@@ -12,16 +12,8 @@
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/ptx/sm90.cuh"
 #include "cuda/schedule/warp_arrival.cuh"
-#include "plan/bitmap_sm90a.h"
 
 namespace flash_llm {
-
-// Whether the code is compiled for sm_90 or newer.
-#ifdef FLASH_LLM_SM90
-inline constexpr bool kHasSm90 = true;
-#else
-inline constexpr bool kHasSm90 = false;
-#endif
 
 // Adjacent chunks in global memory, which may wrap around at the end of the ring.
 struct RingCopy {
@@ -29,6 +21,7 @@ struct RingCopy {
   uint32_t to, bytes;                  // the bytes before the wrap
   uint32_t wrapped_to, wrapped_bytes;  // those after it
   uint32_t full;                       // the full barrier of the first group for which it is made
+  uint32_t group_bytes = 0;            // from it to the full barrier of the next group
 };
 
 // By bulk copies, which one lane issues and which complete on the barrier themselves.
@@ -70,7 +63,7 @@ struct AsyncCopy {
     }
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      const uint32_t full = c.full + group * kBitmapGroupStages * 8;
+      const uint32_t full = c.full + group * c.group_bytes;
       ptx::mbarrier_arrive_after_copies(full);
       arrive_for_warp(full, lane);
     }
