@@ -326,15 +326,36 @@ void multiply_int8(const RowBitmapProduct& product) {
                            });
 }
 
-template <bool kNearEnd>
-FLASH_LLM_AVX2 inline void decode_group(const uint32_t* masks, int rows, int64_t k, int64_t cols,
-                                        Values<kNearEnd>& values, uint16_t* dense) {
+// Eight elements of the weight as 16-bit patterns: the products of int8 values and a scale, rounded
+// as `dequantize` of format/element.h does.
+template <ValueType kType>
+FLASH_LLM_AVX2 inline __m128i dequantize_part(__m128i elements, float scale) {
+  const __m256 products = _mm256_mul_ps(widen<kType>(elements), _mm256_set1_ps(scale));
+  if constexpr (value_traits(kType).dense == ValueType::kFloat16) {
+    return _mm256_cvtps_ph(products, _MM_FROUND_TO_NEAREST_INT);
+  } else {
+    const __m256i bits = _mm256_castps_si256(products);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    const __m256i halves = _mm256_srli_epi32(rounded, 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  }
+}
+
+template <ValueType kType, bool kNearEnd>
+FLASH_LLM_AVX2 inline void decode_group(const uint32_t* masks, const float* scales, int rows,
+                                        int64_t k, int64_t cols,
+                                        Values<kNearEnd, RawOf<kType>>& values, uint16_t* dense) {
   for (int row = 0; row < kBlockRows; ++row) {
-    Values<kNearEnd> next = values;
+    Values<kNearEnd, RawOf<kType>> next = values;
     values.skip(masks[row]);
     if (row >= rows) continue;
     for (int64_t part = 0; part < kParts && part * kPartCols < cols; ++part) {
-      const __m128i elements = next.take(masks[row] >> (8 * part) & 0xFFU);
+      __m128i elements = next.take(masks[row] >> (8 * part) & 0xFFU);
+      if constexpr (sizeof(RawOf<kType>) == 1) {
+        elements = dequantize_part<kType>(elements, scales[row]);
+      }
       uint16_t* to = dense + row * k + part * kPartCols;
       if (cols - part * kPartCols >= kPartCols) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), elements);
@@ -347,21 +368,26 @@ FLASH_LLM_AVX2 inline void decode_group(const uint32_t* masks, int rows, int64_t
   }
 }
 
-FLASH_LLM_AVX2 void decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense) {
+// 16-bit values are copied, so one instantiation serves both types of them.
+template <ValueType kType>
+FLASH_LLM_AVX2 void decode_block(const RowBlockOf<RawOf<kType>>& block, int rows, int64_t k,
+                                 uint16_t* dense) {
+  float scales[kBlockRows] = {};
+  if (sizeof(RawOf<kType>) == 1) std::memcpy(scales, block.scales, sizeof(scales));
   const int64_t groups = num_groups(k);
   int64_t group = 0;
-  Values<false> values{block.values, block.end};
+  Values<false, RawOf<kType>> values{block.values, block.end};
   while (group < groups) {
     const int64_t safe = groups_before_end(values.next, values.end);
     if (safe == 0) break;
     for (const int64_t stop = std::min(groups, group + safe); group < stop; ++group) {
-      decode_group(block.masks + group * kBlockRows, rows, k, k - group * kGroupCols, values,
-                   dense + group * kGroupCols);
+      decode_group<kType>(block.masks + group * kBlockRows, scales, rows, k, k - group * kGroupCols,
+                          values, dense + group * kGroupCols);
     }
   }
-  for (Values<true> last{values.next, values.end}; group < groups; ++group) {
-    decode_group(block.masks + group * kBlockRows, rows, k, k - group * kGroupCols, last,
-                 dense + group * kGroupCols);
+  for (Values<true, RawOf<kType>> last{values.next, values.end}; group < groups; ++group) {
+    decode_group<kType>(block.masks + group * kBlockRows, scales, rows, k, k - group * kGroupCols,
+                        last, dense + group * kGroupCols);
   }
 }
 
@@ -440,7 +466,9 @@ RowBitmapKernel row_bitmap_avx2(ValueType type, bool int8_x) {
   }
   kernel.max_tokens = kMaxTokens;
   kernel.multiply = int8_x ? multiply_int8 : multiply_of(type);
-  kernel.decode_block = decode_block;
+  kernel.decode_block = decode_block<ValueType::kBfloat16>;
+  kernel.decode_int8_block =
+      half ? decode_block<ValueType::kInt8Float16> : decode_block<ValueType::kInt8Bfloat16>;
   kernel.pack_block = row_bitmap_avx2_pack_block;
   return kernel;
 }

@@ -104,6 +104,9 @@ struct RowBitmapKernel {
   RowBitmapMultiply multiply = nullptr;
   // Decodes a block that has masks into dense[rows, k], contiguous. For 16-bit values.
   void (*decode_block)(const RowBlock& block, int rows, int64_t k, uint16_t* dense) = nullptr;
+  // The same for int8 values, dequantised to the type of X; null: the format's own decoder is used.
+  void (*decode_int8_block)(const RowBlockOf<uint8_t>& block, int rows, int64_t k,
+                            uint16_t* dense) = nullptr;
   RowBitmapPackBlock pack_block = nullptr;  // for 16-bit values
 };
 

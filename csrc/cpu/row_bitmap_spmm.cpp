@@ -256,6 +256,25 @@ void multiply(const SpmmArgs& args, const RowBitmapKernel& kernel,
   }
 }
 
+// Decodes blocks first ... last - 1 by decode_block(block, its rows, k, where to).
+template <typename Raw, typename DecodeBlock>
+void decode_blocks(const PackedView& weight, int64_t first, int64_t last,
+                   const DecodeBlock& decode_block, const ParallelFor& parallel_for,
+                   uint16_t* dense) {
+  parallel_for(last - first, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const RowBlockOf<Raw> block = row_block<Raw>(weight, first + i);
+      const int rows = rows_of_block(weight.m, first + i);
+      uint16_t* to = dense + i * kBlockRows * weight.k;
+      if (block.masks == nullptr) {
+        std::fill_n(to, rows * weight.k, uint16_t{0});
+      } else {
+        decode_block(block, rows, weight.k, to);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void spmm_cpu_row_bitmap(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for) {
@@ -269,23 +288,14 @@ void spmm_cpu_row_bitmap_int8x(const SpmmArgs& args, CpuIsa isa, const ParallelF
 void row_bitmap_decode(const PackedView& weight, int64_t first_row, int64_t last_row, CpuIsa isa,
                        const ParallelFor& parallel_for, uint16_t* dense) {
   const int64_t first = first_row / kBlockRows, last = num_row_blocks(last_row);
-  if (value_traits(weight.value_type).bits == 8) {
-    return unpack_tile_rows(packed_format(Format::kRowBitmap), weight, first, last, parallel_for,
-                            dense);
-  }
   const RowBitmapKernel kernel = row_bitmap_kernel(isa, weight.value_type);
-  parallel_for(last - first, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const RowBlock block = row_block(weight, first + i);
-      const int rows = rows_of_block(weight.m, first + i);
-      uint16_t* to = dense + i * kBlockRows * weight.k;
-      if (block.masks == nullptr) {
-        std::fill_n(to, rows * weight.k, uint16_t{0});
-      } else {
-        kernel.decode_block(block, rows, weight.k, to);
-      }
-    }
-  });
+  if (value_traits(weight.value_type).bits == 16) {
+    decode_blocks<uint16_t>(weight, first, last, kernel.decode_block, parallel_for, dense);
+  } else if (kernel.decode_int8_block != nullptr) {
+    decode_blocks<uint8_t>(weight, first, last, kernel.decode_int8_block, parallel_for, dense);
+  } else {
+    unpack_tile_rows(packed_format(Format::kRowBitmap), weight, first, last, parallel_for, dense);
+  }
 }
 
 }  // namespace flash_llm

@@ -611,6 +611,33 @@ TEST(RowBitmapDecode, EveryInstructionSetGivesTheRowsBack) {
   }
 }
 
+TEST(RowBitmapDecode, EveryInstructionSetDequantises) {
+  for (const ValueType type : {ValueType::kInt8Float16, ValueType::kInt8Bfloat16}) {
+    for (const auto& [m, k] : {std::pair{5, 1}, {4, 32}, {7, 33}, {12, 63}, {9, 200}}) {
+      for (const double sparsity : {0.0, 0.5, 0.95, 1.0}) {
+        const QuantizedMatrix values = random_int8(m, k, sparsity, 7);
+        const Packed packed = pack_or_die(values, Format::kRowBitmap, type);
+        const int64_t first = m > 4 ? 4 : 0;
+        std::vector<uint16_t> expected;
+        for (int64_t row = first; row < m; ++row) {
+          for (int64_t col = 0; col < k; ++col) {
+            const float scale = values.scales[static_cast<size_t>(row)];
+            expected.push_back(type == ValueType::kInt8Float16
+                                   ? dequantize<ValueType::kFloat16>(values.at(row, col), scale)
+                                   : dequantize<ValueType::kBfloat16>(values.at(row, col), scale));
+          }
+        }
+        for (const CpuIsa isa : kCpuIsas) {
+          if (!has_cpu_isa(isa)) continue;
+          std::vector<uint16_t> decoded(expected.size(), kPoison);
+          row_bitmap_decode(packed.view(), first, m, isa, serial_for, decoded.data());
+          EXPECT_EQ(decoded, expected) << cpu_isa_name(isa) << ", " << m << "x" << k;
+        }
+      }
+    }
+  }
+}
+
 TEST(ParseActivation, KnowsFourNames) {
   Activation activation = Activation::kSilu;
   EXPECT_TRUE(parse_activation("none", &activation).ok());
