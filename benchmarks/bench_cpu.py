@@ -4,7 +4,8 @@
 
 The dense products are ``F.linear`` in float32, bfloat16 and float16, the fastest of which a user
 would choose, and torch's weight-only INT8 and INT4 products, which round the weight. Sparsity 0 is
-the control: its gain is due to the kernel alone. All contenders take turns, and each rotates over
+the control: its gain is due to the kernel alone. ``--values int8`` packs int8 values, and
+``--x-values int8`` lets our kernel round X too. All contenders take turns, and each rotates over
 copies of its weight that together exceed the caches. Rows go to ``benchmarks/results/cpu.jsonl``;
 a new row replaces the old row of its case.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_spmm import MAX_REL_ERR, exact_product, relative_error
+from bench_spmm import MAX_INT8X_REL_ERR, MAX_REL_ERR, exact_product, relative_error
 from options import add_row_options, require_positive
 from rows import commit_hash, cpu_name, print_table, write_rows
 from stream_floor_cpu import CpuStreamFloor
@@ -27,13 +28,17 @@ from weights import DTYPES, Weight, add_weight_options, make_weight, parse_with_
 
 import flash_llm
 from flash_llm import _extension
+from flash_llm.ops import VALUES
 from flash_llm.timing import REPLAYS, Timing, copies_to_rotate, time_cpu
-from flash_llm.weight_only import VALUES, WeightOnlyLinear
+from flash_llm.weight_only import GROUP, WeightOnlyLinear
+from flash_llm.weight_only import VALUES as ROUNDED
 
 DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The key in DENSE of a weight's dtype.
 NAME_OF = {"bfloat16": "bf16", "float16": "fp16"}
 FORMAT = "row_bitmap"
+# Columns of an INT4 weight that share a scale, where it divides K.
+INT4_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,13 @@ class Case:
     weight: Weight
     n: int
     config: str
+    values: str = "16-bit"
+    x_values: str = "16-bit"
+
+    @property
+    def max_rel_err(self) -> float:
+        """The largest relative error of a correct result."""
+        return MAX_REL_ERR[self.weight.dtype] if self.x_values == "16-bit" else MAX_INT8X_REL_ERR
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Measurement:
     Attributes:
         ours: our time.
         dense: torch's times, by the names of :data:`DENSE`.
-        rounded: times of torch's weight-only products, by the names of :data:`VALUES`; empty for
+        rounded: times of torch's weight-only products, by the names of :data:`ROUNDED`; empty for
             float16.
         floor: time to read the payload.
         rel_err: relative error of our result.
@@ -80,41 +92,49 @@ class Operands:
         weight: which weight.
         max_n: the largest N; a smaller N uses the first of its tokens.
         real: see :func:`weights.make_weight`.
+        values: that the packed weights store. The dense products take the same rounded weight.
     """
 
-    def __init__(self, weight: Weight, max_n: int, real: Path | None) -> None:
+    def __init__(
+        self, weight: Weight, max_n: int, real: Path | None, values: str = "16-bit"
+    ) -> None:
         dtype = DTYPES[weight.dtype]
         generator = torch.Generator().manual_seed(weight.k)
         dense = make_weight(weight.m, weight.k, weight.sparsity, weight.mask, dtype, "cpu", real)
         self.x = torch.randn(max_n, weight.k, generator=generator).to(dtype)
-        self.exact = exact_product(self.x, dense)
-        first = flash_llm.pack(dense, FORMAT)
+        first = flash_llm.pack(dense, FORMAT, values=values)
         others = copies_to_rotate(first.nbytes) - 1
-        self.packed = [first, *(flash_llm.pack(dense, FORMAT) for _ in range(others))]
+        more = (flash_llm.pack(dense, FORMAT, values=values) for _ in range(others))
+        self.packed = [first, *more]
+        dense = first.to_dense()
+        self.exact = exact_product(self.x, dense)
         self.dense = {}
         for name, to in DENSE.items():
             copies = copies_to_rotate(dense.numel() * to.itemsize)
             self.dense[name] = [dense.to(to, copy=True) for _ in range(copies)]
         self.rounded = {}
-        for values in VALUES if dtype == torch.bfloat16 else ():
-            one = WeightOnlyLinear(dense, None, values)
+        group = INT4_GROUP if weight.k % INT4_GROUP == 0 else GROUP
+        for name in ROUNDED if dtype == torch.bfloat16 else ():
+            one = WeightOnlyLinear(dense, None, name, group)
             copies = copies_to_rotate(one.weight.nbytes + one.scales.nbytes)
-            self.rounded[values] = [copy.deepcopy(one) for _ in range(copies)]
+            self.rounded[name] = [copy.deepcopy(one) for _ in range(copies)]
 
     def dense_calls(self, name: str, n: int) -> list[Callable[[], Tensor]]:
         """Return torch's product in one dtype, on each copy."""
         x = self.x[:n].to(DENSE[name])
         return [lambda w=w: F.linear(x, w) for w in self.dense[name]]
 
-    def rounded_calls(self, values: str, n: int) -> list[Callable[[], Tensor]]:
+    def rounded_calls(self, name: str, n: int) -> list[Callable[[], Tensor]]:
         """Return torch's weight-only product on each copy."""
         x = self.x[:n]
-        return [lambda layer=layer: layer(x) for layer in self.rounded[values]]
+        return [lambda layer=layer: layer(x) for layer in self.rounded[name]]
 
-    def sparse_calls(self, n: int, config: str) -> list[Callable[[], Tensor]]:
+    def sparse_calls(self, case: Case) -> list[Callable[[], Tensor]]:
         """Return our product on each copy."""
-        x = self.x[:n]
-        return [lambda w=w: flash_llm.spmm(x, w, config=config) for w in self.packed]
+        x, options = self.x[: case.n], {"config": case.config}
+        if case.x_values == "int8":
+            options["x_quantization"] = "dynamic"
+        return [lambda w=w: flash_llm.spmm(x, w, **options) for w in self.packed]
 
 
 @dataclass(frozen=True)
@@ -128,6 +148,8 @@ class Bench:
             weight's own; up to that number all are timed.
         replays: timed turns; see :mod:`flash_llm.timing`.
         real: file of real matrices for the mask "real".
+        values: that the packed weights store.
+        x_values: that X is multiplied as.
     """
 
     floor: CpuStreamFloor
@@ -135,6 +157,8 @@ class Bench:
     dense: Sequence[str] = ()
     replays: int = REPLAYS
     real: Path | None = None
+    values: str = "16-bit"
+    x_values: str = "16-bit"
 
     def measure(self, weight: Weight, tokens: Sequence[int]) -> Iterator[tuple[Case, Measurement]]:
         """Check and time a weight with each N of ``tokens``.
@@ -142,18 +166,18 @@ class Bench:
         Raises:
             RuntimeError: a result is wrong.
         """
-        operands = Operands(weight, max(tokens), self.real)
+        operands = Operands(weight, max(tokens), self.real, self.values)
         for n in tokens:
-            case = Case(weight, n, self.config)
-            ours = operands.sparse_calls(n, self.config)
+            case = Case(weight, n, self.config, self.values, self.x_values)
+            ours = operands.sparse_calls(case)
             rel_err = relative_error(ours[0](), operands.exact[:n])
-            if not rel_err <= MAX_REL_ERR[weight.dtype]:  # NaN too
+            if not rel_err <= case.max_rel_err:  # NaN too
                 raise RuntimeError(f"{case}: relative error {rel_err:.3g}")
             names = list(DENSE) if n <= MANY_TOKENS else [*self.dense, NAME_OF[weight.dtype]]
             contenders: dict[Hashable, Sequence[Callable[[], object]]] = {
                 "ours": ours,
                 **{name: operands.dense_calls(name, n) for name in names},
-                **{values: operands.rounded_calls(values, n) for values in operands.rounded},
+                **{name: operands.rounded_calls(name, n) for name in operands.rounded},
                 "floor": [lambda w=w: self.floor.read(w.payload) for w in operands.packed],
             }
             if n > MANY_TOKENS:
@@ -180,6 +204,8 @@ def make_row(case: Case, found: Measurement, cpu: str, commit: str) -> dict[str,
         "mask": case.weight.mask,
         "dtype": case.weight.dtype,
         "format": FORMAT,
+        "values": case.values,
+        "x_values": case.x_values,
         "us": round(found.ours.us, 2),
         "dense_us": {
             name: round(found.dense[name].us, 2) if name in found.dense else None for name in DENSE
@@ -193,8 +219,8 @@ def make_row(case: Case, found: Measurement, cpu: str, commit: str) -> dict[str,
 
 
 HEADINGS = (
-    *("M", "K", "N", "sparsity", "dtype", "us", "±%"),
-    *(f"{name} us" for name in (*DENSE, *VALUES)),
+    *("M", "K", "N", "sparsity", "dtype", "values", "us", "±%"),
+    *(f"{name} us" for name in (*DENSE, *ROUNDED)),
     *("x own", "x fastest", "of floor"),
 )
 
@@ -205,8 +231,9 @@ def table_line(case: Case, found: Measurement) -> tuple[str, ...]:
     times = found.dense | found.rounded
     return (
         *(str(case.weight.m), str(case.weight.k), str(case.n), f"{case.weight.sparsity:g}"),
-        *(case.weight.dtype, f"{ours:.1f}", f"{50 * found.ours.spread:.0f}"),
-        *(f"{times[name].us:.1f}" if name in times else "-" for name in (*DENSE, *VALUES)),
+        *(case.weight.dtype, f"{case.values} x {case.x_values}"),
+        *(f"{ours:.1f}", f"{50 * found.ours.spread:.0f}"),
+        *(f"{times[name].us:.1f}" if name in times else "-" for name in (*DENSE, *ROUNDED)),
         f"{own / ours:.2f}",
         f"{min(dense.us for dense in found.dense.values()) / ours:.2f}",
         f"{found.floor.us / ours:.2f}",
@@ -224,6 +251,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--n", nargs="+", type=int, default=[1, 8], help="tokens")
     parser.add_argument("--config", default="auto", help="force a kernel, see plan_names")
+    parser.add_argument("--values", choices=VALUES, default="16-bit", help="of the packed weight")
+    parser.add_argument("--x-values", choices=VALUES, default="16-bit", help="of X")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--dense", nargs="+", choices=list(DENSE), default=[], help="also above 16 tokens"
@@ -232,6 +261,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_row_options(parser, "cpu.jsonl")
     arguments = parse_with_weights(parser, argv)
     require_positive(parser, arguments, "n")
+    if arguments.x_values == "int8" and (
+        arguments.values == "16-bit" or arguments.config != "auto"
+    ):
+        parser.error("--x-values int8 needs --values int8 and --config auto")
     return arguments
 
 
@@ -242,7 +275,13 @@ def main(argv: list[str] | None = None) -> int:
     commit = commit_hash(arguments.commit)
     cpu = cpu_name()
     bench = Bench(
-        CpuStreamFloor(), arguments.config, arguments.dense, arguments.replays, arguments.real
+        CpuStreamFloor(),
+        arguments.config,
+        arguments.dense,
+        arguments.replays,
+        arguments.real,
+        arguments.values,
+        arguments.x_values,
     )
     lines = []
     with torch.inference_mode():

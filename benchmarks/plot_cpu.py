@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in read_rows(source)
         if row["bench"] == "cpu"
         and (row["dtype"], row["mask"]) == (arguments.dtype, "uniform")
+        and row["values"] == "16-bit"
         and row["N"] in (1, 8)
     ]
     if not rows:

@@ -285,13 +285,19 @@ def cpu_sections(results: Path) -> list[str]:
     def machine(row: dict) -> tuple[str, str]:
         return row["cpu"], row["isa"]
 
-    found.sort(key=lambda row: (*machine(row), row["dtype"], *by_shape(row)))
+    found.sort(
+        key=lambda row: (
+            *(*machine(row), row["dtype"], row["values"], row["x_values"]),
+            *by_shape(row),
+        )
+    )
     for key, of_machine in groupby(found, machine):
-        rows = list(of_machine)
-        threads = ", ".join(str(n) for n in sorted({row["threads"] for row in rows}))
+        of_values = list(of_machine)
+        rows = [row for row in of_values if row["values"] == "16-bit"]
+        threads = ", ".join(str(n) for n in sorted({row["threads"] for row in of_values}))
         parts += [
             f"### {cpu_title(*key)}",
-            f"{threads} threads; commits {commits(rows)}.",
+            f"{threads} threads; commits {commits(of_values)}.",
             NOTES.get(key, ""),
         ]
         few = [
@@ -315,18 +321,21 @@ def cpu_sections(results: Path) -> list[str]:
                 lambda row: (row["dtype"], shape(row), str(row["N"])),
             )
         )
-        rounded = [row for row in rows if row["rounded_us"]]
+        rounded = [row for row in of_values if row["rounded_us"]]
         if rounded:
             parts += [
                 "Speed-up over torch's weight-only products in INT8 / INT4:",
                 grid(
-                    ["dtype", "M×K", "N"],
+                    ["dtype", "values × X", "M×K", "N"],
                     rounded,
                     lambda of_cell: " / ".join(
                         f"{of_cell[0]['rounded_us'][name] / of_cell[0]['us']:.2f}"
                         for name in ("int8", "int4")
                     ),
-                    lambda row: (row["dtype"], shape(row), str(row["N"])),
+                    lambda row: (
+                        *(row["dtype"], f"{row['values']} × {row['x_values']}"),
+                        *(shape(row), str(row["N"])),
+                    ),
                 ),
             ]
     return parts

@@ -72,6 +72,8 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "mask": (str,),
         "dtype": (str,),
         "format": (str,),
+        "values": (str,),  # 16-bit, int8
+        "x_values": (str,),
         "us": (float,),
         "dense_us": (dict,),  # fp32, bf16, fp16; null where it was not measured
         "rounded_us": (dict,),  # int8, int4; empty where they were not measured
@@ -220,7 +222,7 @@ CASE_FIELDS = {
     ),
     "cpu": (
         *("bench", "cpu", "isa", "threads", "M", "K", "N"),
-        *("sparsity", "mask", "dtype", "format"),
+        *("sparsity", "mask", "dtype", "format", "values", "x_values"),
     ),
     "decode": ("bench", "cpu", "isa", "threads", "model", "sparsity"),
     "pack": ("bench", "gpu", "device", "M", "K", "sparsity", "mask", "dtype", "format"),

@@ -537,10 +537,12 @@ def spmm(
             in float32 before the final rounding. For large N (the dense product, and the bitmap
             kernel above 64 tokens) the sum is rounded to ``x.dtype`` before the activation, as by
             ``torch.nn.functional.linear``.
-        x_quantization: ``"dynamic"`` allows kernels to round each token of ``x`` to int8, with its
-            largest magnitude divided by 127 as the scale, where that is faster: on GPUs with
-            quantised weights and few tokens. A token with an element that is NaN or infinite then
-            gives NaN. None never rounds ``x``.
+        x_quantization: ``"dynamic"`` allows kernels to round each token of ``x`` to int8 where that
+            is faster: with quantised weights on CPUs, and on GPUs for few tokens. A token's scale
+            is its largest magnitude, but at least 2**-100, divided by 127; elements are multiplied
+            by the inverse of the scale (in float32) and rounded to nearest, ties to even. Sums of
+            products are then exact. A token with an element that is NaN or infinite gives NaN. None
+            never rounds ``x``.
         config: ``"auto"`` lets ``explain_plan`` choose; any other name forces that kernel (see
             ``flash_llm._C.plan_names``), for tests and benchmarks.
         ctas: CTAs in the grid of the CUDA kernel, at most one for each tile of work; 0 lets the

@@ -51,22 +51,26 @@ class WeightOnlyLinear(nn.Module):
     Args:
         weight: ``[M, K]`` finite bfloat16, on the CPU; M is a multiple of 16.
         bias: ``[M]`` bfloat16 or None.
-        values: one of :data:`VALUES`; INT4 in groups of :data:`GROUP` columns.
+        values: one of :data:`VALUES`.
+        group: columns of an INT4 weight that share a scale: 32, 64, 128 or 256.
 
     Raises:
-        ValueError: ``values`` is unknown, or K is not a multiple of :data:`GROUP` (INT4).
+        ValueError: ``values`` is unknown, or K is not a multiple of ``group`` (INT4).
     """
 
     weight: Tensor
     scales: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, values: str) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, values: str, group: int = GROUP
+    ) -> None:
         super().__init__()
         self.values = values
+        self.group = group
         if _is_int8(values):
             stored, scales = _int8(weight)
         else:
-            steps, *both = _int4(weight, GROUP)
+            steps, *both = _int4(weight, group)
             stored = torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps, 1)
             scales = torch.stack(both, dim=-1).transpose(0, 1).contiguous()
         self.register_buffer("weight", stored)
@@ -79,7 +83,9 @@ class WeightOnlyLinear(nn.Module):
         if self.values == "int8":
             y: Tensor = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scales)
         else:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.weight, GROUP, self.scales)
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                flat, self.weight, self.group, self.scales
+            )
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 

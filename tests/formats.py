@@ -117,9 +117,9 @@ def has_hopper():
     )
 
 
-def plan_names(format, device):
-    """What ``config`` of the operator takes, "auto" excepted."""
-    return _extension.require().plan_names(format, device == "cuda")
+def plan_names(format, device, value_type=""):
+    """What ``config`` of the operator takes, "auto" excepted; 16-bit values, if it holds them."""
+    return _extension.require().plan_names(format, device == "cuda", value_type)
 
 
 def runs_here(format, device, config):

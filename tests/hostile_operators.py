@@ -25,7 +25,7 @@ from flash_llm.ops import ACTIVATIONS
 
 ERRORS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 FORMATS = ("tiled_csl", "bitmap", "row_bitmap", "gather")
-CONFIGS = ("auto", "dense", "cpu_reference", "cpu_tiles", "cpu_rows", "cpu_blocks")
+CONFIGS = ("auto", "auto_int8x", "dense", "cpu_reference", "cpu_tiles", "cpu_rows", "cpu_blocks")
 OPS = torch.ops.flash_llm
 OTHER_OPS = ("pack", "pack_quantized", "prune_pack", "unpack", "unpack_quantized", "validate")
 EXTREMES = (0, 1, -1, 2, 3, 7, 16, 127, 8192, 2**16, 2**31 - 1, 2**31, -(2**31), 2**62, 2**63 - 1)

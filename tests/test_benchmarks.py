@@ -202,6 +202,7 @@ def test_the_whole_benchmark_of_the_cpu(dtype, quick, tmp_path, capsys):
     for row in found:
         rows.check_row(row)
         assert (row["dtype"], row["format"], row["isa"]) == (dtype, "row_bitmap", isa)
+        assert (row["values"], row["x_values"]) == ("16-bit", "16-bit")
         own = bench_cpu.NAME_OF[dtype]
         measured = {name for name, us in row["dense_us"].items() if us is not None}
         assert measured == ({"fp32", "bf16", "fp16"} if row["N"] <= 16 else {own})
@@ -415,7 +416,25 @@ def test_a_wrong_result_on_the_cpu_is_not_timed(monkeypatch):
         list(bench_cpu.Bench(FakeFloor()).measure(WEIGHT, [1]))
 
 
-@pytest.mark.parametrize("arguments", ["--shapes 4y4", "--sparsity 1.5", "--n 0"])
+def test_quantised_values_on_the_cpu(quick, tmp_path, capsys):
+    if shutil.which("g++") is None:
+        pytest.skip("the stream floor needs g++")
+    out = tmp_path / "cpu.jsonl"
+    arguments = ["--shapes", "64x128", "--sparsity", "0.5", "--n", "1", "--values", "int8"]
+    for x_values in ("16-bit", "int8"):
+        extra = ["--x-values", x_values, "--commit", "0123abc", "--out", str(out)]
+        assert bench_cpu.main([*arguments, *extra]) == 0
+    found = rows.read_rows(out)
+    assert {(row["values"], row["x_values"]) for row in found} == {
+        ("int8", "16-bit"),
+        ("int8", "int8"),
+    }
+    assert "int8 x int8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--shapes 4y4", "--sparsity 1.5", "--n 0", "--x-values int8"]
+)
 def test_bad_arguments_of_the_cpu_benchmark_are_refused(arguments):
     with pytest.raises(SystemExit):
         bench_cpu.main(arguments.split())

@@ -86,7 +86,9 @@ def test_configs_describe_each_row():
         assert names_on(H200, format) == [*configs_of(format), "dense"]
     assert names_on(CPU, "tiled_csl") == ["cpu_tiles", "cpu_reference", "dense"]
     assert names_on(CPU, "bitmap") == names_on(CPU, "gather") == ["cpu_reference", "dense"]
-    assert names_on(CPU, "row_bitmap") == ["cpu_rows", "cpu_blocks", "cpu_reference", "dense"]
+    rows = ["cpu_rows", "cpu_blocks", "cpu_reference", "dense"]
+    assert names_on(CPU, "row_bitmap") == rows
+    assert plan_names("row_bitmap", "cpu", "int8_float16") == ["cpu_rows_int8x", *rows]
 
 
 @each(

@@ -181,6 +181,59 @@ def test_results_stay_within_the_float64_bound(sparsity, isa, dtype):
         testing.assert_spmm_close(y, x, w.to_dense(), bias, activation, rounds_sum=True)
 
 
+def int8_tokens(x):
+    """The steps and scales of tokens, by the rule of `spmm`."""
+    largest = x.float().abs().amax(1, keepdim=True).clamp(min=2.0**-100)
+    inverse = torch.full_like(largest, 127) / largest  # torch has another result for 127 / largest
+    return (x.double() * inverse.double()).round(), largest / 127  # the product is exact
+
+
+@each("k", [1, 31, 32, 33, 64, 129, 1031])
+@each("dtype", DTYPES)
+def test_quantised_tokens_give_exact_sums(k, isa, dtype):
+    generator = torch.Generator().manual_seed(k)
+    x = torch.randn(19, k, generator=generator).to(dtype)
+    x[1], x[2] = 0, x[2] * 2.0**-12
+    x[3], x[3, 0] = torch.arange(k).remainder(9) - 4.5, 127  # ties
+    x[4] *= 2.0**-110 if dtype == torch.bfloat16 else 2.0**-20
+    x[5, k // 2], x[7, 0] = float("inf"), float("nan")
+    steps, token_scales = int8_tokens(x)
+    for m, sparsity in itertools.product((1, 3, 4, 67), (0.0, 0.5, 0.95, 1.0)):
+        values, scales = random_int8(m, k, sparsity, seed=m)
+        w = ops.pack_quantized(values, scales, dtype)
+        bias = torch.randn(m, generator=generator).to(dtype)
+        sums = (steps @ values.double().t()).float() * token_scales
+        expected = testing.activate(sums * scales + bias.float(), "relu").to(dtype)
+        for n in (1, 2, 3, 4, 7, 8, 9, 17, 19):
+            y = flash_llm.spmm(x[:n], w, bias, activation="relu", config="cpu_rows_int8x")
+            assert torch.equal(y.isnan(), expected[:n].isnan()), (m, n, sparsity)
+            assert torch.equal(y.nan_to_num(9), expected[:n].nan_to_num(9)), (m, n, sparsity)
+
+
+def test_which_kernel_quantises_x(isa):
+    w = ops.pack_quantized(*random_int8(40, 64), torch.bfloat16)
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(
+        flash_llm.spmm(x, w, x_quantization="dynamic"),
+        flash_llm.spmm(x, w, config="cpu_rows_int8x"),
+    )
+    for config, n, k, chosen in (
+        ("auto_int8x", 1, 64, "cpu_rows_int8x"),
+        ("auto_int8x", 1, 133145, "cpu_rows"),
+        ("auto", 1, 64, "cpu_rows"),
+    ):
+        facts = {"value_type": "int8_bfloat16", "format": "row_bitmap", "config": config}
+        assert flash_llm.explain_plan(64, n, k, 64, **facts).startswith(f"{chosen} ")
+    with pytest.raises(ValueError, match="cpu_rows_int8x.* 133144, got 133145"):
+        flash_llm.explain_plan(64, 1, 133145, 64, **{**facts, "config": "cpu_rows_int8x"})
+    dense = flash_llm.pack(testing.random_sparse(40, 64, 0.5), "row_bitmap")
+    with pytest.raises(ValueError, match="config must be"):
+        flash_llm.spmm(x.half(), dense, config="cpu_rows_int8x")
+    assert torch.equal(
+        flash_llm.spmm(x.half(), dense, x_quantization="dynamic"), flash_llm.spmm(x.half(), dense)
+    )
+
+
 @each("dtype", DTYPES)
 def test_infinity_and_nan_in_x_meet_absent_zeros(isa, dtype):
     values, scales = random_int8(24, 150, 0.7)
@@ -201,7 +254,7 @@ def test_malformed_weights_stay_within_their_memory(isa):
         payload = w.payload.clone()
         payload[count:] = -1
         broken = RowBitmap(w.header, w.offsets, payload)
-        for route in ("cpu_rows", "cpu_blocks"):
+        for route in ("cpu_rows", "cpu_rows_int8x", "cpu_blocks"):
             assert flash_llm.spmm(x, broken, config=route).shape == (3, 37)
         assert broken.to_quantized()[0].shape == (37, 200)
     with pytest.raises(ValueError, match="flash_llm::validate"):

@@ -174,7 +174,7 @@ def test_quantising_x_is_asked_for_by_name(device):
     w = flash_llm.pack(testing.random_sparse(m, k, 0.5, device=device), values="int8")
     x = torch.randn(3, k).half().to(device)
     y = flash_llm.spmm(x, w, x_quantization="dynamic")
-    expected = "auto" if device == "cpu" else INT8_X[0]  # CPUs have no kernel for it
+    expected = "cpu_rows_int8x" if device == "cpu" else INT8_X[0]
     assert torch.equal(y, flash_llm.spmm(x, w, config=expected))
     layer = SparseLinear.from_packed(w)
     assert torch.equal(layer(x), flash_llm.spmm(x, w))

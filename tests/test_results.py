@@ -116,7 +116,14 @@ def test_a_machine_without_a_name_of_its_own_is_shown_too(tmp_path):
     cpu = {
         **{"bench": "cpu", "cpu": "new-cpu", "isa": "portable", "threads": 3, "M": 64, "K": 128},
         **{"N": 1, "sparsity": 0.5, "mask": "uniform", "dtype": "float16"},
-        **{"format": "row_bitmap", "us": 10.0, "stream_floor_us": 1.0, "rel_err": 0.0},
+        **{
+            "format": "row_bitmap",
+            "values": "16-bit",
+            "x_values": "16-bit",
+            "us": 10.0,
+            "stream_floor_us": 1.0,
+            "rel_err": 0.0,
+        },
         **{"dense_us": {"fp32": None, "bf16": 15.0, "fp16": 25.0}, "torch": "", "commit": "9" * 40},
         "rounded_us": {"int8": 5.0, "int4": 4.0},
     }
@@ -126,7 +133,7 @@ def test_a_machine_without_a_name_of_its_own_is_shown_too(tmp_path):
     lines = lines_of(page)
     assert ["float16", "64×128", "1", "2.50 / 1.50"] in lines
     assert ["float16", "32×128", "1", "–"] in lines
-    assert ["float16", "64×128", "1", "0.50 / 0.40"] in lines
+    assert ["float16", "16-bit × 16-bit", "64×128", "1", "0.50 / 0.40"] in lines
 
 
 def test_every_perplexity_is_shown():

@@ -12,7 +12,7 @@ namespace flash_llm {
 enum class CpuIsa {
   kPortable,    // C++
   kAvx2,        // AVX2, FMA, F16C
-  kAvx512,      // AVX-512 F, BW, VL, DQ, VBMI2
+  kAvx512,      // AVX-512 F, BW, VL, DQ, VBMI2, VNNI (every CPU with VBMI2 has VNNI)
   kAvx512Bf16,  // kAvx512 and BF16
   kNeon,        // AArch64's NEON; tested under qemu only, never timed
 };

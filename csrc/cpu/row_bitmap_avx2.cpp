@@ -39,12 +39,13 @@ constexpr WideShuffles make_bf16_expansions() {
 
 alignas(64) constexpr WideShuffles kBf16Expansions = make_bf16_expansions();
 
-// The same for values of one byte.
-using ByteShuffles = std::array<std::array<uint8_t, kPartCols>, 256>;
+// The same for values of one byte. A row is loaded as 16 bytes, of which the last eight, which are
+// the next row's, do not matter; so there is one row more than sets of bits.
+using ByteShuffles = std::array<std::array<uint8_t, kPartCols>, 257>;
 
 constexpr ByteShuffles make_byte_expansions() {
   ByteShuffles table{};
-  for (size_t bits = 0; bits < table.size(); ++bits) {
+  for (size_t bits = 0; bits < 256; ++bits) {
     uint8_t rank = 0;
     for (size_t col = 0; col < kPartCols; ++col) {
       table[bits][col] = (bits >> col & 1U) != 0 ? rank++ : uint8_t{0x80};
@@ -84,7 +85,7 @@ FLASH_LLM_AVX2 inline __m128i expansion_of(uint32_t bits) {
   if constexpr (sizeof(Raw) == 2) {
     return _mm_load_si128(reinterpret_cast<const __m128i*>(kExpansions[bits].data()));
   } else {
-    return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kByteExpansions[bits].data()));
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(kByteExpansions[bits].data()));
   }
 }
 
@@ -117,7 +118,8 @@ struct Values {
     const int count = __builtin_popcount(mask);
     next += kNearEnd ? std::min<std::ptrdiff_t>(end - next, count) : count;
   }
-  // The elements of the next eight columns, of which those in `bits` are stored.
+  // The elements of the next eight columns, of which those in `bits` are stored. Bytes: in the
+  // lower half.
   FLASH_LLM_AVX2 inline __m128i take(uint32_t bits) {
     const __m128i elements = _mm_shuffle_epi8(load(), expansion_of<Raw>(bits));
     skip(bits);
@@ -149,6 +151,27 @@ FLASH_LLM_AVX2 void widen_group(const uint16_t* group, float* widened) {
   for (int64_t col = 0; col < kGroupCols; col += kPartCols) {
     const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group + col));
     _mm256_storeu_ps(widened + col, widen<kType>(part));
+  }
+}
+
+// Calls sums.add_group for each group of a block.
+template <int kTokens, typename Raw, typename X, typename Sums>
+FLASH_LLM_AVX2 inline void add_groups(const RowBlockOf<Raw>& block, int64_t groups, const X* x,
+                                      Sums& sums) {
+  const uint32_t* masks = block.masks;
+  const uint32_t* const masks_end = masks + groups * kBlockRows;
+  Values<false, Raw> values{block.values, block.end};
+  while (masks != masks_end) {
+    const int64_t safe = groups_before_end(values.next, values.end);
+    if (safe == 0) break;
+    const uint32_t* const stop = masks + std::min<int64_t>(masks_end - masks, safe * kBlockRows);
+    for (; masks != stop; masks += kBlockRows, x += kTokens * kGroupCols) {
+      sums.add_group(masks, x, values);
+    }
+  }
+  Values<true, Raw> last{values.next, values.end};
+  for (; masks != masks_end; masks += kBlockRows, x += kTokens * kGroupCols) {
+    sums.add_group(masks, x, last);
   }
 }
 
@@ -192,21 +215,7 @@ struct Block {
     for (auto& row : sums.sums) {
       for (auto& token : row) token = _mm256_setzero_ps();
     }
-    const uint32_t* masks = block.masks;
-    const uint32_t* const masks_end = masks + groups * kBlockRows;
-    Values<false, Raw> values{block.values, block.end};
-    while (masks != masks_end) {
-      const int64_t safe = groups_before_end(values.next, values.end);
-      if (safe == 0) break;
-      const uint32_t* const stop = masks + std::min<int64_t>(masks_end - masks, safe * kBlockRows);
-      for (; masks != stop; masks += kBlockRows, x += kTokens * kGroupCols) {
-        sums.add_group(masks, x, values);
-      }
-    }
-    Values<true, Raw> last{values.next, values.end};
-    for (; masks != masks_end; masks += kBlockRows, x += kTokens * kGroupCols) {
-      sums.add_group(masks, x, last);
-    }
+    add_groups<kTokens>(block, groups, x, sums);
     for (int token = 0; token < kTokens; ++token) {
       const __m256 ab = _mm256_hadd_ps(sums.sums[0][token], sums.sums[1][token]);
       const __m256 cd = _mm256_hadd_ps(sums.sums[2][token], sums.sums[3][token]);
@@ -235,15 +244,118 @@ void multiply(const RowBitmapProduct& product) {
   });
 }
 
-template <bool kNearEnd>
-FLASH_LLM_AVX2 inline void decode_group(const uint32_t* masks, int rows, int64_t k, int64_t cols,
-                                        Values<kNearEnd>& values, uint16_t* dense) {
+// Rounds as RowBitmapKernel::quantize says: adding 1.5 * 2^23, whose neighbours are integers.
+template <ValueType kType>
+FLASH_LLM_AVX2 void quantize_group(const uint16_t* group, float inverse, int8_t* quantized) {
+  __m256i parts[kParts];
+  const __m256 magic = _mm256_set1_ps(0x1.8p23F);
+  for (int part = 0; part < kParts; ++part) {
+    const auto* from = reinterpret_cast<const __m128i*>(group + part * kPartCols);
+    const __m256 rounded =
+        _mm256_fmadd_ps(widen<kType>(_mm_loadu_si128(from)), _mm256_set1_ps(inverse), magic);
+    parts[part] = _mm256_sub_epi32(_mm256_castps_si256(rounded), _mm256_castps_si256(magic));
+  }
+  // Packing works in each half of a vector; the permutation undoes it.
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(parts[0], parts[1]),
+                                           _mm256_packs_epi32(parts[2], parts[3]));
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(quantized),
+                     _mm256_permutevar8x32_epi32(bytes, in_order));
+}
+
+// int8 X: a row's 32 elements of a group are bytes of one vector. Products of |w| and x with the
+// sign of w are added in pairs, whose sums fit 16 bits: they are at most 2 * 127 * 127.
+template <int kTokens>
+struct Int8Block {
+  __m256i sums[kBlockRows][kTokens];
+
+  template <bool kNearEnd>
+  FLASH_LLM_AVX2 inline void add_group(const uint32_t* masks, const int8_t* x,
+                                       Values<kNearEnd, uint8_t>& values) {
+    if (!kNearEnd) {
+      prefetch_soon(values.next);
+      prefetch_later(values.next);
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < kBlockRows; ++row) {
+      const auto* bits = reinterpret_cast<const uint8_t*>(masks + row);
+      const __m128i a = values.take(bits[0]), b = values.take(bits[1]);
+      const __m128i c = values.take(bits[2]), d = values.take(bits[3]);
+      const __m256i w = _mm256_set_m128i(_mm_unpacklo_epi64(c, d), _mm_unpacklo_epi64(a, b));
+      const __m256i magnitudes = _mm256_abs_epi8(w);
+      for (int token = 0; token < kTokens; ++token) {
+        const auto* from = reinterpret_cast<const __m256i*>(x + token * kGroupCols);
+        const __m256i pairs =
+            _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(_mm256_load_si256(from), w));
+        sums[row][token] =
+            _mm256_add_epi32(sums[row][token], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      }
+    }
+  }
+
+  FLASH_LLM_AVX2 static void multiply(const RowBlockOf<uint8_t>& block, int64_t groups,
+                                      const RowBitmapTokens& tokens, float* out) {
+    Int8Block sums;
+    for (auto& row : sums.sums) {
+      for (auto& token : row) token = _mm256_setzero_si256();
+    }
+    add_groups<kTokens>(block, groups, static_cast<const int8_t*>(tokens.x), sums);
+    for (int token = 0; token < kTokens; ++token) {
+      const __m256i ab = _mm256_hadd_epi32(sums.sums[0][token], sums.sums[1][token]);
+      const __m256i cd = _mm256_hadd_epi32(sums.sums[2][token], sums.sums[3][token]);
+      const __m256i abcd = _mm256_hadd_epi32(ab, cd);
+      const __m128i total =
+          _mm_add_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
+      _mm_storeu_ps(out + token * kBlockRows,
+                    _mm_mul_ps(_mm_cvtepi32_ps(total), _mm_set1_ps(tokens.scales[token])));
+    }
+  }
+};
+
+using MultiplyInt8Block = void (*)(const RowBlockOf<uint8_t>&, int64_t groups,
+                                   const RowBitmapTokens&, float* out);
+
+constexpr MultiplyInt8Block kMultiplyInt8Block[kMaxTokens] = {
+    Int8Block<1>::multiply, Int8Block<2>::multiply, Int8Block<3>::multiply};
+
+void multiply_int8(const RowBitmapProduct& product) {
+  const int64_t groups = num_groups(product.weight.k);
+  multiply_blocks<uint8_t>(product,
+                           [&](const RowBitmapTokens& tokens, const auto& block, float* out) {
+                             kMultiplyInt8Block[tokens.count - 1](block, groups, tokens, out);
+                           });
+}
+
+// Eight elements of the weight as 16-bit patterns: the products of int8 values and a scale, rounded
+// as `dequantize` of format/element.h does.
+template <ValueType kType>
+FLASH_LLM_AVX2 inline __m128i dequantize_part(__m128i elements, float scale) {
+  const __m256 products = _mm256_mul_ps(widen<kType>(elements), _mm256_set1_ps(scale));
+  if constexpr (value_traits(kType).dense == ValueType::kFloat16) {
+    return _mm256_cvtps_ph(products, _MM_FROUND_TO_NEAREST_INT);
+  } else {
+    const __m256i bits = _mm256_castps_si256(products);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    const __m256i halves = _mm256_srli_epi32(rounded, 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  }
+}
+
+template <ValueType kType, bool kNearEnd>
+FLASH_LLM_AVX2 inline void decode_group(const uint32_t* masks, const float* scales, int rows,
+                                        int64_t k, int64_t cols,
+                                        Values<kNearEnd, RawOf<kType>>& values, uint16_t* dense) {
   for (int row = 0; row < kBlockRows; ++row) {
-    Values<kNearEnd> next = values;
+    Values<kNearEnd, RawOf<kType>> next = values;
     values.skip(masks[row]);
     if (row >= rows) continue;
     for (int64_t part = 0; part < kParts && part * kPartCols < cols; ++part) {
-      const __m128i elements = next.take(masks[row] >> (8 * part) & 0xFFU);
+      __m128i elements = next.take(masks[row] >> (8 * part) & 0xFFU);
+      if constexpr (sizeof(RawOf<kType>) == 1) {
+        elements = dequantize_part<kType>(elements, scales[row]);
+      }
       uint16_t* to = dense + row * k + part * kPartCols;
       if (cols - part * kPartCols >= kPartCols) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), elements);
@@ -256,21 +368,26 @@ FLASH_LLM_AVX2 inline void decode_group(const uint32_t* masks, int rows, int64_t
   }
 }
 
-FLASH_LLM_AVX2 void decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense) {
+// 16-bit values are copied, so one instantiation serves both types of them.
+template <ValueType kType>
+FLASH_LLM_AVX2 void decode_block(const RowBlockOf<RawOf<kType>>& block, int rows, int64_t k,
+                                 uint16_t* dense) {
+  float scales[kBlockRows] = {};
+  if (sizeof(RawOf<kType>) == 1) std::memcpy(scales, block.scales, sizeof(scales));
   const int64_t groups = num_groups(k);
   int64_t group = 0;
-  Values<false> values{block.values, block.end};
+  Values<false, RawOf<kType>> values{block.values, block.end};
   while (group < groups) {
     const int64_t safe = groups_before_end(values.next, values.end);
     if (safe == 0) break;
     for (const int64_t stop = std::min(groups, group + safe); group < stop; ++group) {
-      decode_group(block.masks + group * kBlockRows, rows, k, k - group * kGroupCols, values,
-                   dense + group * kGroupCols);
+      decode_group<kType>(block.masks + group * kBlockRows, scales, rows, k, k - group * kGroupCols,
+                          values, dense + group * kGroupCols);
     }
   }
-  for (Values<true> last{values.next, values.end}; group < groups; ++group) {
-    decode_group(block.masks + group * kBlockRows, rows, k, k - group * kGroupCols, last,
-                 dense + group * kGroupCols);
+  for (Values<true, RawOf<kType>> last{values.next, values.end}; group < groups; ++group) {
+    decode_group<kType>(block.masks + group * kBlockRows, scales, rows, k, k - group * kGroupCols,
+                        last, dense + group * kGroupCols);
   }
 }
 
@@ -338,14 +455,20 @@ FLASH_LLM_AVX2 PackedBlock row_bitmap_avx2_pack_block(const uint16_t* dense, int
   return {static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(below)) & 0xFFFF) + 1U, values};
 }
 
-RowBitmapKernel row_bitmap_avx2(ValueType type) {
+RowBitmapKernel row_bitmap_avx2(ValueType type, bool int8_x) {
+  const bool half = value_traits(type).dense == ValueType::kFloat16;
   RowBitmapKernel kernel;
-  kernel.widen = value_traits(type).dense == ValueType::kFloat16
-                     ? widen_group<ValueType::kFloat16>
-                     : widen_group<ValueType::kBfloat16>;
+  if (int8_x) {
+    kernel.quantize =
+        half ? quantize_group<ValueType::kFloat16> : quantize_group<ValueType::kBfloat16>;
+  } else {
+    kernel.widen = half ? widen_group<ValueType::kFloat16> : widen_group<ValueType::kBfloat16>;
+  }
   kernel.max_tokens = kMaxTokens;
-  kernel.multiply = multiply_of(type);
-  kernel.decode_block = decode_block;
+  kernel.multiply = int8_x ? multiply_int8 : multiply_of(type);
+  kernel.decode_block = decode_block<ValueType::kBfloat16>;
+  kernel.decode_int8_block =
+      half ? decode_block<ValueType::kInt8Float16> : decode_block<ValueType::kInt8Bfloat16>;
   kernel.pack_block = row_bitmap_avx2_pack_block;
   return kernel;
 }
@@ -356,7 +479,7 @@ RowBitmapKernel row_bitmap_avx2(ValueType type) {
 
 namespace flash_llm {
 
-RowBitmapKernel row_bitmap_avx2(ValueType) { return {}; }
+RowBitmapKernel row_bitmap_avx2(ValueType, bool) { return {}; }
 
 PackedBlock row_bitmap_avx2_pack_block(const uint16_t*, int64_t, int, int64_t, uint32_t*, uint16_t*,
                                        const uint16_t*) {

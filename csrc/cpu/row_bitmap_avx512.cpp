@@ -482,7 +482,6 @@ FLASH_LLM_AVX512 void decode_block(const RowBlock& block, int rows, int64_t k, u
 }  // namespace
 
 RowBitmapKernel row_bitmap_avx512(ValueType type, bool bf16) {
-  if (value_traits(type).bits == 8) return row_bitmap_avx2(type);  // no kernel of its own yet
   const bool half = type == ValueType::kFloat16;
   RowBitmapKernel kernel;
   kernel.widen = half ? widen<WideHalf> : bf16 ? nullptr : widen<WideBf16>;

@@ -1,6 +1,8 @@
 // The kernels of the row bitmap, one set for each instruction set of cpu_isa.h;
 // cpu/row_bitmap_spmm.cpp calls them. A kernel multiplies blocks of 4 rows and returns fp32 sums of
-// X times the stored values; its caller applies scales, bias, activation and rounding.
+// X times the stored values; its caller applies the scales of rows, bias, activation and rounding.
+// Of int8 values some kernels take X as int8 too, with a scale for each token: they sum in int32,
+// which is exact, and convert the sum once.
 //
 // Each set is compiled for its instruction set by attributes of its functions, not by compiler
 // flags for its file: with flags, an inline function of a header would be compiled for that
@@ -16,7 +18,7 @@
 namespace flash_llm {
 
 // Most tokens in a token block, most token blocks in one call, and most blocks of rows in one call.
-inline constexpr int kMaxRowTokens = 6;
+inline constexpr int kMaxRowTokens = 8;
 inline constexpr int64_t kMaxRowTokenBlocks = 16;
 inline constexpr int64_t kCallBlocks = 16;
 
@@ -26,14 +28,17 @@ inline constexpr int64_t kKeptLanes = 16;
 // A token block: a few tokens in the layout that a kernel reads.
 struct RowBitmapTokens {
   // [groups][count][32 columns], zero beyond column k. If the kernel widens X: fp32, 64-byte
-  // aligned, the columns of a group in the order that `widen` gives them. Else raw patterns, which
-  // may be the caller's own row.
+  // aligned, the columns of a group in the order that `widen` gives them. If it quantises X: int8,
+  // 64-byte aligned. Else raw patterns, which may be the caller's own row.
   const void* x = nullptr;
   int count = 0;
   // A kernel that treats subnormals as zeros multiplies a block correctly if the block's smallest
   // value is at least this.
   uint32_t smallest_normal = 0;
   float empty[kMaxRowTokens] = {};  // the sums of a block without nonzeros: 0 or NaN
+  // If the kernel quantises X: the factor of each token's sums, and the sum of its elements.
+  float scales[kMaxRowTokens] = {};
+  int32_t totals[kMaxRowTokens] = {};
 };
 
 // The work of one call: some token blocks times at most kCallBlocks blocks of rows.
@@ -89,23 +94,31 @@ inline void multiply_blocks(const RowBitmapProduct& product, const MultiplyBlock
 }
 
 struct RowBitmapKernel {
-  void (*widen)(const uint16_t* group, float* widened) = nullptr;  // converts X; null: X stays raw
-  int max_tokens = 0;                                              // in a token block
+  // How X is converted, 32 columns at a time. With neither of them X stays raw.
+  void (*widen)(const uint16_t* group, float* widened) = nullptr;
+  // Multiplies by `inverse` and rounds the exact product to the nearest integer, ties to even; its
+  // magnitude is at most 127, unless an element is NaN or infinite, which gives any integer.
+  void (*quantize)(const uint16_t* group, float inverse, int8_t* quantized) = nullptr;
+  int max_tokens = 0;       // in a token block
   bool keeps_sums = false;  // whether it needs RowBitmapProduct::kept
   RowBitmapMultiply multiply = nullptr;
   // Decodes a block that has masks into dense[rows, k], contiguous. For 16-bit values.
   void (*decode_block)(const RowBlock& block, int rows, int64_t k, uint16_t* dense) = nullptr;
+  // The same for int8 values, dequantised to the type of X; null: the format's own decoder is used.
+  void (*decode_int8_block)(const RowBlockOf<uint8_t>& block, int rows, int64_t k,
+                            uint16_t* dense) = nullptr;
   RowBitmapPackBlock pack_block = nullptr;  // for 16-bit values
 };
 
-// The kernels of `isa`, which this CPU must have.
-RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type);
+// The kernels of `isa`, which this CPU must have. int8_x: those that quantise X, for int8 values.
+RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type, bool int8_x = false);
 
 // The kernels of each instruction set; empty if the build is for another architecture.
-RowBitmapKernel row_bitmap_portable(ValueType type);
-RowBitmapKernel row_bitmap_avx2(ValueType type);
+RowBitmapKernel row_bitmap_portable(ValueType type, bool int8_x);
+RowBitmapKernel row_bitmap_avx2(ValueType type, bool int8_x);
 RowBitmapKernel row_bitmap_avx512(ValueType type, bool bf16);
-RowBitmapKernel row_bitmap_neon(ValueType type);
+RowBitmapKernel row_bitmap_avx512_int8(ValueType type, bool int8_x);  // for int8 values
+RowBitmapKernel row_bitmap_neon(ValueType type, bool int8_x);
 
 // AVX2's packer, which the kernels for AVX-512 use too.
 PackedBlock row_bitmap_avx2_pack_block(const uint16_t* dense, int64_t ld, int rows, int64_t k,

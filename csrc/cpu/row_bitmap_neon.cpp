@@ -200,16 +200,16 @@ void decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense) {
 
 }  // namespace
 
-RowBitmapKernel row_bitmap_neon(ValueType type) {
-  if (value_traits(type).bits == 8) return row_bitmap_portable(type);
-  return {
-      type == ValueType::kFloat16 ? widen_group<ValueType::kFloat16>
-                                  : widen_group<ValueType::kBfloat16>,
-      kMaxTokens,
-      false,
-      type == ValueType::kFloat16 ? multiply<ValueType::kFloat16> : multiply<ValueType::kBfloat16>,
-      decode_block,
-      row_bitmap_pack_block};
+RowBitmapKernel row_bitmap_neon(ValueType type, bool int8_x) {
+  if (value_traits(type).bits == 8) return row_bitmap_portable(type, int8_x);
+  const bool half = type == ValueType::kFloat16;
+  RowBitmapKernel kernel;
+  kernel.widen = half ? widen_group<ValueType::kFloat16> : widen_group<ValueType::kBfloat16>;
+  kernel.max_tokens = kMaxTokens;
+  kernel.multiply = half ? multiply<ValueType::kFloat16> : multiply<ValueType::kBfloat16>;
+  kernel.decode_block = decode_block;
+  kernel.pack_block = row_bitmap_pack_block;
+  return kernel;
 }
 
 }  // namespace flash_llm
@@ -218,7 +218,7 @@ RowBitmapKernel row_bitmap_neon(ValueType type) {
 
 namespace flash_llm {
 
-RowBitmapKernel row_bitmap_neon(ValueType) { return {}; }
+RowBitmapKernel row_bitmap_neon(ValueType, bool) { return {}; }
 
 }  // namespace flash_llm
 

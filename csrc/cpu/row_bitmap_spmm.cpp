@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -73,10 +74,26 @@ uint32_t smallest_normal_weight(const Magnitudes& x) {
   return std::max(needed, 1U) << kBf16MantissaBits;
 }
 
-// Fills tokens[groups][count][32 columns] from X[count, stride].
+// The scale of a token that is quantised to int8, and its inverse: the largest magnitude divided by
+// 127. A bound on the magnitude keeps both normal numbers. The scale of a token that is not finite
+// is NaN, and so is its row of Y. Kernels for GPUs use the same rule.
+struct TokenScale {
+  float scale, inverse;
+
+  TokenScale(float largest, bool finite)
+      : scale(finite ? std::max(largest, kLeastMagnitude) / 127.0F
+                     : std::numeric_limits<float>::quiet_NaN()),
+        inverse(finite ? 127.0F / std::max(largest, kLeastMagnitude) : 0.0F) {}
+
+ private:
+  static constexpr float kLeastMagnitude = 0x1p-100F;
+};
+
+// Fills tokens[groups][count][32 columns] from X[count, stride]. inverses[count] are those of
+// TokenScale.
 template <typename T>
 void prepare_groups(const RowBitmapKernel& kernel, const uint16_t* x, int64_t stride, int64_t k,
-                    int count, T* tokens) {
+                    int count, const float* inverses, T* tokens) {
   for (int64_t first = 0; first < k; first += kGroupCols) {
     for (int token = 0; token < count; ++token, tokens += kGroupCols) {
       const uint16_t* group = x + token * stride + first;
@@ -87,6 +104,8 @@ void prepare_groups(const RowBitmapKernel& kernel, const uint16_t* x, int64_t st
       }
       if constexpr (std::is_same_v<T, float>) {
         kernel.widen(group, tokens);
+      } else if constexpr (std::is_same_v<T, int8_t>) {
+        kernel.quantize(group, inverses[token], tokens);
       } else {
         std::copy_n(group, kGroupCols, tokens);
       }
@@ -102,11 +121,16 @@ void prepare(const SpmmArgs& args, const RowBitmapKernel& kernel, int64_t token0
   const int64_t k = args.weight.k;
   const uint16_t infinity = kType == ValueType::kFloat16 ? 0x7C00 : 0x7F80;
   Magnitudes all;
+  float inverses[kMaxRowTokens];
   for (int token = 0; token < block.count; ++token) {
     Magnitudes own;
     own.add(args.x + (token0 + token) * args.x_stride, k);
-    block.empty[token] = own.largest < infinity ? 0.0F : std::numeric_limits<float>::quiet_NaN();
+    const bool finite = own.largest < infinity;
+    block.empty[token] = finite ? 0.0F : std::numeric_limits<float>::quiet_NaN();
     all.smallest_less_1 = std::min(all.smallest_less_1, own.smallest_less_1);
+    const TokenScale scale(to_float<kType>(own.largest), finite);
+    block.scales[token] = scale.scale;
+    inverses[token] = scale.inverse;
   }
   block.smallest_normal = smallest_normal_weight(all);
 
@@ -115,8 +139,15 @@ void prepare(const SpmmArgs& args, const RowBitmapKernel& kernel, int64_t token0
     block.x = first;
     return;
   }
-  prepare_groups(kernel, first, args.x_stride, k, block.count, x);
+  prepare_groups(kernel, first, args.x_stride, k, block.count, inverses, x);
   block.x = x;
+  if constexpr (std::is_same_v<T, int8_t>) {
+    for (int64_t group = 0; group < num_groups(k); ++group) {
+      for (int token = 0; token < block.count; ++token, x += kGroupCols) {
+        block.totals[token] += std::accumulate(x, x + kGroupCols, int32_t{0});
+      }
+    }
+  }
 }
 
 // The scales of a block's rows; all 1 for types without scales.
@@ -155,8 +186,8 @@ void finish(const SpmmArgs& args, int64_t token0, int tokens, int64_t first_bloc
 
 // T is the element type of X that the kernel reads.
 template <ValueType kType, typename T>
-void multiply(const SpmmArgs& args, const RowBitmapKernel& kernel,
-              const ParallelFor& parallel_for) {
+void multiply_slice(const SpmmArgs& args, const RowBitmapKernel& kernel,
+                    const ParallelFor& parallel_for) {
   const int64_t token_blocks = (args.n + kernel.max_tokens - 1) / kernel.max_tokens;
   // Blocks whose sizes differ by at most one token.
   const auto first_token = [&](int64_t i) { return i * args.n / token_blocks; };
@@ -199,51 +230,72 @@ void multiply(const SpmmArgs& args, const RowBitmapKernel& kernel,
 
 // kType is the type of X, bias and Y.
 template <ValueType kType>
-void multiply(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for) {
-  const RowBitmapKernel kernel = row_bitmap_kernel(isa, args.weight.value_type);
+void multiply_slices(const SpmmArgs& args, const RowBitmapKernel& kernel,
+                     const ParallelFor& parallel_for) {
   for (int64_t first = 0; first < args.n; first += kSliceTokens) {
     SpmmArgs slice = args;
     slice.x += first * args.x_stride;
     slice.y += first * args.weight.m;
     slice.n = std::min(kSliceTokens, args.n - first);
-    if (kernel.widen == nullptr) {
-      multiply<kType, uint16_t>(slice, kernel, parallel_for);
+    if (kernel.quantize != nullptr) {
+      multiply_slice<kType, int8_t>(slice, kernel, parallel_for);
+    } else if (kernel.widen == nullptr) {
+      multiply_slice<kType, uint16_t>(slice, kernel, parallel_for);
     } else {
-      multiply<kType, float>(slice, kernel, parallel_for);
+      multiply_slice<kType, float>(slice, kernel, parallel_for);
     }
   }
 }
 
-}  // namespace
-
-void spmm_cpu_row_bitmap(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for) {
+void multiply(const SpmmArgs& args, const RowBitmapKernel& kernel,
+              const ParallelFor& parallel_for) {
   if (value_traits(args.weight.value_type).dense == ValueType::kFloat16) {
-    multiply<ValueType::kFloat16>(args, isa, parallel_for);
+    multiply_slices<ValueType::kFloat16>(args, kernel, parallel_for);
   } else {
-    multiply<ValueType::kBfloat16>(args, isa, parallel_for);
+    multiply_slices<ValueType::kBfloat16>(args, kernel, parallel_for);
   }
 }
 
-void row_bitmap_decode(const PackedView& weight, int64_t first_row, int64_t last_row, CpuIsa isa,
-                       const ParallelFor& parallel_for, uint16_t* dense) {
-  const int64_t first = first_row / kBlockRows, last = num_row_blocks(last_row);
-  if (value_traits(weight.value_type).bits == 8) {
-    return unpack_tile_rows(packed_format(Format::kRowBitmap), weight, first, last, parallel_for,
-                            dense);
-  }
-  const RowBitmapKernel kernel = row_bitmap_kernel(isa, weight.value_type);
+// Decodes blocks first ... last - 1 by decode_block(block, its rows, k, where to).
+template <typename Raw, typename DecodeBlock>
+void decode_blocks(const PackedView& weight, int64_t first, int64_t last,
+                   const DecodeBlock& decode_block, const ParallelFor& parallel_for,
+                   uint16_t* dense) {
   parallel_for(last - first, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const RowBlock block = row_block(weight, first + i);
+      const RowBlockOf<Raw> block = row_block<Raw>(weight, first + i);
       const int rows = rows_of_block(weight.m, first + i);
       uint16_t* to = dense + i * kBlockRows * weight.k;
       if (block.masks == nullptr) {
         std::fill_n(to, rows * weight.k, uint16_t{0});
       } else {
-        kernel.decode_block(block, rows, weight.k, to);
+        decode_block(block, rows, weight.k, to);
       }
     }
   });
+}
+
+}  // namespace
+
+void spmm_cpu_row_bitmap(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for) {
+  multiply(args, row_bitmap_kernel(isa, args.weight.value_type), parallel_for);
+}
+
+void spmm_cpu_row_bitmap_int8x(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for) {
+  multiply(args, row_bitmap_kernel(isa, args.weight.value_type, true), parallel_for);
+}
+
+void row_bitmap_decode(const PackedView& weight, int64_t first_row, int64_t last_row, CpuIsa isa,
+                       const ParallelFor& parallel_for, uint16_t* dense) {
+  const int64_t first = first_row / kBlockRows, last = num_row_blocks(last_row);
+  const RowBitmapKernel kernel = row_bitmap_kernel(isa, weight.value_type);
+  if (value_traits(weight.value_type).bits == 16) {
+    decode_blocks<uint16_t>(weight, first, last, kernel.decode_block, parallel_for, dense);
+  } else if (kernel.decode_int8_block != nullptr) {
+    decode_blocks<uint8_t>(weight, first, last, kernel.decode_int8_block, parallel_for, dense);
+  } else {
+    unpack_tile_rows(packed_format(Format::kRowBitmap), weight, first, last, parallel_for, dense);
+  }
 }
 
 }  // namespace flash_llm

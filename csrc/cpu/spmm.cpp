@@ -15,6 +15,9 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, CpuIsa isa,
     case KernelFamily::kRowBitmapCpu:
       spmm_cpu_row_bitmap(args, isa, parallel_for);
       return Status::success();
+    case KernelFamily::kRowBitmapInt8XCpu:
+      spmm_cpu_row_bitmap_int8x(args, isa, parallel_for);
+      return Status::success();
     case KernelFamily::kRowBitmapBlocks:
     case KernelFamily::kTiledCslSm80:
     case KernelFamily::kBitmapRowsSm90:

@@ -27,6 +27,10 @@ void spmm_cpu_tiled_csl(const SpmmArgs& args, const ParallelFor& parallel_for);
 // of rows, fp32 accumulation; a block of tokens has as many as a kernel's registers hold.
 void spmm_cpu_row_bitmap(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for);
 
+// The same with X quantised to int8, token by token, so that sums of products are exact. int8
+// values only, and k up to kCpuMaxInt8K. A token with an element that is not finite gives NaN.
+void spmm_cpu_row_bitmap_int8x(const SpmmArgs& args, CpuIsa isa, const ParallelFor& parallel_for);
+
 // Row bitmap only. Decodes rows first_row ... last_row (multiples of 4; last_row may also be m)
 // with the kernels of `isa` into dense[rows, k], contiguous.
 void row_bitmap_decode(const PackedView& weight, int64_t first_row, int64_t last_row, CpuIsa isa,

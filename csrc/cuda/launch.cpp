@@ -51,6 +51,7 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, boo
     case KernelFamily::kReference:
     case KernelFamily::kTiledCslCpu:
     case KernelFamily::kRowBitmapCpu:
+    case KernelFamily::kRowBitmapInt8XCpu:
     case KernelFamily::kRowBitmapBlocks:
     case KernelFamily::kDense:
       break;

@@ -58,6 +58,15 @@ int64_t most_tokens_of_rows(ValueType type, const DeviceInfo& device) {
   return kRowsMaxTokensSlow;  // never: the switch is exhaustive
 }
 
+// The largest number of tokens for which kRowBitmapInt8XCpu is chosen, if it may be.
+int64_t most_tokens_of_int8x(ValueType type, const DeviceInfo& device) {
+  if (device.cpu_isa == CpuIsa::kPortable || device.cpu_isa == CpuIsa::kNeon) {
+    return kRowsMaxTokensSlow;
+  }
+  const bool bf16 = value_traits(type).dense == ValueType::kBfloat16;
+  return bf16 && device.cpu_fast_dense_bf16 ? kRowsMaxTokensFastDense : kAnyTokens;
+}
+
 }  // namespace
 
 int64_t cpu_block_rows(int64_t k) {
@@ -72,6 +81,25 @@ bool takes_tiled_csl_cpu(const PlanRequest& request, std::string* reason) {
   }
   explain(reason, "N <= 16: each tile is decoded once per 8 tokens");
   return true;
+}
+
+bool takes_row_bitmap_int8x(const PlanRequest& request, std::string* reason) {
+  if (!request.int8_x() || request.problem.k > kCpuMaxInt8K ||
+      request.problem.n > most_tokens_of_int8x(request.problem.value_type, request.device)) {
+    return false;
+  }
+  explain(reason, "X may be quantised: products of int8 take less time");
+  return true;
+}
+
+Status plan_row_bitmap_int8x(const PlanRequest& request, SpmmPlan* out) {
+  if (request.problem.k > kCpuMaxInt8K) {
+    return Status::invalid_value("config \"" + request.config + "\" takes K up to " +
+                                 std::to_string(kCpuMaxInt8K) + ", got " +
+                                 std::to_string(request.problem.k));
+  }
+  out->config = 0;
+  return Status::success();
 }
 
 bool takes_row_bitmap_cpu(const PlanRequest& request, std::string* reason) {

@@ -26,7 +26,8 @@ std::vector<KernelConfig> only_config() {
 }
 
 constexpr char kReferenceName[] = "cpu_reference", kTilesName[] = "cpu_tiles",
-               kRowsName[] = "cpu_rows", kBlocksName[] = "cpu_blocks", kDenseName[] = "dense";
+               kInt8XRowsName[] = "cpu_rows_int8x", kRowsName[] = "cpu_rows",
+               kBlocksName[] = "cpu_blocks", kDenseName[] = "dense";
 
 bool never_chosen(const PlanRequest& /*request*/, std::string* /*reason*/) { return false; }
 
@@ -62,6 +63,15 @@ constexpr std::array<KernelFamilyRow, kNumKernelFamilies> kFamilies = {{
      only_config<kTilesName>,
      takes_tiled_csl_cpu,
      plan_one_config},
+    {KernelFamily::kRowBitmapInt8XCpu,
+     Place::kCpu,
+     Format::kRowBitmap,
+     kQuantizedTypes,
+     {},
+     false,
+     only_config<kInt8XRowsName>,
+     takes_row_bitmap_int8x,
+     plan_row_bitmap_int8x},
     {KernelFamily::kRowBitmapCpu,
      Place::kCpu,
      Format::kRowBitmap,

@@ -25,6 +25,7 @@ struct SpmmPlan;
 enum class KernelFamily {
   kReference,            // the CPU oracle, in fp64
   kTiledCslCpu,          // Tiled-CSL on the CPU
+  kRowBitmapInt8XCpu,    // int8 values in the row bitmap on the CPU: X is quantised too
   kRowBitmapCpu,         // row bitmap on the CPU
   kRowBitmapBlocks,      // row bitmap on the CPU: decodes blocks of rows for the dense GEMM
   kTiledCslSm80,         // Tiled-CSL on CUDA: load as sparse, compute as dense (LSCD)

@@ -67,11 +67,11 @@ Status plan_forced(const PlanRequest& request, SpmmPlan* out) {
       return plan_family(family, request, out);
     }
   }
-  return Status::invalid_value("config must be \"auto\", \"auto_int8x\" or one of " +
-                               join(plan_names(request.problem.format, !device.is_cpu())) +
-                               " for format \"" + packed_format(request.problem.format).name +
-                               "\" on " + (device.is_cpu() ? "the CPU" : "CUDA") + ", got \"" +
-                               request.config + "\"");
+  return Status::invalid_value(
+      "config must be \"auto\", \"auto_int8x\" or one of " +
+      join(plan_names(request.problem.format, request.problem.value_type, !device.is_cpu())) +
+      " for format \"" + packed_format(request.problem.format).name + "\" on " +
+      (device.is_cpu() ? "the CPU" : "CUDA") + ", got \"" + request.config + "\"");
 }
 
 Status plan_auto(const PlanRequest& request, SpmmPlan* out) {
@@ -160,11 +160,11 @@ Status check_plan(const SpmmPlan& plan, KernelFamily family, const SpmmArgs& arg
   return Status::success();
 }
 
-std::vector<std::string> plan_names(Format format, bool cuda) {
+std::vector<std::string> plan_names(Format format, ValueType type, bool cuda) {
   std::vector<std::string> names;
   for (const KernelFamilyRow& family : kernel_families()) {
     const bool here = family.place == Place::kBoth || (family.place == Place::kCuda) == cuda;
-    if (!here || !family.formats.contains(format)) continue;
+    if (!here || !family.formats.contains(format) || !family.value_types.contains(type)) continue;
     for (KernelConfig& config : family.configs()) names.push_back(std::move(config.name));
   }
   return names;

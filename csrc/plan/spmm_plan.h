@@ -50,9 +50,9 @@ struct SpmmPlan {
 // `args`, or if `args` has an activation although the kernel leaves it to the caller.
 Status check_plan(const SpmmPlan& plan, KernelFamily family, const SpmmArgs& args);
 
-// The values, other than "auto", of the operator's `config` argument for a format on the CPU or on
-// CUDA.
-std::vector<std::string> plan_names(Format format, bool cuda);
+// The values, other than "auto", of the operator's `config` argument for a format and values of a
+// type on the CPU or on CUDA.
+std::vector<std::string> plan_names(Format format, ValueType type, bool cuda);
 
 // Plans a problem. config = "auto" chooses the kernel, and "auto_int8x" too, but from kernels that
 // quantise X as well; any other name forces one. ctas = 0 chooses

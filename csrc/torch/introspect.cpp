@@ -67,10 +67,15 @@ void raise_if_error(const std::string& where, const Status& status) {
   if (!status.ok()) throw py::value_error(message);
 }
 
-std::vector<std::string> names_of_plans(const std::string& format, bool cuda) {
+// value_type = "" stands for the first of the format's types: 16-bit values, where it holds them.
+std::vector<std::string> names_of_plans(const std::string& format, bool cuda,
+                                        const std::string& value_type) {
+  const std::string where = "flash_llm::plan_names";
   Format id;
-  raise_if_error("flash_llm::plan_names", parse_format(format, &id));
-  return plan_names(id, cuda);
+  raise_if_error(where, parse_format(format, &id));
+  ValueType type = packed_format(id).value_types.first();
+  if (!value_type.empty()) raise_if_error(where, parse_value_type(value_type, &type));
+  return plan_names(id, type, cuda);
 }
 
 std::string explain_plan(int64_t m, int64_t n, int64_t k, int64_t nnz,
@@ -141,7 +146,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Host-side facts about flash_llm's build, kernels and format.";
   m.def("build_info", &build_info);
   m.def("configs", &configs);
-  m.def("plan_names", &names_of_plans, py::arg("format"), py::arg("cuda"));
+  m.def("plan_names", &names_of_plans, py::arg("format"), py::arg("cuda"),
+        py::arg("value_type") = "");
   m.def("explain_plan", &explain_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("nnz"),
         py::arg("value_type"), py::arg("format"), py::arg("compute_capability"), py::arg("num_sms"),
         py::arg("smem_per_sm_bytes"), py::arg("config") = "auto", py::arg("ctas") = 0);

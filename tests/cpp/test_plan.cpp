@@ -118,7 +118,8 @@ TEST(SelectPlan, TheCpuTakesItsOwnKernels) {
 
 TEST(SelectPlan, EveryNameCanBeForcedOnEveryShape) {
   for (const DeviceInfo& device : {kCpu, kA100, kH200}) {
-    for (const std::string& name : plan_names(Format::kTiledCsl, device.compute_capability > 0)) {
+    for (const std::string& name :
+         plan_names(Format::kTiledCsl, ValueType::kFloat16, device.compute_capability > 0)) {
       for (const SpmmProblem& shape :
            {problem(0, 0, 0), problem(1, 1, 1), problem(128, 0, 64), problem(0, 8, 64),
             problem(128, 8, 0), problem(129, 65, 65), problem(28672, 4096, 7168)}) {
@@ -187,7 +188,7 @@ TEST(SelectPlan, RefusesOldGpus) {
 }
 
 TEST(SelectPlan, RefusesNamesOfTheOtherDevice) {
-  for (const std::string& name : plan_names(Format::kTiledCsl, true)) {
+  for (const std::string& name : plan_names(Format::kTiledCsl, ValueType::kFloat16, true)) {
     if (name == "dense") continue;
     const Status status = failure_of(problem(128, 8, 64), kCpu, name);
     EXPECT_EQ(status.code, StatusCode::kInvalidValue);
@@ -434,6 +435,37 @@ TEST(SelectPlanBitmap, AKernelOfTheOtherFormatIsRefusedByName) {
             std::string::npos);
   EXPECT_EQ(failure_of(bitmap_problem(64, 1, 64), kCpu, "cpu_tiles").code,
             StatusCode::kInvalidValue);
+}
+
+TEST(SelectPlanRows, XIsQuantisedOnlyWhereAskedFor) {
+  const auto chosen = [](ValueType type, int64_t n, int64_t k, const char* config,
+                         bool fast_dense = false, CpuIsa isa = CpuIsa::kAvx2) {
+    DeviceInfo device;
+    device.cpu_isa = isa;
+    device.cpu_fast_dense_bf16 = device.cpu_fast_dense_fp16 = fast_dense;
+    SpmmProblem p = problem(64, n, k, 0.5);
+    p.format = Format::kRowBitmap;
+    p.value_type = type;
+    SpmmPlan plan;
+    EXPECT_TRUE(select_plan(p, device, config, 0, &plan).ok());
+    EXPECT_FALSE(plan.reason.empty());
+    return plan.name();
+  };
+  constexpr const char* kAsked = "auto_int8x";
+  EXPECT_EQ(chosen(ValueType::kInt8Float16, 1, 64, "auto"), "cpu_rows");
+  EXPECT_EQ(chosen(ValueType::kFloat16, 1, 64, kAsked), "cpu_rows");
+  EXPECT_EQ(chosen(ValueType::kInt8Float16, 1, 64, kAsked), "cpu_rows_int8x");
+  EXPECT_EQ(chosen(ValueType::kInt8Float16, 4096, kCpuMaxInt8K, kAsked), "cpu_rows_int8x");
+  EXPECT_EQ(chosen(ValueType::kInt8Float16, 1, kCpuMaxInt8K + 1, kAsked), "cpu_rows");
+  EXPECT_EQ(chosen(ValueType::kInt8Bfloat16, 129, 64, kAsked), "cpu_rows_int8x");
+  EXPECT_EQ(chosen(ValueType::kInt8Bfloat16, 129, 64, kAsked, true), "cpu_blocks");
+  EXPECT_EQ(chosen(ValueType::kInt8Bfloat16, 17, 64, kAsked, false, CpuIsa::kPortable),
+            "cpu_blocks");
+  SpmmProblem p = problem(64, 1, kCpuMaxInt8K + 1, 0.5);
+  p.format = Format::kRowBitmap;
+  p.value_type = ValueType::kInt8Float16;
+  EXPECT_TRUE(mentions(failure_of(p, kCpu, "cpu_rows_int8x").message,
+                       {"cpu_rows_int8x", std::to_string(kCpuMaxInt8K)}));
 }
 
 TEST(SelectPlanRows, KernelOrBlocksByTokensTypeAndInstructionSet) {

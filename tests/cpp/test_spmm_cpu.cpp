@@ -13,6 +13,7 @@
 #include "base/cpu_isa.h"
 #include "cpu/spmm.h"
 #include "format/element.h"
+#include "plan/cpu.h"
 #include "plan/problem.h"
 #include "testing.h"
 
@@ -124,6 +125,24 @@ template <CpuIsa kIsa>
 void spmm_cpu_rows_of(const SpmmArgs& args, const ParallelFor& parallel_for) {
   spmm_cpu_row_bitmap(args, kIsa, parallel_for);
 }
+
+template <CpuIsa kIsa>
+void spmm_cpu_int8x_rows_of(const SpmmArgs& args, const ParallelFor& parallel_for) {
+  spmm_cpu_row_bitmap_int8x(args, kIsa, parallel_for);
+}
+
+// Of each instruction set that this CPU has, the kernel that quantises X.
+const std::vector<Kernel> kInt8X = [] {
+  std::vector<Kernel> kernels;
+  const auto add = [&](CpuIsa isa, auto* multiply) {
+    if (has_cpu_isa(isa)) kernels.push_back({cpu_isa_name(isa), Format::kRowBitmap, multiply});
+  };
+  add(CpuIsa::kPortable, spmm_cpu_int8x_rows_of<CpuIsa::kPortable>);
+  add(CpuIsa::kAvx2, spmm_cpu_int8x_rows_of<CpuIsa::kAvx2>);
+  add(CpuIsa::kAvx512, spmm_cpu_int8x_rows_of<CpuIsa::kAvx512>);
+  add(CpuIsa::kNeon, spmm_cpu_int8x_rows_of<CpuIsa::kNeon>);
+  return kernels;
+}();
 
 const Kernel kReference{"reference", Format::kTiledCsl, spmm_cpu_reference};
 const Kernel kBitmapReference{"reference, bitmap", Format::kBitmap, spmm_cpu_reference};
@@ -416,11 +435,75 @@ TEST_P(SpmmInt8, RealsStayWithinRounding) {
   }
 }
 
+// X is rounded by the rule that flash_llm.spmm documents, here in fp64; its sums are exact.
+TEST_P(SpmmInt8, QuantisedTokensGiveExactSums) {
+  make(false);
+  const int64_t k = weight_.k, stride = product_.x_stride;
+  const auto x_at = [&](int64_t token, int64_t col) -> uint16_t& {
+    return product_.x[static_cast<size_t>(token * stride + col)];
+  };
+  for (int64_t col = 0; col < k && product_.n > 1; ++col) {  // an awkward token: half steps
+    x_at(1, col) =
+        from_float_of(col % 5 == 0 ? 127.0F : static_cast<float>(col % 7) - 2.5F, product_.type);
+  }
+  if (product_.n > 2 && k > 2) x_at(2, k / 2) = from_float_of(INFINITY, product_.type);
+  std::vector<uint16_t> expected;
+  for (int64_t token = 0; token < product_.n; ++token) {
+    float largest = 0x1p-100F;
+    bool finite = true;
+    for (int64_t col = 0; col < k; ++col) {
+      const float magnitude = std::abs(to_float_of(x_at(token, col), product_.type));
+      finite &= std::isfinite(magnitude);
+      largest = std::max(largest, magnitude);
+    }
+    const float inverse = 127.0F / largest;
+    const float scale = finite ? largest / 127.0F : NAN;
+    for (int64_t row = 0; row < weight_.m; ++row) {
+      int64_t sum = 0;
+      for (int64_t col = 0; col < k && finite; ++col) {
+        const double step = std::nearbyint(pattern_value(x_at(token, col), product_.type) *
+                                           static_cast<double>(inverse));
+        ASSERT_LE(std::abs(step), 127.0);
+        sum += static_cast<int64_t>(step) * static_cast<int8_t>(weight_.at(row, col));
+      }
+      const auto i = static_cast<size_t>(row);
+      const float product = static_cast<float>(sum) * scale * weight_.scales[i];
+      expected.push_back(
+          from_float_of(product + to_float_of(product_.bias[i], product_.type), product_.type));
+    }
+  }
+  const Packed packed = pack_or_die(weight_, Format::kRowBitmap, type_);
+  for (const Kernel& kernel : kInt8X) {
+    EXPECT_EQ(product_.run(kernel, packed, serial_for), expected) << kernel.name;
+    EXPECT_EQ(product_.run(kernel, packed, threaded_for), expected) << kernel.name;
+  }
+}
+
+TEST(SpmmInt8X, TheLargestSumsAreExact) {
+  // Values and X of 127 and -127 in the longest rows whose sums fit 32 bits.
+  Product product = random_product(8, 9, kCpuMaxInt8K, 0.0, ValueType::kBfloat16, true, false, 5);
+  QuantizedMatrix weight = random_int8(8, kCpuMaxInt8K, 0.0, 6);
+  for (int64_t row = 0; row < 8; ++row) {
+    weight.scales[static_cast<size_t>(row)] = 1.0F;
+    for (int64_t col = 0; col < weight.k; ++col) weight.at(row, col) = row % 2 ? 0x81 : 0x7F;
+  }
+  for (auto& x : product.x) x = from_float<ValueType::kBfloat16>(-254.0F);
+  const auto sum = static_cast<float>(127 * 127 * kCpuMaxInt8K) * 2;
+  for (const Kernel& kernel : kInt8X) {
+    const Packed packed = pack_or_die(weight, Format::kRowBitmap, ValueType::kInt8Bfloat16);
+    const auto y = product.run(kernel, packed, serial_for);
+    for (size_t i = 0; i < y.size(); ++i) {
+      ASSERT_EQ(y[i], from_float<ValueType::kBfloat16>(i % 2 ? sum : -sum)) << kernel.name;
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(
     AwkwardShapes, SpmmInt8,
     ::testing::Combine(::testing::Values(Shape{1, 1, 1}, Shape{127, 7, 63}, Shape{129, 9, 65},
                                          Shape{200, 0, 100}, Shape{0, 3, 64}, Shape{64, 3, 0},
-                                         Shape{5, 3, 31}, Shape{7, 17, 32}, Shape{33, 6, 300}),
+                                         Shape{5, 3, 31}, Shape{7, 17, 32}, Shape{33, 6, 300},
+                                         Shape{9, 8, 1100}),
                        ::testing::Values(0.0, 0.5, 0.95, 1.0),
                        ::testing::Values(ValueType::kInt8Float16, ValueType::kInt8Bfloat16)));
 
@@ -495,8 +578,10 @@ TEST(SpmmCpuSpecial, AMalformedWeightNeverReachesForeignMemory) {
         pack_or_die(random_int8(200, 150, 0.7, 4), kernel.format, ValueType::kInt8Float16);
     for (size_t i = 5; i < quantized.payload.size(); i += 3) quantized.payload[i] |= 0xFFFF0000U;
     product.run(kernel, quantized, serial_for);
+    for (const Kernel& int8x : kInt8X) product.run(int8x, quantized, serial_for);
     quantized.offsets[1] = INT32_MAX;
     product.run(kernel, quantized, serial_for);
+    for (const Kernel& int8x : kInt8X) product.run(int8x, quantized, serial_for);
     EXPECT_EQ(unpack(quantized, serial_for).size(), 200U * 150U);
   }
 }
@@ -521,6 +606,33 @@ TEST(RowBitmapDecode, EveryInstructionSetGivesTheRowsBack) {
         std::vector<uint16_t> decoded(expected.size(), kPoison);
         row_bitmap_decode(packed.view(), first, m, isa, serial_for, decoded.data());
         EXPECT_EQ(decoded, expected) << cpu_isa_name(isa) << ", " << m << "x" << k;
+      }
+    }
+  }
+}
+
+TEST(RowBitmapDecode, EveryInstructionSetDequantises) {
+  for (const ValueType type : {ValueType::kInt8Float16, ValueType::kInt8Bfloat16}) {
+    for (const auto& [m, k] : {std::pair{5, 1}, {4, 32}, {7, 33}, {12, 63}, {9, 200}}) {
+      for (const double sparsity : {0.0, 0.5, 0.95, 1.0}) {
+        const QuantizedMatrix values = random_int8(m, k, sparsity, 7);
+        const Packed packed = pack_or_die(values, Format::kRowBitmap, type);
+        const int64_t first = m > 4 ? 4 : 0;
+        std::vector<uint16_t> expected;
+        for (int64_t row = first; row < m; ++row) {
+          for (int64_t col = 0; col < k; ++col) {
+            const float scale = values.scales[static_cast<size_t>(row)];
+            expected.push_back(type == ValueType::kInt8Float16
+                                   ? dequantize<ValueType::kFloat16>(values.at(row, col), scale)
+                                   : dequantize<ValueType::kBfloat16>(values.at(row, col), scale));
+          }
+        }
+        for (const CpuIsa isa : kCpuIsas) {
+          if (!has_cpu_isa(isa)) continue;
+          std::vector<uint16_t> decoded(expected.size(), kPoison);
+          row_bitmap_decode(packed.view(), first, m, isa, serial_for, decoded.data());
+          EXPECT_EQ(decoded, expected) << cpu_isa_name(isa) << ", " << m << "x" << k;
+        }
       }
     }
   }
