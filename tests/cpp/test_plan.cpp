@@ -514,7 +514,7 @@ TEST(SelectPlanGather, EachConfigurationFitsTheSharedMemoryWhereItIsTaken) {
       for (const int64_t n : {1, 2, 4, 8}) {
         const SpmmPlan plan = plan_of(gather_problem(28672, n, k), device);
         const GatherConfig& config = gather_configs(plan.family)[static_cast<size_t>(plan.config)];
-        const int warps = plan.ring_bytes / gather_ring_bytes(config, 1);
+        const int warps = plan.ring_bytes / gather_ring_bytes(1);
         EXPECT_GE(warps, kGatherMinWarps);
         EXPECT_LE(gather_smem_bytes(config, k, warps, gather_batch(plan.work)) + kGatherTableBytes,
                   device.smem_per_sm_bytes - 1024)
@@ -522,7 +522,18 @@ TEST(SelectPlanGather, EachConfigurationFitsTheSharedMemoryWhereItIsTaken) {
       }
     }
   }
-  EXPECT_EQ(plan_of(gather_problem(28672, 8, 7168), kH200).ring_bytes, 16 * 2 * 3136);
+}
+
+TEST(SelectPlanGather, AnSmHasRoomForTheNextKernelsCtaWhereXIsSmall) {
+  const auto warps = [](int64_t n, int64_t k, const DeviceInfo& device) {
+    return plan_of(gather_problem(28672, n, k), device).ring_bytes / gather_ring_bytes(1);
+  };
+  EXPECT_EQ(warps(1, 7168, kH200), 12);
+  EXPECT_EQ(warps(2, 8192, kH200), 12);
+  EXPECT_EQ(warps(4, 7168, kH200), 8);
+  EXPECT_EQ(warps(4, 8192, kH200), 16);  // X leaves room for one CTA
+  EXPECT_EQ(warps(8, 7168, kH200), 16);
+  EXPECT_EQ(warps(1, 7168, kA100), 16);  // no kernel begins before the end of the previous one
 }
 
 TEST(SelectPlanGather, PassesShareTheGpuUntilUnpackingCostsLess) {
