@@ -138,17 +138,19 @@ const std::vector<GatherConfig>& gather_configs(KernelFamily family) {
 
 // Gather / the bitmap on an H200, fp16, in microseconds (2026-11-30), N = 1, 4 and 8:
 //                     90 % zeros                            80 %
-//   28672x7168   21.4 / 34.2  25.8 / 34.4  30.4 / 34.4   37.4 / 42.7  42.2 / 43.1  49.1 / 43.1
-//   28672x4096   14.1 / 23.5  16.9 / 24.0  21.8 / 24.1
-//   14336x4096    8.9 / 15.1  10.6 / 15.0  15.2 / 15.0
-//    7168x7168    8.5 / 14.7  12.1 / 14.6  15.0 / 14.6
-//    4096x4096    4.4 /  6.3   4.9 /  6.3   8.3 /  6.0
+//   28672x7168   21.7 / 34.0  26.1 / 34.2  30.3 / 34.2   38.0 / 42.9  42.5 / 43.2  49.6 / 43.4
+//   28672x4096   13.9 / 23.7  17.1 / 24.1  21.7 / 24.3   23.5 / 28.5  26.7 / 28.7  32.5 / 28.4
+//   14336x4096    8.9 / 15.1  10.4 / 15.0  15.1 / 15.0   13.3 / 17.5  15.2 / 17.5  19.4 / 17.4
+//    7168x7168    8.5 / 14.8  11.8 / 14.7  14.8 / 14.7   12.5 / 16.8  15.8 / 16.8  19.8 / 16.9
+//    4096x4096    4.3 /  6.2   4.9 /  6.1   8.2 /  5.9    5.8 /  6.7   6.8 /  6.7  11.1 /  6.6
+//    2048x2048    2.6 /  3.8   3.3 /  3.7   5.8 /  3.7
 bool gather_suits_few_tokens(const DeviceInfo& device, int64_t m, int64_t k, double density,
                              int64_t expected_tokens, std::string* reason) {
   if (!device.features.contains(GpuFeature::kMmaSync) || expected_tokens < 1) return false;
-  // Fewer take less time than a CTA needs to find its slices. Up to 4 tokens it does so while the
-  // previous kernel runs.
-  const double least_elements = expected_tokens <= 4 ? 16e6 : 32e6;
+  // Fewer take less time than a CTA needs to find its slices, unless it does so while the previous
+  // kernel runs (warps_of).
+  const bool ahead = expected_tokens <= 4 && device.features.contains(GpuFeature::kBulkCopy);
+  const double least_elements = ahead ? 4e6 : 32e6;
   // Below 2 % fillers are most of the format.
   constexpr double kLeastDensity = 0.02;
   const double most = expected_tokens <= 4 ? 0.22 : expected_tokens <= 8 ? 0.15 : 0.0;

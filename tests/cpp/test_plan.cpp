@@ -583,8 +583,11 @@ TEST(SelectFormat, TakesGatherOnlyOnAGpuWhereFewTokensAreExpected) {
     EXPECT_EQ(format(0.8, device, 4), Format::kGather);
     EXPECT_EQ(format(0.7, device, 1), Format::kBitmap);
     EXPECT_EQ(format(0.99, device, 1), Format::kTiledCsl);
-    EXPECT_EQ(format(0.9, device, 1, 2048), Format::kBitmap);
+    EXPECT_EQ(format(0.9, device, 1, 512), Format::kBitmap);
+    EXPECT_EQ(format(0.9, device, 8, 2048), Format::kBitmap);
   }
+  EXPECT_EQ(format(0.9, kH200, 4, 2048), Format::kGather);
+  EXPECT_EQ(format(0.9, kA100, 4, 2048), Format::kBitmap);
   EXPECT_EQ(format(0.9, kCpu, 1), Format::kRowBitmap);
   EXPECT_EQ(format(0.9, gpu(100, 148, 228 * 1024, "9.0a"), 1),
             format(0.9, gpu(100, 148, 228 * 1024, "9.0a"), 0));
