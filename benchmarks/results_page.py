@@ -202,17 +202,23 @@ def gpu_section(results: Path, gpu: str) -> list[str]:
                 lambda row: (shape(row), str(row["N"]), row["mask"], row["dtype"]),
             ),
         ]
-    tiled = sorted((row for row in rows if row["format"] == "tiled_csl"), key=by_shape)
-    if tiled:
-        parts += [
-            "Speed-up over cuBLAS of the format `tiled_csl`, which `auto` takes above 93 % zeros:",
-            grid(
-                ["M×K", "N"],
-                tiled,
-                lambda of_cell: f"{speed_up(of_cell[0]):.2f}",
-                lambda row: (shape(row), str(row["N"])),
-            ),
-        ]
+    for fmt, chosen in (
+        ("tiled_csl", "which `auto` takes above 93 % zeros"),
+        ("gather", "which `auto` takes where the caller expects few tokens"),
+    ):
+        of_format = sorted(
+            (row for row in rows if row["format"] == fmt and row["pdl"]), key=by_shape
+        )
+        if of_format:
+            parts += [
+                f"Speed-up over cuBLAS of the format `{fmt}`, {chosen}:",
+                grid(
+                    ["M×K", "N"],
+                    of_format,
+                    lambda of_cell: f"{speed_up(of_cell[0]):.2f}",
+                    lambda row: (shape(row), str(row["N"])),
+                ),
+            ]
     packing = sorted(
         read_rows(results / f"pack-{gpu}.jsonl"),
         key=lambda row: (row["format"], -row["M"] * row["K"], row["sparsity"]),

@@ -8,6 +8,10 @@ runs_here where the GPU does not run their kernel.
 
 import os
 
+# Before torch loads OpenMP. By default a thread that waits for others keeps its core busy, which
+# takes it from those others where the machine does something else as well.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import pytest
 import torch

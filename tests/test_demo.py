@@ -56,12 +56,13 @@ def tiny_model(device="cpu"):
 
 @pytest.fixture
 def short(monkeypatch):
-    """Short answers and timing: many CPUs need seconds for a prompt in bfloat16."""
+    """Few tokens of answers, logits and timing: many CPUs are slow in bfloat16."""
     timed = demo.decoding_speeds
     monkeypatch.setattr(
         demo, "decoding_speeds", lambda models, prompt, _: timed(models, prompt[:, -4:], 4, turns=1)
     )
     monkeypatch.setitem(demo.Comparison.__init__.__kwdefaults__, "answer_tokens", 12)
+    monkeypatch.setattr(demo, "LOGIT_TOKENS", 8)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ import flash_llm
 from flash_llm import Bitmap, Gather, RowBitmap, TiledCSL, ops, testing
 from flash_llm.ops import PackedHeader, PackedWeight
 
-SIZES = (0, 1, 7, 8, 63, 64, 65, 127, 129, 200, 576)
+SIZES = (0, 1, 8, 63, 65, 129, 576)
 
 
 @each("m", SIZES)
@@ -141,7 +141,7 @@ def test_thread_count_does_not_change_the_bytes(format):
 
 
 @pytest.mark.gpu
-@each(("m", "k"), [(0, 5), (1, 1), (129, 65), (576, 200), (1024, 4096)])
+@each(("m", "k"), [(0, 5), (1, 1), (129, 65), (576, 200), (576, 2100), (9, 8200)])
 @each("dtype", DTYPES)
 def test_cpu_and_cuda_pack_the_same_bytes(m, k, format, dtype):
     for pattern in testing.PATTERNS:

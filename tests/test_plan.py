@@ -223,7 +223,7 @@ def test_auto_takes_gather_where_few_tokens_are_expected(capability, density, to
     assert name == format
     assert (format == "gather") == (f"{tokens} tokens" in why)
     small, _ = flash_llm.explain_format(
-        *(2048, 2048, int(2048**2 * density)),
+        *(1024, 1024, int(1024**2 * density)),
         compute_capability=capability,
         expected_tokens=tokens,
     )

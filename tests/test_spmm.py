@@ -14,7 +14,7 @@ import flash_llm
 from flash_llm import PackedWeight, testing
 from flash_llm.ops import ACTIVATIONS
 
-SIZES = (0, 1, 7, 8, 63, 64, 65, 127, 129, 200, 576)
+SIZES = (0, 1, 8, 63, 65, 129, 576)
 AWKWARD_N = (0, 1, 7, 9, 65)
 
 
@@ -455,8 +455,8 @@ def strided(w):
 @each("dtype", DTYPES)
 def test_a_weight_packed_just_now_multiplies_right(prefetch, format, device, dtype):
     """Its memory held another weight of the same size a moment ago."""
-    mask = testing.small_integers(1100, 700, sparsity=0.5, dtype=dtype, device=device) != 0
-    cases = [integers(1100, 700, 9, dtype, device, sparsity=0.0, seed=seed) for seed in range(6)]
+    mask = testing.small_integers(600, 300, sparsity=0.5, dtype=dtype, device=device) != 0
+    cases = [integers(600, 300, 9, dtype, device, sparsity=0.0, seed=seed) for seed in range(3)]
     weights = [weight * mask for _, weight, _ in cases]
     expected = [exact(x, weight, bias) for (x, _, bias), weight in zip(cases, weights, strict=True)]
     for make in (

@@ -44,10 +44,12 @@ struct GatherOrderState {
   Run runs[kGatherLanes];
   // The cheapest column of each class for eight lanes, -1 if there is none, and what it costs.
   int column[kGatherClasses][kGatherClasses], cost[kGatherClasses][kGatherClasses];
-  int class_of[kGatherClasses];  // the assignment
-  // Lanes of this step, by bank; class_lanes counts those of one phase.
-  int class_lanes[kGatherClasses], four_byte_lanes[kGatherFourByteBanks];
-  int eight_byte_lanes[2][kGatherEightByteBanks];
+  int class_of[kGatherClasses];     // the assignment
+  int class_lanes[kGatherClasses];  // lanes of this phase
+  // What a column costs beside its distance because of the lanes before of this step, for lanes of
+  // either half of the warp, by the column's bank of 4 bytes.
+  int penalty[2][kGatherFourByteBanks];
+  int least_penalty[kGatherClasses];  // of each class, for the lanes of this phase
   // Of the assignment's search, counted from 1; 0 stands for none.
   int lane_price[kGatherClasses + 1], class_price[kGatherClasses + 1], slack[kGatherClasses + 1];
   int lane_of[kGatherClasses + 1], way[kGatherClasses + 1];
@@ -79,9 +81,8 @@ class GatherOrder {
       uint8_t* const out = bytes_of(quads);
       for (int step = 0; step < kGatherQuadSteps; ++step) {
         segment_begins_ = step == 0 && quads % kGatherSegmentQuads == 0;
-        for (int& lanes : s_.four_byte_lanes) lanes = 0;
-        for (auto& half : s_.eight_byte_lanes) {
-          for (int& lanes : half) lanes = 0;
+        for (auto& half : s_.penalty) {
+          for (int& penalty : half) penalty = 0;
         }
         for (int lane = 0; lane < kGatherLanes; lane += kGatherClasses) {
           left -= store_phase(lane, step, out, value_of);
@@ -140,7 +141,10 @@ class GatherOrder {
     return end;
   }
 
-  // Finds the cheapest column of each class within a lane's reach.
+  // The banks whose columns have a class.
+  FLASH_LLM_HOST_DEVICE static uint32_t banks_of_class(int c) { return 0x01010101U << c; }
+
+  // Finds the cheapest column of each class within a lane's reach, the first of equals.
   FLASH_LLM_HOST_DEVICE void find_candidates(int lane, int* column, int* cost) {
     GatherOrderState::Run& run = s_.runs[lane];
     for (int c = 0; c < kGatherClasses; ++c) {
@@ -149,23 +153,34 @@ class GatherOrder {
     }
     if (run.left == 0) return;
     const uint32_t* const bits = row_bits(lane);
-    run.oldest = next_column(bits, run.oldest, run.end);
-    const int end = smaller(run.end, run.oldest + kGatherReach + 1);
-    int dearest = kNoEntry;  // of the classes; columns at this distance or farther cost more
-    for (int col = run.oldest; col < end; col = next_column(bits, col + 1, end)) {
-      const int distance = col - run.oldest;
-      if (distance >= dearest) break;
-      if (!segment_begins_ && !reaches(run.col, col)) continue;
-      const int here =
-          distance + kFourBytePenalty * s_.four_byte_lanes[col % kGatherFourByteBanks] +
-          kEightBytePenalty *
-              s_.eight_byte_lanes[lane / kGatherEightByteBanks][col % kGatherEightByteBanks];
-      const int c = col % kGatherClasses;
-      if (here >= cost[c]) continue;
-      cost[c] = here;
-      column[c] = col;
-      dearest = cost[0];
-      for (int other = 1; other < kGatherClasses; ++other) dearest = larger(dearest, cost[other]);
+    const int* const penalty = s_.penalty[lane / kGatherEightByteBanks];
+    const int oldest = run.oldest = next_column(bits, run.oldest, run.end);
+    int begin = oldest, end = smaller(run.end, oldest + kGatherReach + 1);
+    if (!segment_begins_) {
+      begin = larger(begin, run.col - kGatherReach);
+      end = smaller(end, run.col + kGatherReach + 1);
+    }
+    // Banks of which no column that follows can be the cheapest of its class: one nearer has the
+    // same penalty, or the least of the class.
+    uint32_t settled = 0;
+    for (int word_begin = begin / 32 * 32; word_begin < end && settled != ~0U; word_begin += 32) {
+      uint32_t word = bits[word_begin / 32] & ~settled;
+      if (word_begin < begin) word &= ~0U << begin % 32;
+      if (end - word_begin < 32) word &= ~(~0U << (end - word_begin));
+      settled |= word;
+      while (word != 0) {
+        const int bank = lowest_bit(word), c = bank % kGatherClasses;
+        word &= word - 1;
+        const int here = word_begin + bank - oldest + penalty[bank];
+        if (here < cost[c]) {
+          cost[c] = here;
+          column[c] = word_begin + bank;
+        }
+        if (penalty[bank] == s_.least_penalty[c]) {
+          settled |= banks_of_class(c);
+          word &= ~banks_of_class(c);
+        }
+      }
     }
   }
 
@@ -175,6 +190,20 @@ class GatherOrder {
       s_.lane_price[i] = s_.class_price[i] = s_.lane_of[i] = s_.way[i] = 0;
     }
     for (int lane = 1; lane <= kGatherClasses; ++lane) {
+      // Most lanes find their cheapest class free, which the search below would give them too.
+      int cheapest = 1, price = kInfinity;
+      for (int c = 1; c <= kGatherClasses; ++c) {
+        const int reduced = s_.cost[lane - 1][c - 1] - s_.class_price[c];
+        if (reduced < price) {
+          price = reduced;
+          cheapest = c;
+        }
+      }
+      if (s_.lane_of[cheapest] == 0) {
+        s_.lane_of[cheapest] = lane;
+        s_.lane_price[lane] = price;
+        continue;
+      }
       for (int c = 0; c <= kGatherClasses; ++c) {
         s_.slack[c] = kInfinity;
         s_.done[c] = false;
@@ -220,9 +249,16 @@ class GatherOrder {
   template <typename ValueOf>
   FLASH_LLM_HOST_DEVICE int store_phase(int first_lane, int step, uint8_t* out,
                                         const ValueOf& value_of) {
+    const int* const penalty = s_.penalty[first_lane / kGatherEightByteBanks];
     for (int c = 0; c < kGatherClasses; ++c) {
       s_.class_lanes[c] = 0;
-      find_candidates(first_lane + c, s_.column[c], s_.cost[c]);
+      s_.least_penalty[c] = penalty[c];
+      for (int bank = c + kGatherClasses; bank < kGatherFourByteBanks; bank += kGatherClasses) {
+        s_.least_penalty[c] = smaller(s_.least_penalty[c], penalty[bank]);
+      }
+    }
+    for (int i = 0; i < kGatherClasses; ++i) {
+      find_candidates(first_lane + i, s_.column[i], s_.cost[i]);
     }
     assign();
     int stored = 0;
@@ -297,8 +333,11 @@ class GatherOrder {
     }
     run.col = col;
     ++s_.class_lanes[col % kGatherClasses];
-    ++s_.four_byte_lanes[col % kGatherFourByteBanks];
-    ++s_.eight_byte_lanes[lane / kGatherEightByteBanks][col % kGatherEightByteBanks];
+    const int bank = col % kGatherFourByteBanks;
+    for (auto& half : s_.penalty) half[bank] += kFourBytePenalty;
+    int* const own_half = s_.penalty[lane / kGatherEightByteBanks];
+    own_half[bank] += kEightBytePenalty;
+    own_half[bank ^ kGatherEightByteBanks] += kEightBytePenalty;
   }
 
   GatherOrderState& s_;

@@ -14,11 +14,24 @@ using Configs = std::vector<GatherConfig>;
 // 0.11 + 1.87 * density of the dense product, and unpacking and the dense product 2.4 of it.
 constexpr double kPassCost = 0.11, kPassCostOfDensity = 1.87, kDenseCost = 2.4;
 
-// The warps of a CTA that fit into a device's shared memory; 0 if too few do.
-int warps_that_fit(const GatherConfig& config, int64_t k, int batch, const DeviceInfo& device) {
-  const int room = smem_per_cta_bytes(device) - kGatherTableBytes;
+// The warps of a CTA; 0 if too few fit. Where two CTAs fit into an SM, the next kernel's finds its
+// slices and fills its ring while this kernel's multiplies. On an H200, 90 % zeros, that takes
+// 4096x4096 with one token from 6.4 to 4.4 us and 28672x7168 from 22.8 to 21.4 (2026-11-30). A GPU
+// without bulk copies has no launches before the previous kernel's end.
+int warps_of(const GatherConfig& config, int64_t k, int batch, const DeviceInfo& device) {
+  // With fewer warps a CTA multiplies more slowly than it gains.
+  constexpr int kLeastPairWarps = 8;
+  const auto bytes = [&](int warps) {
+    return kGatherTableBytes + gather_smem_bytes(config, k, warps, batch);
+  };
+  if (device.features.contains(GpuFeature::kBulkCopy)) {
+    const int half = device.smem_per_sm_bytes / 2 - kReservedSmemBytes;
+    for (int warps = config.pair_warps; warps >= kLeastPairWarps; warps -= kGatherMinWarps) {
+      if (bytes(warps) <= half) return warps;
+    }
+  }
   int warps = kGatherMaxWarps;
-  while (warps > 0 && gather_smem_bytes(config, k, warps, batch) > room) warps -= kGatherMinWarps;
+  while (warps > 0 && bytes(warps) > smem_per_cta_bytes(device)) warps -= kGatherMinWarps;
   return warps;
 }
 
@@ -46,7 +59,7 @@ std::vector<KernelConfig> describe(const Configs& configs) {
   for (const GatherConfig& config : configs) {
     rows.push_back({config.name,
                     {{"tile_n", config.tile_n},
-                     {"stages", config.stages},
+                     {"stages", kGatherStages},
                      {"ctas_per_sm", 1},
                      {"smem_bytes", least_smem_bytes(config, kGatherTileK)}}});
   }
@@ -101,8 +114,7 @@ Status plan(const Configs& configs, const PlanRequest& request, SpmmPlan* out) {
   out->ctas = std::clamp(ctas, std::max<int64_t>(out->work.cols, 1),
                          std::max<int64_t>(out->work.units(), 1));
   out->work.workers = out->ctas;
-  const int warps = warps_that_fit(config, problem.k, gather_batch(out->work), device);
-  out->ring_bytes = gather_ring_bytes(config, warps);
+  out->ring_bytes = gather_ring_bytes(warps_of(config, problem.k, gather_batch(out->work), device));
   out->workspace_bytes = gather_sums_bytes(problem.m, problem.n, problem.k);
   out->x_multiple = 8;
   return Status::success();
@@ -112,12 +124,12 @@ Status plan(const Configs& configs, const PlanRequest& request, SpmmPlan* out) {
 
 const std::vector<GatherConfig>& gather_configs(KernelFamily family) {
   static const Configs sm80 = {
-#define FLASH_LLM_ROW(name, tokens, stages) {"sm80_" #name, tokens, stages},
+#define FLASH_LLM_ROW(name, tokens, pair_warps) {"sm80_" #name, tokens, pair_warps},
       FLASH_LLM_GATHER_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
   };
   static const Configs sm90 = {
-#define FLASH_LLM_ROW(name, tokens, stages) {#name, tokens, stages},
+#define FLASH_LLM_ROW(name, tokens, pair_warps) {#name, tokens, pair_warps},
       FLASH_LLM_GATHER_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
   };
@@ -126,20 +138,23 @@ const std::vector<GatherConfig>& gather_configs(KernelFamily family) {
 
 // Gather / the bitmap on an H200, fp16, in microseconds (2026-11-30), N = 1, 4 and 8:
 //                     90 % zeros                            80 %
-//   28672x7168   22.7 / 33.8  27.5 / 34.0  31.2 / 34.1   38.0 / 43.0  43.2 / 43.4  49.5 / 43.4
-//   28672x4096   14.6 / 23.8  17.8 / 23.7  21.5 / 23.9   23.8 / 28.2  28.0 / 28.4  32.0 / 28.4
-//   14336x4096   10.9 / 15.0  13.1 / 14.9  15.0 / 14.9   14.7 / 17.4  17.0 / 17.2  20.0 / 17.2
-//    7168x7168   11.0 / 14.8  12.6 / 14.6  14.6 / 14.5   13.5 / 16.6  16.4 / 16.6  19.6 / 16.5
-//    4096x4096    6.4 /  6.3   7.1 /  6.2   8.4 /  5.9    8.3 /  6.8   9.5 /  6.8  11.1 /  6.7
+//   28672x7168   21.7 / 34.0  26.1 / 34.2  30.3 / 34.2   38.0 / 42.9  42.5 / 43.2  49.6 / 43.4
+//   28672x4096   13.9 / 23.7  17.1 / 24.1  21.7 / 24.3   23.5 / 28.5  26.7 / 28.7  32.5 / 28.4
+//   14336x4096    8.9 / 15.1  10.4 / 15.0  15.1 / 15.0   13.3 / 17.5  15.2 / 17.5  19.4 / 17.4
+//    7168x7168    8.5 / 14.8  11.8 / 14.7  14.8 / 14.7   12.5 / 16.8  15.8 / 16.8  19.8 / 16.9
+//    4096x4096    4.3 /  6.2   4.9 /  6.1   8.2 /  5.9    5.8 /  6.7   6.8 /  6.7  11.1 /  6.6
+//    2048x2048    2.6 /  3.8   3.3 /  3.7   5.8 /  3.7
 bool gather_suits_few_tokens(const DeviceInfo& device, int64_t m, int64_t k, double density,
                              int64_t expected_tokens, std::string* reason) {
   if (!device.features.contains(GpuFeature::kMmaSync) || expected_tokens < 1) return false;
-  // Fewer take less time than a CTA needs to find its slices.
-  constexpr double kLeastElements = 32e6;
+  // Fewer take less time than a CTA needs to find its slices, unless it does so while the previous
+  // kernel runs (warps_of).
+  const bool ahead = expected_tokens <= 4 && device.features.contains(GpuFeature::kBulkCopy);
+  const double least_elements = ahead ? 4e6 : 32e6;
   // Below 2 % fillers are most of the format.
   constexpr double kLeastDensity = 0.02;
   const double most = expected_tokens <= 4 ? 0.22 : expected_tokens <= 8 ? 0.15 : 0.0;
-  if (static_cast<double>(m) * static_cast<double>(k) < kLeastElements || density < kLeastDensity ||
+  if (static_cast<double>(m) * static_cast<double>(k) < least_elements || density < kLeastDensity ||
       density > most) {
     return false;
   }

@@ -13,31 +13,33 @@
 
 namespace flash_llm {
 
-// The configurations of both families: name; tokens per CTA; segments in the ring of a warp.
+// The configurations of both families: name; tokens per CTA; the most warps of a CTA that leaves
+// half of the registers to another, 0 for the one whose X leaves no room for that.
 // clang-format off
 #define FLASH_LLM_GATHER_CONFIGS(row) \
-  row(gather1, 1, 3)                  \
-  row(gather2, 2, 3)                  \
-  row(gather4, 4, 3)                  \
-  row(gather8, 8, 2)
+  row(gather1, 1, 12)                 \
+  row(gather2, 2, 12)                 \
+  row(gather4, 4, 12)                 \
+  row(gather8, 8, 0)
 // clang-format on
 
 struct GatherConfig {
   const char* name;
   int tile_n;
-  int stages;
+  int pair_warps;
 };
 
 // The families differ in the configurations' names only: "gather8" and "sm80_gather8".
 const std::vector<GatherConfig>& gather_configs(KernelFamily family);
 
 inline constexpr int kGatherMinWarps = 4, kGatherMaxWarps = 16;
+inline constexpr int kGatherStages = 2;  // segments in the ring of a warp
 inline constexpr int kGatherSegmentBytes =
     kGatherHeadBytes + kGatherSegmentQuads * kGatherQuadBytes;  // of a whole one
 // A CTA multiplies its slices in batches of at most this many: a lane looks after two.
 inline constexpr int kGatherMaxBatch = 64;
 // Static shared memory: the table of a batch's slices, barriers.
-inline constexpr int kGatherTableBytes = 3 * 1024;
+inline constexpr int kGatherTableBytes = 2304;
 
 // Bytes of a column of X in shared memory: 16 bits per token, or fp32 of the only token.
 constexpr int gather_column_bytes(int tokens) { return tokens == 1 ? 4 : 2 * tokens; }
@@ -52,13 +54,10 @@ constexpr int gather_x_columns(int64_t k) {
 constexpr int gather_guard_bytes(int tokens) {
   return kGatherQuadSteps * (kGatherReach + 1) * gather_column_bytes(tokens);
 }
-constexpr int gather_ring_bytes(const GatherConfig& config, int warps) {
-  return warps * config.stages * kGatherSegmentBytes;
-}
+constexpr int gather_ring_bytes(int warps) { return warps * kGatherStages * kGatherSegmentBytes; }
 constexpr int gather_smem_bytes(const GatherConfig& config, int64_t k, int warps, int batch) {
   const int sums = (warps + batch) * config.tile_n * kGatherSliceRows * 4;
-  return gather_ring_bytes(config, warps) +
-         gather_x_columns(k) * gather_column_bytes(config.tile_n) +
+  return gather_ring_bytes(warps) + gather_x_columns(k) * gather_column_bytes(config.tile_n) +
          std::max(sums, gather_guard_bytes(config.tile_n));
 }
 

@@ -82,6 +82,27 @@ TEST(PackGather, FillersBridgeGapsThatAStepCannotCross) {
   }
 }
 
+// Rows of many densities in two tile rows and two tile columns, against the bytes that the first
+// packer of the format wrote (FNV-1a).
+TEST(PackGather, TheOrderIsThatOfTheFirstPacker) {
+  DenseMatrix dense = zeros(520, 9000);
+  std::mt19937 rng(1);
+  constexpr std::array<uint32_t, 8> kOneOf = {1, 2, 3, 5, 10, 30, 200, 4000};
+  for (int64_t row = 0; row < 520; row += 9) {
+    for (int64_t col = 0; col < 9000; ++col) {
+      const bool stored = rng() % kOneOf[static_cast<size_t>(row % 8)] == 0;
+      dense.at(row, col) = stored ? static_cast<uint16_t>(1 + rng() % 0x7BFF) : uint16_t{0};
+    }
+  }
+  Packed packed = pack_gather(dense);
+  uint64_t hash = 0xCBF29CE484222325U;
+  for (size_t i = 0; i < packed.payload.size() * 4; ++i) {
+    hash = (hash ^ bytes_of(packed)[i]) * 0x100000001B3U;
+  }
+  EXPECT_EQ(packed.offsets.back(), 37424);
+  EXPECT_EQ(hash, 6166473892201592088U);
+}
+
 TEST(PackGather, LanesThatLoadTogetherHaveDifferentClasses) {
   DenseMatrix dense = zeros(8, 4096);
   std::mt19937 rng(1);

@@ -156,7 +156,7 @@ int least_ring_bytes(const SpmmPlan& plan) {
       return mma_sync_min_ring_bytes(mma_sync_configs(plan.family)[config]);
     case KernelFamily::kGatherSm90:
     case KernelFamily::kGatherSm80:
-      return gather_ring_bytes(gather_configs(plan.family)[config], kGatherMinWarps);
+      return gather_ring_bytes(kGatherMinWarps);
     default:
       return 0;
   }

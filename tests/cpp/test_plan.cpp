@@ -548,7 +548,7 @@ TEST(SelectPlanGather, EachConfigurationFitsTheSharedMemoryWhereItIsTaken) {
       for (const int64_t n : {1, 2, 4, 8}) {
         const SpmmPlan plan = plan_of(gather_problem(28672, n, k), device);
         const GatherConfig& config = gather_configs(plan.family)[static_cast<size_t>(plan.config)];
-        const int warps = plan.ring_bytes / gather_ring_bytes(config, 1);
+        const int warps = plan.ring_bytes / gather_ring_bytes(1);
         EXPECT_GE(warps, kGatherMinWarps);
         EXPECT_LE(gather_smem_bytes(config, k, warps, gather_batch(plan.work)) + kGatherTableBytes,
                   device.smem_per_sm_bytes - 1024)
@@ -556,7 +556,18 @@ TEST(SelectPlanGather, EachConfigurationFitsTheSharedMemoryWhereItIsTaken) {
       }
     }
   }
-  EXPECT_EQ(plan_of(gather_problem(28672, 8, 7168), kH200).ring_bytes, 16 * 2 * 3136);
+}
+
+TEST(SelectPlanGather, AnSmHasRoomForTheNextKernelsCtaWhereXIsSmall) {
+  const auto warps = [](int64_t n, int64_t k, const DeviceInfo& device) {
+    return plan_of(gather_problem(28672, n, k), device).ring_bytes / gather_ring_bytes(1);
+  };
+  EXPECT_EQ(warps(1, 7168, kH200), 12);
+  EXPECT_EQ(warps(2, 8192, kH200), 12);
+  EXPECT_EQ(warps(4, 7168, kH200), 8);
+  EXPECT_EQ(warps(4, 8192, kH200), 16);  // X leaves room for one CTA
+  EXPECT_EQ(warps(8, 7168, kH200), 16);
+  EXPECT_EQ(warps(1, 7168, kA100), 16);  // no kernel begins before the end of the previous one
 }
 
 TEST(SelectPlanGather, PassesShareTheGpuUntilUnpackingCostsLess) {
@@ -606,8 +617,11 @@ TEST(SelectFormat, TakesGatherOnlyOnAGpuWhereFewTokensAreExpected) {
     EXPECT_EQ(format(0.8, device, 4), Format::kGather);
     EXPECT_EQ(format(0.7, device, 1), Format::kBitmap);
     EXPECT_EQ(format(0.99, device, 1), Format::kTiledCsl);
-    EXPECT_EQ(format(0.9, device, 1, 2048), Format::kBitmap);
+    EXPECT_EQ(format(0.9, device, 1, 512), Format::kBitmap);
+    EXPECT_EQ(format(0.9, device, 8, 2048), Format::kBitmap);
   }
+  EXPECT_EQ(format(0.9, kH200, 4, 2048), Format::kGather);
+  EXPECT_EQ(format(0.9, kA100, 4, 2048), Format::kBitmap);
   EXPECT_EQ(format(0.9, kCpu, 1), Format::kRowBitmap);
   EXPECT_EQ(format(0.9, kH200, 1, 28672, ValueType::kInt8Float16), Format::kQuantizedBitmap);
   EXPECT_EQ(format(0.9, gpu(100, 148, 228 * 1024, "9.0a"), 1),

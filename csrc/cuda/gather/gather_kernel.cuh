@@ -46,12 +46,11 @@ struct GatherSm90 {
   using WeightCopy = BulkCopy;
 };
 
-template <typename Family, ValueType kType_, int kTokens_, int kStages_>
+template <typename Family, ValueType kType_, int kTokens_>
 struct GatherKernelConfig {
   using WeightCopy = typename Family::WeightCopy;
   static constexpr ValueType kType = kType_;
   static constexpr int kTokens = kTokens_;
-  static constexpr int kStages = kStages_;
   static constexpr int kColumnBytes = gather_column_bytes(kTokens);
 };
 
@@ -72,7 +71,7 @@ struct SliceTable {
 
   static constexpr uint32_t kNoRows = UINT32_MAX;
 };
-static_assert(sizeof(SliceTable) + kGatherMaxWarps * 3 * 8 + 256 <= kGatherTableBytes);
+static_assert(sizeof(SliceTable) + kGatherMaxWarps * kGatherStages * 8 <= kGatherTableBytes);
 
 template <ValueType kType>
 __device__ __forceinline__ void unpack_pair(uint32_t pair, float& low, float& high) {
@@ -288,12 +287,12 @@ class GatherCta {
         warp_(__shfl_sync(~0U, static_cast<int>(threadIdx.x) / 32, 0)),
         warps_(static_cast<int>(blockDim.x) / 32),
         token0_(static_cast<int>(blockIdx.y) * C::kTokens),
-        x_(smem + warps_ * C::kStages * kGatherSegmentBytes),
-        ring_(ptx::smem_address(smem) + warp_ * C::kStages * kGatherSegmentBytes),
-        full_(ptx::smem_address(barriers) + warp_ * C::kStages * 8) {
+        x_(smem + warps_ * kGatherStages * kGatherSegmentBytes),
+        ring_(ptx::smem_address(smem) + warp_ * kGatherStages * kGatherSegmentBytes),
+        full_(ptx::smem_address(barriers) + warp_ * kGatherStages * 8) {
     if (lane_ == 0) {
 #pragma unroll
-      for (int i = 0; i < C::kStages; ++i) {
+      for (int i = 0; i < kGatherStages; ++i) {
         ptx::mbarrier_init(full_ + 8 * i, C::WeightCopy::kArrivals);
       }
       C::WeightCopy::fence_barriers();
@@ -325,9 +324,9 @@ class GatherCta {
       const int segments = walk.left();
       uint32_t in_ring = 0;
 #pragma unroll
-      for (int i = 0; i < C::kStages; ++i) {
+      for (int i = 0; i < kGatherStages; ++i) {
         if (i < segments) {
-          const int stage = stage_ + i < C::kStages ? stage_ + i : stage_ + i - C::kStages;
+          const int stage = stage_ + i < kGatherStages ? stage_ + i : stage_ + i - kGatherStages;
           in_ring |= copy(walk, stage).bits << i * Segment::kBits;
         }
       }
@@ -501,9 +500,9 @@ class GatherCta {
       }
       __syncwarp();
       if (walk.left() > 0) {
-        in_ring |= copy(walk, stage_).bits << (C::kStages - 1) * Segment::kBits;
+        in_ring |= copy(walk, stage_).bits << (kGatherStages - 1) * Segment::kBits;
       }
-      if (++stage_ == C::kStages) {
+      if (++stage_ == kGatherStages) {
         stage_ = 0;
         phase_ ^= 1;
       }
@@ -626,7 +625,7 @@ __global__ void __launch_bounds__(kGatherMaxWarps * 32, 1)
   if constexpr (kHasSm90 || !C::WeightCopy::kNeedsSm90) {
     extern __shared__ __align__(16) uint8_t smem_bytes[];
     __shared__ SliceTable table;
-    __shared__ uint64_t barriers[kGatherMaxWarps * C::kStages];
+    __shared__ uint64_t barriers[kGatherMaxWarps * kGatherStages];
     allow_next_kernel();
     GatherCta<C>(p, smem_bytes, barriers, table).run();
   }
@@ -658,6 +657,12 @@ Status launch_gather(const GatherParams& params, dim3 grid, int warps, int smem_
   const Status sized =
       allow_smem("cudaFuncSetAttribute(gather_kernel)", gather_kernel<C>, smem_bytes);
   if (!sized.ok()) return sized;
+  // As much as there is, so that CTAs of two kernels fit.
+  const Status preferred = cuda::check(
+      cudaFuncSetAttribute(gather_kernel<C>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                           cudaSharedmemCarveoutMaxShared),
+      "cudaFuncSetAttribute(gather_kernel)");
+  if (!preferred.ok()) return preferred;
   bool dependent = C::WeightCopy::kNeedsSm90;
   if (!dependent) {
     const Status described = waits_for_previous_kernel("cudaFuncGetAttributes(gather_kernel)",
@@ -680,10 +685,10 @@ template <typename Family, ValueType kType>
 Status launch_gather_config(int config, const GatherParams& params, dim3 grid, int warps,
                             int smem_bytes, bool prefetch, cudaStream_t stream) {
   int idx = 0;
-#define FLASH_LLM_ROW(name, tokens, stages)                                  \
-  if (config == idx++) {                                                     \
-    return launch_gather<GatherKernelConfig<Family, kType, tokens, stages>>( \
-        params, grid, warps, smem_bytes, prefetch, stream);                  \
+#define FLASH_LLM_ROW(name, tokens, pair_warps)                                                    \
+  if (config == idx++) {                                                                           \
+    return launch_gather<GatherKernelConfig<Family, kType, tokens>>(params, grid, warps,           \
+                                                                    smem_bytes, prefetch, stream); \
   }
   FLASH_LLM_GATHER_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
@@ -702,7 +707,7 @@ Status spmm_gather(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, 
   }
   const PackedView& weight = args.weight;
   const GatherConfig& config = configs[static_cast<size_t>(plan.config)];
-  const int warps = plan.ring_bytes / gather_ring_bytes(config, 1);
+  const int warps = plan.ring_bytes / gather_ring_bytes(1);
   if (plan.work.rows != gather_slices(weight.m) || plan.work.cols != gather_parts(weight.k) ||
       plan.ctas != plan.work.workers || plan.ctas < plan.work.cols || warps < kGatherMinWarps ||
       warps > kGatherMaxWarps) {
