@@ -23,7 +23,7 @@ from flash_llm.io.dense_view import DenseView
 from flash_llm.ops import PackedWeight
 from flash_llm.progress import ProgressBar, track
 from flash_llm.report_base import Report
-from flash_llm.table import aligned, natural, shape_text
+from flash_llm.table import aligned, natural, shape_text, stored_text
 from flash_llm.timing import copies_to_rotate, time_cpu, time_cuda
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256)
@@ -62,6 +62,7 @@ class ShapeTiming:
         sparsity: fraction of zeros in [0, 1] of the weight.
         stored_format: name of the packed format in the folder, or ``"dense"``.
         format: name of the packed format that was timed.
+        values: what it stores, ``"16-bit"`` or ``"int8"``.
         dense_bytes: bytes of the dense weight.
         packed_bytes: bytes of the packed weight.
         products: by increasing number of tokens.
@@ -73,6 +74,7 @@ class ShapeTiming:
     sparsity: float
     stored_format: str
     format: str
+    values: str
     dense_bytes: int
     packed_bytes: int
     products: tuple[ProductTiming, ...]
@@ -120,7 +122,7 @@ class BenchReport(Report):
                         shape_text(shape.shape),
                         str(shape.num_layers),
                         f"{shape.sparsity:.4f}",
-                        shape.format,
+                        stored_text(shape.format, shape.values),
                         str(product.num_tokens),
                         f"{product.sparse_us:.1f}",
                         f"{product.dense_us:.1f}",
@@ -166,7 +168,8 @@ def bench_checkpoint(
 
     Returns:
         The times. float32 weights are cast to bfloat16 for both products; weights that are packed
-        in another format are packed again.
+        in another format are packed again. Those with int8 values keep them; the dense product
+        takes what they stand for.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
@@ -193,8 +196,8 @@ def bench_checkpoint(
     with torch.inference_mode():
         for shape in track(sorted(layers, reverse=True), "bench", progress):
             weight = _weight(view, layers[shape][0], sparsity, device)
-            packed = ops.pack(weight, format)
-            if packed.sparsity == 0 and sparsity is None:
+            packed = _packed(view, layers[shape][0], weight, format)
+            if packed.sparsity == 0 and packed.values == "16-bit" and sparsity is None:
                 raise ValueError(
                     f"flash_llm.bench_checkpoint: {layers[shape][0]} of {folder} has no zeros; "
                     "pass sparsity= to prune it first"
@@ -208,6 +211,7 @@ def bench_checkpoint(
                     sparsity=packed.sparsity,
                     stored_format=_stored_format(view, layers[shape][0]),
                     format=packed.FORMAT,
+                    values=packed.values,
                     dense_bytes=packed.dense_nbytes,
                     packed_bytes=packed.nbytes,
                     products=_time_products(weight, packed, tokens),
@@ -255,6 +259,13 @@ def _weight(view: DenseView, layer: str, sparsity: float | None, device: torch.d
     return weight if sparsity is None else ops.unpack(ops.prune_pack(weight, sparsity))
 
 
+def _packed(view: DenseView, layer: str, weight: Tensor, format: str) -> PackedWeight:
+    """Return the layer's weight in a format, with the values that are stored."""
+    if layer not in view.checkpoint.packed:
+        return ops.pack(weight, format)
+    return ops.repack(view.checkpoint.weight(layer).to(weight.device), format)
+
+
 def _time_products(
     weight: Tensor, packed: PackedWeight, tokens: Sequence[int]
 ) -> tuple[ProductTiming, ...]:
@@ -262,7 +273,7 @@ def _time_products(
     dense_copies = [weight.clone() for _ in range(copies_to_rotate(weight.nbytes))]
     # Packed one by one: packing requests huge pages, a clone would not have them.
     others = copies_to_rotate(packed.nbytes) - 1
-    packed_copies = [packed, *(ops.pack(weight, packed.FORMAT) for _ in range(others))]
+    packed_copies = [packed, *(ops.repack(packed, packed.FORMAT) for _ in range(others))]
     time_calls = time_cuda if weight.is_cuda else time_cpu
     products = []
     for num_tokens in sorted(set(tokens)):

@@ -60,3 +60,8 @@ def natural(name: str) -> tuple[list[str | int], str]:
     # Text and numbers alternate, so both are compared with their kind. The name distinguishes 01
     # from 1.
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+
+def stored_text(format: str, values: str) -> str:
+    """Return the format of a packed weight and, if they are not of 16 bits, its values."""
+    return format if values == "16-bit" else f"{format} {values}"
