@@ -39,7 +39,7 @@ using RawOf = std::conditional_t<value_traits(kType).bits == 16, uint16_t, uint8
 template <ValueType kType>
 inline float to_float(RawOf<kType> raw) {
   const uint32_t wide = raw;
-  if constexpr (value_traits(kType).scales == ScaleGroup::kRow) {
+  if constexpr (is_quantized(kType)) {
     return static_cast<float>(static_cast<int8_t>(raw));
   } else if constexpr (kType == ValueType::kBfloat16) {
     return bits_to_float(wide << 16);

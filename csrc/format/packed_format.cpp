@@ -26,13 +26,13 @@ constexpr std::array<PackedFormat, kNumFormats> kFormats = {{
      // offsets) for 4096 elements. Packed weights take 0.18 to 0.21 + 2 * density, so in bytes this
      // format breaks even with Tiled-CSL just under density 0.10, not at the 0.07 that this
      // estimate gives. Which kernel is faster in between was not measured.
-     [](double density, int value_bits) { return 0.14 + value_bits / 8 * density; }, bitmap_count,
+     [](double density, int value_bits) { return 0.14 + value_bits / 8.0 * density; }, bitmap_count,
      bitmap_pack, bitmap_unpack_tile_row, bitmap_count_stored, bitmap_check_sizes, bitmap_validate},
     // A tile is a block of whole rows, however long.
     {Format::kRowBitmap, "row_bitmap", 1, kBlockRows, INT32_MAX, kBlockUnitWords, kBlockRows,
      kEveryType,
      // One bit for each element. The padding is 0.1 % at 50 % zeros of a large weight.
-     [](double density, int value_bits) { return 0.125 + value_bits / 8 * density; },
+     [](double density, int value_bits) { return 0.125 + value_bits / 8.0 * density; },
      row_bitmap_count, row_bitmap_pack, row_bitmap_unpack_block, row_bitmap_count_stored,
      row_bitmap_check_sizes, row_bitmap_validate},
     {Format::kGather, "gather", 1, kGatherTileM, kGatherTileK, kGatherUnitWords, kGatherTileM,
@@ -40,10 +40,10 @@ constexpr std::array<PackedFormat, kNumFormats> kFormats = {{
      // Measured: 28672x7168 at 70, 80 and 90 % zeros takes 0.925, 0.622 and 0.317.
      [](double density, int /*value_bits*/) { return 0.012 + 3.05 * density; }, gather_count,
      gather_pack, gather_unpack_tile_row, gather_count_stored, gather_check_sizes, gather_validate},
-    // Besides the bits 32 bytes for the columns of a chunk, and 5 to 8 % padding of its values.
+    // Beside its bits a chunk has 32 bytes for its columns, and 5 to 8 % of padding in its values.
     {Format::kQuantizedBitmap, "quantized_bitmap", 1, kQuantStripM, kQuantChunkK, kQuantUnitWords,
      kQuantStripM, kQuantizedTypes,
-     [](double density, int value_bits) { return 0.134 + 1.06 * value_bits / 8 * density; },
+     [](double density, int value_bits) { return 0.134 + 1.06 * value_bits / 8.0 * density; },
      quantized_bitmap_count, quantized_bitmap_pack, quantized_bitmap_unpack_strip,
      quantized_bitmap_count_stored, quantized_bitmap_check_sizes, quantized_bitmap_validate},
 }};
@@ -94,6 +94,18 @@ Status parse_format(const std::string& name, Format* out) {
   return Status::invalid_value("format must be \"auto\" or " + known + ", got \"" + name + "\"");
 }
 
+Status check_holds(const PackedFormat& format, ValueType type) {
+  if (format.value_types.contains(type)) return Status::success();
+  std::string others;
+  for (const PackedFormat& other : kFormats) {
+    if (other.value_types.contains(type)) {
+      others += (others.empty() ? "\"" : ", \"") + std::string(other.name) + "\"";
+    }
+  }
+  return Status::invalid_type("format \"" + std::string(format.name) + "\" cannot hold " +
+                              value_traits(type).values + " values; formats that can: " + others);
+}
+
 void unpack_values(const PackedFormat& format, const PackedView& view,
                    const ParallelFor& parallel_for, void* values, float* scales) {
   const int64_t row_bytes = view.k * value_traits(view.value_type).bits / 8;
@@ -108,12 +120,11 @@ void unpack_values(const PackedFormat& format, const PackedView& view,
 
 void unpack_tile_rows(const PackedFormat& format, const PackedView& view, int64_t first,
                       int64_t last, const ParallelFor& parallel_for, uint16_t* dense) {
-  const ValueTraits traits = value_traits(view.value_type);
-  const auto dequantize = traits.dense == ValueType::kFloat16
+  const bool quantized = is_quantized(view.value_type);
+  const auto dequantize = value_traits(view.value_type).dense == ValueType::kFloat16
                               ? dequantize_row<ValueType::kFloat16>
                               : dequantize_row<ValueType::kBfloat16>;
   parallel_for(last - first, 1, [&](int64_t begin, int64_t end) {
-    const bool quantized = traits.bits == 8;
     std::vector<uint8_t> values(quantized ? static_cast<size_t>(format.tile_m * view.k) : 0);
     std::vector<float> scales(quantized ? static_cast<size_t>(format.tile_m) : 0);
     for (int64_t i = begin; i < end; ++i) {

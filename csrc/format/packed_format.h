@@ -95,6 +95,9 @@ const PackedFormat& packed_format(Format id);
 Status format_of(int64_t number, const PackedFormat** out);
 Status parse_format(const std::string& name, Format* out);
 
+// Fails if the format cannot hold values of this type.
+Status check_holds(const PackedFormat& format, ValueType type);
+
 // Unpacks the tile rows first ... last - 1 to dense[rows, k] (contiguous), in the 16-bit type of
 // the weight.
 void unpack_tile_rows(const PackedFormat& format, const PackedView& view, int64_t first,

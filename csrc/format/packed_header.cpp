@@ -36,10 +36,7 @@ Status PackedHeader::from_ints(const int64_t* ints, int64_t count, PackedHeader*
         (format->version == 1 ? std::string(" 1") : "s 1 to " + std::to_string(format->version)));
   }
   if (Status status = value_type_of(ints[3], &out->value_type); !status.ok()) return status;
-  if (!format->value_types.contains(out->value_type)) {
-    return Status::invalid_type(std::string("format \"") + format->name +
-                                "\" has no values of type " + value_traits(out->value_type).name);
-  }
+  if (Status status = check_holds(*format, out->value_type); !status.ok()) return status;
   static constexpr const char* kSizeNames[] = {"m", "k", "nnz", "payload_words"};
   for (size_t i = 0; i < 4; ++i) {
     if (ints[4 + i] < 0) {

@@ -66,7 +66,7 @@ std::string block_problem(const PackedView& view, int64_t block, int64_t* nnz) {
   if (parts.smallest != smallest) {
     return "word 0 must be " + std::to_string(smallest) + ", got " + std::to_string(parts.smallest);
   }
-  if (value_traits(view.value_type).scales == ScaleGroup::kRow) {
+  if (is_quantized(view.value_type)) {
     for (int64_t row = 0; row < kBlockRows; ++row) {
       std::string problem = scale_problem(row, parts.scales[row], stored_of_row[row]);
       if (!problem.empty()) return problem;
@@ -213,7 +213,7 @@ Status row_bitmap_pack(const ValueMatrix& matrix, const int32_t* offsets, int64_
       }
     });
     if (block_units(matrix.type, groups, stored) != units) return kTileChanged;
-    if (value_traits(matrix.type).scales == ScaleGroup::kRow) {
+    if (is_quantized(matrix.type)) {
       for (int row = 0; row < kBlockRows; ++row) {
         uint32_t any = 0;
         for (int64_t group = 0; group < groups; ++group) any |= masks[group * kBlockRows + row];
@@ -239,7 +239,7 @@ void row_bitmap_unpack_block(const PackedView& view, int64_t block, void* values
     } else {
       decode_block(parts, rows, view.k, static_cast<Raw*>(values));
     }
-    if (value_traits(view.value_type).scales == ScaleGroup::kNone) return;
+    if (!is_quantized(view.value_type)) return;
     for (int row = 0; row < rows; ++row) {
       scales[row] = parts.masks == nullptr ? kNoScale : bits_to_float(parts.scales[row]);
     }

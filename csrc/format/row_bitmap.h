@@ -59,7 +59,7 @@ constexpr int rows_of_block(int64_t m, int64_t block) {
 
 // Words of a block before its masks: word 0 and the scales.
 constexpr int row_block_head_words(ValueType type) {
-  return value_traits(type).scales == ScaleGroup::kNone ? 1 : 1 + static_cast<int>(kBlockRows);
+  return is_quantized(type) ? 1 + static_cast<int>(kBlockRows) : 1;
 }
 
 // A block's parts. `masks` is null if the block has no words or, in a malformed weight, lies

@@ -31,7 +31,8 @@ enum class ScaleGroup {
 
 struct ValueTraits {
   const char* name;
-  int bits;  // of one stored value
+  const char* values;  // what Python's `values` calls them
+  int bits;            // of one stored value
   ScaleGroup scales;
   ValueType dense;  // the 16-bit type of the unpacked weight, and of X
 };
@@ -42,22 +43,26 @@ struct ValueTraits {
 constexpr ValueTraits value_traits(ValueType type) {
   switch (type) {
     case ValueType::kFloat16:
-      return {"float16", 16, ScaleGroup::kNone, ValueType::kFloat16};
+      return {"float16", "16-bit", 16, ScaleGroup::kNone, ValueType::kFloat16};
     case ValueType::kBfloat16:
-      return {"bfloat16", 16, ScaleGroup::kNone, ValueType::kBfloat16};
+      return {"bfloat16", "16-bit", 16, ScaleGroup::kNone, ValueType::kBfloat16};
     case ValueType::kInt8Float16:
-      return {"int8_float16", 8, ScaleGroup::kRow, ValueType::kFloat16};
+      return {"int8_float16", "int8", 8, ScaleGroup::kRow, ValueType::kFloat16};
     case ValueType::kInt8Bfloat16:
-      return {"int8_bfloat16", 8, ScaleGroup::kRow, ValueType::kBfloat16};
+      return {"int8_bfloat16", "int8", 8, ScaleGroup::kRow, ValueType::kBfloat16};
   }
   return {};  // unreachable: `type` comes from a checked header
+}
+
+constexpr bool is_quantized(ValueType type) {
+  return value_traits(type).scales != ScaleGroup::kNone;
 }
 
 // For tables: the types whose values are the weight's elements, and all types.
 constexpr EnumSet<ValueType> value_types(bool quantized) {
   EnumSet<ValueType> found;
   for (const ValueType type : kValueTypes) {
-    if (quantized || value_traits(type).scales == ScaleGroup::kNone) found.insert(type);
+    if (quantized || !is_quantized(type)) found.insert(type);
   }
   return found;
 }

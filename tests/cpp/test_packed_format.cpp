@@ -509,5 +509,40 @@ TEST_F(Int8Block, RefusesValuesOutsideTheGrid) {
   expect_refused(kMasks, 0b100110, {"block 0", "outside"});
 }
 
+// 9 x 131 with four values, computed by hand. Lane 0 has all of them: 3, -127 and 7 (row 8) are its
+// upward run in column 0, 5 its downward run, which goes on top of the shortest upward run: that of
+// lane 1. The other lanes have empty runs, whose columns follow from their order.
+TEST(PackQuantizedBitmap, GoldenBytes) {
+  QuantizedMatrix dense{9, 131, 131, std::vector<uint8_t>(9 * 131, 0), {}};
+  dense.scales.assign(9, 0.25F);  // that of rows without values becomes 1
+  dense.scales[0] = 0.5F;
+  dense.scales[8] = 2.0F;
+  dense.at(0, 1) = 3;
+  dense.at(0, 2) = 0x81;
+  dense.at(8, 1) = 7;
+  dense.at(0, 130) = 5;
+  std::vector<uint32_t> expected(16, 0x3F800000);  // scales
+  expected[0] = 0x3F000000;
+  expected[8] = 0x40000000;
+  std::vector<uint32_t> values(32, 0), bits(128, 0);
+  values[0] = 0x00870183;
+  values[1] = 0x85000000;
+  bits[0] = 1U << 4 | 1U << 8 | 1U << 20;
+  bits[2 * 32] = 1U << 8;
+  expected.insert(expected.end(), values.begin(), values.end());
+  expected.insert(expected.end(), bits.begin(), bits.end());
+  for (uint32_t lane = 0; lane < 32; lane += 4) {  // a byte for each lane
+    uint32_t word = 0;
+    for (uint32_t i = 0; i < 4; ++i) word |= 4 * ((33 - lane - i) % 32) << 8 * i;
+    expected.push_back(word);
+  }
+
+  const Packed packed = pack_or_die(dense, Format::kQuantizedBitmap, ValueType::kInt8Float16);
+  EXPECT_EQ(packed.header.to_ints(),
+            (std::array<int64_t, 8>{kPackedMagic, 1, 5, 3, 9, 131, 4, 184}));
+  EXPECT_EQ(packed.offsets, (std::vector<int32_t>{0, 23}));
+  EXPECT_EQ(packed.payload, expected);
+}
+
 }  // namespace
 }  // namespace flash_llm::testing
