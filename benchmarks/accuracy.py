@@ -34,7 +34,7 @@ from flash_llm.prune.methods import METHODS
 from flash_llm.quantize import GRIDS
 from flash_llm.select import DEFAULT_IGNORE
 from flash_llm.smollm2 import load_smollm2, pydoc_text
-from flash_llm.weight_only import GROUP, VALUES, round_
+from flash_llm.weight_only import GROUP, WEIGHT_ONLY_VALUES, round_
 
 MODEL = "SmolLM2-135M-Instruct"
 # Tokens per window of held-out text.
@@ -203,7 +203,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--recover-epochs", type=int, default=0, help="of recover_; 0 for none")
     parser.add_argument(
-        "--round", nargs="+", choices=VALUES, default=[], help="round the weights, prune nothing"
+        "--round",
+        nargs="+",
+        choices=WEIGHT_ONLY_VALUES,
+        default=[],
+        help="round the weights, prune nothing",
     )
     parser.add_argument("--group", type=int, default=GROUP, help="columns per scale of INT4")
     parser.add_argument("--nsamples", type=int, default=32, help="calibration samples")

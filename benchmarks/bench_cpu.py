@@ -28,10 +28,9 @@ from weights import DTYPES, Weight, add_weight_options, make_weight, parse_with_
 
 import flash_llm
 from flash_llm import _extension
-from flash_llm.ops import VALUES
+from flash_llm.ops import STORED_VALUES
 from flash_llm.timing import REPLAYS, Timing, copies_to_rotate, time_cpu
-from flash_llm.weight_only import GROUP, WeightOnlyLinear
-from flash_llm.weight_only import VALUES as ROUNDED
+from flash_llm.weight_only import GROUP, WEIGHT_ONLY_VALUES, WeightOnlyLinear
 
 DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The key in DENSE of a weight's dtype.
@@ -64,8 +63,8 @@ class Measurement:
     Attributes:
         ours: our time.
         dense: torch's times, by the names of :data:`DENSE`.
-        rounded: times of torch's weight-only products, by the names of :data:`ROUNDED`; empty for
-            float16.
+        rounded: times of torch's weight-only products, by the names of
+            :data:`WEIGHT_ONLY_VALUES`; empty for float16.
         floor: time to read the payload.
         rel_err: relative error of our result.
         isa: instruction set of our kernel.
@@ -114,7 +113,7 @@ class Operands:
             self.dense[name] = [dense.to(to, copy=True) for _ in range(copies)]
         self.rounded = {}
         group = INT4_GROUP if weight.k % INT4_GROUP == 0 else GROUP
-        for name in ROUNDED if dtype == torch.bfloat16 else ():
+        for name in WEIGHT_ONLY_VALUES if dtype == torch.bfloat16 else ():
             one = WeightOnlyLinear(dense, None, name, group)
             copies = copies_to_rotate(one.weight.nbytes + one.scales.nbytes)
             self.rounded[name] = [copy.deepcopy(one) for _ in range(copies)]
@@ -220,7 +219,7 @@ def make_row(case: Case, found: Measurement, cpu: str, commit: str) -> dict[str,
 
 HEADINGS = (
     *("M", "K", "N", "sparsity", "dtype", "values", "us", "±%"),
-    *(f"{name} us" for name in (*DENSE, *ROUNDED)),
+    *(f"{name} us" for name in (*DENSE, *WEIGHT_ONLY_VALUES)),
     *("x own", "x fastest", "of floor"),
 )
 
@@ -233,7 +232,10 @@ def table_line(case: Case, found: Measurement) -> tuple[str, ...]:
         *(str(case.weight.m), str(case.weight.k), str(case.n), f"{case.weight.sparsity:g}"),
         *(case.weight.dtype, f"{case.values} x {case.x_values}"),
         *(f"{ours:.1f}", f"{50 * found.ours.spread:.0f}"),
-        *(f"{times[name].us:.1f}" if name in times else "-" for name in (*DENSE, *ROUNDED)),
+        *(
+            f"{times[name].us:.1f}" if name in times else "-"
+            for name in (*DENSE, *WEIGHT_ONLY_VALUES)
+        ),
         f"{own / ours:.2f}",
         f"{min(dense.us for dense in found.dense.values()) / ours:.2f}",
         f"{found.floor.us / ours:.2f}",
@@ -251,8 +253,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--n", nargs="+", type=int, default=[1, 8], help="tokens")
     parser.add_argument("--config", default="auto", help="force a kernel, see plan_names")
-    parser.add_argument("--values", choices=VALUES, default="16-bit", help="of the packed weight")
-    parser.add_argument("--x-values", choices=VALUES, default="16-bit", help="of X")
+    parser.add_argument(
+        "--values", choices=STORED_VALUES, default="16-bit", help="of the packed weight"
+    )
+    parser.add_argument("--x-values", choices=STORED_VALUES, default="16-bit", help="of X")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--dense", nargs="+", choices=list(DENSE), default=[], help="also above 16 tokens"

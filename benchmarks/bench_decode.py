@@ -20,9 +20,9 @@ from rows import commit_hash, cpu_name, print_table, write_rows
 from flash_llm import _extension, prune_, sparsify_
 from flash_llm.demo import QUESTION, decoding_speeds
 from flash_llm.smollm2 import load_smollm2
-from flash_llm.weight_only import VALUES, quantize_
+from flash_llm.weight_only import WEIGHT_ONLY_VALUES, quantize_
 
-CONTENDERS = ("packed", "bf16", "fp32", *VALUES)
+CONTENDERS = ("packed", "bf16", "fp32", *WEIGHT_ONLY_VALUES)
 HEADINGS = ("sparsity", "threads", *(f"{name} tok/s" for name in CONTENDERS))
 
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         prune_(packed, method="magnitude", sparsity=sparsity)
         report = sparsify_(packed, pack_unprofitable=True)  # without zeros nothing gets smaller
         models = {"packed": packed, "bf16": dense, "fp32": copy.deepcopy(dense).float()}
-        for values in VALUES:
+        for values in WEIGHT_ONLY_VALUES:
             models[values] = copy.deepcopy(dense)
             quantize_(models[values], [layer.name for layer in report.packed], values)
         found = decoding_speeds(models, prompt, arguments.tokens, arguments.turns)

@@ -38,7 +38,7 @@ from weights import (
 
 import flash_llm
 from flash_llm import PackedWeight
-from flash_llm.ops import VALUES
+from flash_llm.ops import STORED_VALUES
 from flash_llm.timing import REPLAYS, Timing, copies_to_rotate, time_cpu, time_cuda
 
 PDL = {"both": (True, False), "on": (True,), "off": (False,)}
@@ -66,6 +66,11 @@ class Case:
     pdl: bool
     values: str = "16-bit"
     x_values: str = "16-bit"
+
+    @property
+    def x_quantization(self) -> str | None:
+        """What lets kernels take X in the case's values."""
+        return "dynamic" if self.x_values == "int8" else None
 
     @property
     def max_rel_err(self) -> float:
@@ -131,7 +136,8 @@ def explain(case: Case, packed: PackedWeight, device: str) -> str:
         packed.nnz,
         w.dtype if case.values == "16-bit" else f"{case.values}_{w.dtype}",
         format=packed.FORMAT,  # pack may have chosen it
-        config="auto_int8x" if case.x_values == "int8" else case.config,
+        config=case.config,
+        x_quantization=case.x_quantization,
         **hardware,
     )
 
@@ -190,8 +196,7 @@ class Operands:
     def sparse_calls(self, case: Case) -> Calls:
         """Return our product on each copy."""
         x, options = self.x[: case.n], {"config": case.config, "prefetch": case.pdl}
-        if case.x_values == "int8":
-            options["x_quantization"] = "dynamic"
+        options["x_quantization"] = case.x_quantization
         return [lambda w=w: flash_llm.spmm(x, w, **options) for w in self.packed[case.format]]
 
     def fp8_calls(self, n: int) -> Calls:
@@ -367,8 +372,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--n", nargs="+", type=int, default=[8, 16, 32, 64], help="tokens")
     parser.add_argument("--format", nargs="+", default=["tiled_csl"], help="packed formats")
     parser.add_argument("--pdl", choices=list(PDL), default="both", help="prefetch of weights")
-    parser.add_argument("--values", choices=VALUES, default="16-bit", help="of the packed weight")
-    parser.add_argument("--x-values", choices=VALUES, default="16-bit", help="of X")
+    parser.add_argument(
+        "--values", choices=STORED_VALUES, default="16-bit", help="of the packed weight"
+    )
+    parser.add_argument("--x-values", choices=STORED_VALUES, default="16-bit", help="of X")
     parser.add_argument("--config", default="auto", help="force a kernel, see plan_names")
     add_device_option(parser)
     parser.add_argument("--replays", type=int, default=REPLAYS)

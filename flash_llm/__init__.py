@@ -119,6 +119,7 @@ def explain_plan(
     smem_per_sm_bytes: int = 0,
     config: str = "auto",
     ctas: int = 0,
+    x_quantization: str | None = None,
 ) -> str:
     """Say which kernel :func:`spmm` would choose, and why; needs no GPU.
 
@@ -127,21 +128,24 @@ def explain_plan(
         n: tokens.
         k: in_features.
         nnz: nonzeros of the weight.
-        value_type: ``"float16"`` or ``"bfloat16"``.
+        value_type: ``"float16"`` or ``"bfloat16"``; of int8 values ``"int8_float16"`` or
+            ``"int8_bfloat16"``.
         format: name of the packed format; ``"auto"`` as :func:`pack` would choose.
         compute_capability: 10 * major + minor of the GPU, 90 for an H100; 0 means the CPU.
         num_sms: number of multiprocessors, 132 for an H100 SXM.
         smem_per_sm_bytes: shared memory of one multiprocessor, 233472 for an H100.
         config: ``"auto"``, or the kernel to force.
         ctas: number of CTAs to force; 0 lets the plan choose it.
+        x_quantization: as :func:`spmm` takes it.
 
     Returns:
         One line of text.
 
     Raises:
         ValueError: a size does not fit 31 bits, ``format`` is unknown or has no kernel
-            ``config`` on this device, or ``ctas`` lies outside [0, 65535].
-        TypeError: ``value_type`` is unknown.
+            ``config`` on this device, ``ctas`` lies outside [0, 65535], or ``x_quantization`` is
+            unknown or does not allow a forced kernel.
+        TypeError: ``value_type`` is unknown, or the format does not hold such values.
         NotImplementedError: the architecture is older than sm_80.
         RuntimeError: the extension is missing.
     """
@@ -157,5 +161,6 @@ def explain_plan(
         smem_per_sm_bytes,
         config,
         ctas,
+        "none" if x_quantization is None else x_quantization,
     )
     return text

@@ -38,7 +38,7 @@ from flash_llm.smollm2 import (
 )
 from flash_llm.sparsify import SparsifyReport, model_bytes, sparsify_
 from flash_llm.table import grouped, shape_text
-from flash_llm.weight_only import GROUP, VALUES, quantize_, round_
+from flash_llm.weight_only import GROUP, WEIGHT_ONLY_VALUES, quantize_, round_
 
 __all__ = [
     "CALIBRATION_SAMPLES",
@@ -82,7 +82,7 @@ FLOAT32 = "dense, float32"
 """Name of the dense model in float32, of which only the speed is measured."""
 UNPRUNED = "packed, not pruned"
 """Name of the control: the dense model's weights, packed without pruning."""
-ROUNDED = {values: f"torch {values}" for values in VALUES}
+ROUNDED = {values: f"torch {values}" for values in WEIGHT_ONLY_VALUES}
 """Names of the dense model with torch's weight-only products."""
 LOGIT_TOKENS = 32
 PERPLEXITY_AGREEMENT = 0.01

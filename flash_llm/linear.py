@@ -9,7 +9,6 @@ buffer was replaced or written to.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -37,8 +36,8 @@ class SparseLinear(nn.Linear):
     ``load_state_dict`` accepts packed buffers of any length, and a dense ``weight``, which it
     packs. Packed buffers keep their format; :meth:`refit` changes it if another one is faster on
     the device. ``.half()`` and ``.bfloat16()`` round 16-bit values to the new dtype; int8 values
-    and their scales stay as they are. Casts to other
-    dtypes do not change the weight: only bias, input and output have the new dtype.
+    and their scales stay as they are, and a row that would overflow float16 is refused. Casts to
+    other dtypes do not change the weight: only bias, input and output have the new dtype.
 
     Code may replace the three buffers or write to them between two calls, by operations that torch
     counts as writes. A write that it does not count (through ``.data``, ``.numpy()`` or a kernel of
@@ -57,8 +56,8 @@ class SparseLinear(nn.Linear):
             size of a model before it is loaded get the right size; 0 on other devices.
         format: the name of a format, as :func:`flash_llm.pack` takes it, or ``"auto"``, which
             chooses the format that multiplies fastest on the device, whenever a dense weight is
-            packed and when the layer moves between CPU and GPU. A layer that was
-            packed as ``"gather"`` is packed so again on every GPU: its caller expects few tokens.
+            packed and when the layer moves between CPU and GPU. A layer that was packed as
+            ``"gather"`` is packed so again on every GPU: its caller expects few tokens.
         values: ``"16-bit"`` or ``"int8"``: what :func:`flash_llm.pack` stores of each dense weight
             that the layer gets.
         expected_tokens: as :func:`flash_llm.pack` takes it, for each choice of ``"auto"``.
@@ -120,10 +119,10 @@ class SparseLinear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.format = format
-        # Any format will do for a weight of zeros; one that holds the values.
-        any_format = "tiled_csl" if values == "16-bit" else "row_bitmap"
         self.expected_tokens = expected_tokens
-        packed = PackedWeight.class_for(any_format if format == "auto" else format).empty(
+        # Any format that holds the values will do for a weight of zeros.
+        name = ops.format_that_holds(dtype, values) if format == "auto" else format
+        packed = PackedWeight.class_for(name).empty(
             out_features,
             in_features,
             dtype=dtype,
@@ -471,22 +470,26 @@ class SparseLinear(nn.Linear):
         def keep_integers(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             # Module.type(dtype) casts integers too.
-            cast = moved.dtype != tensor.dtype and not tensor.is_floating_point()
-            return tensor.to(moved.device) if cast else moved
+            is_cast = moved.dtype != tensor.dtype and not tensor.is_floating_point()
+            return tensor.to(moved.device) if is_cast else moved
 
+        cast = packable and new_dtype != old_dtype
+        recast = None
+        if cast and header.values != "16-bit" and not self.weight_payload.is_meta:
+            # Before anything changes, because it refuses rows that overflow.
+            packed = self.packed
+            recast = ops.pack_quantized(*packed.to_quantized(), new_dtype, packed.FORMAT)
         super()._apply(keep_integers, recurse)  # type: ignore[no-untyped-call]
         self._remember(header)
         if old_device.type == "meta" and not self.weight_payload.is_meta:
             # to_empty() does not initialise memory, so the offsets would be malformed.
             self.reset_parameters()
-        if packable and new_dtype != old_dtype:
+        if cast:
             value_type = ops.value_type_of(new_dtype, header.values)
             if self.weight_payload.is_meta:
                 self._header = self._header._replace(value_type=value_type)
-            elif header.values != "16-bit":  # the values do not depend on the dtype
-                packed = self.packed
-                cast = packed.header._replace(value_type=value_type)
-                self._install(dataclasses.replace(packed, header=cast))
+            elif recast is not None:
+                self._install(recast.to(self.weight_payload.device))
                 self.refit()
             else:
                 self._install(self._pack(self.weight.to(new_dtype)))
@@ -494,15 +497,20 @@ class SparseLinear(nn.Linear):
             self.refit()
         return self
 
-    def keep_part(self, weight: Tensor) -> None:
+    def keep_part(self, weight: Tensor, scales: Tensor | None = None) -> None:
         """Replace the weight by one process's part of it; the bias does not change.
 
         Args:
-            weight: ``[M', K']`` dense part, of the layer's dtype.
+            weight: ``[M', K']`` dense part, of the layer's dtype; of a quantised weight its int8
+                values.
+            scales: float32 ``[M']``, of a quantised weight; otherwise None.
         """
+        if scales is None:
+            packed = self._pack(weight)
+        else:
+            packed = ops.pack_quantized(weight, scales, self.dtype, self._format_on(weight.device))
         self.out_features, self.in_features = weight.shape
-        # The elements of a quantised weight become 16-bit values: rounding again would change them.
-        self._install(self._pack(weight))
+        self._install(packed)
         self.is_part = True
 
     def refit(self) -> None:

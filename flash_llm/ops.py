@@ -17,8 +17,9 @@ from torch import Tensor
 
 from flash_llm import _extension, quantize
 
-VALUES = ("16-bit", "int8")
-"""What a packed weight can store: its elements, or int8 values and a scale for each row."""
+STORED_VALUES = ("16-bit", "int8")
+"""What a packed weight can store: its elements, or int8 values and a scale for each row. Pruning
+can round to more types (:data:`flash_llm.quantize.GRIDS`)."""
 
 # Number in headers for each kind of values and dtype of the weight (csrc/format/value_type.h).
 _VALUE_TYPES: dict[tuple[str, torch.dtype], int] = {
@@ -70,7 +71,7 @@ class PackedHeader(NamedTuple):
 
     @property
     def values(self) -> str:
-        """What is stored; one of :data:`VALUES`."""
+        """What is stored; one of :data:`STORED_VALUES`."""
         return _VALUES_OF_TYPE[self.value_type]
 
     @property
@@ -214,7 +215,7 @@ class PackedWeight:
             device: where the buffers live; ``"meta"`` for placeholders.
             payload_words: length of the payload; more than 0 only on the meta device, for a weight
                 that is loaded later.
-            values: one of :data:`VALUES`.
+            values: one of :data:`STORED_VALUES`.
 
         Returns:
             A weight of class ``cls`` that :meth:`validate` accepts (meta placeholders aside).
@@ -250,17 +251,19 @@ class PackedWeight:
         return cls(header, offsets, payload)
 
     @classmethod
-    def from_dense(cls: type[_Packed], weight: Tensor) -> _Packed:
+    def from_dense(cls: type[_Packed], weight: Tensor, *, values: str = "16-bit") -> _Packed:
         """Pack a dense weight; see :func:`pack`.
 
         Args:
             weight: ``[M, K]`` float16 or bfloat16, CPU or CUDA, any strides.
+            values: one of :data:`STORED_VALUES`.
 
         Raises:
-            ValueError: ``weight`` is not two-dimensional.
-            TypeError: its dtype is neither float16 nor bfloat16.
+            ValueError: ``weight`` is not two-dimensional, or ``values`` is unknown.
+            TypeError: its dtype is neither float16 nor bfloat16, or the format does not hold such
+                values.
         """
-        packed = pack(weight, cls.FORMAT)
+        packed = pack(weight, cls.FORMAT, values=values)
         assert isinstance(packed, cls)
         return packed
 
@@ -314,7 +317,7 @@ class PackedWeight:
 
     @property
     def values(self) -> str:
-        """What is stored; one of :data:`VALUES`."""
+        """What is stored; one of :data:`STORED_VALUES`."""
         return self.header.values
 
     @property
@@ -382,9 +385,9 @@ class PackedWeight:
         """Concatenate the rows of several weights, packed in their format.
 
         The result has the bytes of packing ``torch.cat([w.to_dense() for w in weights])``; values
-        and scales of quantised weights do not change. If all
-        weights but the last end at a border of the format (see :meth:`slice`), their buffers are
-        copied. Otherwise the weights are unpacked, concatenated and packed again.
+        and scales of quantised weights do not change. If all weights but the last end at a border
+        of the format (see :meth:`slice`), their buffers are copied. Otherwise the weights are
+        unpacked, concatenated and packed again.
 
         Args:
             weights: at least one; all have the same columns, format, dtype, values and device.
@@ -484,11 +487,45 @@ def check_values(name: str) -> None:
     """Check the argument ``values`` of functions that pack.
 
     Raises:
-        ValueError: ``name`` is not one of :data:`VALUES`.
+        ValueError: ``name`` is not one of :data:`STORED_VALUES`.
     """
-    if name not in VALUES:
-        known = " or ".join(f'"{known}"' for known in VALUES)
+    if name not in STORED_VALUES:
+        known = " or ".join(f'"{known}"' for known in STORED_VALUES)
         raise ValueError(f'flash_llm: values must be {known}, got "{name}"')
+
+
+def check_holds(where: str, format: str, dtype: torch.dtype, values: str) -> None:
+    """Refuse a format that cannot hold values of a kind.
+
+    Args:
+        where: what the message begins with: the function that has the arguments.
+        format: the name of a format, or ``"auto"``, which is never refused.
+        dtype: of the weight.
+        values: one of :data:`STORED_VALUES`.
+
+    Raises:
+        ValueError: ``format`` or ``values`` is unknown.
+        TypeError: the format does not hold such values, or ``dtype`` is neither float16 nor
+            bfloat16.
+        RuntimeError: the extension is missing.
+    """
+    _extension.require().check_holds(where, format, value_type_of(dtype, values))
+
+
+def format_that_holds(dtype: torch.dtype, values: str) -> str:
+    """Return the name of the first format that can hold values of a kind.
+
+    Args:
+        dtype: of the weight.
+        values: one of :data:`STORED_VALUES`.
+
+    Raises:
+        ValueError: ``values`` is unknown.
+        TypeError: ``dtype`` is neither float16 nor bfloat16.
+        RuntimeError: the extension is missing.
+    """
+    value_type, formats = value_type_of(dtype, values), _extension.require().FORMATS
+    return next(name for name in _CLASS_OF_FORMAT if value_type in formats[name]["value_types"])
 
 
 def value_type_of(dtype: torch.dtype, values: str = "16-bit") -> int:
@@ -524,9 +561,10 @@ def spmm(
     zero of the weight is NaN). The elements of a quantised weight are ``value * scale``, which are
     not rounded to its dtype first, except where N is large and the weight is unpacked. Products are
     accumulated in float32 and rounded once, at the end (Flash-LLM, arXiv 2309.10285, section 4).
-    ``x`` and ``bias`` are differentiable; the weight is frozen. The backward pass makes a temporary
-    dense copy of the weight and, if there is an activation, recomputes its input instead of storing
-    it. Autocast does not cast ``x``, which must have the weight's dtype.
+    ``x`` and ``bias`` are differentiable; the weight is frozen. The gradient in an ``x`` that is
+    rounded ignores the rounding. The backward pass makes a temporary dense copy of the weight and,
+    if there is an activation, recomputes its input instead of storing it. Autocast does not cast
+    ``x``, which must have the weight's dtype.
 
     Args:
         x: ``[..., K]``, dtype and device of ``w``, any strides; the leading dimensions are the N
@@ -542,7 +580,7 @@ def spmm(
             is its largest magnitude, but at least 2**-100, divided by 127; elements are multiplied
             by the inverse of the scale (in float32) and rounded to nearest, ties to even. Sums of
             products are then exact. A token with an element that is NaN or infinite gives NaN. None
-            never rounds ``x``.
+            and ``"none"`` never round ``x``.
         config: ``"auto"`` lets ``explain_plan`` choose; any other name forces that kernel (see
             ``flash_llm._C.plan_names``), for tests and benchmarks.
         ctas: CTAs in the grid of the CUDA kernel, at most one for each tile of work; 0 lets the
@@ -556,8 +594,8 @@ def spmm(
 
     Raises:
         ValueError: a shape disagrees with ``w``; ``activation``, ``config`` or
-            ``x_quantization`` is unknown, or both of the latter are given; ``ctas`` lies outside
-            [0, 65535]; a buffer of ``w`` has the wrong length; the storage of a tensor
+            ``x_quantization`` is unknown, or ``"dynamic"`` is given with a forced kernel; ``ctas``
+            lies outside [0, 65535]; a buffer of ``w`` has the wrong length; the storage of a tensor
             is smaller than its shape needs.
         TypeError: dtype or device of ``x``, ``bias`` or a buffer differs from ``w``.
         NotImplementedError: the device is older than sm_80, or this build has no CUDA part.
@@ -585,19 +623,6 @@ def spmm(
     )
 
 
-def _config_for(x_quantization: str, config: str) -> str:
-    """Return the ``config`` of the operator that allows kernels to quantise x."""
-    if x_quantization != "dynamic":
-        raise ValueError(
-            f'flash_llm::spmm: x_quantization must be None or "dynamic", got {x_quantization!r}'
-        )
-    if config != "auto":
-        raise ValueError(
-            f'flash_llm::spmm: config must be "auto" with x_quantization, got "{config}"'
-        )
-    return "auto_int8x"
-
-
 def spmm_buffers(
     x: Tensor,
     header: PackedHeader,
@@ -616,19 +641,17 @@ def spmm_buffers(
     _check_tensor("spmm", "x", x)
     if bias is not None:
         _check_tensor("spmm", "bias", bias)
-    if x_quantization is not None:
-        config = _config_for(x_quantization, config)
-    defaults = activation is None and config == "auto" and ctas == 0 and prefetch
+    defaults = activation is None and x_quantization is None and config == "auto"
+    defaults = defaults and ctas == 0 and prefetch
     if defaults and type(x) is Tensor and not _is_traced():
         y: Tensor = extension.spmm(x, header, offsets, payload, bias)
         return y
-    if activation is not None and not isinstance(activation, str):
-        raise TypeError(
-            f"flash_llm::spmm: activation must be a string, got {type(activation).__name__}"
-        )
+    for name, value in (("activation", activation), ("x_quantization", x_quantization)):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"flash_llm::spmm: {name} must be a string, got {type(value).__name__}")
     y = torch.ops.flash_llm.spmm(
-        *(x, list(header), offsets, payload, bias),
-        *("none" if activation is None else activation, config, ctas, prefetch),
+        *(x, list(header), offsets, payload, bias, "none" if activation is None else activation),
+        *(config, ctas, prefetch, "none" if x_quantization is None else x_quantization),
     )
     return y
 
@@ -649,7 +672,7 @@ def explain_format(
         k: in_features.
         nnz: nonzeros of the weight.
         compute_capability: 10 * major + minor of the GPU, 90 for an H100; 0 means the CPU.
-        values: one of :data:`VALUES`.
+        values: one of :data:`STORED_VALUES`.
         expected_tokens: as :func:`pack` takes it.
 
     Returns:
@@ -730,7 +753,7 @@ def pack(
     Args:
         dense: ``[M, K]`` float16 or bfloat16, CPU or CUDA, any strides, any M, K >= 0.
         format: ``"auto"`` (the format that multiplies fastest on ``dense.device``;
-            ``explain_format`` gives the reason), ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"`` or
+            ``explain_format`` gives the reason), ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"``,
             ``"gather"`` or ``"quantized_bitmap"``.
         values: ``"16-bit"`` stores the elements. ``"int8"`` rounds each row to int8 with one scale
             (:func:`flash_llm.quantize.round_to_int8`); elements that round to 0 are dropped. Only
@@ -764,7 +787,7 @@ def pack(
     tokens = check_expected_tokens(expected_tokens)
     if values == "16-bit":
         return _from_op(torch.ops.flash_llm.pack(dense.detach(), format, tokens))
-    value_type_of(dense.dtype, values)
+    check_holds("flash_llm::pack", format, dense.dtype, values)
     return pack_quantized(*quantize.round_to_int8(dense.detach()), dense.dtype, format)
 
 
@@ -783,8 +806,8 @@ def pack_quantized(
         The packed weight on the device of ``values``.
 
     Raises:
-        ValueError: a value is -128, a scale is not a positive normal number, a shape is wrong, or
-            ``format`` is unknown.
+        ValueError: a value is -128, a scale is not a positive normal number, an element overflows
+            ``dtype``, a shape is wrong, or ``format`` is unknown.
         TypeError: a dtype or device is wrong, or the format does not hold int8 values.
         NotImplementedError: ``values`` is on CUDA and this build has no CUDA part.
         RuntimeError: another thread changed ``values``; the extension is missing, or CUDA failed.
@@ -792,6 +815,10 @@ def pack_quantized(
     _extension.require()
     for name, tensor in (("values", values), ("scales", scales)):
         _check_dense("pack_quantized", tensor, name)
+    if not isinstance(dtype, torch.dtype):  # for which the dispatcher would raise RuntimeError
+        raise TypeError(
+            f"flash_llm::pack_quantized: dtype must be a torch.dtype, got {type(dtype).__name__}"
+        )
     return _from_op(torch.ops.flash_llm.pack_quantized(values, scales.detach(), dtype, format))
 
 
@@ -822,7 +849,7 @@ def prune_pack(
     values: str = "16-bit",
     expected_tokens: int | None = None,
 ) -> PackedWeight:
-    """Prune by magnitude to a sparsity, then pack, in one operator; ``dense`` does not change.
+    """Prune by magnitude to a sparsity, then pack; ``dense`` does not change.
 
     Of equal magnitudes the first in row-major order is pruned first, so CPU and CUDA give the same
     bytes.
@@ -865,6 +892,7 @@ def prune_pack(
     prune = torch.ops.flash_llm.prune_pack
     if values == "16-bit":
         return _from_op(prune(dense.detach(), sparsity, scope, format, tokens))
+    check_holds("flash_llm::prune_pack", format, dense.dtype, values)
     pruned = _from_op(prune(dense.detach(), sparsity, scope, "auto"))
     return pack(unpack(pruned), format, values=values)
 
@@ -1093,6 +1121,7 @@ def _fake_spmm(
     config: str = "auto",
     ctas: int = 0,
     prefetch: bool = True,
+    x_quantization: str = "none",
 ) -> Tensor:
     fields = _check_fake_packed("spmm", header, offsets, payload)
     if x.dtype != fields.dtype:
@@ -1114,6 +1143,10 @@ def _fake_spmm(
         raise ValueError(
             f"flash_llm::spmm: activation must be one of {', '.join(ACTIVATIONS)}, "
             f'got "{activation}"'
+        )
+    if x_quantization not in ("none", "dynamic"):
+        raise ValueError(
+            f'flash_llm::spmm: x_quantization must be "none" or "dynamic", got "{x_quantization}"'
         )
     return x.new_empty((*x.shape[:-1], fields.m))
 

@@ -148,8 +148,9 @@ GRIDS: dict[str, Grid] = {
     "int3": Grid(3, 3, 128, torch.float16, has_zero_point=True),
     "int2": Grid(2, 1, 128, torch.float16, has_zero_point=True),
 }
-"""The grids by the name that :func:`flash_llm.prune_` takes. Those with a zero point are what other
-libraries store for dense weights; packed weights have no such values."""
+"""The grids by the name that :func:`flash_llm.prune_` takes. Packed weights store the numbers of
+"int8" as such (:data:`flash_llm.ops.STORED_VALUES`), those of the others as 16-bit numbers. Those
+with a zero point are what other libraries store for dense weights."""
 
 
 def grid_of(values: str) -> Grid:
@@ -210,14 +211,14 @@ def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     smallest normal float32. A row of zeros has scale 1. Ties are rounded to even.
 
     Args:
-        weight: ``[M, K]`` float16, bfloat16 or float32, on any device.
+        weight: ``[M, K]`` floating point, on any device; its elements are rounded to float32 first.
 
     Returns:
         Values, int8 ``[M, K]`` in -127 ... 127, and scales, float32 ``[M]``.
 
     Raises:
         TypeError: the weight is not floating point.
-        ValueError: the weight is not a matrix, or an element is NaN or infinite.
+        ValueError: the weight is not a matrix, or an element is NaN or infinite in float32.
     """
     check_weight(weight)
     m, k = weight.shape
@@ -228,7 +229,7 @@ def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     grid = GRIDS["int8"]
     rows = max(1, _PART_ELEMENTS // k)
     for first in range(0, m, rows):
-        part = weight[first : first + rows]
+        part = weight[first : first + rows].float()
         finite = part.isfinite().all(dim=1)
         if not bool(finite.all()):
             row = first + int((~finite).int().argmax())
@@ -236,7 +237,7 @@ def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
                 f"flash_llm: row {row} of the weight has an element that is NaN or infinite, "
                 "which int8 values cannot hold"
             )
-        columns = part.t().float()
+        columns = part.t()
         scaled = grid.fit(columns, weight.dtype)
         scales[first : first + rows] = scaled.scale
         values[first : first + rows] = scaled.steps(columns).t()

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-VALUES = ("int8", "int4")
-"""Value types to which weights are rounded."""
+WEIGHT_ONLY_VALUES = ("int8", "int4")
+"""Value types that torch's products have. Those of packed weights are
+:data:`flash_llm.ops.STORED_VALUES`."""
 GROUP = 64
 """Default number of columns of an INT4 weight that share a scale. 128 does not divide the widths of
 SmolLM2. Its weights were dequantised from groups of 32, so groups of 32 would look better than on
@@ -26,7 +27,7 @@ def round_to_nearest(weight: Tensor, values: str, group: int = GROUP) -> Tensor:
 
     Args:
         weight: ``[M, K]`` finite float16, bfloat16 or float32.
-        values: one of :data:`VALUES`.
+        values: one of :data:`WEIGHT_ONLY_VALUES`.
         group: columns of an INT4 weight that share a scale.
 
     Returns:
@@ -51,7 +52,7 @@ class WeightOnlyLinear(nn.Module):
     Args:
         weight: ``[M, K]`` finite bfloat16, on the CPU; M is a multiple of 16.
         bias: ``[M]`` bfloat16 or None.
-        values: one of :data:`VALUES`.
+        values: one of :data:`WEIGHT_ONLY_VALUES`.
         group: columns of an INT4 weight that share a scale: 32, 64, 128 or 256.
 
     Raises:
@@ -96,7 +97,7 @@ def quantize_(model: nn.Module, layers: Iterable[str], values: str) -> None:
     Args:
         model: in bfloat16, on the CPU.
         layers: names of ``nn.Linear`` layers.
-        values: one of :data:`VALUES`.
+        values: one of :data:`WEIGHT_ONLY_VALUES`.
     """
     for name in layers:
         layer: Any = model.get_submodule(name)
@@ -109,7 +110,7 @@ def round_(model: nn.Module, layers: Iterable[str], values: str, group: int = GR
     Args:
         model: of any dtype and device.
         layers: names of ``nn.Linear`` layers.
-        values: one of :data:`VALUES`.
+        values: one of :data:`WEIGHT_ONLY_VALUES`.
         group: columns of an INT4 weight that share a scale.
     """
     with torch.no_grad():
@@ -119,8 +120,8 @@ def round_(model: nn.Module, layers: Iterable[str], values: str, group: int = GR
 
 
 def _is_int8(values: str) -> bool:
-    if values not in VALUES:
-        raise ValueError(f"values must be one of {', '.join(VALUES)}, got {values!r}")
+    if values not in WEIGHT_ONLY_VALUES:
+        raise ValueError(f"values must be one of {', '.join(WEIGHT_ONLY_VALUES)}, got {values!r}")
     return values == "int8"
 
 

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 import flash_llm
 from flash_llm import _extension
 
-FORMATS = ("tiled_csl", "bitmap", "row_bitmap", "gather")
+FORMATS = ("tiled_csl", "bitmap", "row_bitmap", "gather")  # that hold 16-bit values
+QUANTIZED_FORMATS = ("row_bitmap", "quantized_bitmap")  # that hold int8 values
+ALL_FORMATS = (*FORMATS, "quantized_bitmap")
 # Those that a GPU has kernels for. The host packs and unpacks the others, which cannot be captured.
 GPU_FORMATS = ("tiled_csl", "bitmap", "gather")
 DTYPES = (torch.float16, torch.bfloat16)

@@ -24,8 +24,12 @@ from flash_llm import quantize, testing
 from flash_llm.ops import ACTIVATIONS
 
 ERRORS = (ValueError, TypeError, NotImplementedError, RuntimeError)
-FORMATS = ("tiled_csl", "bitmap", "row_bitmap", "gather")
-CONFIGS = ("auto", "auto_int8x", "dense", "cpu_reference", "cpu_tiles", "cpu_rows", "cpu_blocks")
+FORMATS = ("tiled_csl", "bitmap", "row_bitmap", "gather")  # that hold 16-bit values
+ALL_FORMATS = (*FORMATS, "quantized_bitmap")
+CONFIGS = (
+    *("auto", "auto", "dense", "cpu_reference", "cpu_tiles"),
+    *("cpu_rows", "cpu_rows_int8x", "cpu_blocks"),
+)
 OPS = torch.ops.flash_llm
 OTHER_OPS = ("pack", "pack_quantized", "prune_pack", "unpack", "unpack_quantized", "validate")
 EXTREMES = (0, 1, -1, 2, 3, 7, 16, 127, 8192, 2**16, 2**31 - 1, 2**31, -(2**31), 2**62, 2**63 - 1)
@@ -127,9 +131,10 @@ class Caller:
             for dense in (testing.random_sparse(m, k, 0.6, dtype=dtype),)
         ]
         self.weights += [
-            (flash_llm.pack(dense, values="int8"), dense)
+            (flash_llm.pack(dense, name, values="int8"), dense)
             for w, dense in self.weights
             if w.FORMAT == "row_bitmap"
+            for name in ("row_bitmap", "quantized_bitmap")
         ]
         self.outcomes = collections.Counter()
         self.damages = collections.Counter()
@@ -166,16 +171,16 @@ class Caller:
                 "values": guarded(rng, values),
                 "scales": guarded(rng, scales),
                 "dtype": w.dtype,
-                "format": rng.choice(("auto", *FORMATS)),
+                "format": rng.choice(("auto", *ALL_FORMATS)),
             }
         if name == "pack":
-            return {"dense": guarded(rng, dense), "format": rng.choice(("auto", *FORMATS))}
+            return {"dense": guarded(rng, dense), "format": rng.choice(("auto", *ALL_FORMATS))}
         if name == "prune_pack":
             return {
                 "dense": guarded(rng, dense),
                 "sparsity": rng.choice((0.0, 0.5, 1.0)),
                 "scope": rng.choice(("row", "layer")),
-                "format": rng.choice(("auto", *FORMATS)),
+                "format": rng.choice(("auto", *ALL_FORMATS)),
             }
         x = testing.small_integers(rng.choice((0, 1, 2, 9, 17)), w.header.k, dtype=w.dtype)
         bias = testing.small_integers(w.header.m, dtype=w.dtype)
@@ -187,6 +192,7 @@ class Caller:
             "config": rng.choice(CONFIGS),
             "ctas": 0,
             "prefetch": True,
+            "x_quantization": rng.choice(("none", "none", "dynamic")),
         }
 
     def damage(self, rng, arguments):

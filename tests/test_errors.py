@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from formats import FORMATS, blocks_of, each, other_format, plan_names, runs_here
+from formats import ALL_FORMATS, FORMATS, blocks_of, each, other_format, plan_names, runs_here
 from torch import nn
 
 import flash_llm
@@ -822,14 +822,14 @@ def test_formats_that_nobody_knows(call, device):
     for name in ("csr", "", "TILED_CSL", "Auto", "bitmap "):
         with raises(ValueError, "flash_llm", "format ", f'"{name}"') as caught:
             call(dense, name)
-        for known in ("auto", *FORMATS):
+        for known in ("auto", *ALL_FORMATS):
             assert f'"{known}"' in str(caught.value)
 
 
 def test_auto_is_no_format_of_a_weight():
     with raises(ValueError, "format ", '"auto"') as caught:
         PackedWeight.class_for("auto")
-    for known in FORMATS:
+    for known in ALL_FORMATS:
         assert f'"{known}"' in str(caught.value)
     with raises(NotImplementedError, "format 9", "1 (tiled_csl)"):
         PackedWeight.class_for(9)
@@ -965,6 +965,18 @@ def test_forward_names_what_is_wrong(device):
             {"format": "tiled_csl", "config": "n8", "compute_capability": 90},
             ValueError,
             ('"w1n8"', '"dense"', '"tiled_csl"', "CUDA", '"n8"'),
+        ),
+        ({"format": "quantized_bitmap"}, TypeError, ('"quantized_bitmap"', "16-bit values")),
+        (
+            {"format": "bitmap", "value_type": "int8_float16"},
+            TypeError,
+            ('"bitmap"', "int8 values", '"row_bitmap"', '"quantized_bitmap"'),
+        ),
+        ({"x_quantization": "static"}, ValueError, ("x_quantization ", '"static"')),
+        (
+            {"config": "cpu_rows", "x_quantization": "dynamic"},
+            ValueError,
+            ("x_quantization", '"cpu_rows"'),
         ),
         (
             {"format": "bitmap", "config": "cpu_tiles"},

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from formats import GPU_FORMATS
+from formats import ALL_FORMATS, GPU_FORMATS
 
 import flash_llm
 from flash_llm import _extension
@@ -124,7 +124,8 @@ def test_build_info_configs_and_plan():
     keys = {"name", "format", "tile_n", "ctas_per_sm", "smem_bytes"}
     assert rows and all(set(row) > keys for row in rows)
     extension = _extension.require()
-    assert {row["format"] for row in rows} == set(GPU_FORMATS) < set(extension.FORMATS)
+    assert {row["format"] for row in rows} == {*GPU_FORMATS, "quantized_bitmap"}
+    assert set(extension.FORMATS) == set(ALL_FORMATS)
     for format in extension.FORMATS:
         names = extension.plan_names(format, True)
         assert {row["name"] for row in rows if row["format"] == format} < set(names)

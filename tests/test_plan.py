@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from formats import FORMATS, each, other_format, plan_names
+from formats import ALL_FORMATS, FORMATS, each, other_format, plan_names
 
 import flash_llm
 
@@ -407,7 +407,7 @@ def test_tiles_of_work_that_32_bits_cannot_count_are_refused(gpu_format):
 
 @each("format", ["csr", "", "BITMAP", "Auto"])
 def test_unknown_formats_are_refused_with_the_known_ones(format):
-    known = ".*".join(f'"{name}"' for name in ("auto", *FORMATS, format))
+    known = ".*".join(f'"{name}"' for name in ("auto", *ALL_FORMATS, format))
     with pytest.raises(ValueError, match=f"flash_llm::explain_plan: format .*{known}"):
         flash_llm.explain_plan(M, 8, K, NNZ, format=format, **H200)
     if format != "Auto":

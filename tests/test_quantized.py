@@ -9,10 +9,26 @@ import sys
 import numpy as np
 import pytest
 import torch
-from formats import DTYPES, each, read_quantized_row_bitmap, write_quantized_row_bitmap
+from formats import (
+    DTYPES,
+    QUANTIZED_FORMATS,
+    each,
+    read_quantized_row_bitmap,
+    write_quantized_row_bitmap,
+)
 
 import flash_llm
-from flash_llm import PackedWeight, RowBitmap, SparseLinear, _extension, ops, quantize, testing
+from flash_llm import (
+    PackedWeight,
+    QuantizedBitmap,
+    RowBitmap,
+    SparseLinear,
+    _extension,
+    bench,
+    ops,
+    quantize,
+    testing,
+)
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -76,6 +92,11 @@ def test_a_row_that_is_not_finite_is_named(number, dtype):
         flash_llm.pack(weight, values="int8")
 
 
+def test_elements_that_float32_cannot_hold_are_not_finite():
+    with pytest.raises(ValueError, match="row 1 "):
+        quantize.round_to_int8(torch.tensor([[1.0], [1e300]], dtype=torch.float64))
+
+
 # ---- bytes ----
 
 
@@ -112,11 +133,22 @@ def test_packing_rounds_and_unpacking_gives_the_products(dtype, isa):
 
 def test_pruning_chooses_the_elements_that_are_quantised():
     weight = testing.random_sparse(64, 100, 0.0)
-    pruned = flash_llm.prune_pack(weight, 0.7).to_dense()
     for scope, sparsity in (("row", 0.7), ("2:4", None)):
         pruned = flash_llm.prune_pack(weight, sparsity, scope=scope).to_dense()
         w = flash_llm.prune_pack(weight, sparsity, scope=scope, values="int8")
-        assert torch.equal(w.to_quantized()[0], quantize.round_to_int8(pruned)[0])
+        assert all(map(torch.equal, w.to_quantized(), quantize.round_to_int8(pruned)))
+
+
+def test_classes_of_formats_pack_int8_values():
+    weight = testing.random_sparse(37, 300, 0.5)
+    for format in QUANTIZED_FORMATS:
+        cls = PackedWeight.class_for(format)
+        w = cls.from_dense(weight, values="int8")
+        assert type(w) is cls
+        assert all(map(torch.equal, w.to_quantized(), quantize.round_to_int8(weight)))
+        assert type(ops.repack(w)) is RowBitmap
+    with pytest.raises(TypeError, match="flash_llm::pack: .*quantized_bitmap.* 16-bit"):
+        QuantizedBitmap.from_dense(weight)
 
 
 @each(
@@ -217,13 +249,14 @@ def test_which_kernel_quantises_x(isa):
         flash_llm.spmm(x, w, x_quantization="dynamic"),
         flash_llm.spmm(x, w, config="cpu_rows_int8x"),
     )
-    for config, n, k, chosen in (
-        ("auto_int8x", 1, 64, "cpu_rows_int8x"),
-        ("auto_int8x", 1, 133145, "cpu_rows"),
-        ("auto", 1, 64, "cpu_rows"),
+    facts = {"value_type": "int8_bfloat16", "format": "row_bitmap"}
+    for asked, n, k, chosen in (
+        ("dynamic", 1, 64, "cpu_rows_int8x"),
+        ("dynamic", 1, 133145, "cpu_rows"),
+        (None, 1, 64, "cpu_rows"),
     ):
-        facts = {"value_type": "int8_bfloat16", "format": "row_bitmap", "config": config}
-        assert flash_llm.explain_plan(64, n, k, 64, **facts).startswith(f"{chosen} ")
+        plan = flash_llm.explain_plan(64, n, k, 64, x_quantization=asked, **facts)
+        assert plan.startswith(f"{chosen} ")
     with pytest.raises(ValueError, match="cpu_rows_int8x.* 133144, got 133145"):
         flash_llm.explain_plan(64, 1, 133145, 64, **{**facts, "config": "cpu_rows_int8x"})
     dense = flash_llm.pack(testing.random_sparse(40, 64, 0.5), "row_bitmap")
@@ -299,6 +332,8 @@ def test_opcheck():
         ([[1, 1]], [1.0, 1.0], torch.float16, "auto", ValueError, r"scales .*\[M=1\]"),
         ([1, 1], [1.0, 1.0], torch.float16, "auto", ValueError, "values .*dimension"),
         ([[1, 1]], [1.0], torch.float32, "auto", TypeError, "dtype .*Float"),
+        ([[1, 1]], [1.0], None, "auto", TypeError, "dtype .*NoneType"),
+        ([[9, 1], [-66, 1]], [1e3, 1e3], torch.float16, "auto", ValueError, "row 1 .*66 .*1000"),
         ([[1, 1]], [1.0], torch.float16, "bitmap", TypeError, '"bitmap" .*int8'),
         ([[1, 1]], [1.0], torch.float16, "tiled_csl", TypeError, '"tiled_csl" .*int8'),
         ([[1, 1]], [1.0], torch.float16, "csr", ValueError, "format .*csr"),
@@ -322,7 +357,14 @@ def test_dtypes_and_names_that_are_wrong():
         flash_llm.pack(torch.ones(4, 8).half()).to_quantized()
     with pytest.raises(TypeError, match='"bitmap" .*int8'):
         SparseLinear(8, 4, format="bitmap", values="int8")
-    mixed = [flash_llm.pack(torch.ones(4, 8).half(), "row_bitmap", values=v) for v in ops.VALUES]
+    weight = torch.ones(4, 8).half()
+    with pytest.raises(TypeError, match='flash_llm::pack: .*"bitmap" .*int8.*"row_bitmap"'):
+        flash_llm.pack(weight, "bitmap", values="int8")
+    with pytest.raises(TypeError, match='flash_llm::prune_pack: .*"bitmap" .*int8'):
+        flash_llm.prune_pack(weight, 0.5, format="bitmap", values="int8")
+    mixed = [
+        flash_llm.pack(torch.ones(4, 8).half(), "row_bitmap", values=v) for v in ops.STORED_VALUES
+    ]
     with pytest.raises(TypeError, match="weight 1 .*int8_float16"):
         PackedWeight.concat(mixed)
     w = mixed[1]
@@ -348,6 +390,10 @@ def test_a_layer_keeps_its_values_through_casts_copies_and_state_dicts():
     assert all(map(torch.equal, cast.packed.to_quantized(), (values, scales)))
     x = torch.randn(3, 96).half()
     testing.assert_spmm_close(cast(x), x, exact_weight(layer.packed), cast.bias.detach())
+    large = SparseLinear.from_packed(ops.pack_quantized(values, scales * 1e7, torch.bfloat16))
+    with pytest.raises(ValueError, match="row 0 .*Half"):
+        large.half()
+    assert large.dtype == torch.bfloat16
     empty = SparseLinear(96, 64, dtype=torch.bfloat16, values="int8")
     assert empty.values == "int8" and not empty.weight.any()
     empty.load_state_dict(layer.state_dict())
@@ -391,9 +437,33 @@ def test_a_checkpoint_is_converted_and_inspected(tmp_path):
     flash_llm.verify_checkpoint(tmp_path / "packed", tmp_path / "dense")
 
 
-def test_a_checkpoint_with_a_weight_that_cannot_be_quantised_names_it(tmp_path):
+def test_layers_without_zeros_are_packed_because_int8_values_shrink_them(tmp_path):
+    model = small_model()
+    flash_llm.save(model, tmp_path / "dense")
+    report = flash_llm.sparsify_(model, values="int8")
+    assert [row.decision for row in report.rows] == ["packed", "packed"]
+    rows = flash_llm.convert_checkpoint(
+        tmp_path / "dense", tmp_path / "packed", values="int8", ignore="2"
+    ).rows
+    assert [(row.name, row.values) for row in rows] == [("0", "int8")]
+
+
+def test_packed_layers_are_timed_with_their_values(tmp_path):
+    model = small_model()
+    flash_llm.sparsify_(model, values="int8")
+    flash_llm.save(model, tmp_path)
+    report = bench.bench_checkpoint(tmp_path, tokens=[1])
+    assert {shape.values for shape in report.shapes} == {"int8"}
+    assert report.shapes[0].packed_bytes == model[0].packed.nbytes
+    assert "row_bitmap int8" in str(report)
+
+
+def test_a_model_or_checkpoint_with_a_weight_that_cannot_be_quantised_names_it(tmp_path):
     model = small_model()
     model[2].weight.data[5, 5] = float("nan")
+    with pytest.raises(ValueError, match="flash_llm.sparsify_: 2: .*row 5"):
+        flash_llm.sparsify_(model, values="int8")
+    assert type(model[0]) is torch.nn.Linear
     flash_llm.save(model, tmp_path / "dense")
     with pytest.raises(ValueError, match="2: .*row 5"):
         flash_llm.convert_checkpoint(tmp_path / "dense", tmp_path / "packed", values="int8")

@@ -122,7 +122,7 @@ def test_bits_outside_the_matrix_are_found():
 
 
 def test_other_values_are_refused():
-    with pytest.raises(TypeError, match='"quantized_bitmap" .*float16'):
+    with pytest.raises(TypeError, match='"quantized_bitmap" .*16-bit'):
         flash_llm.pack(torch.ones(4, 8).half(), FORMAT)
     assert flash_llm.pack(torch.ones(4, 8).half(), FORMAT, values="int8").nnz == 32
 
@@ -136,8 +136,8 @@ def test_weights_of_zeros_need_no_packing(device):
 # ---- plans ----
 
 
-def plan_of(m, n, k, config="auto", **device):
-    gpu = {"compute_capability": 90, "num_sms": 132, "smem_per_sm_bytes": 228 * 1024, **device}
+def plan_of(m, n, k, config="auto", **options):
+    gpu = {"compute_capability": 90, "num_sms": 132, "smem_per_sm_bytes": 228 * 1024, **options}
     facts = {"value_type": "int8_float16", "format": FORMAT, "config": config}
     return flash_llm.explain_plan(m, n, k, m * k // 2, **facts, **gpu)
 
@@ -154,7 +154,7 @@ def test_plans():
         (7168, 16, 7168, WIDE[1]),
         (4096, 8, 65537, KERNEL),
     ):
-        assert plan_of(m, n, k, "auto_int8x").startswith(f"{config} ")
+        assert plan_of(m, n, k, x_quantization="dynamic").startswith(f"{config} ")
     assert plan_of(28672, 8, 7168).startswith(f"{KERNEL} ctas=132 unit_cols=28 ")
     assert "workspace" not in plan_of(4096, 8, 8192)
     assert f"workspace_bytes={2 * 4096 * 8 * 4} " in plan_of(4096, 8, 8448)
@@ -180,7 +180,7 @@ def test_quantising_x_is_asked_for_by_name(device):
     assert torch.equal(layer(x), flash_llm.spmm(x, w))
     layer.x_quantization = "dynamic"
     assert torch.equal(layer(x), y)
-    with pytest.raises(ValueError, match="x_quantization .*'static'"):
+    with pytest.raises(ValueError, match="x_quantization .*static"):
         flash_llm.spmm(x, w, x_quantization="static")
     with pytest.raises(ValueError, match='config .*"dense"'):
         flash_llm.spmm(x, w, x_quantization="dynamic", config="dense")

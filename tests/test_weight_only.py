@@ -6,7 +6,7 @@ import torch
 from flash_llm import weight_only
 
 
-@pytest.mark.parametrize("values", weight_only.VALUES)
+@pytest.mark.parametrize("values", weight_only.WEIGHT_ONLY_VALUES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_product_is_that_of_the_rounded_weight(values, bias):
     torch.manual_seed(0)

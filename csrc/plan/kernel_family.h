@@ -47,14 +47,12 @@ enum class Place { kCpu, kCuda, kBoth };
 struct PlanRequest {
   const SpmmProblem& problem;
   const DeviceInfo& device;
-  const std::string& config;  // "auto", "auto_int8x", or one of the family's configurations
+  const std::string& config;  // "auto" or one of the family's configurations
   int64_t ctas;               // 0 lets the plan choose
 
   bool explain;  // whether the plan's reason is wanted, which costs time
 
-  bool forced() const { return config != "auto" && !int8_x(); }
-  // Whether kernels may quantise X to int8, token by token, where that is faster.
-  bool int8_x() const { return config == "auto_int8x"; }
+  bool forced() const { return config != "auto"; }
 };
 
 // One configuration of a family: its name, and numbers that describe it to users.

@@ -20,6 +20,15 @@ Status parse_activation(const std::string& name, Activation* out) {
   return Status::success();
 }
 
+Status parse_x_quantization(const std::string& name, bool* int8_x) {
+  if (name != "none" && name != "dynamic") {
+    return Status::invalid_value("x_quantization must be \"none\" or \"dynamic\", got \"" + name +
+                                 "\"");
+  }
+  *int8_x = name == "dynamic";
+  return Status::success();
+}
+
 double num_elems(const SpmmProblem& problem) {
   return static_cast<double>(problem.m) * static_cast<double>(problem.k);
 }

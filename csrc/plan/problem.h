@@ -16,6 +16,9 @@ enum class Activation { kNone, kRelu, kGelu, kSilu };
 
 Status parse_activation(const std::string& name, Activation* out);
 
+// "none", or "dynamic": kernels may quantise X to int8, with a scale for each token.
+Status parse_x_quantization(const std::string& name, bool* int8_x);
+
 struct SpmmProblem {
   int64_t m = 0;
   int64_t n = 0;
@@ -23,6 +26,7 @@ struct SpmmProblem {
   int64_t nnz = 0;
   Format format = Format::kTiledCsl;
   ValueType value_type = ValueType::kFloat16;
+  bool int8_x = false;  // whether kernels may quantise X, token by token, where that is faster
 };
 
 // Elements of the weight, zeros included.

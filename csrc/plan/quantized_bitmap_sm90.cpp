@@ -38,7 +38,7 @@ int config_for(int64_t n, bool int8_x) {
 bool takes_int8_x(const PlanRequest& request) {
   const SpmmProblem& problem = request.problem;
   const int64_t least = problem.n <= 8 ? int64_t{32} << 20 : int64_t{128} << 20;
-  return request.int8_x() && problem.k <= kQuantMaxInt8K && problem.m * problem.k >= least;
+  return problem.int8_x && problem.k <= kQuantMaxInt8K && problem.m * problem.k >= least;
 }
 
 }  // namespace

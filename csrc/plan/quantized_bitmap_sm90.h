@@ -12,7 +12,8 @@ namespace flash_llm {
 
 // The kernel's configurations, most of which have one CTA per SM:
 //   name; tokens per CTA; columns of chunks per warp, X of which stays in its registers; whether X
-//   is quantised to int8 with a scale for each token, which only config="auto_int8x" chooses
+//   is quantised to int8 with a scale for each token, which config="auto" chooses only if
+//   SpmmProblem::int8_x allows it
 // clang-format off
 #define FLASH_LLM_QUANTIZED_CONFIGS(row) \
   row(quantized8, 8, 2, false)           \

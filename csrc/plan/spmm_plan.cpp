@@ -55,6 +55,10 @@ Status plan_family(const KernelFamilyRow& family, const PlanRequest& request, Sp
 
 Status plan_forced(const PlanRequest& request, SpmmPlan* out) {
   const DeviceInfo& device = request.device;
+  if (request.problem.int8_x) {
+    return Status::invalid_value("config must be \"auto\" with x_quantization, got \"" +
+                                 request.config + "\"");
+  }
   for (const KernelFamilyRow& family : kernel_families()) {
     if (!family.runs_on(device) || !family.multiplies(request.problem)) continue;
     for (const KernelConfig& config : family.configs()) {
@@ -68,7 +72,7 @@ Status plan_forced(const PlanRequest& request, SpmmPlan* out) {
     }
   }
   return Status::invalid_value(
-      "config must be \"auto\", \"auto_int8x\" or one of " +
+      "config must be \"auto\" or one of " +
       join(plan_names(request.problem.format, request.problem.value_type, !device.is_cpu())) +
       " for format \"" + packed_format(request.problem.format).name + "\" on " +
       (device.is_cpu() ? "the CPU" : "CUDA") + ", got \"" + request.config + "\"");
@@ -115,6 +119,17 @@ std::vector<const PackedFormat*> candidates(ValueType type, const DeviceInfo& de
     }
   }
   return found;
+}
+
+// The format for a device that lacks what its kernels need: one that is multiplied on such devices,
+// so that they can at least unpack it.
+Format format_without_kernel(ValueType type, const DeviceInfo& device) {
+  const auto& families = kernel_families();
+  const auto* family =
+      std::find_if(families.begin(), families.end(), [&](const KernelFamilyRow& row) {
+        return row.chosen_by_format_auto && row.runs_on(device) && row.value_types.contains(type);
+      });
+  return family->formats.first();
 }
 
 }  // namespace
@@ -190,11 +205,7 @@ FormatChoice select_format(int64_t m, int64_t k, int64_t nnz, ValueType type,
   const double elems = static_cast<double>(m) * static_cast<double>(k);
   const double density = elems > 0 ? static_cast<double>(nnz) / elems : 1.0;
   FormatChoice choice;
-  const auto& formats = all_formats();
-  // Where no kernel multiplies the type, any format that holds it will do.
-  choice.format = std::find_if(formats.begin(), formats.end(), [&](const PackedFormat& format) {
-                    return format.value_types.contains(type);
-                  })->id;
+  choice.format = format_without_kernel(type, device);
   double fewest = std::numeric_limits<double>::infinity();
   std::string sizes, others;
   for (const PackedFormat* format : candidates(type, device, &others)) {

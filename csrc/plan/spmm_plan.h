@@ -54,10 +54,9 @@ Status check_plan(const SpmmPlan& plan, KernelFamily family, const SpmmArgs& arg
 // type on the CPU or on CUDA.
 std::vector<std::string> plan_names(Format format, ValueType type, bool cuda);
 
-// Plans a problem. config = "auto" chooses the kernel, and "auto_int8x" too, but from kernels that
-// quantise X as well; any other name forces one. ctas = 0 chooses
-// the number of CTAs, which the CPU and the dense GEMM ignore. explain = false leaves the reason
-// out.
+// Plans a problem. config = "auto" chooses the kernel; any other name forces one, and the problem
+// must not have int8_x. ctas = 0 chooses the number of CTAs, which the CPU and the dense GEMM
+// ignore. explain = false leaves the reason out.
 Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const std::string& config,
                    int64_t ctas, SpmmPlan* out, bool explain = true);
 

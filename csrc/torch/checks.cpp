@@ -129,6 +129,25 @@ DenseMatrix check_dense(const char* op, const Tensor& dense) {
   return check_matrix(op, "dense", dense, value_type_of(op, "dense", dense));
 }
 
+namespace {
+
+// Refuses values outside the grid, and rows with an element that overflows the weight's dtype.
+void check_range(const Tensor& values, const Tensor& scales, at::ScalarType dtype) {
+  const auto [lowest, highest] = at::aminmax(values, 1);
+  TORCH_CHECK_VALUE(lowest.min().item<int64_t>() >= -127,
+                    "flash_llm::pack_quantized: values must lie in -127 ... 127, got -128");
+  const Tensor magnitude = at::maximum(highest, -lowest);
+  const Tensor overflows = at::logical_not(at::isfinite((scales * magnitude).to(dtype)));
+  if (overflows.any().item<bool>()) {
+    const int64_t row = at::argmax(overflows.to(at::kInt)).item<int64_t>();
+    TORCH_CHECK_VALUE(false, "flash_llm::pack_quantized: row ", row, " must be finite in ", dtype,
+                      ", got values up to ", magnitude[row].item<int64_t>(), " times a scale of ",
+                      scales[row].item<float>());
+  }
+}
+
+}  // namespace
+
 DenseMatrix check_quantized(const Tensor& values, const Tensor& scales, at::ScalarType dtype) {
   constexpr const char* kOp = "pack_quantized";
   TORCH_CHECK_TYPE(dtype == at::kHalf || dtype == at::kBFloat16, "flash_llm::", kOp,
@@ -145,8 +164,6 @@ DenseMatrix check_quantized(const Tensor& values, const Tensor& scales, at::Scal
   TORCH_CHECK_VALUE(scales.dim() == 1 && scales.size(0) == dense.m, "flash_llm::", kOp,
                     ": scales must have shape [M=", dense.m, "], got ", scales.sizes());
   check_storage(kOp, "scales", scales);
-  TORCH_CHECK_VALUE(values.numel() == 0 || values.min().item<int64_t>() >= -127, "flash_llm::", kOp,
-                    ": values must lie in -127 ... 127, got -128");
   const Tensor wrong = at::logical_not(
       at::logical_and(at::ge(scales, std::numeric_limits<float>::min()), at::isfinite(scales)));
   if (wrong.any().item<bool>()) {
@@ -155,15 +172,15 @@ DenseMatrix check_quantized(const Tensor& values, const Tensor& scales, at::Scal
                       ": scales must be positive normal numbers, got scales[", row,
                       "] = ", scales[row].item<float>());
   }
+  if (values.numel() > 0) check_range(values, scales, dtype);
   dense.scales = scales.contiguous();
   return dense;
 }
 
 void check_quantized(const PackedWeight& weight) {
-  const ValueTraits traits = value_traits(weight.header.value_type);
-  TORCH_CHECK_TYPE(traits.scales != ScaleGroup::kNone,
-                   "flash_llm::unpack_quantized: values of type ", traits.name,
-                   " are not quantised");
+  const ValueType type = weight.header.value_type;
+  TORCH_CHECK_TYPE(is_quantized(type), "flash_llm::unpack_quantized: values of type ",
+                   value_traits(type).name, " are not quantised");
 }
 
 ValueMatrix DenseMatrix::matrix() const {
@@ -207,8 +224,7 @@ const PackedFormat& choose_format(const char* op, c10::string_view name, const D
     raise_if_error(op, parse_format(std::string(name), &id));
   }
   const PackedFormat& format = packed_format(id);
-  TORCH_CHECK_TYPE(format.value_types.contains(dense.value_type), "flash_llm::", op, ": format \"",
-                   format.name, "\" has no values of type ", value_traits(dense.value_type).name);
+  raise_if_error(op, check_holds(format, dense.value_type));
   check_tiles(op, format, dense.m, dense.k);
   return format;
 }
@@ -227,7 +243,7 @@ PruneTarget check_prune_target(std::optional<double> sparsity, c10::string_view 
 
 SpmmCall check_spmm(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
                     const Tensor& payload, const std::optional<Tensor>& bias,
-                    c10::string_view activation) {
+                    c10::string_view activation, c10::string_view x_quantization) {
   SpmmCall call;
   call.weight = check_packed("spmm", header, offsets, payload);
   const PackedHeader& h = call.weight.header;
@@ -240,6 +256,7 @@ SpmmCall check_spmm(const Tensor& x, at::IntArrayRef header, const Tensor& offse
                     x.size(-1));
   check_storage("spmm", "x", x);
   raise_if_error("spmm", parse_activation(std::string(activation), &call.activation));
+  raise_if_error("spmm", parse_x_quantization(std::string(x_quantization), &call.int8_x));
   if (bias.has_value() && bias->defined()) {
     TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), "flash_llm::spmm: bias must be ",
                      x.scalar_type(), " like x, got ", bias->scalar_type());
@@ -317,7 +334,7 @@ PackedView PackedWeight::view() const {
 
 SpmmProblem SpmmCall::problem() const {
   const PackedHeader& h = weight.header;
-  return {h.m, n, h.k, h.nnz, h.format, h.value_type};
+  return {h.m, n, h.k, h.nnz, h.format, h.value_type, int8_x};
 }
 
 bool SpmmCall::is_degenerate() const {

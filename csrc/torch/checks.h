@@ -84,6 +84,7 @@ struct SpmmCall {
   at::Tensor x;  // [n, k], rows contiguous
   std::optional<at::Tensor> bias;
   Activation activation;
+  bool int8_x;
   int64_t n;
   std::vector<int64_t> y_sizes;
 
@@ -94,7 +95,7 @@ struct SpmmCall {
 
 SpmmCall check_spmm(const at::Tensor& x, at::IntArrayRef header, const at::Tensor& offsets,
                     const at::Tensor& payload, const std::optional<at::Tensor>& bias,
-                    c10::string_view activation);
+                    c10::string_view activation, c10::string_view x_quantization);
 
 // The arguments of the kernels. The call must not be degenerate.
 SpmmArgs spmm_args(const SpmmCall& call, const at::Tensor& y);

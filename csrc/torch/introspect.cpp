@@ -81,16 +81,19 @@ std::vector<std::string> names_of_plans(const std::string& format, bool cuda,
 std::string explain_plan(int64_t m, int64_t n, int64_t k, int64_t nnz,
                          const std::string& value_type, const std::string& format,
                          int compute_capability, int num_sms, int smem_per_sm_bytes,
-                         const std::string& config, int64_t ctas) {
+                         const std::string& config, int64_t ctas,
+                         const std::string& x_quantization) {
   SpmmProblem problem{m, n, k, nnz};
   const std::string where = "flash_llm::explain_plan";
   raise_if_error(where, parse_value_type(value_type, &problem.value_type));
+  raise_if_error(where, parse_x_quantization(x_quantization, &problem.int8_x));
   DeviceInfo device = gpu(compute_capability, num_sms, smem_per_sm_bytes, FLASH_LLM_CUDA_ARCHS);
   raise_if_error(where, detect_cpu(&device));
   if (format == "auto") {
     problem.format = select_format(m, k, nnz, problem.value_type, device).format;
   } else {
     raise_if_error(where, parse_format(format, &problem.format));
+    raise_if_error(where, check_holds(packed_format(problem.format), problem.value_type));
   }
   SpmmPlan plan;
   raise_if_error(where, select_plan(problem, device, config, ctas, &plan));
@@ -129,6 +132,16 @@ void check_header(const std::string& where, const std::vector<int64_t>& ints,
                                 payload_words.value_or(header.payload_words)));
 }
 
+// Refuses a format by name, except "auto", that cannot hold values of the type.
+void check_format_holds(const std::string& where, const std::string& format, int64_t value_type) {
+  ValueType type{};
+  raise_if_error(where, value_type_of(value_type, &type));
+  if (format == "auto") return;
+  Format id;
+  raise_if_error(where, parse_format(format, &id));
+  raise_if_error(where, check_holds(packed_format(id), type));
+}
+
 py::tuple explain_format(int64_t m, int64_t k, int64_t nnz, int compute_capability,
                          int64_t value_type, int64_t expected_tokens) {
   ValueType type{};
@@ -150,7 +163,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("value_type") = "");
   m.def("explain_plan", &explain_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("nnz"),
         py::arg("value_type"), py::arg("format"), py::arg("compute_capability"), py::arg("num_sms"),
-        py::arg("smem_per_sm_bytes"), py::arg("config") = "auto", py::arg("ctas") = 0);
+        py::arg("smem_per_sm_bytes"), py::arg("config") = "auto", py::arg("ctas") = 0,
+        py::arg("x_quantization") = "none");
   m.def("position_of", &position_of, py::arg("row"), py::arg("col"));
   m.def("row_of_position", &row_of_position, py::arg("position"));
   m.def("col_of_position", &col_of_position, py::arg("position"));
@@ -158,6 +172,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("compute_capability"), py::arg("value_type"), py::arg("expected_tokens") = 0);
   m.def("check_header", &check_header, py::arg("where"), py::arg("ints"),
         py::arg("num_offsets") = py::none(), py::arg("payload_words") = py::none());
+  m.def("check_holds", &check_format_holds, py::arg("where"), py::arg("format"),
+        py::arg("value_type"));
   m.def("cpu_isa", &current_cpu_isa);
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"));
   m.def("cpu_isas", &cpu_isas);
@@ -169,6 +185,11 @@ PYBIND11_MODULE(_C, m) {
     row["tile_m"] = format.tile_m;
     row["tile_k"] = format.tile_k;
     row["unit_words"] = format.unit_words;
+    py::list types;
+    for (const ValueType type : kValueTypes) {
+      if (format.value_types.contains(type)) types.append(static_cast<int64_t>(type));
+    }
+    row["value_types"] = types;
     formats[format.name] = row;
   }
   m.attr("FORMATS") = formats;

@@ -14,7 +14,7 @@ namespace flash_llm {
   at::Tensor spmm_##device(const at::Tensor& x, at::IntArrayRef header, const at::Tensor& offsets, \
                            const at::Tensor& payload, const std::optional<at::Tensor>& bias,       \
                            c10::string_view activation, c10::string_view config, int64_t ctas,     \
-                           bool prefetch);                                                         \
+                           bool prefetch, c10::string_view x_quantization);                        \
   Packed pack_##device(const at::Tensor& dense, c10::string_view format, int64_t expected_tokens); \
   Packed pack_quantized_##device(const at::Tensor& values, const at::Tensor& scales,               \
                                  at::ScalarType dtype, c10::string_view format);                   \
@@ -37,7 +37,7 @@ FLASH_LLM_OPERATORS(cuda)
 at::Tensor call_spmm(const at::Tensor& x, at::IntArrayRef header, const at::Tensor& offsets,
                      const at::Tensor& payload, const std::optional<at::Tensor>& bias,
                      c10::string_view activation, c10::string_view config, int64_t ctas,
-                     bool prefetch);
+                     bool prefetch, c10::string_view x_quantization);
 
 // Packing and unpacking on the host, also used for CUDA tensors in a format without CUDA kernels.
 Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, const PackedFormat& format);

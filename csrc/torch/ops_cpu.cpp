@@ -131,8 +131,8 @@ Tensor spmm_cpu_blocks(const SpmmCall& call, CpuIsa isa) {
 Tensor spmm_cpu(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
                 const Tensor& payload, const std::optional<Tensor>& bias,
                 c10::string_view activation, c10::string_view config, int64_t ctas,
-                bool /*prefetch*/) {
-  const SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation);
+                bool /*prefetch*/, c10::string_view x_quantization) {
+  const SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation, x_quantization);
   SpmmPlan plan;
   DeviceInfo device;
   raise_if_error("spmm", detect_cpu(&device));

@@ -226,10 +226,10 @@ void check_capture(const char* op, const Tensor& x) {
 
 Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
                  const Tensor& payload, const std::optional<Tensor>& bias,
-                 c10::string_view activation, c10::string_view config, int64_t ctas,
-                 bool prefetch) {
+                 c10::string_view activation, c10::string_view config, int64_t ctas, bool prefetch,
+                 c10::string_view x_quantization) {
   // Checked before the guard: a single argument on a GPU is enough to dispatch a call here.
-  SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation);
+  SpmmCall call = check_spmm(x, header, offsets, payload, bias, activation, x_quantization);
   check_capture("spmm", x);
   const c10::cuda::CUDAGuard guard(x.device());
   SpmmPlan plan;
@@ -294,7 +294,8 @@ int64_t count_stored_cuda(at::IntArrayRef, const Tensor&, const Tensor&) {
   raise_no_cuda("count_stored");
 }
 Tensor spmm_cuda(const Tensor&, at::IntArrayRef, const Tensor&, const Tensor&,
-                 const std::optional<Tensor>&, c10::string_view, c10::string_view, int64_t, bool) {
+                 const std::optional<Tensor>&, c10::string_view, c10::string_view, int64_t, bool,
+                 c10::string_view) {
   raise_no_cuda("spmm");
 }
 

@@ -32,10 +32,6 @@ Packed pack(const Tensor& dense, Format format) {
   return op.call(dense, packed_format(format).name, 0);
 }
 
-bool is_quantized(const PackedHeader& header) {
-  return value_traits(header.value_type).scales != ScaleGroup::kNone;
-}
-
 Quantized unpack_quantized(const PackedWeight& weight) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flash_llm::unpack_quantized", "")
@@ -128,7 +124,7 @@ Packed slice(at::IntArrayRef header, const Tensor& offsets, const Tensor& payloa
     return copy_rows(weight, first_row, last_row);
   }
   const int64_t rows = last_row - first_row, cols = last_col - first_col;
-  if (is_quantized(h)) {
+  if (is_quantized(h.value_type)) {
     const auto [values, scales] = unpack_quantized(weight);
     return pack_quantized(values.narrow(0, first_row, rows).narrow(1, first_col, cols),
                           scales.narrow(0, first_row, rows), h);
@@ -150,7 +146,7 @@ Packed concat(at::IntArrayRef headers, at::TensorList offsets, at::TensorList pa
     joined.nnz += h.nnz;
     joined.payload_words += h.payload_words;
   }
-  if (!copies && is_quantized(joined)) {
+  if (!copies && is_quantized(joined.value_type)) {
     std::vector<Tensor> all_values, all_scales;
     for (const PackedWeight& part : parts) {
       auto [values, scales] = unpack_quantized(part);

@@ -17,7 +17,7 @@ namespace {
 at::Tensor spmm(const at::Tensor& x, const std::vector<int64_t>& header, const at::Tensor& offsets,
                 const at::Tensor& payload, const std::optional<at::Tensor>& bias) {
   const py::gil_scoped_release no_gil;
-  return call_spmm(x, header, offsets, payload, bias, "none", "auto", 0, true);
+  return call_spmm(x, header, offsets, payload, bias, "none", "auto", 0, true, "none");
 }
 
 }  // namespace

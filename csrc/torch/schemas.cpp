@@ -8,7 +8,8 @@
 TORCH_LIBRARY(flash_llm, m) {
   m.def(
       "spmm(Tensor x, int[] header, Tensor offsets, Tensor payload, Tensor? bias=None, "
-      "str activation=\"none\", str config=\"auto\", int ctas=0, bool prefetch=True) -> Tensor");
+      "str activation=\"none\", str config=\"auto\", int ctas=0, bool prefetch=True, "
+      "str x_quantization=\"none\") -> Tensor");
   m.def(
       "pack(Tensor dense, str format=\"auto\", int expected_tokens=0) -> "
       "(Tensor, Tensor, Tensor)");
@@ -53,11 +54,12 @@ namespace flash_llm {
 at::Tensor call_spmm(const at::Tensor& x, at::IntArrayRef header, const at::Tensor& offsets,
                      const at::Tensor& payload, const std::optional<at::Tensor>& bias,
                      c10::string_view activation, c10::string_view config, int64_t ctas,
-                     bool prefetch) {
+                     bool prefetch, c10::string_view x_quantization) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flash_llm::spmm", "")
                              .typed<decltype(spmm_cpu)>();
-  return op.call(x, header, offsets, payload, bias, activation, config, ctas, prefetch);
+  return op.call(x, header, offsets, payload, bias, activation, config, ctas, prefetch,
+                 x_quantization);
 }
 
 }  // namespace flash_llm

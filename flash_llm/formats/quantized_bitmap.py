@@ -37,12 +37,11 @@ class QuantizedBitmap(PackedWeight):
 
     Example:
         >>> import torch, flash_llm
-        >>> values = torch.randint(-9, 9, (256, 256), dtype=torch.int8)
-        >>> w = flash_llm.ops.pack_quantized(
-        ...     values, torch.ones(256), torch.float16, "quantized_bitmap"
-        ... )
-        >>> bool((w.to_dense() == values).all())
-        True
+        >>> dense = torch.randn(256, 256).to(torch.float16)
+        >>> dense[:, ::2] = 0
+        >>> w = flash_llm.QuantizedBitmap.from_dense(dense, values="int8")
+        >>> w.nbytes < 0.4 * w.dense_nbytes, (w.to_dense() - dense).abs().max().item() < 0.05
+        (True, True)
     """
 
     FORMAT = "quantized_bitmap"

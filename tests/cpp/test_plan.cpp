@@ -438,34 +438,35 @@ TEST(SelectPlanBitmap, AKernelOfTheOtherFormatIsRefusedByName) {
 }
 
 TEST(SelectPlanRows, XIsQuantisedOnlyWhereAskedFor) {
-  const auto chosen = [](ValueType type, int64_t n, int64_t k, const char* config,
-                         bool fast_dense = false, CpuIsa isa = CpuIsa::kAvx2) {
+  const auto chosen = [](ValueType type, int64_t n, int64_t k, bool asked, bool fast_dense = false,
+                         CpuIsa isa = CpuIsa::kAvx2) {
     DeviceInfo device;
     device.cpu_isa = isa;
     device.cpu_fast_dense_bf16 = device.cpu_fast_dense_fp16 = fast_dense;
     SpmmProblem p = problem(64, n, k, 0.5);
     p.format = Format::kRowBitmap;
     p.value_type = type;
+    p.int8_x = asked;
     SpmmPlan plan;
-    EXPECT_TRUE(select_plan(p, device, config, 0, &plan).ok());
+    EXPECT_TRUE(select_plan(p, device, "auto", 0, &plan).ok());
     EXPECT_FALSE(plan.reason.empty());
     return plan.name();
   };
-  constexpr const char* kAsked = "auto_int8x";
-  EXPECT_EQ(chosen(ValueType::kInt8Float16, 1, 64, "auto"), "cpu_rows");
-  EXPECT_EQ(chosen(ValueType::kFloat16, 1, 64, kAsked), "cpu_rows");
-  EXPECT_EQ(chosen(ValueType::kInt8Float16, 1, 64, kAsked), "cpu_rows_int8x");
-  EXPECT_EQ(chosen(ValueType::kInt8Float16, 4096, kCpuMaxInt8K, kAsked), "cpu_rows_int8x");
-  EXPECT_EQ(chosen(ValueType::kInt8Float16, 1, kCpuMaxInt8K + 1, kAsked), "cpu_rows");
-  EXPECT_EQ(chosen(ValueType::kInt8Bfloat16, 129, 64, kAsked), "cpu_rows_int8x");
-  EXPECT_EQ(chosen(ValueType::kInt8Bfloat16, 129, 64, kAsked, true), "cpu_blocks");
-  EXPECT_EQ(chosen(ValueType::kInt8Bfloat16, 17, 64, kAsked, false, CpuIsa::kPortable),
-            "cpu_blocks");
+  EXPECT_EQ(chosen(ValueType::kInt8Float16, 1, 64, false), "cpu_rows");
+  EXPECT_EQ(chosen(ValueType::kFloat16, 1, 64, true), "cpu_rows");
+  EXPECT_EQ(chosen(ValueType::kInt8Float16, 1, 64, true), "cpu_rows_int8x");
+  EXPECT_EQ(chosen(ValueType::kInt8Float16, 4096, kCpuMaxInt8K, true), "cpu_rows_int8x");
+  EXPECT_EQ(chosen(ValueType::kInt8Float16, 1, kCpuMaxInt8K + 1, true), "cpu_rows");
+  EXPECT_EQ(chosen(ValueType::kInt8Bfloat16, 129, 64, true), "cpu_rows_int8x");
+  EXPECT_EQ(chosen(ValueType::kInt8Bfloat16, 129, 64, true, true), "cpu_blocks");
+  EXPECT_EQ(chosen(ValueType::kInt8Bfloat16, 17, 64, true, false, CpuIsa::kPortable), "cpu_blocks");
   SpmmProblem p = problem(64, 1, kCpuMaxInt8K + 1, 0.5);
   p.format = Format::kRowBitmap;
   p.value_type = ValueType::kInt8Float16;
   EXPECT_TRUE(mentions(failure_of(p, kCpu, "cpu_rows_int8x").message,
                        {"cpu_rows_int8x", std::to_string(kCpuMaxInt8K)}));
+  p.int8_x = true;
+  EXPECT_TRUE(mentions(failure_of(p, kCpu, "cpu_rows").message, {"x_quantization", "cpu_rows"}));
 }
 
 TEST(SelectPlanRows, KernelOrBlocksByTokensTypeAndInstructionSet) {
@@ -647,8 +648,30 @@ TEST(SelectFormat, FollowsTheDeviceAndTheDensity) {
   EXPECT_EQ(name(0.5, kCpu), Format::kRowBitmap);
   EXPECT_EQ(name(0.99, kCpu), Format::kRowBitmap);
   EXPECT_EQ(name(0.99, kCpu, ValueType::kInt8Bfloat16), Format::kRowBitmap);
-  for (const DeviceInfo& device : {kH200, kB200, kRtx5090}) {
+  // GPUs without a kernel for them unpack quantised values themselves, too.
+  for (const DeviceInfo& device : {kA100, kL40S, kH200, kB200, kRtx5090}) {
     EXPECT_EQ(name(0.99, device, ValueType::kInt8Bfloat16), Format::kQuantizedBitmap);
+  }
+  const DeviceInfo too_old = gpu(75, 40, 64 * 1024, kArchs);
+  EXPECT_EQ(name(0.5, too_old), Format::kTiledCsl);
+  EXPECT_EQ(name(0.5, too_old, ValueType::kInt8Float16), Format::kQuantizedBitmap);
+}
+
+TEST(SelectFormat, ComparesBytesThatAreNoWholeNumber) {
+  for (const PackedFormat& format : all_formats()) {
+    const double wide = format.bytes_per_element(0.5, 8), narrow = format.bytes_per_element(0.5, 4);
+    if (format.value_types.contains(ValueType::kInt8Float16)) EXPECT_LT(narrow, wide - 0.2);
+  }
+}
+
+TEST(SelectPlanQuantized, GpusWithoutTheKernelUnpackTheWeight) {
+  SpmmProblem p = problem(4096, 1, 4096, 0.5);
+  p.value_type = ValueType::kInt8Float16;
+  p.format = Format::kQuantizedBitmap;
+  for (const DeviceInfo& device : {kA100, kL40S}) {
+    const SpmmPlan plan = plan_of(p, device);
+    EXPECT_EQ(plan.name(), "dense");
+    EXPECT_TRUE(mentions(plan.reason, {"needs", "9.0"})) << plan.reason;
   }
 }
 
