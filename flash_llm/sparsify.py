@@ -26,7 +26,7 @@ from flash_llm.ops import PackedWeight
 from flash_llm.progress import ProgressBar, track
 from flash_llm.report_base import Report
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS, match_layers, refuse_tied
-from flash_llm.table import aligned, grouped, kind, shape_text, span
+from flash_llm.table import aligned, grouped, kind, shape_text, span, stored_text
 
 # The attributes of nn.Module for hooks. The new layer gets the same dictionaries, because the
 # handles with which users remove hooks refer to them.
@@ -49,14 +49,15 @@ class LayerReport:
     Attributes:
         name: dotted name in the model; the first one of a module that has several.
         shape: ``[out_features, in_features]``; the parameter's shape if a 3-D one was skipped.
-        sparsity: fraction of zeros in [0, 1] in the packed weight; None if skipped.
-        dense_bytes: bytes of the dense weight.
-        packed_bytes: bytes of the packed weight, also if the layer stays dense; None if skipped.
-        format: name of the packed format, also if the layer stays dense; None if skipped.
+        sparsity: fraction of zeros in [0, 1] in the packed weight; None if there is none.
+        dense_bytes: bytes of the dense weight; of a layer that was packed before, its packed bytes.
+        packed_bytes: bytes of the packed weight, also if the layer stays dense; None if there is
+            none: the layer was skipped and is not packed.
+        format: name of the packed format, likewise.
         decision: ``"packed"``, ``"dense"`` (packing would not shrink it) or ``"skipped"`` (the
             layer cannot be packed, or is left alone).
         reason: one sentence.
-        values: what the packed weight stores, ``"16-bit"`` or ``"int8"``; None if skipped.
+        values: what the packed weight stores, ``"16-bit"`` or ``"int8"``, likewise.
     """
 
     name: str
@@ -72,9 +73,7 @@ class LayerReport:
     @property
     def stored_as(self) -> str:
         """Format, and values that are not of 16 bits, for a table."""
-        if self.values in (None, "16-bit"):
-            return self.format or "-"
-        return f"{self.format} {self.values}"
+        return stored_text(self.format or "-", self.values or "16-bit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +248,10 @@ def sparsify_(
         scope: ``"row"``, ``"layer"`` or ``"N:M"`` (which prunes even when ``sparsity`` is None).
         format: ``"auto"`` (the format that multiplies fastest on the layer's device),
             ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"``, ``"gather"`` or ``"quantized_bitmap"``.
-        values: ``"16-bit"`` or ``"int8"``, as :func:`flash_llm.pack` takes it.
+        values: ``"16-bit"`` or ``"int8"``, as :func:`flash_llm.pack` takes it. ``"int8"`` shrinks
+            layers without zeros too, so these are rounded and packed as well; ``ignore`` leaves
+            them alone. Layers that are packed already keep their values:
+            :meth:`SparseLinear.to_linear` makes them dense first.
         expected_tokens: how many tokens most products will have at most, if that is known; see
             :func:`flash_llm.pack`.
         pack_unprofitable: whether to replace layers that packing does not shrink too.
@@ -295,6 +297,7 @@ def sparsify_for_files_(
     ignore: str | Sequence[str],
     *,
     format: str,
+    values: str,
     expected_tokens: int | None,
     progress: bool | ProgressBar,
 ) -> SparsifyReport:
@@ -304,9 +307,9 @@ def sparsify_for_files_(
     """
 
     def pack(layer: nn.Module) -> PackedWeight:
-        packed = pack_layer(layer, format=format)
-        stored = ops.stored_format(packed, format, expected_tokens)
-        return packed if stored == format else ops.pack(packed.to_dense(), stored)
+        packed = pack_layer(layer, format=format, values=values)
+        stored = ops.stored_format(packed, format, expected_tokens, values)
+        return packed if stored == format else ops.repack(packed, stored)
 
     return _sparsify(model, targets, ignore, pack, format, expected_tokens, False, progress)
 
@@ -354,7 +357,10 @@ def _sparsify(
             rows.append(_skipped_row(name, module, skip[module]))
             continue
         whole = tensor_parallel.gathered(module) if module in distributed else module
-        packed = pack(whole)
+        try:
+            packed = pack(whole)
+        except ValueError as error:
+            raise ValueError(f"flash_llm.sparsify_: {name}: {error}") from None
         row = decide(name, packed, pack_unprofitable)
         rows.append(row)
         if row.decision == "packed":

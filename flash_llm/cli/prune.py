@@ -11,6 +11,7 @@ from flash_llm.cli import options
 from flash_llm.demo import pick_device
 from flash_llm.io.convert import parse_dtype
 from flash_llm.prune.checkpoint import parse_allocation, plan_pruning, prune_checkpoint
+from flash_llm.quantize import GRIDS
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS
 
 
@@ -49,6 +50,13 @@ def prune(
         bool, typer.Option(help="Save packed weights, or dense weights with zeros.")
     ] = True,
     format: options.Format = "auto",
+    values: Annotated[
+        str,
+        typer.Option(
+            help="Round the weights that stay: 16-bit does not, int8 is stored in 8 bits; "
+            f"{', '.join(name for name in GRIDS if name != 'int8')} are stored in 16."
+        ),
+    ] = "16-bit",
     expected_tokens: options.ExpectedTokens = None,
     dtype: options.Dtype = None,
     device: options.Device = "auto",
@@ -74,6 +82,7 @@ def prune(
         "ignore": DEFAULT_IGNORE if ignore is None else ignore,
         "pack": pack,
         "format": format,
+        "values": None if values == "16-bit" else values,
         "expected_tokens": expected_tokens,
         "dtype": parse_dtype(dtype),
         "trust_remote_code": trust_remote_code,

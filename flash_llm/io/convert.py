@@ -115,7 +115,9 @@ def convert_checkpoint(
         ignore: patterns of the layers to leave dense; overrides ``targets``.
         format: ``"auto"`` (the fastest on the CPU; a layer is packed again when it is loaded on a
             device for which another format is faster), or a format's name.
-        values: ``"16-bit"`` or ``"int8"``, as :func:`flash_llm.pack` takes it.
+        values: ``"16-bit"`` or ``"int8"``, as :func:`flash_llm.pack` takes it. ``"int8"`` shrinks
+            weights without zeros too, so these are rounded and packed as well; ``ignore`` leaves
+            them dense.
         expected_tokens: how many tokens most products on a GPU will have at most, if that is known:
             ``"auto"`` then writes ``"gather"`` where :func:`flash_llm.pack` would on a GPU.
         dtype: cast float32 weights to this dtype first, float16 or bfloat16. None leaves them

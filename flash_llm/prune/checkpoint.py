@@ -148,6 +148,7 @@ def plan_pruning(
     ignore: str | Sequence[str] = DEFAULT_IGNORE,
     pack: bool = True,
     format: str = "auto",
+    values: str | None = None,
     expected_tokens: int | None = None,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
@@ -166,6 +167,7 @@ def plan_pruning(
         ignore: likewise.
         pack: likewise.
         format: likewise.
+        values: likewise.
         expected_tokens: likewise.
         dtype: likewise.
         trust_remote_code: likewise.
@@ -178,6 +180,7 @@ def plan_pruning(
         ValueError: likewise, except for errors in the values of weights.
     """
     src, missing = Path(src), []
+    options["values"] = values
     if _needs_sparsity(make_recipe(**options)):
         missing.append("sparsity")
         options["sparsity"] = 0.0  # any value, to check the rest
@@ -202,6 +205,7 @@ def prune_checkpoint(
     ignore: str | Sequence[str] = DEFAULT_IGNORE,
     pack: bool = True,
     format: str = "auto",
+    values: str | None = None,
     expected_tokens: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -224,6 +228,8 @@ def prune_checkpoint(
         ignore: patterns of the layers to leave alone; wins over ``targets``.
         pack: pack the layers that become smaller; False saves dense weights with zeros.
         format: of the packed weights, as in :func:`flash_llm.sparsify_`.
+        values: round the weights that stay, as in :func:`flash_llm.prune_`. ``"int8"`` values are
+            packed as such; those of other types are stored as numbers of 16 bits.
         expected_tokens: as in :func:`flash_llm.convert_checkpoint`.
         dtype: load the model in this dtype; None for the dtype of its weights. Packed weights are
             float16 or bfloat16.
@@ -242,7 +248,8 @@ def prune_checkpoint(
         FileNotFoundError: ``src`` holds no checkpoint, or ``calibration`` does not exist.
         FileExistsError: ``dst`` exists, or ``dst.partial`` belongs to other arguments or is in use
             by another run.
-        TypeError: ``pack`` and the weights are neither float16 nor bfloat16; an option is unknown.
+        TypeError: ``pack``, and the weights are neither float16 nor bfloat16, or the format does
+            not hold such values; an option is unknown.
         ValueError: ``src`` is packed, quantised, broken, of an architecture that transformers does
             not know, or contains code that is not trusted; an argument or a weight that
             :func:`flash_llm.prune_` refuses; there is no tokenizer for the calibration text.
@@ -250,6 +257,7 @@ def prune_checkpoint(
             layers stay in ``dst.partial``.
     """
     src, dst = Path(src), Path(dst)
+    options["values"] = values
     request = _Request(
         *(src, dst, targets, ignore, pack, format, expected_tokens),
         *(dtype, trust_remote_code, options),
@@ -284,6 +292,7 @@ def prune_checkpoint(
             packing = sparsify_for_files_(
                 *(model, targets, ignore),
                 format=format,
+                values=_stored_values(request.recipe),
                 expected_tokens=expected_tokens,
                 progress=progress,
             )
@@ -350,6 +359,8 @@ class _Request:
                 f"{_CALLER}: the weights of {src} are {str(dtype).removeprefix('torch.')}, packed "
                 "ones are float16 or bfloat16; pass dtype=, or pack=False"
             )
+        if pack:
+            ops.check_holds(_CALLER, format, dtype, _stored_values(self.recipe))
         if dst is not None:
             check_destination(Path(dst), _CALLER)
         self.plan = PrunePlan(
@@ -358,6 +369,11 @@ class _Request:
             str(dtype).removeprefix("torch."),
             sum(parameter.numel() * dtype.itemsize for parameter in self.model.parameters()),
         )
+
+
+def _stored_values(recipe: PruneRecipe) -> str:
+    """What packed weights store of a pruned model: their values tell the scales."""
+    return "int8" if recipe.values == "int8" else "16-bit"
 
 
 def _needs_sparsity(recipe: PruneRecipe) -> bool:
