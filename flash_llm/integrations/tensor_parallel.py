@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flash_llm.linear import SparseLinear, is_dtensor
+from flash_llm.linear import SparseLinear, is_dtensor, local_part
 
 
 def styles(model: nn.Module) -> dict[nn.Module, tuple[Any, Any]]:
@@ -70,11 +70,25 @@ def shard_(layer: SparseLinear, style: Any, mesh: Any) -> None:
     # With this flag transformers passes plain tensors to forward, and leaves the bias out where it
     # sums outputs over the processes.
     layer._hf_quantized_needs_local_tp = True
-    dense = layer.to_linear()
-    style.shard_param(dense, "weight", mesh)
-    weight: Any = dense.weight
-    if is_dtensor(weight):
-        layer.keep_part(weight.to_local())
+    packed = layer.packed
+    if packed.values == "16-bit":
+        part, scales = _part(packed.to_dense(), style, mesh), None
+    else:
+        values, of_rows = packed.to_quantized()
+        part = _part(values, style, mesh)
+        # Cut like the values, whatever the style: every element with the scale of its row.
+        scales = _part(of_rows[:, None].expand_as(values), style, mesh)[:, 0]
+    if part.shape != packed.shape:
+        layer.keep_part(part, scales)
+
+
+def _part(weight: Tensor, style: Any, mesh: Any) -> Tensor:
+    """Return this process's part of a tensor of a weight's shape; all of it if it is not cut."""
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    style.shard_param(linear, "weight", mesh)
+    return local_part(linear.weight)
 
 
 def carry_plan(old: nn.Module, new: SparseLinear, style: Any, mesh: Any) -> None:
