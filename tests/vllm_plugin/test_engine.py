@@ -11,7 +11,8 @@ pytest.importorskip("vllm.config", reason="needs vLLM; .ci/run makes an environm
 
 from engines import assert_close, assert_same, engine, generate  # noqa: E402
 
-from flash_llm import PackedWeight  # noqa: E402
+import flash_llm  # noqa: E402
+from flash_llm import PackedWeight, SparseLinear  # noqa: E402
 
 
 def layers(llm):
@@ -125,11 +126,34 @@ def test_dense_folder_with_zeros(folders, expected, tmp_path):
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(sparser)})
 
 
-def test_random_weights_with_a_sparsity(folders):
-    overrides = {"quantization_config": {"quant_method": "flash_llm", "sparsity": 0.8}}
+def test_folder_with_int8_values(folders, tmp_path):
+    model = flash_llm.from_pretrained(folders["llama"] / "dense")
+    flash_llm.sparsify_(model, values="int8")
+    model.save_pretrained(tmp_path / "packed")
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SparseLinear):
+            model.set_submodule(name, layer.to_linear())
+    model.save_pretrained(tmp_path / "dense")
+    with engine(tmp_path / "dense") as llm:
+        rounded = generate(llm)
+    with engine(tmp_path / "packed") as llm:
+        assert_same(generate(llm), rounded)
+        assert llm.apply_model(values_of_layers) == [{"int8"}]
+
+
+def values_of_layers(model):
+    headers = [getattr(layer, "packed_header", None) for layer in model.modules()]
+    return {header.values for header in headers if header is not None}
+
+
+@pytest.mark.parametrize("values", ["16-bit", "int8"])
+def test_random_weights_with_a_sparsity(values, folders):
+    quantization = {"quant_method": "flash_llm", "sparsity": 0.8, "values": values}
+    overrides = {"quantization_config": quantization}
     options = {"load_format": "dummy", "hf_overrides": overrides}
     with engine(folders["llama"] / "dense", **options) as llm:
         generate(llm)
+        assert llm.apply_model(values_of_layers) == [{values}]
         for name, weight in layers(llm).items():
             assert (weight == 0).float().mean() == pytest.approx(0.8, abs=0.01), name
     with (

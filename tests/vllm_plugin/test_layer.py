@@ -7,7 +7,7 @@ from torch import nn
 pytest.importorskip("vllm.config", reason="needs vLLM; .ci/run makes an environment for it")
 
 import flash_llm  # noqa: E402
-from flash_llm import PackedWeight, sparsify_  # noqa: E402
+from flash_llm import PackedWeight, quantize, sparsify_  # noqa: E402
 from flash_llm.testing import random_sparse  # noqa: E402
 
 K, HEAD, HEADS, KV_HEADS, MLP = 128, 16, 8, 2, 96
@@ -52,17 +52,25 @@ def weights():
     }
 
 
-@pytest.fixture(scope="module")
-def packed_folder(weights, tmp_path_factory):
-    """All layers packed but up_proj."""
+def save_packed(weights, folder, **options):
+    """Save layers of which all are packed but up_proj."""
     model = nn.ModuleDict()
     for name, weight in weights.items():
         model[name] = nn.Linear(*weight.T.shape, bias=False, dtype=torch.bfloat16)
         model[name].weight.data.copy_(weight)
-    sparsify_(model, ignore=["up_proj"])
-    folder = tmp_path_factory.mktemp("layers")
+    sparsify_(model, ignore=["up_proj"], **options)
     flash_llm.save(model, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def packed_folder(weights, tmp_path_factory):
+    return save_packed(weights, tmp_path_factory.mktemp("layers"))
+
+
+@pytest.fixture(scope="module")
+def int8_folder(weights, tmp_path_factory):
+    return save_packed(weights, tmp_path_factory.mktemp("int8"), values="int8")
 
 
 def build(name, folder=None, *, rank=0, size=1, bias=False, prefix=None):
@@ -100,10 +108,14 @@ def load(layer, name, tensors):
     finalize_layerwise_processing(layer, None)
 
 
-def weight_of(layer):
+def packed_of(layer):
     header = layer.packed_header
     cls = PackedWeight.class_for(header.format)
-    return cls(header, layer.weight_offsets, layer.weight_packed).to_dense()
+    return cls(header, layer.weight_offsets, layer.weight_packed)
+
+
+def weight_of(layer):
+    return packed_of(layer).to_dense()
 
 
 def part(name, weights, rank, size):
@@ -134,6 +146,27 @@ def test_parts_of_processes(name, rank, size, weights, packed_folder):
     assert packed.packed_header == dense.packed_header
     assert torch.equal(packed.weight_packed, dense.weight_packed)
     assert torch.equal(packed.weight_offsets, dense.weight_offsets)
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2), (5, 8)])
+def test_int8_values_are_cut_and_fused_with_their_scales(name, rank, size, weights, int8_folder):
+    from safetensors.torch import load_file
+
+    layer = build(name, int8_folder, rank=rank, size=size)
+    load(layer, name, load_file(int8_folder / "model.safetensors"))
+    rounded = {key: quantize.round_to_int8(weight) for key, weight in weights.items()}
+    dense = {key: quantize.dequantize(*both, torch.bfloat16) for key, both in rounded.items()}
+    dense["up_proj"] = weights["up_proj"]
+    assert torch.equal(weight_of(layer), part(name, dense, rank, size))
+    if name == "gate_up_proj":  # rounding up_proj, which is dense in the folder, would change it
+        assert layer.packed_header.values == "16-bit"
+        return
+    values, scales = packed_of(layer).to_quantized()
+    assert torch.equal(values, part(name, {key: v for key, (v, _) in rounded.items()}, rank, size))
+    of_elements = {key: s[:, None].expand_as(v) for key, (v, s) in rounded.items()}
+    stored = values.any(1)  # rows without values have no scale of their own
+    assert torch.equal(scales[stored], part(name, of_elements, rank, size)[:, 0][stored])
 
 
 def test_packed_parts_of_a_layer_that_was_taken_for_dense(packed_folder):

@@ -108,9 +108,16 @@ def test_expected_tokens(folder, tokens, error):
         configured(folder)
 
 
-def test_a_sparsity_for_a_packed_folder(folder):
-    change_config(folder, sparsity=0.8)
-    with pytest.raises(ValueError, match=r"model\.layers.*model\.safetensors"):
+@pytest.mark.parametrize(("option", "value"), [("sparsity", 0.8), ("values", "int8")])
+def test_an_option_of_dense_models_for_a_packed_folder(option, value, folder):
+    change_config(folder, **{option: value})
+    with pytest.raises(ValueError, match=rf"{option} .*model\.layers.*model\.safetensors"):
+        configured(folder)
+
+
+def test_values(folder):
+    change_config(folder, values="int5")
+    with pytest.raises(ValueError, match='values .*"int5"'):
         configured(folder)
 
 

@@ -60,16 +60,20 @@ class FlashLLMConfig(QuantizationConfig):
 
     An ``"expected_tokens"`` in that config says how many tokens most steps will have at most
     (requests that decode together): the layers are packed for so few, see :func:`flash_llm.pack`.
+    ``"values": "int8"`` rounds the weights of a dense model to int8; packed layers of a folder keep
+    their values.
 
     Embeddings, output layers and the experts of mixtures stay dense.
 
     Args:
         sparsity: fraction of zeros in [0, 1] to prune each row to; None packs the zeros there are.
+        values: ``"16-bit"`` or ``"int8"``, what to store of dense weights; None for 16-bit.
         expected_tokens: None if it is unknown.
         packed_folder: whether the model's config says that its folder holds packed layers.
 
     Raises:
-        ValueError: ``sparsity`` is outside [0, 1], or ``expected_tokens`` is not positive.
+        ValueError: ``sparsity`` is outside [0, 1], ``values`` is unknown, or ``expected_tokens`` is
+            not positive.
         TypeError: ``sparsity`` is no number, or ``expected_tokens`` no integer.
         RuntimeError: the compiled extension is missing.
     """
@@ -78,6 +82,7 @@ class FlashLLMConfig(QuantizationConfig):
         self,
         sparsity: float | None = None,
         *,
+        values: str | None = None,
         expected_tokens: int | None = None,
         packed_folder: bool = False,
     ) -> None:
@@ -91,7 +96,10 @@ class FlashLLMConfig(QuantizationConfig):
                 )
             if not 0 <= sparsity <= 1:
                 raise ValueError(f"flash_llm: sparsity must lie in [0, 1], got {sparsity}")
+        if values is not None:
+            ops.check_values(values)
         self.sparsity = sparsity
+        self.values = values
         self.expected_tokens = expected_tokens
         self.packed_folder = packed_folder
         self.checkpoint: Checkpoint | None = None
@@ -108,7 +116,7 @@ class FlashLLMConfig(QuantizationConfig):
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
         """Dtypes that a model may run in."""
-        return list(ops.VALUE_DTYPES.values())
+        return list(dict.fromkeys(ops.VALUE_DTYPES.values()))
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -125,8 +133,8 @@ class FlashLLMConfig(QuantizationConfig):
         """Read the ``quantization_config`` of a model.
 
         Args:
-            config: ``quant_method``, and ``version`` (of packed folders), ``sparsity`` or
-                ``expected_tokens``.
+            config: ``quant_method``, and ``version`` (of packed folders), ``sparsity``, ``values``
+                or ``expected_tokens``.
 
         Raises:
             NotImplementedError: a newer flash_llm wrote the folder.
@@ -134,18 +142,20 @@ class FlashLLMConfig(QuantizationConfig):
             TypeError: as the constructor.
         """
         hf_quantizer.FlashLLMConfig(**config)  # refuses versions that cannot be read
-        options = ("sparsity", "expected_tokens")
+        options = ("sparsity", "values", "expected_tokens")
         unknown = sorted(config.keys() - {"quant_method", "version", *options})
         if unknown:
             raise ValueError(
                 f'flash_llm: quantization_config must hold "quant_method" and "version", '
-                f'"sparsity" or "expected_tokens", got "{unknown[0]}"'
+                f'"sparsity", "values" or "expected_tokens", got "{unknown[0]}"'
             )
-        sparsity, expected_tokens = (config.get(option) for option in options)
+        sparsity, values, expected_tokens = (config.get(option) for option in options)
+        given = values is not None or expected_tokens is not None
         return cls(
             sparsity,
+            values=values,
             expected_tokens=expected_tokens,
-            packed_folder=sparsity is None and (expected_tokens is None or "version" in config),
+            packed_folder=sparsity is None and (not given or "version" in config),
         )
 
     def maybe_update_config(
@@ -164,7 +174,7 @@ class FlashLLMConfig(QuantizationConfig):
         Raises:
             FileNotFoundError: the config names flash_llm, and there are no safetensors files.
             ValueError: a file is malformed; the config names flash_llm, and nothing is packed; or
-                layers are packed, and a ``sparsity`` is given.
+                layers are packed, and a ``sparsity`` or ``values`` are given.
             TypeError: a tensor of a packed layer has the wrong dtype.
             NotImplementedError: a newer flash_llm wrote the files.
         """
@@ -193,12 +203,13 @@ class FlashLLMConfig(QuantizationConfig):
                 f'flash_llm: the config of {folder} names "{METHOD}", but no layer is packed '
                 "there; to prune a dense model by magnitude while it loads, give a sparsity"
             )
-        if self.stored and self.sparsity is not None:
-            first = next(iter(self.stored))
-            raise ValueError(
-                f"flash_llm: a sparsity of {self.sparsity} is given, but {first} is packed "
-                f"already in {self.file_of(first)}"
-            )
+        for option, given in (("sparsity", self.sparsity), ("values", self.values)):
+            if self.stored and given is not None:
+                first = next(iter(self.stored))
+                raise ValueError(
+                    f"flash_llm: {option} {given} is given, but {first} is packed already in "
+                    f"{self.file_of(first)}"
+                )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the packed layers as vLLM's model does."""

@@ -3,7 +3,10 @@
 A layer is loaded as vLLM loads weights that it quantises itself: what the files hold is collected
 until the layer is complete, one dense weight at a time is on the device, and vLLM's own loaders
 fuse shards and cut the part of this process. So packed and dense checkpoints, fused layers and
-tensor parallel take one way, and the packed bytes are those of packing the dense weight.
+tensor parallel take one way, and the packed bytes are those of packing the dense weight. Where all
+shards of a layer have int8 values, these take the place of the dense weight, beside their scales,
+so nothing is rounded again. If only some have, the layer gets 16-bit values, because int8 ones
+would round the other shards.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     get_layerwise_info,
     initialize_online_processing,
 )
-from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 
 from flash_llm import ops
 from flash_llm.linear import BUFFERS
@@ -91,8 +94,8 @@ class FlashLLMLinearMethod(LinearMethodBase):
         """
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
-        weight = self._assemble(layer)
-        row, packed = self._pack(weight)
+        weight, scales = self._assemble(layer)
+        row, packed = self._pack(weight, scales)
         if packed is not None:
             packed = interchangeable(packed)
         previous = getattr(layer, "packed_header", None)
@@ -121,14 +124,29 @@ class FlashLLMLinearMethod(LinearMethodBase):
             x, layer.packed_header, layer.weight_offsets, layer.weight_packed, bias
         )
 
-    def _empty_weight(self, layer: Any, device: torch.device | str) -> ModelWeightParameter:
+    def _empty_weight(
+        self, layer: Any, device: torch.device | str, dtype: torch.dtype | None = None
+    ) -> ModelWeightParameter:
         """A dense weight for this process, which vLLM's loader of the layer can fill."""
         return ModelWeightParameter(
-            data=torch.empty(self.shape, dtype=self.dtype, device=device),
+            data=torch.empty(self.shape, dtype=dtype or self.dtype, device=device),
             input_dim=1,
             output_dim=0,
             weight_loader=layer.weight_loader,
         )
+
+    def _empty_scales(self, layer: Any, device: torch.device) -> ChannelQuantScaleParameter:
+        """The scales of the rows of a quantised weight, likewise."""
+        return ChannelQuantScaleParameter(
+            data=torch.empty(self.shape[0], dtype=torch.float32, device=device),
+            output_dim=0,
+            weight_loader=layer.weight_loader,
+        )
+
+    def _is_quantized(self) -> bool:
+        """Whether the layer gets int8 values because all of its shards have them."""
+        values = {header.values if header else "16-bit" for header in self.headers}
+        return values == {"int8"} and ops.is_packable(self.dtype)
 
     def _stored_formats(self) -> set[str]:
         """Formats of the shards that are packed in the checkpoint."""
@@ -174,8 +192,12 @@ class FlashLLMLinearMethod(LinearMethodBase):
             return set(range(len(self.shards)))
         return set(shard_id) if isinstance(shard_id, tuple) else {_PLACES.get(shard_id, shard_id)}
 
-    def _assemble(self, layer: Any) -> ModelWeightParameter:
-        """Return the dense weight of this process from what was loaded, which must be complete."""
+    def _assemble(self, layer: Any) -> tuple[Any, Any]:
+        """Return the weight of this process from what was loaded, which must be complete.
+
+        Returns:
+            The dense weight, and None; or int8 values, and the scales of their rows.
+        """
         loaded: dict[str, dict[Any, Any]] = {name: {} for name in ("weight", *BUFFERS)}
         for name, arguments in get_layerwise_info(layer).loaded_weights:
             shard_id = arguments.arguments.get("loaded_shard_id")
@@ -183,19 +205,27 @@ class FlashLLMLinearMethod(LinearMethodBase):
                 loaded.setdefault(name, {})[place] = shard_id
         if not self.dummy:
             self._refuse_missing(layer, loaded)
-        weight = getattr(layer, "weight", None)
+        weight, scales, quantized = getattr(layer, "weight", None), None, self._is_quantized()
         if weight is None:
-            weight = self._empty_weight(layer, layer.weight_payload.device)
+            device = layer.weight_payload.device
+            weight = self._empty_weight(layer, device, torch.int8 if quantized else None)
+            scales = self._empty_scales(layer, device) if quantized else None
         for place, parts in self._packed_parts(layer).items():
             name, shard_id = self.shards[place], loaded[BUFFERS[0]][place]
+            shard = () if shard_id is None else (shard_id,)
             try:
-                dense = PackedWeight.from_tensors(*parts).to_dense()
+                packed = PackedWeight.from_tensors(*parts)
             except (ValueError, TypeError) as error:
                 raise type(error)(
                     f"flash_llm: {name} in {self.config.file_of(name)} is malformed: {error}"
                 ) from None
-            layer.weight_loader(weight, dense, *(() if shard_id is None else (shard_id,)))
-        return weight
+            if quantized:
+                values, of_rows = packed.to_quantized()
+                layer.weight_loader(weight, values, *shard)
+                layer.weight_loader(scales, of_rows, *shard)
+            else:
+                layer.weight_loader(weight, packed.to_dense(), *shard)
+        return weight, scales
 
     def _packed_parts(self, layer: Any) -> dict[int, tuple[Tensor, ...]]:
         """Header, offsets and payload of each shard that is packed, by its place."""
@@ -233,22 +263,29 @@ class FlashLLMLinearMethod(LinearMethodBase):
                 "model's files?"
             )
 
-    def _pack(self, weight: Tensor) -> tuple[LayerReport, PackedWeight | None]:
+    def _pack(
+        self, weight: Tensor, scales: Tensor | None
+    ) -> tuple[LayerReport, PackedWeight | None]:
         """Return what becomes of a layer, and its packed weight if that is what it gets."""
         stored = any(self.headers)
-        if not ops.is_packable(weight.dtype):
-            reason = f"{weight.dtype} is not packed"
+        if not ops.is_packable(self.dtype):
+            reason = f"{self.dtype} is not packed"
         elif self.config.stored and not stored:
             reason = "dense in the folder"
         else:
             # A folder has gather if few tokens are expected; only GPUs have kernels for it.
             few = weight.device.type == "cuda" and "gather" in self._stored_formats()
             format = "gather" if few else "auto"
-            expected = self.config.expected_tokens
-            if self.config.sparsity is None:
-                packed = ops.pack(weight.data, format, expected_tokens=expected)
+            options: dict[str, Any] = {
+                "values": self.config.values or "16-bit",
+                "expected_tokens": self.config.expected_tokens,
+            }
+            if scales is not None:
+                packed = ops.pack_quantized(weight.data, scales.data, self.dtype)
+            elif self.config.sparsity is None:
+                packed = ops.pack(weight.data, format, **options)
             else:
-                packed = ops.prune_pack(weight.data, self.config.sparsity, expected_tokens=expected)
+                packed = ops.prune_pack(weight.data, self.config.sparsity, **options)
             row = decide(self.prefix, packed, pack_unprofitable=stored)
             return row, packed if row.decision == "packed" else None
         row = LayerReport(
