@@ -34,7 +34,10 @@ from rows import RESULTS, commit_hash, cpu_name, gpu_name, print_table, write_ro
 from step_account import account
 from stream_floor import StreamFloor
 
-WEIGHTS = ("dense", "fp8", "flash_llm")
+from flash_llm.ops import STORED_VALUES
+
+WEIGHTS = {"dense": "16-bit", "fp8": "fp8_e4m3", "flash_llm": None}
+"""What engines multiply by, and its values; those of packed weights are an option."""
 MODES: dict[str, dict[str, Any]] = {
     "compiled": {},
     "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
@@ -83,6 +86,7 @@ class Contender(NamedTuple):
 
     weights: str  # one of WEIGHTS
     sparsity: float  # 0 but for flash_llm
+    values: str
 
 
 class Turns(NamedTuple):
@@ -202,7 +206,11 @@ def engine_options(contender: Contender, arguments: argparse.Namespace) -> dict[
     if contender.weights == "fp8":
         options["quantization"] = "fp8"
     if contender.weights == "flash_llm":
-        quantization = {"quant_method": "flash_llm", "sparsity": contender.sparsity}
+        quantization = {
+            "quant_method": "flash_llm",
+            "sparsity": contender.sparsity,
+            "values": contender.values,
+        }
         options["hf_overrides"] = {"quantization_config": quantization}
     return options
 
@@ -273,6 +281,7 @@ def measure(folder: str, contender: Contender, arguments: argparse.Namespace) ->
         "weights": contender.weights,
         "format": of_model["format"],
         "sparsity": contender.sparsity,
+        "values": contender.values,
     }
     tail = {
         # vLLM keeps dense weights elsewhere on a CPU.
@@ -396,8 +405,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or a folder")
-    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--weights", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS))
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5], help="of flash_llm")
+    parser.add_argument(
+        "--values", nargs="+", choices=STORED_VALUES, default=["16-bit"], help="of flash_llm"
+    )
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 8, 32, 64])
     parser.add_argument(
         "--largest",
@@ -441,9 +453,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     arguments = parse_arguments(argv)
     contenders = [
-        Contender(weights, sparsity)
+        Contender(weights, sparsity, values)
         for weights in arguments.weights
         for sparsity in (arguments.sparsity if weights == "flash_llm" else [0.0])
+        for values in (arguments.values if weights == "flash_llm" else [WEIGHTS[weights]])
     ]
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -470,6 +483,7 @@ def main(argv: list[str] | None = None) -> int:
     headings = (
         "weights",
         "sparsity",
+        "values",
         "batch or rate",
         "tok/s per GPU",
         "step or TPOT ms",
@@ -490,6 +504,7 @@ def _line(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["weights"],
         f"{row['sparsity']:g}",
+        row["values"],
         f"{size:g}",
         f"{row['tok_per_gpu_s']:.1f}",
         f"{step:.2f}",

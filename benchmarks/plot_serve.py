@@ -17,7 +17,10 @@ PANELS_PER_LINE = 4
 
 def label(row: dict) -> str:
     """What a line is of."""
-    return f"{row['sparsity']:.0%} zeros" if row["weights"] == "flash_llm" else row["weights"]
+    if row["weights"] != "flash_llm":
+        return row["weights"]
+    values = "" if row["values"] == "16-bit" else f", {row['values']}"
+    return f"{row['sparsity']:.0%} zeros{values}"
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:

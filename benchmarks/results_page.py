@@ -350,13 +350,14 @@ def cpu_sections(results: Path) -> list[str]:
 def weights_name(row: dict) -> str:
     """Return what an engine multiplied by."""
     if row["weights"] == "flash_llm":
-        return f"{row['sparsity'] * 100:.0f} % zeros"
+        values = "" if row["values"] == "16-bit" else f", {row['values']}"
+        return f"{row['sparsity'] * 100:.0f} % zeros{values}"
     return {"dense": "dense float16", "fp8": "dense FP8"}[row["weights"]]
 
 
-def weights_order(row: dict) -> tuple[int, float]:
-    """Sort rows of serving: dense first, then FP8, then by the share of zeros."""
-    return WEIGHTS.index(row["weights"]), row["sparsity"]
+def weights_order(row: dict) -> tuple[int, float, int]:
+    """Sort rows of serving: dense first, then FP8, then by the share of zeros and the values."""
+    return list(WEIGHTS).index(row["weights"]), row["sparsity"], VALUES.index(row["values"])
 
 
 def serve_table(rows: list[dict]) -> str:

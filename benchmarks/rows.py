@@ -24,6 +24,7 @@ _SERVE_HEAD: dict[str, tuple[type, ...]] = {
     "weights": (str,),  # dense, fp8, flash_llm
     "format": (str, NoneType),  # null: nothing is packed
     "sparsity": (float,),
+    "values": (str,),  # 16-bit, int8, fp8_e4m3
 }
 _SERVE_TAIL: dict[str, tuple[type, ...]] = {
     "weights_gb": (float, NoneType),  # of all GPUs; null: on a CPU
@@ -240,12 +241,16 @@ CASE_FIELDS = {
     ),
     "rounding": ("bench", "model", "values", "group", "text"),
     "serve": (
-        *("bench", "gpu", "gpus", "model", "weights", "sparsity", "batch", "prompt"),
+        *("bench", "gpu", "gpus", "model", "weights", "sparsity", "values", "batch", "prompt"),
         *("new_tokens", "mode"),
     ),
-    "step": ("bench", "gpu", "gpus", "model", "weights", "sparsity", "batch", "prompt", "mode"),
+    "step": (
+        *("bench", "gpu", "gpus", "model", "weights", "sparsity", "values", "batch", "prompt"),
+        "mode",
+    ),
     "replay": (
-        *("bench", "gpu", "gpus", "model", "weights", "sparsity", "rate", "requests", "mode"),
+        *("bench", "gpu", "gpus", "model", "weights", "sparsity", "values", "rate", "requests"),
+        "mode",
     ),
 }
 
@@ -283,8 +288,8 @@ def check_row(row: dict[str, object]) -> None:
 def read_rows(path: Path) -> list[dict[str, object]]:
     """Read a file of rows; a file that does not exist has none.
 
-    Rows of spmm and cpu that were measured before weights could be quantised get the fields
-    ``values`` and ``x_values``.
+    Rows that were measured before packed weights could be quantised get the fields ``values`` and,
+    those of spmm and cpu, ``x_values``.
     """
     if not path.exists():
         return []
@@ -293,10 +298,13 @@ def read_rows(path: Path) -> list[dict[str, object]]:
 
 
 def _with_values(row: dict[str, object]) -> dict[str, object]:
-    if row["bench"] not in ("spmm", "cpu") or "values" in row:
+    fields = FIELDS.get(str(row["bench"]), {})
+    if "values" in row or "values" not in fields:
         return row
-    known = {**row, "values": "16-bit", "x_values": "16-bit"}
-    in_order = {field: known[field] for field in FIELDS[str(row["bench"])] if field in known}
+    known = {**row, "values": "fp8_e4m3" if row.get("weights") == "fp8" else "16-bit"}
+    if "x_values" in fields:
+        known["x_values"] = "16-bit"
+    in_order = {field: known[field] for field in fields if field in known}
     return {**in_order, **known}  # with fields that check_row refuses
 
 

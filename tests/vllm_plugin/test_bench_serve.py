@@ -36,6 +36,7 @@ def test_rows_of_dense_and_packed(folders, tmp_path, monkeypatch, capfd):
     file = tmp_path / "serve.jsonl"
     common = ["--model", str(folders["llama"] / "dense"), "--mode", "eager", "--commit", "0123abc"]
     common += ["--weights", "dense", "flash_llm", "--sparsity", "0.8", "--dtype", "bfloat16"]
+    common += ["--values", "16-bit", "int8"]
     common += ["--out", str(file)]
     sizes = ["--batch", "1", "3", "--prompt", "8", "--new-tokens", "4", "--prefill", "12"]
     assert bench_serve.main([*common, *sizes]) == 0
@@ -44,18 +45,18 @@ def test_rows_of_dense_and_packed(folders, tmp_path, monkeypatch, capfd):
     for row in found:
         rows.check_row(row)
     cases = {
-        (row["bench"], row["weights"], row.get("prompt"), row.get("batch"), row["format"])
+        (row["bench"], row["values"], row.get("prompt"), row.get("batch"), row["format"])
         for row in found
     }
-    kinds = (("dense", None), ("flash_llm", "row_bitmap"))
+    kinds = (("16-bit", None), ("16-bit", "row_bitmap"), ("int8", "row_bitmap"))
     assert cases == {
         case
-        for weights, format in kinds
+        for values, format in kinds
         for case in (
-            ("serve", weights, 8, 1, format),
-            ("serve", weights, 8, 3, format),
-            ("serve", weights, 12, 1, format),
-            ("replay", weights, None, None, format),
+            ("serve", values, 8, 1, format),
+            ("serve", values, 8, 3, format),
+            ("serve", values, 12, 1, format),
+            ("replay", values, None, None, format),
         )
     }
     assert len(capfd.readouterr().out.splitlines()) >= len(found)
