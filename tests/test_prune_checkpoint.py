@@ -468,7 +468,9 @@ def test_code_that_comes_with_a_model_does_not_run_unasked(tmp_path, source, tex
 
 def test_files_have_the_format_that_gpus_take_for_few_tokens(tmp_path, source, text, monkeypatch):
     # The rule is for larger weights than those of a toy.
-    monkeypatch.setattr(ops, "stored_format", lambda _, format, few: "gather" if few else format)
+    monkeypatch.setattr(
+        ops, "stored_format", lambda _, format, few, values="": "gather" if few else format
+    )
     for options, format in (((), "row_bitmap"), (("--expected-tokens", "1"), "gather")):
         folder = tmp_path / format
         result = prune(source, folder, text, *options)

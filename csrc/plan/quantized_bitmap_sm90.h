@@ -31,6 +31,8 @@ struct QuantizedBitmapConfig {
   constexpr int64_t passes(int64_t n) const { return (n + tile_n - 1) / tile_n; }
   // Bytes of a strip's sums.
   constexpr int sums_bytes() const { return kQuantStripM * tile_n * 4; }
+  // Places for them in shared memory, of each strip: integers are added there.
+  constexpr int sums_places(int warps) const { return int8_x ? 1 : warps; }
 };
 
 const std::vector<QuantizedBitmapConfig>& quantized_bitmap_configs();
@@ -39,26 +41,30 @@ inline constexpr int kQuantMaxTokens = 16;  // of a CTA
 inline constexpr int kQuantSumsStages = 4;  // strips whose sums are in shared memory at a time
 // With all 16 warps the schedulers of an SM have the same work.
 inline constexpr int kQuantMaxWarps = 16;
+inline constexpr int kQuantMaxWarpChunks = 2;
 // Each warp has a ring that its chunks are copied to, at most kQuantRingChunks at a time. It holds
-// two of the largest; they begin at multiples of 128 bytes.
+// two of the largest that the format allows; they begin at multiples of 128 bytes.
 inline constexpr int kQuantRingChunks = 4;
 inline constexpr int kQuantMaxChunkBytes = (kQuantMaxUnits * kQuantUnitBytes + 127) / 128 * 128;
 inline constexpr int kQuantMinRingBytes = 2 * kQuantMaxChunkBytes;
 inline constexpr int kQuantMaxRingBytes = kQuantRingChunks * kQuantMaxChunkBytes;
 
 // Before the rings: a malformed chunk is read from up to 17 rows before its begin. Besides, there
-// is a word for each token and warp there, and two for each token.
+// is a word for each token and warp there, two for each token, and the bits and columns of a chunk
+// without values.
 inline constexpr int kQuantGuardBytes = 18 * kQuantRowBytes;
-static_assert(kQuantGuardBytes >= (kQuantMaxWarps + 2) * kQuantMaxTokens * 4);
+static_assert(kQuantGuardBytes >=
+              (kQuantMaxWarps + 2) * kQuantMaxTokens * 4 + kQuantBitsBytes + kQuantColumnsBytes);
 
-// A CTA's shared memory, from a 128-byte boundary on: the guard, the ring of each warp, the sums of
-// each warp, 8 bytes for each chunk of the rings and for the next 32 of each warp, barriers.
+// Barriers of the rings and of the sums.
+inline constexpr int kQuantBarriersBytes =
+    (8 * (kQuantMaxWarps * kQuantRingChunks + 2 * kQuantSumsStages) + 127) / 128 * 128;
+
+// A CTA's shared memory, from a 128-byte boundary on: the guard, barriers, the sums of some strips,
+// the rings.
 constexpr int quant_smem_bytes(const QuantizedBitmapConfig& config, int warps, int ring_bytes) {
-  const int barriers = 8 * (warps * kQuantRingChunks + 2 * kQuantSumsStages);
-  return 128 + kQuantGuardBytes +
-         warps *
-             (ring_bytes + kQuantSumsStages * config.sums_bytes() + 8 * (kQuantRingChunks + 32)) +
-         barriers;
+  return 128 + kQuantGuardBytes + kQuantBarriersBytes +
+         kQuantSumsStages * config.sums_places(warps) * config.sums_bytes() + warps * ring_bytes;
 }
 
 // The longest K of quantised X: sums of products of bytes of 255 and 127 fit 32 bits.

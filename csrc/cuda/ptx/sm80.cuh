@@ -120,6 +120,12 @@ __device__ __forceinline__ uint4 load_shared_v4(uint32_t smem) {
   return value;
 }
 
+__device__ __forceinline__ uint32_t load_shared_u8(uint32_t smem) {
+  uint32_t value;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(smem) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ uint32_t load_shared_u16(uint32_t smem) {
   uint16_t value;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(smem) : "memory");

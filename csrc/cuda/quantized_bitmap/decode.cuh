@@ -28,11 +28,13 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
   return result;
 }
 
-// What a position moves by for each value, in units of RunReader. They are kernel parameters, so
-// that the compiler multiplies by them: a shift would take the busiest pipe.
+// What a position moves by for each value, in units of RunReader, and the bytes of a column. They
+// are kernel parameters, so that the compiler multiplies by them: a shift would take the busiest
+// pipe.
 struct RunSteps {
   uint32_t up_bits = 8, up_address = kQuantRowBytes / 4;
   uint32_t down_bits = 0U - 8, down_address = 0U - kQuantRowBytes / 4;
+  uint32_t column = 4;
 };
 
 // A position in a lane's run: between two bytes of its column.
@@ -87,21 +89,16 @@ struct RunReader {
   }
 };
 
-// A lane's part of a chunk whose values are in shared memory.
+// A lane's part of a chunk in shared memory: what lies above its values.
 struct QuantChunk {
   uint32_t bits[kQuantWords];
-  uint32_t top;     // the address of the row above the values
   uint32_t column;  // of the downward run
 
-  // `chunk` is 128-byte aligned. A chunk of 0 rows has no values.
-  __device__ __forceinline__ QuantChunk(uint32_t chunk, int rows, int lane) {
-    top = chunk + rows * kQuantRowBytes;
+  // `top` is the 128-byte aligned address of the row above the values.
+  __device__ __forceinline__ QuantChunk(uint32_t top, int lane) {
 #pragma unroll
-    for (int q = 0; q < kQuantWords; ++q) {
-      bits[q] = rows == 0 ? 0 : ptx::load_shared_u32(top + (q * 32 + lane) * 4);
-    }
-    uint32_t word = ptx::load_shared_u32(top + kQuantBitsBytes + lane / 4 * 4);
-    column = word >> lane % 4 * 8 & (kQuantRowBytes - 4U);
+    for (int q = 0; q < kQuantWords; ++q) bits[q] = ptx::load_shared_u32(top + (q * 32 + lane) * 4);
+    column = ptx::load_shared_u8(top + kQuantBitsBytes + lane) & (kQuantRowBytes - 4U);
   }
 };
 
@@ -135,13 +132,17 @@ struct QuantValues<ValueType::kInt8Bfloat16> {
   static constexpr uint32_t kZero = 0x01010101U * kQuantZero;
 
   static constexpr float kUnit = 1.0F;
-  // 128 + the low seven bits, minus 128 if the byte is at least 128, else minus 256.
+  // As the low half of a bfloat16 number a byte is 256 + value below 0 and 256 + 2 * value above,
+  // from which the positive value is subtracted once. All steps are exact, and the busiest pipe, of
+  // integer logic, has only the first.
   template <int kHalf>
   __device__ __forceinline__ static uint32_t widen(uint32_t bytes) {
     const uint32_t wide = permute_bytes(bytes, 0x43434343U, kHalf == 0 ? 0x4140U : 0x4342U);
-    const uint32_t biased = wide & 0xFF7FFF7FU, bias = (wide & 0x00800080U) ^ 0x43804380U;
-    const __nv_bfloat162 value = __hsub2(reinterpret_cast<const __nv_bfloat162&>(biased),
-                                         reinterpret_cast<const __nv_bfloat162&>(bias));
+    const auto& number = reinterpret_cast<const __nv_bfloat162&>(wide);
+    const __nv_bfloat162 positive =
+        __hfma2_relu(number, __float2bfloat162_rn(0.5F), __float2bfloat162_rn(-float{kQuantZero}));
+    const __nv_bfloat162 value =
+        __hsub2(__hadd2(number, __float2bfloat162_rn(-2.0F * kQuantZero)), positive);
     return reinterpret_cast<const uint32_t&>(value);
   }
 };

@@ -85,11 +85,11 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int64_t strip = index / chunks, chunk = index % chunks;
   const StoredChunk stored(view, strip, chunk);
   uint8_t* stage = stages + kQuantGuardBytes + warp * kQuantMaxChunkBytes;
-  if (stored.rows > 0) {
-    const int vectors = (stored.rows * kQuantRowBytes + kQuantBitsBytes + kQuantColumnsBytes) / 16;
-    for (int i = lane; i < vectors; i += 32) {
-      reinterpret_cast<uint4*>(stage)[i] = reinterpret_cast<const uint4*>(stored.words)[i];
-    }
+  // A chunk without values has no bits either.
+  const int vectors = (stored.rows * kQuantRowBytes + kQuantBitsBytes + kQuantColumnsBytes) / 16;
+  for (int i = lane; i < vectors; i += 32) {
+    reinterpret_cast<uint4*>(stage)[i] =
+        stored.rows > 0 ? reinterpret_cast<const uint4*>(stored.words)[i] : make_uint4(0, 0, 0, 0);
   }
   __syncwarp();
   const int64_t row = strip * kQuantStripM + lane / 4, begin = view.offsets[strip * chunks];
@@ -101,9 +101,10 @@ __global__ void __launch_bounds__(kWarps * 32)
     scales[1] = __uint_as_float(words[8]);
   }
   const uint32_t address = ptx::smem_address(stage);
-  const QuantChunk parts(address, stored.rows, lane);
+  const uint32_t top = address + stored.rows * kQuantRowBytes;
+  const QuantChunk parts(top, lane);
   RunReader<true> up(address, lane * 4);
-  RunReader<false> down(parts.top, parts.column);
+  RunReader<false> down(top, parts.column);
 #pragma unroll
   for (int q = 0; q < kQuantWords; ++q) {
     const int64_t col = chunk * kQuantChunkK + quant_col(q, 0, lane, 0);

@@ -3,9 +3,10 @@
 //   * a warp always has the same columns of chunks, so X of them stays in its registers
 //   * it copies one chunk after the other into a ring of its own, decodes it into A fragments
 //     (decode.cuh) and multiplies these by mma.m16n8k16, or by mma.m16n8k32 if X is quantised
-//   * the warps' sums of a strip meet in shared memory, where they take turns in adding them
+//   * the warps' sums of a strip meet in shared memory, and the warps take turns in storing Y
 // A long K is cut into sections whose X fits the registers. Their sums go through the workspace to
-// a finishing kernel. All sums are added in a fixed order, so results are repeatable bit for bit.
+// a finishing kernel. Sums in fp32 are added in a fixed order, and integers are exact in any order,
+// so results are repeatable bit for bit.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -36,7 +37,8 @@ struct QuantParams {
   int payload_units;
   int k;
   int strips, chunk_cols;
-  int section_cols;  // columns of chunks in a section
+  unsigned cta_strips, longer_ctas;  // strips of a CTA; the first longer_ctas have one more
+  int section_cols;                  // columns of chunks in a section
   int sections;
   int ring_bytes;    // of each warp
   int token_blocks;  // of 8 tokens, in all CTAs
@@ -46,6 +48,49 @@ struct QuantParams {
 // need not wait for the others.
 constexpr int kSumsLag = kQuantSumsStages / 2;
 
+// Where things are in a CTA's shared memory.
+struct QuantSmem {
+  uint32_t base;
+  int warps, ring_bytes;
+  int sums_bytes;  // of a strip
+
+  // The guard before the rings has no other use, so what the quantisation of X needs lies there:
+  // the largest magnitude of each token in each warp's columns, the scale of each token, and the
+  // sum of its integers in the CTA's columns; and then zeros, the bits and columns of a chunk
+  // without values.
+  __device__ __forceinline__ uint32_t magnitudes() const { return base; }
+  __device__ __forceinline__ uint32_t token_scales() const {
+    return base + kQuantMaxWarps * kQuantMaxTokens * 4;
+  }
+  __device__ __forceinline__ uint32_t token_sums() const {
+    return token_scales() + kQuantMaxTokens * 4;
+  }
+  __device__ __forceinline__ uint32_t zeros() const {
+    static_assert((kQuantMaxWarps + 2) * kQuantMaxTokens * 4 % 128 == 0);
+    return token_sums() + kQuantMaxTokens * 4;
+  }
+  __device__ __forceinline__ uint32_t barrier(int i) const {
+    return base + kQuantGuardBytes + i * 8;
+  }
+  // kQuantRingChunks barriers, which are complete when a chunk has been copied.
+  __device__ __forceinline__ uint32_t full(int warp) const {
+    return barrier(warp * kQuantRingChunks);
+  }
+  __device__ __forceinline__ uint32_t sums_full(int i) const {
+    return barrier(kQuantMaxWarps * kQuantRingChunks + i);
+  }
+  __device__ __forceinline__ uint32_t sums_empty(int i) const {
+    return sums_full(kQuantSumsStages + i);
+  }
+  // The sums of the i-th strip of kQuantSumsStages.
+  __device__ __forceinline__ uint32_t sums(int i) const {
+    return barrier(0) + kQuantBarriersBytes + i * sums_bytes;
+  }
+  __device__ __forceinline__ uint32_t ring(int warp) const {
+    return sums(kQuantSumsStages) + warp * ring_bytes;
+  }
+};
+
 // How X is multiplied. Each struct has
 //   kType       the type of the weight
 //   kQuantized  whether its tokens have scales
@@ -53,6 +98,9 @@ constexpr int kSumsLag = kQuantSumsStages / 2;
 //   ChunkX      X of a column of chunks and 8 tokens as B fragments, for fragment j of word q
 //   Fragments   A fragments of two neighbouring fragments of a chunk, made of them as decoded
 //   multiply()  adds their products; `x` is that of the first
+//   kWarpSums   whether each warp stores its sums of a strip for itself, and not to a common place
+//   give()      adds a warp's sums to those of a strip and 8 tokens in shared memory
+//   take()      returns the sums of all warps; the place is ready for another strip
 
 // X as it is. A fragment is columns 4 t and 4 t + 1 in .x, 4 t + 2 and 4 t + 3 in .y.
 template <ValueType kWeight>
@@ -82,6 +130,22 @@ struct WideX {
     ptx::mma_m16n8k16<Values::kDense>(sums, fragments.a[0], x[0].x, x[0].y);
     ptx::mma_m16n8k16<Values::kDense>(sums, fragments.a[1], x[1].x, x[1].y);
   }
+
+  static constexpr bool kWarpSums = true;
+  __device__ __forceinline__ static void give(uint32_t smem, int warp, int warp_bytes, int lane,
+                                              const float (&sums)[4]) {
+    ptx::store_shared_v4(smem + warp * warp_bytes + lane * 16, sums);
+  }
+  __device__ __forceinline__ static void take(uint32_t smem, int warps, int warp_bytes, int lane,
+                                              float (&sums)[4]) {
+    for (int warp = 0; warp < warps; ++warp) {
+      const uint4 four = ptx::load_shared_v4(smem + warp * warp_bytes + lane * 16);
+      sums[0] += __uint_as_float(four.x);
+      sums[1] += __uint_as_float(four.y);
+      sums[2] += __uint_as_float(four.z);
+      sums[3] += __uint_as_float(four.w);
+    }
+  }
 };
 
 // X quantised to int8, with a scale for each token. The weight's bytes are value + 128, so the sums
@@ -104,6 +168,22 @@ struct Int8X {
                                                   int (&sums)[4]) {
     ptx::mma_m16n8k32_u8(sums, fragments.a, x[0], x[1]);
   }
+
+  // Lanes are next to each other, so that their additions go to different banks.
+  static constexpr bool kWarpSums = false;
+  __device__ __forceinline__ static void give(uint32_t smem, int /*warp*/, int /*warp_bytes*/,
+                                              int lane, const int (&sums)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) ptx::add_shared(smem + e * 128 + lane * 4, sums[e]);
+  }
+  __device__ __forceinline__ static void take(uint32_t smem, int /*warps*/, int /*warp_bytes*/,
+                                              int lane, int (&sums)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      sums[e] = static_cast<int>(ptx::load_shared_u32(smem + e * 128 + lane * 4));
+      ptx::store_shared_u32(smem + e * 128 + lane * 4, 0);
+    }
+  }
 };
 
 template <ValueType kWeight, int kTokens, int kColumns, bool kInt8X>
@@ -111,146 +191,115 @@ struct QuantConfig {
   static constexpr ValueType kType = kWeight;
   static constexpr int kBlocks = kTokens / 8;
   static constexpr int kWarpChunks = kColumns;
-  static constexpr int kSumsBytes = kQuantStripM * kTokens * 4;
+  static_assert(kColumns <= kQuantMaxWarpChunks);
+  static constexpr int kBlockSumsBytes = kQuantStripM * 8 * 4;
+  static constexpr int kSumsBytes = kBlocks * kBlockSumsBytes;  // of a warp
   // One block has few sums, so upward and downward runs have sums of their own and take turns.
   static constexpr int kSumSets = kBlocks == 1 ? 2 : 1;
   using X = std::conditional_t<kInt8X, Int8X<kWeight>, WideX<kWeight>>;
-};
-
-// Where things are in a CTA's shared memory.
-struct QuantSmem {
-  uint32_t base;
-  int warps, ring_bytes;
-  int sums_bytes;  // of a warp
-
-  // What only the quantisation of X needs lies in the guard before the rings, which has no other
-  // use: the largest magnitude of each token in each warp's columns, the scale of each token, and
-  // the sum of its integers in the CTA's columns.
-  __device__ __forceinline__ uint32_t magnitudes() const { return base; }
-  __device__ __forceinline__ uint32_t token_scales() const {
-    return base + kQuantMaxWarps * kQuantMaxTokens * 4;
-  }
-  __device__ __forceinline__ uint32_t token_sums() const {
-    return token_scales() + kQuantMaxTokens * 4;
-  }
-  __device__ __forceinline__ uint32_t ring(int warp) const {
-    return base + kQuantGuardBytes + warp * ring_bytes;
-  }
-  __device__ __forceinline__ uint32_t sums(int i, int warp) const {
-    return ring(warps) + (i * warps + warp) * sums_bytes;
-  }
-  // The rows of values and the address of the i-th chunk of a warp's ring.
-  __device__ __forceinline__ uint32_t chunk(int warp, int i) const {
-    return sums(kQuantSumsStages, 0) + (warp * kQuantRingChunks + i) * 8;
-  }
-  // The first unit and the rows of values of one of the next 32 chunks of a warp.
-  __device__ __forceinline__ uint32_t found(int warp, int i) const {
-    return chunk(warps, 0) + (warp * 32 + i) * 8;
-  }
-  __device__ __forceinline__ uint32_t barrier(int i) const { return found(warps, 0) + i * 8; }
-  // Complete when the chunk has been copied.
-  __device__ __forceinline__ uint32_t full(int warp, int i) const {
-    return barrier(warp * kQuantRingChunks + i);
-  }
-  __device__ __forceinline__ uint32_t sums_full(int i) const {
-    return barrier(warps * kQuantRingChunks + i);
-  }
-  __device__ __forceinline__ uint32_t sums_empty(int i) const {
-    return barrier(warps * kQuantRingChunks + kQuantSumsStages + i);
-  }
 };
 
 // The chunks of a warp, those of its columns in each of the CTA's strips, on their way through its
 // ring. All lanes must call its functions.
 class ChunkRing {
  public:
+  // Starts to copy as many chunks as the ring has room for.
   __device__ __forceinline__ ChunkRing(const QuantParams& p, const QuantSmem& smem, int first_col,
-                                       int columns, int strips, int warp, int lane)
+                                       int columns, unsigned strips, int warp, int lane)
       : p_(p),
-        smem_(smem),
         first_col_(first_col),
         columns_(columns),
+        warps_(smem.warps),
         total_(strips * columns),
-        warp_(warp),
-        lane_(lane) {}
-
-  // Starts to copy as many chunks as the ring has room for.
-  __device__ __forceinline__ void fill() {
-    while (next_ < total_ && next_ - done_ < kQuantRingChunks) {
-      if (next_ % 32 == 0) find_chunks();
-      const uint2 found = ptx::load_shared_v2(smem_.found(warp_, next_ % 32));
-      const int rows = static_cast<int>(found.y);
-      const uint32_t bytes =
-          rows == 0 ? 0 : rows * kQuantRowBytes + kQuantBitsBytes + kQuantColumnsBytes;
-      // One without values takes room too, so that no two begin at the same place.
-      const int room = bytes == 0 ? 128 : (static_cast<int>(bytes) + 127) / 128 * 128;
-      // The chunks lie from `begin` to end_, or wrap around at the end of the ring.
-      const int begin = static_cast<int>(oldest().y - smem_.ring(warp_));
-      if (next_ == done_) {
-        end_ = 0;
-      } else if (end_ <= begin) {
-        if (end_ + room > begin) return;
-      } else if (end_ + room > smem_.ring_bytes) {
-        if (room > begin) return;
-        end_ = 0;
-      }
-      copy(found, bytes, smem_.ring(warp_) + end_);
-      end_ += room;
-      ++next_;
+        full_(smem.full(warp)),
+        begin_(smem.ring(warp)),
+        oldest_(begin_),
+        chunk_(lane),
+        lane_(lane) {
+    // Each slot of the ring has room for the largest of the warp's chunks.
+    found_ = find(lane);
+    int rows = found_.rows;
+    for (uint32_t chunk = lane + 32; chunk < total_; chunk += 32) {
+      rows = max(rows, find(chunk).rows);
     }
+    constexpr int kFixedBytes = (kQuantFixedUnits * kQuantUnitBytes + 127) / 128 * 128;
+    slot_bytes_ = __reduce_max_sync(~0U, rows) * kQuantRowBytes + kFixedBytes;
+    slots_ = 2;
+#pragma unroll
+    for (int i = 3; i <= kQuantRingChunks; ++i) {
+      slots_ += i * slot_bytes_ <= static_cast<uint32_t>(smem.ring_bytes);
+    }
+    for (uint32_t i = 0; i < min(slots_, total_); ++i) copy(i, begin_ + i * slot_bytes_);
   }
 
-  // Waits for the oldest chunk, and returns its rows of values and its address.
-  __device__ __forceinline__ uint2 wait() const {
-    ptx::mbarrier_wait(smem_.full(warp_, done_ % kQuantRingChunks), done_ / kQuantRingChunks & 1);
-    return oldest();
+  // Waits for the oldest chunk. Returns its address; `rows` are its rows of values.
+  __device__ __forceinline__ uint32_t wait(int* rows) const {
+    *rows = __shfl_sync(~0U, found_.rows, static_cast<int>(done_));
+    ptx::mbarrier_wait(full_ + done_ % kQuantRingChunks * 8, done_ / kQuantRingChunks & 1);
+    return oldest_;
   }
 
-  // Releases the oldest chunk, which the warp has read.
-  __device__ __forceinline__ void release() { ++done_; }
+  // Copies another chunk to where the oldest is, which the warp has read.
+  __device__ __forceinline__ void release() {
+    __syncwarp();
+    const uint32_t next = done_ + slots_;
+    if (next < total_) {
+      copy(next, oldest_);
+      // The lanes whose chunks were multiplied find further ones, well before these are copied.
+      if (next % 16 == 0 && chunk_ <= done_) {
+        chunk_ += 32;
+        found_ = find(chunk_);
+      }
+    }
+    ++done_;
+    oldest_ += slot_bytes_;
+    if (oldest_ == begin_ + slots_ * slot_bytes_) oldest_ = begin_;
+  }
 
  private:
-  __device__ __forceinline__ uint2 oldest() const {
-    return ptx::load_shared_v2(smem_.chunk(warp_, done_ % kQuantRingChunks));
+  struct Found {
+    int first_unit = 0;
+    int rows = 0;  // of values; none if the chunk has no bytes or its offsets are malformed
+  };
+
+  __device__ __forceinline__ Found find(uint32_t chunk) const {
+    Found found;
+    if (chunk >= total_) return found;
+    const uint32_t nth = columns_ == 1 ? chunk : chunk / kQuantMaxWarpChunks;  // strip of the CTA
+    const int col = first_col_ + static_cast<int>(chunk - nth * columns_) * warps_;
+    const int64_t strip = blockIdx.x + nth * gridDim.x;
+    const int32_t* offsets = p_.offsets + strip * p_.chunk_cols + col;
+    const int begin = offsets[0], end = offsets[1];
+    if (begin < 0 || end <= begin || end > p_.payload_units) return found;
+    found.first_unit = begin + (col == 0 ? kQuantScaleUnits : 0);
+    found.rows = max(quant_value_rows(end - found.first_unit), 0);
+    return found;
   }
 
-  __device__ __forceinline__ void copy(uint2 found, uint32_t bytes, uint32_t to) const {
-    const int i = next_ % kQuantRingChunks;
-    if (lane_ == 0) {
-      ptx::store_shared_v2(smem_.chunk(warp_, i), found.y, to);
-      const uint32_t full = smem_.full(warp_, i);
-      ptx::mbarrier_arrive_expect_tx(full, bytes);
-      if (bytes > 0) {
-        const uint32_t* from = p_.payload + int64_t{found.x} * kQuantUnitWords;
-        ptx::bulk_copy_streaming(to, from, bytes, full);
-      }
+  // Starts to copy a chunk, in the lane that has found it.
+  __device__ __forceinline__ void copy(uint32_t chunk, uint32_t to) const {
+    if (lane_ != chunk % 32) return;
+    const uint32_t full = full_ + chunk % kQuantRingChunks * 8;
+    const uint32_t bytes =
+        found_.rows == 0 ? 0 : found_.rows * kQuantRowBytes + kQuantFixedUnits * kQuantUnitBytes;
+    ptx::mbarrier_arrive_expect_tx(full, bytes);
+    if (bytes > 0) {
+      const uint32_t* from = p_.payload + int64_t{found_.first_unit} * kQuantUnitWords;
+      ptx::bulk_copy_streaming(to, from, bytes, full);
     }
-    __syncwarp();
-  }
-
-  // Each lane finds one of the next 32 chunks. Malformed offsets give a chunk without values.
-  __device__ __forceinline__ void find_chunks() const {
-    const int chunk = next_ + lane_;
-    int first_unit = 0, rows = 0;
-    if (chunk < total_) {
-      const int strip = blockIdx.x + chunk / columns_ * gridDim.x;
-      const int col = first_col_ + chunk % columns_ * smem_.warps;
-      const int32_t* offsets = p_.offsets + int64_t{strip} * p_.chunk_cols + col;
-      const int begin = offsets[0], end = offsets[1];
-      if (begin >= 0 && end > begin && end <= p_.payload_units) {
-        first_unit = begin + (col == 0 ? kQuantScaleUnits : 0);
-        rows = max(quant_value_rows(end - first_unit), 0);
-      }
-    }
-    ptx::store_shared_v2(smem_.found(warp_, lane_), first_unit, rows);
-    __syncwarp();
   }
 
   const QuantParams& p_;
-  const QuantSmem& smem_;
-  int first_col_, columns_, total_, warp_, lane_;
-  int next_ = 0, done_ = 0;  // chunks that were copied and released
-  int end_ = 0;              // of the newest chunk, in the ring
+  int first_col_, columns_, warps_;
+  uint32_t total_;
+  uint32_t full_, begin_;
+  uint32_t oldest_;  // address of the oldest chunk
+  uint32_t chunk_;   // what this lane has found
+  Found found_;
+  uint32_t lane_;
+  uint32_t slots_;
+  uint32_t slot_bytes_;
+  uint32_t done_ = 0;  // chunks that were released
 };
 
 using WideChunkX = WideX<ValueType::kInt8Float16>::ChunkX;
@@ -271,14 +320,23 @@ __device__ __forceinline__ void load_x(const QuantParams& p, int64_t token_block
   }
 }
 
-// The largest magnitude of a lane's elements, as an integer in each half. As integers magnitudes
-// have the order of the numbers, Inf above all of them and NaN above Inf.
+// The larger magnitudes of two pairs of elements; NaN is the largest. `largest` has no signs.
+template <ValueType kDense>
+__device__ __forceinline__ uint32_t larger_magnitudes(uint32_t largest, uint32_t pair) {
+  using Pair = std::conditional_t<kDense == ValueType::kFloat16, __half2, __nv_bfloat162>;
+  const Pair larger = __hmax2_nan(__habs2(reinterpret_cast<const Pair&>(pair)),
+                                  reinterpret_cast<const Pair&>(largest));
+  return reinterpret_cast<const uint32_t&>(larger);
+}
+
+// The largest magnitudes of a lane's elements and `largest`, of each half.
+template <ValueType kDense>
 __device__ __forceinline__ uint32_t largest_magnitudes(const WideChunkX& x, uint32_t largest) {
 #pragma unroll
   for (int i = 0; i < kQuantWords * kQuantFragments; ++i) {
     const uint2 four = x[i / kQuantFragments][i % kQuantFragments];
-    largest = __vmaxu2(largest, four.x & 0x7FFF7FFFU);
-    largest = __vmaxu2(largest, four.y & 0x7FFF7FFFU);
+    largest = larger_magnitudes<kDense>(largest, four.x);
+    largest = larger_magnitudes<kDense>(largest, four.y);
   }
   return largest;
 }
@@ -287,7 +345,7 @@ __device__ __forceinline__ uint32_t largest_magnitudes(const WideChunkX& x, uint
 // is followed by zeros up to the next multiple of 8 columns.
 constexpr int kRowParts = 2;
 
-template <int kUnroll>
+template <ValueType kDense, int kUnroll>
 __device__ __forceinline__ uint32_t largest_of_part(const QuantParams& p, int64_t token, int part,
                                                     int lane) {
   if (token >= p.epilogue.n) return 0;
@@ -296,10 +354,10 @@ __device__ __forceinline__ uint32_t largest_of_part(const QuantParams& p, int64_
 #pragma unroll kUnroll
   for (int i = part * 32 + lane; i < (p.k + 7) / 8; i += kRowParts * 32) {
     const uint4 eight = row[i];
-    largest = __vmaxu2(largest, eight.x & 0x7FFF7FFFU);
-    largest = __vmaxu2(largest, eight.y & 0x7FFF7FFFU);
-    largest = __vmaxu2(largest, eight.z & 0x7FFF7FFFU);
-    largest = __vmaxu2(largest, eight.w & 0x7FFF7FFFU);
+    largest = larger_magnitudes<kDense>(largest, eight.x);
+    largest = larger_magnitudes<kDense>(largest, eight.y);
+    largest = larger_magnitudes<kDense>(largest, eight.z);
+    largest = larger_magnitudes<kDense>(largest, eight.w);
   }
   return max(largest >> 16, largest & 0xFFFFU);
 }
@@ -387,7 +445,7 @@ struct WarpX {
         uint32_t magnitude = 0;
 #pragma unroll
         for (int c = 0; c < kWarpChunks; ++c) {
-          magnitude = largest_magnitudes(kept[kKept ? c : 0][kKept ? b : 0], magnitude);
+          magnitude = largest_magnitudes<kDense>(kept[kKept ? c : 0][kKept ? b : 0], magnitude);
         }
         magnitude = max(magnitude >> 16, magnitude & 0xFFFFU);
         magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 1));
@@ -399,10 +457,11 @@ struct WarpX {
       }
     } else {
       parts = kRowParts;
+      constexpr int kUnroll = kKept ? 2 : 8;
       for (int i = warp; i < kRowParts * kBlocks * 8; i += smem.warps) {
         const int64_t token = first_block * 8 + i % (kBlocks * 8);
         const uint32_t magnitude = __reduce_max_sync(
-            ~0U, largest_of_part < kKept ? 2 : 8 > (p, token, i / (kBlocks * 8), lane));
+            ~0U, largest_of_part<kDense, kUnroll>(p, token, i / (kBlocks * 8), lane));
         if (lane == 0) ptx::store_shared_u32(smem.magnitudes() + i * 4, magnitude);
       }
     }
@@ -470,14 +529,15 @@ __device__ __forceinline__ void multiply_word(uint32_t word, RunReader<kUp>& run
 }
 
 template <typename C>
-__device__ __forceinline__ void multiply_chunk(uint32_t chunk, int rows, const RunSteps& steps,
+__device__ __forceinline__ void multiply_chunk(uint32_t chunk, uint32_t top, const RunSteps& steps,
                                                const typename C::X::ChunkX (&x)[C::kBlocks],
-                                               int lane, Sums<C>& up_sums, Sums<C>& down_sums) {
-  const QuantChunk parts(chunk, rows, lane);
-  RunReader<true> up(chunk, lane * 4);
+                                               int lane, uint32_t lane_column, Sums<C>& up_sums,
+                                               Sums<C>& down_sums) {
+  const QuantChunk parts(top, lane);
+  RunReader<true> up(chunk, lane_column);
   multiply_word<C, 0>(parts.bits[0], up, steps, x, up_sums);
   if constexpr (C::kSumSets == 1) multiply_word<C, 1>(parts.bits[1], up, steps, x, up_sums);
-  RunReader<false> down(parts.top, parts.column);
+  RunReader<false> down(top, parts.column);
   multiply_word<C, 2>(parts.bits[2], down, steps, x, down_sums);
   if constexpr (C::kSumSets == 2) multiply_word<C, 1>(parts.bits[1], up, steps, x, up_sums);
   multiply_word<C, 3>(parts.bits[3], down, steps, x, down_sums);
@@ -513,41 +573,30 @@ __device__ __forceinline__ float4* partial_sums(const QuantParams& p, int sectio
   return p.partial + ((int64_t{section} * p.token_blocks + token_block) * p.strips + strip) * 32;
 }
 
-// Four sums of a lane in shared memory.
-__device__ __forceinline__ void store_sums(uint32_t smem, const float (&sums)[4]) {
-  ptx::store_shared_v4(smem, sums);
-}
-__device__ __forceinline__ void store_sums(uint32_t smem, const int (&sums)[4]) {
-  ptx::store_shared_v4(smem, {__int_as_float(sums[0]), __int_as_float(sums[1]),
-                              __int_as_float(sums[2]), __int_as_float(sums[3])});
-}
-__device__ __forceinline__ void add_stored(uint32_t smem, float (&sums)[4]) {
-  const uint4 four = ptx::load_shared_v4(smem);
-  sums[0] += __uint_as_float(four.x);
-  sums[1] += __uint_as_float(four.y);
-  sums[2] += __uint_as_float(four.z);
-  sums[3] += __uint_as_float(four.w);
-}
-__device__ __forceinline__ void add_stored(uint32_t smem, int (&sums)[4]) {
-  const uint4 four = ptx::load_shared_v4(smem);
-  sums[0] += static_cast<int>(four.x);
-  sums[1] += static_cast<int>(four.y);
-  sums[2] += static_cast<int>(four.z);
-  sums[3] += static_cast<int>(four.w);
-}
+// A strip whose sums a warp adds: the nth of the CTA, with the scales of the lane's rows, which are
+// loaded long before they are used.
+struct Turn {
+  unsigned nth;
+  int strip;
+  float2 scales = make_float2(1.0F, 1.0F);
 
-// Adds the warps' sums of a strip, the `added`-th of the CTA, and stores them.
+  __device__ __forceinline__ Turn(const QuantParams& p, unsigned nth_strip, unsigned strips,
+                                  int lane)
+      : nth(nth_strip), strip(static_cast<int>(blockIdx.x + nth * gridDim.x)) {
+    if (nth < strips) scales = load_scales(p, strip, lane);
+  }
+};
+
+// Adds the warps' sums of a strip and stores them.
 template <typename C>
-__device__ __forceinline__ void add_strip(const QuantParams& p, const QuantSmem& smem, int added,
-                                          int strip, float2 scales, int lane) {
-  const int buffer = added % kQuantSumsStages;
-  ptx::mbarrier_wait(smem.sums_full(buffer), added / kQuantSumsStages & 1);
+__device__ __forceinline__ void add_strip(const QuantParams& p, const QuantSmem& smem,
+                                          const Turn& turn, int lane) {
+  const unsigned buffer = turn.nth % kQuantSumsStages;
+  ptx::mbarrier_wait(smem.sums_full(buffer), turn.nth / kQuantSumsStages & 1);
 #pragma unroll
   for (int b = 0; b < C::kBlocks; ++b) {
     typename C::X::Sum total[4] = {};
-    for (int w = 0; w < smem.warps; ++w) {
-      add_stored(smem.sums(buffer, w) + (b * 32 + lane) * 16, total);
-    }
+    C::X::take(smem.sums(buffer) + b * C::kBlockSumsBytes, smem.warps, C::kSumsBytes, lane, total);
     float2 tokens = make_float2(1.0F, 1.0F);
     if constexpr (C::X::kQuantized) {
       const uint32_t pair = (b * 8 + lane % 4 * 2) * 4;
@@ -566,9 +615,9 @@ __device__ __forceinline__ void add_strip(const QuantParams& p, const QuantSmem&
         static_cast<float>(total[2]) * tokens.x, static_cast<float>(total[3]) * tokens.y);
     const int token_block = static_cast<int>(blockIdx.z) * C::kBlocks + b;
     if (p.partial == nullptr) {
-      store_strip<C::kType>(p, strip, token_block, lane, scales, sum);
+      store_strip<C::kType>(p, turn.strip, token_block, lane, turn.scales, sum);
     } else {
-      partial_sums(p, static_cast<int>(blockIdx.y), token_block, strip)[lane] = sum;
+      partial_sums(p, static_cast<int>(blockIdx.y), token_block, turn.strip)[lane] = sum;
     }
   }
   __syncwarp();
@@ -584,15 +633,16 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     const int warps = static_cast<int>(blockDim.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int warp = __shfl_sync(~0U, static_cast<int>(threadIdx.x) / 32, 0);
     const QuantSmem smem = {(ptx::smem_address(smem_bytes) + 127) / 128 * 128, warps, p.ring_bytes,
-                            C::kSumsBytes};
+                            (C::X::kWarpSums ? warps : 1) * C::kSumsBytes};
     allow_next_kernel();
     const int first_col = static_cast<int>(blockIdx.y) * p.section_cols + warp;
     const int end_col = min(static_cast<int>(blockIdx.y + 1) * p.section_cols, p.chunk_cols);
-    const int columns = max(0, (end_col - first_col + warps - 1) / warps);
-    const int strips = (p.strips - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
-                       static_cast<int>(gridDim.x);
+    int columns = 0;
+#pragma unroll
+    for (int c = 0; c < C::kWarpChunks; ++c) columns += first_col + c * warps < end_col;
+    const unsigned strips = p.cta_strips + (blockIdx.x < p.longer_ctas);
     if (lane == 0) {
-      for (int i = 0; i < kQuantRingChunks; ++i) ptx::mbarrier_init(smem.full(warp, i), 1);
+      for (int i = 0; i < kQuantRingChunks; ++i) ptx::mbarrier_init(smem.full(warp) + i * 8, 1);
       if (warp == 0) {
         for (int i = 0; i < kQuantSumsStages; ++i) {
           ptx::mbarrier_init(smem.sums_full(i), warps);
@@ -603,27 +653,35 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     }
     __syncwarp();
     ChunkRing ring(p, smem, first_col, columns, strips, warp, lane);
-    ring.fill();
+    constexpr int kZerosBytes = kQuantBitsBytes + kQuantColumnsBytes;
+    for (int i = static_cast<int>(threadIdx.x); i < kZerosBytes / 4; i += warps * 32) {
+      ptx::store_shared_u32(smem.zeros() + i * 4, 0);
+    }
+    if constexpr (!C::X::kWarpSums) {
+      for (int i = static_cast<int>(threadIdx.x); i < kQuantSumsStages * C::kSumsBytes / 4;
+           i += warps * 32) {
+        ptx::store_shared_u32(smem.sums(0) + i * 4, 0);
+      }
+    }
+    Turn turn(p, warp, strips, lane);
     wait_for_previous_kernel();  // it may have written X
     WarpX<C> x;
     x.load(p, smem, first_col, columns, warp, lane);
+    const uint32_t lane_column = lane * p.steps.column;
 #pragma unroll 1
-    for (int i = 0; i < strips + kSumsLag; ++i) {
-      const int added = i - kSumsLag;  // the strip to add, if it is this warp's turn
-      const int strip = static_cast<int>(blockIdx.x) + added * static_cast<int>(gridDim.x);
-      const bool adds = added >= 0 && added % warps == warp;
-      const float2 scales = adds ? load_scales(p, strip, lane) : make_float2(1.0F, 1.0F);
+    for (unsigned i = 0; i < strips + kSumsLag; ++i) {
       if (i < strips) {
         Sums<C> sums[C::kSumSets] = {};
 #pragma unroll
         for (int c = 0; c < C::kWarpChunks; ++c) {
           if (c >= columns) break;
-          const uint2 chunk = ring.wait();
-          multiply_chunk<C>(chunk.y, static_cast<int>(chunk.x), p.steps, x.chunks[c], lane, sums[0],
+          int rows;
+          const uint32_t chunk = ring.wait(&rows);
+          // Absent values are multiplied too: X may be infinite there.
+          const uint32_t top = rows == 0 ? smem.zeros() : chunk + rows * kQuantRowBytes;
+          multiply_chunk<C>(chunk, top, p.steps, x.chunks[c], lane, lane_column, sums[0],
                             sums[C::kSumSets - 1]);
-          __syncwarp();
           ring.release();
-          ring.fill();
         }
         const int buffer = i % kQuantSumsStages;
         ptx::mbarrier_wait(smem.sums_empty(buffer), (i / kQuantSumsStages & 1) ^ 1);
@@ -631,12 +689,16 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
         for (int b = 0; b < C::kBlocks; ++b) {
 #pragma unroll
           for (int e = 0; C::kSumSets == 2 && e < 4; ++e) sums[0][b][e] += sums[1][b][e];
-          store_sums(smem.sums(buffer, warp) + (b * 32 + lane) * 16, sums[0][b]);
+          C::X::give(smem.sums(buffer) + b * C::kBlockSumsBytes, warp, C::kSumsBytes, lane,
+                     sums[0][b]);
         }
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(smem.sums_full(buffer));
       }
-      if (adds) add_strip<C>(p, smem, added, strip, scales, lane);
+      if (i == turn.nth + kSumsLag) {
+        add_strip<C>(p, smem, turn, lane);
+        turn = Turn(p, turn.nth + warps, strips, lane);
+      }
     }
   }
 }
@@ -726,6 +788,8 @@ Status cuda::spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, v
   params.k = static_cast<int>(args.weight.k);
   params.strips = static_cast<int>(num_quant_strips(args.weight.m));
   params.chunk_cols = static_cast<int>(chunk_cols);
+  params.cta_strips = static_cast<unsigned>(params.strips / plan.ctas);
+  params.longer_ctas = static_cast<unsigned>(params.strips % plan.ctas);
   params.section_cols = plan.unit_cols;
   params.sections = static_cast<int>(plan.work.cols);
   params.ring_bytes = ring_bytes;
