@@ -154,10 +154,11 @@ FLASH_LLM_AVX2 void widen_group(const uint16_t* group, float* widened) {
   }
 }
 
-// Calls sums.add_group for each group of a block.
+// Calls sums.add_group for `groups` groups, whose masks and values begin at those of `block`, and
+// returns where their values end.
 template <int kTokens, typename Raw, typename X, typename Sums>
-FLASH_LLM_AVX2 inline void add_groups(const RowBlockOf<Raw>& block, int64_t groups, const X* x,
-                                      Sums& sums) {
+FLASH_LLM_AVX2 inline const Raw* add_groups(const RowBlockOf<Raw>& block, int64_t groups,
+                                            const X* x, Sums& sums) {
   const uint32_t* masks = block.masks;
   const uint32_t* const masks_end = masks + groups * kBlockRows;
   Values<false, Raw> values{block.values, block.end};
@@ -173,6 +174,7 @@ FLASH_LLM_AVX2 inline void add_groups(const RowBlockOf<Raw>& block, int64_t grou
   for (; masks != masks_end; masks += kBlockRows, x += kTokens * kGroupCols) {
     sums.add_group(masks, x, last);
   }
+  return last.next;
 }
 
 template <ValueType kType, int kTokens>
@@ -263,11 +265,37 @@ FLASH_LLM_AVX2 void quantize_group(const uint16_t* group, float inverse, int8_t*
                      _mm256_permutevar8x32_epi32(bytes, in_order));
 }
 
-// int8 X: a row's 32 elements of a group are bytes of one vector. Products of |w| and x with the
-// sign of w are added in pairs, whose sums fit 16 bits: they are at most 2 * 127 * 127.
+// The 32 elements of a row in a group, as bytes.
+template <bool kNearEnd>
+FLASH_LLM_AVX2 inline __m256i take_bytes(const uint32_t& mask, Values<kNearEnd, uint8_t>& values) {
+  const auto* bits = reinterpret_cast<const uint8_t*>(&mask);
+  const __m128i a = values.take(bits[0]), b = values.take(bits[1]);
+  const __m128i c = values.take(bits[2]), d = values.take(bits[3]);
+  return _mm256_set_m128i(_mm_unpacklo_epi64(c, d), _mm_unpacklo_epi64(a, b));
+}
+
+// int8 X. Products of |w| and x with the sign of w are added in pairs, whose sums fit 16 bits: they
+// are at most 2 * 127 * 127.
 template <int kTokens>
 struct Int8Block {
   __m256i sums[kBlockRows][kTokens];
+
+  FLASH_LLM_AVX2 inline void clear() {
+    for (auto& row : sums) {
+      for (auto& token : row) token = _mm256_setzero_si256();
+    }
+  }
+
+  FLASH_LLM_AVX2 inline void add_row(int row, __m256i w, const int8_t* x) {
+    const __m256i magnitudes = _mm256_abs_epi8(w);
+    for (int token = 0; token < kTokens; ++token) {
+      const auto* from = reinterpret_cast<const __m256i*>(x + token * kGroupCols);
+      const __m256i pairs =
+          _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(_mm256_load_si256(from), w));
+      sums[row][token] =
+          _mm256_add_epi32(sums[row][token], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+  }
 
   template <bool kNearEnd>
   FLASH_LLM_AVX2 inline void add_group(const uint32_t* masks, const int8_t* x,
@@ -277,38 +305,44 @@ struct Int8Block {
       prefetch_later(values.next);
     }
 #pragma GCC unroll 4
-    for (int row = 0; row < kBlockRows; ++row) {
-      const auto* bits = reinterpret_cast<const uint8_t*>(masks + row);
-      const __m128i a = values.take(bits[0]), b = values.take(bits[1]);
-      const __m128i c = values.take(bits[2]), d = values.take(bits[3]);
-      const __m256i w = _mm256_set_m128i(_mm_unpacklo_epi64(c, d), _mm_unpacklo_epi64(a, b));
-      const __m256i magnitudes = _mm256_abs_epi8(w);
-      for (int token = 0; token < kTokens; ++token) {
-        const auto* from = reinterpret_cast<const __m256i*>(x + token * kGroupCols);
-        const __m256i pairs =
-            _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(_mm256_load_si256(from), w));
-        sums[row][token] =
-            _mm256_add_epi32(sums[row][token], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-      }
-    }
+    for (int row = 0; row < kBlockRows; ++row) add_row(row, take_bytes(masks[row], values), x);
   }
 
-  FLASH_LLM_AVX2 static void multiply(const RowBlockOf<uint8_t>& block, int64_t groups,
-                                      const RowBitmapTokens& tokens, float* out) {
-    Int8Block sums;
-    for (auto& row : sums.sums) {
-      for (auto& token : row) token = _mm256_setzero_si256();
-    }
-    add_groups<kTokens>(block, groups, static_cast<const int8_t*>(tokens.x), sums);
+  FLASH_LLM_AVX2 inline void store(const RowBitmapTokens& tokens, float* out) const {
     for (int token = 0; token < kTokens; ++token) {
-      const __m256i ab = _mm256_hadd_epi32(sums.sums[0][token], sums.sums[1][token]);
-      const __m256i cd = _mm256_hadd_epi32(sums.sums[2][token], sums.sums[3][token]);
+      const __m256i ab = _mm256_hadd_epi32(sums[0][token], sums[1][token]);
+      const __m256i cd = _mm256_hadd_epi32(sums[2][token], sums[3][token]);
       const __m256i abcd = _mm256_hadd_epi32(ab, cd);
       const __m128i total =
           _mm_add_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
       _mm_storeu_ps(out + token * kBlockRows,
                     _mm_mul_ps(_mm_cvtepi32_ps(total), _mm_set1_ps(tokens.scales[token])));
     }
+  }
+
+  FLASH_LLM_AVX2 static void multiply(const RowBlockOf<uint8_t>& block, int64_t groups,
+                                      const RowBitmapTokens& tokens, float* out) {
+    Int8Block sums;
+    sums.clear();
+    add_groups<kTokens>(block, groups, static_cast<const int8_t*>(tokens.x), sums);
+    sums.store(tokens, out);
+  }
+
+  // Adds the products of a panel to the sums in `kept`, [4 rows][tokens], and writes them to `out`
+  // unless it is null.
+  FLASH_LLM_AVX2 static void multiply_panel(const __m256i* elements, int64_t groups,
+                                            const RowBitmapTokens& tokens, int64_t first_group,
+                                            __m256i* kept, float* out) {
+    Int8Block sums;
+    sums.clear();
+    if (first_group > 0) std::memcpy(&sums, kept, sizeof(sums));
+    const auto* x = static_cast<const int8_t*>(tokens.x) + first_group * kTokens * kGroupCols;
+    for (; groups > 0; --groups, x += kTokens * kGroupCols, elements += kBlockRows) {
+#pragma GCC unroll 4
+      for (int row = 0; row < kBlockRows; ++row) sums.add_row(row, elements[row], x);
+    }
+    std::memcpy(kept, &sums, sizeof(sums));
+    if (out != nullptr) sums.store(tokens, out);
   }
 };
 
@@ -318,7 +352,70 @@ using MultiplyInt8Block = void (*)(const RowBlockOf<uint8_t>&, int64_t groups,
 constexpr MultiplyInt8Block kMultiplyInt8Block[kMaxTokens] = {
     Int8Block<1>::multiply, Int8Block<2>::multiply, Int8Block<3>::multiply};
 
+using MultiplyInt8Panel = void (*)(const __m256i* elements, int64_t groups, const RowBitmapTokens&,
+                                   int64_t first_group, __m256i* kept, float* out);
+
+constexpr MultiplyInt8Panel kMultiplyInt8Panel[kMaxTokens] = {
+    Int8Block<1>::multiply_panel, Int8Block<2>::multiply_panel, Int8Block<3>::multiply_panel};
+
+// More tokens than registers hold sums of: a panel, some columns of a block of rows, is decoded
+// into the first-level cache and multiplied by all tokens. Between panels the sums are kept in
+// memory.
+constexpr int64_t kPanelGroups = 64;  // 8 KB
+
+struct Panel {
+  __m256i elements[kPanelGroups * kBlockRows];
+  __m256i* next = elements;
+
+  template <bool kNearEnd>
+  FLASH_LLM_AVX2 inline void add_group(const uint32_t* masks, const int8_t*,
+                                       Values<kNearEnd, uint8_t>& values) {
+    if (!kNearEnd) prefetch_soon(values.next);
+#pragma GCC unroll 4
+    for (int row = 0; row < kBlockRows; ++row) *next++ = take_bytes(masks[row], values);
+  }
+
+  // Decodes the next groups of a block and moves its masks and values to the groups after them.
+  FLASH_LLM_AVX2 void decode(RowBlockOf<uint8_t>& block, int64_t groups) {
+    next = elements;
+    block.values = add_groups<0>(block, groups, static_cast<const int8_t*>(nullptr), *this);
+    block.masks += groups * kBlockRows;
+  }
+};
+
+FLASH_LLM_AVX2 void multiply_int8_panels(const RowBitmapProduct& product) {
+  const int64_t groups = num_groups(product.weight.k), blocks = product.last - product.first;
+  Panel panel;
+  auto* kept = reinterpret_cast<__m256i*>(product.kept);
+  for (int64_t i = 0; i < blocks; ++i) {
+    RowBlockOf<uint8_t> block = row_block<uint8_t>(product.weight, product.first + i);
+    if (block.masks == nullptr) {
+      float* out = product.sums;
+      for (int64_t j = 0; j < product.token_blocks; ++j) {
+        const RowBitmapTokens& tokens = product.tokens[j];
+        sum_nothing(tokens, out + i * tokens.count * kBlockRows);
+        out += blocks * tokens.count * kBlockRows;
+      }
+      continue;
+    }
+    for (int64_t group = 0; group < groups; group += kPanelGroups) {
+      const int64_t count = std::min(kPanelGroups, groups - group);
+      panel.decode(block, count);
+      float* out = product.sums;
+      for (int64_t j = 0; j < product.token_blocks; ++j) {
+        const RowBitmapTokens& tokens = product.tokens[j];
+        const int64_t num_sums = tokens.count * kBlockRows;
+        kMultiplyInt8Panel[tokens.count - 1](
+            panel.elements, count, tokens, group, kept + j * kMaxTokens * kBlockRows,
+            group + count == groups ? out + i * num_sums : nullptr);
+        out += blocks * num_sums;
+      }
+    }
+  }
+}
+
 void multiply_int8(const RowBitmapProduct& product) {
+  if (product.token_blocks > 1) return multiply_int8_panels(product);
   const int64_t groups = num_groups(product.weight.k);
   multiply_blocks<uint8_t>(product,
                            [&](const RowBitmapTokens& tokens, const auto& block, float* out) {
@@ -465,6 +562,7 @@ RowBitmapKernel row_bitmap_avx2(ValueType type, bool int8_x) {
     kernel.widen = half ? widen_group<ValueType::kFloat16> : widen_group<ValueType::kBfloat16>;
   }
   kernel.max_tokens = kMaxTokens;
+  kernel.keeps_sums = int8_x;
   kernel.multiply = int8_x ? multiply_int8 : multiply_of(type);
   kernel.decode_block = decode_block<ValueType::kBfloat16>;
   kernel.decode_int8_block =

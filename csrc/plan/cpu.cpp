@@ -59,6 +59,9 @@ int64_t most_tokens_of_rows(ValueType type, const DeviceInfo& device) {
 }
 
 // The largest number of tokens for which kRowBitmapInt8XCpu is chosen, if it may be.
+// kRowBitmapInt8XCpu / kRowBitmapBlocks in milliseconds, 4096x4096 at 50 % zeros, bf16, on two
+// cores of a Xeon with AMX (2026-11-30): N = 16 1.3 / 6.2, 32 2.4 / 6.5, 128 11.0 / 11.7, 512 43.7
+// / 36.9.
 int64_t most_tokens_of_int8x(ValueType type, const DeviceInfo& device) {
   if (device.cpu_isa == CpuIsa::kPortable || device.cpu_isa == CpuIsa::kNeon) {
     return kRowsMaxTokensSlow;

@@ -9,10 +9,11 @@ namespace flash_llm {
 namespace {
 
 // Every pass decodes the weight again. Measured on an H200, fp16, 50 % zeros, in us (2026-11-30):
-// one pass of 16 tokens, and unpacking with cuBLAS's product, for any N up to 64.
-//   28672x7168   62   279
-//    7168x7168   22    78
-//    4096x4096   13    31
+// 16 and 64 tokens, and unpacking with cuBLAS's product, for any N up to 64.
+//   28672x7168   59   208   285
+//   14336x4096   21    56    91
+//    7168x7168   23    58    81
+//    4096x4096   12    21    28
 constexpr int64_t kMostTokens = 64;
 
 // The narrowest configuration for n tokens, or the widest.
@@ -31,10 +32,10 @@ int config_for(int64_t n, bool int8_x) {
 // less time than it saves. Measured on an H200, fp16, 50 % zeros, in us (2026-11-30), X as it is /
 // int8:
 //                  N = 1         N = 8        N = 16
-//   28672x7168   41.0 / 37.8   44.5 / 40.3   61.7 / 51.5
-//   14336x4096   15.2 / 14.9   17.4 / 16.7   22.5 / 24.6
-//    7168x7168   14.3 / 14.1   16.8 / 15.9   22.4 / 29.1
-//    4096x4096    7.4 /  8.5    9.1 / 10.1   13.1 / 17.1
+//   28672x7168   41.2 / 37.1   44.8 / 41.1   59.0 / 45.8
+//   14336x4096   16.7 / 15.2   18.2 / 16.6   21.4 / 21.2
+//    7168x7168   14.6 / 14.2   18.4 / 18.1   22.8 / 23.7
+//    4096x4096    7.1 /  7.5    8.7 /  9.2   12.4 / 12.6
 bool takes_int8_x(const PlanRequest& request) {
   const SpmmProblem& problem = request.problem;
   const int64_t least = problem.n <= 8 ? int64_t{32} << 20 : int64_t{128} << 20;

@@ -660,7 +660,9 @@ TEST(SelectFormat, FollowsTheDeviceAndTheDensity) {
 TEST(SelectFormat, ComparesBytesThatAreNoWholeNumber) {
   for (const PackedFormat& format : all_formats()) {
     const double wide = format.bytes_per_element(0.5, 8), narrow = format.bytes_per_element(0.5, 4);
-    if (format.value_types.contains(ValueType::kInt8Float16)) EXPECT_LT(narrow, wide - 0.2);
+    if (format.value_types.contains(ValueType::kInt8Float16)) {
+      EXPECT_LT(narrow, wide - 0.2);
+    }
   }
 }
 

@@ -503,7 +503,7 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Combine(::testing::Values(Shape{1, 1, 1}, Shape{127, 7, 63}, Shape{129, 9, 65},
                                          Shape{200, 0, 100}, Shape{0, 3, 64}, Shape{64, 3, 0},
                                          Shape{5, 3, 31}, Shape{7, 17, 32}, Shape{33, 6, 300},
-                                         Shape{9, 8, 1100}),
+                                         Shape{9, 8, 2200}),
                        ::testing::Values(0.0, 0.5, 0.95, 1.0),
                        ::testing::Values(ValueType::kInt8Float16, ValueType::kInt8Bfloat16)));
 
