@@ -91,7 +91,7 @@ FLASH_LLM_AVX2 inline __m128i expansion_of(uint32_t bits) {
 
 template <ValueType kType>
 FLASH_LLM_AVX2 inline __m256 widen(__m128i elements) {
-  if constexpr (value_traits(kType).bits == 8) {
+  if constexpr (is_quantized(kType)) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(elements));
   } else if constexpr (kType == ValueType::kFloat16) {
     return _mm256_cvtph_ps(elements);

@@ -201,7 +201,7 @@ void decode_block(const RowBlock& block, int rows, int64_t k, uint16_t* dense) {
 }  // namespace
 
 RowBitmapKernel row_bitmap_neon(ValueType type, bool int8_x) {
-  if (value_traits(type).bits == 8) return row_bitmap_portable(type, int8_x);
+  if (is_quantized(type)) return row_bitmap_portable(type, int8_x);
   const bool half = type == ValueType::kFloat16;
   RowBitmapKernel kernel;
   kernel.widen = half ? widen_group<ValueType::kFloat16> : widen_group<ValueType::kBfloat16>;

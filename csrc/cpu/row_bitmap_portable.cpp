@@ -153,8 +153,8 @@ RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type, bool int8_x) {
       return row_bitmap_avx2(type, int8_x);
     case CpuIsa::kAvx512:
     case CpuIsa::kAvx512Bf16:
-      return value_traits(type).bits == 8 ? row_bitmap_avx512_int8(type, int8_x)
-                                          : row_bitmap_avx512(type, isa == CpuIsa::kAvx512Bf16);
+      return is_quantized(type) ? row_bitmap_avx512_int8(type, int8_x)
+                                : row_bitmap_avx512(type, isa == CpuIsa::kAvx512Bf16);
     case CpuIsa::kNeon:
       return row_bitmap_neon(type, int8_x);
   }

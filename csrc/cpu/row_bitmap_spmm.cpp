@@ -155,7 +155,7 @@ struct RowScales {
   float of[kBlockRows] = {1.0F, 1.0F, 1.0F, 1.0F};
 
   RowScales(const PackedView& weight, int64_t block) {
-    if (value_traits(weight.value_type).scales == ScaleGroup::kNone) return;
+    if (!is_quantized(weight.value_type)) return;
     const auto parts = row_block<uint8_t>(weight, block);
     if (parts.masks == nullptr) return;
     for (int row = 0; row < kBlockRows; ++row) of[row] = bits_to_float(parts.scales[row]);
