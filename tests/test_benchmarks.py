@@ -80,9 +80,9 @@ def prefetches(monkeypatch, quick):
     seen = []
     spmm = bench_spmm.flash_llm.spmm
 
-    def noted(x, w, *, config, prefetch):
+    def noted(x, w, *, prefetch, **options):
         seen.append(prefetch)
-        return spmm(x, w, config=config, prefetch=prefetch)
+        return spmm(x, w, prefetch=prefetch, **options)
 
     monkeypatch.setattr(bench_spmm.flash_llm, "spmm", noted)
     return seen

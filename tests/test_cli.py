@@ -622,7 +622,7 @@ def test_bench_prunes_dense_weights_first(tmp_path, quick):
 )
 def test_dense_wins_from_the_last_crossover(times, expected):
     products = tuple(bench.ProductTiming(*row) for row in times)
-    shape = bench.ShapeTiming("a", 1, (2, 2), 0.5, "dense", "row_bitmap", 8, 8, products)
+    shape = bench.ShapeTiming("a", 1, (2, 2), 0.5, "dense", "row_bitmap", "16-bit", 8, 8, products)
     assert shape.dense_wins_from == expected
     report = bench.BenchReport("cpu", "float16", 1, (shape,))
     assert json.loads(report.to_json())["shapes"][0]["dense_wins_from"] == expected

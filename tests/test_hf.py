@@ -303,6 +303,7 @@ BY_HAND = {
     "sparsify_ of each block": lambda m: [
         flash_llm.sparsify_(block, sparsity=0.8, pack_unprofitable=True) for block in m.model.layers
     ],
+    "int8 values": lambda m: flash_llm.sparsify_(m, sparsity=0.5, values="int8"),
     "from_linear": by_layer,
     "load": lambda m: (
         flash_llm.save(packed_copy(m), m.name_or_path + "/plain")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flash_llm
-from flash_llm import SparseLinear
+from flash_llm import SparseLinear, ops
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.hf
 IDS = torch.arange(24).view(2, 12)
 
 
-def packed_model():
+def packed_model(values="16-bit"):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=96,
@@ -29,7 +29,7 @@ def packed_model():
     )
     auto = transformers.AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.bfloat16).eval()
-    assert len(flash_llm.sparsify_(model, sparsity=0.8).packed) == 14
+    assert len(flash_llm.sparsify_(model, sparsity=0.8, values=values).packed) == 14
     return model
 
 
@@ -115,8 +115,9 @@ def test_integers_merge_exactly():
     assert merged[1].bias is linear.bias
 
 
-def test_unmerging_brings_the_packed_layer_back_bit_for_bit():
-    model = packed_model()
+@pytest.mark.parametrize("values", ops.STORED_VALUES)
+def test_unmerging_brings_the_packed_layer_back_bit_for_bit(values):
+    model = packed_model(values)
     before = copy.deepcopy(model.state_dict())
     adapted = with_adapter(model)
     expected = logits(adapted)

@@ -113,6 +113,29 @@ def test_without_packing_the_zeros_are_dense(tmp_path, source, text):
     assert packed[0] == packed[1]
 
 
+def test_values_are_rounded_while_pruning_and_packed_as_they_are(tmp_path, source, text):
+    options = ("--method", "sparsegpt", "--values", "int8")
+    for folder, more in (("packed", ()), ("dense-zeros", ("--no-pack",))):
+        result = prune(source, tmp_path / folder, text, *options, *more, "--json")
+        assert result.exit_code == 0, result.output
+        assert PruneReport.load(tmp_path / folder).recipe.values == "int8"
+        if folder == "packed":
+            rows = json.loads(result.stdout)["packing"]["rows"]
+            assert {row["values"] for row in rows if row["decision"] == "packed"} == {"int8"}
+    headers = Checkpoint(checkpoint_files(tmp_path / "packed")).packed.values()
+    assert {header.values for header in headers} == {"int8"}
+    # Packing has not rounded again.
+    verified = invoke(
+        *("verify", tmp_path / "packed", "--reference", tmp_path / "dense-zeros"),
+        *("--max-error", "0"),
+    )
+    assert verified.exit_code == 0, verified.output
+    # Values of other types are numbers of 16 bits.
+    assert prune(source, tmp_path / "int4", text, "--values", "int4").exit_code == 0
+    headers = Checkpoint(checkpoint_files(tmp_path / "int4")).packed.values()
+    assert {header.values for header in headers} == {"16-bit"}
+
+
 def test_options_reach_prune(tmp_path, source, text, monkeypatch):
     seen = {}
     original = calibrate.prune_
@@ -342,6 +365,8 @@ def test_no_resume_removes_nothing_of_others(tmp_path, source, text):
         (("--calibration", "none.txt"), "none.txt is no file"),
         (("--dtype", "float64"), "dtype must be float16 or bfloat16"),
         (("--format", "csr"), "format must be"),
+        (("--format", "bitmap", "--values", "int8"), '"bitmap" cannot hold int8'),
+        (("--values", "int5"), "values must be one of int8"),
         (("--targets", "q_prj"), 'target "q_prj" must match a linear layer'),
         (("--ignore", "q_prj"), 'ignore "q_prj" must match a module'),
         (("--device", "cuda:9"), "is not there"),

@@ -243,7 +243,7 @@ def test_the_readmes_speed_on_a_cpu_is_measured():
 
 def test_the_support_table_is_what_the_planner_says():
     """Which cells say "kernel", and which formats are `auto`."""
-    names = ("bitmap", "tiled_csl", "gather", "row_bitmap")
+    names = ("bitmap", "tiled_csl", "gather", "row_bitmap", "quantized_bitmap")
     lines = re.findall(r"^\| (.*) \| float16, bfloat16 \| (.+) \|$", README, re.MULTILINE)
     assert len(lines) == 4
     for device, cells in lines:
@@ -255,12 +255,20 @@ def test_the_support_table_is_what_the_planner_says():
                     *(8192, 8192, int(density * 8192**2)),
                     compute_capability=capability,
                     expected_tokens=tokens,
+                    values=values,
                 )[0]
-                for density, tokens in ((0.5, None), (0.04, None), (0.1, 1))
+                for density, tokens, values in (
+                    *((0.5, None, "16-bit"), (0.04, None, "16-bit"), (0.1, 1, "16-bit")),
+                    *([(0.5, None, "int8")] if capability else []),  # CPUs: also the row bitmap
+                )
             }
             for name, cell in zip(names, cells.split(" | "), strict=True):
                 plan = flash_llm.explain_plan(
-                    4096, 8, 4096, 2**23, format=name, compute_capability=capability, **gpu
+                    *(4096, 8, 4096, 2**23),
+                    "int8_float16" if name == "quantized_bitmap" else "float16",
+                    format=name,
+                    compute_capability=capability,
+                    **gpu,
                 )
                 assert cell.startswith("kernel") != plan.startswith("dense"), (capability, name)
                 assert ("`auto`" in cell) == (name in auto), (capability, name)

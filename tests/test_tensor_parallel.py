@@ -1,5 +1,6 @@
 """Tensor parallel of transformers over packed layers: two processes, on two GPUs or on the CPU."""
 
+import copy
 import json
 import os
 import socket
@@ -42,9 +43,12 @@ def save_models(folder):
                 layer.weight[torch.rand_like(layer.weight) < 0.7] = 0
                 nn.init.normal_(layer.bias, std=0.5)
     model.save_pretrained(folder / "dense")
+    int8 = copy.deepcopy(model)
+    flash_llm.sparsify_(int8, values="int8")
+    int8.save_pretrained(folder / "int8")
     flash_llm.sparsify_(model)
     model.save_pretrained(folder / "packed")
-    return model
+    return model, int8
 
 
 def load(folder):
@@ -80,6 +84,13 @@ def worker(rank, folder, port):
         for save in (model.save_pretrained, lambda to, model=model: flash_llm.save(model, to)):
             with pytest.raises(NotImplementedError, match="q_proj "):
                 save(folder / f"again-{rank}")
+    dense = load(folder / "dense")
+    flash_llm.sparsify_(dense, values="int8")
+    for name, model in {"int8 folder": load(folder / "int8"), "int8 sparsify_": dense}.items():
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+        found[f"{name} values"] = {n: m.packed.to_quantized() for n, m in layers.items()}
+        with torch.no_grad():
+            found[name] = logits_of(model)
     found["fsdp"] = fully_sharded()
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -101,9 +112,9 @@ def fully_sharded():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The model in one process, and what each of two processes found."""
+    """The model, with 16-bit and int8 values, in one process; what each of two processes found."""
     folder = tmp_path_factory.mktemp("parallel")
-    model = save_models(folder)
+    model, int8 = save_models(folder)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -111,12 +122,16 @@ def run(tmp_path_factory):
         if DEVICE == "cpu":  # one GPU is not enough for two processes
             environment.setenv("CUDA_VISIBLE_DEVICES", "")
         torch.multiprocessing.spawn(worker, (folder, port), nprocs=2)
-    return model, [torch.load(folder / f"{rank}.pt", map_location=DEVICE) for rank in range(2)]
+    return (
+        model,
+        int8,
+        [torch.load(folder / f"{rank}.pt", map_location=DEVICE) for rank in range(2)],
+    )
 
 
 @pytest.mark.parametrize("name", ["packed folder", "sparsify_"])
 def test_two_processes_give_the_logits_and_gradients_of_one(name, run):
-    model, ranks = run
+    model, _, ranks = run
     with torch.no_grad():
         expected = logits_of(model)
     expected_gradient = gradient(model)
@@ -133,7 +148,7 @@ def test_two_processes_give_the_logits_and_gradients_of_one(name, run):
 
 @pytest.mark.parametrize("name", ["packed folder", "sparsify_"])
 def test_each_process_holds_its_part_of_a_weight(name, run):
-    model, ranks = run
+    model, _, ranks = run
     for layer, whole in model.named_modules():
         if not isinstance(whole, SparseLinear):
             continue
@@ -142,14 +157,35 @@ def test_each_process_holds_its_part_of_a_weight(name, run):
             assert torch.equal(rank[f"{name} weights"][layer], part), layer
 
 
+@pytest.mark.parametrize("name", ["int8 folder", "int8 sparsify_"])
+def test_int8_values_are_cut_with_their_scales(name, run):
+    _, model, ranks = run
+    with torch.no_grad():
+        expected = logits_of(model)
+    for rank in ranks:
+        torch.testing.assert_close(rank[name], expected, rtol=0.02, atol=0.02 * expected.std())
+    for layer, whole in model.named_modules():
+        if not isinstance(whole, SparseLinear):
+            continue
+        by_row = layer.endswith(("o_proj", "down_proj"))
+        parts = [of_rank[f"{name} values"][layer] for of_rank in ranks]
+        values, scales = whole.packed.to_quantized()
+        assert torch.equal(torch.cat([part for part, _ in parts], int(by_row)), values), layer
+        for (part, found), of_rows in zip(
+            parts, [scales] * 2 if by_row else scales.chunk(2), strict=True
+        ):
+            stored = part.any(1)  # rows without values have no scale of their own
+            assert torch.equal(found[stored], of_rows[stored]), layer
+
+
 def test_the_report_of_each_process_is_that_of_the_whole_model(run):
-    _, (first, second) = run
+    _, _, (first, second) = run
     assert first["report"] == second["report"]
     rows = json.loads(first["report"])["rows"]
     assert [row["shape"] for row in rows if row["decision"] == "packed"][:2] == [[64, 64], [32, 64]]
 
 
 def test_weights_that_fsdp_distributes_are_refused(run):
-    for rank in run[1]:
+    for rank in run[2]:
         swapped, packed = rank["fsdp"]
         assert "0.0 is distributed" in swapped and "weight of Linear is distributed" in packed
