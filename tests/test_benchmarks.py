@@ -945,8 +945,15 @@ def test_an_account_of_a_step_counts_overlapping_kernels_once():
 def serve_row(**changes):
     row = {
         **{"bench": "serve", "engine": "vllm 0.26.0", "gpu": "h200", "gpus": 1, "model": "toy"},
-        **{"weights": "dense", "format": None, "sparsity": 0.0, "batch": 1, "prompt": 64},
-        **{"new_tokens": 64, "step_ms": 5.0, "tok_per_gpu_s": 200.0, "ttft_ms": 20.0},
+        **{"weights": "dense", "format": None, "sparsity": 0.0, "values": "16-bit"},
+        **{
+            "batch": 1,
+            "prompt": 64,
+            "new_tokens": 64,
+            "step_ms": 5.0,
+            "tok_per_gpu_s": 200.0,
+            "ttft_ms": 20.0,
+        },
         **{"weights_gb": 1.0, "kv_tokens": 1000, "start_s": 50.0, "mode": "compiled"},
         **{"torch": "2.11.0", "commit": "0123abc"},
     }
@@ -956,9 +963,9 @@ def serve_row(**changes):
 def test_the_plot_of_serving_is_drawn_from_rows(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     found = [
-        serve_row(batch=b, weights=w, mode=m, gpus=g)
+        serve_row(batch=b, weights=w, values=v or "int8", mode=m, gpus=g)
         for b in (1, 8)
-        for w in bench_serve.WEIGHTS
+        for w, v in bench_serve.WEIGHTS.items()
         for m in bench_serve.MODES
         for g in (1, 2)
     ]

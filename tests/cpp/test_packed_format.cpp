@@ -443,7 +443,7 @@ TEST_P(Malformed, ValueTypeThatTheFormatDoesNotHold) {
   for (const ValueType type : kValueTypes) {
     if (packed_format(GetParam()).value_types.contains(type)) continue;
     good_.header.value_type = type;
-    expect_refused(good_, StatusCode::kInvalidType, {name_of(GetParam()), value_traits(type).name});
+    expect_refused(good_, StatusCode::kInvalidType, {name_of(GetParam()), value_traits(type).values});
   }
 }
 
