@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._inductor.config
 from formats import DTYPES, FORMATS, each
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -177,7 +178,9 @@ def test_meta_tensors_flow_through(format):
 @pytest.fixture
 def fresh_dynamo():
     torch._dynamo.reset()
-    yield
+    # Inductor's cache on the disk would give code that another build compiled, for its schemas.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
     torch._dynamo.reset()
 
 

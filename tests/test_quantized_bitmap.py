@@ -186,6 +186,22 @@ def test_quantising_x_is_asked_for_by_name(device):
         flash_llm.spmm(x, w, x_quantization="dynamic", config="dense")
 
 
+def test_compiled_calls_and_gradients_with_quantised_x(device):
+    m, k = (40, 600) if device == "cpu" else (8192, 4096)
+    w = flash_llm.pack(testing.random_sparse(m, k, 0.5, device=device), values="int8")
+    x = torch.randn(3, k).half().to(device).requires_grad_()
+
+    def product(x):
+        return flash_llm.spmm(x, w, activation="relu", x_quantization="dynamic")
+
+    y = product(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    # The gradient ignores that x is rounded.
+    assert torch.equal(grad, (y > 0).half() @ w.to_dense())
+    compiled = torch.compile(product, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), y)
+
+
 # ---- products ----
 
 K = [1, 7, 64, 256, 257, 600, 1031, 4096, 8200, 17000]
@@ -258,11 +274,29 @@ def test_tokens_are_rounded_to_nearest(dtype, magnitude):
 @each("dtype", DTYPES)
 @each("number", [float("inf"), float("nan")])
 def test_a_quantised_token_that_is_not_finite_gives_nan(dtype, number):
-    w = pack(*random_int8(40, 700, 0.7), dtype, "cuda")
-    x = torch.ones(3, 700, dtype=dtype)
-    x[1, 699] = number
-    y = flash_llm.spmm(x.cuda(), w, config=INT8_X[0])
-    assert bool(y[1].isnan().all()) and bool(y[::2].isfinite().all())
+    # 9000 columns are two sections of K, 16 tokens the wide configuration.
+    for n, k, config in ((3, 700, INT8_X[0]), (16, 700, INT8_X[1]), (3, 9000, INT8_X[0])):
+        values, scales = random_int8(40, k, 0.7)
+        w = pack(values, scales / 8, dtype, "cuda")
+        x = torch.ones(n, k, dtype=dtype)
+        x[1, k - 1] = number
+        y = flash_llm.spmm(x.cuda(), w, config=config)
+        assert bool(y[1].isnan().all()), (n, k)
+        assert y.isfinite().all(1).sum() == n - 1, (n, k)
+
+
+@pytest.mark.gpu
+def test_quantised_tokens_in_graphs_and_without_prefetch():
+    w = flash_llm.pack(testing.random_sparse(8192, 4096, 0.5, device="cuda"), values="int8")
+    x = torch.randn(3, 4096).half().cuda()
+    expected = flash_llm.spmm(x, w, x_quantization="dynamic")
+    assert torch.equal(flash_llm.spmm(x, w, x_quantization="dynamic", prefetch=False), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = flash_llm.spmm(x, w, x_quantization="dynamic")
+    x.copy_(x.flip(0))
+    graph.replay()
+    assert torch.equal(y, expected.flip(0))
 
 
 @pytest.mark.gpu
