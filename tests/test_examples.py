@@ -238,8 +238,19 @@ def test_vmap_is_right(packed_model):
     torch.testing.assert_close(torch.vmap(packed_model)(x), packed_model(x))
 
 
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+
+
+def test_the_guides_snippets_prune_pack_and_multiply():
+    first, _, int8, _ = SNIPPETS
+    found = {}
+    exec(first, found)
+    exec(int8, found)
+    assert found["packed"].values == "int8" and found["y"].shape == (4, 1024)
+
+
 def test_the_guides_snippets_make_a_model_dense_and_pack_it_unpruned():
-    _, pack, to_dense = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+    _, pack, _, to_dense = SNIPPETS
     dense = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64)).bfloat16()
     model = copy.deepcopy(dense)
     exec(pack, {"flash_llm": flash_llm, "model": model})

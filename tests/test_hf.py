@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_import import outputs_of
 
 import flash_llm
-from flash_llm import SparseLinear
+from flash_llm import SparseLinear, ops
 
 transformers = pytest.importorskip("transformers")
 
@@ -328,6 +328,18 @@ def test_however_it_was_packed_it_is_saved_to_be_loaded(tmp_path, way):
         assert sparse_layers(again) == sparse_layers(part) != set()
         assert_same_weights(again, part)
     assert not sparse_layers(model.dequantize())
+
+
+def test_int8_values_that_overflow_the_dtype_to_load_in_are_refused_by_name(tmp_path):
+    model = dense("llama", tmp_path / "dense")
+    flash_llm.sparsify_(model, values="int8")
+    layer = model.model.layers[1].mlp.up_proj
+    values, scales = layer.packed.to_quantized()
+    layer.weight_payload = ops.pack_quantized(values, scales * 1e9, torch.bfloat16).payload
+    model.save_pretrained(tmp_path)
+    assert flash_llm.from_pretrained(tmp_path).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj .*row 0"):
+        flash_llm.from_pretrained(tmp_path, dtype=torch.float16)
 
 
 def test_what_was_made_dense_by_hand_is_saved_as_dense(tmp_path):

@@ -152,7 +152,10 @@ class FlashLLMQuantizer(HfQuantizer):
                 layer.packed.validate()
             except (ValueError, TypeError) as error:
                 raise type(error)(f"flash_llm: {name} was not loaded completely: {error}") from None
-            layer.to(dtype)
+            try:
+                layer.to(dtype)
+            except ValueError as error:  # rows of int8 values overflow float16
+                raise ValueError(f"flash_llm: {name} cannot become {dtype}: {error}") from None
             if layer in distributed:
                 tensor_parallel.shard_(layer, *distributed[layer])
             layer.refit()

@@ -89,13 +89,17 @@ class FlashLLMLinearMethod(LinearMethodBase):
         """Pack the weight, or leave the layer to vLLM's dense method, and report it.
 
         Raises:
-            ValueError: a part of the layer was not loaded, or a packed one is malformed.
+            ValueError: a part of the layer was not loaded, a packed one is malformed, or a row
+                cannot be packed with int8 values.
             NotImplementedError: the weights are loaded again, with another sparsity.
         """
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         weight, scales = self._assemble(layer)
-        row, packed = self._pack(weight, scales)
+        try:
+            row, packed = self._pack(weight, scales)
+        except ValueError as error:  # int8 values cannot hold a row, or overflow the dtype
+            raise ValueError(f"flash_llm: {self.prefix}: {error}") from None
         if packed is not None:
             packed = interchangeable(packed)
         previous = getattr(layer, "packed_header", None)
