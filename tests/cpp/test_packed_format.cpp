@@ -443,7 +443,8 @@ TEST_P(Malformed, ValueTypeThatTheFormatDoesNotHold) {
   for (const ValueType type : kValueTypes) {
     if (packed_format(GetParam()).value_types.contains(type)) continue;
     good_.header.value_type = type;
-    expect_refused(good_, StatusCode::kInvalidType, {name_of(GetParam()), value_traits(type).values});
+    expect_refused(good_, StatusCode::kInvalidType,
+                   {name_of(GetParam()), value_traits(type).values});
   }
 }
 
