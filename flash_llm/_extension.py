@@ -63,7 +63,7 @@ def require() -> ModuleType:
 
     Returns:
         The pybind11 module: ``build_info``, ``configs``, ``plan_names``, ``explain_plan``,
-        ``check_header`` and the constants of the formats.
+        ``check_header``, ``check_holds`` and the constants of the formats.
 
     Raises:
         RuntimeError: the extension is missing or cannot be loaded. The message says what was found,
