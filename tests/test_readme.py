@@ -210,6 +210,15 @@ def test_the_readmes_perplexities_are_what_the_rows_say():
         f"50 % zeros and to {found[0.7]['perplexity']:.2f} at 70 %"
     )
     assert said in " ".join(README.split()) and f"`{found[0.7]['commit']}`" in README
+    rounded = {
+        (row["method"], row["sparsity"], row["values"]): row
+        for row in rows.read_rows(rows.RESULTS / "accuracy.jsonl")
+        if row.get("recover_epochs") == 0 and row.get("rounding") == "sweep"
+    }
+    three = (("sparsegpt", 0.0, "int4"), ("admm", 0.5, "int4"), ("sparsegpt", 0.0, "int3"))
+    for name, digits in zip(three, (1, 2, 2), strict=True):
+        row = rounded[name]
+        assert f"{row['perplexity']:.2f} at {row['bits']:.{digits}f})" in " ".join(README.split())
 
 
 def test_the_readmes_six_rows_are_measured():
