@@ -44,9 +44,10 @@ int64_t directory_bytes(int slices) {
          kUnitBytes;
 }
 
-// A tile's bytes, whole units; none if it has no nonzeros.
+// A tile's bytes, whole units; none if it has no nonzeros. Sets *changed if an element that was a
+// nonzero was none when it was stored.
 std::vector<uint8_t> pack_tile(const uint16_t* dense, int64_t ld, const TileExtent& extent,
-                               int64_t* nnz) {
+                               int64_t* nnz, bool* changed) {
   const uint16_t* tile = dense + extent.row0 * ld + extent.col0;
   const int slices = gather_slices(extent.rows), words = (extent.cols + 31) / 32;
   const auto row_words = static_cast<size_t>(words);
@@ -80,7 +81,11 @@ std::vector<uint8_t> pack_tile(const uint16_t* dense, int64_t ld, const TileExte
       bytes.resize(bytes.size() + kGatherQuadBytes);
       return bytes.data() + bytes.size() - kGatherQuadBytes;
     };
-    const auto value_of = [&](int row, int col) { return tile[rows[row] * ld + col]; };
+    const auto value_of = [&](int row, int col) {
+      const uint16_t value = tile[rows[row] * ld + col];
+      if (is_zero(value)) *changed = true;
+      return value;
+    };
     GatherOrder slice_order(state, slice_bits.data(), words, extent.cols);
     quads[slice] = static_cast<uint16_t>(slice_order.store(bytes_of, value_of));
   }
@@ -217,8 +222,9 @@ Status gather_count(const ValueMatrix& matrix, const ParallelFor& parallel_for, 
   parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const auto i = static_cast<size_t>(tile);
-      bytes[i] =
-          static_cast<int64_t>(pack_tile(dense, ld, tile_extent(tile, m, k), &stored[i]).size());
+      bool changed = false;  // packing finds out
+      const TileExtent extent = tile_extent(tile, m, k);
+      bytes[i] = static_cast<int64_t>(pack_tile(dense, ld, extent, &stored[i], &changed).size());
     }
   });
   *nnz = std::accumulate(stored.begin(), stored.end(), int64_t{0});
@@ -233,9 +239,11 @@ Status gather_pack(const ValueMatrix& matrix, const int32_t* offsets, int64_t nn
   const int64_t ld = matrix.ld, m = matrix.m, k = matrix.k;
   return pack_tiles(tiles_of(m, k), 1, nnz, parallel_for, [&](int64_t tile) -> int64_t {
     int64_t stored = 0;
-    const std::vector<uint8_t> bytes = pack_tile(dense, ld, tile_extent(tile, m, k), &stored);
+    bool changed = false;
+    const std::vector<uint8_t> bytes =
+        pack_tile(dense, ld, tile_extent(tile, m, k), &stored, &changed);
     const auto units = units_of_bytes(static_cast<int64_t>(bytes.size()));
-    if (units != int64_t{offsets[tile + 1]} - offsets[tile]) return kTileChanged;
+    if (changed || units != int64_t{offsets[tile + 1]} - offsets[tile]) return kTileChanged;
     if (units > 0) {
       std::memcpy(payload + int64_t{offsets[tile]} * kGatherUnitWords, bytes.data(), bytes.size());
     }
