@@ -55,8 +55,8 @@ class SparseLinear(nn.Linear):
             size of a model before it is loaded get the right size; 0 on other devices.
         format: ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"``, ``"gather"`` or ``"auto"``, which
             chooses the format that multiplies fastest on the device, whenever a dense weight is
-            packed and when the layer moves between CPU and GPU. A layer that was
-            packed as ``"gather"`` is packed so again on every GPU: its caller expects few tokens.
+            packed and when the layer moves between CPU and GPU. A layer that was packed as
+            ``"gather"`` is packed so again on every GPU: its caller expects few tokens.
         expected_tokens: as :func:`flash_llm.pack` takes it, for each choice of ``"auto"``.
 
     Raises:
