@@ -44,8 +44,8 @@ int64_t directory_bytes(int slices) {
          kUnitBytes;
 }
 
-// A tile's bytes, whole units; none if it has no nonzeros. Sets *changed if an element that was a
-// nonzero was none when it was stored.
+// A tile's bytes, whole units; none if it has no nonzeros. Sets *changed if an element was
+// found to be a nonzero and had become zero when it was stored.
 std::vector<uint8_t> pack_tile(const uint16_t* dense, int64_t ld, const TileExtent& extent,
                                int64_t* nnz, bool* changed) {
   const uint16_t* tile = dense + extent.row0 * ld + extent.col0;

@@ -46,8 +46,8 @@ struct GatherOrderState {
   int column[kGatherClasses][kGatherClasses], cost[kGatherClasses][kGatherClasses];
   int class_of[kGatherClasses];     // the assignment
   int class_lanes[kGatherClasses];  // lanes of this phase
-  // What a column costs beside its distance because of the lanes before of this step, for lanes of
-  // either half of the warp, by the column's bank of 4 bytes.
+  // What the earlier lanes of this step add to the cost of a column, for lanes of either half of
+  // the warp, by the column's bank of 4 bytes.
   int penalty[2][kGatherFourByteBanks];
   int least_penalty[kGatherClasses];  // of each class, for the lanes of this phase
   // Of the assignment's search, counted from 1; 0 stands for none.

@@ -14,12 +14,12 @@ using Configs = std::vector<GatherConfig>;
 // 0.11 + 1.87 * density of the dense product, and unpacking and the dense product 2.4 of it.
 constexpr double kPassCost = 0.11, kPassCostOfDensity = 1.87, kDenseCost = 2.4;
 
-// The warps of a CTA; 0 if too few fit. Where two CTAs fit into an SM, the next kernel's finds its
-// slices and fills its ring while this kernel's multiplies. On an H200, 90 % zeros, that takes
-// 4096x4096 with one token from 6.4 to 4.4 us and 28672x7168 from 22.8 to 21.4 (2026-11-30). A GPU
-// without bulk copies has no launches before the previous kernel's end.
+// The warps of a CTA; 0 if too few fit. Where two CTAs fit into an SM, that of the next kernel
+// finds its slices and fills its rings while that of this kernel multiplies. One token, 90 % zeros,
+// H200: 4096x4096 takes 4.4 us instead of 6.4, 28672x7168 21.4 instead of 22.8 (2026-11-30). On a
+// GPU without bulk copies a kernel cannot begin before the previous one ends.
 int warps_of(const GatherConfig& config, int64_t k, int batch, const DeviceInfo& device) {
-  // With fewer warps a CTA multiplies more slowly than it gains.
+  // With fewer warps a CTA loses more time in multiplying than it gains at its start.
   constexpr int kLeastPairWarps = 8;
   const auto bytes = [&](int warps) {
     return kGatherTableBytes + gather_smem_bytes(config, k, warps, batch);

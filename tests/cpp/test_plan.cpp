@@ -568,6 +568,7 @@ TEST(SelectPlanGather, AnSmHasRoomForTheNextKernelsCtaWhereXIsSmall) {
   EXPECT_EQ(warps(4, 7168, kH200), 8);
   EXPECT_EQ(warps(4, 8192, kH200), 16);  // X leaves room for one CTA
   EXPECT_EQ(warps(8, 7168, kH200), 16);
+  EXPECT_EQ(plan_of(gather_problem(28672, 8, 7168), kH200).ring_bytes, 16 * 2 * 3136);
   EXPECT_EQ(warps(1, 7168, kA100), 16);  // no kernel begins before the end of the previous one
 }
 

@@ -657,7 +657,7 @@ Status launch_gather(const GatherParams& params, dim3 grid, int warps, int smem_
   const Status sized =
       allow_smem("cudaFuncSetAttribute(gather_kernel)", gather_kernel<C>, smem_bytes);
   if (!sized.ok()) return sized;
-  // As much as there is, so that CTAs of two kernels fit.
+  // An SM must have shared memory for the CTAs of two kernels.
   const Status preferred = cuda::check(
       cudaFuncSetAttribute(gather_kernel<C>, cudaFuncAttributePreferredSharedMemoryCarveout,
                            cudaSharedmemCarveoutMaxShared),
