@@ -30,9 +30,6 @@ Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bo
 // kBitmapRowsSm90: as kBitmapSm90a, without a workspace.
 Status spmm_bitmap_rows(const SpmmPlan& plan, const SpmmArgs& args, bool prefetch,
                         cudaStream_t stream);
-// kQuantizedBitmapSm90: as kBitmapSm90a.
-Status spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace,
-                             bool prefetch, cudaStream_t stream);
 // kBitmapSm90a, kBitmapSm90, kBitmapSm80: x must be 16-byte aligned, x_stride a multiple of 8 (or
 // n = 1), and each row of x followed by zeros up to the next multiple of 8 columns.
 Status spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
@@ -47,6 +44,11 @@ Status spmm_gather_sm90(const SpmmPlan& plan, const SpmmArgs& args, void* worksp
                         cudaStream_t stream);
 Status spmm_gather_sm80(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                         cudaStream_t stream);
+// kQuantizedBitmapSm90, kQuantizedBitmapSm80: likewise.
+Status spmm_quantized_bitmap_sm90(const SpmmPlan& plan, const SpmmArgs& args, void* workspace,
+                                  bool prefetch, cudaStream_t stream);
+Status spmm_quantized_bitmap_sm80(const SpmmPlan& plan, const SpmmArgs& args, void* workspace,
+                                  bool prefetch, cudaStream_t stream);
 
 // One format's packer on the device: the steps of format/packed_format.h. `count` and `pack` are
 // null for a format that is packed on the host.

@@ -10,7 +10,7 @@
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/quantized_bitmap/decode.cuh"
 #include "format/quantized_bitmap.h"
-#include "plan/quantized_bitmap_sm90.h"
+#include "plan/quantized_bitmap.h"
 
 namespace flash_llm {
 namespace {
