@@ -90,6 +90,7 @@ CUDA_SOURCES = [
     "csrc/cuda/gather/gather_sm90.cu",
     "csrc/cuda/launch.cpp",
     "csrc/cuda/prune.cu",
+    "csrc/cuda/quantized_bitmap/quantized_bitmap_pack.cu",
     "csrc/cuda/quantized_bitmap/quantized_bitmap_sm80.cu",
     "csrc/cuda/quantized_bitmap/quantized_bitmap_sm90.cu",
     "csrc/cuda/quantized_bitmap/quantized_bitmap_unpack.cu",

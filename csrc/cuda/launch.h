@@ -50,17 +50,16 @@ Status spmm_quantized_bitmap_sm90(const SpmmPlan& plan, const SpmmArgs& args, vo
 Status spmm_quantized_bitmap_sm80(const SpmmPlan& plan, const SpmmArgs& args, void* workspace,
                                   bool prefetch, cudaStream_t stream);
 
-// One format's packer on the device: the steps of format/packed_format.h. `count` and `pack` are
-// null for a format that is packed on the host.
+// One format's packer on the device: the steps of format/packed_format.h. A matrix's values and
+// scales are device pointers.
 struct PackKernels {
   // Pass 1: units[tiles] and nonzeros nnz[tiles] of each tile.
-  Status (*count)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units,
-                  int32_t* nnz, void* scratch, cudaStream_t stream);
+  Status (*count)(const ValueMatrix& matrix, int32_t* units, int32_t* nnz, void* scratch,
+                  cudaStream_t stream);
   // Pass 2: writes the same bytes as the host's packer. `offsets` and `nnz` come from pass 1. Where
-  // `dense` has changed since pass 1, it sets *changed, which is 0 before, and leaves tiles out.
-  Status (*pack)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-                 const int32_t* nnz, uint32_t* payload, int32_t* changed, void* scratch,
-                 cudaStream_t stream);
+  // the matrix has changed since pass 1, it sets *changed, which is 0 before, and leaves tiles out.
+  Status (*pack)(const ValueMatrix& matrix, const int32_t* offsets, const int32_t* nnz,
+                 uint32_t* payload, int32_t* changed, void* scratch, cudaStream_t stream);
   // dense[m, k] (contiguous, 16-byte aligned) from a packed weight.
   Status (*unpack)(const PackedView& view, uint16_t* dense, cudaStream_t stream);
   // Adds the number of stored values to *total.

@@ -10,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -295,47 +296,124 @@ TEST_P(KernelOnGpu, SmallRings) {
   expect_exact(dense, tile, 2, true, ValueType::kFloat16);
 }
 
-class PackerOnGpu : public ::testing::TestWithParam<Format> {};
+// One format's packer on the GPU, and what it needs of a matrix.
+template <typename Raw>
+class GpuPacker {
+ public:
+  GpuPacker(Format format, ValueType type, size_t tiles)
+      : type_(type),
+        kernels_(*cuda::pack_kernels(format)),
+        scratch_(std::vector<uint8_t>(tiles * static_cast<size_t>(kernels_.scratch_bytes), 0xFF)),
+        units_(std::vector<int32_t>(tiles, -1)),
+        nnz_(std::vector<int32_t>(tiles, -1)),
+        changed_(std::vector<int32_t>(1, 0)) {}
 
-INSTANTIATE_TEST_SUITE_P(Formats, PackerOnGpu,
-                         ::testing::Values(Format::kTiledCsl, Format::kBitmap, Format::kGather),
-                         [](const auto& format) { return packed_format(format.param).name; });
+  void count(const DenseMatrixOf<Raw>& dense) const {
+    const OnGpu<Raw> values(dense.values);
+    const Status status = kernels_.count(matrix(dense, values.data(), nullptr), units_.data(),
+                                         nnz_.data(), scratch_.data(), nullptr);
+    ASSERT_TRUE(status.ok()) << status.message;
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  }
 
-TEST_P(PackerOnGpu, SmallWeightsHaveTheHostsBytes) {
-  if (this_gpu().is_cpu()) GTEST_SKIP() << "no GPU";
-  const cuda::PackKernels& kernels = *cuda::pack_kernels(GetParam());
-  const DenseMatrix dense = pruned_by_pair(integers(520, 1100, 0.0, ValueType::kFloat16, 4), 4);
-  const Packed packed = testing::pack_or_die(dense, GetParam());
+  void pack(const DenseMatrixOf<Raw>& dense, const int32_t* offsets, uint32_t* payload) const {
+    const OnGpu<Raw> values(dense.values);
+    const OnGpu<float> scales(dense.scales);
+    const Status status =
+        kernels_.pack(matrix(dense, values.data(), scales.data()), offsets, nnz_.data(), payload,
+                      changed_.data(), scratch_.data(), nullptr);
+    ASSERT_TRUE(status.ok()) << status.message;
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  }
+
+  std::vector<int32_t> units() const { return units_.to_host(); }
+  bool changed() const { return changed_.to_host()[0] != 0; }
+
+ private:
+  ValueMatrix matrix(const DenseMatrixOf<Raw>& dense, const Raw* values,
+                     const float* scales) const {
+    return {values, dense.ld, dense.m, dense.k, type_, scales};
+  }
+
+  ValueType type_;
+  const cuda::PackKernels& kernels_;
+  OnGpu<uint8_t> scratch_;
+  OnGpu<int32_t> units_, nnz_, changed_;
+};
+
+// Packs a matrix, and one that another thread has changed to `other` between the passes.
+template <typename Raw>
+void expect_the_hosts_bytes(const DenseMatrixOf<Raw>& dense, const DenseMatrixOf<Raw>& other,
+                            Format format, ValueType type) {
+  SCOPED_TRACE(std::to_string(dense.m) + "x" + std::to_string(dense.k));
+  const Packed packed = testing::pack_or_die(dense, format, type);
   const size_t tiles = packed.offsets.size() - 1;
-  const OnGpu<uint16_t> gpu_dense(dense.values);
-  const OnGpu<int32_t> units(std::vector<int32_t>(tiles, -1)), nnz(std::vector<int32_t>(tiles, -1));
-  const OnGpu<uint8_t> scratch(
-      std::vector<uint8_t>(tiles * static_cast<size_t>(kernels.scratch_bytes), 0xFF));
-  Status status = kernels.count(gpu_dense.data(), dense.ld, dense.m, dense.k, units.data(),
-                                nnz.data(), scratch.data(), nullptr);
-  ASSERT_TRUE(status.ok()) << status.message;
-  const std::vector<int32_t> counted = units.to_host();
+  const GpuPacker<Raw> packer(format, type, tiles);
+  packer.count(dense);
+  const std::vector<int32_t> counted = packer.units();
   for (size_t i = 0; i < tiles; ++i) {
     ASSERT_EQ(counted[i], packed.offsets[i + 1] - packed.offsets[i]) << "tile " << i;
   }
-  const OnGpu<int32_t> offsets(packed.offsets), changed(std::vector<int32_t>(1, 0));
-  const OnGpu<uint32_t> payload(std::vector<uint32_t>(packed.payload.size(), 0xFFFFFFFF));
-  status = kernels.pack(gpu_dense.data(), dense.ld, dense.m, dense.k, offsets.data(), nnz.data(),
-                        payload.data(), changed.data(), scratch.data(), nullptr);
-  ASSERT_TRUE(status.ok()) << status.message;
-  EXPECT_EQ(payload.to_host(), packed.payload);
-  EXPECT_EQ(changed.to_host()[0], 0);
-  const OnGpu<uint16_t> unpacked(std::vector<uint16_t>(dense.values.size(), kNaN));
+  constexpr size_t kGuard = 4096;  // words after the payload, which nothing may write
+  const OnGpu<int32_t> offsets(packed.offsets);
+  std::vector<uint32_t> expected = packed.payload;
+  expected.resize(expected.size() + kGuard, 0xFFFFFFFF);
+  const OnGpu<uint32_t> payload(std::vector<uint32_t>(expected.size(), 0xFFFFFFFF));
+  packer.pack(dense, offsets.data(), payload.data());
+  EXPECT_EQ(payload.to_host(), expected);
+  EXPECT_FALSE(packer.changed());
+
+  const cuda::PackKernels& kernels = *cuda::pack_kernels(format);
+  const std::vector<uint16_t> elements = testing::unpack(packed, testing::threaded_for);
+  const OnGpu<uint16_t> unpacked(std::vector<uint16_t>(elements.size(), kNaN));
   PackedView view = packed.view();
   view.offsets = offsets.data();
   view.payload = payload.data();
-  status = kernels.unpack(view, unpacked.data(), nullptr);
+  Status status = kernels.unpack(view, unpacked.data(), nullptr);
   ASSERT_TRUE(status.ok()) << status.message;
-  EXPECT_EQ(unpacked.to_host(), testing::unpack(packed, testing::threaded_for));
+  EXPECT_EQ(unpacked.to_host(), elements);
   const OnGpu<int64_t> total(std::vector<int64_t>(1, 0));
   status = kernels.count_stored(view, total.data(), nullptr);
   ASSERT_TRUE(status.ok()) << status.message;
   EXPECT_EQ(total.to_host()[0], packed.header.nnz);
+
+  packer.pack(other, offsets.data(), payload.data());
+  EXPECT_TRUE(packer.changed());
+  const std::vector<uint32_t> after = payload.to_host();
+  EXPECT_TRUE(std::all_of(after.end() - kGuard, after.end(),
+                          [](uint32_t word) { return word == 0xFFFFFFFF; }));
+}
+
+class PackerOnGpu : public ::testing::TestWithParam<Format> {
+ protected:
+  void SetUp() override {
+    if (this_gpu().is_cpu()) GTEST_SKIP() << "no GPU";
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Formats, PackerOnGpu,
+                         ::testing::Values(Format::kTiledCsl, Format::kBitmap, Format::kGather,
+                                           Format::kQuantizedBitmap),
+                         [](const auto& format) { return packed_format(format.param).name; });
+
+TEST_P(PackerOnGpu, SmallWeightsHaveTheHostsBytes) {
+  // Rows that begin at any byte, one row, and strips and chunks without elements.
+  for (const auto& [m, k, gap] :
+       {std::array<int64_t, 3>{520, 1100, 0}, {33, 1029, 2}, {1, 31, 0}}) {
+    if (GetParam() == Format::kQuantizedBitmap) {
+      const QuantizedMatrix full = testing::random_int8(m, k, 0.0, 4, gap);
+      QuantizedMatrix sparse = pruned_by_pair(full, 4);
+      for (int64_t row = 0; row < std::min<int64_t>(m - 1, 16); ++row) {
+        for (int64_t col = 0; col < k; ++col) sparse.at(row, col) = 0;
+      }
+      expect_the_hosts_bytes(sparse, full, GetParam(), ValueType::kInt8Float16);
+      expect_the_hosts_bytes(full, sparse, GetParam(), ValueType::kInt8Bfloat16);
+    } else {
+      const DenseMatrix full = testing::random_patterns(m, k, 0.0, 4, gap);
+      const DenseMatrix sparse = pruned_by_pair(full, 4);
+      expect_the_hosts_bytes(sparse, full, GetParam(), ValueType::kFloat16);
+    }
+  }
 }
 
 }  // namespace
