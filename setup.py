@@ -74,7 +74,7 @@ CORE_SOURCES = [
     "csrc/plan/gather.cpp",
     "csrc/plan/kernel_family.cpp",
     "csrc/plan/problem.cpp",
-    "csrc/plan/quantized_bitmap_sm90.cpp",
+    "csrc/plan/quantized_bitmap.cpp",
     "csrc/plan/spmm_plan.cpp",
     "csrc/plan/tiled_csl_sm80.cpp",
 ]
@@ -90,8 +90,10 @@ CUDA_SOURCES = [
     "csrc/cuda/gather/gather_sm90.cu",
     "csrc/cuda/launch.cpp",
     "csrc/cuda/prune.cu",
+    "csrc/cuda/quantized_bitmap/quantized_bitmap_pack.cu",
+    "csrc/cuda/quantized_bitmap/quantized_bitmap_sm80.cu",
+    "csrc/cuda/quantized_bitmap/quantized_bitmap_sm90.cu",
     "csrc/cuda/quantized_bitmap/quantized_bitmap_unpack.cu",
-    "csrc/cuda/quantized_bitmap/rows_sm90.cu",
     "csrc/cuda/tiled_csl/lscd.cu",
     "csrc/cuda/tiled_csl/tiled_csl_pack.cu",
 ]

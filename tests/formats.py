@@ -124,14 +124,14 @@ def plan_names(format, device, value_type=""):
     return _extension.require().plan_names(format, device == "cuda", value_type)
 
 
-def runs_here(format, device, config):
+def runs_here(format, device, config, value_type="float16"):
     """Whether a plan of ``plan_names`` can run on this machine's ``device``."""
     if device == "cpu":
         return True
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     try:
         flash_llm.explain_plan(
-            *(1, 1, 1, 1),
+            *(1, 1, 1, 1, value_type),
             format=format,
             config=config,
             compute_capability=10 * gpu.major + gpu.minor,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from formats import DTYPES, each, read_quantized_bitmap, write_quantized_bitmap
+from formats import DTYPES, each, read_quantized_bitmap, runs_here, write_quantized_bitmap
 from test_quantized import exact_weight, random_int8
 
 import flash_llm
@@ -17,6 +17,12 @@ FORMAT = "quantized_bitmap"
 KERNEL = "quantized8"
 WIDE = (KERNEL, "quantized16")
 INT8_X = ("quantized8_int8x", "quantized16_int8x")
+
+
+def here(*configs):
+    """The configurations of both kernel families that this GPU runs."""
+    both = [name for config in configs for name in (config, f"sm80_{config}")]
+    return [name for name in both if runs_here(FORMAT, "cuda", name, "int8_float16")]
 
 
 def pack(values, scales, dtype=torch.float16, device="cpu"):
@@ -158,6 +164,7 @@ def test_plans():
     assert plan_of(28672, 8, 7168).startswith(f"{KERNEL} ctas=132 unit_cols=28 ")
     assert "workspace" not in plan_of(4096, 8, 8192)
     assert f"workspace_bytes={2 * 4096 * 8 * 4} " in plan_of(4096, 8, 8448)
+    assert plan_of(4096, 8, 4096, compute_capability=80).startswith(f"sm80_{KERNEL} ")
     # Fewer warps fit the shared memory, so K has more sections.
     assert "unit_cols=16 " in plan_of(4096, 8, 8192, smem_per_sm_bytes=100 * 1024)
     with pytest.raises(NotImplementedError, match=f"{KERNEL}.*shared memory"):
@@ -174,7 +181,7 @@ def test_quantising_x_is_asked_for_by_name(device):
     w = flash_llm.pack(testing.random_sparse(m, k, 0.5, device=device), values="int8")
     x = torch.randn(3, k).half().to(device)
     y = flash_llm.spmm(x, w, x_quantization="dynamic")
-    expected = "cpu_rows_int8x" if device == "cpu" else INT8_X[0]
+    expected = "cpu_rows_int8x" if device == "cpu" else here(INT8_X[0])[0]
     assert torch.equal(y, flash_llm.spmm(x, w, config=expected))
     layer = SparseLinear.from_packed(w)
     assert torch.equal(layer(x), flash_llm.spmm(x, w))
@@ -221,7 +228,7 @@ def test_small_integers_are_exact(k, dtype):
         bias = testing.small_integers(m, dtype=dtype, seed=3)
         expected = testing.spmm_reference(x, weight, bias, "relu").float().to(dtype)
         for n in (1, 2, 8, 9, 33):
-            for config in WIDE:
+            for config in here(*WIDE):
                 y = flash_llm.spmm(x[:n].cuda(), w, bias.cuda(), activation="relu", config=config)
                 assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity, config)
             # cuBLAS may add partial sums in bf16, so its product of the unpacked weight is exact
@@ -251,7 +258,7 @@ def test_quantised_tokens_are_multiplied_exactly(k, dtype):
         w = pack(values, scales, dtype, "cuda")
         expected = ((x.double() @ values.double().t()) * scales).float().to(dtype)
         for n in (1, 2, 8, 9, 33):
-            for config in INT8_X:
+            for config in here(*INT8_X):
                 y = flash_llm.spmm(x[:n].cuda(), w, config=config)
                 assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity, config)
 
@@ -267,7 +274,7 @@ def test_tokens_are_rounded_to_nearest(dtype, magnitude):
     rounded, token_scales = quantize_tokens(x)
     sums = (rounded @ values.double().t()).float()
     expected = ((sums * token_scales[:, None]) * scales).to(dtype)
-    for config in INT8_X:  # one section of K: its sums are exact
+    for config in here(*INT8_X):  # one section of K: its sums are exact
         assert torch.equal(flash_llm.spmm(x.cuda(), w, config=config).cpu(), expected), config
 
 
@@ -281,9 +288,10 @@ def test_a_quantised_token_that_is_not_finite_gives_nan(dtype, number):
         w = pack(values, scales / 8, dtype, "cuda")
         x = torch.ones(n, k, dtype=dtype)
         x[1, k - 1] = number
-        y = flash_llm.spmm(x.cuda(), w, config=config)
-        assert bool(y[1].isnan().all()), (n, k)
-        assert y.isfinite().all(1).sum() == n - 1, (n, k)
+        for name in here(config):
+            y = flash_llm.spmm(x.cuda(), w, config=name)
+            assert bool(y[1].isnan().all()), (n, k, name)
+            assert y.isfinite().all(1).sum() == n - 1, (n, k, name)
 
 
 @pytest.mark.gpu
@@ -308,7 +316,7 @@ def test_results_stay_within_the_float64_bound(sparsity, dtype):
         values, scales = random_int8(m, k, sparsity)
         w, bias = pack(values, scales / 1000, dtype, "cuda"), torch.randn(m).to(dtype)
         exact = exact_weight(w).cpu()
-        for n, config in itertools.product((1, 4, 16), WIDE):
+        for n, config in itertools.product((1, 4, 16), here(*WIDE)):
             x = torch.randn(n, k).to(dtype)
             y = flash_llm.spmm(x.cuda(), w, bias.cuda(), activation="silu", config=config)
             testing.assert_spmm_close(y.cpu(), x, exact, bias, "silu")
@@ -324,9 +332,10 @@ def test_infinity_and_nan_in_x_meet_absent_zeros(dtype):
     w = pack(values, scales, dtype, "cuda")
     x = torch.ones(3, 700, dtype=dtype)
     x[0, 300], x[2, 699] = float("inf"), float("nan")
-    y = flash_llm.spmm(x.cuda(), w, config=KERNEL).cpu()
     expected = x.double() @ exact_weight(w).cpu().t()
-    assert torch.equal(y.isnan(), expected.isnan()) and bool(y[1].isfinite().all())
+    for config in here(KERNEL):
+        y = flash_llm.spmm(x.cuda(), w, config=config).cpu()
+        assert torch.equal(y.isnan(), expected.isnan()) and bool(y[1].isfinite().all()), config
 
 
 @pytest.mark.gpu
@@ -337,13 +346,13 @@ def test_malformed_weights_stay_within_their_memory():
     for count in range(0, w.payload.numel() - 8, 97):
         broken = dataclasses.replace(w, payload=w.payload.clone())
         broken.payload[count:] = -1
-        for config in (*WIDE, *INT8_X):
+        for config in here(*WIDE, *INT8_X):
             assert flash_llm.spmm(x, broken, config=config).shape == (3, 40)
         assert broken.to_dense().shape == (40, 700)
     for offset in (-1, 0, 1, 2**31 - 1):
         broken = dataclasses.replace(w, offsets=w.offsets.clone())
         broken.offsets[1:-1:2] = offset
-        for config in (*WIDE, *INT8_X):
+        for config in here(*WIDE, *INT8_X):
             assert flash_llm.spmm(x, broken, config=config).shape == (3, 40)
         assert broken.to_dense().shape == (40, 700)
     torch.cuda.synchronize()

@@ -27,6 +27,7 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, CpuIsa isa,
     case KernelFamily::kGatherSm90:
     case KernelFamily::kGatherSm80:
     case KernelFamily::kQuantizedBitmapSm90:
+    case KernelFamily::kQuantizedBitmapSm80:
     case KernelFamily::kDense:
       break;
   }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "format/packed_format.h"
+
 namespace flash_llm {
 
 struct DenseMatrix {
@@ -12,6 +14,10 @@ struct DenseMatrix {
 
   __device__ const uint16_t* row(int64_t r) const { return data + r * ld; }
 };
+
+inline DenseMatrix dense_matrix(const ValueMatrix& matrix) {
+  return {static_cast<const uint16_t*>(matrix.values), matrix.ld, matrix.m, matrix.k};
+}
 
 // The sum of `count` over the CTA's threads. All threads must call it, and only once per kernel.
 __device__ __forceinline__ int cta_sum(int count) {

@@ -47,7 +47,9 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, boo
     case KernelFamily::kGatherSm80:
       return spmm_gather_sm80(plan, args, workspace, prefetch, stream);
     case KernelFamily::kQuantizedBitmapSm90:
-      return spmm_quantized_bitmap(plan, args, workspace, prefetch, stream);
+      return spmm_quantized_bitmap_sm90(plan, args, workspace, prefetch, stream);
+    case KernelFamily::kQuantizedBitmapSm80:
+      return spmm_quantized_bitmap_sm80(plan, args, workspace, prefetch, stream);
     case KernelFamily::kReference:
     case KernelFamily::kTiledCslCpu:
     case KernelFamily::kRowBitmapCpu:

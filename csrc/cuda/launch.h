@@ -30,9 +30,6 @@ Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bo
 // kBitmapRowsSm90: as kBitmapSm90a, without a workspace.
 Status spmm_bitmap_rows(const SpmmPlan& plan, const SpmmArgs& args, bool prefetch,
                         cudaStream_t stream);
-// kQuantizedBitmapSm90: as kBitmapSm90a.
-Status spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace,
-                             bool prefetch, cudaStream_t stream);
 // kBitmapSm90a, kBitmapSm90, kBitmapSm80: x must be 16-byte aligned, x_stride a multiple of 8 (or
 // n = 1), and each row of x followed by zeros up to the next multiple of 8 columns.
 Status spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
@@ -47,18 +44,22 @@ Status spmm_gather_sm90(const SpmmPlan& plan, const SpmmArgs& args, void* worksp
                         cudaStream_t stream);
 Status spmm_gather_sm80(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                         cudaStream_t stream);
+// kQuantizedBitmapSm90, kQuantizedBitmapSm80: likewise.
+Status spmm_quantized_bitmap_sm90(const SpmmPlan& plan, const SpmmArgs& args, void* workspace,
+                                  bool prefetch, cudaStream_t stream);
+Status spmm_quantized_bitmap_sm80(const SpmmPlan& plan, const SpmmArgs& args, void* workspace,
+                                  bool prefetch, cudaStream_t stream);
 
-// One format's packer on the device: the steps of format/packed_format.h. `count` and `pack` are
-// null for a format that is packed on the host.
+// One format's packer on the device: the steps of format/packed_format.h. A matrix's values and
+// scales are device pointers.
 struct PackKernels {
   // Pass 1: units[tiles] and nonzeros nnz[tiles] of each tile.
-  Status (*count)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units,
-                  int32_t* nnz, void* scratch, cudaStream_t stream);
+  Status (*count)(const ValueMatrix& matrix, int32_t* units, int32_t* nnz, void* scratch,
+                  cudaStream_t stream);
   // Pass 2: writes the same bytes as the host's packer. `offsets` and `nnz` come from pass 1. Where
-  // `dense` has changed since pass 1, it sets *changed, which is 0 before, and leaves tiles out.
-  Status (*pack)(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-                 const int32_t* nnz, uint32_t* payload, int32_t* changed, void* scratch,
-                 cudaStream_t stream);
+  // the matrix has changed since pass 1, it sets *changed, which is 0 before, and leaves tiles out.
+  Status (*pack)(const ValueMatrix& matrix, const int32_t* offsets, const int32_t* nnz,
+                 uint32_t* payload, int32_t* changed, void* scratch, cudaStream_t stream);
   // dense[m, k] (contiguous, 16-byte aligned) from a packed weight.
   Status (*unpack)(const PackedView& view, uint16_t* dense, cudaStream_t stream);
   // Adds the number of stored values to *total.

@@ -6,7 +6,7 @@
 #include "plan/bitmap_sm90a.h"
 #include "plan/cpu.h"
 #include "plan/gather.h"
-#include "plan/quantized_bitmap_sm90.h"
+#include "plan/quantized_bitmap.h"
 #include "plan/spmm_plan.h"
 #include "plan/tiled_csl_sm80.h"
 
@@ -114,8 +114,11 @@ constexpr std::array<KernelFamilyRow, kNumKernelFamilies> kFamilies = {{
     {KernelFamily::kGatherSm80, Place::kCuda, Format::kGather, k16Bit, GpuFeature::kMmaSync, false,
      describe_gather_sm80_configs, takes_gather_sm80, plan_gather_sm80},
     {KernelFamily::kQuantizedBitmapSm90, Place::kCuda, Format::kQuantizedBitmap, kQuantizedTypes,
-     GpuFeature::kBulkCopy, true, describe_quantized_bitmap_configs, takes_quantized_bitmap,
-     plan_quantized_bitmap},
+     GpuFeature::kBulkCopy, true, describe_quantized_bitmap_sm90_configs,
+     takes_quantized_bitmap_sm90, plan_quantized_bitmap_sm90},
+    {KernelFamily::kQuantizedBitmapSm80, Place::kCuda, Format::kQuantizedBitmap, kQuantizedTypes,
+     GpuFeature::kMmaSync, true, describe_quantized_bitmap_sm80_configs,
+     takes_quantized_bitmap_sm80, plan_quantized_bitmap_sm80},
     {KernelFamily::kDense,
      Place::kBoth,
      every_format(),

@@ -36,6 +36,7 @@ enum class KernelFamily {
   kGatherSm90,           // gather on GPUs with bulk copies
   kGatherSm80,           // gather on every GPU from sm_80 on
   kQuantizedBitmapSm90,  // quantised bitmap on GPUs with bulk copies
+  kQuantizedBitmapSm80,  // quantised bitmap on every GPU from sm_80 on
   kDense,                // unpack, then the vendor's dense GEMM; CPU and CUDA
 };
 // A new family goes before kDense.

@@ -54,19 +54,16 @@ Packed pack_dense_on_host(const char* op, const DenseMatrix& dense, const Packed
 
 Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
   const cuda::PackKernels* kernels = cuda::pack_kernels(format.id);
-  if (kernels == nullptr || kernels->pack == nullptr) {
-    return pack_dense_on_host(op, dense, format);
-  }
+  if (kernels == nullptr) return pack_dense_on_host(op, dense, format);
   const int64_t tiles = format.tiles(dense.m, dense.k);
   const auto int_options = dense.tensor.options().dtype(at::kInt);
   const Tensor counts = at::empty({2, tiles}, int_options);  // units and nonzeros of each tile
   const Tensor units = counts[0], nnz = counts[1];
   const Tensor scratch =
       at::empty({tiles * kernels->scratch_bytes}, dense.tensor.options().dtype(at::kByte));
-  raise_if_error(op,
-                 kernels->count(raw(dense.tensor), dense.ld, dense.m, dense.k,
-                                units.mutable_data_ptr<int32_t>(), nnz.mutable_data_ptr<int32_t>(),
-                                scratch.mutable_data_ptr(), current_stream()));
+  raise_if_error(op, kernels->count(dense.matrix(), units.mutable_data_ptr<int32_t>(),
+                                    nnz.mutable_data_ptr<int32_t>(), scratch.mutable_data_ptr(),
+                                    current_stream()));
   const Tensor totals = at::sum(counts, 1, false, at::kLong).cpu();
   const int64_t total_units = totals[0].item<int64_t>(), total_nnz = totals[1].item<int64_t>();
   TORCH_CHECK_VALUE(total_units <= INT32_MAX, "flash_llm::", op, ": a weight of ", dense.m, "x",
@@ -75,8 +72,8 @@ Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFor
   offsets.narrow(0, 1, tiles).copy_(at::cumsum(units, 0, at::kInt));
   Tensor payload = at::empty({total_units * format.unit_words}, int_options);
   const Tensor changed = at::zeros({1}, int_options);
-  raise_if_error(op, kernels->pack(raw(dense.tensor), dense.ld, dense.m, dense.k,
-                                   offsets.const_data_ptr<int32_t>(), nnz.const_data_ptr<int32_t>(),
+  raise_if_error(op, kernels->pack(dense.matrix(), offsets.const_data_ptr<int32_t>(),
+                                   nnz.const_data_ptr<int32_t>(),
                                    reinterpret_cast<uint32_t*>(payload.mutable_data_ptr<int32_t>()),
                                    changed.mutable_data_ptr<int32_t>(), scratch.mutable_data_ptr(),
                                    current_stream()));

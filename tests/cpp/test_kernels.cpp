@@ -10,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -27,6 +28,7 @@
 #include "plan/bitmap_rows_sm90.h"
 #include "plan/bitmap_sm90a.h"
 #include "plan/gather.h"
+#include "plan/quantized_bitmap.h"
 #include "plan/spmm_plan.h"
 #include "testing.h"
 
@@ -34,7 +36,9 @@ namespace flash_llm {
 namespace {
 
 using testing::DenseMatrix;
+using testing::DenseMatrixOf;
 using testing::Packed;
+using testing::QuantizedMatrix;
 
 constexpr uint16_t kNaN = 0x7FFF;  // in both types
 
@@ -102,19 +106,43 @@ DenseMatrix integers(int64_t m, int64_t k, double sparsity, ValueType type, uint
   return dense;
 }
 
-// Columns in pairs of different sparsity, some of them empty or full: neighbouring chunks in a ring
-// are of either kind and of any size.
-DenseMatrix integers_by_pair(int64_t m, int64_t k, ValueType type, uint32_t seed) {
+// Prunes columns in pairs to different sparsity, some of them to none or all: neighbouring chunks
+// in a ring are of either kind and of any size.
+template <typename Raw>
+DenseMatrixOf<Raw> pruned_by_pair(DenseMatrixOf<Raw> dense, uint32_t seed) {
   const double sparsities[] = {0.9, 0.0, 0.97, 0.5, 0.85, 1.0, 0.999, 0.7};
-  DenseMatrix dense = integers(m, k, 0.0, type, seed);
   std::mt19937 rng(seed);
   std::uniform_real_distribution<double> uniform(0.0, 1.0);
-  for (int64_t row = 0; row < m; ++row) {
-    for (int64_t col = 0; col < k; ++col) {
+  for (int64_t row = 0; row < dense.m; ++row) {
+    for (int64_t col = 0; col < dense.k; ++col) {
       if (uniform(rng) < sparsities[(col / 256 + row / 512) % 8]) dense.at(row, col) = 0;
     }
   }
   return dense;
+}
+
+// Integers as int8 values, with a power of two as the scale of each row.
+QuantizedMatrix quantized(const DenseMatrix& integers, ValueType type) {
+  QuantizedMatrix out{integers.m, integers.k, integers.ld, {}, {}};
+  for (const uint16_t value : integers.values) {
+    const float number = type == ValueType::kFloat16 ? to_float<ValueType::kFloat16>(value)
+                                                     : to_float<ValueType::kBfloat16>(value);
+    out.values.push_back(static_cast<uint8_t>(static_cast<int8_t>(number)));
+  }
+  for (int64_t row = 0; row < integers.m; ++row) {
+    out.scales.push_back(static_cast<float>(1 << row % 3));
+  }
+  return out;
+}
+
+// Packs integers, as int8 values into a format of quantised ones. `type` is that of X.
+Packed pack_integers(const DenseMatrix& dense, Format format, ValueType type) {
+  if (packed_format(format).value_types.contains(type)) {
+    return testing::pack_or_die(dense, format, type);
+  }
+  return testing::pack_or_die(
+      quantized(dense, type), format,
+      type == ValueType::kFloat16 ? ValueType::kInt8Float16 : ValueType::kInt8Bfloat16);
 }
 
 struct Kernel {
@@ -129,7 +157,8 @@ std::vector<Kernel> every_kernel() {
   std::vector<Kernel> kernels;
   for (const KernelFamilyRow& family : kernel_families()) {
     if (family.place != Place::kCuda) continue;
-    for (const Format format : {Format::kTiledCsl, Format::kBitmap, Format::kGather}) {
+    for (const Format format :
+         {Format::kTiledCsl, Format::kBitmap, Format::kGather, Format::kQuantizedBitmap}) {
       if (!family.formats.contains(format)) continue;
       for (const KernelConfig& config : family.configs()) {
         int64_t tile_n = 0;
@@ -157,6 +186,9 @@ int least_ring_bytes(const SpmmPlan& plan) {
     case KernelFamily::kGatherSm90:
     case KernelFamily::kGatherSm80:
       return gather_ring_bytes(kGatherMinWarps);
+    case KernelFamily::kQuantizedBitmapSm90:
+    case KernelFamily::kQuantizedBitmapSm80:
+      return plan.warps * kQuantMinRingBytes;
     default:
       return 0;
   }
@@ -167,8 +199,9 @@ class KernelOnGpu : public ::testing::TestWithParam<Kernel> {
   void SetUp() override {
     if (this_gpu().is_cpu()) GTEST_SKIP() << "no GPU";
     SpmmPlan plan;
-    const Status status = select_plan(problem(1, 1, 1, 1, ValueType::kFloat16), this_gpu(),
-                                      GetParam().config, 0, &plan);
+    const Status status =
+        select_plan(problem(1, 1, 1, 1, packed_format(GetParam().format).value_types.first()),
+                    this_gpu(), GetParam().config, 0, &plan);
     if (status.code == StatusCode::kUnsupported) GTEST_SKIP() << status.message;
   }
 
@@ -176,14 +209,16 @@ class KernelOnGpu : public ::testing::TestWithParam<Kernel> {
     return {m, n, k, nnz, GetParam().format, type};
   }
 
-  // Multiplies n tokens, with rings of the least size if `small_rings`, and compares each bit.
+  // Multiplies n tokens of X of type `type`, with rings of the least size if `small_rings`, and
+  // compares each bit.
   void expect_exact(const DenseMatrix& dense, int64_t n, int64_t ctas, bool small_rings,
                     ValueType type) const {
     const int64_t m = dense.m, k = dense.k;
-    const Packed packed = testing::pack_or_die(dense, GetParam().format, type);
+    const Packed packed = pack_integers(dense, GetParam().format, type);
     SpmmPlan plan;
-    const Status planned = select_plan(problem(m, n, k, packed.header.nnz, type), this_gpu(),
-                                       GetParam().config, ctas, &plan);
+    const Status planned =
+        select_plan(problem(m, n, k, packed.header.nnz, packed.header.value_type), this_gpu(),
+                    GetParam().config, ctas, &plan);
     ASSERT_TRUE(planned.ok()) << planned.message;
     if (small_rings) plan.ring_bytes = least_ring_bytes(plan);
     SCOPED_TRACE(plan.to_string() + " " + std::to_string(m) + "x" + std::to_string(k) +
@@ -191,7 +226,10 @@ class KernelOnGpu : public ::testing::TestWithParam<Kernel> {
                  value_traits(type).name);
 
     const int64_t stride = (k + plan.x_multiple - 1) / plan.x_multiple * plan.x_multiple;
-    const DenseMatrix tokens = integers(n, k, 0.2, type, 5), biases = integers(1, m, 0.2, type, 6);
+    const DenseMatrix biases = integers(1, m, 0.2, type, 6);
+    DenseMatrix tokens = integers(n, k, 0.2, type, 5);
+    // Kernels that quantise X then have a scale of 1 and round nothing.
+    for (int64_t token = 0; token < n; ++token) tokens.at(token, 0) = element_of(127, type);
     std::vector<uint16_t> x(static_cast<size_t>(n * stride), 0);
     for (int64_t token = 0; token < n; ++token) {
       std::copy_n(&tokens.values[static_cast<size_t>(token * k)], k,
@@ -254,51 +292,128 @@ TEST_P(KernelOnGpu, AwkwardShapesAndAllDensities) {
 // in a ring is written again and again while neighbours are read.
 TEST_P(KernelOnGpu, SmallRings) {
   const int64_t tile = std::min<int64_t>(GetParam().tile_n, 8);
-  const DenseMatrix dense = integers_by_pair(520, 4100, ValueType::kFloat16, 3);
+  const DenseMatrix dense = pruned_by_pair(integers(520, 4100, 0.0, ValueType::kFloat16, 3), 3);
   expect_exact(dense, tile, 2, true, ValueType::kFloat16);
 }
 
-class PackerOnGpu : public ::testing::TestWithParam<Format> {};
+// One format's packer on the GPU, and what it needs of a matrix.
+template <typename Raw>
+class GpuPacker {
+ public:
+  GpuPacker(Format format, ValueType type, size_t tiles)
+      : type_(type),
+        kernels_(*cuda::pack_kernels(format)),
+        scratch_(std::vector<uint8_t>(tiles * static_cast<size_t>(kernels_.scratch_bytes), 0xFF)),
+        units_(std::vector<int32_t>(tiles, -1)),
+        nnz_(std::vector<int32_t>(tiles, -1)),
+        changed_(std::vector<int32_t>(1, 0)) {}
 
-INSTANTIATE_TEST_SUITE_P(Formats, PackerOnGpu,
-                         ::testing::Values(Format::kTiledCsl, Format::kBitmap, Format::kGather),
-                         [](const auto& format) { return packed_format(format.param).name; });
+  void count(const DenseMatrixOf<Raw>& dense) const {
+    const OnGpu<Raw> values(dense.values);
+    const Status status = kernels_.count(matrix(dense, values.data(), nullptr), units_.data(),
+                                         nnz_.data(), scratch_.data(), nullptr);
+    ASSERT_TRUE(status.ok()) << status.message;
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  }
 
-TEST_P(PackerOnGpu, SmallWeightsHaveTheHostsBytes) {
-  if (this_gpu().is_cpu()) GTEST_SKIP() << "no GPU";
-  const cuda::PackKernels& kernels = *cuda::pack_kernels(GetParam());
-  const DenseMatrix dense = integers_by_pair(520, 1100, ValueType::kFloat16, 4);
-  const Packed packed = testing::pack_or_die(dense, GetParam());
+  void pack(const DenseMatrixOf<Raw>& dense, const int32_t* offsets, uint32_t* payload) const {
+    const OnGpu<Raw> values(dense.values);
+    const OnGpu<float> scales(dense.scales);
+    const Status status =
+        kernels_.pack(matrix(dense, values.data(), scales.data()), offsets, nnz_.data(), payload,
+                      changed_.data(), scratch_.data(), nullptr);
+    ASSERT_TRUE(status.ok()) << status.message;
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  }
+
+  std::vector<int32_t> units() const { return units_.to_host(); }
+  bool changed() const { return changed_.to_host()[0] != 0; }
+
+ private:
+  ValueMatrix matrix(const DenseMatrixOf<Raw>& dense, const Raw* values,
+                     const float* scales) const {
+    return {values, dense.ld, dense.m, dense.k, type_, scales};
+  }
+
+  ValueType type_;
+  const cuda::PackKernels& kernels_;
+  OnGpu<uint8_t> scratch_;
+  OnGpu<int32_t> units_, nnz_, changed_;
+};
+
+// Packs a matrix, and one that another thread has changed to `other` between the passes.
+template <typename Raw>
+void expect_the_hosts_bytes(const DenseMatrixOf<Raw>& dense, const DenseMatrixOf<Raw>& other,
+                            Format format, ValueType type) {
+  SCOPED_TRACE(std::to_string(dense.m) + "x" + std::to_string(dense.k));
+  const Packed packed = testing::pack_or_die(dense, format, type);
   const size_t tiles = packed.offsets.size() - 1;
-  const OnGpu<uint16_t> gpu_dense(dense.values);
-  const OnGpu<int32_t> units(std::vector<int32_t>(tiles, -1)), nnz(std::vector<int32_t>(tiles, -1));
-  const OnGpu<uint8_t> scratch(
-      std::vector<uint8_t>(tiles * static_cast<size_t>(kernels.scratch_bytes), 0xFF));
-  Status status = kernels.count(gpu_dense.data(), dense.ld, dense.m, dense.k, units.data(),
-                                nnz.data(), scratch.data(), nullptr);
-  ASSERT_TRUE(status.ok()) << status.message;
-  const std::vector<int32_t> counted = units.to_host();
+  const GpuPacker<Raw> packer(format, type, tiles);
+  packer.count(dense);
+  const std::vector<int32_t> counted = packer.units();
   for (size_t i = 0; i < tiles; ++i) {
     ASSERT_EQ(counted[i], packed.offsets[i + 1] - packed.offsets[i]) << "tile " << i;
   }
-  const OnGpu<int32_t> offsets(packed.offsets), changed(std::vector<int32_t>(1, 0));
-  const OnGpu<uint32_t> payload(std::vector<uint32_t>(packed.payload.size(), 0xFFFFFFFF));
-  status = kernels.pack(gpu_dense.data(), dense.ld, dense.m, dense.k, offsets.data(), nnz.data(),
-                        payload.data(), changed.data(), scratch.data(), nullptr);
-  ASSERT_TRUE(status.ok()) << status.message;
-  EXPECT_EQ(payload.to_host(), packed.payload);
-  EXPECT_EQ(changed.to_host()[0], 0);
-  const OnGpu<uint16_t> unpacked(std::vector<uint16_t>(dense.values.size(), kNaN));
+  constexpr size_t kGuard = 4096;  // words after the payload, which nothing may write
+  const OnGpu<int32_t> offsets(packed.offsets);
+  std::vector<uint32_t> expected = packed.payload;
+  expected.resize(expected.size() + kGuard, 0xFFFFFFFF);
+  const OnGpu<uint32_t> payload(std::vector<uint32_t>(expected.size(), 0xFFFFFFFF));
+  packer.pack(dense, offsets.data(), payload.data());
+  EXPECT_EQ(payload.to_host(), expected);
+  EXPECT_FALSE(packer.changed());
+
+  const cuda::PackKernels& kernels = *cuda::pack_kernels(format);
+  const std::vector<uint16_t> elements = testing::unpack(packed, testing::threaded_for);
+  const OnGpu<uint16_t> unpacked(std::vector<uint16_t>(elements.size(), kNaN));
   PackedView view = packed.view();
   view.offsets = offsets.data();
   view.payload = payload.data();
-  status = kernels.unpack(view, unpacked.data(), nullptr);
+  Status status = kernels.unpack(view, unpacked.data(), nullptr);
   ASSERT_TRUE(status.ok()) << status.message;
-  EXPECT_EQ(unpacked.to_host(), testing::unpack(packed, testing::threaded_for));
+  EXPECT_EQ(unpacked.to_host(), elements);
   const OnGpu<int64_t> total(std::vector<int64_t>(1, 0));
   status = kernels.count_stored(view, total.data(), nullptr);
   ASSERT_TRUE(status.ok()) << status.message;
   EXPECT_EQ(total.to_host()[0], packed.header.nnz);
+
+  packer.pack(other, offsets.data(), payload.data());
+  EXPECT_TRUE(packer.changed());
+  const std::vector<uint32_t> after = payload.to_host();
+  EXPECT_TRUE(std::all_of(after.end() - kGuard, after.end(),
+                          [](uint32_t word) { return word == 0xFFFFFFFF; }));
+}
+
+class PackerOnGpu : public ::testing::TestWithParam<Format> {
+ protected:
+  void SetUp() override {
+    if (this_gpu().is_cpu()) GTEST_SKIP() << "no GPU";
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Formats, PackerOnGpu,
+                         ::testing::Values(Format::kTiledCsl, Format::kBitmap, Format::kGather,
+                                           Format::kQuantizedBitmap),
+                         [](const auto& format) { return packed_format(format.param).name; });
+
+TEST_P(PackerOnGpu, SmallWeightsHaveTheHostsBytes) {
+  // Rows that begin at any byte, one row, and strips and chunks without elements.
+  for (const auto& [m, k, gap] :
+       {std::array<int64_t, 3>{520, 1100, 0}, {33, 1029, 2}, {1, 31, 0}}) {
+    if (GetParam() == Format::kQuantizedBitmap) {
+      const QuantizedMatrix full = testing::random_int8(m, k, 0.0, 4, gap);
+      QuantizedMatrix sparse = pruned_by_pair(full, 4);
+      for (int64_t row = 0; row < std::min<int64_t>(m - 1, 16); ++row) {
+        for (int64_t col = 0; col < k; ++col) sparse.at(row, col) = 0;
+      }
+      expect_the_hosts_bytes(sparse, full, GetParam(), ValueType::kInt8Float16);
+      expect_the_hosts_bytes(full, sparse, GetParam(), ValueType::kInt8Bfloat16);
+    } else {
+      const DenseMatrix full = testing::random_patterns(m, k, 0.0, 4, gap);
+      const DenseMatrix sparse = pruned_by_pair(full, 4);
+      expect_the_hosts_bytes(sparse, full, GetParam(), ValueType::kFloat16);
+    }
+  }
 }
 
 }  // namespace

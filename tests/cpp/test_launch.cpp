@@ -8,7 +8,7 @@
 #include "plan/bitmap_rows_sm90.h"
 #include "plan/bitmap_sm90a.h"
 #include "plan/gather.h"
-#include "plan/quantized_bitmap_sm90.h"
+#include "plan/quantized_bitmap.h"
 #include "plan/spmm_plan.h"
 #include "plan/tiled_csl_sm80.h"
 
@@ -39,7 +39,9 @@ struct Call {
       case KernelFamily::kGatherSm80:
         return cuda::spmm_gather_sm80(plan, args, nullptr, true, nullptr);
       case KernelFamily::kQuantizedBitmapSm90:
-        return cuda::spmm_quantized_bitmap(plan, args, nullptr, true, nullptr);
+        return cuda::spmm_quantized_bitmap_sm90(plan, args, nullptr, true, nullptr);
+      case KernelFamily::kQuantizedBitmapSm80:
+        return cuda::spmm_quantized_bitmap_sm80(plan, args, nullptr, true, nullptr);
       default:
         return Status::unsupported("not a family with a kernel");
     }
@@ -99,8 +101,11 @@ std::vector<Kernel> every_kernel() {
       kernels.push_back({Format::kGather, config.name, config.tile_n});
     }
   }
-  for (const auto& config : quantized_bitmap_configs()) {
-    kernels.push_back({Format::kQuantizedBitmap, config.name, config.tile_n});
+  for (const KernelFamily family :
+       {KernelFamily::kQuantizedBitmapSm80, KernelFamily::kQuantizedBitmapSm90}) {
+    for (const auto& config : quantized_bitmap_configs(family)) {
+      kernels.push_back({Format::kQuantizedBitmap, config.name, config.tile_n});
+    }
   }
   return kernels;
 }
@@ -177,14 +182,16 @@ TEST(GatherLaunch, RefusesAPlanForOtherRowsOrPartsOrWithoutWarps) {
 }
 
 TEST(QuantizedBitmapLaunch, RefusesWarpsAndRingsThatDoNotFit) {
-  for (const int warps : {0, 7, 17}) {
-    Call call = call_of(Format::kQuantizedBitmap, 8, "quantized8");
-    call.plan.warps = warps;
+  for (const char* config : {"quantized8", "sm80_quantized8"}) {
+    for (const int warps : {0, 7, 17}) {
+      Call call = call_of(Format::kQuantizedBitmap, 8, config);
+      call.plan.warps = warps;
+      expect_refused(call, "its configuration");
+    }
+    Call call = call_of(Format::kQuantizedBitmap, 8, config);
+    call.plan.ring_bytes /= 2;
     expect_refused(call, "its configuration");
   }
-  Call call = call_of(Format::kQuantizedBitmap, 8, "quantized8");
-  call.plan.ring_bytes /= 2;
-  expect_refused(call, "its configuration");
 }
 
 TEST(BitmapLaunch, RefusesRingsThatHoldNoFullChunks) {

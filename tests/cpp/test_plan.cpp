@@ -11,6 +11,7 @@
 #include "plan/bitmap_sm90a.h"
 #include "plan/cpu.h"
 #include "plan/gather.h"
+#include "plan/quantized_bitmap.h"
 #include "plan/spmm_plan.h"
 #include "plan/tiled_csl_sm80.h"
 #include "testing.h"
@@ -649,7 +650,6 @@ TEST(SelectFormat, FollowsTheDeviceAndTheDensity) {
   EXPECT_EQ(name(0.5, kCpu), Format::kRowBitmap);
   EXPECT_EQ(name(0.99, kCpu), Format::kRowBitmap);
   EXPECT_EQ(name(0.99, kCpu, ValueType::kInt8Bfloat16), Format::kRowBitmap);
-  // GPUs without a kernel for them unpack quantised values themselves, too.
   for (const DeviceInfo& device : {kA100, kL40S, kH200, kB200, kRtx5090}) {
     EXPECT_EQ(name(0.99, device, ValueType::kInt8Bfloat16), Format::kQuantizedBitmap);
   }
@@ -667,15 +667,51 @@ TEST(SelectFormat, ComparesBytesThatAreNoWholeNumber) {
   }
 }
 
-TEST(SelectPlanQuantized, GpusWithoutTheKernelUnpackTheWeight) {
-  SpmmProblem p = problem(4096, 1, 4096, 0.5);
+SpmmProblem quantized_problem(int64_t m, int64_t n, int64_t k) {
+  SpmmProblem p = problem(m, n, k, 0.5);
   p.value_type = ValueType::kInt8Float16;
   p.format = Format::kQuantizedBitmap;
-  for (const DeviceInfo& device : {kA100, kL40S}) {
-    const SpmmPlan plan = plan_of(p, device);
-    EXPECT_EQ(plan.name(), "dense");
-    EXPECT_TRUE(mentions(plan.reason, {"needs", "9.0"})) << plan.reason;
+  return p;
+}
+
+TEST(SelectPlanQuantized, EachGpuTakesTheFamilyWhoseCopiesItHas) {
+  SpmmProblem p = quantized_problem(28672, 8, 7168);
+  for (const bool int8_x : {false, true}) {
+    p.int8_x = int8_x;
+    const std::string name = int8_x ? "quantized8_int8x" : "quantized8";
+    for (const DeviceInfo& device : {kH200, kB200, kRtx5090}) {
+      EXPECT_EQ(plan_of(p, device).name(), name);
+    }
+    for (const DeviceInfo& device : {kA100, kL40S}) {
+      EXPECT_EQ(plan_of(p, device).name(), "sm80_" + name);
+    }
   }
+  p = quantized_problem(4096, 8, 4096);
+  EXPECT_EQ(failure_of(p, kA100, "quantized8").code, StatusCode::kUnsupported);
+  EXPECT_EQ(plan_of(p, kH200, "sm80_quantized8").name(), "sm80_quantized8");
+  EXPECT_EQ(plan_of(p, gpu(80, 108, 164 * 1024, "9.0a")).name(), "dense");
+  EXPECT_EQ(plan_of(quantized_problem(4096, 65, 4096), kA100).name(), "dense");
+}
+
+TEST(SelectPlanQuantized, EachConfigurationFitsTheSharedMemoryAndHoldsX) {
+  for (const DeviceInfo& device : {kA100, kL40S, kH200, kB200, kRtx5090}) {
+    for (const KernelFamily family :
+         {KernelFamily::kQuantizedBitmapSm80, KernelFamily::kQuantizedBitmapSm90}) {
+      if (!device.features.contains(kernel_family(family).needs)) continue;
+      for (const QuantizedBitmapConfig& config : quantized_bitmap_configs(family)) {
+        for (const int64_t k : {1, 4096, 7168, 8192, 28672}) {
+          const SpmmPlan plan = plan_of(quantized_problem(28672, 8, k), device, config.name);
+          SCOPED_TRACE(plan.to_string());
+          EXPECT_LE(quant_smem_bytes(config, plan.warps, plan.ring_bytes / plan.warps),
+                    device.smem_per_sm_bytes - 1024);
+          EXPECT_GE(plan.ring_bytes, plan.warps * kQuantMinRingBytes);
+          EXPECT_LE(plan.unit_cols, plan.warps * config.warp_chunks);
+        }
+      }
+    }
+  }
+  // An SM's four schedulers have the same work.
+  EXPECT_EQ(plan_of(quantized_problem(28672, 8, 8192), kA100, "sm80_quantized8").warps, 12);
 }
 
 TEST(KernelFamilies, HaveNamesThatAreTheirOwn) {

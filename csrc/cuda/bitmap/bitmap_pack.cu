@@ -757,21 +757,21 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-Status count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units, int32_t* nnz,
-             void* /*scratch*/, cudaStream_t stream) {
-  if (m == 0 || k == 0) return Status::success();
-  const int64_t pairs = num_bands(num_chunk_rows(m)) * num_chunk_pairs(num_chunk_cols(k));
-  count_kernel<<<static_cast<unsigned>(pairs), kBandChunkRows * 32, 0, stream>>>({dense, ld, m, k},
-                                                                                 units, nnz);
+Status count(const ValueMatrix& matrix, int32_t* units, int32_t* nnz, void* /*scratch*/,
+             cudaStream_t stream) {
+  if (matrix.m == 0 || matrix.k == 0) return Status::success();
+  const int64_t pairs =
+      num_bands(num_chunk_rows(matrix.m)) * num_chunk_pairs(num_chunk_cols(matrix.k));
+  count_kernel<<<static_cast<unsigned>(pairs), kBandChunkRows * 32, 0, stream>>>(
+      dense_matrix(matrix), units, nnz);
   return cuda::check(cudaGetLastError(), "bitmap count_kernel launch");
 }
 
-Status pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-            const int32_t* nnz, uint32_t* payload, int32_t* changed, void* /*scratch*/,
-            cudaStream_t stream) {
-  if (m == 0 || k == 0) return Status::success();
-  pack_kernel<<<num_ctas(m, k), kThreads, 0, stream>>>({dense, ld, m, k}, offsets, nnz, payload,
-                                                       changed);
+Status pack(const ValueMatrix& matrix, const int32_t* offsets, const int32_t* nnz,
+            uint32_t* payload, int32_t* changed, void* /*scratch*/, cudaStream_t stream) {
+  if (matrix.m == 0 || matrix.k == 0) return Status::success();
+  pack_kernel<<<num_ctas(matrix.m, matrix.k), kThreads, 0, stream>>>(dense_matrix(matrix), offsets,
+                                                                     nnz, payload, changed);
   return cuda::check(cudaGetLastError(), "bitmap pack_kernel launch");
 }
 

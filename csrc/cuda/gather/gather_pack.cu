@@ -343,25 +343,25 @@ __global__ void __launch_bounds__(32)
   if (nnz != tile.nnz[in_tile] || quads != tile.quads[in_tile]) *changed = 1;
 }
 
-Status count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units, int32_t* nnz,
-             void* scratch, cudaStream_t stream) {
-  const DenseMatrix matrix = {dense, ld, m, k};
-  const unsigned tiles = tiles_of(m, k);
+Status count(const ValueMatrix& values, int32_t* units, int32_t* nnz, void* scratch,
+             cudaStream_t stream) {
+  const DenseMatrix matrix = dense_matrix(values);
+  const unsigned tiles = tiles_of(matrix.m, matrix.k);
   if (tiles == 0) return Status::success();
   auto* const tile_scratch = static_cast<TileScratch*>(scratch);
   order_kernel<<<tiles, kOrderThreads, 0, stream>>>(matrix, tile_scratch);
-  count_kernel<<<tiles * kGatherTileSlices, 32, bits_bytes(k), stream>>>(matrix, tile_scratch);
+  count_kernel<<<tiles * kGatherTileSlices, 32, bits_bytes(matrix.k), stream>>>(matrix,
+                                                                                tile_scratch);
   units_kernel<<<tiles, 32, 0, stream>>>(matrix, tile_scratch, units, nnz);
   return cuda::check(cudaGetLastError(), "gather count_kernel launch");
 }
 
-Status pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-            const int32_t* /*nnz*/, uint32_t* payload, int32_t* changed, void* scratch,
-            cudaStream_t stream) {
-  const unsigned tiles = tiles_of(m, k);
+Status pack(const ValueMatrix& matrix, const int32_t* offsets, const int32_t* /*nnz*/,
+            uint32_t* payload, int32_t* changed, void* scratch, cudaStream_t stream) {
+  const unsigned tiles = tiles_of(matrix.m, matrix.k);
   if (tiles == 0) return Status::success();
-  pack_kernel<<<tiles * kGatherTileSlices, 32, bits_bytes(k), stream>>>(
-      {dense, ld, m, k}, static_cast<const TileScratch*>(scratch), offsets,
+  pack_kernel<<<tiles * kGatherTileSlices, 32, bits_bytes(matrix.k), stream>>>(
+      dense_matrix(matrix), static_cast<const TileScratch*>(scratch), offsets,
       reinterpret_cast<uint8_t*>(payload), changed);
   return cuda::check(cudaGetLastError(), "gather pack_kernel launch");
 }

@@ -1,4 +1,4 @@
-// Unpacks the quantised bitmap format on the GPU and counts its values; packing is the host's.
+// Unpacks the quantised bitmap format on the GPU and counts its values.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -9,8 +9,9 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/quantized_bitmap/decode.cuh"
+#include "cuda/quantized_bitmap/pack.h"
 #include "format/quantized_bitmap.h"
-#include "plan/quantized_bitmap_sm90.h"
+#include "plan/quantized_bitmap.h"
 
 namespace flash_llm {
 namespace {
@@ -163,7 +164,7 @@ Status count_stored(const PackedView& view, int64_t* total, cudaStream_t stream)
 }  // namespace
 
 cuda::PackKernels cuda::quantized_bitmap_kernels() {
-  return {nullptr, nullptr, unpack, count_stored};
+  return {count_quantized_bitmap, pack_quantized_bitmap, unpack, count_stored};
 }
 
 }  // namespace flash_llm

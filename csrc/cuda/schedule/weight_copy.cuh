@@ -4,6 +4,7 @@
 //   kNeedsSm90        whether it has instructions that exist from sm_90 on
 //   fence_barriers()  makes barriers that this thread has initialised visible to the copies
 //   kCopiesGroups     whether a copy may be of several groups of chunks
+//   kOneLane          whether lane 0 makes the copy
 //   copy<kGroups>()   starts a copy for so many groups; all lanes must call it
 #pragma once
 
@@ -29,6 +30,7 @@ struct BulkCopy {
   static constexpr int kArrivals = kWarpArrivals;
   static constexpr bool kNeedsSm90 = true;
   static constexpr bool kCopiesGroups = false;
+  static constexpr bool kOneLane = true;
 
   __device__ __forceinline__ static void fence_barriers() { ptx::mbarrier_init_fence(); }
 
@@ -52,6 +54,7 @@ struct AsyncCopy {
   static constexpr int kArrivals = 32 + kWarpArrivals;
   static constexpr bool kNeedsSm90 = false;
   static constexpr bool kCopiesGroups = true;
+  static constexpr bool kOneLane = false;
 
   __device__ __forceinline__ static void fence_barriers() {}  // __syncthreads suffices
 

@@ -184,21 +184,20 @@ __global__ void __launch_bounds__(kThreads) count_stored_kernel(PackedView view,
   }
 }
 
-Status count(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, int32_t* units, int32_t* nnz,
-             void* /*scratch*/, cudaStream_t stream) {
-  const int64_t tiles = num_tiles(m, k);
+Status count(const ValueMatrix& matrix, int32_t* units, int32_t* nnz, void* /*scratch*/,
+             cudaStream_t stream) {
+  const int64_t tiles = num_tiles(matrix.m, matrix.k);
   if (tiles == 0) return Status::success();
-  count_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>({dense, ld, m, k}, units,
+  count_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(dense_matrix(matrix), units,
                                                                       nnz);
   return cuda::check(cudaGetLastError(), "count_kernel launch");
 }
 
-Status pack(const uint16_t* dense, int64_t ld, int64_t m, int64_t k, const int32_t* offsets,
-            const int32_t* nnz, uint32_t* entries, int32_t* changed, void* /*scratch*/,
-            cudaStream_t stream) {
-  const int64_t tiles = num_tiles(m, k);
+Status pack(const ValueMatrix& matrix, const int32_t* offsets, const int32_t* nnz,
+            uint32_t* entries, int32_t* changed, void* /*scratch*/, cudaStream_t stream) {
+  const int64_t tiles = num_tiles(matrix.m, matrix.k);
   if (tiles == 0) return Status::success();
-  pack_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>({dense, ld, m, k}, offsets,
+  pack_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(dense_matrix(matrix), offsets,
                                                                      nnz, entries, changed);
   return cuda::check(cudaGetLastError(), "pack_kernel launch");
 }

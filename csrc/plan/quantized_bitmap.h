@@ -1,4 +1,6 @@
-// The plan of the quantised bitmap kernel (cuda/quantized_bitmap/rows_sm90.cu).
+// The plans of the two quantised bitmap kernels
+// (cuda/quantized_bitmap/quantized_bitmap_kernel.cuh): for GPUs with bulk copies, and for every GPU
+// from sm_80 on.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +12,7 @@
 
 namespace flash_llm {
 
-// The kernel's configurations, most of which have one CTA per SM:
+// The configurations of both families:
 //   name; tokens per CTA; columns of chunks per warp, X of which stays in its registers; whether X
 //   is quantised to int8 with a scale for each token, which config="auto" chooses only if
 //   SpmmProblem::int8_x allows it
@@ -36,7 +38,8 @@ struct QuantizedBitmapConfig {
   constexpr int sums_places(int warps) const { return int8_x ? 1 : warps; }
 };
 
-const std::vector<QuantizedBitmapConfig>& quantized_bitmap_configs();
+// The families differ in the configurations' names only: "quantized8" and "sm80_quantized8".
+const std::vector<QuantizedBitmapConfig>& quantized_bitmap_configs(KernelFamily family);
 
 inline constexpr int kQuantMaxTokens = 16;  // of a CTA
 inline constexpr int kQuantSumsStages = 4;  // strips whose sums are in shared memory at a time
@@ -78,9 +81,12 @@ constexpr int64_t quant_sums_bytes(const QuantizedBitmapConfig& config, int64_t 
                        : sections * config.passes(n) * num_quant_strips(m) * config.sums_bytes();
 }
 
-// The functions of this family's row in plan/kernel_family.cpp.
-std::vector<KernelConfig> describe_quantized_bitmap_configs();
-bool takes_quantized_bitmap(const PlanRequest& request, std::string* reason);
-Status plan_quantized_bitmap(const PlanRequest& request, SpmmPlan* out);
+// The functions of these families' rows in plan/kernel_family.cpp.
+std::vector<KernelConfig> describe_quantized_bitmap_sm80_configs();
+std::vector<KernelConfig> describe_quantized_bitmap_sm90_configs();
+bool takes_quantized_bitmap_sm80(const PlanRequest& request, std::string* reason);
+bool takes_quantized_bitmap_sm90(const PlanRequest& request, std::string* reason);
+Status plan_quantized_bitmap_sm80(const PlanRequest& request, SpmmPlan* out);
+Status plan_quantized_bitmap_sm90(const PlanRequest& request, SpmmPlan* out);
 
 }  // namespace flash_llm

@@ -1,5 +1,5 @@
-// Y = act(X . W^T + bias) for a weight in the quantised bitmap format and few tokens, on GPUs with
-// bulk copies. Each CTA multiplies whole strips of 16 rows, every one by all of its warps:
+// Y = act(X . W^T + bias) for a weight in the quantised bitmap format and few tokens. Each CTA
+// multiplies whole strips of 16 rows, every one by all of its warps:
 //   * a warp always has the same columns of chunks, so X of them stays in its registers
 //   * it copies one chunk after the other into a ring of its own, decodes it into A fragments
 //     (decode.cuh) and multiplies these by mma.m16n8k16, or by mma.m16n8k32 if X is quantised
@@ -7,6 +7,8 @@
 // A long K is cut into sections whose X fits the registers. Their sums go through the workspace to
 // a finishing kernel. Sums in fp32 are added in a fixed order, and integers are exact in any order,
 // so results are repeatable bit for bit.
+#pragma once
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -21,10 +23,11 @@
 #include "cuda/ptx/sm90.cuh"
 #include "cuda/quantized_bitmap/decode.cuh"
 #include "cuda/schedule/dependent_launch.cuh"
-#include "plan/quantized_bitmap_sm90.h"
+#include "cuda/schedule/warp_arrival.cuh"
+#include "cuda/schedule/weight_copy.cuh"
+#include "plan/quantized_bitmap.h"
 
 namespace flash_llm {
-namespace {
 
 struct QuantParams {
   const uint32_t* payload;
@@ -44,9 +47,19 @@ struct QuantParams {
   int token_blocks;  // of 8 tokens, in all CTAs
 };
 
+// The two families: how they copy weights.
+struct QuantSm80 {
+  static constexpr KernelFamily kFamily = KernelFamily::kQuantizedBitmapSm80;
+  using WeightCopy = AsyncCopy;
+};
+struct QuantSm90 {
+  static constexpr KernelFamily kFamily = KernelFamily::kQuantizedBitmapSm90;
+  using WeightCopy = BulkCopy;
+};
+
 // A strip's sums are added when the warp that does so has multiplied this many more, so that it
 // need not wait for the others.
-constexpr int kSumsLag = kQuantSumsStages / 2;
+inline constexpr int kQuantSumsLag = kQuantSumsStages / 2;
 
 // Where things are in a CTA's shared memory.
 struct QuantSmem {
@@ -186,8 +199,9 @@ struct Int8X {
   }
 };
 
-template <ValueType kWeight, int kTokens, int kColumns, bool kInt8X>
+template <typename Family, ValueType kWeight, int kTokens, int kColumns, bool kInt8X>
 struct QuantConfig {
+  using WeightCopy = typename Family::WeightCopy;
   static constexpr ValueType kType = kWeight;
   static constexpr int kBlocks = kTokens / 8;
   static constexpr int kWarpChunks = kColumns;
@@ -201,6 +215,7 @@ struct QuantConfig {
 
 // The chunks of a warp, those of its columns in each of the CTA's strips, on their way through its
 // ring. All lanes must call its functions.
+template <typename WeightCopy>
 class ChunkRing {
  public:
   // Starts to copy as many chunks as the ring has room for.
@@ -276,17 +291,23 @@ class ChunkRing {
     return found;
   }
 
-  // Starts to copy a chunk, in the lane that has found it.
+  // Starts to copy a chunk that lane chunk % 32 has found. If one lane makes the copy, it does.
   __device__ __forceinline__ void copy(uint32_t chunk, uint32_t to) const {
-    if (lane_ != chunk % 32) return;
-    const uint32_t full = full_ + chunk % kQuantRingChunks * 8;
-    const uint32_t bytes =
-        found_.rows == 0 ? 0 : found_.rows * kQuantRowBytes + kQuantFixedUnits * kQuantUnitBytes;
-    ptx::mbarrier_arrive_expect_tx(full, bytes);
-    if (bytes > 0) {
-      const uint32_t* from = p_.payload + int64_t{found_.first_unit} * kQuantUnitWords;
-      ptx::bulk_copy_streaming(to, from, bytes, full);
+    const auto finder = static_cast<int>(chunk % 32);
+    Found found = found_;
+    if constexpr (!WeightCopy::kOneLane) {
+      found.first_unit = __shfl_sync(~0U, found.first_unit, finder);
+      found.rows = __shfl_sync(~0U, found.rows, finder);
     }
+    const uint32_t bytes =
+        found.rows == 0 ? 0 : found.rows * kQuantRowBytes + kQuantFixedUnits * kQuantUnitBytes;
+    const RingCopy copy = {p_.payload + int64_t{found.first_unit} * kQuantUnitWords,
+                           to,
+                           bytes,
+                           0,
+                           0,
+                           full_ + chunk % kQuantRingChunks * 8};
+    WeightCopy::template copy<1>(copy, WeightCopy::kOneLane ? lane_ - finder : lane_);
   }
 
   const QuantParams& p_;
@@ -296,7 +317,7 @@ class ChunkRing {
   uint32_t oldest_;  // address of the oldest chunk
   uint32_t chunk_;   // what this lane has found
   Found found_;
-  uint32_t lane_;
+  int lane_;
   uint32_t slots_;
   uint32_t slot_bytes_;
   uint32_t done_ = 0;  // chunks that were released
@@ -341,9 +362,9 @@ __device__ __forceinline__ uint32_t largest_magnitudes(const WideChunkX& x, uint
   return largest;
 }
 
-// A lane's share of the largest magnitude in one of kRowParts parts of a token's X. Each row of X
-// is followed by zeros up to the next multiple of 8 columns.
-constexpr int kRowParts = 2;
+// A lane's share of the largest magnitude in one of kQuantRowParts parts of a token's X. Each row
+// of X is followed by zeros up to the next multiple of 8 columns.
+inline constexpr int kQuantRowParts = 2;
 
 template <ValueType kDense, int kUnroll>
 __device__ __forceinline__ uint32_t largest_of_part(const QuantParams& p, int64_t token, int part,
@@ -352,7 +373,7 @@ __device__ __forceinline__ uint32_t largest_of_part(const QuantParams& p, int64_
   const auto* row = reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
   uint32_t largest = 0;
 #pragma unroll kUnroll
-  for (int i = part * 32 + lane; i < (p.k + 7) / 8; i += kRowParts * 32) {
+  for (int i = part * 32 + lane; i < (p.k + 7) / 8; i += kQuantRowParts * 32) {
     const uint4 eight = row[i];
     largest = larger_magnitudes<kDense>(largest, eight.x);
     largest = larger_magnitudes<kDense>(largest, eight.y);
@@ -428,8 +449,8 @@ struct WarpX {
     constexpr bool kKept = kBlocks * kWarpChunks <= 2;
     WideChunkX kept[kKept ? kWarpChunks : 1][kKept ? kBlocks : 1] = {};
     // The largest magnitudes meet in shared memory: uint32[part][tokens]. A part is a warp's
-    // columns, if its X is kept and there is one section of K, or else one of kRowParts parts of
-    // all of K.
+    // columns, if its X is kept and there is one section of K, or else one of kQuantRowParts parts
+    // of all of K.
     int parts = smem.warps;
     if constexpr (kKept) {
 #pragma unroll
@@ -457,9 +478,9 @@ struct WarpX {
         }
       }
     } else {
-      parts = kRowParts;
+      parts = kQuantRowParts;
       constexpr int kUnroll = kKept ? 2 : 8;
-      for (int i = warp; i < kRowParts * kBlocks * 8; i += smem.warps) {
+      for (int i = warp; i < kQuantRowParts * kBlocks * 8; i += smem.warps) {
         const int64_t token = first_block * 8 + i % (kBlocks * 8);
         const uint32_t magnitude = __reduce_max_sync(
             ~0U, largest_of_part<kDense, kUnroll>(p, token, i / (kBlocks * 8), lane));
@@ -621,15 +642,14 @@ __device__ __forceinline__ void add_strip(const QuantParams& p, const QuantSmem&
       partial_sums(p, static_cast<int>(blockIdx.y), token_block, turn.strip)[lane] = sum;
     }
   }
-  __syncwarp();
-  if (lane == 0) ptx::mbarrier_arrive(smem.sums_empty(buffer));
+  arrive_for_warp(smem.sums_empty(buffer), lane);
 }
 
 // The grid: CTAs that share the strips; sections; blocks of tokens.
 template <typename C>
 __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     quantized_rows_kernel(const __grid_constant__ QuantParams p) {
-  if constexpr (kHasSm90) {
+  if constexpr (kHasSm90 || !C::WeightCopy::kNeedsSm90) {
     extern __shared__ uint8_t smem_bytes[];
     const int warps = static_cast<int>(blockDim.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int warp = __shfl_sync(~0U, static_cast<int>(threadIdx.x) / 32, 0);
@@ -643,17 +663,19 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     for (int c = 0; c < C::kWarpChunks; ++c) columns += first_col + c * warps < end_col;
     const unsigned strips = p.cta_strips + (blockIdx.x < p.longer_ctas);
     if (lane == 0) {
-      for (int i = 0; i < kQuantRingChunks; ++i) ptx::mbarrier_init(smem.full(warp) + i * 8, 1);
+      for (int i = 0; i < kQuantRingChunks; ++i) {
+        ptx::mbarrier_init(smem.full(warp) + i * 8, C::WeightCopy::kArrivals);
+      }
       if (warp == 0) {
         for (int i = 0; i < kQuantSumsStages; ++i) {
-          ptx::mbarrier_init(smem.sums_full(i), warps);
-          ptx::mbarrier_init(smem.sums_empty(i), 1);
+          ptx::mbarrier_init(smem.sums_full(i), warps * kWarpArrivals);
+          ptx::mbarrier_init(smem.sums_empty(i), kWarpArrivals);
         }
       }
-      ptx::mbarrier_init_fence();
+      C::WeightCopy::fence_barriers();
     }
     __syncwarp();
-    ChunkRing ring(p, smem, first_col, columns, strips, warp, lane);
+    ChunkRing<typename C::WeightCopy> ring(p, smem, first_col, columns, strips, warp, lane);
     constexpr int kZerosBytes = kQuantBitsBytes + kQuantColumnsBytes;
     for (int i = static_cast<int>(threadIdx.x); i < kZerosBytes / 4; i += warps * 32) {
       ptx::store_shared_u32(smem.zeros() + i * 4, 0);
@@ -670,7 +692,7 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     x.load(p, smem, first_col, columns, warp, lane);
     const uint32_t lane_column = lane * p.steps.column;
 #pragma unroll 1
-    for (unsigned i = 0; i < strips + kSumsLag; ++i) {
+    for (unsigned i = 0; i < strips + kQuantSumsLag; ++i) {
       if (i < strips) {
         Sums<C> sums[C::kSumSets] = {};
 #pragma unroll
@@ -693,10 +715,9 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
           C::X::give(smem.sums(buffer) + b * C::kBlockSumsBytes, warp, C::kSumsBytes, lane,
                      sums[0][b]);
         }
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(smem.sums_full(buffer));
+        arrive_for_warp(smem.sums_full(buffer), lane);
       }
-      if (i == turn.nth + kSumsLag) {
+      if (i == turn.nth + kQuantSumsLag) {
         add_strip<C>(p, smem, turn, lane);
         turn = Turn(p, turn.nth + warps, strips, lane);
       }
@@ -704,14 +725,14 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
   }
 }
 
-constexpr int kFinishWarps = 4;
+inline constexpr int kQuantFinishWarps = 4;
 
-// Adds the sections' sums. The grid: strips, kFinishWarps at a time; blocks of tokens.
+// Adds the sections' sums. The grid: strips, kQuantFinishWarps at a time; blocks of tokens.
 template <ValueType kType>
-__global__ void __launch_bounds__(kFinishWarps * 32)
+__global__ void __launch_bounds__(kQuantFinishWarps * 32)
     quantized_finish_kernel(const __grid_constant__ QuantParams p) {
   allow_next_kernel();
-  const int strip = static_cast<int>(blockIdx.x * kFinishWarps + threadIdx.x / 32);
+  const int strip = static_cast<int>(blockIdx.x * kQuantFinishWarps + threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
   if (strip >= p.strips) return;
   const float2 scales = load_scales(p, strip, lane);
@@ -724,30 +745,38 @@ __global__ void __launch_bounds__(kFinishWarps * 32)
 }
 
 template <typename C>
-Status launch(const QuantParams& params, const SpmmPlan& plan, int warps, int smem_bytes,
-              bool prefetch, cudaStream_t stream) {
+Status launch_quantized(const QuantParams& params, const SpmmPlan& plan, int warps, int smem_bytes,
+                        bool prefetch, cudaStream_t stream) {
   const Status sized = allow_smem("cudaFuncSetAttribute(quantized_rows_kernel)",
                                   quantized_rows_kernel<C>, smem_bytes);
   if (!sized.ok()) return sized;
   const dim3 grid(static_cast<unsigned>(plan.ctas), static_cast<unsigned>(params.sections),
                   static_cast<unsigned>(params.token_blocks / C::kBlocks));
-  const Status multiplied = launch_kernel("quantized_rows_kernel launch", quantized_rows_kernel<C>,
-                                          grid, warps * 32, smem_bytes, prefetch, stream, params);
+  bool dependent = C::WeightCopy::kNeedsSm90;
+  if (!dependent) {
+    const Status described = waits_for_previous_kernel(
+        "cudaFuncGetAttributes(quantized_rows_kernel)", quantized_rows_kernel<C>, &dependent);
+    if (!described.ok()) return described;
+  }
+  const Status multiplied =
+      launch_kernel("quantized_rows_kernel launch", quantized_rows_kernel<C>, grid, warps * 32,
+                    smem_bytes, dependent && prefetch, stream, params);
   if (!multiplied.ok() || params.sections == 1) return multiplied;
-  const dim3 finish_grid(static_cast<unsigned>((params.strips + kFinishWarps - 1) / kFinishWarps),
-                         static_cast<unsigned>(params.token_blocks));
+  const dim3 finish_grid(
+      static_cast<unsigned>((params.strips + kQuantFinishWarps - 1) / kQuantFinishWarps),
+      static_cast<unsigned>(params.token_blocks));
   return launch_kernel("quantized_finish_kernel launch", quantized_finish_kernel<C::kType>,
-                       finish_grid, kFinishWarps * 32, 0, true, stream, params);
+                       finish_grid, kQuantFinishWarps * 32, 0, dependent, stream, params);
 }
 
-template <ValueType kType>
-Status launch_config(const QuantParams& params, const SpmmPlan& plan, int warps, int smem_bytes,
-                     bool prefetch, cudaStream_t stream) {
+template <typename Family, ValueType kType>
+Status launch_quantized_config(const QuantParams& params, const SpmmPlan& plan, int warps,
+                               int smem_bytes, bool prefetch, cudaStream_t stream) {
   int index = 0;
-#define FLASH_LLM_ROW(name, tokens, columns, int8_x)                                            \
-  if (plan.config == index++) {                                                                 \
-    return launch<QuantConfig<kType, tokens, columns, int8_x>>(params, plan, warps, smem_bytes, \
-                                                               prefetch, stream);               \
+#define FLASH_LLM_ROW(name, tokens, columns, int8_x)                              \
+  if (plan.config == index++) {                                                   \
+    return launch_quantized<QuantConfig<Family, kType, tokens, columns, int8_x>>( \
+        params, plan, warps, smem_bytes, prefetch, stream);                       \
   }
   FLASH_LLM_QUANTIZED_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
@@ -755,19 +784,18 @@ Status launch_config(const QuantParams& params, const SpmmPlan& plan, int warps,
                                std::to_string(plan.config));
 }
 
-}  // namespace
-
-Status cuda::spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace,
-                                   bool prefetch, cudaStream_t stream) {
-  const Status fits = check_plan(plan, KernelFamily::kQuantizedBitmapSm90, args);
-  if (!fits.ok()) return fits;
+// Runs a plan of a family.
+template <typename Family>
+Status spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* workspace,
+                             bool prefetch, cudaStream_t stream) {
+  if (Status fits = check_plan(plan, Family::kFamily, args); !fits.ok()) return fits;
+  const auto& configs = quantized_bitmap_configs(Family::kFamily);
   const int64_t chunk_cols = num_quant_chunks(args.weight.k);
-  if (plan.config < 0 || plan.config >= static_cast<int>(quantized_bitmap_configs().size())) {
+  if (plan.config < 0 || plan.config >= static_cast<int>(configs.size())) {
     return Status::invalid_value("no quantised bitmap configuration has index " +
                                  std::to_string(plan.config));
   }
-  const QuantizedBitmapConfig& config =
-      quantized_bitmap_configs()[static_cast<size_t>(plan.config)];
+  const QuantizedBitmapConfig& config = configs[static_cast<size_t>(plan.config)];
   const int warps = plan.warps;
   const int ring_bytes = warps < 1 ? 0 : plan.ring_bytes / warps;
   if (warps < 1 || warps > kQuantMaxWarps || plan.unit_cols > warps * config.warp_chunks ||
@@ -776,7 +804,7 @@ Status cuda::spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, v
     return Status::invalid_value("plan " + plan.to_string() + " does not fit its configuration");
   }
   const int64_t sums_bytes = quant_sums_bytes(config, args.weight.m, args.n, plan.work.cols);
-  if (Status enough = check_launch(plan, sums_bytes); !enough.ok()) return enough;
+  if (Status enough = cuda::check_launch(plan, sums_bytes); !enough.ok()) return enough;
   QuantParams params = {};
   params.payload = args.weight.payload;
   params.offsets = args.weight.offsets;
@@ -798,11 +826,11 @@ Status cuda::spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, v
   const int smem_bytes = quant_smem_bytes(config, warps, ring_bytes);
   switch (args.weight.value_type) {
     case ValueType::kInt8Float16:
-      return launch_config<ValueType::kInt8Float16>(params, plan, warps, smem_bytes, prefetch,
-                                                    stream);
+      return launch_quantized_config<Family, ValueType::kInt8Float16>(params, plan, warps,
+                                                                      smem_bytes, prefetch, stream);
     case ValueType::kInt8Bfloat16:
-      return launch_config<ValueType::kInt8Bfloat16>(params, plan, warps, smem_bytes, prefetch,
-                                                     stream);
+      return launch_quantized_config<Family, ValueType::kInt8Bfloat16>(
+          params, plan, warps, smem_bytes, prefetch, stream);
     case ValueType::kFloat16:
     case ValueType::kBfloat16:
       break;

@@ -1,4 +1,4 @@
-#include "plan/quantized_bitmap_sm90.h"
+#include "plan/quantized_bitmap.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -7,6 +7,8 @@
 
 namespace flash_llm {
 namespace {
+
+using Configs = std::vector<QuantizedBitmapConfig>;
 
 // Every pass decodes the weight again. Measured on an H200, fp16, 50 % zeros, in us (2026-11-30):
 // 16 and 64 tokens, and unpacking with cuBLAS's product, for any N up to 64.
@@ -17,8 +19,7 @@ namespace {
 constexpr int64_t kMostTokens = 64;
 
 // The narrowest configuration for n tokens, or the widest.
-int config_for(int64_t n, bool int8_x) {
-  const std::vector<QuantizedBitmapConfig>& configs = quantized_bitmap_configs();
+int config_for(const Configs& configs, int64_t n, bool int8_x) {
   int found = -1;
   for (size_t i = 0; i < configs.size(); ++i) {
     if (configs[i].int8_x != int8_x) continue;
@@ -42,20 +43,18 @@ bool takes_int8_x(const PlanRequest& request) {
   return problem.int8_x && problem.k <= kQuantMaxInt8K && problem.m * problem.k >= least;
 }
 
-}  // namespace
-
-const std::vector<QuantizedBitmapConfig>& quantized_bitmap_configs() {
-  static const std::vector<QuantizedBitmapConfig> configs = {
-#define FLASH_LLM_ROW(name, tokens, warp_chunks, int8_x) {#name, tokens, warp_chunks, int8_x},
-      FLASH_LLM_QUANTIZED_CONFIGS(FLASH_LLM_ROW)
-#undef FLASH_LLM_ROW
-  };
-  return configs;
+// The most warps of a CTA.
+int most_warps_of(const QuantizedBitmapConfig& config, const DeviceInfo& device) {
+  int warps = kQuantMaxWarps;
+  while (quant_smem_bytes(config, warps, kQuantMinRingBytes) > smem_per_cta_bytes(device)) --warps;
+  // A multiple of 4, so that the schedulers of an SM have the same work; but few warps wait for
+  // memory instead.
+  return warps > 8 ? warps / 4 * 4 : warps;
 }
 
-std::vector<KernelConfig> describe_quantized_bitmap_configs() {
+std::vector<KernelConfig> describe(const Configs& configs) {
   std::vector<KernelConfig> rows;
-  for (const QuantizedBitmapConfig& config : quantized_bitmap_configs()) {
+  for (const QuantizedBitmapConfig& config : configs) {
     rows.push_back({config.name,
                     {{"tile_n", config.tile_n},
                      {"warps", kQuantMaxWarps},
@@ -65,22 +64,21 @@ std::vector<KernelConfig> describe_quantized_bitmap_configs() {
   return rows;
 }
 
-bool takes_quantized_bitmap(const PlanRequest& request, std::string* reason) {
+bool takes(const PlanRequest& request, std::string* reason) {
   if (request.problem.n > kMostTokens) {
     explain(reason, "N > 64: the dense GEMM is faster, although it unpacks the weight");
     return false;
   }
-  explain(reason, "N <= 64: the weight is decoded once per 8 or 16 tokens");
+  explain(reason,
+          "N <= 64: the weight is decoded once per 8 or 16 tokens; timed on a Hopper GPU only");
   return true;
 }
 
-Status plan_quantized_bitmap(const PlanRequest& request, SpmmPlan* out) {
+Status plan(const Configs& configs, const PlanRequest& request, SpmmPlan* out) {
   const SpmmProblem& problem = request.problem;
-  const int smem = smem_per_cta_bytes(request.device);
-  out->config = request.forced() ? config_named(quantized_bitmap_configs(), request.config)
-                                 : config_for(problem.n, takes_int8_x(request));
-  const QuantizedBitmapConfig& config =
-      quantized_bitmap_configs()[static_cast<size_t>(out->config)];
+  out->config = request.forced() ? config_named(configs, request.config)
+                                 : config_for(configs, problem.n, takes_int8_x(request));
+  const QuantizedBitmapConfig& config = configs[static_cast<size_t>(out->config)];
   if (config.int8_x && problem.k > kQuantMaxInt8K) {
     return Status::invalid_value("config \"" + std::string(config.name) + "\" takes K up to " +
                                  std::to_string(kQuantMaxInt8K) + ", got " +
@@ -93,8 +91,7 @@ Status plan_quantized_bitmap(const PlanRequest& request, SpmmPlan* out) {
   }
   // X of a section of K fits the registers of a CTA. The warps of all CTAs of an SM share its
   // registers.
-  int most_warps = kQuantMaxWarps;
-  while (quant_smem_bytes(config, most_warps, kQuantMinRingBytes) > smem) --most_warps;
+  const int most_warps = most_warps_of(config, request.device);
   const int64_t columns = std::max<int64_t>(num_quant_chunks(problem.k), 1);
   const int64_t most_columns = int64_t{config.warp_chunks} * most_warps;
   const int64_t sections = (columns + most_columns - 1) / most_columns;
@@ -118,6 +115,48 @@ Status plan_quantized_bitmap(const PlanRequest& request, SpmmPlan* out) {
   out->x_multiple = 8;
   out->workspace_bytes = quant_sums_bytes(config, problem.m, problem.n, sections);
   return Status::success();
+}
+
+}  // namespace
+
+const std::vector<QuantizedBitmapConfig>& quantized_bitmap_configs(KernelFamily family) {
+  static const Configs sm80 = {
+#define FLASH_LLM_ROW(name, tokens, warp_chunks, int8_x) \
+  {"sm80_" #name, tokens, warp_chunks, int8_x},
+      FLASH_LLM_QUANTIZED_CONFIGS(FLASH_LLM_ROW)
+#undef FLASH_LLM_ROW
+  };
+  static const Configs sm90 = {
+#define FLASH_LLM_ROW(name, tokens, warp_chunks, int8_x) {#name, tokens, warp_chunks, int8_x},
+      FLASH_LLM_QUANTIZED_CONFIGS(FLASH_LLM_ROW)
+#undef FLASH_LLM_ROW
+  };
+  return family == KernelFamily::kQuantizedBitmapSm80 ? sm80 : sm90;
+}
+
+std::vector<KernelConfig> describe_quantized_bitmap_sm80_configs() {
+  return describe(quantized_bitmap_configs(KernelFamily::kQuantizedBitmapSm80));
+}
+
+std::vector<KernelConfig> describe_quantized_bitmap_sm90_configs() {
+  return describe(quantized_bitmap_configs(KernelFamily::kQuantizedBitmapSm90));
+}
+
+// On GPUs that have bulk copies the other family is taken, which then gives the reason.
+bool takes_quantized_bitmap_sm80(const PlanRequest& request, std::string* reason) {
+  return !request.device.features.contains(GpuFeature::kBulkCopy) && takes(request, reason);
+}
+
+bool takes_quantized_bitmap_sm90(const PlanRequest& request, std::string* reason) {
+  return takes(request, reason);
+}
+
+Status plan_quantized_bitmap_sm80(const PlanRequest& request, SpmmPlan* out) {
+  return plan(quantized_bitmap_configs(KernelFamily::kQuantizedBitmapSm80), request, out);
+}
+
+Status plan_quantized_bitmap_sm90(const PlanRequest& request, SpmmPlan* out) {
+  return plan(quantized_bitmap_configs(KernelFamily::kQuantizedBitmapSm90), request, out);
 }
 
 }  // namespace flash_llm

@@ -1,0 +1,11 @@
+// The quantised bitmap kernel for GPUs from sm_90 on, which copies weights by bulk copies.
+#include "cuda/quantized_bitmap/quantized_bitmap_kernel.cuh"
+
+namespace flash_llm {
+
+Status cuda::spmm_quantized_bitmap_sm90(const SpmmPlan& plan, const SpmmArgs& args, void* workspace,
+                                        bool prefetch, cudaStream_t stream) {
+  return spmm_quantized_bitmap<QuantSm90>(plan, args, workspace, prefetch, stream);
+}
+
+}  // namespace flash_llm
