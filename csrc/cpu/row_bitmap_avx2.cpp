@@ -512,16 +512,9 @@ FLASH_LLM_AVX2 inline uint32_t pack_group(const uint16_t* from, uint16_t* kept, 
 }
 
 RowBitmapMultiply multiply_of(ValueType type) {
-  switch (type) {
-    case ValueType::kFloat16:
-      return multiply<ValueType::kFloat16>;
-    case ValueType::kBfloat16:
-      return multiply<ValueType::kBfloat16>;
-    case ValueType::kInt8Float16:
-    case ValueType::kInt8Bfloat16:
-      break;
-  }
-  return multiply<ValueType::kInt8Float16>;
+  if (is_quantized(type)) return multiply<ValueType::kInt8Float16>;
+  return type == ValueType::kFloat16 ? multiply<ValueType::kFloat16>
+                                     : multiply<ValueType::kBfloat16>;
 }
 
 }  // namespace
@@ -565,7 +558,7 @@ RowBitmapKernel row_bitmap_avx2(ValueType type, bool int8_x) {
   kernel.keeps_sums = int8_x;
   kernel.multiply = int8_x ? multiply_int8 : multiply_of(type);
   kernel.decode_block = decode_block<ValueType::kBfloat16>;
-  kernel.decode_int8_block =
+  kernel.decode_quantized_block =
       half ? decode_block<ValueType::kInt8Float16> : decode_block<ValueType::kInt8Bfloat16>;
   kernel.pack_block = row_bitmap_avx2_pack_block;
   return kernel;

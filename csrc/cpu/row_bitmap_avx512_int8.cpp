@@ -279,7 +279,7 @@ RowBitmapKernel row_bitmap_avx512_int8(ValueType type, bool int8_x) {
     kernel.multiply = multiply<WideX>;
   }
   kernel.max_tokens = kMaxTokens;
-  kernel.decode_int8_block = row_bitmap_avx2(type, int8_x).decode_int8_block;
+  kernel.decode_quantized_block = row_bitmap_avx2(type, int8_x).decode_quantized_block;
   return kernel;
 }
 

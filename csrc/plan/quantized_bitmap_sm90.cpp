@@ -95,7 +95,7 @@ Status plan_quantized_bitmap(const PlanRequest& request, SpmmPlan* out) {
   // registers.
   int most_warps = kQuantMaxWarps;
   while (quant_smem_bytes(config, most_warps, kQuantMinRingBytes) > smem) --most_warps;
-  const int64_t columns = std::max<int64_t>(num_quant_chunks(problem.k), 1);
+  const int64_t columns = std::max<int64_t>(num_quant_chunks(problem.value_type, problem.k), 1);
   const int64_t most_columns = int64_t{config.warp_chunks} * most_warps;
   const int64_t sections = (columns + most_columns - 1) / most_columns;
   out->unit_cols = static_cast<int>((columns + sections - 1) / sections);

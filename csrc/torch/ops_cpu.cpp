@@ -18,8 +18,8 @@ namespace flash_llm {
 using at::Tensor;
 
 Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
-  Tensor offsets =
-      at::empty({format.tiles(dense.m, dense.k) + 1}, dense.tensor.options().dtype(at::kInt));
+  Tensor offsets = at::empty({format.tiles(dense.value_type, dense.m, dense.k) + 1},
+                             dense.tensor.options().dtype(at::kInt));
   int32_t* offsets_data = offsets.mutable_data_ptr<int32_t>();
   int64_t nnz = 0;
   raise_if_error(op, format.count(dense.matrix(), parallel_for, offsets_data, &nnz));

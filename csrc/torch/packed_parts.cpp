@@ -61,7 +61,7 @@ void check_range(const char* what, int64_t first, int64_t last, int64_t size) {
 // Rows [first_row, last_row), whole tile rows, by copying a part of both buffers.
 Packed copy_rows(const PackedWeight& weight, int64_t first_row, int64_t last_row) {
   const PackedFormat& format = weight.format();
-  const int64_t tile_cols = format.tile_cols(weight.header.k);
+  const int64_t tile_cols = format.tile_cols(weight.header.value_type, weight.header.k);
   const int64_t first = first_row / format.tile_m * tile_cols;
   const int64_t last = format.tile_rows(last_row) * tile_cols;
   const Tensor range = weight.offsets.narrow(0, first, last - first + 1);

@@ -266,7 +266,7 @@ INSTANTIATE_TEST_SUITE_P(Formats, PackerOnGpu,
 
 TEST_P(PackerOnGpu, SmallWeightsHaveTheHostsBytes) {
   if (this_gpu().is_cpu()) GTEST_SKIP() << "no GPU";
-  const cuda::PackKernels& kernels = *cuda::pack_kernels(GetParam());
+  const cuda::PackKernels& kernels = *cuda::pack_kernels(GetParam(), ValueType::kFloat16);
   const DenseMatrix dense = integers_by_pair(520, 1100, ValueType::kFloat16, 4);
   const Packed packed = testing::pack_or_die(dense, GetParam());
   const size_t tiles = packed.offsets.size() - 1;
