@@ -119,7 +119,7 @@ RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type, bool int8_x = fals
 RowBitmapKernel row_bitmap_portable(ValueType type, bool int8_x);
 RowBitmapKernel row_bitmap_avx2(ValueType type, bool int8_x);
 RowBitmapKernel row_bitmap_avx512(ValueType type, bool bf16);
-RowBitmapKernel row_bitmap_avx512_int8(ValueType type, bool int8_x);  // for int8 values
+RowBitmapKernel row_bitmap_avx512_quantized(ValueType type, bool int8_x);  // for quantised values
 RowBitmapKernel row_bitmap_neon(ValueType type, bool int8_x);
 
 // AVX2's packer, which the kernels for AVX-512 use too.

@@ -164,8 +164,6 @@ RowBitmapKernel row_bitmap_portable(ValueType type, bool int8_x) {
 }
 
 RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type, bool int8_x) {
-  const ValueKind kind = value_traits(type).kind;
-  if (kind != ValueKind::k16Bit && kind != ValueKind::kInt8) isa = CpuIsa::kPortable;
   switch (isa) {
     case CpuIsa::kPortable:
       break;
@@ -173,7 +171,7 @@ RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type, bool int8_x) {
       return row_bitmap_avx2(type, int8_x);
     case CpuIsa::kAvx512:
     case CpuIsa::kAvx512Bf16:
-      return is_quantized(type) ? row_bitmap_avx512_int8(type, int8_x)
+      return is_quantized(type) ? row_bitmap_avx512_quantized(type, int8_x)
                                 : row_bitmap_avx512(type, isa == CpuIsa::kAvx512Bf16);
     case CpuIsa::kNeon:
       return row_bitmap_neon(type, int8_x);

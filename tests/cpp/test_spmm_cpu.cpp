@@ -449,8 +449,9 @@ TEST_P(SpmmQuantized, RealsStayWithinRounding) {
 }
 
 // X is rounded by the rule that flash_llm.spmm documents, here in fp64; its sums are exact.
-TEST_P(SpmmQuantized, QuantisedTokensGiveExactSums) {
-  if (value_traits(type_).kind != ValueKind::kInt8) GTEST_SKIP() << "only kernels of int8 values";
+class SpmmInt8 : public SpmmQuantized {};
+
+TEST_P(SpmmInt8, QuantisedTokensGiveExactSums) {
   make(false);
   const int64_t k = weight_.k, stride = product_.x_stride;
   const auto x_at = [&](int64_t token, int64_t col) -> uint16_t& {
@@ -512,14 +513,18 @@ TEST(SpmmInt8X, TheLargestSumsAreExact) {
   }
 }
 
+const auto kQuantizedShapes = ::testing::Values(
+    Shape{1, 1, 1}, Shape{127, 7, 63}, Shape{129, 9, 65}, Shape{200, 0, 100}, Shape{0, 3, 64},
+    Shape{64, 3, 0}, Shape{5, 3, 31}, Shape{7, 17, 32}, Shape{33, 6, 300}, Shape{9, 8, 2200});
+
 INSTANTIATE_TEST_SUITE_P(AwkwardShapes, SpmmQuantized,
-                         ::testing::Combine(::testing::Values(Shape{1, 1, 1}, Shape{127, 7, 63},
-                                                              Shape{129, 9, 65}, Shape{200, 0, 100},
-                                                              Shape{0, 3, 64}, Shape{64, 3, 0},
-                                                              Shape{5, 3, 31}, Shape{7, 17, 32},
-                                                              Shape{33, 6, 300}, Shape{9, 8, 2200}),
+                         ::testing::Combine(kQuantizedShapes,
                                             ::testing::Values(0.0, 0.5, 0.95, 1.0),
                                             ::testing::ValuesIn(kQuantizedTypeList)));
+INSTANTIATE_TEST_SUITE_P(
+    AwkwardShapes, SpmmInt8,
+    ::testing::Combine(kQuantizedShapes, ::testing::Values(0.0, 0.5, 0.95, 1.0),
+                       ::testing::Values(ValueType::kInt8Float16, ValueType::kInt8Bfloat16)));
 
 TEST(SpmmCpuSpecial, EmptyWeightGivesActivatedBias) {
   Product product = random_product(5, 2, 0, 0.0, ValueType::kFloat16, true, true, 1);
