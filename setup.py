@@ -51,7 +51,7 @@ CORE_SOURCES = [
     "csrc/cpu/reference.cpp",
     "csrc/cpu/row_bitmap_avx2.cpp",
     "csrc/cpu/row_bitmap_avx512.cpp",
-    "csrc/cpu/row_bitmap_avx512_int8.cpp",
+    "csrc/cpu/row_bitmap_avx512_quantized.cpp",
     "csrc/cpu/row_bitmap_neon.cpp",
     "csrc/cpu/row_bitmap_portable.cpp",
     "csrc/cpu/row_bitmap_spmm.cpp",

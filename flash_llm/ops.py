@@ -17,9 +17,10 @@ from torch import Tensor
 
 from flash_llm import _extension, quantize
 
-STORED_VALUES = ("16-bit", "int8")
-"""What a packed weight can store: its elements, or int8 values and a scale for each row. Pruning
-can round to more types (:data:`flash_llm.quantize.GRIDS`)."""
+STORED_VALUES = ("16-bit", "int8", "fp8_e4m3", "int4")
+"""What a packed weight can store: its elements, or values of fewer bits and scales: one for each
+row, or of int4 values one for each row and 128 columns. Pruning can round to more types
+(:data:`flash_llm.quantize.GRIDS`)."""
 
 # Number in headers for each kind of values and dtype of the weight (csrc/format/value_type.h).
 _VALUE_TYPES: dict[tuple[str, torch.dtype], int] = {
@@ -27,13 +28,20 @@ _VALUE_TYPES: dict[tuple[str, torch.dtype], int] = {
     ("16-bit", torch.bfloat16): 2,
     ("int8", torch.float16): 3,
     ("int8", torch.bfloat16): 4,
+    ("fp8_e4m3", torch.float16): 5,
+    ("fp8_e4m3", torch.bfloat16): 6,
+    ("int4", torch.float16): 7,
+    ("int4", torch.bfloat16): 8,
 }
 
 VALUE_DTYPES: dict[int, torch.dtype] = {n: dtype for (_, dtype), n in _VALUE_TYPES.items()}
 """Dtype of the weight for each ``PackedHeader.value_type``."""
 
 _VALUES_OF_TYPE: dict[int, str] = {n: values for (values, _), n in _VALUE_TYPES.items()}
-_VALUE_BITS = {"16-bit": 16, "int8": 8}
+_VALUE_BITS = {
+    values: quantize.GRIDS[values].bits if values in quantize.GRIDS else 16
+    for values in STORED_VALUES
+}
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 """Activations that ``spmm`` can apply to its result."""
@@ -166,10 +174,15 @@ class PackedWeight:
         _CLASS_OF_ID[cls.FORMAT_ID] = cls
 
     @classmethod
-    def num_offsets(cls, m: int, k: int) -> int:
-        """Length of ``offsets``: one more than the tiles of an ``[m, k]`` weight."""
-        sizes = _extension.require().FORMATS[cls.FORMAT]
-        tile_m, tile_k = int(sizes["tile_m"]), int(sizes["tile_k"])
+    def num_offsets(cls, m: int, k: int, value_type: int) -> int:
+        """Length of ``offsets``: one more than the tiles of an ``[m, k]`` weight.
+
+        Args:
+            m: rows.
+            k: columns.
+            value_type: key of :data:`VALUE_DTYPES` that the format holds.
+        """
+        tile_m, tile_k = cls._tile_size(value_type)
         return ((m + tile_m - 1) // tile_m) * ((k + tile_k - 1) // tile_k) + 1
 
     @staticmethod
@@ -229,7 +242,10 @@ class PackedWeight:
         if m < 0 or k < 0:
             raise ValueError(f"flash_llm: m and k must not be negative, got {m} and {k}")
         extension = _extension.require()
-        offsets = torch.zeros(cls.num_offsets(m, k), dtype=torch.int32, device=device)
+        value_type = value_type_of(dtype, values)
+        check_holds("flash_llm", cls.FORMAT, dtype, values)
+        num_offsets = cls.num_offsets(m, k, value_type)
+        offsets = torch.zeros(num_offsets, dtype=torch.int32, device=device)
         if payload_words < 0 or (payload_words and not offsets.is_meta):
             raise ValueError(
                 "flash_llm: payload_words must be 0, or positive on the meta device, got "
@@ -239,7 +255,7 @@ class PackedWeight:
             magic=extension.PACKED_MAGIC,
             version=int(extension.FORMATS[cls.FORMAT]["version"]),
             format=cls.FORMAT_ID,
-            value_type=value_type_of(dtype, values),
+            value_type=value_type,
             m=m,
             k=k,
             nnz=payload_words,
@@ -362,14 +378,15 @@ class PackedWeight:
         row are borders of the format (multiples of 128 rows in ``tiled_csl``, of 512 in ``bitmap``
         and ``gather``, of 4 in ``row_bitmap``, of 16 in ``quantized_bitmap``, or the end) is
         copied. For any other slice the weight is unpacked, cut and packed again, on the same
-        device.
+        device. Columns of int4 values must begin at a multiple of 128, as 128 columns share
+        scales; pack ``to_dense()[rows, columns]`` to round the values again instead.
 
         Args:
             rows: a slice of the M rows, with step 1.
             columns: a slice of the K columns, with step 1.
 
         Raises:
-            ValueError: a step is not 1.
+            ValueError: a step is not 1, or columns of int4 values begin elsewhere.
         """
         bounds = []
         for name, part, size in zip(("rows", "columns"), (rows, columns), self.shape, strict=True):
@@ -403,6 +420,12 @@ class PackedWeight:
         if not weights:
             raise ValueError("flash_llm::concat: weights must not be empty")
         return _from_op(torch.ops.flash_llm.concat(headers, offsets, payloads))
+
+    @classmethod
+    def _tile_size(cls, value_type: int) -> tuple[int, int]:
+        """Rows and columns of a tile."""
+        sizes = _extension.require().FORMATS[cls.FORMAT]
+        return int(sizes["tile_m"]), int(sizes["tile_k"][value_type])
 
     def _sizes(self) -> dict[str, Any]:
         """The fields of :class:`PackedStats`."""
@@ -525,7 +548,7 @@ def format_that_holds(dtype: torch.dtype, values: str) -> str:
         RuntimeError: the extension is missing.
     """
     value_type, formats = value_type_of(dtype, values), _extension.require().FORMATS
-    return next(name for name in _CLASS_OF_FORMAT if value_type in formats[name]["value_types"])
+    return next(name for name in _CLASS_OF_FORMAT if value_type in formats[name]["tile_k"])
 
 
 def value_type_of(dtype: torch.dtype, values: str = "16-bit") -> int:
@@ -755,9 +778,10 @@ def pack(
         format: ``"auto"`` (the format that multiplies fastest on ``dense.device``;
             ``explain_format`` gives the reason), ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"``,
             ``"gather"`` or ``"quantized_bitmap"``.
-        values: ``"16-bit"`` stores the elements. ``"int8"`` rounds each row to int8 with one scale
-            (:func:`flash_llm.quantize.round_to_int8`); elements that round to 0 are dropped. Only
-            ``"row_bitmap"``, for CPUs, and ``"quantized_bitmap"``, for GPUs, hold int8 values.
+        values: ``"16-bit"`` stores the elements. ``"int8"`` and ``"fp8_e4m3"`` round each row to
+            8 bits with one scale, ``"int4"`` to 4 bits with a scale for 128 columns
+            (:func:`flash_llm.quantize.round_to_values`); elements that round to 0 are dropped. Only
+            ``"row_bitmap"``, for CPUs, and ``"quantized_bitmap"``, for GPUs, hold such values.
         expected_tokens: how many tokens most products will have at most, if that is known: the
             batch size of decoding, for instance. Up to 8, and for large weights of many zeros on a
             GPU, ``"auto"`` then takes ``"gather"``, which is faster for so few tokens and slower
@@ -769,7 +793,8 @@ def pack(
     Raises:
         ValueError: ``dense`` is not two-dimensional, is too large for the format's 31-bit offsets,
             has a storage smaller than its shape needs; ``format`` or ``values`` is unknown;
-            ``expected_tokens`` is not positive; an element to quantise is NaN or infinite.
+            ``expected_tokens`` is not positive; an element to quantise is NaN or infinite, or too
+            large for the type of its scale.
         TypeError: the dtype is neither float16 nor bfloat16; the format does not hold such values;
             ``expected_tokens`` is no integer.
         NotImplementedError: ``dense`` is on CUDA and this build has no CUDA part.
@@ -788,7 +813,7 @@ def pack(
     if values == "16-bit":
         return _from_op(torch.ops.flash_llm.pack(dense.detach(), format, tokens))
     check_holds("flash_llm::pack", format, dense.dtype, values)
-    return pack_quantized(*quantize.round_to_int8(dense.detach()), dense.dtype, format)
+    return pack_quantized(*quantize.round_to_values(dense.detach(), values), dense.dtype, format)
 
 
 def pack_quantized(
@@ -797,8 +822,10 @@ def pack_quantized(
     """Pack values that are quantised already, as of a quantised checkpoint; nothing is rounded.
 
     Args:
-        values: ``[M, K]`` int8 in -127 ... 127, CPU or CUDA, any strides.
-        scales: ``[M]`` float32, positive normal numbers. The scale of a row of zeros becomes 1.
+        values: ``[M, K]``, CPU or CUDA, any strides: int8, or float8_e4m3fn without NaN.
+        scales: float32, positive normal numbers: ``[M]``; or ``[M, ceil(K / 128)]``, one for 128
+            columns, which makes the values int4. These must be numbers of float16. A scale of
+            zeros alone becomes 1. Integers lie in -127 ... 127, or in -7 ... 7 for int4.
         dtype: float16 or bfloat16: of the unpacked weight, and of the x that it multiplies.
         format: as :func:`pack` takes it.
 
@@ -806,9 +833,9 @@ def pack_quantized(
         The packed weight on the device of ``values``.
 
     Raises:
-        ValueError: a value is -128, a scale is not a positive normal number, an element overflows
-            ``dtype``, a shape is wrong, or ``format`` is unknown.
-        TypeError: a dtype or device is wrong, or the format does not hold int8 values.
+        ValueError: a value is outside its range or NaN, a scale is not such a number, an element
+            overflows ``dtype``, a shape is wrong, or ``format`` is unknown.
+        TypeError: a dtype or device is wrong, or the format does not hold quantised values.
         NotImplementedError: ``values`` is on CUDA and this build has no CUDA part.
         RuntimeError: another thread changed ``values``; the extension is missing, or CUDA failed.
     """
@@ -923,10 +950,11 @@ def unpack_quantized(w: PackedWeight) -> tuple[Tensor, Tensor]:
     """Return the values and scales of a quantised weight; :func:`pack_quantized` takes them.
 
     Args:
-        w: packed ``[M, K]`` weight with int8 values.
+        w: packed ``[M, K]`` weight with quantised values.
 
     Returns:
-        Values, int8 ``[M, K]``, and scales, float32 ``[M]``, on ``w.device``.
+        Values, int8 or float8_e4m3fn ``[M, K]``, and scales, float32 ``[M]`` or, of int4 values,
+        ``[M, ceil(K / 128)]``, on ``w.device``.
 
     Raises:
         TypeError: the values are not quantised, or a buffer has the wrong dtype or device.
@@ -1031,11 +1059,12 @@ def _check_fake_device(op: str, name: str, tensor: Tensor, payload: Tensor) -> N
 def _fake_pack(
     dense: Tensor, format: str = "auto", expected_tokens: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    value_type_of(dense.dtype)
-    return _fake_packed("pack", "dense", dense, format)
+    return _fake_packed("pack", "dense", dense, format, value_type_of(dense.dtype))
 
 
-def _fake_packed(op: str, name: str, dense: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_packed(
+    op: str, name: str, dense: Tensor, format: str, value_type: int
+) -> tuple[Tensor, Tensor, Tensor]:
     if dense.dim() != 2:
         raise ValueError(
             f"flash_llm::{op}: {name} must be two-dimensional [M, K], got {dense.dim()} dimensions"
@@ -1046,7 +1075,7 @@ def _fake_packed(op: str, name: str, dense: Tensor, format: str) -> tuple[Tensor
     num_offsets = (
         torch.library.get_ctx().new_dynamic_size()
         if format == "auto"
-        else PackedWeight.class_for(format).num_offsets(m, k)
+        else PackedWeight.class_for(format).num_offsets(m, k, value_type)
     )
     return (
         torch.empty(len(PackedHeader._fields), dtype=torch.int64, device="cpu"),
@@ -1068,19 +1097,22 @@ def _fake_prune_pack(
 def _fake_pack_quantized(
     values: Tensor, scales: Tensor, dtype: torch.dtype, format: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    value_type_of(dtype)
     for name, tensor, expected in (
-        ("values", values, torch.int8),
-        ("scales", scales, torch.float32),
+        ("values", values, (torch.int8, torch.float8_e4m3fn)),
+        ("scales", scales, (torch.float32,)),
     ):
-        if tensor.dtype != expected:
+        if tensor.dtype not in expected:
             raise TypeError(
-                f"flash_llm::pack_quantized: {name} must be {expected}, got {tensor.dtype}"
+                f"flash_llm::pack_quantized: {name} must be {' or '.join(map(str, expected))}, "
+                f"got {tensor.dtype}"
             )
-    packed = _fake_packed("pack_quantized", "values", values, format)
-    if scales.shape != values.shape[:1]:
+    kind = "fp8_e4m3" if values.dtype != torch.int8 else "int4" if scales.dim() == 2 else "int8"
+    value_type = value_type_of(dtype, kind)
+    packed = _fake_packed("pack_quantized", "values", values, format, value_type)
+    shape = quantize.scales_shape(*values.shape, kind)
+    if scales.shape != shape:
         raise ValueError(
-            f"flash_llm::pack_quantized: scales must have shape [M={values.shape[0]}], "
+            f"flash_llm::pack_quantized: scales of {kind} values must have shape {list(shape)}, "
             f"got {list(scales.shape)}"
         )
     return packed
@@ -1092,9 +1124,11 @@ def _fake_unpack_quantized(
     fields = _check_fake_packed("unpack_quantized", header, offsets, payload)
     if fields.values == "16-bit":
         raise TypeError(f"flash_llm::unpack_quantized: values of {fields.dtype} are not quantised")
+    dtype = torch.float8_e4m3fn if quantize.GRIDS[fields.values].is_float else torch.int8
+    shape = quantize.scales_shape(fields.m, fields.k, fields.values)
     return (
-        payload.new_empty((fields.m, fields.k), dtype=torch.int8),
-        payload.new_empty(fields.m, dtype=torch.float32),
+        payload.new_empty((fields.m, fields.k), dtype=dtype),
+        payload.new_empty(shape, dtype=torch.float32),
     )
 
 

@@ -86,12 +86,26 @@ class Grid:
             ``[M, K]`` of the dtype of ``weight``, to be converted to ``dtype``. NaN where a scale
             overflows, and in the groups of weights that are not finite.
         """
+        groups = self.groups(weight)
+        return self.ungrouped(self.fit(groups, dtype).round(groups), weight.shape[1])
+
+    def groups(self, weight: Tensor) -> Tensor:
+        """Return the groups of columns of a weight as :meth:`fit` takes them.
+
+        Args:
+            weight: ``[M, K]``.
+
+        Returns:
+            ``[columns of a group, groups, M]``; the last group is padded with zeros.
+        """
         rows, cols = weight.shape
         size = self.group or max(cols, 1)
         padded = torch.nn.functional.pad(weight, (0, -cols % size))
-        groups = padded.view(rows, -(-cols // size), size).permute(2, 1, 0)
-        rounded = self.fit(groups, dtype).round(groups)
-        return rounded.permute(2, 1, 0).reshape(padded.shape)[:, :cols]
+        return padded.view(rows, -(-cols // size), size).permute(2, 1, 0)
+
+    def ungrouped(self, groups: Tensor, columns: int) -> Tensor:
+        """Return the ``[M, columns]`` weight of which :meth:`groups` returned ``groups``."""
+        return groups.permute(2, 1, 0).flatten(1)[:, :columns]
 
     def _between(self, lowest: Tensor, highest: Tensor, dtype: torch.dtype) -> Scaled:
         """Return the grid from ``lowest``, at most 0, to ``highest``, at least 0."""
@@ -106,8 +120,7 @@ class Grid:
 
     def _stored(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Round scales to the dtype they are stored in; that of a group of zeros is 1."""
-        # The smallest normal number of float32; of float16, whose scales are small, any number.
-        least = 2.0**-126 if self.scale_dtype == torch.float32 else 2.0**-24
+        least = torch.finfo(self.scale_dtype).tiny  # the smallest normal number
         rounded = scale.to(self.scale_dtype).to(dtype).clamp(min=least)
         return rounded.masked_fill_(scale == 0, 1.0)
 
@@ -140,17 +153,20 @@ class Scaled:
         return self.steps(values).mul_(self.scale)
 
 
+GROUP = 128
+"""Columns that share a scale, where a row has more than one."""
+
 GRIDS: dict[str, Grid] = {
     "int8": Grid(8, 127),
     "fp8_e4m3": Grid(8, 448, is_float=True),
-    "int4": Grid(4, 7, 128, torch.float16),
-    "int4_asymmetric": Grid(4, 7, 128, torch.float16, has_zero_point=True),
-    "int3": Grid(3, 3, 128, torch.float16, has_zero_point=True),
-    "int2": Grid(2, 1, 128, torch.float16, has_zero_point=True),
+    "int4": Grid(4, 7, GROUP, torch.float16),
+    "int4_asymmetric": Grid(4, 7, GROUP, torch.float16, has_zero_point=True),
+    "int3": Grid(3, 3, GROUP, torch.float16, has_zero_point=True),
+    "int2": Grid(2, 1, GROUP, torch.float16, has_zero_point=True),
 }
-"""The grids by the name that :func:`flash_llm.prune_` takes. Packed weights store the numbers of
-"int8" as such (:data:`flash_llm.ops.STORED_VALUES`), those of the others as 16-bit numbers. Those
-with a zero point are what other libraries store for dense weights."""
+"""The grids by the name that :func:`flash_llm.prune_` takes. Packed weights store the steps and
+scales of those without a zero point (:data:`flash_llm.ops.STORED_VALUES`), and 16-bit numbers of the
+others, which are what other libraries store for dense weights."""
 
 
 def grid_of(values: str) -> Grid:
@@ -204,55 +220,92 @@ def round_to_grid(weight: Tensor, values: str) -> Tensor:
     return grid.round(exact, weight.dtype).to(weight.dtype).contiguous()
 
 
-def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row of a weight to int8: ``weight ~ values * scales[:, None]``.
+def scales_shape(m: int, k: int, values: str) -> tuple[int, ...]:
+    """Shape of the scales of an ``[m, k]`` weight.
 
-    A row's scale is its largest magnitude divided by 127, so no value is clipped, but at least the
-    smallest normal float32. A row of zeros has scale 1. Ties are rounded to even.
+    Args:
+        m: rows.
+        k: columns.
+        values: one of :data:`GRIDS`.
+    """
+    group = grid_of(values).group
+    return (m,) if group is None else (m, -(-k // group))
+
+
+def round_to_values(weight: Tensor, values: str) -> tuple[Tensor, Tensor]:
+    """Round a weight to values of few bits: each element is nearly a value times its scale.
+
+    A scale is the largest magnitude of its row or group divided by the largest value, so no value
+    is clipped, but at least the smallest normal number of the type that stores it. The scale of
+    zeros alone is 1. Ties are rounded to even.
 
     Args:
         weight: ``[M, K]`` floating point, on any device; its elements are rounded to float32 first.
+        values: one of :data:`GRIDS` without a zero point.
 
     Returns:
-        Values, int8 ``[M, K]`` in -127 ... 127, and scales, float32 ``[M]``.
+        Values ``[M, K]``, float8_e4m3fn for ``"fp8_e4m3"`` and otherwise int8, and scales, float32,
+        of shape :func:`scales_shape`.
 
     Raises:
         TypeError: the weight is not floating point.
-        ValueError: the weight is not a matrix, or an element is NaN or infinite in float32.
+        ValueError: the weight is not a matrix, ``values`` is unknown, or an element is NaN or
+            infinite in float32, or so large that its scale is infinite.
     """
     check_weight(weight)
-    m, k = weight.shape
-    values = torch.empty(m, k, dtype=torch.int8, device=weight.device)
-    scales = torch.ones(m, dtype=torch.float32, device=weight.device)
-    if k == 0:
-        return values, scales
-    grid = GRIDS["int8"]
-    rows = max(1, _PART_ELEMENTS // k)
-    for first in range(0, m, rows):
-        part = weight[first : first + rows].float()
-        finite = part.isfinite().all(dim=1)
+    grid, (m, k) = grid_of(values), weight.shape
+    stored = torch.float8_e4m3fn if grid.is_float else torch.int8
+    rounded = torch.empty(m, k, dtype=stored, device=weight.device)
+    scales = torch.ones(scales_shape(m, k, values), dtype=torch.float32, device=weight.device)
+    rows = max(1, _PART_ELEMENTS // max(k, 1))
+    for first in range(0, m if k else 0, rows):
+        part = slice(first, first + rows)
+        groups = grid.groups(weight[part].float())
+        scaled = grid.fit(groups, weight.dtype)
+        of_rows = scaled.scale.t()
+        finite = groups.isfinite().all(dim=0).t() & of_rows.isfinite()
         if not bool(finite.all()):
-            row = first + int((~finite).int().argmax())
+            row = first + int((~finite.all(dim=1)).int().argmax())
             raise ValueError(
-                f"flash_llm: row {row} of the weight has an element that is NaN or infinite, "
-                "which int8 values cannot hold"
+                f"flash_llm: row {row} of the weight has an element that is NaN, infinite or too "
+                f"large, which {values} values cannot hold"
             )
-        columns = part.t()
-        scaled = grid.fit(columns, weight.dtype)
-        scales[first : first + rows] = scaled.scale
-        values[first : first + rows] = scaled.steps(columns).t()
-    return values, scales
+        scales[part] = of_rows.reshape(scales[part].shape)
+        # Adding 0 makes 0 of -0.
+        steps = scaled.steps(groups) + 0.0
+        rounded[part] = grid.ungrouped(steps, k).to(stored)
+    return rounded, scales
+
+
+def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return :func:`round_to_values` of ``"int8"``."""
+    return round_to_values(weight, "int8")
+
+
+def scales_of_elements(scales: Tensor, columns: int) -> Tensor:
+    """Return the scale of each element of a weight.
+
+    Args:
+        scales: ``[M]``, or ``[M, G]`` with one for each group of :data:`GROUP` columns.
+        columns: K.
+
+    Returns:
+        ``[M, K]`` of the dtype of ``scales``.
+    """
+    if scales.dim() == 1:
+        return scales[:, None].expand(-1, columns)
+    return scales.repeat_interleave(GROUP, dim=1)[:, :columns]
 
 
 def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the weight that quantised values stand for; :func:`flash_llm.unpack` returns the same.
 
     Args:
-        values: int8 ``[M, K]``.
-        scales: float32 ``[M]``.
+        values: ``[M, K]``, int8 or float8_e4m3fn.
+        scales: float32, as :func:`round_to_values` returns them.
         dtype: float16 or bfloat16.
 
     Returns:
         ``[M, K]`` of ``dtype``: each product rounded to float32, then to ``dtype``.
     """
-    return (values.float() * scales[:, None]).to(dtype)
+    return (values.float() * scales_of_elements(scales, values.shape[1])).to(dtype)

@@ -849,7 +849,7 @@ def test_from_tensors_of_another_class():
         FORMAT, FORMAT_ID = "other", 1234
 
         @staticmethod
-        def num_offsets(m, k):
+        def num_offsets(m, k, value_type):
             return 1
 
     try:

@@ -162,7 +162,7 @@ def test_fakes_of_packing_know_the_offsets_of_a_named_format(format):
             known = isinstance(offsets.shape[0], int)
             assert known == (name != "auto")
             if known:
-                assert offsets.shape[0] == PackedWeight.class_for(format).num_offsets(130, 70)
+                assert offsets.shape[0] == PackedWeight.class_for(format).num_offsets(130, 70, 1)
 
 
 def test_meta_tensors_flow_through(format):

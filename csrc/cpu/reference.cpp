@@ -18,7 +18,8 @@ void reference(const SpmmArgs& args, const ParallelFor& parallel_for) {
   const int64_t m = weight.m, k = weight.k;
   parallel_for(format.tile_rows(m), 1, [&](int64_t begin, int64_t end) {
     std::vector<RawOf<kType>> values(static_cast<size_t>(format.tile_m * k));  // one tile row
-    std::vector<float> scales(static_cast<size_t>(format.tile_m), 1.0F);
+    const int64_t row_scales = scales_per_row(kType, k);
+    std::vector<float> scales(static_cast<size_t>(format.tile_m * row_scales));
     for (int64_t tile_row = begin; tile_row < end; ++tile_row) {
       format.unpack_tile_row(weight, tile_row, values.data(), scales.data());
       const int64_t row0 = tile_row * format.tile_m;
@@ -27,9 +28,10 @@ void reference(const SpmmArgs& args, const ParallelFor& parallel_for) {
         for (int64_t row = 0; row < rows; ++row) {
           double sum =
               args.bias ? static_cast<double>(to_float<kDense>(args.bias[row0 + row])) : 0.0;
-          const double scale = scales[static_cast<size_t>(row)];
           for (int64_t col = 0; col < k; ++col) {
             const RawOf<kType> value = values[static_cast<size_t>(row * k + col)];
+            const auto group = static_cast<size_t>(row * row_scales + scale_group(kType, col));
+            const double scale = is_quantized(kType) ? scales[group] : 1.0;
             sum += scale * static_cast<double>(to_float<kType>(value)) *
                    static_cast<double>(to_float<kDense>(args.x[token * args.x_stride + col]));
           }
@@ -53,6 +55,14 @@ void spmm_cpu_reference(const SpmmArgs& args, const ParallelFor& parallel_for) {
       return reference<ValueType::kInt8Float16>(args, parallel_for);
     case ValueType::kInt8Bfloat16:
       return reference<ValueType::kInt8Bfloat16>(args, parallel_for);
+    case ValueType::kFp8Float16:
+      return reference<ValueType::kFp8Float16>(args, parallel_for);
+    case ValueType::kFp8Bfloat16:
+      return reference<ValueType::kFp8Bfloat16>(args, parallel_for);
+    case ValueType::kInt4Float16:
+      return reference<ValueType::kInt4Float16>(args, parallel_for);
+    case ValueType::kInt4Bfloat16:
+      return reference<ValueType::kInt4Bfloat16>(args, parallel_for);
   }
 }
 

@@ -91,7 +91,13 @@ FLASH_LLM_AVX2 inline __m128i expansion_of(uint32_t bits) {
 
 template <ValueType kType>
 FLASH_LLM_AVX2 inline __m256 widen(__m128i elements) {
-  if constexpr (is_quantized(kType)) {
+  if constexpr (value_traits(kType).kind == ValueKind::kFp8E4m3) {
+    // Shifted into place, the bits are an fp16 number of 2^-8 times the value.
+    const __m128i high = _mm_unpacklo_epi8(_mm_setzero_si128(), elements);
+    const __m128i halves =
+        _mm_and_si128(_mm_srai_epi16(high, 1), _mm_set1_epi16(static_cast<int16_t>(0xBF80)));
+    return _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(0x1p8F));
+  } else if constexpr (is_quantized(kType)) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(elements));
   } else if constexpr (kType == ValueType::kFloat16) {
     return _mm256_cvtph_ps(elements);
@@ -140,6 +146,44 @@ struct Values {
   }
 };
 
+// The int4 values of a row, as bytes.
+template <bool kNearEnd>
+FLASH_LLM_AVX2 inline void take_nibbles(uint32_t mask, Values<kNearEnd, uint8_t>& values,
+                                        uint8_t (&bytes)[kGroupCols]) {
+  constexpr std::ptrdiff_t kNibbleBytes = kGroupCols / 2;
+  uint8_t copy[kNibbleBytes];
+  const uint8_t* from = values.next;
+  if (kNearEnd) {
+    const auto left = std::min(values.end - values.next, kNibbleBytes);
+    std::memset(copy, 0, sizeof(copy));
+    if (left > 0) std::memcpy(copy, from, static_cast<size_t>(left));
+    from = copy;
+  }
+  const __m256i pairs =
+      _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m256i both = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4));
+  const __m256i nibbles = _mm256_and_si256(both, _mm256_set1_epi8(0x0F));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes),
+                      _mm256_sub_epi8(nibbles, _mm256_set1_epi8(8)));
+  const std::ptrdiff_t count = (__builtin_popcount(mask) + 1) / 2;
+  values.next += kNearEnd ? std::min(values.end - values.next, count) : count;
+}
+
+// The values of a row in the next group, which `values` moves past. `bytes` is memory for those of
+// int4.
+template <ValueType kType, bool kNearEnd>
+FLASH_LLM_AVX2 inline auto take_row(uint32_t mask, Values<kNearEnd, RawOf<kType>>& values,
+                                    uint8_t (&bytes)[kGroupCols]) {
+  if constexpr (value_traits(kType).bits == 4) {
+    take_nibbles(mask, values, bytes);
+    return Values<false, uint8_t>{bytes, bytes + kGroupCols};
+  } else {
+    const Values<kNearEnd, RawOf<kType>> row = values;
+    values.skip(mask);
+    return row;
+  }
+}
+
 // How many groups can be read by loads of eight values that all stay within the payload.
 template <typename Raw>
 int64_t groups_before_end(const Raw* next, const Raw* end) {
@@ -180,7 +224,22 @@ FLASH_LLM_AVX2 inline const Raw* add_groups(const RowBlockOf<Raw>& block, int64_
 template <ValueType kType, int kTokens>
 struct Block {
   using Raw = RawOf<kType>;
+  // Whether groups of columns have scales, by which elements are multiplied before X.
+  static constexpr bool kGrouped = value_traits(kType).scales == ScaleGroup::kRowGroup;
   __m256 sums[kBlockRows][kTokens];
+  float scales[kBlockRows];
+  const uint32_t* next_scales;
+  int left = 0;  // groups of 32 columns that have `scales`
+
+  FLASH_LLM_AVX2 inline void load_scales() {
+    if (left == 0) {
+      left = kScaleGroupCols / static_cast<int>(kGroupCols);
+      _mm_storeu_ps(scales,
+                    _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(next_scales))));
+      next_scales += kBlockRows / 2;
+    }
+    --left;
+  }
 
   template <bool kNearEnd>
   FLASH_LLM_AVX2 inline void add_group(const uint32_t* masks, const float* x,
@@ -189,11 +248,12 @@ struct Block {
       prefetch_soon(values.next);
       prefetch_later(values.next);
     }
-    Values<kNearEnd, Raw> rows[kBlockRows] = {};
+    if constexpr (kGrouped) load_scales();
+    uint8_t bytes[kBlockRows][kGroupCols];
+    decltype(take_row<kType>(0U, values, bytes[0])) rows[kBlockRows] = {};
 #pragma GCC unroll 4
     for (int row = 0; row < kBlockRows; ++row) {
-      rows[row] = values;
-      values.skip(masks[row]);
+      rows[row] = take_row<kType>(masks[row], values, bytes[row]);
     }
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) {
@@ -203,7 +263,8 @@ struct Block {
       }
 #pragma GCC unroll 4
       for (int row = 0; row < kBlockRows; ++row) {
-        const __m256 w = rows[row].template take_wide<kType>(masks[row] >> (8 * part) & 0xFFU);
+        __m256 w = rows[row].template take_wide<kType>(masks[row] >> (8 * part) & 0xFFU);
+        if constexpr (kGrouped) w = _mm256_mul_ps(w, _mm256_broadcast_ss(scales + row));
         for (int token = 0; token < kTokens; ++token) {
           sums[row][token] = _mm256_fmadd_ps(w, input[token], sums[row][token]);
         }
@@ -214,6 +275,7 @@ struct Block {
   FLASH_LLM_AVX2 static void multiply(const RowBlockOf<Raw>& block, int64_t groups, const float* x,
                                       float* out) {
     Block sums;
+    sums.next_scales = block.scales;
     for (auto& row : sums.sums) {
       for (auto& token : row) token = _mm256_setzero_ps();
     }
@@ -441,17 +503,24 @@ FLASH_LLM_AVX2 inline __m128i dequantize_part(__m128i elements, float scale) {
 }
 
 template <ValueType kType, bool kNearEnd>
-FLASH_LLM_AVX2 inline void decode_group(const uint32_t* masks, const float* scales, int rows,
-                                        int64_t k, int64_t cols,
-                                        Values<kNearEnd, RawOf<kType>>& values, uint16_t* dense) {
+FLASH_LLM_AVX2 inline void decode_group(const RowBlockOf<RawOf<kType>>& block, int64_t group,
+                                        int rows, int64_t k, Values<kNearEnd, RawOf<kType>>& values,
+                                        uint16_t* dense) {
+  const uint32_t* masks = block.masks + group * kBlockRows;
+  const int64_t cols = k - group * kGroupCols;
+  dense += group * kGroupCols;
   for (int row = 0; row < kBlockRows; ++row) {
-    Values<kNearEnd, RawOf<kType>> next = values;
-    values.skip(masks[row]);
+    uint8_t bytes[kGroupCols];
+    auto next = take_row<kType>(masks[row], values, bytes);
     if (row >= rows) continue;
+    float scale = 1.0F;
+    if constexpr (is_quantized(kType)) {
+      scale = load_scale(kType, block.scales, row_block_scale(kType, row, group * kGroupCols));
+    }
     for (int64_t part = 0; part < kParts && part * kPartCols < cols; ++part) {
       __m128i elements = next.take(masks[row] >> (8 * part) & 0xFFU);
       if constexpr (sizeof(RawOf<kType>) == 1) {
-        elements = dequantize_part<kType>(elements, scales[row]);
+        elements = dequantize_part<kType>(elements, scale);
       }
       uint16_t* to = dense + row * k + part * kPartCols;
       if (cols - part * kPartCols >= kPartCols) {
@@ -469,8 +538,6 @@ FLASH_LLM_AVX2 inline void decode_group(const uint32_t* masks, const float* scal
 template <ValueType kType>
 FLASH_LLM_AVX2 void decode_block(const RowBlockOf<RawOf<kType>>& block, int rows, int64_t k,
                                  uint16_t* dense) {
-  float scales[kBlockRows] = {};
-  if (sizeof(RawOf<kType>) == 1) std::memcpy(scales, block.scales, sizeof(scales));
   const int64_t groups = num_groups(k);
   int64_t group = 0;
   Values<false, RawOf<kType>> values{block.values, block.end};
@@ -478,13 +545,11 @@ FLASH_LLM_AVX2 void decode_block(const RowBlockOf<RawOf<kType>>& block, int rows
     const int64_t safe = groups_before_end(values.next, values.end);
     if (safe == 0) break;
     for (const int64_t stop = std::min(groups, group + safe); group < stop; ++group) {
-      decode_group<kType>(block.masks + group * kBlockRows, scales, rows, k, k - group * kGroupCols,
-                          values, dense + group * kGroupCols);
+      decode_group<kType>(block, group, rows, k, values, dense);
     }
   }
   for (Values<true, RawOf<kType>> last{values.next, values.end}; group < groups; ++group) {
-    decode_group<kType>(block.masks + group * kBlockRows, scales, rows, k, k - group * kGroupCols,
-                        last, dense + group * kGroupCols);
+    decode_group<kType>(block, group, rows, k, last, dense);
   }
 }
 
@@ -512,16 +577,18 @@ FLASH_LLM_AVX2 inline uint32_t pack_group(const uint16_t* from, uint16_t* kept, 
 }
 
 RowBitmapMultiply multiply_of(ValueType type) {
-  switch (type) {
-    case ValueType::kFloat16:
-      return multiply<ValueType::kFloat16>;
-    case ValueType::kBfloat16:
-      return multiply<ValueType::kBfloat16>;
-    case ValueType::kInt8Float16:
-    case ValueType::kInt8Bfloat16:
+  switch (value_traits(type).kind) {
+    case ValueKind::k16Bit:
+      return type == ValueType::kFloat16 ? multiply<ValueType::kFloat16>
+                                         : multiply<ValueType::kBfloat16>;
+    case ValueKind::kInt8:
+      return multiply<ValueType::kInt8Float16>;
+    case ValueKind::kFp8E4m3:
+      return multiply<ValueType::kFp8Float16>;
+    case ValueKind::kInt4:
       break;
   }
-  return multiply<ValueType::kInt8Float16>;
+  return multiply<ValueType::kInt4Float16>;
 }
 
 }  // namespace
@@ -565,8 +632,22 @@ RowBitmapKernel row_bitmap_avx2(ValueType type, bool int8_x) {
   kernel.keeps_sums = int8_x;
   kernel.multiply = int8_x ? multiply_int8 : multiply_of(type);
   kernel.decode_block = decode_block<ValueType::kBfloat16>;
-  kernel.decode_int8_block =
-      half ? decode_block<ValueType::kInt8Float16> : decode_block<ValueType::kInt8Bfloat16>;
+  switch (value_traits(type).kind) {
+    case ValueKind::kInt8:
+      kernel.decode_quantized_block =
+          half ? decode_block<ValueType::kInt8Float16> : decode_block<ValueType::kInt8Bfloat16>;
+      break;
+    case ValueKind::kFp8E4m3:
+      kernel.decode_quantized_block =
+          half ? decode_block<ValueType::kFp8Float16> : decode_block<ValueType::kFp8Bfloat16>;
+      break;
+    case ValueKind::kInt4:
+      kernel.decode_quantized_block =
+          half ? decode_block<ValueType::kInt4Float16> : decode_block<ValueType::kInt4Bfloat16>;
+      break;
+    case ValueKind::k16Bit:
+      break;
+  }
   kernel.pack_block = row_bitmap_avx2_pack_block;
   return kernel;
 }

@@ -1,8 +1,9 @@
 // The kernels of the row bitmap, one set for each instruction set of cpu_isa.h;
 // cpu/row_bitmap_spmm.cpp calls them. A kernel multiplies blocks of 4 rows and returns fp32 sums of
 // X times the stored values; its caller applies the scales of rows, bias, activation and rounding.
-// Of int8 values some kernels take X as int8 too, with a scale for each token: they sum in int32,
-// which is exact, and convert the sum once.
+// Scales of groups of columns are applied by the kernel, before it adds up the groups. Of int8
+// values some kernels take X as int8 too, with a scale for each token: they sum in int32, which is
+// exact, and convert the sum once.
 //
 // Each set is compiled for its instruction set by attributes of its functions, not by compiler
 // flags for its file: with flags, an inline function of a header would be compiled for that
@@ -104,9 +105,10 @@ struct RowBitmapKernel {
   RowBitmapMultiply multiply = nullptr;
   // Decodes a block that has masks into dense[rows, k], contiguous. For 16-bit values.
   void (*decode_block)(const RowBlock& block, int rows, int64_t k, uint16_t* dense) = nullptr;
-  // The same for int8 values, dequantised to the type of X; null: the format's own decoder is used.
-  void (*decode_int8_block)(const RowBlockOf<uint8_t>& block, int rows, int64_t k,
-                            uint16_t* dense) = nullptr;
+  // The same for quantised values, dequantised to the type of X; null: the format's own decoder is
+  // used.
+  void (*decode_quantized_block)(const RowBlockOf<uint8_t>& block, int rows, int64_t k,
+                                 uint16_t* dense) = nullptr;
   RowBitmapPackBlock pack_block = nullptr;  // for 16-bit values
 };
 
@@ -117,7 +119,7 @@ RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type, bool int8_x = fals
 RowBitmapKernel row_bitmap_portable(ValueType type, bool int8_x);
 RowBitmapKernel row_bitmap_avx2(ValueType type, bool int8_x);
 RowBitmapKernel row_bitmap_avx512(ValueType type, bool bf16);
-RowBitmapKernel row_bitmap_avx512_int8(ValueType type, bool int8_x);  // for int8 values
+RowBitmapKernel row_bitmap_avx512_quantized(ValueType type, bool int8_x);  // for quantised values
 RowBitmapKernel row_bitmap_neon(ValueType type, bool int8_x);
 
 // AVX2's packer, which the kernels for AVX-512 use too.

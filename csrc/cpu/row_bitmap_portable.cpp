@@ -26,8 +26,18 @@ template <ValueType kType>
 void decode_group(uint32_t mask, const RawOf<kType>*& values, const RawOf<kType>* end,
                   Lanes& elements) {
   std::fill_n(elements, kGroupCols, 0.0F);
-  for (; mask != 0 && values != end; mask &= mask - 1) {
-    elements[__builtin_ctz(mask)] = to_float<kType>(*values++);
+  if constexpr (value_traits(kType).bits == 4) {
+    for (; mask != 0 && values != end; mask &= mask - 1) {
+      const uint8_t pair = *values++;
+      elements[__builtin_ctz(mask)] = to_float<kType>(from_nibble(pair & 0xF));
+      mask &= mask - 1;
+      if (mask == 0) break;
+      elements[__builtin_ctz(mask)] = to_float<kType>(from_nibble(pair >> 4));
+    }
+  } else {
+    for (; mask != 0 && values != end; mask &= mask - 1) {
+      elements[__builtin_ctz(mask)] = to_float<kType>(*values++);
+    }
   }
 }
 
@@ -38,9 +48,15 @@ void multiply_block(const RowBitmapTokens& block_tokens, int64_t groups,
   Lanes sums[kBlockRows][kMaxTokens] = {};
   const auto* x = static_cast<const float*>(block_tokens.x);
   for (int64_t group = 0; group < groups; ++group) {
-    for (auto& row : sums) {
+    for (int64_t of_block = 0; of_block < kBlockRows; ++of_block) {
+      auto& row = sums[of_block];
       Lanes w;
       decode_group<kType>(*block.masks++, block.values, block.end, w);
+      if constexpr (value_traits(kType).scales == ScaleGroup::kRowGroup) {
+        const float scale =
+            load_scale(kType, block.scales, row_block_scale(kType, of_block, group * kGroupCols));
+        for (float& element : w) element *= scale;
+      }
       for (size_t token = 0; token < tokens; ++token) {
         for (size_t i = 0; i < kGroupCols; ++i) row[token][i] += w[i] * x[token * kGroupCols + i];
       }
@@ -115,16 +131,18 @@ void multiply_int8(const RowBitmapProduct& product) {
 
 // The sums do not depend on the dtype of X, which is widened before.
 RowBitmapMultiply multiply_of(ValueType type) {
-  switch (type) {
-    case ValueType::kFloat16:
-      return multiply<ValueType::kFloat16>;
-    case ValueType::kBfloat16:
-      return multiply<ValueType::kBfloat16>;
-    case ValueType::kInt8Float16:
-    case ValueType::kInt8Bfloat16:
+  switch (value_traits(type).kind) {
+    case ValueKind::k16Bit:
+      return type == ValueType::kFloat16 ? multiply<ValueType::kFloat16>
+                                         : multiply<ValueType::kBfloat16>;
+    case ValueKind::kInt8:
+      return multiply<ValueType::kInt8Float16>;
+    case ValueKind::kFp8E4m3:
+      return multiply<ValueType::kFp8Float16>;
+    case ValueKind::kInt4:
       break;
   }
-  return multiply<ValueType::kInt8Float16>;
+  return multiply<ValueType::kInt4Float16>;
 }
 
 }  // namespace
@@ -153,7 +171,7 @@ RowBitmapKernel row_bitmap_kernel(CpuIsa isa, ValueType type, bool int8_x) {
       return row_bitmap_avx2(type, int8_x);
     case CpuIsa::kAvx512:
     case CpuIsa::kAvx512Bf16:
-      return is_quantized(type) ? row_bitmap_avx512_int8(type, int8_x)
+      return is_quantized(type) ? row_bitmap_avx512_quantized(type, int8_x)
                                 : row_bitmap_avx512(type, isa == CpuIsa::kAvx512Bf16);
     case CpuIsa::kNeon:
       return row_bitmap_neon(type, int8_x);

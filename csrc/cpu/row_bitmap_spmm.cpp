@@ -150,15 +150,16 @@ void prepare(const SpmmArgs& args, const RowBitmapKernel& kernel, int64_t token0
   }
 }
 
-// The scales of a block's rows; all 1 for types without scales.
+// The scales of a block's rows; all 1 for types that have none of whole rows.
 struct RowScales {
   float of[kBlockRows] = {1.0F, 1.0F, 1.0F, 1.0F};
 
   RowScales(const PackedView& weight, int64_t block) {
-    if (!is_quantized(weight.value_type)) return;
+    if (value_traits(weight.value_type).scales != ScaleGroup::kRow) return;
     const auto parts = row_block<uint8_t>(weight, block);
     if (parts.masks == nullptr) return;
-    for (int row = 0; row < kBlockRows; ++row) of[row] = bits_to_float(parts.scales[row]);
+    for (int row = 0; row < kBlockRows; ++row)
+      of[row] = load_scale(weight.value_type, parts.scales, row);
   }
 };
 
@@ -291,8 +292,8 @@ void row_bitmap_decode(const PackedView& weight, int64_t first_row, int64_t last
   const RowBitmapKernel kernel = row_bitmap_kernel(isa, weight.value_type);
   if (value_traits(weight.value_type).bits == 16) {
     decode_blocks<uint16_t>(weight, first, last, kernel.decode_block, parallel_for, dense);
-  } else if (kernel.decode_int8_block != nullptr) {
-    decode_blocks<uint8_t>(weight, first, last, kernel.decode_int8_block, parallel_for, dense);
+  } else if (kernel.decode_quantized_block != nullptr) {
+    decode_blocks<uint8_t>(weight, first, last, kernel.decode_quantized_block, parallel_for, dense);
   } else {
     unpack_tile_rows(packed_format(Format::kRowBitmap), weight, first, last, parallel_for, dense);
   }

@@ -138,6 +138,10 @@ void spmm_cpu_tiled_csl(const SpmmArgs& args, const ParallelFor& parallel_for) {
       return multiply<ValueType::kBfloat16>(args, parallel_for);
     case ValueType::kInt8Float16:
     case ValueType::kInt8Bfloat16:
+    case ValueType::kFp8Float16:
+    case ValueType::kFp8Bfloat16:
+    case ValueType::kInt4Float16:
+    case ValueType::kInt4Bfloat16:
       return;  // never: the format holds 16-bit values only
   }
 }

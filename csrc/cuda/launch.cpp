@@ -61,7 +61,7 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, boo
   return Status::invalid_value("plan " + plan.to_string() + " is not for a GPU kernel");
 }
 
-const PackKernels* pack_kernels(Format format) {
+const PackKernels* pack_kernels(Format format, ValueType type) {
   static const PackKernels tiled_csl = tiled_csl_kernels(), bitmap = bitmap_kernels(),
                            gather = gather_kernels(), quantized_bitmap = quantized_bitmap_kernels();
   switch (format) {
@@ -72,7 +72,7 @@ const PackKernels* pack_kernels(Format format) {
     case Format::kGather:
       return &gather;
     case Format::kQuantizedBitmap:
-      return &quantized_bitmap;
+      return kInt8Types.contains(type) ? &quantized_bitmap : nullptr;
     case Format::kRowBitmap:
       return nullptr;
   }

@@ -78,8 +78,8 @@ PackKernels bitmap_kernels();
 PackKernels gather_kernels();
 PackKernels quantized_bitmap_kernels();
 
-// The kernels of a format; null for a format that is packed and unpacked on the host.
-const PackKernels* pack_kernels(Format format);
+// The kernels of a format for a type of values; null if they are packed and unpacked on the host.
+const PackKernels* pack_kernels(Format format, ValueType type);
 
 // The steps of magnitude pruning, which csrc/torch calls in turn. A cut says what is pruned in a
 // row: all magnitudes below a threshold, and the first `ties` of those equal to it

@@ -64,16 +64,19 @@ inline Status check_lengths(const PackedHeader& header, int64_t tiles, int64_t n
   return Status::success();
 }
 
-// The scale of a row without values.
+// The scale of a row, or of a group of its columns, without values.
 inline constexpr float kNoScale = 1.0F;
 
-// What is wrong with the scale, given as its bits, of a row of `stored` values, or "".
-inline std::string scale_problem(int64_t row, uint32_t scale, int64_t stored) {
-  const bool positive_normal = scale >= 0x00800000U && scale < 0x7F800000U;
-  if (positive_normal && (stored > 0 || bits_to_float(scale) == kNoScale)) return "";
-  return "row " + std::to_string(row) + ": the scale must be " +
-         (stored > 0 ? "a positive normal number" : "1, as the row has no values") + ", got " +
-         std::to_string(bits_to_float(scale));
+// What is wrong with scale `group` of a row, which `stored` values have, or "".
+inline std::string scale_problem(ValueType type, int64_t row, int64_t group, float scale,
+                                 int64_t stored) {
+  if (is_normal_scale(type, scale) && (stored > 0 || scale == kNoScale)) return "";
+  const bool grouped = value_traits(type).scales == ScaleGroup::kRowGroup;
+  return "row " + std::to_string(row) +
+         (grouped ? ", columns from " + std::to_string(group * kScaleGroupCols) + " on" : "") +
+         ": the scale must be " +
+         (stored > 0 ? "a positive normal number" : "1, as there are no values") + ", got " +
+         std::to_string(scale);
 }
 
 // The error if the matrix to pack has changed since it was counted.

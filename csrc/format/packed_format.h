@@ -27,14 +27,16 @@ struct PackedView {
 
 // A matrix to pack: values as they are stored, and their scales. The caller owns the memory.
 struct ValueMatrix {
-  const void* values = nullptr;  // raw patterns of value_traits(type).bits bits, [m, k]
+  const void* values = nullptr;  // raw patterns (RawOf in format/element.h), [m, k]
   int64_t ld = 0;                // row stride, in elements
   int64_t m = 0;
   int64_t k = 0;
   ValueType type = ValueType::kFloat16;
-  const float* scales = nullptr;  // [m], positive normal numbers; null for types without scales
+  // [m, scales_per_row(type, k)], contiguous: positive normal numbers, also of the type that stores
+  // them; null for types without scales.
+  const float* scales = nullptr;
 
-  // Raw is uint16_t or uint8_t, as wide as the type's values.
+  // Raw is the type's RawOf: uint16_t or uint8_t.
   template <typename Raw>
   const Raw* row(int64_t i) const {
     return static_cast<const Raw*>(values) + i * ld;
@@ -47,8 +49,10 @@ struct PackedFormat {
   // The version that is written, raised when the meaning of any stored byte changes. Readers know
   // all versions from 1 up to it and refuse others.
   int64_t version;
-  int tile_m, tile_k;  // rows and columns of a tile; tiles are stored tile row by tile row
-  int unit_words;      // offsets count in units of this many payload words
+  // Rows of a tile, and its columns for a value type. Tiles are stored tile row by tile row.
+  int tile_m;
+  int (*tile_k)(ValueType type);
+  int unit_words;  // offsets count in units of this many payload words
   // If a and b are multiples of this, the bytes of rows [a, b) do not depend on other rows: such a
   // slice is a copy of a part of offsets and payload.
   int slice_rows;
@@ -68,9 +72,10 @@ struct PackedFormat {
   // cannot keep other threads from changing it.
   Status (*pack)(const ValueMatrix& matrix, const int32_t* offsets, int64_t nnz,
                  const ParallelFor& parallel_for, uint32_t* payload);
-  // Writes one tile row as it is stored: every value, [min(tile_m, rows left), k], contiguous, with
-  // zeros where none is stored; and, if the value type has scales, the scale of each of the rows.
-  // Safe on any buffers that check_sizes accepts; the result for malformed ones is unspecified.
+  // Writes one tile row as it is stored: every value as its RawOf, [min(tile_m, rows left), k],
+  // contiguous, with zeros where none is stored; and, if the value type has scales, those of each
+  // of the rows, [rows, scales_per_row]. Safe on any buffers that check_sizes accepts; the result
+  // for malformed ones is unspecified.
   void (*unpack_tile_row)(const PackedView& view, int64_t tile_row, void* values, float* scales);
   // The number of stored values; safe on the same buffers.
   int64_t (*count_stored)(const PackedView& view, const ParallelFor& parallel_for);
@@ -80,8 +85,12 @@ struct PackedFormat {
   Status (*validate)(const PackedView& view, const ParallelFor& parallel_for);
 
   constexpr int64_t tile_rows(int64_t m) const { return (m + tile_m - 1) / tile_m; }
-  constexpr int64_t tile_cols(int64_t k) const { return (k + tile_k - 1) / tile_k; }
-  constexpr int64_t tiles(int64_t m, int64_t k) const { return tile_rows(m) * tile_cols(k); }
+  int64_t tile_cols(ValueType type, int64_t k) const {
+    return (k + tile_k(type) - 1) / tile_k(type);
+  }
+  int64_t tiles(ValueType type, int64_t m, int64_t k) const {
+    return tile_rows(m) * tile_cols(type, k);
+  }
 };
 
 inline constexpr int kNumFormats = 5;
@@ -107,7 +116,7 @@ void unpack_tile_rows(const PackedFormat& format, const PackedView& view, int64_
 void unpack(const PackedFormat& format, const PackedView& view, const ParallelFor& parallel_for,
             uint16_t* dense);
 
-// Unpacks values[m, k] (contiguous) and, for types with scales, scales[m], as they are stored.
+// Unpacks values[m, k] and, for types with scales, scales[m, scales_per_row], both contiguous.
 // For other types `scales` may be null.
 void unpack_values(const PackedFormat& format, const PackedView& view,
                    const ParallelFor& parallel_for, void* values, float* scales);

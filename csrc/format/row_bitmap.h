@@ -1,5 +1,5 @@
-// Row bitmap: one bit per element and one value of 16 or 8 bits per nonzero, stored in the order in
-// which a CPU kernel reads them: block of rows after block of rows.
+// Row bitmap: one bit per element and one value of 16, 8 or 4 bits per nonzero, stored in the order
+// in which a CPU kernel reads them: block of rows after block of rows.
 //
 // The weight W[M, K] is cut into blocks of 4 rows, and each row into groups of 32 columns. One
 // vector instruction (AVX-512 VBMI2 vpexpandw) expands a group's values by its mask into the 32
@@ -9,14 +9,18 @@
 //            offsets[blocks] = payload_words / 4
 //   payload  the blocks' words. A block without nonzeros has none, any other has
 //              word 0   of 16-bit values the smallest without their signs, as an integer; else 0
-//              scales   fp32[4 rows], only for value types with scales
+//              scales   only for value types with scales: fp32[4 rows], or of int4 values
+//                       fp16[groups of 128 columns][4 rows]
 //              masks    uint32[groups][4 rows]: bit c of group j of a row says whether the element
 //                       of column 32 j + c is stored
-//              values   uint16 or uint8, in the order of the masks: group by group, in each group
-//                       row by row, in each row by rising column
+//              values   uint16, uint8 or nibbles, in the order of the masks: group by group, in
+//                       each group row by row, in each row by rising column
 //              zeros    up to the next unit
 //
-// so at 50 % zeros a large weight's payload has 0.1 % more bytes than its bits and nonzeros alone
+// A nibble is an int4 value + 8. The nibbles of each row of each group begin at a byte, the first
+// in its low half; behind an odd number of them follows a nibble of 0.
+//
+// So at 50 % zeros a large weight's payload has 0.1 % more bytes than its bits and nonzeros alone
 // need. A kernel reads two streams, masks and values, from one end to the other; where a group's
 // values begin depends on nothing but the masks before it.
 //
@@ -24,14 +28,14 @@
 // zeros: it gives the same result if no product of the block can be subnormal
 // (cpu/row_bitmap_spmm.cpp).
 //
-// A kernel may load 32 values where a group has fewer, but not within 64 bytes of the payload's
-// end: there is no padding behind it.
+// A kernel may load the bytes of 32 values where a group has fewer, but not within 64 bytes of the
+// payload's end: there is no padding behind it.
 //
 // Invariants (row_bitmap_validate checks all of them): a block is as long as its masks say, word 0
-// is right, bits outside the matrix are 0, no stored value is ±0 (of int8 values: 0 or -128), what
-// follows the last value is 0, a block with words has a bit, the number of bits is nnz, and scales
-// are positive normal numbers. The scale of a row without values, in or outside the matrix, is 1.
-// Packing is canonical: a matrix of values and scales has one packed form.
+// is right, bits outside the matrix are 0, no stored value is ±0 (nor -128 of int8, NaN of fp8, -8
+// of int4), what follows the last value is 0, a block with words has a bit, the number of bits is
+// nnz, and scales are positive normal numbers. One that no value has, in or outside the matrix,
+// is 1. Packing is canonical: a matrix of values and scales has one packed form.
 #pragma once
 
 #include <cstdint>
@@ -58,20 +62,30 @@ constexpr int rows_of_block(int64_t m, int64_t block) {
 }
 
 // Words of a block before its masks: word 0 and the scales.
-constexpr int row_block_head_words(ValueType type) {
-  return is_quantized(type) ? 1 + static_cast<int>(kBlockRows) : 1;
+constexpr int64_t row_block_head_words(ValueType type, int64_t k) {
+  return 1 + scales_per_row(type, k) * kBlockRows * scale_bytes(type) / 4;
+}
+
+// The index among a block's scales of that of column `col` in a row.
+constexpr int64_t row_block_scale(ValueType type, int64_t row, int64_t col) {
+  return scale_group(type, col) * kBlockRows + row;
+}
+
+// Bytes of the values of a row in a group that stores `count` of them.
+constexpr int64_t group_bytes(ValueType type, int64_t count) {
+  return (count * value_traits(type).bits + 7) / 8;
 }
 
 // A block's parts. `masks` is null if the block has no words or, in a malformed weight, lies
 // outside the payload. `end` is the end of the payload. There may be fewer values up to it than the
-// masks say, so readers must check. Raw is uint16_t or uint8_t, as wide as the values.
+// masks say, so readers must check. Raw is the type's RawOf; nibbles are read as bytes.
 template <typename Raw>
 struct RowBlockOf {
   const uint32_t* masks = nullptr;  // [groups][kBlockRows]
   const Raw* values = nullptr;
   const Raw* end = nullptr;
   uint32_t smallest = 0;             // word 0
-  const uint32_t* scales = nullptr;  // [kBlockRows], bits of floats; only for types with scales
+  const uint32_t* scales = nullptr;  // for load_scale; only for types with scales
 };
 using RowBlock = RowBlockOf<uint16_t>;
 
@@ -85,7 +99,7 @@ template <typename Raw = uint16_t>
 RowBlockOf<Raw> row_block(const PackedView& view, int64_t block) {
   if (view.k == 0 || view.payload == nullptr) return {};  // without columns there are no offsets
   const int64_t begin = int64_t{view.offsets[block]} * kBlockUnitWords;
-  const int64_t head_words = row_block_head_words(view.value_type);
+  const int64_t head_words = row_block_head_words(view.value_type, view.k);
   const int64_t mask_words = num_groups(view.k) * kBlockRows;
   if (view.offsets[block + 1] <= view.offsets[block] || begin < 0 ||
       begin + head_words + mask_words > view.payload_words) {

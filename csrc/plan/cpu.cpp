@@ -44,18 +44,12 @@ int64_t most_tokens_of_rows(ValueType type, const DeviceInfo& device) {
   if (device.cpu_isa == CpuIsa::kPortable || device.cpu_isa == CpuIsa::kNeon) {
     return kRowsMaxTokensSlow;
   }
-  switch (value_traits(type).dense) {
-    case ValueType::kFloat16:
-      if (!device.cpu_fast_dense_fp16) return kAnyTokens;
-      return device.cpu_isa == CpuIsa::kAvx2 ? kRowsMaxTokensSlow : kRowsMaxTokensFastDense;
-    case ValueType::kBfloat16:
-      if (device.cpu_fast_dense_bf16) return kRowsMaxTokensSlow;
-      return device.cpu_isa == CpuIsa::kAvx512Bf16 ? kRowsMaxTokensDot : kAnyTokens;
-    case ValueType::kInt8Float16:
-    case ValueType::kInt8Bfloat16:
-      break;
+  if (value_traits(type).dense == ValueType::kFloat16) {
+    if (!device.cpu_fast_dense_fp16) return kAnyTokens;
+    return device.cpu_isa == CpuIsa::kAvx2 ? kRowsMaxTokensSlow : kRowsMaxTokensFastDense;
   }
-  return kRowsMaxTokensSlow;  // never: the switch is exhaustive
+  if (device.cpu_fast_dense_bf16) return kRowsMaxTokensSlow;
+  return device.cpu_isa == CpuIsa::kAvx512Bf16 ? kRowsMaxTokensDot : kAnyTokens;
 }
 
 // The largest number of tokens for which kRowBitmapInt8XCpu is chosen, if it may be.

@@ -92,7 +92,7 @@ Status plan(const Configs& configs, const PlanRequest& request, SpmmPlan* out) {
   // X of a section of K fits the registers of a CTA. The warps of all CTAs of an SM share its
   // registers.
   const int most_warps = most_warps_of(config, request.device);
-  const int64_t columns = std::max<int64_t>(num_quant_chunks(problem.k), 1);
+  const int64_t columns = std::max<int64_t>(num_quant_chunks(problem.value_type, problem.k), 1);
   const int64_t most_columns = int64_t{config.warp_chunks} * most_warps;
   const int64_t sections = (columns + most_columns - 1) / most_columns;
   out->unit_cols = static_cast<int>((columns + sections - 1) / sections);

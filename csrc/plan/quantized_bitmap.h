@@ -49,7 +49,8 @@ inline constexpr int kQuantMaxWarpChunks = 2;
 // Each warp has a ring that its chunks are copied to, at most kQuantRingChunks at a time. It holds
 // two of the largest that the format allows; they begin at multiples of 128 bytes.
 inline constexpr int kQuantRingChunks = 4;
-inline constexpr int kQuantMaxChunkBytes = (kQuantMaxUnits * kQuantUnitBytes + 127) / 128 * 128;
+inline constexpr int kQuantMaxChunkBytes =
+    (quant_max_units(ValueType::kInt8Float16) * kQuantUnitBytes + 127) / 128 * 128;
 inline constexpr int kQuantMinRingBytes = 2 * kQuantMaxChunkBytes;
 inline constexpr int kQuantMaxRingBytes = kQuantRingChunks * kQuantMaxChunkBytes;
 

@@ -129,6 +129,7 @@ Format format_without_kernel(ValueType type, const DeviceInfo& device) {
       std::find_if(families.begin(), families.end(), [&](const KernelFamilyRow& row) {
         return row.chosen_by_format_auto && row.runs_on(device) && row.value_types.contains(type);
       });
+  if (family == families.end()) return Format::kQuantizedBitmap;  // no device has a kernel for it
   return family->formats.first();
 }
 

@@ -98,9 +98,9 @@ PackedWeight check_packed(const char* op, at::IntArrayRef header, const Tensor& 
 
 namespace {
 
-void check_tiles(const char* op, const PackedFormat& format, int64_t m, int64_t k) {
-  TORCH_CHECK_VALUE(format.tiles(m, k) < INT32_MAX, "flash_llm::", op, ": a dense weight of ", m,
-                    "x", k, " has more tiles than 32-bit indices can count");
+void check_tiles(const char* op, const PackedFormat& format, ValueType type, int64_t m, int64_t k) {
+  TORCH_CHECK_VALUE(format.tiles(type, m, k) < INT32_MAX, "flash_llm::", op, ": a dense weight of ",
+                    m, "x", k, " has more tiles than 32-bit indices can count");
 }
 
 }  // namespace
@@ -116,7 +116,7 @@ DenseMatrix check_matrix(const char* op, const char* name, const Tensor& dense,
                     " must have at most 2^31 - 1 rows and columns, got ", m, "x", k);
   check_storage(op, name, dense);
   // Before anything is copied: no format has larger tiles than this one.
-  check_tiles(op, packed_format(Format::kTiledCsl), m, k);
+  check_tiles(op, packed_format(Format::kTiledCsl), value_type, m, k);
   const bool rows_contiguous = k <= 1 || dense.stride(1) == 1;
   const Tensor rows =
       rows_contiguous && (m <= 1 || dense.stride(0) >= 0) ? dense : dense.contiguous();
@@ -131,48 +131,120 @@ DenseMatrix check_dense(const char* op, const Tensor& dense) {
 
 namespace {
 
-// Refuses values outside the grid, and rows with an element that overflows the weight's dtype.
-void check_range(const Tensor& values, const Tensor& scales, at::ScalarType dtype) {
-  const auto [lowest, highest] = at::aminmax(values, 1);
-  TORCH_CHECK_VALUE(lowest.min().item<int64_t>() >= -127,
-                    "flash_llm::pack_quantized: values must lie in -127 ... 127, got -128");
-  const Tensor magnitude = at::maximum(highest, -lowest);
-  const Tensor overflows = at::logical_not(at::isfinite((scales * magnitude).to(dtype)));
-  if (overflows.any().item<bool>()) {
-    const int64_t row = at::argmax(overflows.to(at::kInt)).item<int64_t>();
-    TORCH_CHECK_VALUE(false, "flash_llm::pack_quantized: row ", row, " must be finite in ", dtype,
-                      ", got values up to ", magnitude[row].item<int64_t>(), " times a scale of ",
-                      scales[row].item<float>());
+constexpr const char* kPackQuantized = "pack_quantized";
+
+// The type of a weight of `dtype` with such values and scales.
+ValueType quantized_type(const Tensor& values, const Tensor& scales, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(dtype == at::kHalf || dtype == at::kBFloat16, "flash_llm::", kPackQuantized,
+                   ": dtype must be float16 or bfloat16, got ", dtype);
+  const bool fp8 = values.scalar_type() == at::kFloat8_e4m3fn, half = dtype == at::kHalf;
+  TORCH_CHECK_TYPE(fp8 || values.scalar_type() == at::kChar, "flash_llm::", kPackQuantized,
+                   ": values must be int8 or float8_e4m3fn, got ", values.scalar_type());
+  if (fp8) return half ? ValueType::kFp8Float16 : ValueType::kFp8Bfloat16;
+  if (scales.dim() == 2) return half ? ValueType::kInt4Float16 : ValueType::kInt4Bfloat16;
+  return half ? ValueType::kInt8Float16 : ValueType::kInt8Bfloat16;
+}
+
+// The largest value of a type.
+double largest_value(ValueType type) {
+  switch (value_traits(type).kind) {
+    case ValueKind::kInt8:
+      return 127;
+    case ValueKind::kFp8E4m3:
+      return 448;
+    case ValueKind::kInt4:
+      return 7;
+    case ValueKind::k16Bit:
+      break;
   }
+  return 0;  // never: `type` is quantised
+}
+
+// Refuses scales of other shapes, and those that cannot be stored.
+void check_scales(const DenseMatrix& dense, const Tensor& scales) {
+  const ValueType type = dense.value_type;
+  TORCH_CHECK_TYPE(scales.scalar_type() == at::kFloat, "flash_llm::", kPackQuantized,
+                   ": scales must be float32, got ", scales.scalar_type());
+  TORCH_CHECK_TYPE(scales.device() == dense.tensor.device(), "flash_llm::", kPackQuantized,
+                   ": scales must be on ", dense.tensor.device(), " like values, got ",
+                   scales.device());
+  if (value_traits(type).scales == ScaleGroup::kRowGroup) {
+    const int64_t groups = scales_per_row(type, dense.k);
+    TORCH_CHECK_VALUE(scales.size(0) == dense.m && scales.size(1) == groups,
+                      "flash_llm::", kPackQuantized,
+                      ": scales of int4 values must have shape [M=", dense.m, ", groups of ",
+                      kScaleGroupCols, " columns=", groups, "], got ", scales.sizes());
+  } else {
+    TORCH_CHECK_VALUE(scales.dim() == 1 && scales.size(0) == dense.m, "flash_llm::", kPackQuantized,
+                      ": scales must have shape [M=", dense.m, "], got ", scales.sizes());
+  }
+  check_storage(kPackQuantized, "scales", scales);
+  const bool half = scale_bytes(type) == 2;
+  const Tensor stored = half ? scales.to(at::kHalf).to(at::kFloat) : scales;
+  const double least = half ? 0x1p-14 : std::numeric_limits<float>::min();
+  const Tensor right =
+      at::logical_and(at::ge(scales, least), at::isfinite(stored)).logical_and_(stored.eq(scales));
+  if (right.all().item<bool>()) return;
+  const Tensor index = at::nonzero(right.logical_not())[0].cpu();
+  std::string where = std::to_string(index[0].item<int64_t>());
+  if (half) where += ", " + std::to_string(index[1].item<int64_t>());
+  Tensor scale = scales;
+  for (int64_t i = 0; i < index.size(0); ++i) scale = scale[index[i].item<int64_t>()];
+  TORCH_CHECK_VALUE(false, "flash_llm::", kPackQuantized, ": scales must be positive normal ",
+                    half ? "numbers of float16" : "numbers", ", got scales[", where,
+                    "] = ", scale.item<float>());
+}
+
+// Refuses values outside the grid.
+void check_grid(ValueType type, const Tensor& values) {
+  if (value_traits(type).kind == ValueKind::kFp8E4m3) {
+    const Tensor magnitudes = at::bitwise_and(values.view(at::kByte), 0x7F);
+    TORCH_CHECK_VALUE(magnitudes.max().item<int64_t>() < 0x7F, "flash_llm::", kPackQuantized,
+                      ": values must not be NaN");
+    return;
+  }
+  const auto largest = static_cast<int64_t>(largest_value(type));
+  const auto [low, high] = at::aminmax(values);
+  const int64_t lowest = low.item<int64_t>(), highest = high.item<int64_t>();
+  TORCH_CHECK_VALUE(lowest >= -largest && highest <= largest, "flash_llm::", kPackQuantized,
+                    ": values must lie in ", -largest, " ... ", largest, ", got ",
+                    lowest < -largest ? lowest : highest);
+}
+
+// Refuses elements that overflow the weight's dtype.
+void check_elements(const DenseMatrix& dense, const Tensor& scales) {
+  const at::ScalarType dtype = scalar_type(dense.value_type);
+  const Tensor columns = scales.dim() == 1 ? scales.unsqueeze(1) : scales;
+  const Tensor safe = at::isfinite((columns * largest_value(dense.value_type)).to(dtype)).all(1);
+  if (safe.all().item<bool>()) return;
+  const Tensor rows = at::nonzero(safe.logical_not()).squeeze(1);
+  // The type of bytes, as torch cannot index the others.
+  const Tensor values = dense.tensor.view(at::kByte)
+                            .index_select(0, rows)
+                            .view(dense.tensor.scalar_type())
+                            .to(at::kFloat);
+  const int64_t repeats = scales.dim() == 1 ? dense.k : kScaleGroupCols;
+  const Tensor of_values =
+      columns.index_select(0, rows).repeat_interleave(repeats, 1).narrow(1, 0, dense.k);
+  const Tensor overflows = at::isfinite((values * of_values).to(dtype)).logical_not_();
+  if (!overflows.any().item<bool>()) return;
+  const Tensor index = at::nonzero(overflows)[0].cpu();
+  const int64_t i = index[0].item<int64_t>(), col = index[1].item<int64_t>();
+  TORCH_CHECK_VALUE(false, "flash_llm::", kPackQuantized, ": row ", rows[i].item<int64_t>(),
+                    " must be finite in ", dtype, ", got a value of ", values[i][col].item<float>(),
+                    " times a scale of ", of_values[i][col].item<float>());
 }
 
 }  // namespace
 
 DenseMatrix check_quantized(const Tensor& values, const Tensor& scales, at::ScalarType dtype) {
-  constexpr const char* kOp = "pack_quantized";
-  TORCH_CHECK_TYPE(dtype == at::kHalf || dtype == at::kBFloat16, "flash_llm::", kOp,
-                   ": dtype must be float16 or bfloat16, got ", dtype);
-  TORCH_CHECK_TYPE(values.scalar_type() == at::kChar, "flash_llm::", kOp,
-                   ": values must be int8, got ", values.scalar_type());
   DenseMatrix dense =
-      check_matrix(kOp, "values", values,
-                   dtype == at::kHalf ? ValueType::kInt8Float16 : ValueType::kInt8Bfloat16);
-  TORCH_CHECK_TYPE(scales.scalar_type() == at::kFloat, "flash_llm::", kOp,
-                   ": scales must be float32, got ", scales.scalar_type());
-  TORCH_CHECK_TYPE(scales.device() == values.device(), "flash_llm::", kOp, ": scales must be on ",
-                   values.device(), " like values, got ", scales.device());
-  TORCH_CHECK_VALUE(scales.dim() == 1 && scales.size(0) == dense.m, "flash_llm::", kOp,
-                    ": scales must have shape [M=", dense.m, "], got ", scales.sizes());
-  check_storage(kOp, "scales", scales);
-  const Tensor wrong = at::logical_not(
-      at::logical_and(at::ge(scales, std::numeric_limits<float>::min()), at::isfinite(scales)));
-  if (wrong.any().item<bool>()) {
-    const int64_t row = at::argmax(wrong.to(at::kInt)).item<int64_t>();
-    TORCH_CHECK_VALUE(false, "flash_llm::", kOp,
-                      ": scales must be positive normal numbers, got scales[", row,
-                      "] = ", scales[row].item<float>());
+      check_matrix(kPackQuantized, "values", values, quantized_type(values, scales, dtype));
+  check_scales(dense, scales);
+  if (values.numel() > 0) {
+    check_grid(dense.value_type, values);
+    check_elements(dense, scales);
   }
-  if (values.numel() > 0) check_range(values, scales, dtype);
   dense.scales = scales.contiguous();
   return dense;
 }
@@ -225,7 +297,7 @@ const PackedFormat& choose_format(const char* op, c10::string_view name, const D
   }
   const PackedFormat& format = packed_format(id);
   raise_if_error(op, check_holds(format, dense.value_type));
-  check_tiles(op, format, dense.m, dense.k);
+  check_tiles(op, format, dense.value_type, dense.m, dense.k);
   return format;
 }
 

@@ -21,7 +21,7 @@ namespace flash_llm {
 
 using Packed = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // header, offsets, payload
 
-using Quantized = std::tuple<at::Tensor, at::Tensor>;  // values [m, k], scales [m]
+using Quantized = std::tuple<at::Tensor, at::Tensor>;  // values [m, k], and scales
 
 // Raises the Python exception for `status`, unless it is success; the message begins with the
 // operator's name.
@@ -55,13 +55,14 @@ struct DenseMatrix {
   at::Tensor tensor;
   ValueType value_type;
   int64_t m, k, ld;
-  at::Tensor scales = {};  // float32 [m], contiguous, for types with scales
+  at::Tensor scales = {};  // float32 [m] or [m, groups], contiguous, for types with scales
 
   ValueMatrix matrix() const;
 };
 
 DenseMatrix check_dense(const char* op, const at::Tensor& dense);
-// The values and scales of pack_quantized, for a weight of `dtype`.
+// The values and scales of pack_quantized, for a weight of `dtype`: int8 values with scales [m],
+// int4 values, also as int8, with scales [m, groups], or float8_e4m3fn with scales [m].
 DenseMatrix check_quantized(const at::Tensor& values, const at::Tensor& scales,
                             at::ScalarType dtype);
 

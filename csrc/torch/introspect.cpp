@@ -128,8 +128,10 @@ void check_header(const std::string& where, const std::vector<int64_t>& ints,
                  PackedHeader::from_ints(ints.data(), static_cast<int64_t>(ints.size()), &header));
   const PackedFormat& format = packed_format(header.format);
   raise_if_error(
-      where, format.check_sizes(header, num_offsets.value_or(format.tiles(header.m, header.k) + 1),
-                                payload_words.value_or(header.payload_words)));
+      where,
+      format.check_sizes(
+          header, num_offsets.value_or(format.tiles(header.value_type, header.m, header.k) + 1),
+          payload_words.value_or(header.payload_words)));
 }
 
 // Refuses a format by name, except "auto", that cannot hold values of the type.
@@ -183,13 +185,13 @@ PYBIND11_MODULE(_C, m) {
     py::dict row;
     row["version"] = format.version;
     row["tile_m"] = format.tile_m;
-    row["tile_k"] = format.tile_k;
     row["unit_words"] = format.unit_words;
-    py::list types;
+    py::dict tile_k;  // for each value type that the format holds
     for (const ValueType type : kValueTypes) {
-      if (format.value_types.contains(type)) types.append(static_cast<int64_t>(type));
+      if (!format.value_types.contains(type)) continue;
+      tile_k[py::int_(static_cast<int64_t>(type))] = format.tile_k(type);
     }
-    row["value_types"] = types;
+    row["tile_k"] = tile_k;
     formats[format.name] = row;
   }
   m.attr("FORMATS") = formats;

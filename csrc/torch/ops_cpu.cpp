@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "base/cpu_isa.h"
 #include "base/huge_pages.h"
@@ -18,8 +19,8 @@ namespace flash_llm {
 using at::Tensor;
 
 Packed pack_dense_cpu(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
-  Tensor offsets =
-      at::empty({format.tiles(dense.m, dense.k) + 1}, dense.tensor.options().dtype(at::kInt));
+  Tensor offsets = at::empty({format.tiles(dense.value_type, dense.m, dense.k) + 1},
+                             dense.tensor.options().dtype(at::kInt));
   int32_t* offsets_data = offsets.mutable_data_ptr<int32_t>();
   int64_t nnz = 0;
   raise_if_error(op, format.count(dense.matrix(), parallel_for, offsets_data, &nnz));
@@ -91,8 +92,12 @@ Tensor unpack_cpu(at::IntArrayRef header, const Tensor& offsets, const Tensor& p
 Quantized unpack_quantized_weight_cpu(const PackedWeight& weight) {
   check_quantized(weight);
   const PackedHeader& h = weight.header;
-  const Tensor values = at::empty({h.m, h.k}, weight.payload.options().dtype(at::kChar));
-  const Tensor scales = at::empty({h.m}, weight.payload.options().dtype(at::kFloat));
+  const ValueTraits traits = value_traits(h.value_type);
+  const auto dtype = traits.kind == ValueKind::kFp8E4m3 ? at::kFloat8_e4m3fn : at::kChar;
+  std::vector<int64_t> sizes = {h.m};
+  if (traits.scales == ScaleGroup::kRowGroup) sizes.push_back(scales_per_row(h.value_type, h.k));
+  const Tensor values = at::empty({h.m, h.k}, weight.payload.options().dtype(dtype));
+  const Tensor scales = at::empty(sizes, weight.payload.options().dtype(at::kFloat));
   unpack_values(weight.format(), weight.view(), parallel_for, values.mutable_data_ptr(),
                 scales.mutable_data_ptr<float>());
   return {values, scales};

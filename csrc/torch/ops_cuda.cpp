@@ -53,9 +53,9 @@ Packed pack_dense_on_host(const char* op, const DenseMatrix& dense, const Packed
 }
 
 Packed pack_dense_cuda(const char* op, const DenseMatrix& dense, const PackedFormat& format) {
-  const cuda::PackKernels* kernels = cuda::pack_kernels(format.id);
+  const cuda::PackKernels* kernels = cuda::pack_kernels(format.id, dense.value_type);
   if (kernels == nullptr) return pack_dense_on_host(op, dense, format);
-  const int64_t tiles = format.tiles(dense.m, dense.k);
+  const int64_t tiles = format.tiles(dense.value_type, dense.m, dense.k);
   const auto int_options = dense.tensor.options().dtype(at::kInt);
   const Tensor counts = at::empty({2, tiles}, int_options);  // units and nonzeros of each tile
   const Tensor units = counts[0], nnz = counts[1];
@@ -170,7 +170,7 @@ PackedWeight on_host(const PackedWeight& weight) {
 
 Tensor unpack_weight_cuda(const char* op, const PackedWeight& weight) {
   const PackedHeader& h = weight.header;
-  const cuda::PackKernels* kernels = cuda::pack_kernels(h.format);
+  const cuda::PackKernels* kernels = cuda::pack_kernels(h.format, h.value_type);
   if (kernels == nullptr) {
     return unpack_weight_cpu(op, on_host(weight)).to(weight.payload.device());
   }
@@ -255,7 +255,8 @@ Tensor spmm_cuda(const Tensor& x, at::IntArrayRef header, const Tensor& offsets,
 int64_t count_stored_cuda(at::IntArrayRef header, const Tensor& offsets, const Tensor& payload) {
   const PackedWeight weight = check_packed("count_stored", header, offsets, payload);
   const c10::cuda::CUDAGuard guard(payload.device());
-  const cuda::PackKernels* kernels = cuda::pack_kernels(weight.header.format);
+  const PackedHeader& h = weight.header;
+  const cuda::PackKernels* kernels = cuda::pack_kernels(h.format, h.value_type);
   if (kernels == nullptr) return count_stored_cpu(header, offsets.cpu(), payload.cpu());
   const Tensor total = at::zeros({1}, payload.options().dtype(at::kLong));
   raise_if_error(

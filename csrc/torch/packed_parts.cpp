@@ -61,7 +61,7 @@ void check_range(const char* what, int64_t first, int64_t last, int64_t size) {
 // Rows [first_row, last_row), whole tile rows, by copying a part of both buffers.
 Packed copy_rows(const PackedWeight& weight, int64_t first_row, int64_t last_row) {
   const PackedFormat& format = weight.format();
-  const int64_t tile_cols = format.tile_cols(weight.header.k);
+  const int64_t tile_cols = format.tile_cols(weight.header.value_type, weight.header.k);
   const int64_t first = first_row / format.tile_m * tile_cols;
   const int64_t last = format.tile_rows(last_row) * tile_cols;
   const Tensor range = weight.offsets.narrow(0, first, last - first + 1);
@@ -125,9 +125,15 @@ Packed slice(at::IntArrayRef header, const Tensor& offsets, const Tensor& payloa
   }
   const int64_t rows = last_row - first_row, cols = last_col - first_col;
   if (is_quantized(h.value_type)) {
-    const auto [values, scales] = unpack_quantized(weight);
-    return pack_quantized(values.narrow(0, first_row, rows).narrow(1, first_col, cols),
-                          scales.narrow(0, first_row, rows), h);
+    const auto [values, all_scales] = unpack_quantized(weight);
+    Tensor scales = all_scales.narrow(0, first_row, rows);
+    if (value_traits(h.value_type).scales == ScaleGroup::kRowGroup) {
+      TORCH_CHECK_VALUE(first_col % kScaleGroupCols == 0, "flash_llm::slice: columns of ",
+                        value_traits(h.value_type).values, " values must begin at a multiple of ",
+                        kScaleGroupCols, ", which share a scale, got ", first_col);
+      scales = scales.narrow(1, first_col / kScaleGroupCols, scales_per_row(h.value_type, cols));
+    }
+    return pack_quantized(values.narrow(0, first_row, rows).narrow(1, first_col, cols), scales, h);
   }
   return pack(unpack(weight).narrow(0, first_row, rows).narrow(1, first_col, cols), h.format);
 }

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from flash_llm.io.unfinished import partial_path
+from flash_llm.ops import STORED_VALUES
 from flash_llm.progress import LogLines, ProgressBar
 from flash_llm.prune.methods import METHODS
 from flash_llm.report_base import Report
@@ -37,7 +38,7 @@ Layers = Annotated[bool, typer.Option("--layers", help="Show a row for each sing
 Method = Annotated[str, typer.Option(help=f"Pruning method: {', '.join(METHODS)}.")]
 Target = Annotated[Path, typer.Argument(help="Folder to create; it must not exist.")]
 Targets = Annotated[list[str] | None, typer.Option(help="Layers to change: a name's end, or re:…")]
-Values = Annotated[str, typer.Option(help="What to store of packed weights: 16-bit or int8.")]
+Values = Annotated[str, typer.Option(help=f"What to store of packed weights: {', '.join(STORED_VALUES)}.")]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the Python code in the model's folder."),

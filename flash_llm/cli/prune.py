@@ -10,6 +10,7 @@ import typer
 from flash_llm.cli import options
 from flash_llm.demo import pick_device
 from flash_llm.io.convert import parse_dtype
+from flash_llm.ops import STORED_VALUES
 from flash_llm.prune.checkpoint import parse_allocation, plan_pruning, prune_checkpoint
 from flash_llm.quantize import GRIDS
 from flash_llm.select import DEFAULT_IGNORE, DEFAULT_TARGETS
@@ -53,8 +54,9 @@ def prune(
     values: Annotated[
         str,
         typer.Option(
-            help="Round the weights that stay: 16-bit does not, int8 is stored in 8 bits; "
-            f"{', '.join(name for name in GRIDS if name != 'int8')} are stored in 16."
+            help=f"Round the weights that stay: 16-bit does not; {', '.join(STORED_VALUES[1:])} are "
+            f"stored as such, {', '.join(name for name in GRIDS if name not in STORED_VALUES)} in "
+            "16 bits."
         ),
     ] = "16-bit",
     expected_tokens: options.ExpectedTokens = None,

@@ -95,9 +95,8 @@ class Bitmap(PackedWeight):
         Args:
             chunks: ``[chunks]`` of any values.
         """
-        sizes = _extension.require().FORMATS[self.FORMAT]
-        rows = -(-self.header.m // int(sizes["tile_m"]))
-        cols = -(-self.header.k // int(sizes["tile_k"]))
+        tile_m, tile_k = self._tile_size(self.header.value_type)
+        rows, cols = -(-self.header.m // tile_m), -(-self.header.k // tile_k)
         index = torch.arange(chunks.numel(), device=chunks.device)
         band = index // max(_BAND_CHUNK_ROWS * cols, 1)
         height = (rows - _BAND_CHUNK_ROWS * band).clamp(max=_BAND_CHUNK_ROWS)

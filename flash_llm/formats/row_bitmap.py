@@ -1,4 +1,4 @@
-"""Row bitmap, the format for CPUs: one bit per element and 16 or 8 bits per nonzero, row by row.
+"""Row bitmap, the format for CPUs: one bit per element and 16, 8 or 4 per nonzero, row by row.
 
 A CPU reads the bits and values of a block of four rows in the order in which they are stored, and
 expands 32 elements by one instruction. ``csrc/format/row_bitmap.h`` defines the bytes; this module
@@ -33,8 +33,8 @@ class RowBitmap(PackedWeight):
     """A weight packed as row bitmap: ``offsets`` int32[blocks + 1] in units of 16 bytes.
 
     About ``2 (1 - sparsity) + 0.13`` bytes per element, so it is smaller than dense 16-bit from a
-    sparsity of 0.07 upwards. With int8 values it takes half of the bytes per nonzero, and 4 bytes
-    per row for the scales. It is for CPUs: a weight on a GPU is packed and unpacked by the host,
+    sparsity of 0.07 upwards. Values of 8 bits take half of the bytes per nonzero, and 4 bytes per
+    row for the scales; int4 values a quarter, and 2 bytes per row and 128 columns. It is for CPUs: a weight on a GPU is packed and unpacked by the host,
     and unpacked again for each product.
 
     Example:

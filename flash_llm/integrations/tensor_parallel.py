@@ -11,9 +11,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flash_llm.linear import SparseLinear, is_dtensor, local_part
+from flash_llm.quantize import GROUP, scales_of_elements
 
 
 def styles(model: nn.Module) -> dict[nn.Module, tuple[Any, Any]]:
@@ -74,12 +76,36 @@ def shard_(layer: SparseLinear, style: Any, mesh: Any) -> None:
     if packed.values == "16-bit":
         part, scales = _part(packed.to_dense(), style, mesh), None
     else:
-        values, of_rows = packed.to_quantized()
+        values, stored = packed.to_quantized()
         part = _part(values, style, mesh)
-        # Cut like the values, whatever the style: every element with the scale of its row.
-        scales = _part(of_rows[:, None].expand_as(values), style, mesh)[:, 0]
+        # Cut like the values, whatever the style: every element with its scale.
+        scales = _scales_of_part(
+            _part(scales_of_elements(stored, values.shape[1]), style, mesh), stored.dim() == 2
+        )
     if part.shape != packed.shape:
         layer.keep_part(part, scales)
+
+
+def _scales_of_part(of_elements: Tensor, grouped: bool) -> Tensor:
+    """Return the scales of a part of a quantised weight.
+
+    Args:
+        of_elements: ``[M', K']``, the scale of each element.
+        grouped: whether groups of columns have scales, or whole rows.
+
+    Raises:
+        ValueError: a group of columns of the part has several scales, because the part begins within
+            a group of the weight.
+    """
+    if not grouped:
+        return of_elements[:, 0]
+    scales = of_elements[:, ::GROUP]
+    if not torch.equal(scales_of_elements(scales, of_elements.shape[1]), of_elements):
+        raise ValueError(
+            f"a part of {of_elements.shape[1]} columns cuts the groups of {GROUP} columns in which "
+            "int4 values share a scale; take fewer processes or other values"
+        )
+    return scales
 
 
 def _part(weight: Tensor, style: Any, mesh: Any) -> Tensor:

@@ -373,7 +373,7 @@ class _Request:
 
 def _stored_values(recipe: PruneRecipe) -> str:
     """What packed weights store of a pruned model: their values tell the scales."""
-    return "int8" if recipe.values == "int8" else "16-bit"
+    return recipe.values if recipe.values in ops.STORED_VALUES else "16-bit"
 
 
 def _needs_sparsity(recipe: PruneRecipe) -> bool:

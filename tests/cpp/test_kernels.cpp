@@ -302,7 +302,7 @@ class GpuPacker {
  public:
   GpuPacker(Format format, ValueType type, size_t tiles)
       : type_(type),
-        kernels_(*cuda::pack_kernels(format)),
+        kernels_(*cuda::pack_kernels(format, type)),
         scratch_(std::vector<uint8_t>(tiles * static_cast<size_t>(kernels_.scratch_bytes), 0xFF)),
         units_(std::vector<int32_t>(tiles, -1)),
         nnz_(std::vector<int32_t>(tiles, -1)),

@@ -152,9 +152,9 @@ using QuantizedType = std::tuple<Format, ValueType>;
 
 const std::vector<QuantizedType> kQuantized = [] {
   std::vector<QuantizedType> found;
-  for (const Format format : kFormats) {
+  for (const Format format : {Format::kRowBitmap, Format::kQuantizedBitmap}) {
     for (const ValueType type : kValueTypes) {
-      if (value_traits(type).bits == 8 && packed_format(format).value_types.contains(type)) {
+      if (is_quantized(type) && packed_format(format).value_types.contains(type)) {
         found.emplace_back(format, type);
       }
     }
@@ -169,24 +169,28 @@ class Quantized : public ::testing::TestWithParam<QuantizedType> {
 };
 
 TEST_P(Quantized, KeepsValuesAndScales) {
-  for (const auto& [m, k] : {Shape{0, 5}, Shape{5, 0}, Shape{1, 1}, Shape{3, 31}, Shape{4, 32},
-                             Shape{37, 33}, Shape{130, 600}}) {
+  for (const auto& [m, k] :
+       {Shape{0, 5}, Shape{5, 0}, Shape{1, 1}, Shape{3, 31}, Shape{4, 32}, Shape{37, 33},
+        Shape{17, 256}, Shape{33, 257}, Shape{16, 512}, Shape{130, 600}}) {
     for (const double sparsity : {0.0, 0.5, 0.9, 1.0}) {
-      const QuantizedMatrix dense = random_int8(m, k, sparsity, 7, 3);
+      const QuantizedMatrix dense = random_quantized(type_, m, k, sparsity, 7, 3);
       const Packed packed = pack_or_die(dense, format_, type_);
       const Status status = check(packed);
       ASSERT_TRUE(status.ok()) << status.message;
       const QuantizedMatrix back = unpack_quantized(packed, serial_for);
       int64_t nnz = 0;
       for (int64_t row = 0; row < m; ++row) {
-        bool any = false;
+        std::vector<float> scales(static_cast<size_t>(scales_per_row(type_, k)), 1.0F);
+        const auto of_row = static_cast<size_t>(row) * scales.size();
         for (int64_t col = 0; col < k; ++col) {
           ASSERT_EQ(back.at(row, col), dense.at(row, col)) << row << ", " << col;
-          any |= dense.at(row, col) != 0;
+          const auto group = static_cast<size_t>(scale_group(type_, col));
+          if (dense.at(row, col) != 0) scales[group] = dense.scales[of_row + group];
           nnz += dense.at(row, col) != 0;
         }
-        const auto i = static_cast<size_t>(row);
-        EXPECT_EQ(back.scales[i], any ? dense.scales[i] : 1.0F) << row;
+        for (size_t i = 0; i < scales.size(); ++i) {
+          EXPECT_EQ(back.scales[of_row + i], scales[i]) << row << ", " << i;
+        }
       }
       EXPECT_EQ(packed.header.nnz, nnz);
       Packed threaded;
@@ -199,22 +203,24 @@ TEST_P(Quantized, KeepsValuesAndScales) {
   }
 }
 
-// The 254 values times scales at both ends of the range of the 16-bit type and in between.
+// All values times scales at both ends of the range of the 16-bit type and in between.
 TEST_P(Quantized, ElementsAreTheRoundedProducts) {
   const bool half = value_traits(type_).dense == ValueType::kFloat16;
-  QuantizedMatrix dense{0, 254, 254, {}, {}};
-  for (const float scale : {1.0F, 1.0F / 127, 0.007F, 3e-8F, 600.0F, 1e-38F, 1e36F}) {
-    dense.scales.push_back(scale);
+  const std::vector<uint8_t> values = nonzero_values(type_);
+  const auto k = static_cast<int64_t>(values.size());
+  QuantizedMatrix dense{0, k, k, {}, {}};
+  std::vector<float> scales = {1.0F, 1.0F / 127, 0.007F, 3e-8F, 600.0F, 1e-38F, 1e36F};
+  if (scale_bytes(type_) == 2) scales = {1.0F, 0x1.24p-3F, 0x1p-14F, 65504.0F};
+  for (const float scale : scales) {
+    dense.scales.insert(dense.scales.end(), static_cast<size_t>(scales_per_row(type_, k)), scale);
     ++dense.m;
-    for (int value = -127; value <= 127; ++value) {
-      if (value != 0) dense.values.push_back(static_cast<uint8_t>(value));
-    }
+    dense.values.insert(dense.values.end(), values.begin(), values.end());
   }
   const std::vector<uint16_t> elements = unpack(pack_or_die(dense, format_, type_), serial_for);
   for (size_t i = 0; i < elements.size(); ++i) {
     // With -ffp-contract=off or without, this is one product in fp32.
-    const float product = static_cast<float>(static_cast<int8_t>(dense.values[i])) *
-                          dense.scales[i / static_cast<size_t>(dense.k)];
+    const float product =
+        value_of(type_, dense.values[i]) * scales[i / static_cast<size_t>(dense.k)];
     ASSERT_EQ(elements[i], half ? from_float<ValueType::kFloat16>(product)
                                 : from_float<ValueType::kBfloat16>(product))
         << i;
@@ -224,9 +230,10 @@ TEST_P(Quantized, ElementsAreTheRoundedProducts) {
 TEST_P(Quantized, WritesStayWithinWhatWasCounted) {
   for (const double later : {0.0, 0.5, 1.0}) {
     Packed packed;
-    ASSERT_TRUE(count(random_int8(37, 300, 0.5, 5), format_, serial_for, &packed, type_).ok());
+    ASSERT_TRUE(
+        count(random_quantized(type_, 37, 300, 0.5, 5), format_, serial_for, &packed, type_).ok());
     // The sanitizers see a write behind the payload.
-    const Status status = fill(random_int8(37, 300, later, 6), serial_for, &packed);
+    const Status status = fill(random_quantized(type_, 37, 300, later, 6), serial_for, &packed);
     EXPECT_EQ(status.code, StatusCode::kRuntime);
   }
 }
@@ -434,7 +441,7 @@ TEST_P(Malformed, ShapesOutOfRange) {
 
 TEST_P(Malformed, ShapeOfAnotherWeight) {
   good_.header.m = 300;
-  const int64_t tiles = good_.format().tiles(300, 150);
+  const int64_t tiles = good_.format().tiles(good_.header.value_type, 300, 150);
   expect_refused(good_, StatusCode::kInvalidValue,
                  {"offsets ", std::to_string(tiles + 1), "300x150"});
 }
@@ -453,7 +460,7 @@ TEST_P(Malformed, PayloadBeyondWhatOffsetsCanAddress) {
   PackedHeader header = PackedHeader::of(GetParam());
   header.m = header.k = INT32_MAX;
   const PackedFormat& format = packed_format(header.format);
-  const int64_t num_offsets = format.tiles(header.m, header.k) + 1;
+  const int64_t num_offsets = format.tiles(header.value_type, header.m, header.k) + 1;
   header.payload_words = int64_t{INT32_MAX} * format.unit_words;
   header.nnz = header.payload_words;
   const Status largest = format.check_sizes(header, num_offsets, header.payload_words);

@@ -22,6 +22,10 @@ namespace {
 
 constexpr uint16_t kPoison = 0x7E55;  // a NaN that no kernel writes
 
+constexpr ValueType kQuantizedTypeList[] = {ValueType::kInt8Float16, ValueType::kInt8Bfloat16,
+                                            ValueType::kFp8Float16,  ValueType::kFp8Bfloat16,
+                                            ValueType::kInt4Float16, ValueType::kInt4Bfloat16};
+
 float to_float_of(uint16_t raw, ValueType type) {
   return type == ValueType::kFloat16 ? to_float<ValueType::kFloat16>(raw)
                                      : to_float<ValueType::kBfloat16>(raw);
@@ -354,8 +358,9 @@ INSTANTIATE_TEST_SUITE_P(
                        ::testing::Values(0.0, 0.5, 0.95, 1.0),
                        ::testing::Values(ValueType::kFloat16, ValueType::kBfloat16)));
 
-// Products of int8 values. X and bias are those of a product of 16-bit values of the same dtype.
-class SpmmInt8 : public ::testing::TestWithParam<std::tuple<Shape, double, ValueType>> {
+// Products of quantised values. X and bias are those of a product of 16-bit values of the same
+// dtype.
+class SpmmQuantized : public ::testing::TestWithParam<std::tuple<Shape, double, ValueType>> {
  protected:
   const ValueType type_ = std::get<2>(GetParam());
   Product product_;
@@ -365,15 +370,24 @@ class SpmmInt8 : public ::testing::TestWithParam<std::tuple<Shape, double, Value
     const auto& [shape, sparsity, type] = GetParam();
     const auto& [m, n, k] = shape;
     product_ = random_product(m, n, k, 0.0, value_traits(type).dense, integers, true, 11);
-    weight_ = random_int8(m, k, sparsity, 12, 3);
+    weight_ = random_quantized(type_, m, k, sparsity, 12, 3);
     if (!integers) return;
-    for (float& scale : weight_.scales) scale = 0.25F;
+    for (float& scale : weight_.scales) scale = 0.5F;
+    const bool fp8 = value_traits(type_).kind == ValueKind::kFp8E4m3;
+    const std::vector<uint8_t> few =  // -4, -2, 0, 2, 4
+        fp8 ? std::vector<uint8_t>{0xC8, 0xC0, 0, 0x40, 0x48}
+            : std::vector<uint8_t>{0xFC, 0xFE, 0, 2, 4};
     for (int64_t row = 0; row < m; ++row) {
       for (int64_t col = 0; col < k; ++col) {
         uint8_t& value = weight_.at(row, col);
-        value = static_cast<uint8_t>(static_cast<int8_t>(value) % 3 * 4);  // elements -2 ... 2
+        value = few[is_zero(value) ? 2 : value % 5U];
       }
     }
+  }
+
+  double scale_at(int64_t row, int64_t col) const {
+    const int64_t i = row * scales_per_row(type_, weight_.k) + scale_group(type_, col);
+    return static_cast<double>(weight_.scales[static_cast<size_t>(i)]);
   }
 
   // As Product::exact, with value * scale as the element of the weight.
@@ -382,9 +396,8 @@ class SpmmInt8 : public ::testing::TestWithParam<std::tuple<Shape, double, Value
     if (absolute) sum = std::abs(sum);
     for (int64_t col = 0; col < weight_.k; ++col) {
       const auto i = static_cast<size_t>(token * product_.x_stride + col);
-      const double term = static_cast<double>(static_cast<int8_t>(weight_.at(row, col))) *
-                          static_cast<double>(weight_.scales[static_cast<size_t>(row)]) *
-                          pattern_value(product_.x[i], product_.type);
+      const double term = static_cast<double>(value_of(type_, weight_.at(row, col))) *
+                          scale_at(row, col) * pattern_value(product_.x[i], product_.type);
       sum += absolute ? std::abs(term) : term;
     }
     return sum;
@@ -393,7 +406,7 @@ class SpmmInt8 : public ::testing::TestWithParam<std::tuple<Shape, double, Value
   static bool takes(const Kernel& kernel) { return kernel.format == Format::kRowBitmap; }
 };
 
-TEST_P(SpmmInt8, IntegersAreExact) {
+TEST_P(SpmmQuantized, IntegersAreExact) {
   make(true);
   std::vector<uint16_t> expected;
   for (int64_t token = 0; token < product_.n; ++token) {
@@ -410,7 +423,7 @@ TEST_P(SpmmInt8, IntegersAreExact) {
   }
 }
 
-TEST_P(SpmmInt8, RealsStayWithinRounding) {
+TEST_P(SpmmQuantized, RealsStayWithinRounding) {
   make(false);
   const Packed packed = pack_or_die(weight_, Format::kRowBitmap, type_);
   // Half an ulp of the output, its smallest subnormal and, for fp32 sums, (K + 3) u sum|w x|: one
@@ -437,6 +450,8 @@ TEST_P(SpmmInt8, RealsStayWithinRounding) {
 }
 
 // X is rounded by the rule that flash_llm.spmm documents, here in fp64; its sums are exact.
+class SpmmInt8 : public SpmmQuantized {};
+
 TEST_P(SpmmInt8, QuantisedTokensGiveExactSums) {
   make(false);
   const int64_t k = weight_.k, stride = product_.x_stride;
@@ -483,7 +498,7 @@ TEST_P(SpmmInt8, QuantisedTokensGiveExactSums) {
 TEST(SpmmInt8X, TheLargestSumsAreExact) {
   // Values and X of 127 and -127 in the longest rows whose sums fit 32 bits.
   Product product = random_product(8, 9, kCpuMaxInt8K, 0.0, ValueType::kBfloat16, true, false, 5);
-  QuantizedMatrix weight = random_int8(8, kCpuMaxInt8K, 0.0, 6);
+  QuantizedMatrix weight = random_quantized(ValueType::kInt8Bfloat16, 8, kCpuMaxInt8K, 0.0, 6);
   for (int64_t row = 0; row < 8; ++row) {
     weight.scales[static_cast<size_t>(row)] = 1.0F;
     for (int64_t col = 0; col < weight.k; ++col) weight.at(row, col) = row % 2 ? 0x81 : 0x7F;
@@ -499,13 +514,17 @@ TEST(SpmmInt8X, TheLargestSumsAreExact) {
   }
 }
 
+const auto kQuantizedShapes = ::testing::Values(
+    Shape{1, 1, 1}, Shape{127, 7, 63}, Shape{129, 9, 65}, Shape{200, 0, 100}, Shape{0, 3, 64},
+    Shape{64, 3, 0}, Shape{5, 3, 31}, Shape{7, 17, 32}, Shape{33, 6, 300}, Shape{9, 8, 2200});
+
+INSTANTIATE_TEST_SUITE_P(AwkwardShapes, SpmmQuantized,
+                         ::testing::Combine(kQuantizedShapes,
+                                            ::testing::Values(0.0, 0.5, 0.95, 1.0),
+                                            ::testing::ValuesIn(kQuantizedTypeList)));
 INSTANTIATE_TEST_SUITE_P(
     AwkwardShapes, SpmmInt8,
-    ::testing::Combine(::testing::Values(Shape{1, 1, 1}, Shape{127, 7, 63}, Shape{129, 9, 65},
-                                         Shape{200, 0, 100}, Shape{0, 3, 64}, Shape{64, 3, 0},
-                                         Shape{5, 3, 31}, Shape{7, 17, 32}, Shape{33, 6, 300},
-                                         Shape{9, 8, 2200}),
-                       ::testing::Values(0.0, 0.5, 0.95, 1.0),
+    ::testing::Combine(kQuantizedShapes, ::testing::Values(0.0, 0.5, 0.95, 1.0),
                        ::testing::Values(ValueType::kInt8Float16, ValueType::kInt8Bfloat16)));
 
 TEST(SpmmCpuSpecial, EmptyWeightGivesActivatedBias) {
@@ -575,15 +594,22 @@ TEST(SpmmCpuSpecial, AMalformedWeightNeverReachesForeignMemory) {
     product.run(kernel, packed, serial_for);
     EXPECT_EQ(unpack(packed, serial_for).size(), 200U * 150U);
     if (kernel.format != Format::kRowBitmap) continue;
-    Packed quantized =
-        pack_or_die(random_int8(200, 150, 0.7, 4), kernel.format, ValueType::kInt8Float16);
-    for (size_t i = 5; i < quantized.payload.size(); i += 3) quantized.payload[i] |= 0xFFFF0000U;
-    product.run(kernel, quantized, serial_for);
-    for (const Kernel& int8x : kInt8X) product.run(int8x, quantized, serial_for);
-    quantized.offsets[1] = INT32_MAX;
-    product.run(kernel, quantized, serial_for);
-    for (const Kernel& int8x : kInt8X) product.run(int8x, quantized, serial_for);
-    EXPECT_EQ(unpack(quantized, serial_for).size(), 200U * 150U);
+    for (const ValueType type : kQuantizedTypeList) {
+      if (value_traits(type).dense != ValueType::kFloat16) continue;
+      const bool int8 = value_traits(type).kind == ValueKind::kInt8;
+      Packed quantized = pack_or_die(random_quantized(type, 200, 150, 0.7, 4), kernel.format, type);
+      for (size_t i = 5; i < quantized.payload.size(); i += 3) quantized.payload[i] |= 0xFFFF0000U;
+      product.run(kernel, quantized, serial_for);
+      for (const Kernel& int8x : kInt8X) {
+        if (int8) product.run(int8x, quantized, serial_for);
+      }
+      quantized.offsets[1] = INT32_MAX;
+      product.run(kernel, quantized, serial_for);
+      for (const Kernel& int8x : kInt8X) {
+        if (int8) product.run(int8x, quantized, serial_for);
+      }
+      EXPECT_EQ(unpack(quantized, serial_for).size(), 200U * 150U);
+    }
   }
 }
 
@@ -613,19 +639,19 @@ TEST(RowBitmapDecode, EveryInstructionSetGivesTheRowsBack) {
 }
 
 TEST(RowBitmapDecode, EveryInstructionSetDequantises) {
-  for (const ValueType type : {ValueType::kInt8Float16, ValueType::kInt8Bfloat16}) {
-    for (const auto& [m, k] : {std::pair{5, 1}, {4, 32}, {7, 33}, {12, 63}, {9, 200}}) {
+  for (const ValueType type : kQuantizedTypeList) {
+    for (const auto& [m, k] : {std::pair{5, 1}, {4, 32}, {7, 33}, {12, 63}, {9, 200}, {8, 300}}) {
       for (const double sparsity : {0.0, 0.5, 0.95, 1.0}) {
-        const QuantizedMatrix values = random_int8(m, k, sparsity, 7);
+        const QuantizedMatrix values = random_quantized(type, m, k, sparsity, 7);
         const Packed packed = pack_or_die(values, Format::kRowBitmap, type);
         const int64_t first = m > 4 ? 4 : 0;
         std::vector<uint16_t> expected;
         for (int64_t row = first; row < m; ++row) {
           for (int64_t col = 0; col < k; ++col) {
-            const float scale = values.scales[static_cast<size_t>(row)];
-            expected.push_back(type == ValueType::kInt8Float16
-                                   ? dequantize<ValueType::kFloat16>(values.at(row, col), scale)
-                                   : dequantize<ValueType::kBfloat16>(values.at(row, col), scale));
+            const int64_t scale = row * scales_per_row(type, k) + scale_group(type, col);
+            expected.push_back(from_float_of(
+                value_of(type, values.at(row, col)) * values.scales[static_cast<size_t>(scale)],
+                value_traits(type).dense));
           }
         }
         for (const CpuIsa isa : kCpuIsas) {

@@ -16,6 +16,7 @@
 
 #include "base/parallel.h"
 #include "base/status.h"
+#include "format/element.h"
 #include "format/packed_format.h"
 #include "format/packed_header.h"
 
@@ -58,7 +59,7 @@ struct DenseMatrixOf {
   int64_t k = 0;
   int64_t ld = 0;                  // row stride; elements past column k are never zero
   std::vector<Raw> values;         // [m * ld]
-  std::vector<float> scales = {};  // [m] if quantised
+  std::vector<float> scales = {};  // [m, scales_per_row] if quantised
 
   Raw& at(int64_t row, int64_t col) { return values[static_cast<size_t>(row * ld + col)]; }
   Raw at(int64_t row, int64_t col) const { return values[static_cast<size_t>(row * ld + col)]; }
@@ -97,22 +98,48 @@ inline DenseMatrix random_patterns(int64_t m, int64_t k, double sparsity, uint32
   return dense;
 }
 
-// Random int8 values and scales, distributed as random_patterns distributes zeros.
-inline QuantizedMatrix random_int8(int64_t m, int64_t k, double sparsity, uint32_t seed,
-                                   int64_t row_gap = 0) {
+// What a raw value stands for, by the definitions of the types.
+inline float value_of(ValueType type, uint8_t raw) {
+  if (value_traits(type).kind != ValueKind::kFp8E4m3) {
+    return static_cast<float>(static_cast<int8_t>(raw));
+  }
+  const int exponent = raw >> 3 & 0xF, mantissa = raw & 7;
+  const float magnitude = exponent == 0
+                              ? std::ldexp(static_cast<float>(mantissa), -9)
+                              : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  return (raw & 0x80) != 0 ? -magnitude : magnitude;
+}
+
+// Every value of a quantised type but 0.
+inline std::vector<uint8_t> nonzero_values(ValueType type) {
+  std::vector<uint8_t> values;
+  for (int raw = 0; raw < 256; ++raw) {
+    if (unstorable(type, static_cast<uint8_t>(raw)) == nullptr) {
+      values.push_back(static_cast<uint8_t>(raw));
+    }
+  }
+  return values;
+}
+
+// Random values of a quantised type and scales, distributed as random_patterns distributes zeros.
+inline QuantizedMatrix random_quantized(ValueType type, int64_t m, int64_t k, double sparsity,
+                                        uint32_t seed, int64_t row_gap = 0) {
   const DenseMatrix pattern = random_patterns(m, k, sparsity, seed, row_gap);
   QuantizedMatrix dense{m, k, pattern.ld, std::vector<uint8_t>(pattern.values.size(), 1), {}};
   std::mt19937 rng(seed + 1);
-  std::uniform_int_distribution<int> value(-127, 127);
+  const std::vector<uint8_t> values = nonzero_values(type);
+  std::uniform_int_distribution<size_t> index(0, values.size() - 1);
   std::uniform_int_distribution<int> exponent(-8, 2);
   std::uniform_real_distribution<float> mantissa(1.0F, 2.0F);
   for (int64_t row = 0; row < m; ++row) {
-    dense.scales.push_back(std::ldexp(mantissa(rng), exponent(rng)));
+    for (int64_t i = 0; i < scales_per_row(type, k); ++i) {
+      const float scale = std::ldexp(mantissa(rng), exponent(rng));
+      store_scale(type, scale, &dense.scales.emplace_back(), 0);
+      dense.scales.back() = load_scale(type, &dense.scales.back(), 0);  // as it is stored
+    }
     for (int64_t col = 0; col < k; ++col) {
-      const int drawn = value(rng);
-      dense.at(row, col) = is_zero_pattern(pattern.at(row, col))
-                               ? uint8_t{0}
-                               : static_cast<uint8_t>(drawn == 0 ? 1 : drawn);
+      const uint8_t drawn = values[index(rng)];
+      dense.at(row, col) = is_zero_pattern(pattern.at(row, col)) ? uint8_t{0} : drawn;
     }
   }
   return dense;
@@ -141,7 +168,7 @@ Status count(const DenseMatrixOf<Raw>& dense, Format format, const ParallelFor& 
   out->header.m = dense.m;
   out->header.k = dense.k;
   const PackedFormat& row = out->format();
-  out->offsets.assign(static_cast<size_t>(row.tiles(dense.m, dense.k) + 1), -1);
+  out->offsets.assign(static_cast<size_t>(row.tiles(type, dense.m, dense.k) + 1), -1);
   Status status =
       row.count(dense.matrix(type), parallel_for, out->offsets.data(), &out->header.nnz);
   if (!status.ok()) return status;
@@ -187,8 +214,10 @@ inline std::vector<uint16_t> unpack(const Packed& packed, const ParallelFor& par
 // The values and scales of a quantised weight; poisoned first.
 inline QuantizedMatrix unpack_quantized(const Packed& packed, const ParallelFor& parallel_for) {
   const int64_t m = packed.header.m, k = packed.header.k;
-  QuantizedMatrix dense{m, k, k, std::vector<uint8_t>(static_cast<size_t>(m * k), 0xAD),
-                        std::vector<float>(static_cast<size_t>(m), -1.0F)};
+  QuantizedMatrix dense{
+      m, k, k, std::vector<uint8_t>(static_cast<size_t>(m * k), 0xAD),
+      std::vector<float>(static_cast<size_t>(m * scales_per_row(packed.header.value_type, k)),
+                         -1.0F)};
   unpack_values(packed.format(), packed.view(), parallel_for, dense.values.data(),
                 dense.scales.data());
   return dense;

@@ -210,6 +210,10 @@ Status cuda::spmm_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* works
                                                  stream);
     case ValueType::kInt8Float16:
     case ValueType::kInt8Bfloat16:
+    case ValueType::kFp8Float16:
+    case ValueType::kFp8Bfloat16:
+    case ValueType::kInt4Float16:
+    case ValueType::kInt4Bfloat16:
       break;
   }
   return Status::invalid_type("the bitmap kernel has no code for this value type");

@@ -213,6 +213,10 @@ Status spmm_mma_sync(const SpmmPlan& plan, const SpmmArgs& args, void* workspace
                                                                   prefetch, stream);
     case ValueType::kInt8Float16:
     case ValueType::kInt8Bfloat16:
+    case ValueType::kFp8Float16:
+    case ValueType::kFp8Bfloat16:
+    case ValueType::kInt4Float16:
+    case ValueType::kInt4Bfloat16:
       break;
   }
   return Status::invalid_type("the bitmap kernel has no code for this value type");

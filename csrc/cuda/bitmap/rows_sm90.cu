@@ -655,6 +655,10 @@ Status cuda::spmm_bitmap_rows(const SpmmPlan& plan, const SpmmArgs& args, bool p
                                                  prefetch, stream);
     case ValueType::kInt8Float16:
     case ValueType::kInt8Bfloat16:
+    case ValueType::kFp8Float16:
+    case ValueType::kFp8Bfloat16:
+    case ValueType::kInt4Float16:
+    case ValueType::kInt4Bfloat16:
       break;
   }
   return Status::invalid_type("the bitmap rows kernel has no code for this value type");

@@ -61,6 +61,11 @@ struct QuantSm90 {
 // need not wait for the others.
 inline constexpr int kQuantSumsLag = kQuantSumsStages / 2;
 
+// Both value types have the same chunks.
+constexpr int kChunkK = quant_chunk_k(ValueType::kInt8Float16);
+constexpr int kFixedUnits = quant_fixed_units(ValueType::kInt8Float16);
+constexpr int kScaleUnits = static_cast<int>(quant_scale_units(ValueType::kInt8Float16, 1));
+
 // Where things are in a CTA's shared memory.
 struct QuantSmem {
   uint32_t base;
@@ -237,7 +242,7 @@ class ChunkRing {
     for (uint32_t chunk = lane + 32; chunk < total_; chunk += 32) {
       rows = max(rows, find(chunk).rows);
     }
-    constexpr int kFixedBytes = (kQuantFixedUnits * kQuantUnitBytes + 127) / 128 * 128;
+    constexpr int kFixedBytes = (kFixedUnits * kQuantUnitBytes + 127) / 128 * 128;
     slot_bytes_ = __reduce_max_sync(~0U, rows) * kQuantRowBytes + kFixedBytes;
     slots_ = 2;
 #pragma unroll
@@ -286,8 +291,8 @@ class ChunkRing {
     const int32_t* offsets = p_.offsets + strip * p_.chunk_cols + col;
     const int begin = offsets[0], end = offsets[1];
     if (begin < 0 || end <= begin || end > p_.payload_units) return found;
-    found.first_unit = begin + (col == 0 ? kQuantScaleUnits : 0);
-    found.rows = max(quant_value_rows(end - found.first_unit), 0);
+    found.first_unit = begin + (col == 0 ? kScaleUnits : 0);
+    found.rows = max(quant_value_rows(ValueType::kInt8Float16, end - found.first_unit), 0);
     return found;
   }
 
@@ -300,7 +305,7 @@ class ChunkRing {
       found.rows = __shfl_sync(~0U, found.rows, finder);
     }
     const uint32_t bytes =
-        found.rows == 0 ? 0 : found.rows * kQuantRowBytes + kQuantFixedUnits * kQuantUnitBytes;
+        found.rows == 0 ? 0 : found.rows * kQuantRowBytes + kFixedUnits * kQuantUnitBytes;
     const RingCopy copy = {p_.payload + int64_t{found.first_unit} * kQuantUnitWords,
                            to,
                            bytes,
@@ -334,7 +339,7 @@ __device__ __forceinline__ void load_x(const QuantParams& p, int64_t token_block
   for (int q = 0; q < kQuantWords; ++q) {
 #pragma unroll
     for (int j = 0; j < kQuantFragments; ++j) {
-      const int col = chunk_col * kQuantChunkK + quant_col(q, j, lane, 0);
+      const int col = chunk_col * kChunkK + quant_col(q, j, lane, 0);
       const bool inside = token < p.epilogue.n && col < p.k;
       x[q][j] = inside ? *reinterpret_cast<const uint2*>(row + col) : make_uint2(0, 0);
     }
@@ -569,7 +574,7 @@ __device__ __forceinline__ void multiply_chunk(uint32_t chunk, uint32_t top, con
 __device__ __forceinline__ float2 load_scales(const QuantParams& p, int strip, int lane) {
   const int32_t* offsets = p.offsets + int64_t{strip} * p.chunk_cols;
   const int begin = offsets[0], end = offsets[p.chunk_cols];
-  if (begin < 0 || end <= begin || begin + kQuantScaleUnits > p.payload_units) {
+  if (begin < 0 || end <= begin || begin + kScaleUnits > p.payload_units) {
     return make_float2(1.0F, 1.0F);
   }
   const uint32_t* scales = p.payload + int64_t{begin} * kQuantUnitWords + lane / 4;
@@ -790,7 +795,7 @@ Status spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* w
                              bool prefetch, cudaStream_t stream) {
   if (Status fits = check_plan(plan, Family::kFamily, args); !fits.ok()) return fits;
   const auto& configs = quantized_bitmap_configs(Family::kFamily);
-  const int64_t chunk_cols = num_quant_chunks(args.weight.k);
+  const int64_t chunk_cols = num_quant_chunks(args.weight.value_type, args.weight.k);
   if (plan.config < 0 || plan.config >= static_cast<int>(configs.size())) {
     return Status::invalid_value("no quantised bitmap configuration has index " +
                                  std::to_string(plan.config));
@@ -833,6 +838,10 @@ Status spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* w
           params, plan, warps, smem_bytes, prefetch, stream);
     case ValueType::kFloat16:
     case ValueType::kBfloat16:
+    case ValueType::kFp8Float16:
+    case ValueType::kFp8Bfloat16:
+    case ValueType::kInt4Float16:
+    case ValueType::kInt4Bfloat16:
       break;
   }
   return Status::invalid_type("the quantised bitmap kernel has no code for this value type");

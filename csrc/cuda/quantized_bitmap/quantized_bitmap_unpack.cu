@@ -18,18 +18,22 @@ namespace {
 
 constexpr int kWarps = 4;
 
+// The kernels are for int8 values, whose types have the same chunks.
+constexpr ValueType kInt8 = ValueType::kInt8Float16;
+constexpr int kScaleUnits = static_cast<int>(quant_scale_units(kInt8, 1));
+
 // A chunk in global memory. Malformed offsets give a chunk without values.
 struct StoredChunk {
   const uint32_t* words = nullptr;
   int rows = 0;
 
   __device__ __forceinline__ StoredChunk(const PackedView& view, int64_t strip, int64_t col) {
-    const int64_t chunks = num_quant_chunks(view.k);
+    const int64_t chunks = num_quant_chunks(kInt8, view.k);
     const int32_t* offsets = view.offsets + strip * chunks + col;
-    const int64_t begin = int64_t{offsets[0]} + (col == 0 ? kQuantScaleUnits : 0), end = offsets[1];
+    const int64_t begin = int64_t{offsets[0]} + (col == 0 ? kScaleUnits : 0), end = offsets[1];
     if (offsets[0] < 0 || end <= begin || end * kQuantUnitWords > view.payload_words) return;
     words = view.payload + begin * kQuantUnitWords;
-    rows = max(quant_value_rows(end - begin), 0);
+    rows = max(quant_value_rows(kInt8, end - begin), 0);
   }
 };
 
@@ -81,7 +85,8 @@ __global__ void __launch_bounds__(kWarps * 32)
                   uint16_t* dense) {
   __shared__ __align__(128) uint8_t stages[kQuantGuardBytes + kWarps * kQuantMaxChunkBytes];
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t chunks = num_quant_chunks(view.k), index = int64_t{blockIdx.x} * kWarps + warp;
+  const int64_t chunks = num_quant_chunks(kInt8, view.k),
+                index = int64_t{blockIdx.x} * kWarps + warp;
   if (index >= num_quant_strips(view.m) * chunks) return;
   const int64_t strip = index / chunks, chunk = index % chunks;
   const StoredChunk stored(view, strip, chunk);
@@ -96,7 +101,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int64_t row = strip * kQuantStripM + lane / 4, begin = view.offsets[strip * chunks];
   float scales[2] = {1.0F, 1.0F};
   if (stored.rows > 0 && begin >= 0 &&
-      (begin + kQuantScaleUnits) * kQuantUnitWords <= view.payload_words) {
+      (begin + kScaleUnits) * kQuantUnitWords <= view.payload_words) {
     const uint32_t* words = view.payload + begin * kQuantUnitWords + lane / 4;
     scales[0] = __uint_as_float(words[0]);
     scales[1] = __uint_as_float(words[8]);
@@ -108,7 +113,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   RunReader<false> down(top, parts.column);
 #pragma unroll
   for (int q = 0; q < kQuantWords; ++q) {
-    const int64_t col = chunk * kQuantChunkK + quant_col(q, 0, lane, 0);
+    const int64_t col = chunk * quant_chunk_k(kInt8) + quant_col(q, 0, lane, 0);
     const auto unpack = [&](auto& run) {
       unpack_fragment<kType, 0>(parts.bits[q], run, steps, scales, row, col, view, dense);
       unpack_fragment<kType, 1>(parts.bits[q], run, steps, scales, row, col, view, dense);
@@ -125,7 +130,7 @@ __global__ void __launch_bounds__(kWarps * 32)
 
 __global__ void __launch_bounds__(kWarps * 32)
     count_stored_kernel(const __grid_constant__ PackedView view, int64_t* total) {
-  const int64_t chunks = num_quant_chunks(view.k);
+  const int64_t chunks = num_quant_chunks(kInt8, view.k);
   const int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (index >= num_quant_strips(view.m) * chunks) return;
   const StoredChunk stored(view, index / chunks, index % chunks);
@@ -141,7 +146,7 @@ __global__ void __launch_bounds__(kWarps * 32)
 }
 
 int64_t num_ctas(const PackedView& view) {
-  return (num_quant_strips(view.m) * num_quant_chunks(view.k) + kWarps - 1) / kWarps;
+  return (num_quant_strips(view.m) * num_quant_chunks(kInt8, view.k) + kWarps - 1) / kWarps;
 }
 
 Status unpack(const PackedView& view, uint16_t* dense, cudaStream_t stream) {

@@ -551,6 +551,10 @@ Status spmm_lscd(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bo
       return launch_config<ValueType::kBfloat16>(plan.config, params, prefetch, stream);
     case ValueType::kInt8Float16:
     case ValueType::kInt8Bfloat16:
+    case ValueType::kFp8Float16:
+    case ValueType::kFp8Bfloat16:
+    case ValueType::kInt4Float16:
+    case ValueType::kInt4Bfloat16:
       break;
   }
   return Status::invalid_type("the LSCD kernel has no code for this value type");

@@ -1,5 +1,5 @@
-// The row bitmap's kernels of int8 values for AVX-512 VBMI2 and VNNI: one vpexpandb decodes a group
-// of two neighbouring rows, whose masks are one mask of 64 bits.
+// The row bitmap's kernels of quantised values for AVX-512 VBMI2 and VNNI: one vpexpandb decodes a
+// group of two neighbouring rows, whose masks are one mask of 64 bits. Nibbles become bytes first.
 //
 // Each sum of products of four neighbouring bytes is one vpdpbusd, which multiplies unsigned bytes
 // by signed ones. Lanes 0 ... 7 of a vector of sums belong to the first of the two rows, the others
@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <type_traits>
 
 // GCC 12 warns of registers that its own header leaves undefined on purpose.
 #if !defined(__clang__)
@@ -17,6 +18,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
+
+#include "format/element.h"
 
 #define FLASH_LLM_AVX512                                                           \
   __attribute__((                                                                  \
@@ -30,6 +33,7 @@ constexpr int kMaxTokens = 8;
 static_assert(kMaxTokens <= kMaxRowTokens);
 constexpr int kPairs = kBlockRows / 2;  // of rows of a block
 constexpr int64_t kHalfLanes = 8;       // 32-bit numbers of a row in a vector
+constexpr int kGroupsOfScale = kScaleGroupCols / static_cast<int>(kGroupCols);
 
 // See row_bitmap_avx512.cpp on zero masking.
 FLASH_LLM_AVX512 inline __m512i opaque_zero() {
@@ -44,6 +48,32 @@ struct Values {
   const uint8_t* next;
   const uint8_t* end;
 
+  // The next 32 nibbles, in the low half if it is the first of two rows.
+  FLASH_LLM_AVX512 inline __m128i take_nibbles(uint32_t mask) {
+    const auto left = static_cast<uint64_t>(end - next);
+    const auto readable = static_cast<__mmask16>(left < 16 ? (1U << left) - 1 : 0xFFFFU);
+    const __m128i nibbles = kNearEnd ? _mm_maskz_loadu_epi8(readable, next)
+                                     : _mm_loadu_si128(reinterpret_cast<const __m128i*>(next));
+    const auto count = static_cast<uint64_t>((__builtin_popcount(mask) + 1) / 2);
+    next += kNearEnd ? std::min(left, count) : count;
+    return nibbles;
+  }
+
+  // The elements of two rows, which are `absent` where none is stored. Nibbles as they are.
+  template <ValueKind kKind>
+  FLASH_LLM_AVX512 inline __m512i take_pair(const uint32_t* masks, __m512i absent) {
+    const uint64_t mask = masks[0] | uint64_t{masks[1]} << 32;
+    if constexpr (kKind == ValueKind::kInt4) {
+      const __m128i first = take_nibbles(masks[0]);
+      const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_set_m128i(take_nibbles(masks[1]), first));
+      const __m512i both = _mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4));
+      return _mm512_mask_expand_epi8(absent, mask, _mm512_and_si512(both, _mm512_set1_epi8(0x0F)));
+    } else {
+      return take(mask, absent);
+    }
+  }
+
+ private:
   FLASH_LLM_AVX512 inline __m512i take(uint64_t mask, __m512i zero) {
     const auto left = static_cast<uint64_t>(end - next);
     const __mmask64 readable = left < 64 ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
@@ -60,11 +90,17 @@ int64_t groups_before_end(const uint8_t* next, const uint8_t* end) {
   return (end - next) / (kBlockRows * kGroupCols);
 }
 
+// What take_pair returns where no value is stored.
+template <ValueKind kKind>
+FLASH_LLM_AVX512 inline __m512i absent_value() {
+  return kKind == ValueKind::kInt4 ? _mm512_set1_epi8(8) : opaque_zero();
+}
+
 // Calls sums.add_group for each group of a block.
 template <int kTokens, typename Sums>
 FLASH_LLM_AVX512 inline void add_groups(const RowBlockOf<uint8_t>& block, int64_t groups,
                                         const typename Sums::X* x, Sums& sums) {
-  const __m512i zero = opaque_zero();
+  const __m512i absent = absent_value<Sums::kKind>();
   const uint32_t* masks = block.masks;
   const uint32_t* const masks_end = masks + groups * kBlockRows;
   Values<false> values{block.values, block.end};
@@ -75,39 +111,36 @@ FLASH_LLM_AVX512 inline void add_groups(const RowBlockOf<uint8_t>& block, int64_
     for (; masks != stop; masks += kBlockRows, x += kTokens * kGroupCols) {
       prefetch_soon(values.next);
       prefetch_later(values.next);
-      sums.add_group(masks, x, zero, values);
+      sums.add_group(masks, x, absent, values);
     }
   }
   Values<true> last{values.next, values.end};
   for (; masks != masks_end; masks += kBlockRows, x += kTokens * kGroupCols) {
-    sums.add_group(masks, x, zero, last);
+    sums.add_group(masks, x, absent, last);
   }
 }
 
-FLASH_LLM_AVX512 inline uint64_t mask_of_pair(const uint32_t* masks, ptrdiff_t pair) {
-  return masks[2 * pair] | uint64_t{masks[2 * pair + 1]} << 32;
-}
-
-// int8 X. 128 is added to each element of the weight, zeros included, which makes it unsigned; the
-// caller subtracts 128 times the token's sum. Sums may wrap around in between.
+// int8 values and X. 128 is added to each element of the weight, zeros included, which makes it
+// unsigned; the caller subtracts 128 times the token's sum. Sums may wrap around in between.
 template <int kTokens>
 struct Int8X {
+  static constexpr ValueKind kKind = ValueKind::kInt8;
   using X = int8_t;
   __m512i sums[kPairs][kTokens];
 
-  FLASH_LLM_AVX512 inline void clear() {
+  FLASH_LLM_AVX512 inline void begin(const RowBlockOf<uint8_t>&) {
     for (auto& pair : sums) {
       for (auto& token : pair) token = _mm512_setzero_si512();
     }
   }
 
   template <bool kNearEnd>
-  FLASH_LLM_AVX512 inline void add_group(const uint32_t* masks, const int8_t* x, __m512i zero,
+  FLASH_LLM_AVX512 inline void add_group(const uint32_t* masks, const int8_t* x, __m512i absent,
                                          Values<kNearEnd>& values) {
     __m512i w[kPairs];
 #pragma GCC unroll 2
     for (int pair = 0; pair < kPairs; ++pair) {
-      const __m512i elements = values.take(mask_of_pair(masks, pair), zero);
+      const __m512i elements = values.template take_pair<kKind>(masks + 2 * pair, absent);
       w[pair] = _mm512_xor_si512(elements, _mm512_set1_epi8(-128));
     }
 #pragma GCC unroll 8
@@ -120,6 +153,8 @@ struct Int8X {
       }
     }
   }
+
+  void end() {}
 
   // The sums of four rows, of 32-bit integers.
   FLASH_LLM_AVX512 inline __m128 rows_of(int token, const RowBitmapTokens& tokens) const {
@@ -137,19 +172,59 @@ struct Int8X {
   }
 };
 
-// X in fp32. vpdpbusd with weights of 1 and 0 extends every fourth byte of a vector to 32 bits, the
-// first, second, third or fourth; so X of a group is in this order too: columns 0, 4, 8, ... 28,
-// then 1, 5, ... 29.
-template <int kTokens>
+// X in fp32. A group is multiplied in four steps of eight columns, in an order in which its
+// elements are easy to convert; X of a group is in this order too.
+constexpr int kSteps = 4;
+
+// Integers: vpdpbusd with weights of 1 and 0 extends every fourth byte of a vector to 32 bits, the
+// first, second, third or fourth. So the order is: columns 0, 4, 8, ... 28, then 1, 5, ... 29.
+struct IntegerSteps {
+  static constexpr float kUnit = 1.0F;  // what converted elements are divided by
+  FLASH_LLM_AVX512 static inline void convert(__m512i elements, __m512* w) {
+#pragma GCC unroll 4
+    for (int step = 0; step < kSteps; ++step) {
+      const __m512i ones = _mm512_set1_epi32(1 << (8 * step));
+      w[step] = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, elements));
+    }
+  }
+  static constexpr int column(int i) { return i % 8 * 4 + i / 8; }
+};
+
+// fp8: shifted into place, the bits are an fp16 number of 2^-8 times the value. So the order is:
+// columns 0, 2, ... 14, then 16, 18, ... 30, then the odd ones.
+struct Fp8Steps {
+  static constexpr float kUnit = 0x1p8F;
+  FLASH_LLM_AVX512 static inline void convert(__m512i elements, __m512* w) {
+    const __m512i bits = _mm512_set1_epi16(static_cast<int16_t>(0xBF80));
+    // Columns 0 ... 15 of both rows, then the others.
+    const __m512i halves = _mm512_shuffle_i64x2(elements, elements, 0xD8);
+    const __m512i even = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(halves, 8), 1), bits);
+    const __m512i odd = _mm512_and_si512(_mm512_srai_epi16(halves, 1), bits);
+    w[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(even));
+    w[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(even, 1));
+    w[2] = _mm512_cvtph_ps(_mm512_castsi512_si256(odd));
+    w[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(odd, 1));
+  }
+  static constexpr int column(int i) { return i % 16 * 2 + i / 16; }
+};
+
+// With kGrouped, groups of columns have scales: the sums of a group are multiplied by them and
+// added to the totals.
+template <ValueKind kValueKind, int kTokens>
 struct WideX {
+  static constexpr ValueKind kKind = kValueKind;
+  static constexpr bool kGrouped = kKind == ValueKind::kInt4;
+  using Steps = std::conditional_t<kKind == ValueKind::kFp8E4m3, Fp8Steps, IntegerSteps>;
   using X = float;
-  static constexpr int kSteps = 4;
   // With few tokens the steps have sums of their own: more independent chains of additions hide
   // their latency.
   static constexpr int kSums = kTokens <= 2 ? 2 : 1;
   __m512 sums[kPairs][kTokens][kSums];
+  __m512 totals[kPairs][kGrouped ? kTokens : 1];
+  const uint32_t* scales;  // of the next group of columns
+  int left;                // groups of 32 columns up to the end of these
 
-  FLASH_LLM_AVX512 inline void clear() {
+  FLASH_LLM_AVX512 inline void clear_sums() {
     for (auto& pair : sums) {
       for (auto& token : pair) {
         for (auto& sum : token) sum = _mm512_setzero_ps();
@@ -157,19 +232,45 @@ struct WideX {
     }
   }
 
+  FLASH_LLM_AVX512 inline void begin(const RowBlockOf<uint8_t>& block) {
+    clear_sums();
+    if constexpr (kGrouped) {
+      for (auto& pair : totals) {
+        for (auto& token : pair) token = _mm512_setzero_ps();
+      }
+      scales = block.scales;
+      left = kGroupsOfScale;
+    }
+  }
+
+  // Ends a group of columns that share scales.
+  FLASH_LLM_AVX512 inline void add_to_totals() {
+    const __m512 rows = _mm512_castps128_ps512(
+        _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales))));
+#pragma GCC unroll 2
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const __m512i rows_of_lanes =
+          _mm512_add_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
+                           _mm512_set1_epi32(2 * pair));
+      const __m512 scale = _mm512_permutexvar_ps(rows_of_lanes, rows);
+      for (int token = 0; token < kTokens; ++token) {
+        totals[pair][token] = _mm512_fmadd_ps(sum_of(pair, token), scale, totals[pair][token]);
+      }
+    }
+    clear_sums();
+    scales += kBlockRows / 2;
+    left = kGroupsOfScale;
+  }
+
   template <bool kNearEnd>
-  FLASH_LLM_AVX512 inline void add_group(const uint32_t* masks, const float* x, __m512i zero,
+  FLASH_LLM_AVX512 inline void add_group(const uint32_t* masks, const float* x, __m512i absent,
                                          Values<kNearEnd>& values) {
     __m512 w[kPairs][kSteps];
 #pragma GCC unroll 2
     for (int pair = 0; pair < kPairs; ++pair) {
-      const __m512i elements = values.take(mask_of_pair(masks, pair), zero);
-#pragma GCC unroll 4
-      for (int step = 0; step < kSteps; ++step) {
-        const __m512i ones = _mm512_set1_epi32(1 << (8 * step));
-        w[pair][step] =
-            _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, elements));
-      }
+      __m512i elements = values.template take_pair<kKind>(masks + 2 * pair, absent);
+      if (kKind == ValueKind::kInt4) elements = _mm512_sub_epi8(elements, absent);
+      Steps::convert(elements, w[pair]);
     }
 #pragma GCC unroll 4
     for (int step = 0; step < kSteps; ++step) {
@@ -184,6 +285,9 @@ struct WideX {
         }
       }
     }
+    if constexpr (kGrouped) {
+      if (--left == 0) add_to_totals();
+    }
   }
 
   FLASH_LLM_AVX512 inline __m512 sum_of(int pair, int token) const {
@@ -191,24 +295,39 @@ struct WideX {
     return kSums == 1 ? parts[0] : _mm512_add_ps(parts[0], parts[kSums - 1]);
   }
 
+  FLASH_LLM_AVX512 inline void end() {
+    if constexpr (kGrouped) {
+      if (left < kGroupsOfScale) add_to_totals();
+    }
+  }
+
   FLASH_LLM_AVX512 inline __m128 rows_of(int token, const RowBitmapTokens&) const {
-    const __m512 a = sum_of(0, token), b = sum_of(1, token);
+    const __m512 a = kGrouped ? totals[0][token] : sum_of(0, token);
+    const __m512 b = kGrouped ? totals[1][token] : sum_of(1, token);
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const __m512 halves = _mm512_add_ps(ab, _mm512_shuffle_ps(ab, ab, 0x4E));
     const __m128 rows_02 =
         _mm_add_ps(_mm512_castps512_ps128(halves), _mm512_extractf32x4_ps(halves, 1));
     const __m128 rows_13 =
         _mm_add_ps(_mm512_extractf32x4_ps(halves, 2), _mm512_extractf32x4_ps(halves, 3));
-    return _mm_unpacklo_ps(rows_02, rows_13);
+    return _mm_mul_ps(_mm_unpacklo_ps(rows_02, rows_13), _mm_set1_ps(Steps::kUnit));
   }
 };
+
+template <int kTokens>
+using WideInt8 = WideX<ValueKind::kInt8, kTokens>;
+template <int kTokens>
+using WideFp8 = WideX<ValueKind::kFp8E4m3, kTokens>;
+template <int kTokens>
+using WideInt4 = WideX<ValueKind::kInt4, kTokens>;
 
 template <typename Sums, int kTokens>
 FLASH_LLM_AVX512 void multiply_block(const RowBlockOf<uint8_t>& block, int64_t groups,
                                      const RowBitmapTokens& tokens, float* out) {
   Sums sums;
-  sums.clear();
+  sums.begin(block);
   add_groups<kTokens>(block, groups, static_cast<const typename Sums::X*>(tokens.x), sums);
+  sums.end();
 #pragma GCC unroll 8
   for (int token = 0; token < kTokens; ++token) {
     _mm_storeu_ps(out + token * kBlockRows, sums.rows_of(token, tokens));
@@ -244,14 +363,16 @@ FLASH_LLM_AVX512 inline __m512 load_wide(const uint16_t* from) {
   }
 }
 
-// In the order of WideX.
-template <ValueType kType>
+// In the order of Steps.
+template <ValueType kType, typename Steps>
 FLASH_LLM_AVX512 void widen_group(const uint16_t* group, float* widened) {
   const __m512 low = load_wide<kType>(group), high = load_wide<kType>(group + 16);
-  const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
-  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
-  _mm512_store_ps(widened, _mm512_permutex2var_ps(low, first, high));
-  _mm512_store_ps(widened + 16, _mm512_permutex2var_ps(low, second, high));
+  alignas(64) int32_t columns[kGroupCols];
+  for (int i = 0; i < kGroupCols; ++i) columns[i] = Steps::column(i);
+  for (int64_t i = 0; i < kGroupCols; i += 16) {
+    const __m512 part = _mm512_permutex2var_ps(low, _mm512_load_si512(columns + i), high);
+    _mm512_store_ps(widened + i, part);
+  }
 }
 
 // Rounds as RowBitmapKernel::quantize says: adding 1.5 * 2^23, whose neighbours are integers.
@@ -267,19 +388,34 @@ FLASH_LLM_AVX512 void quantize_group(const uint16_t* group, float inverse, int8_
 
 }  // namespace
 
-RowBitmapKernel row_bitmap_avx512_int8(ValueType type, bool int8_x) {
+RowBitmapKernel row_bitmap_avx512_quantized(ValueType type, bool int8_x) {
   const bool half = value_traits(type).dense == ValueType::kFloat16;
   RowBitmapKernel kernel;
+  kernel.widen = half ? widen_group<ValueType::kFloat16, IntegerSteps>
+                      : widen_group<ValueType::kBfloat16, IntegerSteps>;
+  switch (value_traits(type).kind) {
+    case ValueKind::kInt8:
+      kernel.multiply = multiply<WideInt8>;
+      break;
+    case ValueKind::kFp8E4m3:
+      kernel.widen = half ? widen_group<ValueType::kFloat16, Fp8Steps>
+                          : widen_group<ValueType::kBfloat16, Fp8Steps>;
+      kernel.multiply = multiply<WideFp8>;
+      break;
+    case ValueKind::kInt4:
+      kernel.multiply = multiply<WideInt4>;
+      break;
+    case ValueKind::k16Bit:
+      break;
+  }
   if (int8_x) {
+    kernel.widen = nullptr;
     kernel.quantize =
         half ? quantize_group<ValueType::kFloat16> : quantize_group<ValueType::kBfloat16>;
     kernel.multiply = multiply<Int8X>;
-  } else {
-    kernel.widen = half ? widen_group<ValueType::kFloat16> : widen_group<ValueType::kBfloat16>;
-    kernel.multiply = multiply<WideX>;
   }
   kernel.max_tokens = kMaxTokens;
-  kernel.decode_int8_block = row_bitmap_avx2(type, int8_x).decode_int8_block;
+  kernel.decode_quantized_block = row_bitmap_avx2(type, int8_x).decode_quantized_block;
   return kernel;
 }
 
@@ -289,7 +425,7 @@ RowBitmapKernel row_bitmap_avx512_int8(ValueType type, bool int8_x) {
 
 namespace flash_llm {
 
-RowBitmapKernel row_bitmap_avx512_int8(ValueType, bool) { return {}; }
+RowBitmapKernel row_bitmap_avx512_quantized(ValueType, bool) { return {}; }
 
 }  // namespace flash_llm
 
