@@ -72,7 +72,7 @@ const PackKernels* pack_kernels(Format format, ValueType type) {
     case Format::kGather:
       return &gather;
     case Format::kQuantizedBitmap:
-      return kInt8Types.contains(type) ? &quantized_bitmap : nullptr;
+      return &quantized_bitmap;
     case Format::kRowBitmap:
       return nullptr;
   }

@@ -18,11 +18,11 @@ using Configs = std::vector<QuantizedBitmapConfig>;
 //    4096x4096   12    21    28
 constexpr int64_t kMostTokens = 64;
 
-// The narrowest configuration for n tokens, or the widest.
-int config_for(const Configs& configs, int64_t n, bool int8_x) {
+// The narrowest configuration for n tokens, or the widest, of those that multiply such values.
+int config_for(const Configs& configs, ValueType type, int64_t n, bool int8_x) {
   int found = -1;
   for (size_t i = 0; i < configs.size(); ++i) {
-    if (configs[i].int8_x != int8_x) continue;
+    if (configs[i].int8_x != int8_x || !configs[i].multiplies(type)) continue;
     found = static_cast<int>(i);
     if (n <= configs[i].tile_n) break;
   }
@@ -40,13 +40,15 @@ int config_for(const Configs& configs, int64_t n, bool int8_x) {
 bool takes_int8_x(const PlanRequest& request) {
   const SpmmProblem& problem = request.problem;
   const int64_t least = problem.n <= 8 ? int64_t{32} << 20 : int64_t{128} << 20;
-  return problem.int8_x && problem.k <= kQuantMaxInt8K && problem.m * problem.k >= least;
+  return problem.int8_x && value_traits(problem.value_type).kind != ValueKind::kFp8E4m3 &&
+         problem.k <= kQuantMaxInt8K && problem.m * problem.k >= least;
 }
 
 // The most warps of a CTA.
-int most_warps_of(const QuantizedBitmapConfig& config, const DeviceInfo& device) {
+int most_warps_of(const QuantizedBitmapConfig& config, ValueType type, const DeviceInfo& device) {
+  const int ring_bytes = quant_min_ring_bytes(type), smem = smem_per_cta_bytes(device);
   int warps = kQuantMaxWarps;
-  while (quant_smem_bytes(config, warps, kQuantMinRingBytes) > smem_per_cta_bytes(device)) --warps;
+  while (quant_smem_bytes(config, type, warps, ring_bytes) > smem) --warps;
   // A multiple of 4, so that the schedulers of an SM have the same work; but few warps wait for
   // memory instead.
   return warps > 8 ? warps / 4 * 4 : warps;
@@ -55,11 +57,13 @@ int most_warps_of(const QuantizedBitmapConfig& config, const DeviceInfo& device)
 std::vector<KernelConfig> describe(const Configs& configs) {
   std::vector<KernelConfig> rows;
   for (const QuantizedBitmapConfig& config : configs) {
-    rows.push_back({config.name,
-                    {{"tile_n", config.tile_n},
-                     {"warps", kQuantMaxWarps},
-                     {"ctas_per_sm", 1},
-                     {"smem_bytes", quant_smem_bytes(config, 1, kQuantMinRingBytes)}}});
+    rows.push_back(
+        {config.name,
+         {{"tile_n", config.tile_n},
+          {"warps", kQuantMaxWarps},
+          {"ctas_per_sm", 1},
+          {"smem_bytes", quant_smem_bytes(config, ValueType::kInt8Float16, 1,
+                                          quant_min_ring_bytes(ValueType::kInt8Float16))}}});
   }
   return rows;
 }
@@ -76,34 +80,40 @@ bool takes(const PlanRequest& request, std::string* reason) {
 
 Status plan(const Configs& configs, const PlanRequest& request, SpmmPlan* out) {
   const SpmmProblem& problem = request.problem;
+  const ValueType type = problem.value_type;
   out->config = request.forced() ? config_named(configs, request.config)
-                                 : config_for(configs, problem.n, takes_int8_x(request));
+                                 : config_for(configs, type, problem.n, takes_int8_x(request));
   const QuantizedBitmapConfig& config = configs[static_cast<size_t>(out->config)];
+  if (!config.multiplies(type)) {
+    return Status::invalid_value("config \"" + std::string(config.name) + "\" does not multiply " +
+                                 value_traits(type).values + " values");
+  }
   if (config.int8_x && problem.k > kQuantMaxInt8K) {
     return Status::invalid_value("config \"" + std::string(config.name) + "\" takes K up to " +
                                  std::to_string(kQuantMaxInt8K) + ", got " +
                                  std::to_string(problem.k));
   }
-  if (Status fits =
-          check_smem(config.name, quant_smem_bytes(config, 1, kQuantMinRingBytes), request.device);
+  const int min_ring_bytes = quant_min_ring_bytes(type);
+  if (Status fits = check_smem(config.name, quant_smem_bytes(config, type, 1, min_ring_bytes),
+                               request.device);
       !fits.ok()) {
     return fits;
   }
   // X of a section of K fits the registers of a CTA. The warps of all CTAs of an SM share its
   // registers.
-  const int most_warps = most_warps_of(config, request.device);
-  const int64_t columns = std::max<int64_t>(num_quant_chunks(problem.value_type, problem.k), 1);
-  const int64_t most_columns = int64_t{config.warp_chunks} * most_warps;
+  const int most_warps = most_warps_of(config, type, request.device);
+  const int64_t columns = std::max<int64_t>(num_quant_chunks(type, problem.k), 1);
+  const int64_t most_columns = int64_t{config.warp_chunks(type)} * most_warps;
   const int64_t sections = (columns + most_columns - 1) / most_columns;
   out->unit_cols = static_cast<int>((columns + sections - 1) / sections);
   const int warps = std::min(out->unit_cols, most_warps);
-  const int fixed_bytes = quant_smem_bytes(config, warps, 0) + kReservedSmemBytes;
+  const int fixed_bytes = quant_smem_bytes(config, type, warps, 0) + kReservedSmemBytes;
   const int sm_bytes = request.device.smem_per_sm_bytes;
-  const int ctas_per_sm = std::clamp(sm_bytes / (fixed_bytes + warps * kQuantMinRingBytes), 1,
+  const int ctas_per_sm = std::clamp(sm_bytes / (fixed_bytes + warps * min_ring_bytes), 1,
                                      std::max(kQuantMaxWarps / warps, 1));
   const int room = (sm_bytes / ctas_per_sm - fixed_bytes) / warps / 128 * 128;
   out->warps = warps;
-  out->ring_bytes = warps * std::clamp(room, kQuantMinRingBytes, kQuantMaxRingBytes);
+  out->ring_bytes = warps * std::clamp(room, min_ring_bytes, quant_max_ring_bytes(type));
   const int64_t strips = std::max<int64_t>(num_quant_strips(problem.m), 1);
   const int64_t passes = sections * config.passes(std::max<int64_t>(problem.n, 1));
   // CTAs of one pass. The passes run at the same time, so that the weight is read from L2 again.
@@ -121,13 +131,13 @@ Status plan(const Configs& configs, const PlanRequest& request, SpmmPlan* out) {
 
 const std::vector<QuantizedBitmapConfig>& quantized_bitmap_configs(KernelFamily family) {
   static const Configs sm80 = {
-#define FLASH_LLM_ROW(name, tokens, warp_chunks, int8_x) \
-  {"sm80_" #name, tokens, warp_chunks, int8_x},
+#define FLASH_LLM_ROW(name, tokens, warp_planes, int8_x) \
+  {"sm80_" #name, tokens, warp_planes, int8_x},
       FLASH_LLM_QUANTIZED_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
   };
   static const Configs sm90 = {
-#define FLASH_LLM_ROW(name, tokens, warp_chunks, int8_x) {#name, tokens, warp_chunks, int8_x},
+#define FLASH_LLM_ROW(name, tokens, warp_planes, int8_x) {#name, tokens, warp_planes, int8_x},
       FLASH_LLM_QUANTIZED_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
   };

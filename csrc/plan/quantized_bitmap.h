@@ -13,7 +13,7 @@
 namespace flash_llm {
 
 // The configurations of both families:
-//   name; tokens per CTA; columns of chunks per warp, X of which stays in its registers; whether X
+//   name; tokens per CTA; planes of chunks per warp, X of which stays in its registers; whether X
 //   is quantised to int8 with a scale for each token, which config="auto" chooses only if
 //   SpmmProblem::int8_x allows it
 // clang-format off
@@ -27,15 +27,26 @@ namespace flash_llm {
 struct QuantizedBitmapConfig {
   const char* name;
   int tile_n;
-  int warp_chunks;
+  int warp_planes;
   bool int8_x;
+
+  // Whether it multiplies such values: chunks have all of their planes in one warp, and there are
+  // no products of fp8 values and int8 X.
+  constexpr bool multiplies(ValueType type) const {
+    return warp_planes % quant_planes(type) == 0 &&
+           !(int8_x && value_traits(type).kind == ValueKind::kFp8E4m3);
+  }
+  constexpr int warp_chunks(ValueType type) const { return warp_planes / quant_planes(type); }
 
   // CTAs that share the tokens.
   constexpr int64_t passes(int64_t n) const { return (n + tile_n - 1) / tile_n; }
   // Bytes of a strip's sums.
   constexpr int sums_bytes() const { return kQuantStripM * tile_n * 4; }
-  // Places for them in shared memory, of each strip: integers are added there.
-  constexpr int sums_places(int warps) const { return int8_x ? 1 : warps; }
+  // Places for them in shared memory, of each strip: integers are added there, but not those that
+  // scales of groups have made fp32.
+  constexpr int sums_places(ValueType type, int warps) const {
+    return int8_x && value_traits(type).scales == ScaleGroup::kRow ? 1 : warps;
+  }
 };
 
 // The families differ in the configurations' names only: "quantized8" and "sm80_quantized8".
@@ -45,21 +56,24 @@ inline constexpr int kQuantMaxTokens = 16;  // of a CTA
 inline constexpr int kQuantSumsStages = 4;  // strips whose sums are in shared memory at a time
 // With all 16 warps the schedulers of an SM have the same work.
 inline constexpr int kQuantMaxWarps = 16;
-inline constexpr int kQuantMaxWarpChunks = 2;
+inline constexpr int kQuantMaxWarpPlanes = 2;
 // Each warp has a ring that its chunks are copied to, at most kQuantRingChunks at a time. It holds
 // two of the largest that the format allows; they begin at multiples of 128 bytes.
 inline constexpr int kQuantRingChunks = 4;
-inline constexpr int kQuantMaxChunkBytes =
-    (quant_max_units(ValueType::kInt8Float16) * kQuantUnitBytes + 127) / 128 * 128;
-inline constexpr int kQuantMinRingBytes = 2 * kQuantMaxChunkBytes;
-inline constexpr int kQuantMaxRingBytes = kQuantRingChunks * kQuantMaxChunkBytes;
+FLASH_LLM_HOST_DEVICE constexpr int quant_max_chunk_bytes(ValueType type) {
+  return (quant_max_units(type) * kQuantUnitBytes + 127) / 128 * 128;
+}
+constexpr int quant_min_ring_bytes(ValueType type) { return 2 * quant_max_chunk_bytes(type); }
+constexpr int quant_max_ring_bytes(ValueType type) {
+  return kQuantRingChunks * quant_max_chunk_bytes(type);
+}
 
 // Before the rings: a malformed chunk is read from up to 17 rows before its begin. Besides, there
 // is a word for each token and warp there, two for each token, and the bits and columns of a chunk
 // without values.
 inline constexpr int kQuantGuardBytes = 18 * kQuantRowBytes;
-static_assert(kQuantGuardBytes >=
-              (kQuantMaxWarps + 2) * kQuantMaxTokens * 4 + kQuantBitsBytes + kQuantColumnsBytes);
+static_assert(kQuantGuardBytes >= (kQuantMaxWarps + 2) * kQuantMaxTokens * 4 +
+                                      kQuantMaxPlanes * (kQuantBitsBytes + kQuantColumnsBytes));
 
 // Barriers of the rings and of the sums.
 inline constexpr int kQuantBarriersBytes =
@@ -67,9 +81,11 @@ inline constexpr int kQuantBarriersBytes =
 
 // A CTA's shared memory, from a 128-byte boundary on: the guard, barriers, the sums of some strips,
 // the rings.
-constexpr int quant_smem_bytes(const QuantizedBitmapConfig& config, int warps, int ring_bytes) {
+constexpr int quant_smem_bytes(const QuantizedBitmapConfig& config, ValueType type, int warps,
+                               int ring_bytes) {
   return 128 + kQuantGuardBytes + kQuantBarriersBytes +
-         kQuantSumsStages * config.sums_places(warps) * config.sums_bytes() + warps * ring_bytes;
+         kQuantSumsStages * config.sums_places(type, warps) * config.sums_bytes() +
+         warps * ring_bytes;
 }
 
 // The longest K of quantised X: sums of products of bytes of 255 and 127 fit 32 bits.

@@ -121,37 +121,56 @@ DenseMatrixOf<Raw> pruned_by_pair(DenseMatrixOf<Raw> dense, uint32_t seed) {
   return dense;
 }
 
-// Integers as int8 values, with a power of two as the scale of each row.
+// The byte of an integer of -3 ... 3 as a value of a kind.
+uint8_t byte_of(int number, ValueKind kind) {
+  if (kind != ValueKind::kFp8E4m3) return static_cast<uint8_t>(number);
+  const uint8_t magnitudes[] = {0x00, 0x38, 0x40, 0x44};
+  return static_cast<uint8_t>(magnitudes[std::abs(number)] | (number < 0 ? 0x80 : 0));
+}
+
+// Integers of -3 ... 3 as quantised values, with powers of two as scales.
 QuantizedMatrix quantized(const DenseMatrix& integers, ValueType type) {
+  const ValueTraits traits = value_traits(type);
   QuantizedMatrix out{integers.m, integers.k, integers.ld, {}, {}};
   for (const uint16_t value : integers.values) {
-    const float number = type == ValueType::kFloat16 ? to_float<ValueType::kFloat16>(value)
-                                                     : to_float<ValueType::kBfloat16>(value);
-    out.values.push_back(static_cast<uint8_t>(static_cast<int8_t>(number)));
+    const float number = traits.dense == ValueType::kFloat16
+                             ? to_float<ValueType::kFloat16>(value)
+                             : to_float<ValueType::kBfloat16>(value);
+    out.values.push_back(byte_of(static_cast<int>(number), traits.kind));
   }
-  for (int64_t row = 0; row < integers.m; ++row) {
-    out.scales.push_back(static_cast<float>(1 << row % 3));
+  const int64_t row_scales = scales_per_row(type, integers.k);
+  for (int64_t i = 0; i < integers.m * row_scales; ++i) {
+    out.scales.push_back(static_cast<float>(1 << (i + i / row_scales) % 3));
   }
   return out;
 }
 
-// Packs integers, as int8 values into a format of quantised ones. `type` is that of X.
+// Packs integers of -3 ... 3 as values of a type.
 Packed pack_integers(const DenseMatrix& dense, Format format, ValueType type) {
-  if (packed_format(format).value_types.contains(type)) {
-    return testing::pack_or_die(dense, format, type);
-  }
-  return testing::pack_or_die(
-      quantized(dense, type), format,
-      type == ValueType::kFloat16 ? ValueType::kInt8Float16 : ValueType::kInt8Bfloat16);
+  return is_quantized(type) ? testing::pack_or_die(quantized(dense, type), format, type)
+                            : testing::pack_or_die(dense, format, type);
 }
 
 struct Kernel {
   Format format;
   std::string config;
   int64_t tile_n;
+  ValueKind kind;
+
+  ValueType type(ValueType dense) const {
+    for (const ValueType type : kValueTypes) {
+      if (value_traits(type).kind == kind && value_traits(type).dense == dense) return type;
+    }
+    return dense;
+  }
 };
 
-void PrintTo(const Kernel& kernel, std::ostream* out) { *out << kernel.config; }
+std::string name_of(const Kernel& kernel) {
+  const ValueType type = kernel.type(ValueType::kFloat16);
+  return kernel.config + (is_quantized(type) ? std::string("_") + value_traits(type).values : "");
+}
+
+void PrintTo(const Kernel& kernel, std::ostream* out) { *out << name_of(kernel); }
 
 std::vector<Kernel> every_kernel() {
   std::vector<Kernel> kernels;
@@ -165,7 +184,11 @@ std::vector<Kernel> every_kernel() {
         for (const auto& [name, value] : config.facts) {
           if (name == std::string("tile_n")) tile_n = value;
         }
-        kernels.push_back({format, config.name, tile_n});
+        for (const ValueType type : kValueTypes) {
+          if (value_traits(type).dense == ValueType::kFloat16 && family.value_types.contains(type)) {
+            kernels.push_back({format, config.name, tile_n, value_traits(type).kind});
+          }
+        }
       }
     }
   }
@@ -173,7 +196,7 @@ std::vector<Kernel> every_kernel() {
 }
 
 // The least bytes of rings with which a family's configuration works; 0 if it has none.
-int least_ring_bytes(const SpmmPlan& plan) {
+int least_ring_bytes(const SpmmPlan& plan, ValueType type) {
   const auto config = static_cast<size_t>(plan.config);
   switch (plan.family) {
     case KernelFamily::kBitmapRowsSm90:
@@ -188,7 +211,7 @@ int least_ring_bytes(const SpmmPlan& plan) {
       return gather_ring_bytes(kGatherMinWarps);
     case KernelFamily::kQuantizedBitmapSm90:
     case KernelFamily::kQuantizedBitmapSm80:
-      return plan.warps * kQuantMinRingBytes;
+      return plan.warps * quant_min_ring_bytes(type);
     default:
       return 0;
   }
@@ -200,36 +223,38 @@ class KernelOnGpu : public ::testing::TestWithParam<Kernel> {
     if (this_gpu().is_cpu()) GTEST_SKIP() << "no GPU";
     SpmmPlan plan;
     const Status status =
-        select_plan(problem(1, 1, 1, 1, packed_format(GetParam().format).value_types.first()),
-                    this_gpu(), GetParam().config, 0, &plan);
-    if (status.code == StatusCode::kUnsupported) GTEST_SKIP() << status.message;
+        select_plan(problem(1, 1, 1, 1, GetParam().type(ValueType::kFloat16)), this_gpu(),
+                    GetParam().config, 0, &plan);
+    // The GPU, or the configuration, has no kernel for such values.
+    if (!status.ok()) GTEST_SKIP() << status.message;
   }
 
   SpmmProblem problem(int64_t m, int64_t n, int64_t k, int64_t nnz, ValueType type) const {
     return {m, n, k, nnz, GetParam().format, type};
   }
 
-  // Multiplies n tokens of X of type `type`, with rings of the least size if `small_rings`, and
+  // Multiplies n tokens of X of type `dense_type`, with rings of the least size if `small_rings`, and
   // compares each bit.
   void expect_exact(const DenseMatrix& dense, int64_t n, int64_t ctas, bool small_rings,
-                    ValueType type) const {
+                    ValueType dense_type) const {
     const int64_t m = dense.m, k = dense.k;
+    const ValueType type = GetParam().type(dense_type);
     const Packed packed = pack_integers(dense, GetParam().format, type);
     SpmmPlan plan;
     const Status planned =
         select_plan(problem(m, n, k, packed.header.nnz, packed.header.value_type), this_gpu(),
                     GetParam().config, ctas, &plan);
     ASSERT_TRUE(planned.ok()) << planned.message;
-    if (small_rings) plan.ring_bytes = least_ring_bytes(plan);
+    if (small_rings) plan.ring_bytes = least_ring_bytes(plan, type);
     SCOPED_TRACE(plan.to_string() + " " + std::to_string(m) + "x" + std::to_string(k) +
                  " N=" + std::to_string(n) + " nnz=" + std::to_string(packed.header.nnz) + " " +
                  value_traits(type).name);
 
     const int64_t stride = (k + plan.x_multiple - 1) / plan.x_multiple * plan.x_multiple;
-    const DenseMatrix biases = integers(1, m, 0.2, type, 6);
-    DenseMatrix tokens = integers(n, k, 0.2, type, 5);
+    const DenseMatrix biases = integers(1, m, 0.2, dense_type, 6);
+    DenseMatrix tokens = integers(n, k, 0.2, dense_type, 5);
     // Kernels that quantise X then have a scale of 1 and round nothing.
-    for (int64_t token = 0; token < n; ++token) tokens.at(token, 0) = element_of(127, type);
+    for (int64_t token = 0; token < n; ++token) tokens.at(token, 0) = element_of(127, dense_type);
     std::vector<uint16_t> x(static_cast<size_t>(n * stride), 0);
     for (int64_t token = 0; token < n; ++token) {
       std::copy_n(&tokens.values[static_cast<size_t>(token * k)], k,
@@ -272,7 +297,7 @@ class KernelOnGpu : public ::testing::TestWithParam<Kernel> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Configurations, KernelOnGpu, ::testing::ValuesIn(every_kernel()),
-                         [](const auto& kernel) { return kernel.param.config; });
+                         [](const auto& kernel) { return name_of(kernel.param); });
 
 TEST_P(KernelOnGpu, AwkwardShapesAndAllDensities) {
   const int64_t tile = GetParam().tile_n;
@@ -363,7 +388,7 @@ void expect_the_hosts_bytes(const DenseMatrixOf<Raw>& dense, const DenseMatrixOf
   EXPECT_EQ(payload.to_host(), expected);
   EXPECT_FALSE(packer.changed());
 
-  const cuda::PackKernels& kernels = *cuda::pack_kernels(format);
+  const cuda::PackKernels& kernels = *cuda::pack_kernels(format, type);
   const std::vector<uint16_t> elements = testing::unpack(packed, testing::threaded_for);
   const OnGpu<uint16_t> unpacked(std::vector<uint16_t>(elements.size(), kNaN));
   PackedView view = packed.view();
@@ -401,13 +426,16 @@ TEST_P(PackerOnGpu, SmallWeightsHaveTheHostsBytes) {
   for (const auto& [m, k, gap] :
        {std::array<int64_t, 3>{520, 1100, 0}, {33, 1029, 2}, {1, 31, 0}}) {
     if (GetParam() == Format::kQuantizedBitmap) {
-      const QuantizedMatrix full = testing::random_int8(m, k, 0.0, 4, gap);
-      QuantizedMatrix sparse = pruned_by_pair(full, 4);
-      for (int64_t row = 0; row < std::min<int64_t>(m - 1, 16); ++row) {
-        for (int64_t col = 0; col < k; ++col) sparse.at(row, col) = 0;
+      for (const ValueType type : kValueTypes) {
+        if (!is_quantized(type)) continue;
+        const QuantizedMatrix full = testing::random_quantized(type, m, k, 0.0, 4, gap);
+        QuantizedMatrix sparse = pruned_by_pair(full, 4);
+        for (int64_t row = 0; row < std::min<int64_t>(m - 1, 16); ++row) {
+          for (int64_t col = 0; col < k; ++col) sparse.at(row, col) = 0;
+        }
+        expect_the_hosts_bytes(sparse, full, GetParam(), type);
+        expect_the_hosts_bytes(full, sparse, GetParam(), type);
       }
-      expect_the_hosts_bytes(sparse, full, GetParam(), ValueType::kInt8Float16);
-      expect_the_hosts_bytes(full, sparse, GetParam(), ValueType::kInt8Bfloat16);
     } else {
       const DenseMatrix full = testing::random_patterns(m, k, 0.0, 4, gap);
       const DenseMatrix sparse = pruned_by_pair(full, 4);

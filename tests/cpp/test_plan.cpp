@@ -667,9 +667,10 @@ TEST(SelectFormat, ComparesBytesThatAreNoWholeNumber) {
   }
 }
 
-SpmmProblem quantized_problem(int64_t m, int64_t n, int64_t k) {
+SpmmProblem quantized_problem(int64_t m, int64_t n, int64_t k,
+                              ValueType type = ValueType::kInt8Float16) {
   SpmmProblem p = problem(m, n, k, 0.5);
-  p.value_type = ValueType::kInt8Float16;
+  p.value_type = type;
   p.format = Format::kQuantizedBitmap;
   return p;
 }
@@ -693,19 +694,41 @@ TEST(SelectPlanQuantized, EachGpuTakesTheFamilyWhoseCopiesItHas) {
   EXPECT_EQ(plan_of(quantized_problem(4096, 65, 4096), kA100).name(), "dense");
 }
 
+// There are no products of fp8 values and int8 X, and a warp takes both planes of int4's chunks.
+TEST(SelectPlanQuantized, TakesAConfigurationThatMultipliesTheValues) {
+  const auto chosen = [](ValueType type, int64_t n) {
+    SpmmProblem p = quantized_problem(28672, n, 7168, type);
+    p.int8_x = true;
+    return plan_of(p, kH200).name();
+  };
+  EXPECT_EQ(chosen(ValueType::kFp8Float16, 8), "quantized8");
+  EXPECT_EQ(chosen(ValueType::kFp8Bfloat16, 16), "quantized16");
+  EXPECT_EQ(chosen(ValueType::kInt4Float16, 16), "quantized16_int8x");
+  EXPECT_EQ(plan_of(quantized_problem(28672, 16, 7168, ValueType::kInt4Bfloat16), kH200).name(),
+            "quantized8");
+}
+
 TEST(SelectPlanQuantized, EachConfigurationFitsTheSharedMemoryAndHoldsX) {
   for (const DeviceInfo& device : {kA100, kL40S, kH200, kB200, kRtx5090}) {
     for (const KernelFamily family :
          {KernelFamily::kQuantizedBitmapSm80, KernelFamily::kQuantizedBitmapSm90}) {
       if (!device.features.contains(kernel_family(family).needs)) continue;
       for (const QuantizedBitmapConfig& config : quantized_bitmap_configs(family)) {
-        for (const int64_t k : {1, 4096, 7168, 8192, 28672}) {
-          const SpmmPlan plan = plan_of(quantized_problem(28672, 8, k), device, config.name);
-          SCOPED_TRACE(plan.to_string());
-          EXPECT_LE(quant_smem_bytes(config, plan.warps, plan.ring_bytes / plan.warps),
-                    device.smem_per_sm_bytes - 1024);
-          EXPECT_GE(plan.ring_bytes, plan.warps * kQuantMinRingBytes);
-          EXPECT_LE(plan.unit_cols, plan.warps * config.warp_chunks);
+        for (const ValueType type :
+             {ValueType::kInt8Float16, ValueType::kFp8Float16, ValueType::kInt4Bfloat16}) {
+          for (const int64_t k : {1, 4096, 7168, 8192, 28672}) {
+            const SpmmProblem p = quantized_problem(28672, 8, k, type);
+            if (!config.multiplies(type)) {
+              EXPECT_EQ(failure_of(p, device, config.name).code, StatusCode::kInvalidValue);
+              continue;
+            }
+            const SpmmPlan plan = plan_of(p, device, config.name);
+            SCOPED_TRACE(plan.to_string());
+            EXPECT_LE(quant_smem_bytes(config, type, plan.warps, plan.ring_bytes / plan.warps),
+                      device.smem_per_sm_bytes - 1024);
+            EXPECT_GE(plan.ring_bytes, plan.warps * quant_min_ring_bytes(type));
+            EXPECT_LE(plan.unit_cols, plan.warps * config.warp_chunks(type));
+          }
         }
       }
     }

@@ -266,14 +266,23 @@ __device__ __forceinline__ void mma_m16n8k16(float* acc, const uint32_t* a, uint
   }
 }
 
-// mma.m16n8k32: acc[16, 8] += a[16, 32] . b[32, 8] for unsigned bytes times signed bytes.
-__device__ __forceinline__ void mma_m16n8k32_u8(int* acc, const uint32_t* a, uint32_t b0,
-                                                uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+// mma.m16n8k32: acc[16, 8] += a[16, 32] . b[32, 8] for bytes times signed bytes.
+template <bool kUnsignedA>
+__device__ __forceinline__ void mma_m16n8k32_int8(int* acc, const uint32_t* a, uint32_t b0,
+                                                  uint32_t b1) {
+  if constexpr (kUnsignedA) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
 }
 
 // mma.sp.m16n8k32: acc[16, 8] += a[16, 32] . b[32, 8] for a 2:4 sparse a of 16-bit elements. `a`

@@ -37,30 +37,54 @@ struct RunSteps {
   uint32_t column = 4;
 };
 
-// A position in a lane's run: between two bytes of its column.
-template <bool kUp>
+// What a run's windows hold. Every struct has
+//   kZero   four bytes of an element that is not stored
+//   kept()  the four bytes of a window as they go to elements
+template <uint8_t kByte>
+struct StoredBytes {
+  static constexpr uint32_t kZero = 0x01010101U * kByte;
+  __device__ __forceinline__ static uint32_t kept(uint32_t window) { return window; }
+};
+
+// Nibbles are the upper ones of a window's bytes: 16 * value + 128, or 16 * value as an int8
+// number.
+struct BiasedNibbles {
+  static constexpr uint32_t kZero = 0x01010101U * kQuantZero;
+  __device__ __forceinline__ static uint32_t kept(uint32_t window) { return window & 0xF0F0F0F0U; }
+};
+struct SignedNibbles {
+  static constexpr uint32_t kZero = 0;
+  __device__ __forceinline__ static uint32_t kept(uint32_t window) {
+    return (window & 0xF0F0F0F0U) ^ 0x80808080U;
+  }
+};
+
+// A position in a lane's run: between two bytes of its column. kLowNibbles: or 4 bits before that,
+// so that the low nibbles of the run's bytes are the upper ones of a window's.
+template <bool kUp, bool kLowNibbles = false>
 struct RunReader {
-  uint32_t address;  // of row 0, plus 32 times the byte's number in the column
-  uint32_t bits;     // 8 times the byte's number
+  uint32_t address;  // of row 0, plus 4 times the position in the column, in bits
+  uint32_t bits;     // that position
   uint32_t column;   // byte offset of the column in a row
   uint32_t window;   // the next four bytes in the direction of the run
 
   // The run begins at `row`, the 128-byte aligned address of the row above the position.
   __device__ __forceinline__ RunReader(uint32_t row, uint32_t own_column)
-      : address(row), bits(0), column(own_column) {
+      : address(kLowNibbles ? row - 16 : row), bits(kLowNibbles ? 0U - 4 : 0), column(own_column) {
     // Volatile: nothing orders it after the wait.
     asm volatile("ld.shared.u32 %0, [%1 + %2];"
                  : "=r"(window)
                  : "r"(row + own_column), "n"(kUp ? 0 : -kQuantRowBytes));
+    if constexpr (kLowNibbles) window <<= 4;
   }
 
   // Returns the low and the high elements of fragment kFragment of a word, one in each byte, and
-  // moves on. An element that is not stored is the byte `zero` holds in all its bytes.
-  template <int kFragment>
-  __device__ __forceinline__ void take(uint32_t word, const RunSteps& steps, uint32_t zero,
-                                       uint32_t& low, uint32_t& high) {
+  // moves on. Bytes says what they are.
+  template <int kFragment, typename Bytes>
+  __device__ __forceinline__ void take(uint32_t word, const RunSteps& steps, uint32_t& low,
+                                       uint32_t& high) {
     // With the fragment's bits b0 ... b3 at bits 0, 4, 8, 12 of s, nibble e of
-    //   0x4444 + s * 0x110C  is b0 + ... + b(e-1) if b_e, else 4 to 7, which select `zero`
+    //   0x4444 + s * 0x110C  is b0 + ... + b(e-1) if b_e, else 4 to 7, which select kZero
     //   0x7777 - s * 0x1114  is 3 - (b0 + ... + b(e-1)) if b_e, else 4 to 7
     // The factors make up for the shift of the bits by kFragment, except that a factor would not be
     // whole for the last fragment. prmt ignores the upper half of a selector.
@@ -78,33 +102,37 @@ struct RunReader {
                    w2 = load_run_word<kQuantRowBytes>(at);
     const uint32_t before = __funnelshift_r(w0, w1, bits), after = __funnelshift_r(w1, w2, bits);
     if constexpr (kUp) {
-      low = permute_bytes(window, zero, forward);
-      high = permute_bytes(before, zero, backward);
+      low = permute_bytes(Bytes::kept(window), Bytes::kZero, forward);
+      high = permute_bytes(Bytes::kept(before), Bytes::kZero, backward);
       window = after;
     } else {
-      low = permute_bytes(window, zero, backward);
-      high = permute_bytes(after, zero, forward);
+      low = permute_bytes(Bytes::kept(window), Bytes::kZero, backward);
+      high = permute_bytes(Bytes::kept(after), Bytes::kZero, forward);
       window = before;
     }
   }
 };
 
-// A lane's part of a chunk in shared memory: what lies above its values.
-struct QuantChunk {
+// A lane's part of a plane of a chunk in shared memory: what lies above its values.
+template <int kPlanes>
+struct QuantPlane {
   uint32_t bits[kQuantWords];
   uint32_t column;  // of the downward run
 
   // `top` is the 128-byte aligned address of the row above the values.
-  __device__ __forceinline__ QuantChunk(uint32_t top, int lane) {
+  __device__ __forceinline__ QuantPlane(uint32_t top, int plane, int lane) {
 #pragma unroll
-    for (int q = 0; q < kQuantWords; ++q) bits[q] = ptx::load_shared_u32(top + (q * 32 + lane) * 4);
-    column = ptx::load_shared_u8(top + kQuantBitsBytes + lane) & (kQuantRowBytes - 4U);
+    for (int q = 0; q < kQuantWords; ++q) {
+      bits[q] = ptx::load_shared_u32(top + plane * kQuantBitsBytes + (q * 32 + lane) * 4);
+    }
+    const uint32_t columns = top + kPlanes * kQuantBitsBytes + plane * kQuantColumnsBytes;
+    column = ptx::load_shared_u8(columns + lane) & (kQuantRowBytes - 4U);
   }
 };
 
 // What the bytes of a kind of values become. Every one has
 //   kDense     the type of the weight's elements
-//   kZero      four bytes of a value that is not stored
+//   Bytes      what is read of the runs
 //   widen()    two elements of a register of four bytes, as 16-bit numbers: 0 and 1, or 2 and 3;
 //              each is the value divided by kUnit
 template <ValueType kType>
@@ -113,7 +141,7 @@ struct QuantValues;
 template <>
 struct QuantValues<ValueType::kInt8Float16> {
   static constexpr ValueType kDense = ValueType::kFloat16;
-  static constexpr uint32_t kZero = 0x01010101U * kQuantZero;
+  using Bytes = StoredBytes<kQuantZero>;
 
   // A byte is a subnormal fp16 number, so no register has to hold a bias.
   static constexpr float kUnit = 0x1p24F;
@@ -129,7 +157,7 @@ struct QuantValues<ValueType::kInt8Float16> {
 template <>
 struct QuantValues<ValueType::kInt8Bfloat16> {
   static constexpr ValueType kDense = ValueType::kBfloat16;
-  static constexpr uint32_t kZero = 0x01010101U * kQuantZero;
+  using Bytes = StoredBytes<kQuantZero>;
 
   static constexpr float kUnit = 1.0F;
   // As the low half of a bfloat16 number a byte is 256 + value below 0 and 256 + 2 * value above,
@@ -143,6 +171,65 @@ struct QuantValues<ValueType::kInt8Bfloat16> {
         __hfma2_relu(number, __float2bfloat162_rn(0.5F), __float2bfloat162_rn(-float{kQuantZero}));
     const __nv_bfloat162 value =
         __hsub2(__hadd2(number, __float2bfloat162_rn(-2.0F * kQuantZero)), positive);
+    return reinterpret_cast<const uint32_t&>(value);
+  }
+};
+
+// int4 values become int8 values that are 16 times as large.
+template <>
+struct QuantValues<ValueType::kInt4Float16> : QuantValues<ValueType::kInt8Float16> {
+  using Bytes = BiasedNibbles;
+  static constexpr float kUnit = QuantValues<ValueType::kInt8Float16>::kUnit / 16;
+};
+template <>
+struct QuantValues<ValueType::kInt4Bfloat16> : QuantValues<ValueType::kInt8Bfloat16> {
+  using Bytes = BiasedNibbles;
+  static constexpr float kUnit = QuantValues<ValueType::kInt8Bfloat16>::kUnit / 16;
+};
+
+// Two fp8 numbers, each as the upper byte of 16 bits.
+template <int kHalf>
+__device__ __forceinline__ uint32_t spread_fp8(uint32_t bytes) {
+  return permute_bytes(bytes, 0, kHalf == 0 ? 0x1404U : 0x3424U);
+}
+
+// An fp8 number whose exponent and mantissa stand where those of a wider type do, with the smaller
+// bias of its exponent, is the value divided by a power of two; subnormals too. All steps are
+// exact.
+template <>
+struct QuantValues<ValueType::kFp8Float16> {
+  static constexpr ValueType kDense = ValueType::kFloat16;
+  using Bytes = StoredBytes<0>;
+  static constexpr float kUnit = 1.0F;
+  template <int kHalf>
+  __device__ __forceinline__ static uint32_t widen(uint32_t bytes) {
+#if __CUDA_ARCH__ >= 890
+    uint32_t value;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;"
+        : "=r"(value)
+        : "h"(static_cast<uint16_t>(kHalf == 0 ? bytes : bytes >> 16)));
+    return value;
+#else
+    const uint32_t wide = spread_fp8<kHalf>(bytes);
+    const uint32_t scaled = (wide & 0x80008000U) | (wide >> 1 & 0x3F803F80U);
+    const __half2 value =
+        __hmul2(reinterpret_cast<const __half2&>(scaled), __float2half2_rn(0x1p8F));
+    return reinterpret_cast<const uint32_t&>(value);
+#endif
+  }
+};
+
+template <>
+struct QuantValues<ValueType::kFp8Bfloat16> {
+  static constexpr ValueType kDense = ValueType::kBfloat16;
+  using Bytes = StoredBytes<0>;
+  static constexpr float kUnit = 1.0F;
+  template <int kHalf>
+  __device__ __forceinline__ static uint32_t widen(uint32_t bytes) {
+    const uint32_t wide = spread_fp8<kHalf>(bytes);
+    const uint32_t scaled = (wide & 0x80008000U) | (wide >> 4 & 0x07F007F0U);
+    const __nv_bfloat162 value =
+        __hmul2(reinterpret_cast<const __nv_bfloat162&>(scaled), __float2bfloat162_rn(0x1p120F));
     return reinterpret_cast<const uint32_t&>(value);
   }
 };

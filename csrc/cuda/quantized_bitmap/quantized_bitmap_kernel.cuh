@@ -41,6 +41,7 @@ struct QuantParams {
   int k;
   int strips, chunk_cols;
   unsigned cta_strips, longer_ctas;  // strips of a CTA; the first longer_ctas have one more
+  int scale_units;                   // of a strip
   int section_cols;                  // columns of chunks in a section
   int sections;
   int ring_bytes;    // of each warp
@@ -60,11 +61,6 @@ struct QuantSm90 {
 // A strip's sums are added when the warp that does so has multiplied this many more, so that it
 // need not wait for the others.
 inline constexpr int kQuantSumsLag = kQuantSumsStages / 2;
-
-// Both value types have the same chunks.
-constexpr int kChunkK = quant_chunk_k(ValueType::kInt8Float16);
-constexpr int kFixedUnits = quant_fixed_units(ValueType::kInt8Float16);
-constexpr int kScaleUnits = static_cast<int>(quant_scale_units(ValueType::kInt8Float16, 1));
 
 // Where things are in a CTA's shared memory.
 struct QuantSmem {
@@ -110,24 +106,23 @@ struct QuantSmem {
 };
 
 // How X is multiplied. Each struct has
-//   kType       the type of the weight
 //   kQuantized  whether its tokens have scales
+//   Bytes       how the weight's values are read (decode.cuh)
+//   kUnit       a sum is the sum of products divided by it and by the tokens' scales
 //   Sum         of the sums
-//   ChunkX      X of a column of chunks and 8 tokens as B fragments, for fragment j of word q
-//   Fragments   A fragments of two neighbouring fragments of a chunk, made of them as decoded
+//   PlaneX      X of a plane of chunks and 8 tokens as B fragments, for fragment j of word q
+//   Fragments   A fragments of two neighbouring fragments of a plane, made of them as decoded
 //   multiply()  adds their products; `x` is that of the first
-//   kWarpSums   whether each warp stores its sums of a strip for itself, and not to a common place
-//   give()      adds a warp's sums to those of a strip and 8 tokens in shared memory
-//   take()      returns the sums of all warps; the place is ready for another strip
 
 // X as it is. A fragment is columns 4 t and 4 t + 1 in .x, 4 t + 2 and 4 t + 3 in .y.
 template <ValueType kWeight>
 struct WideX {
-  static constexpr ValueType kType = kWeight;
   static constexpr bool kQuantized = false;
-  using Values = QuantValues<kType>;
+  using Values = QuantValues<kWeight>;
+  using Bytes = typename Values::Bytes;
+  static constexpr float kUnit = Values::kUnit;
   using Sum = float;
-  using ChunkX = uint2[kQuantWords][kQuantFragments];
+  using PlaneX = uint2[kQuantWords][kQuantFragments];
 
   struct Fragments {
     uint32_t a[2][4];
@@ -148,7 +143,39 @@ struct WideX {
     ptx::mma_m16n8k16<Values::kDense>(sums, fragments.a[0], x[0].x, x[0].y);
     ptx::mma_m16n8k16<Values::kDense>(sums, fragments.a[1], x[1].x, x[1].y);
   }
+};
 
+// X quantised to int8, with a scale for each token. Bytes of int8 values are value + 128, so the
+// sums of products contain 128 times the sum of X; nibbles become signed bytes.
+template <ValueType kWeight>
+struct Int8X {
+  static constexpr bool kQuantized = true;
+  static constexpr bool kNibbles = value_traits(kWeight).kind == ValueKind::kInt4;
+  using Bytes = std::conditional_t<kNibbles, SignedNibbles, StoredBytes<kQuantZero>>;
+  static constexpr float kUnit = kNibbles ? 1.0F / 16 : 1.0F;
+  using Sum = int;
+  using PlaneX = uint32_t[kQuantWords][kQuantFragments];
+
+  struct Fragments {
+    uint32_t a[4];
+
+    __device__ __forceinline__ Fragments(const uint32_t (&low)[2], const uint32_t (&high)[2])
+        : a{low[0], high[0], low[1], high[1]} {}
+  };
+
+  __device__ __forceinline__ static void multiply(const Fragments& fragments, const uint32_t* x,
+                                                  int (&sums)[4]) {
+    ptx::mma_m16n8k32_int8<!kNibbles>(sums, fragments.a, x[0], x[1]);
+  }
+};
+
+// How the warps' sums of a strip and 8 tokens meet in shared memory. Each struct has
+//   Sum        of the sums
+//   kWarpSums  whether each warp stores its sums for itself, and not to a common place
+//   give()     adds a warp's sums
+//   take()     returns the sums of all warps; the place is ready for another strip
+struct FloatSums {
+  using Sum = float;
   static constexpr bool kWarpSums = true;
   __device__ __forceinline__ static void give(uint32_t smem, int warp, int warp_bytes, int lane,
                                               const float (&sums)[4]) {
@@ -166,28 +193,9 @@ struct WideX {
   }
 };
 
-// X quantised to int8, with a scale for each token. The weight's bytes are value + 128, so the sums
-// of products contain 128 times the sum of X.
-template <ValueType kWeight>
-struct Int8X {
-  static constexpr ValueType kType = kWeight;
-  static constexpr bool kQuantized = true;
+// Lanes are next to each other, so that their additions go to different banks.
+struct IntSums {
   using Sum = int;
-  using ChunkX = uint32_t[kQuantWords][kQuantFragments];
-
-  struct Fragments {
-    uint32_t a[4];
-
-    __device__ __forceinline__ Fragments(const uint32_t (&low)[2], const uint32_t (&high)[2])
-        : a{low[0], high[0], low[1], high[1]} {}
-  };
-
-  __device__ __forceinline__ static void multiply(const Fragments& fragments, const uint32_t* x,
-                                                  int (&sums)[4]) {
-    ptx::mma_m16n8k32_u8(sums, fragments.a, x[0], x[1]);
-  }
-
-  // Lanes are next to each other, so that their additions go to different banks.
   static constexpr bool kWarpSums = false;
   __device__ __forceinline__ static void give(uint32_t smem, int /*warp*/, int /*warp_bytes*/,
                                               int lane, const int (&sums)[4]) {
@@ -204,23 +212,30 @@ struct Int8X {
   }
 };
 
-template <typename Family, ValueType kWeight, int kTokens, int kColumns, bool kInt8X>
+template <typename Family, ValueType kWeight, int kTokens, int kXPlanes, bool kInt8X>
 struct QuantConfig {
   using WeightCopy = typename Family::WeightCopy;
   static constexpr ValueType kType = kWeight;
   static constexpr int kBlocks = kTokens / 8;
-  static constexpr int kWarpChunks = kColumns;
-  static_assert(kColumns <= kQuantMaxWarpChunks);
+  static constexpr int kPlanes = quant_planes(kWeight);  // of a chunk
+  static constexpr int kWarpPlanes = kXPlanes;
+  static constexpr int kWarpChunks = kXPlanes / kPlanes;
+  static_assert(kXPlanes <= kQuantMaxWarpPlanes && kXPlanes % kPlanes == 0);
+  static constexpr int kFixedUnits = quant_fixed_units(kWeight);
   static constexpr int kBlockSumsBytes = kQuantStripM * 8 * 4;
   static constexpr int kSumsBytes = kBlocks * kBlockSumsBytes;  // of a warp
-  // One block has few sums, so upward and downward runs have sums of their own and take turns.
-  static constexpr int kSumSets = kBlocks == 1 ? 2 : 1;
   using X = std::conditional_t<kInt8X, Int8X<kWeight>, WideX<kWeight>>;
+  // Whether the upward run of a plane and the downward one have scales of their own.
+  static constexpr bool kGroupScales = value_traits(kWeight).scales == ScaleGroup::kRowGroup;
+  // One block has few sums, so upward and downward runs have sums of their own and take turns.
+  static constexpr int kSumSets = kBlocks == 1 && !kGroupScales ? 2 : 1;
+  // Of a warp's chunks of a strip.
+  using StripSums = std::conditional_t<kInt8X && !kGroupScales, IntSums, FloatSums>;
 };
 
 // The chunks of a warp, those of its columns in each of the CTA's strips, on their way through its
 // ring. All lanes must call its functions.
-template <typename WeightCopy>
+template <typename C>
 class ChunkRing {
  public:
   // Starts to copy as many chunks as the ring has room for.
@@ -242,7 +257,7 @@ class ChunkRing {
     for (uint32_t chunk = lane + 32; chunk < total_; chunk += 32) {
       rows = max(rows, find(chunk).rows);
     }
-    constexpr int kFixedBytes = (kFixedUnits * kQuantUnitBytes + 127) / 128 * 128;
+    constexpr int kFixedBytes = (C::kFixedUnits * kQuantUnitBytes + 127) / 128 * 128;
     slot_bytes_ = __reduce_max_sync(~0U, rows) * kQuantRowBytes + kFixedBytes;
     slots_ = 2;
 #pragma unroll
@@ -257,6 +272,19 @@ class ChunkRing {
     *rows = __shfl_sync(~0U, found_.rows, static_cast<int>(done_));
     ptx::mbarrier_wait(full_ + done_ % kQuantRingChunks * 8, done_ / kQuantRingChunks & 1);
     return oldest_;
+  }
+
+  // The lane's two scales of the chunk that wait() returns (kAhead = 0) or of the next one: words
+  // of uint16[4 groups][16 rows]. Groups outside the matrix, and those of a strip without values,
+  // have ones.
+  template <int kAhead>
+  __device__ __forceinline__ uint32_t load_group_scales() const {
+    const auto finder = static_cast<int>(done_ + kAhead);
+    const int unit = __shfl_sync(~0U, found_.scale_unit, finder);
+    const int units = __shfl_sync(~0U, found_.scale_units, finder);
+    constexpr int kUnitLanes = kQuantUnitWords;  // a unit is the scales of a group
+    if (lane_ / kUnitLanes >= units) return kOnes;
+    return p_.payload[int64_t{unit} * kQuantUnitWords + lane_];
   }
 
   // Copies another chunk to where the oldest is, which the warp has read.
@@ -280,19 +308,30 @@ class ChunkRing {
   struct Found {
     int first_unit = 0;
     int rows = 0;  // of values; none if the chunk has no bytes or its offsets are malformed
+    // Where its scales are, of types with scales for groups of columns.
+    int scale_unit = 0, scale_units = 0;
   };
+  static constexpr uint32_t kOnes = 0x3C003C00;
 
   __device__ __forceinline__ Found find(uint32_t chunk) const {
     Found found;
     if (chunk >= total_) return found;
-    const uint32_t nth = columns_ == 1 ? chunk : chunk / kQuantMaxWarpChunks;  // strip of the CTA
+    const uint32_t nth = columns_ == 1 ? chunk : chunk / kQuantMaxWarpPlanes;  // strip of the CTA
     const int col = first_col_ + static_cast<int>(chunk - nth * columns_) * warps_;
     const int64_t strip = blockIdx.x + nth * gridDim.x;
     const int32_t* offsets = p_.offsets + strip * p_.chunk_cols + col;
     const int begin = offsets[0], end = offsets[1];
     if (begin < 0 || end <= begin || end > p_.payload_units) return found;
-    found.first_unit = begin + (col == 0 ? kScaleUnits : 0);
-    found.rows = max(quant_value_rows(ValueType::kInt8Float16, end - found.first_unit), 0);
+    found.first_unit = begin + (col == 0 ? p_.scale_units : 0);
+    found.rows = max(quant_value_rows(C::kType, end - found.first_unit), 0);
+    if constexpr (C::kGroupScales) {
+      const int scales = p_.offsets[strip * p_.chunk_cols];
+      constexpr int kChunkScaleUnits = quant_chunk_k(C::kType) / kScaleGroupCols;
+      if (scales >= 0 && scales <= p_.payload_units - p_.scale_units) {
+        found.scale_unit = scales + col * kChunkScaleUnits;
+        found.scale_units = p_.scale_units - col * kChunkScaleUnits;
+      }
+    }
     return found;
   }
 
@@ -300,12 +339,13 @@ class ChunkRing {
   __device__ __forceinline__ void copy(uint32_t chunk, uint32_t to) const {
     const auto finder = static_cast<int>(chunk % 32);
     Found found = found_;
+    using WeightCopy = typename C::WeightCopy;
     if constexpr (!WeightCopy::kOneLane) {
       found.first_unit = __shfl_sync(~0U, found.first_unit, finder);
       found.rows = __shfl_sync(~0U, found.rows, finder);
     }
     const uint32_t bytes =
-        found.rows == 0 ? 0 : found.rows * kQuantRowBytes + kFixedUnits * kQuantUnitBytes;
+        found.rows == 0 ? 0 : found.rows * kQuantRowBytes + C::kFixedUnits * kQuantUnitBytes;
     const RingCopy copy = {p_.payload + int64_t{found.first_unit} * kQuantUnitWords,
                            to,
                            bytes,
@@ -328,18 +368,18 @@ class ChunkRing {
   uint32_t done_ = 0;  // chunks that were released
 };
 
-using WideChunkX = WideX<ValueType::kInt8Float16>::ChunkX;
+using WidePlaneX = WideX<ValueType::kInt8Float16>::PlaneX;
 
-// X of a block of 8 tokens.
-__device__ __forceinline__ void load_x(const QuantParams& p, int64_t token_block, int chunk_col,
-                                       int lane, WideChunkX& x) {
+// X of a block of 8 tokens and the columns of a plane from `first` on.
+__device__ __forceinline__ void load_x(const QuantParams& p, int64_t token_block, int first,
+                                       int lane, WidePlaneX& x) {
   const int64_t token = token_block * 8 + lane / 4;
   const uint16_t* row = p.x + token * p.x_stride;
 #pragma unroll
   for (int q = 0; q < kQuantWords; ++q) {
 #pragma unroll
     for (int j = 0; j < kQuantFragments; ++j) {
-      const int col = chunk_col * kChunkK + quant_col(q, j, lane, 0);
+      const int col = first + quant_col(q, j, lane, 0);
       const bool inside = token < p.epilogue.n && col < p.k;
       x[q][j] = inside ? *reinterpret_cast<const uint2*>(row + col) : make_uint2(0, 0);
     }
@@ -357,7 +397,7 @@ __device__ __forceinline__ uint32_t larger_magnitudes(uint32_t largest, uint32_t
 
 // The largest magnitudes of a lane's elements and `largest`, of each half.
 template <ValueType kDense>
-__device__ __forceinline__ uint32_t largest_magnitudes(const WideChunkX& x, uint32_t largest) {
+__device__ __forceinline__ uint32_t largest_magnitudes(const WidePlaneX& x, uint32_t largest) {
 #pragma unroll
   for (int i = 0; i < kQuantWords * kQuantFragments; ++i) {
     const uint2 four = x[i / kQuantFragments][i % kQuantFragments];
@@ -423,9 +463,9 @@ __device__ __forceinline__ uint32_t quantize(uint2 four, float inverse) {
 template <typename C>
 struct WarpX {
   using X = typename C::X;
-  static constexpr int kBlocks = C::kBlocks, kWarpChunks = C::kWarpChunks;
+  static constexpr int kBlocks = C::kBlocks, kWarpPlanes = C::kWarpPlanes;
 
-  typename X::ChunkX chunks[kWarpChunks][kBlocks] = {};
+  typename X::PlaneX planes[kWarpPlanes][kBlocks] = {};
 
   // All warps of the CTA must call it. The warp's first column of chunks is `first_col`.
   __device__ __forceinline__ void load(const QuantParams& p, const QuantSmem& smem, int first_col,
@@ -433,10 +473,10 @@ struct WarpX {
     const int64_t first_block = int64_t{blockIdx.z} * kBlocks;
     if constexpr (!X::kQuantized) {
 #pragma unroll
-      for (int i = 0; i < kWarpChunks * kBlocks; ++i) {
+      for (int i = 0; i < kWarpPlanes * kBlocks; ++i) {
         const int c = i / kBlocks, b = i % kBlocks;
-        if (c < columns) {
-          load_x(p, first_block + b, first_col + c * smem.warps, lane, chunks[c][b]);
+        if (c / C::kPlanes < columns) {
+          load_x(p, first_block + b, first_of(c, first_col, smem.warps), lane, planes[c][b]);
         }
       }
       __syncthreads();
@@ -446,23 +486,29 @@ struct WarpX {
   }
 
  private:
+  // The first column of the warp's plane `plane`.
+  __device__ __forceinline__ static int first_of(int plane, int first_col, int warps) {
+    return (first_col + plane / C::kPlanes * warps) * quant_chunk_k(C::kType) +
+           plane % C::kPlanes * kQuantPlaneK;
+  }
+
   __device__ __forceinline__ void load_quantized(const QuantParams& p, const QuantSmem& smem,
                                                  int64_t first_block, int first_col, int columns,
                                                  int warp, int lane) {
-    constexpr ValueType kDense = QuantValues<X::kType>::kDense;
+    constexpr ValueType kDense = QuantValues<C::kType>::kDense;
     // Not quantised yet; loaded again where it would take too many registers.
-    constexpr bool kKept = kBlocks * kWarpChunks <= 2;
-    WideChunkX kept[kKept ? kWarpChunks : 1][kKept ? kBlocks : 1] = {};
+    constexpr bool kKept = kBlocks * kWarpPlanes <= 2;
+    WidePlaneX kept[kKept ? kWarpPlanes : 1][kKept ? kBlocks : 1] = {};
     // The largest magnitudes meet in shared memory: uint32[part][tokens]. A part is a warp's
     // columns, if its X is kept and there is one section of K, or else one of kQuantRowParts parts
     // of all of K.
     int parts = smem.warps;
     if constexpr (kKept) {
 #pragma unroll
-      for (int i = 0; i < kWarpChunks * kBlocks; ++i) {
+      for (int i = 0; i < kWarpPlanes * kBlocks; ++i) {
         const int c = i / kBlocks, b = i % kBlocks;
-        if (c < columns) {
-          load_x(p, first_block + b, first_col + c * smem.warps, lane, kept[c][b]);
+        if (c / C::kPlanes < columns) {
+          load_x(p, first_block + b, first_of(c, first_col, smem.warps), lane, kept[c][b]);
         }
       }
     }
@@ -471,7 +517,7 @@ struct WarpX {
       for (int b = 0; b < kBlocks; ++b) {
         uint32_t magnitude = 0;
 #pragma unroll
-        for (int c = 0; c < kWarpChunks; ++c) {
+        for (int c = 0; c < kWarpPlanes; ++c) {
           magnitude = largest_magnitudes<kDense>(kept[kKept ? c : 0][kKept ? b : 0], magnitude);
         }
         magnitude = max(magnitude >> 16, magnitude & 0xFFFFU);
@@ -508,18 +554,18 @@ struct WarpX {
       }
       int sum = 0;
 #pragma unroll
-      for (int c = 0; c < kWarpChunks; ++c) {
-        if (c >= columns) break;
-        WideChunkX loaded;
+      for (int c = 0; c < kWarpPlanes; ++c) {
+        if (c / C::kPlanes >= columns) break;
+        WidePlaneX loaded;
         if constexpr (!kKept) {
-          load_x(p, first_block + b, first_col + c * smem.warps, lane, loaded);
+          load_x(p, first_block + b, first_of(c, first_col, smem.warps), lane, loaded);
         }
-        const WideChunkX& wide = kKept ? kept[kKept ? c : 0][kKept ? b : 0] : loaded;
+        const WidePlaneX& wide = kKept ? kept[kKept ? c : 0][kKept ? b : 0] : loaded;
 #pragma unroll
         for (int i = 0; i < kQuantWords * kQuantFragments; ++i) {
           const int q = i / kQuantFragments, j = i % kQuantFragments;
           const uint32_t four = quantize<kDense>(wide[q][j], token.inverse);
-          chunks[c][b][q][j] = four;
+          planes[c][b][q][j] = four;
           sum = __dp4a(static_cast<int>(four), 0x01010101, sum);
         }
       }
@@ -534,22 +580,21 @@ struct WarpX {
 template <typename C>
 using Sums = typename C::X::Sum[C::kBlocks][4];
 
-// Multiplies the fragments of word kWord of a run by X of a column of chunks.
-template <typename C, int kWord, bool kUp>
-__device__ __forceinline__ void multiply_word(uint32_t word, RunReader<kUp>& run,
-                                              const RunSteps& steps,
-                                              const typename C::X::ChunkX (&x)[C::kBlocks],
+// Multiplies the fragments of word kWord of a run by X of a plane of chunks.
+template <typename C, int kWord, typename Run>
+__device__ __forceinline__ void multiply_word(uint32_t word, Run& run, const RunSteps& steps,
+                                              const typename C::X::PlaneX (&x)[C::kBlocks],
                                               Sums<C>& sums) {
   using X = typename C::X;
-  constexpr uint32_t kZero = QuantValues<C::kType>::kZero;
+  using Bytes = typename X::Bytes;
   uint32_t low[kQuantFragments], high[kQuantFragments];
-  run.template take<0>(word, steps, kZero, low[0], high[0]);
-  run.template take<1>(word, steps, kZero, low[1], high[1]);
+  run.template take<0, Bytes>(word, steps, low[0], high[0]);
+  run.template take<1, Bytes>(word, steps, low[1], high[1]);
   const typename X::Fragments first({low[0], low[1]}, {high[0], high[1]});
 #pragma unroll
   for (int b = 0; b < C::kBlocks; ++b) X::multiply(first, &x[b][kWord][0], sums[b]);
-  run.template take<2>(word, steps, kZero, low[2], high[2]);
-  run.template take<3>(word, steps, kZero, low[3], high[3]);
+  run.template take<2, Bytes>(word, steps, low[2], high[2]);
+  run.template take<3, Bytes>(word, steps, low[3], high[3]);
   const typename X::Fragments second({low[2], low[3]}, {high[2], high[3]});
 #pragma unroll
   for (int b = 0; b < C::kBlocks; ++b) X::multiply(second, &x[b][kWord][2], sums[b]);
@@ -557,10 +602,10 @@ __device__ __forceinline__ void multiply_word(uint32_t word, RunReader<kUp>& run
 
 template <typename C>
 __device__ __forceinline__ void multiply_chunk(uint32_t chunk, uint32_t top, const RunSteps& steps,
-                                               const typename C::X::ChunkX (&x)[C::kBlocks],
+                                               const typename C::X::PlaneX (&x)[C::kBlocks],
                                                int lane, uint32_t lane_column, Sums<C>& up_sums,
                                                Sums<C>& down_sums) {
-  const QuantChunk parts(top, lane);
+  const QuantPlane<1> parts(top, 0, lane);
   RunReader<true> up(chunk, lane_column);
   multiply_word<C, 0>(parts.bits[0], up, steps, x, up_sums);
   if constexpr (C::kSumSets == 1) multiply_word<C, 1>(parts.bits[1], up, steps, x, up_sums);
@@ -570,15 +615,70 @@ __device__ __forceinline__ void multiply_chunk(uint32_t chunk, uint32_t top, con
   multiply_word<C, 3>(parts.bits[3], down, steps, x, down_sums);
 }
 
+// The scales of rows lane / 4 and lane / 4 + 8 for a group of the chunk whose scales
+// ChunkRing::load_group_scales() returned.
+__device__ __forceinline__ float2 group_scales(uint32_t two, int group, int lane) {
+  const uint32_t low = __shfl_sync(~0U, two, group * 8 + lane / 8);
+  const uint32_t high = __shfl_sync(~0U, two, group * 8 + 4 + lane / 8);
+  const int shift = lane / 4 % 2 * 16;
+  return make_float2(__half2float(__ushort_as_half(static_cast<uint16_t>(low >> shift))),
+                     __half2float(__ushort_as_half(static_cast<uint16_t>(high >> shift))));
+}
+
+// Sums of a lane in fp32, by block of 8 tokens.
+template <typename C>
+using FloatTotals = float[C::kBlocks][4];
+
+template <typename C>
+__device__ __forceinline__ void add_scaled(const Sums<C>& sums, float2 scales,
+                                           FloatTotals<C>& totals) {
+#pragma unroll
+  for (int b = 0; b < C::kBlocks; ++b) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float scale = e < 2 ? scales.x : scales.y;
+      totals[b][e] = __fmaf_rn(static_cast<float>(sums[b][e]), scale, totals[b][e]);
+    }
+  }
+}
+
+// Multiplies a plane of a chunk, each of whose runs has its own scales.
+template <typename C, int kPlane>
+__device__ __forceinline__ void multiply_plane(uint32_t chunk, uint32_t top, const RunSteps& steps,
+                                               const typename C::X::PlaneX (&x)[C::kBlocks],
+                                               int lane, uint32_t lane_column, uint32_t two_scales,
+                                               FloatTotals<C>& totals) {
+  const QuantPlane<C::kPlanes> parts(top, kPlane, lane);
+  RunReader<true, kPlane == 0> up(chunk, lane_column);
+  RunReader<false, kPlane == 0> down(top, parts.column);
+  Sums<C> up_sums = {}, down_sums = {};
+  multiply_word<C, 0>(parts.bits[0], up, steps, x, up_sums);
+  multiply_word<C, 2>(parts.bits[2], down, steps, x, down_sums);
+  multiply_word<C, 1>(parts.bits[1], up, steps, x, up_sums);
+  add_scaled<C>(up_sums, group_scales(two_scales, 2 * kPlane, lane), totals);
+  multiply_word<C, 3>(parts.bits[3], down, steps, x, down_sums);
+  add_scaled<C>(down_sums, group_scales(two_scales, 2 * kPlane + 1, lane), totals);
+}
+
 // The scales of rows lane / 4 and lane / 4 + 8 of a strip; 1 if it has none.
 __device__ __forceinline__ float2 load_scales(const QuantParams& p, int strip, int lane) {
   const int32_t* offsets = p.offsets + int64_t{strip} * p.chunk_cols;
   const int begin = offsets[0], end = offsets[p.chunk_cols];
-  if (begin < 0 || end <= begin || begin + kScaleUnits > p.payload_units) {
+  if (begin < 0 || end <= begin || begin + p.scale_units > p.payload_units) {
     return make_float2(1.0F, 1.0F);
   }
   const uint32_t* scales = p.payload + int64_t{begin} * kQuantUnitWords + lane / 4;
   return make_float2(__uint_as_float(scales[0]), __uint_as_float(scales[8]));
+}
+
+// The same for a type of values; 1 if groups of columns have scales, which the sums contain.
+template <ValueType kType>
+__device__ __forceinline__ float2 load_row_scales(const QuantParams& p, int strip, int lane) {
+  if constexpr (value_traits(kType).scales == ScaleGroup::kRowGroup) {
+    return make_float2(1.0F, 1.0F);
+  } else {
+    return load_scales(p, strip, lane);
+  }
 }
 
 // Stores Y of a strip and 8 tokens from a warp's sums, in fragment order.
@@ -607,11 +707,8 @@ struct Turn {
   int strip;
   float2 scales = make_float2(1.0F, 1.0F);
 
-  __device__ __forceinline__ Turn(const QuantParams& p, unsigned nth_strip, unsigned strips,
-                                  int lane)
-      : nth(nth_strip), strip(static_cast<int>(blockIdx.x + nth * gridDim.x)) {
-    if (nth < strips) scales = load_scales(p, strip, lane);
-  }
+  __device__ __forceinline__ Turn(unsigned nth_strip)
+      : nth(nth_strip), strip(static_cast<int>(blockIdx.x + nth * gridDim.x)) {}
 };
 
 // Adds the warps' sums of a strip and stores them.
@@ -622,21 +719,24 @@ __device__ __forceinline__ void add_strip(const QuantParams& p, const QuantSmem&
   ptx::mbarrier_wait(smem.sums_full(buffer), turn.nth / kQuantSumsStages & 1);
 #pragma unroll
   for (int b = 0; b < C::kBlocks; ++b) {
-    typename C::X::Sum total[4] = {};
-    C::X::take(smem.sums(buffer) + b * C::kBlockSumsBytes, smem.warps, C::kSumsBytes, lane, total);
+    typename C::StripSums::Sum total[4] = {};
+    C::StripSums::take(smem.sums(buffer) + b * C::kBlockSumsBytes, smem.warps, C::kSumsBytes, lane,
+                       total);
     float2 tokens = make_float2(1.0F, 1.0F);
     if constexpr (C::X::kQuantized) {
       const uint32_t pair = (b * 8 + lane % 4 * 2) * 4;
-      const uint2 sums = ptx::load_shared_v2(smem.token_sums() + pair);
-      total[0] -= kQuantZero * static_cast<int>(sums.x);
-      total[1] -= kQuantZero * static_cast<int>(sums.y);
-      total[2] -= kQuantZero * static_cast<int>(sums.x);
-      total[3] -= kQuantZero * static_cast<int>(sums.y);
+      if constexpr (!C::kGroupScales) {
+        const uint2 sums = ptx::load_shared_v2(smem.token_sums() + pair);
+        total[0] -= kQuantZero * static_cast<int>(sums.x);
+        total[1] -= kQuantZero * static_cast<int>(sums.y);
+        total[2] -= kQuantZero * static_cast<int>(sums.x);
+        total[3] -= kQuantZero * static_cast<int>(sums.y);
+      }
       const uint2 factors = ptx::load_shared_v2(smem.token_scales() + pair);
       tokens = make_float2(__uint_as_float(factors.x), __uint_as_float(factors.y));
-    } else {
-      tokens.x = tokens.y = QuantValues<C::kType>::kUnit;
     }
+    tokens.x *= C::X::kUnit;
+    tokens.y *= C::X::kUnit;
     const float4 sum = make_float4(
         static_cast<float>(total[0]) * tokens.x, static_cast<float>(total[1]) * tokens.y,
         static_cast<float>(total[2]) * tokens.x, static_cast<float>(total[3]) * tokens.y);
@@ -659,7 +759,7 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     const int warps = static_cast<int>(blockDim.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int warp = __shfl_sync(~0U, static_cast<int>(threadIdx.x) / 32, 0);
     const QuantSmem smem = {(ptx::smem_address(smem_bytes) + 127) / 128 * 128, warps, p.ring_bytes,
-                            (C::X::kWarpSums ? warps : 1) * C::kSumsBytes};
+                            (C::StripSums::kWarpSums ? warps : 1) * C::kSumsBytes};
     allow_next_kernel();
     const int first_col = static_cast<int>(blockIdx.y) * p.section_cols + warp;
     const int end_col = min(static_cast<int>(blockIdx.y + 1) * p.section_cols, p.chunk_cols);
@@ -680,18 +780,25 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
       C::WeightCopy::fence_barriers();
     }
     __syncwarp();
-    ChunkRing<typename C::WeightCopy> ring(p, smem, first_col, columns, strips, warp, lane);
-    constexpr int kZerosBytes = kQuantBitsBytes + kQuantColumnsBytes;
+    ChunkRing<C> ring(p, smem, first_col, columns, strips, warp, lane);
+    constexpr int kZerosBytes = C::kPlanes * (kQuantBitsBytes + kQuantColumnsBytes);
     for (int i = static_cast<int>(threadIdx.x); i < kZerosBytes / 4; i += warps * 32) {
       ptx::store_shared_u32(smem.zeros() + i * 4, 0);
     }
-    if constexpr (!C::X::kWarpSums) {
+    if constexpr (!C::StripSums::kWarpSums) {
       for (int i = static_cast<int>(threadIdx.x); i < kQuantSumsStages * C::kSumsBytes / 4;
            i += warps * 32) {
         ptx::store_shared_u32(smem.sums(0) + i * 4, 0);
       }
     }
-    Turn turn(p, warp, strips, lane);
+    const auto take_turn = [&](unsigned nth) {
+      Turn turn(nth);
+      if (nth < strips) turn.scales = load_row_scales<C::kType>(p, turn.strip, lane);
+      return turn;
+    };
+    Turn turn = take_turn(warp);
+    uint32_t next_scales = 0;
+    if constexpr (C::kGroupScales) next_scales = ring.template load_group_scales<0>();
     wait_for_previous_kernel();  // it may have written X
     WarpX<C> x;
     x.load(p, smem, first_col, columns, warp, lane);
@@ -699,7 +806,8 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
 #pragma unroll 1
     for (unsigned i = 0; i < strips + kQuantSumsLag; ++i) {
       if (i < strips) {
-        Sums<C> sums[C::kSumSets] = {};
+        // A strip's sums, or of types with scales for groups their scaled sums.
+        std::conditional_t<C::kGroupScales, FloatTotals<C>, Sums<C>> sums[C::kSumSets] = {};
 #pragma unroll
         for (int c = 0; c < C::kWarpChunks; ++c) {
           if (c >= columns) break;
@@ -707,8 +815,18 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
           const uint32_t chunk = ring.wait(&rows);
           // Absent values are multiplied too: X may be infinite there.
           const uint32_t top = rows == 0 ? smem.zeros() : chunk + rows * kQuantRowBytes;
-          multiply_chunk<C>(chunk, top, p.steps, x.chunks[c], lane, lane_column, sums[0],
-                            sums[C::kSumSets - 1]);
+          if constexpr (C::kGroupScales) {
+            static_assert(C::kPlanes == 2);
+            const uint32_t two_scales = next_scales;
+            next_scales = ring.template load_group_scales<1>();
+            multiply_plane<C, 0>(chunk, top, p.steps, x.planes[2 * c], lane, lane_column,
+                                 two_scales, sums[0]);
+            multiply_plane<C, 1>(chunk, top, p.steps, x.planes[2 * c + 1], lane, lane_column,
+                                 two_scales, sums[0]);
+          } else {
+            multiply_chunk<C>(chunk, top, p.steps, x.planes[c], lane, lane_column, sums[0],
+                              sums[C::kSumSets - 1]);
+          }
           ring.release();
         }
         const int buffer = i % kQuantSumsStages;
@@ -717,14 +835,14 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
         for (int b = 0; b < C::kBlocks; ++b) {
 #pragma unroll
           for (int e = 0; C::kSumSets == 2 && e < 4; ++e) sums[0][b][e] += sums[1][b][e];
-          C::X::give(smem.sums(buffer) + b * C::kBlockSumsBytes, warp, C::kSumsBytes, lane,
-                     sums[0][b]);
+          C::StripSums::give(smem.sums(buffer) + b * C::kBlockSumsBytes, warp, C::kSumsBytes, lane,
+                             sums[0][b]);
         }
         arrive_for_warp(smem.sums_full(buffer), lane);
       }
       if (i == turn.nth + kQuantSumsLag) {
         add_strip<C>(p, smem, turn, lane);
-        turn = Turn(p, turn.nth + warps, strips, lane);
+        turn = take_turn(turn.nth + warps);
       }
     }
   }
@@ -740,7 +858,7 @@ __global__ void __launch_bounds__(kQuantFinishWarps * 32)
   const int strip = static_cast<int>(blockIdx.x * kQuantFinishWarps + threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
   if (strip >= p.strips) return;
-  const float2 scales = load_scales(p, strip, lane);
+  const float2 scales = load_row_scales<kType>(p, strip, lane);
   wait_for_previous_kernel();
   float4 sum = make_float4(0, 0, 0, 0);
   for (int section = 0; section < p.sections; ++section) {
@@ -778,10 +896,13 @@ template <typename Family, ValueType kType>
 Status launch_quantized_config(const QuantParams& params, const SpmmPlan& plan, int warps,
                                int smem_bytes, bool prefetch, cudaStream_t stream) {
   int index = 0;
-#define FLASH_LLM_ROW(name, tokens, columns, int8_x)                              \
-  if (plan.config == index++) {                                                   \
-    return launch_quantized<QuantConfig<Family, kType, tokens, columns, int8_x>>( \
-        params, plan, warps, smem_bytes, prefetch, stream);                       \
+#define FLASH_LLM_ROW(name, tokens, planes, int8_x)                                \
+  if (plan.config == index++) {                                                    \
+    constexpr QuantizedBitmapConfig kConfig = {#name, tokens, planes, int8_x};     \
+    if constexpr (kConfig.multiplies(kType)) {                                     \
+      return launch_quantized<QuantConfig<Family, kType, tokens, planes, int8_x>>( \
+          params, plan, warps, smem_bytes, prefetch, stream);                      \
+    }                                                                              \
   }
   FLASH_LLM_QUANTIZED_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
@@ -795,16 +916,19 @@ Status spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* w
                              bool prefetch, cudaStream_t stream) {
   if (Status fits = check_plan(plan, Family::kFamily, args); !fits.ok()) return fits;
   const auto& configs = quantized_bitmap_configs(Family::kFamily);
-  const int64_t chunk_cols = num_quant_chunks(args.weight.value_type, args.weight.k);
   if (plan.config < 0 || plan.config >= static_cast<int>(configs.size())) {
     return Status::invalid_value("no quantised bitmap configuration has index " +
                                  std::to_string(plan.config));
   }
   const QuantizedBitmapConfig& config = configs[static_cast<size_t>(plan.config)];
+  const ValueType type = args.weight.value_type;
+  const int64_t chunk_cols = num_quant_chunks(type, args.weight.k);
   const int warps = plan.warps;
   const int ring_bytes = warps < 1 ? 0 : plan.ring_bytes / warps;
-  if (warps < 1 || warps > kQuantMaxWarps || plan.unit_cols > warps * config.warp_chunks ||
-      ring_bytes < kQuantMinRingBytes || ring_bytes % 128 != 0 || plan.ctas != plan.work.workers ||
+  if (!config.multiplies(type) || warps < 1 || warps > kQuantMaxWarps ||
+      plan.unit_cols > warps * config.warp_chunks(type) ||
+      ring_bytes < quant_min_ring_bytes(type) || ring_bytes % 128 != 0 ||
+      plan.ctas != plan.work.workers ||
       plan.work.cols != (chunk_cols + plan.unit_cols - 1) / plan.unit_cols) {
     return Status::invalid_value("plan " + plan.to_string() + " does not fit its configuration");
   }
@@ -824,24 +948,33 @@ Status spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* w
   params.chunk_cols = static_cast<int>(chunk_cols);
   params.cta_strips = static_cast<unsigned>(params.strips / plan.ctas);
   params.longer_ctas = static_cast<unsigned>(params.strips % plan.ctas);
+  params.scale_units = static_cast<int>(quant_scale_units(type, args.weight.k));
   params.section_cols = plan.unit_cols;
   params.sections = static_cast<int>(plan.work.cols);
   params.ring_bytes = ring_bytes;
   params.token_blocks = static_cast<int>(config.passes(args.n)) * config.tile_n / 8;
-  const int smem_bytes = quant_smem_bytes(config, warps, ring_bytes);
-  switch (args.weight.value_type) {
+  const int smem_bytes = quant_smem_bytes(config, type, warps, ring_bytes);
+  switch (type) {
     case ValueType::kInt8Float16:
       return launch_quantized_config<Family, ValueType::kInt8Float16>(params, plan, warps,
                                                                       smem_bytes, prefetch, stream);
     case ValueType::kInt8Bfloat16:
       return launch_quantized_config<Family, ValueType::kInt8Bfloat16>(
           params, plan, warps, smem_bytes, prefetch, stream);
+    case ValueType::kFp8Float16:
+      return launch_quantized_config<Family, ValueType::kFp8Float16>(params, plan, warps,
+                                                                     smem_bytes, prefetch, stream);
+    case ValueType::kFp8Bfloat16:
+      return launch_quantized_config<Family, ValueType::kFp8Bfloat16>(params, plan, warps,
+                                                                      smem_bytes, prefetch, stream);
+    case ValueType::kInt4Float16:
+      return launch_quantized_config<Family, ValueType::kInt4Float16>(params, plan, warps,
+                                                                      smem_bytes, prefetch, stream);
+    case ValueType::kInt4Bfloat16:
+      return launch_quantized_config<Family, ValueType::kInt4Bfloat16>(
+          params, plan, warps, smem_bytes, prefetch, stream);
     case ValueType::kFloat16:
     case ValueType::kBfloat16:
-    case ValueType::kFp8Float16:
-    case ValueType::kFp8Bfloat16:
-    case ValueType::kInt4Float16:
-    case ValueType::kInt4Bfloat16:
       break;
   }
   return Status::invalid_type("the quantised bitmap kernel has no code for this value type");

@@ -1,6 +1,7 @@
 // Packs the quantised bitmap format on the GPU. A CTA has a strip, and a warp one chunk of it after
 // the other: its lanes hold the elements as the format assigns them to lanes, agree on how their
 // runs are paired, and place the values in shared memory.
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -21,7 +22,7 @@ constexpr int kThreads = kWarps * 32;
 struct ByteMatrix {
   const uint8_t* values;
   int64_t ld, m, k;
-  const float* scales;  // [m]
+  const float* scales;  // [m], or [m, groups of columns]
   bool words;           // whether every row begins at a multiple of 4 bytes
 
   explicit ByteMatrix(const ValueMatrix& matrix)
@@ -83,9 +84,12 @@ struct Plane {
 
   __device__ __forceinline__ int count() const { return __reduce_add_sync(~0U, up + down); }
 
-  // Bit r says whether row r has a value.
+  // Bit r says whether row r has a value in words kFirst to kLast - 1.
+  template <int kFirst, int kLast>
   __device__ __forceinline__ uint32_t rows_with_values(int lane) const {
-    const uint32_t any = bits[0] | bits[1] | bits[2] | bits[3];
+    uint32_t any = 0;
+#pragma unroll
+    for (int q = kFirst; q < kLast; ++q) any |= bits[q];
     return __reduce_or_sync(~0U, (any & 0xFFFFU) == 0 ? 0 : 1U << quant_row(lane, 0)) |
            __reduce_or_sync(~0U, any >> 16 == 0 ? 0 : 1U << quant_row(lane, 1));
   }
@@ -128,26 +132,99 @@ struct Plane {
     }
   }
 
-  // Stores the bits and the columns of the downward runs, which follow the values.
-  __device__ __forceinline__ void store_bits(uint8_t* to, int lane) const {
+  __device__ __forceinline__ void store_bits(uint32_t* to, int lane) const {
 #pragma unroll
-    for (int q = 0; q < kQuantWords; ++q) reinterpret_cast<uint32_t*>(to)[q * 32 + lane] = bits[q];
-    to[kQuantBitsBytes + lane] = static_cast<uint8_t>(4 * column);
+    for (int q = 0; q < kQuantWords; ++q) to[q * 32 + lane] = bits[q];
   }
 };
 
+// A warp's chunk. All lanes must call its functions.
+template <ValueType kType>
+struct Chunk {
+  static constexpr int kPlanes = quant_planes(kType);
+  static constexpr ValueKind kKind = value_traits(kType).kind;
+
+  Plane planes[kPlanes];
+
+  __device__ __forceinline__ static Chunk load(const ByteMatrix& matrix, int64_t row, int64_t chunk,
+                                               int lane) {
+    const int64_t col = chunk * quant_chunk_k(kType);
+    if constexpr (kPlanes == 2) {
+      return {{Plane(matrix, row, col, lane), Plane(matrix, row, col + kQuantPlaneK, lane)}};
+    } else {
+      return {{Plane(matrix, row, col, lane)}};
+    }
+  }
+
+  __device__ __forceinline__ int count() const {
+    int sum = 0;
+#pragma unroll
+    for (const Plane& plane : planes) sum += plane.count();
+    return sum;
+  }
+
+  __device__ __forceinline__ int pair_runs(int lane) {
+    int rows = 0;
+#pragma unroll
+    for (Plane& plane : planes) rows = max(rows, plane.pair_runs(lane));
+    return rows;
+  }
+
+  // Writes the chunk to shared memory, which is 0 where the values go.
+  __device__ __forceinline__ void store(uint8_t* to, int rows, int lane) const {
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p) {
+      planes[p].place_values(rows, lane, [&](int offset, uint8_t value) {
+        if constexpr (kKind == ValueKind::kInt4) {
+          const int nibble = (value + 8) & 0xF;
+          to[offset] = static_cast<uint8_t>(p == 0 ? nibble : to[offset] | nibble << 4);
+        } else {
+          to[offset] = kKind == ValueKind::kInt8 ? static_cast<uint8_t>(value ^ kQuantZero) : value;
+        }
+      });
+      __syncwarp();  // the next plane's values share bytes with these
+    }
+    uint8_t* const above = to + rows * kQuantRowBytes;
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p) {
+      planes[p].store_bits(reinterpret_cast<uint32_t*>(above + p * kQuantBitsBytes), lane);
+      above[kPlanes * kQuantBitsBytes + p * kQuantColumnsBytes + lane] =
+          static_cast<uint8_t>(4 * planes[p].column);
+    }
+  }
+
+  // Writes the scales of the chunk's groups to those of its strip: uint16[groups][16 rows].
+  __device__ __forceinline__ void store_group_scales(const ByteMatrix& matrix, int64_t row0,
+                                                     int64_t chunk, int lane, uint16_t* to) const {
+    const int64_t groups = scales_per_row(kType, matrix.k);
+#pragma unroll
+    for (int g = 0; g < 2 * kPlanes; ++g) {
+      const Plane& plane = planes[g / 2];
+      const uint32_t scaled = g % 2 == 0 ? plane.template rows_with_values<0, 2>(lane)
+                                         : plane.template rows_with_values<2, 4>(lane);
+      const int64_t group = chunk * 2 * kPlanes + g;
+      if (group >= groups || lane >= kQuantStripM) continue;
+      const float scale =
+          (scaled >> lane & 1) != 0 ? matrix.scales[(row0 + lane) * groups + group] : kNoScale;
+      to[group * kQuantStripM + lane] = __half_as_ushort(__float2half_rn(scale));
+    }
+  }
+};
+
+template <ValueType kType>
 __device__ __forceinline__ int units_of(int rows) {
-  return rows == 0 ? 0 : rows * kQuantRowUnits + kQuantFixedUnits;
+  return rows == 0 ? 0 : rows * kQuantRowUnits + quant_fixed_units(kType);
 }
 
+template <ValueType kType>
 __global__ void __launch_bounds__(kThreads)
     count_kernel(const __grid_constant__ ByteMatrix matrix, int32_t* units, int32_t* nnz) {
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t chunks = num_quant_chunks(matrix.k), first = blockIdx.x * chunks;
+  const int64_t chunks = num_quant_chunks(kType, matrix.k), first = blockIdx.x * chunks;
   int first_units = 0, stored = 0;
   for (int64_t col = warp; col < chunks; col += kWarps) {
-    Plane plane(matrix, int64_t{blockIdx.x} * kQuantStripM, col * kQuantChunkK, lane);
-    const int count = plane.count(), own_units = units_of(plane.pair_runs(lane));
+    auto chunk = Chunk<kType>::load(matrix, int64_t{blockIdx.x} * kQuantStripM, col, lane);
+    const int count = chunk.count(), own_units = units_of<kType>(chunk.pair_runs(lane));
     if (lane != 0) continue;
     stored += count;
     nnz[first + col] = count;
@@ -158,56 +235,66 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   const int total = cta_sum(stored);
-  if (threadIdx.x == 0) units[first] = first_units + (total > 0 ? kQuantScaleUnits : 0);
+  if (threadIdx.x == 0) {
+    const auto scale_units = static_cast<int>(quant_scale_units(kType, matrix.k));
+    units[first] = first_units + (total > 0 ? scale_units : 0);
+  }
 }
 
+template <ValueType kType>
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(const __grid_constant__ ByteMatrix matrix, const int32_t* __restrict__ offsets,
                 const int32_t* __restrict__ nnz, uint32_t* payload, int32_t* changed) {
-  __shared__ __align__(16) uint8_t stages[kWarps][kQuantMaxUnits * kQuantUnitBytes];
+  constexpr bool kGroupScales = value_traits(kType).scales == ScaleGroup::kRowGroup;
+  __shared__ __align__(16) uint8_t stages[kWarps][quant_max_units(kType) * kQuantUnitBytes];
   __shared__ uint32_t rows_with_values;
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t chunks = num_quant_chunks(matrix.k), first = blockIdx.x * chunks;
+  const int64_t chunks = num_quant_chunks(kType, matrix.k), first = blockIdx.x * chunks;
   const int64_t row0 = int64_t{blockIdx.x} * kQuantStripM;
   const int32_t* own = offsets + first;
   const bool empty = own[chunks] == own[0];
+  uint32_t* const scales = payload + int64_t{own[0]} * kQuantUnitWords;
   uint8_t* const stage = stages[warp];
   uint32_t found = 0;
   for (int64_t col = warp; col < chunks; col += kWarps) {
-    Plane plane(matrix, row0, col * kQuantChunkK, lane);
-    const int count = plane.count(), rows = plane.pair_runs(lane);
-    const int scale_units = col == 0 && !empty ? kQuantScaleUnits : 0;
-    if (own[col + 1] - own[col] != units_of(rows) + scale_units || count != nnz[first + col]) {
+    auto chunk = Chunk<kType>::load(matrix, row0, col, lane);
+    const int count = chunk.count(), rows = chunk.pair_runs(lane);
+    const auto scale_units =
+        col == 0 && !empty ? static_cast<int>(quant_scale_units(kType, matrix.k)) : 0;
+    if (own[col + 1] - own[col] != units_of<kType>(rows) + scale_units ||
+        count != nnz[first + col]) {
       if (lane == 0) *changed = 1;
       continue;
     }
+    if constexpr (kGroupScales) {
+      if (!empty) {
+        chunk.store_group_scales(matrix, row0, col, lane, reinterpret_cast<uint16_t*>(scales));
+      }
+    } else {
+      found |= chunk.planes[0].template rows_with_values<0, kQuantWords>(lane);
+    }
     if (rows == 0) continue;
-    found |= plane.rows_with_values(lane);
     __syncwarp();  // the chunk before has been copied
     for (int i = lane; i < rows * kQuantRowBytes / 16; i += 32) {
       reinterpret_cast<uint4*>(stage)[i] = make_uint4(0, 0, 0, 0);
     }
     __syncwarp();
-    plane.place_values(rows, lane, [&](int offset, uint8_t value) {
-      stage[offset] = static_cast<uint8_t>(value ^ kQuantZero);
-    });
-    plane.store_bits(stage + rows * kQuantRowBytes, lane);
+    chunk.store(stage, rows, lane);
     __syncwarp();
     auto* to =
         reinterpret_cast<uint4*>(payload + int64_t{own[col] + scale_units} * kQuantUnitWords);
-    for (int i = lane; i < units_of(rows) * kQuantUnitBytes / 16; i += 32) {
+    for (int i = lane; i < units_of<kType>(rows) * kQuantUnitBytes / 16; i += 32) {
       __stcs(to + i, reinterpret_cast<const uint4*>(stage)[i]);
     }
   }
-  if (empty) return;
+  if (empty || kGroupScales) return;
   if (threadIdx.x == 0) rows_with_values = 0;
   __syncthreads();
   if (lane == 0) atomicOr(&rows_with_values, found);
   __syncthreads();
   if (threadIdx.x < kQuantStripM) {
     const bool scaled = (rows_with_values >> threadIdx.x & 1) != 0;
-    payload[int64_t{own[0]} * kQuantUnitWords + threadIdx.x] =
-        __float_as_uint(scaled ? matrix.scales[row0 + threadIdx.x] : kNoScale);
+    scales[threadIdx.x] = __float_as_uint(scaled ? matrix.scales[row0 + threadIdx.x] : kNoScale);
   }
 }
 
@@ -215,22 +302,58 @@ unsigned strips_of(const ValueMatrix& matrix) {
   return matrix.k == 0 ? 0 : static_cast<unsigned>(num_quant_strips(matrix.m));
 }
 
+// Bytes do not depend on the dtype of the weight, so there is one kernel for each kind of values.
+template <ValueType kType>
+Status count(const ValueMatrix& matrix, int32_t* units, int32_t* nnz, cudaStream_t stream) {
+  count_kernel<kType><<<strips_of(matrix), kThreads, 0, stream>>>(ByteMatrix(matrix), units, nnz);
+  return cuda::check(cudaGetLastError(), "quantized bitmap count_kernel launch");
+}
+
+template <ValueType kType>
+Status pack(const ValueMatrix& matrix, const int32_t* offsets, const int32_t* nnz,
+            uint32_t* payload, int32_t* changed, cudaStream_t stream) {
+  pack_kernel<kType><<<strips_of(matrix), kThreads, 0, stream>>>(ByteMatrix(matrix), offsets, nnz,
+                                                                 payload, changed);
+  return cuda::check(cudaGetLastError(), "quantized bitmap pack_kernel launch");
+}
+
+Status no_such_values() {
+  return Status::invalid_type("the quantised bitmap does not hold 16-bit values");
+}
+
 }  // namespace
 
 Status cuda::count_quantized_bitmap(const ValueMatrix& matrix, int32_t* units, int32_t* nnz,
                                     void* /*scratch*/, cudaStream_t stream) {
   if (strips_of(matrix) == 0) return Status::success();
-  count_kernel<<<strips_of(matrix), kThreads, 0, stream>>>(ByteMatrix(matrix), units, nnz);
-  return cuda::check(cudaGetLastError(), "quantized bitmap count_kernel launch");
+  switch (value_traits(matrix.type).kind) {
+    case ValueKind::kInt8:
+      return count<ValueType::kInt8Float16>(matrix, units, nnz, stream);
+    case ValueKind::kFp8E4m3:
+      return count<ValueType::kFp8Float16>(matrix, units, nnz, stream);
+    case ValueKind::kInt4:
+      return count<ValueType::kInt4Float16>(matrix, units, nnz, stream);
+    case ValueKind::k16Bit:
+      break;
+  }
+  return no_such_values();
 }
 
 Status cuda::pack_quantized_bitmap(const ValueMatrix& matrix, const int32_t* offsets,
                                    const int32_t* nnz, uint32_t* payload, int32_t* changed,
                                    void* /*scratch*/, cudaStream_t stream) {
   if (strips_of(matrix) == 0) return Status::success();
-  pack_kernel<<<strips_of(matrix), kThreads, 0, stream>>>(ByteMatrix(matrix), offsets, nnz, payload,
-                                                          changed);
-  return cuda::check(cudaGetLastError(), "quantized bitmap pack_kernel launch");
+  switch (value_traits(matrix.type).kind) {
+    case ValueKind::kInt8:
+      return pack<ValueType::kInt8Float16>(matrix, offsets, nnz, payload, changed, stream);
+    case ValueKind::kFp8E4m3:
+      return pack<ValueType::kFp8Float16>(matrix, offsets, nnz, payload, changed, stream);
+    case ValueKind::kInt4:
+      return pack<ValueType::kInt4Float16>(matrix, offsets, nnz, payload, changed, stream);
+    case ValueKind::k16Bit:
+      break;
+  }
+  return no_such_values();
 }
 
 }  // namespace flash_llm

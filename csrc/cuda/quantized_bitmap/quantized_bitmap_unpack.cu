@@ -18,33 +18,52 @@ namespace {
 
 constexpr int kWarps = 4;
 
-// The kernels are for int8 values, whose types have the same chunks.
-constexpr ValueType kInt8 = ValueType::kInt8Float16;
-constexpr int kScaleUnits = static_cast<int>(quant_scale_units(kInt8, 1));
-
 // A chunk in global memory. Malformed offsets give a chunk without values.
 struct StoredChunk {
   const uint32_t* words = nullptr;
   int rows = 0;
 
-  __device__ __forceinline__ StoredChunk(const PackedView& view, int64_t strip, int64_t col) {
-    const int64_t chunks = num_quant_chunks(kInt8, view.k);
+  __device__ __forceinline__ StoredChunk(const PackedView& view, ValueType type, int64_t strip,
+                                         int64_t col) {
+    const int64_t chunks = num_quant_chunks(type, view.k);
     const int32_t* offsets = view.offsets + strip * chunks + col;
-    const int64_t begin = int64_t{offsets[0]} + (col == 0 ? kScaleUnits : 0), end = offsets[1];
+    const int64_t begin = offsets[0] + (col == 0 ? quant_scale_units(type, view.k) : 0),
+                  end = offsets[1];
     if (offsets[0] < 0 || end <= begin || end * kQuantUnitWords > view.payload_words) return;
     words = view.payload + begin * kQuantUnitWords;
-    rows = max(quant_value_rows(kInt8, end - begin), 0);
+    rows = max(quant_value_rows(type, end - begin), 0);
   }
 };
+
+// The scale of an element of a strip whose bytes begin at unit `begin`; 1 if it lies outside the
+// matrix or the payload.
+template <ValueType kType>
+__device__ __forceinline__ float scale_of(const PackedView& view, int64_t begin, int row,
+                                          int64_t col) {
+  if (begin < 0 || col >= view.k ||
+      (begin + quant_scale_units(kType, view.k)) * kQuantUnitWords > view.payload_words) {
+    return 1.0F;
+  }
+  const uint32_t* scales = view.payload + begin * kQuantUnitWords;
+  const int64_t index = scale_group(kType, col) * kQuantStripM + row;
+  if constexpr (scale_bytes(kType) == 2) {
+    return __half2float(__ushort_as_half(reinterpret_cast<const uint16_t*>(scales)[index]));
+  } else {
+    return __uint_as_float(scales[index]);
+  }
+}
 
 // The four bytes of neighbouring elements of a row, dequantised.
 template <ValueType kType>
 __device__ __forceinline__ uint2 dequantize(uint32_t bytes, float scale) {
+  using Values = QuantValues<kType>;
+  const uint32_t pairs[2] = {Values::template widen<0>(bytes), Values::template widen<1>(bytes)};
   uint16_t elements[4];
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const int value = static_cast<int>(bytes >> (8 * e) & 0xFF) - kQuantZero;
-    elements[e] = element_from_float<QuantValues<kType>::kDense>(static_cast<float>(value) * scale);
+    const auto wide = static_cast<uint16_t>(pairs[e / 2] >> e % 2 * 16);
+    const float value = element_to_float<Values::kDense>(wide) * Values::kUnit;
+    elements[e] = element_from_float<Values::kDense>(value * scale);
   }
   return make_uint2(elements[0] | elements[1] << 16, elements[2] | elements[3] << 16);
 }
@@ -65,17 +84,50 @@ __device__ __forceinline__ void store_elements(uint16_t* dense, int64_t row, int
   }
 }
 
-template <ValueType kType, int kFragment, bool kUp>
-__device__ __forceinline__ void unpack_fragment(uint32_t word, RunReader<kUp>& run,
-                                                const RunSteps& steps, const float (&scales)[2],
-                                                int64_t row, int64_t col, const PackedView& view,
-                                                uint16_t* dense) {
+template <ValueType kType, int kFragment, typename Run>
+__device__ __forceinline__ void unpack_fragment(uint32_t word, Run& run, const RunSteps& steps,
+                                                const float (&scales)[2], int64_t row, int64_t col,
+                                                const PackedView& view, uint16_t* dense) {
   uint32_t low, high;
-  run.template take<kFragment>(word, steps, QuantValues<kType>::kZero, low, high);
+  run.template take<kFragment, typename QuantValues<kType>::Bytes>(word, steps, low, high);
   store_elements(dense, row, col + 16 * kFragment, view.m, view.k,
                  dequantize<kType>(low, scales[0]));
   store_elements(dense, row + 8, col + 16 * kFragment, view.m, view.k,
                  dequantize<kType>(high, scales[1]));
+}
+
+// Unpacks a run, two words of a plane whose first column is `col`; `begin` as in scale_of.
+template <ValueType kType, int kFirstWord, typename Run>
+__device__ __forceinline__ void unpack_run(const uint32_t (&bits)[kQuantWords], Run run,
+                                           const RunSteps& steps, const PackedView& view,
+                                           int64_t begin, int64_t row0, int64_t col, int lane,
+                                           uint16_t* dense) {
+  const int64_t first = col + quant_col(kFirstWord, 0, lane, 0);
+  const float scales[2] = {scale_of<kType>(view, begin, lane / 4, first),
+                           scale_of<kType>(view, begin, lane / 4 + 8, first)};
+#pragma unroll
+  for (int q = kFirstWord; q < kFirstWord + kQuantWords / 2; ++q) {
+    const int64_t row = row0 + lane / 4, word_col = col + quant_col(q, 0, lane, 0);
+    unpack_fragment<kType, 0>(bits[q], run, steps, scales, row, word_col, view, dense);
+    unpack_fragment<kType, 1>(bits[q], run, steps, scales, row, word_col, view, dense);
+    unpack_fragment<kType, 2>(bits[q], run, steps, scales, row, word_col, view, dense);
+    unpack_fragment<kType, 3>(bits[q], run, steps, scales, row, word_col, view, dense);
+  }
+}
+
+// `values` and `top` are the addresses of the values and of what lies above them.
+template <ValueType kType, int kPlane>
+__device__ __forceinline__ void unpack_plane(uint32_t values, uint32_t top, const RunSteps& steps,
+                                             const PackedView& view, int64_t begin, int64_t row0,
+                                             int64_t chunk_col, int lane, uint16_t* dense) {
+  constexpr int kPlanes = quant_planes(kType);
+  constexpr bool kLowNibbles = kPlanes == 2 && kPlane == 0;
+  const QuantPlane<kPlanes> parts(top, kPlane, lane);
+  const int64_t col = chunk_col + kPlane * kQuantPlaneK;
+  unpack_run<kType, 0>(parts.bits, RunReader<true, kLowNibbles>(values, lane * 4), steps, view,
+                       begin, row0, col, lane, dense);
+  unpack_run<kType, 2>(parts.bits, RunReader<false, kLowNibbles>(top, parts.column), steps, view,
+                       begin, row0, col, lane, dense);
 }
 
 // Each warp unpacks one chunk.
@@ -83,61 +135,45 @@ template <ValueType kType>
 __global__ void __launch_bounds__(kWarps * 32)
     unpack_kernel(const __grid_constant__ PackedView view, const __grid_constant__ RunSteps steps,
                   uint16_t* dense) {
-  __shared__ __align__(128) uint8_t stages[kQuantGuardBytes + kWarps * kQuantMaxChunkBytes];
+  constexpr int kStageBytes = quant_max_chunk_bytes(kType);
+  __shared__ __align__(128) uint8_t stages[kQuantGuardBytes + kWarps * kStageBytes];
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t chunks = num_quant_chunks(kInt8, view.k),
+  const int64_t chunks = num_quant_chunks(kType, view.k),
                 index = int64_t{blockIdx.x} * kWarps + warp;
   if (index >= num_quant_strips(view.m) * chunks) return;
   const int64_t strip = index / chunks, chunk = index % chunks;
-  const StoredChunk stored(view, strip, chunk);
-  uint8_t* stage = stages + kQuantGuardBytes + warp * kQuantMaxChunkBytes;
+  const StoredChunk stored(view, kType, strip, chunk);
+  uint8_t* stage = stages + kQuantGuardBytes + warp * kStageBytes;
   // A chunk without values has no bits either.
-  const int vectors = (stored.rows * kQuantRowBytes + kQuantBitsBytes + kQuantColumnsBytes) / 16;
+  const int vectors =
+      (stored.rows * kQuantRowBytes + quant_fixed_units(kType) * kQuantUnitBytes) / 16;
   for (int i = lane; i < vectors; i += 32) {
     reinterpret_cast<uint4*>(stage)[i] =
         stored.rows > 0 ? reinterpret_cast<const uint4*>(stored.words)[i] : make_uint4(0, 0, 0, 0);
   }
   __syncwarp();
-  const int64_t row = strip * kQuantStripM + lane / 4, begin = view.offsets[strip * chunks];
-  float scales[2] = {1.0F, 1.0F};
-  if (stored.rows > 0 && begin >= 0 &&
-      (begin + kScaleUnits) * kQuantUnitWords <= view.payload_words) {
-    const uint32_t* words = view.payload + begin * kQuantUnitWords + lane / 4;
-    scales[0] = __uint_as_float(words[0]);
-    scales[1] = __uint_as_float(words[8]);
-  }
-  const uint32_t address = ptx::smem_address(stage);
-  const uint32_t top = address + stored.rows * kQuantRowBytes;
-  const QuantChunk parts(top, lane);
-  RunReader<true> up(address, lane * 4);
-  RunReader<false> down(top, parts.column);
-#pragma unroll
-  for (int q = 0; q < kQuantWords; ++q) {
-    const int64_t col = chunk * quant_chunk_k(kInt8) + quant_col(q, 0, lane, 0);
-    const auto unpack = [&](auto& run) {
-      unpack_fragment<kType, 0>(parts.bits[q], run, steps, scales, row, col, view, dense);
-      unpack_fragment<kType, 1>(parts.bits[q], run, steps, scales, row, col, view, dense);
-      unpack_fragment<kType, 2>(parts.bits[q], run, steps, scales, row, col, view, dense);
-      unpack_fragment<kType, 3>(parts.bits[q], run, steps, scales, row, col, view, dense);
-    };
-    if (q < kQuantWords / 2) {
-      unpack(up);
-    } else {
-      unpack(down);
-    }
+  const int64_t row0 = strip * kQuantStripM, col = chunk * quant_chunk_k(kType);
+  const int64_t begin = stored.rows > 0 ? view.offsets[strip * chunks] : -1;
+  const uint32_t values = ptx::smem_address(stage), top = values + stored.rows * kQuantRowBytes;
+  unpack_plane<kType, 0>(values, top, steps, view, begin, row0, col, lane, dense);
+  if constexpr (quant_planes(kType) == 2) {
+    unpack_plane<kType, 1>(values, top, steps, view, begin, row0, col, lane, dense);
   }
 }
 
 __global__ void __launch_bounds__(kWarps * 32)
     count_stored_kernel(const __grid_constant__ PackedView view, int64_t* total) {
-  const int64_t chunks = num_quant_chunks(kInt8, view.k);
+  const ValueType type = view.value_type;
+  const int64_t chunks = num_quant_chunks(type, view.k);
   const int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (index >= num_quant_strips(view.m) * chunks) return;
-  const StoredChunk stored(view, index / chunks, index % chunks);
+  const StoredChunk stored(view, type, index / chunks, index % chunks);
   int count = 0;
   if (stored.rows > 0) {
     const uint32_t* bits = stored.words + stored.rows * kQuantRowBytes / 4;
-    for (int q = 0; q < kQuantWords; ++q) count += __popc(bits[q * 32 + threadIdx.x % 32]);
+    for (int q = 0; q < quant_planes(type) * kQuantWords; ++q) {
+      count += __popc(bits[q * 32 + threadIdx.x % 32]);
+    }
   }
   count = __reduce_add_sync(~0U, count);
   if (threadIdx.x % 32 == 0) {
@@ -146,16 +182,38 @@ __global__ void __launch_bounds__(kWarps * 32)
 }
 
 int64_t num_ctas(const PackedView& view) {
-  return (num_quant_strips(view.m) * num_quant_chunks(kInt8, view.k) + kWarps - 1) / kWarps;
+  const int64_t chunks = num_quant_strips(view.m) * num_quant_chunks(view.value_type, view.k);
+  return (chunks + kWarps - 1) / kWarps;
+}
+
+using UnpackKernel = void (*)(PackedView, RunSteps, uint16_t*);
+
+UnpackKernel unpack_kernel_of(ValueType type) {
+  switch (type) {
+    case ValueType::kInt8Float16:
+      return unpack_kernel<ValueType::kInt8Float16>;
+    case ValueType::kInt8Bfloat16:
+      return unpack_kernel<ValueType::kInt8Bfloat16>;
+    case ValueType::kFp8Float16:
+      return unpack_kernel<ValueType::kFp8Float16>;
+    case ValueType::kFp8Bfloat16:
+      return unpack_kernel<ValueType::kFp8Bfloat16>;
+    case ValueType::kInt4Float16:
+      return unpack_kernel<ValueType::kInt4Float16>;
+    case ValueType::kInt4Bfloat16:
+      return unpack_kernel<ValueType::kInt4Bfloat16>;
+    case ValueType::kFloat16:
+    case ValueType::kBfloat16:
+      break;
+  }
+  return nullptr;  // never: the format does not hold such values
 }
 
 Status unpack(const PackedView& view, uint16_t* dense, cudaStream_t stream) {
   const int64_t ctas = num_ctas(view);
   if (ctas == 0) return Status::success();
-  void (*kernel)(PackedView, RunSteps, uint16_t*) = view.value_type == ValueType::kInt8Float16
-                                                        ? unpack_kernel<ValueType::kInt8Float16>
-                                                        : unpack_kernel<ValueType::kInt8Bfloat16>;
-  kernel<<<static_cast<unsigned>(ctas), kWarps * 32, 0, stream>>>(view, RunSteps{}, dense);
+  unpack_kernel_of(view.value_type)<<<static_cast<unsigned>(ctas), kWarps * 32, 0, stream>>>(
+      view, RunSteps{}, dense);
   return cuda::check(cudaGetLastError(), "quantized bitmap unpack_kernel launch");
 }
 
