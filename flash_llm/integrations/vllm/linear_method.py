@@ -124,8 +124,10 @@ class FlashLLMLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ weight.T + bias`` for ``x`` of any leading shape."""
+        header = layer.packed_header
         return ops.spmm_buffers(
-            x, layer.packed_header, layer.weight_offsets, layer.weight_packed, bias
+            *(x, header, layer.weight_offsets, layer.weight_packed, bias),
+            x_quantization=None if header.values == "16-bit" else self.config.x_quantization,
         )
 
     def _empty_weight(
