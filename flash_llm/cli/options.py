@@ -37,6 +37,16 @@ Layers = Annotated[bool, typer.Option("--layers", help="Show a row for each sing
 Method = Annotated[str, typer.Option(help=f"Pruning method: {', '.join(METHODS)}.")]
 Target = Annotated[Path, typer.Argument(help="Folder to create; it must not exist.")]
 Targets = Annotated[list[str] | None, typer.Option(help="Layers to change: a name's end, or re:…")]
+StoredValues = Annotated[
+    str | None,
+    typer.Option(
+        "--values", help="What to store of packed weights: 16-bit or int8; by default as stored."
+    ),
+]
+XQuantization = Annotated[
+    str | None,
+    typer.Option(help="dynamic: products with quantised values may round their inputs too."),
+]
 Values = Annotated[str, typer.Option(help="What to store of packed weights: 16-bit or int8.")]
 TrustRemoteCode = Annotated[
     bool,
