@@ -11,7 +11,7 @@ from test_convert import pruned, save_tensors, zeros_among
 from test_hf import sparse_layers
 
 import flash_llm
-from flash_llm import convert_checkpoint, ops, quantize
+from flash_llm import SparsifyReport, convert_checkpoint, ops, quantize
 from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
 from flash_llm.linear import BUFFERS
 
@@ -167,7 +167,8 @@ def test_the_lowest_int8_value_is_clipped_and_counted(tmp_path):
     values[3, 0] = values[7, 4] = -128
     save_quantised(tmp_path, values, scales, "int-quantized", "sparse-bitmask")
     rows, checkpoint = converted(tmp_path)
-    assert "2 values of -128" in rows["a"].reason
+    assert "-128 became -127: 2;" in rows["a"].reason
+    assert "-128 became -127" in SparsifyReport((rows["a"],)).summary()
     assert torch.equal(checkpoint.weight("a").to_quantized()[0], values.clamp(min=-127))
 
 

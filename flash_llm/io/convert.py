@@ -526,8 +526,8 @@ def _convert_tensor(
     if row.decision != "packed":
         return row, {f"{name}.weight": weight if isinstance(weight, Tensor) else dense()}
     if quantized is not None and quantized.num_clipped:
-        clipped = f"{quantized.num_clipped} values of -128 became -127"
-        row = dataclasses.replace(row, reason=f"{row.reason}; {clipped}")
+        clipped = f"values of -128 became -127: {quantized.num_clipped}"
+        row = dataclasses.replace(row, reason=f"{clipped}; {row.reason}")
     parts = zip(PACKED_PARTS, packed.parts(), strict=True)
     return row, {name + suffix: part for suffix, part in parts}
 

@@ -349,8 +349,10 @@ class _QuantizedWeight:
             return True
         if len(shape) == 1 and len(self.shape) == 2:
             return shape == self.shape[:1]
-        groups = _num_groups(shape)
-        return shape[:-1] == self.shape[:-1] and groups > 0 and self.shape[-1] % groups == 0
+        if len(self.shape) < 2 or shape[:-1] != self.shape[:-1]:
+            return False
+        groups, columns = shape[-1], self.shape[-1]
+        return groups == 1 or (0 < groups <= columns and columns % groups == 0)
 
     def _of_elements(self, of_groups: Tensor) -> Tensor:
         """Expand what scales or groups have to a shape that broadcasts with the weight."""
