@@ -17,7 +17,7 @@ def convert(
     targets: options.Targets = None,
     ignore: options.Ignore = None,
     format: options.Format = "auto",
-    values: options.StoredValues = None,
+    values: options.ValuesOrStored = None,
     expected_tokens: options.ExpectedTokens = None,
     x_quantization: options.XQuantization = None,
     dtype: options.Dtype = None,

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from flash_llm.io.unfinished import partial_path
+from flash_llm.ops import STORED_VALUES
 from flash_llm.progress import LogLines, ProgressBar
 from flash_llm.prune.methods import METHODS
 from flash_llm.report_base import Report
@@ -37,20 +38,21 @@ Layers = Annotated[bool, typer.Option("--layers", help="Show a row for each sing
 Method = Annotated[str, typer.Option(help=f"Pruning method: {', '.join(METHODS)}.")]
 Target = Annotated[Path, typer.Argument(help="Folder to create; it must not exist.")]
 Targets = Annotated[list[str] | None, typer.Option(help="Layers to change: a name's end, or re:…")]
-StoredValues = Annotated[
+Values = Annotated[str, typer.Option(help="What to store of packed weights: 16-bit or int8.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the Python code in the model's folder."),
+]
+ValuesOrStored = Annotated[
     str | None,
     typer.Option(
-        "--values", help="What to store of packed weights: 16-bit or int8; by default as stored."
+        "--values",
+        help=f"What to store of packed weights: {', '.join(STORED_VALUES)}; else what is stored.",
     ),
 ]
 XQuantization = Annotated[
     str | None,
     typer.Option(help="dynamic: products with quantised values may round their inputs too."),
-]
-Values = Annotated[str, typer.Option(help="What to store of packed weights: 16-bit or int8.")]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run the Python code in the model's folder."),
 ]
 
 

@@ -35,7 +35,7 @@ QUANTIZED_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 """Its formats of quantised weights that are read: each value has a byte of its own."""
 
 _STORED_VALUES = {"I8": "int8"}
-"""What a packed weight can store of quantised values without rounding, by their dtype in files."""
+"""What a packed weight can store of quantised values as they are, by their dtype in files."""
 
 _BITMASK_PARTS = (".compressed", ".bitmask", ".shape", ".row_offsets")
 _MASKED_PARTS = ("_orig", "_mask")
