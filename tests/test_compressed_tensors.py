@@ -311,7 +311,7 @@ def test_what_is_not_read_is_refused_by_its_name(tmp_path, method, named, key):
 
 def test_sparsity_configs_of_the_first_versions(tmp_path):
     weight = zeros_among(256, 256)
-    for key, found in {  # 0.3, and 0.5 without quantisation
+    for key, found in {  # 0.3; 0.4 to 0.6 without quantisation
         "sparsity_config": {"format": "sparse-bitmask"},
         "compression_config": {"sparsity_config": {"format": "sparse-bitmask"}},
     }.items():

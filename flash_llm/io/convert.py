@@ -68,7 +68,7 @@ model = flash_llm.from_pretrained("this folder")  # or AutoModelForCausalLM.from
 
 # Copies of the weights in other forms, which would still be dense beside the packed weights.
 _COMPRESSION_KEYS = ("quantization_config", "compression_config", "sparsity_config")
-"""What ``config.json`` says about compressed weights; versions of compressed-tensors before 0.6
+"""What ``config.json`` says about compressed weights; versions of compressed-tensors before 0.7
 wrote the last two."""
 
 _WEIGHT_SUFFIXES = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
@@ -197,7 +197,7 @@ def convert_checkpoint(
                 "directly in that folder"
             )
     config = read_config(src, "flash_llm.convert_checkpoint", source)
-    stored = {encoded.values for encoded in source.encoded.values()}
+    stored = {one.values for one in source.encoded.values()}
     if x_quantization is not None and (stored if values is None else {values}) <= {"16-bit"}:
         raise ValueError(
             f"flash_llm.convert_checkpoint: x_quantization {x_quantization!r} is for quantised "
