@@ -15,6 +15,7 @@ at once, which is faster; they wait for each other and are measured one after th
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,10 +35,10 @@ from rows import RESULTS, commit_hash, cpu_name, gpu_name, print_table, write_ro
 from step_account import account
 from stream_floor import StreamFloor
 
-from flash_llm.ops import STORED_VALUES
+from flash_llm.ops import STORED_VALUES, X_QUANTIZATIONS
 
 WEIGHTS = {"dense": "16-bit", "fp8": "fp8_e4m3", "flash_llm": None}
-"""What engines multiply by, and its values; those of packed weights are an option."""
+"""What engines multiply by, and the values of weights and inputs; options for packed weights."""
 MODES: dict[str, dict[str, Any]] = {
     "compiled": {},
     "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
@@ -87,6 +88,7 @@ class Contender(NamedTuple):
     weights: str  # one of WEIGHTS
     sparsity: float  # 0 but for flash_llm
     values: str
+    x_values: str  # "int8" if products may quantise their inputs
 
 
 class Turns(NamedTuple):
@@ -211,6 +213,8 @@ def engine_options(contender: Contender, arguments: argparse.Namespace) -> dict[
             "sparsity": contender.sparsity,
             "values": contender.values,
         }
+        if contender.x_values != "16-bit":
+            quantization["x_quantization"] = "dynamic"
         options["hf_overrides"] = {"quantization_config": quantization}
     return options
 
@@ -282,6 +286,7 @@ def measure(folder: str, contender: Contender, arguments: argparse.Namespace) ->
         "format": of_model["format"],
         "sparsity": contender.sparsity,
         "values": contender.values,
+        "x_values": contender.x_values,
     }
     tail = {
         # vLLM keeps dense weights elsewhere on a CPU.
@@ -410,6 +415,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--values", nargs="+", choices=STORED_VALUES, default=["16-bit"], help="of flash_llm"
     )
+    parser.add_argument(
+        "--x-quantization",
+        dest="x_quantization",
+        nargs="+",
+        choices=X_QUANTIZATIONS,
+        default=["none"],
+        help="of the inputs of quantised values",
+    )
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 8, 32, 64])
     parser.add_argument(
         "--largest",
@@ -445,19 +458,31 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--account sees the kernels of this process alone: it needs --gpus 1")
     if arguments.together is not None and arguments.together <= 0:
         parser.error(f"--together must be positive, got {arguments.together}")
+    if arguments.x_quantization != ["none"] and set(arguments.values) == {"16-bit"}:
+        parser.error("--x-quantization needs quantised --values")
     arguments.commit = commit_hash(arguments.commit)
     return arguments
+
+
+def contenders_of(arguments: argparse.Namespace) -> Iterator[Contender]:
+    """Yield the engines that the command line names."""
+    for weights in arguments.weights:
+        of_all = WEIGHTS[weights]
+        if of_all is not None:
+            yield Contender(weights, 0.0, of_all, of_all)
+            continue
+        for sparsity, values in itertools.product(arguments.sparsity, arguments.values):
+            quantized = values != "16-bit"
+            for way in arguments.x_quantization if quantized else ["none"]:
+                # Kernels round inputs to int8, whatever the type of quantised values.
+                x_values = "int8" if way == "dynamic" else "16-bit"
+                yield Contender(weights, sparsity, values, x_values)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     arguments = parse_arguments(argv)
-    contenders = [
-        Contender(weights, sparsity, values)
-        for weights in arguments.weights
-        for sparsity in (arguments.sparsity if weights == "flash_llm" else [0.0])
-        for values in (arguments.values if weights == "flash_llm" else [WEIGHTS[weights]])
-    ]
+    contenders = list(contenders_of(arguments))
     found = []
     with tempfile.TemporaryDirectory() as folder:
         if arguments.model in MODELS:
@@ -483,7 +508,7 @@ def main(argv: list[str] | None = None) -> int:
     headings = (
         "weights",
         "sparsity",
-        "values",
+        "values x X",
         "batch or rate",
         "tok/s per GPU",
         "step or TPOT ms",
@@ -504,7 +529,7 @@ def _line(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["weights"],
         f"{row['sparsity']:g}",
-        row["values"],
+        f"{row['values']} x {row['x_values']}",
         f"{size:g}",
         f"{row['tok_per_gpu_s']:.1f}",
         f"{step:.2f}",

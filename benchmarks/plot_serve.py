@@ -20,6 +20,7 @@ def label(row: dict) -> str:
     if row["weights"] != "flash_llm":
         return row["weights"]
     values = "" if row["values"] == "16-bit" else f", {row['values']}"
+    values += "" if row["x_values"] == "16-bit" else f" × {row['x_values']}"
     return f"{row['sparsity']:.0%} zeros{values}"
 
 

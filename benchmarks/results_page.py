@@ -351,13 +351,15 @@ def weights_name(row: dict) -> str:
     """Return what an engine multiplied by."""
     if row["weights"] == "flash_llm":
         values = "" if row["values"] == "16-bit" else f", {row['values']}"
+        values += "" if row["x_values"] == "16-bit" else f" × {row['x_values']}"
         return f"{row['sparsity'] * 100:.0f} % zeros{values}"
     return {"dense": "dense float16", "fp8": "dense FP8"}[row["weights"]]
 
 
-def weights_order(row: dict) -> tuple[int, float, int]:
+def weights_order(row: dict) -> tuple[int, float, int, int]:
     """Sort rows of serving: dense first, then FP8, then by the share of zeros and the values."""
-    return list(WEIGHTS).index(row["weights"]), row["sparsity"], VALUES.index(row["values"])
+    values = VALUES.index(row["values"]), VALUES.index(row["x_values"])
+    return list(WEIGHTS).index(row["weights"]), row["sparsity"], *values
 
 
 def serve_table(rows: list[dict]) -> str:

@@ -25,6 +25,7 @@ _SERVE_HEAD: dict[str, tuple[type, ...]] = {
     "format": (str, NoneType),  # null: nothing is packed
     "sparsity": (float,),
     "values": (str,),  # 16-bit, int8, fp8_e4m3
+    "x_values": (str,),
 }
 _SERVE_TAIL: dict[str, tuple[type, ...]] = {
     "weights_gb": (float, NoneType),  # of all GPUs; null: on a CPU
@@ -241,16 +242,16 @@ CASE_FIELDS = {
     ),
     "rounding": ("bench", "model", "values", "group", "text"),
     "serve": (
-        *("bench", "gpu", "gpus", "model", "weights", "sparsity", "values", "batch", "prompt"),
-        *("new_tokens", "mode"),
+        *("bench", "gpu", "gpus", "model", "weights", "sparsity", "values", "x_values"),
+        *("batch", "prompt", "new_tokens", "mode"),
     ),
     "step": (
-        *("bench", "gpu", "gpus", "model", "weights", "sparsity", "values", "batch", "prompt"),
-        "mode",
+        *("bench", "gpu", "gpus", "model", "weights", "sparsity", "values", "x_values"),
+        *("batch", "prompt", "mode"),
     ),
     "replay": (
-        *("bench", "gpu", "gpus", "model", "weights", "sparsity", "values", "rate", "requests"),
-        "mode",
+        *("bench", "gpu", "gpus", "model", "weights", "sparsity", "values", "x_values"),
+        *("rate", "requests", "mode"),
     ),
 }
 
@@ -288,8 +289,8 @@ def check_row(row: dict[str, object]) -> None:
 def read_rows(path: Path) -> list[dict[str, object]]:
     """Read a file of rows; a file that does not exist has none.
 
-    Rows that were measured before packed weights could be quantised get the fields ``values`` and,
-    those of spmm and cpu, ``x_values``.
+    Rows that were measured before weights or their inputs could be quantised get the fields
+    ``values`` and ``x_values``.
     """
     if not path.exists():
         return []
@@ -299,11 +300,13 @@ def read_rows(path: Path) -> list[dict[str, object]]:
 
 def _with_values(row: dict[str, object]) -> dict[str, object]:
     fields = FIELDS.get(str(row["bench"]), {})
-    if "values" in row or "values" not in fields:
+    absent = [field for field in ("values", "x_values") if field in fields and field not in row]
+    if not absent:
         return row
-    known = {**row, "values": "fp8_e4m3" if row.get("weights") == "fp8" else "16-bit"}
-    if "x_values" in fields:
-        known["x_values"] = "16-bit"
+    known = {
+        **row,
+        **dict.fromkeys(absent, "fp8_e4m3" if row.get("weights") == "fp8" else "16-bit"),
+    }
     in_order = {field: known[field] for field in fields if field in known}
     return {**in_order, **known}  # with fields that check_row refuses
 

@@ -64,7 +64,8 @@ class SparseLinear(nn.Linear):
 
     Attributes:
         x_quantization: None, or ``"dynamic"``, which :func:`flash_llm.spmm` describes. It may be
-            set at any time and is not part of the state dict.
+            set at any time and is not part of the state dict; ``save_pretrained`` of transformers
+            writes it into the config.
 
     Raises:
         ValueError: a size is negative, ``format`` or ``values`` is unknown, ``expected_tokens`` is

@@ -9,6 +9,7 @@ plain tensors and ints, and no call has to read a buffer from the device.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
@@ -42,6 +43,9 @@ _VALUE_BITS = {
     values: quantize.GRIDS[values].bits if values in quantize.GRIDS else 16
     for values in STORED_VALUES
 }
+
+X_QUANTIZATIONS = ("none", "dynamic")
+"""How ``spmm`` may round ``x``."""
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 """Activations that ``spmm`` can apply to its result."""
@@ -515,6 +519,17 @@ def check_values(name: str) -> None:
     if name not in STORED_VALUES:
         known = " or ".join(f'"{known}"' for known in STORED_VALUES)
         raise ValueError(f'flash_llm: values must be {known}, got "{name}"')
+
+
+def check_x_quantization(name: object) -> None:
+    """Check an option ``x_quantization`` that is used in later products.
+
+    Raises:
+        ValueError: ``name`` is neither None nor one of :data:`X_QUANTIZATIONS`.
+    """
+    if name is not None and name not in X_QUANTIZATIONS:
+        known = " or ".join(f'"{known}"' for known in X_QUANTIZATIONS)
+        raise ValueError(f"flash_llm: x_quantization must be {known}, got {name!r:.50}")
 
 
 def check_holds(where: str, format: str, dtype: torch.dtype, values: str) -> None:
@@ -1178,11 +1193,28 @@ def _fake_spmm(
             f"flash_llm::spmm: activation must be one of {', '.join(ACTIVATIONS)}, "
             f'got "{activation}"'
         )
-    if x_quantization not in ("none", "dynamic"):
+    if x_quantization not in X_QUANTIZATIONS:
         raise ValueError(
             f'flash_llm::spmm: x_quantization must be "none" or "dynamic", got "{x_quantization}"'
         )
     return x.new_empty((*x.shape[:-1], fields.m))
+
+
+def _tag_compile_caches() -> None:
+    """Make the keys of ``torch.compile``'s caches on the disk depend on our operators' schemas.
+
+    Code in these caches calls the operators by the schemas of the build that compiled it, but torch
+    leaves the schemas out of its keys.
+    """
+    schemas = sorted(
+        str(schema)
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("flash_llm::")
+        for schema in torch._C._jit_get_schemas_for_operator(name)
+    )
+    digest = hashlib.sha256("\n".join(schemas).encode()).hexdigest()[:16]
+    tag = torch.compiler.config.cache_key_tag  # a user may have set one
+    torch.compiler.config.cache_key_tag = f"{tag} flash_llm {digest}".strip()
 
 
 def _register() -> None:
@@ -1193,6 +1225,7 @@ def _register() -> None:
     torch.library.register_fake("flash_llm::unpack", _fake_unpack)
     torch.library.register_fake("flash_llm::validate", _fake_validate)
     torch.library.register_fake("flash_llm::spmm", _fake_spmm)
+    _tag_compile_caches()
 
 
 if _extension.available():

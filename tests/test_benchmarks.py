@@ -183,7 +183,13 @@ def test_committed_rows_follow_the_schema():
             bench = "serve" if row["bench"] in ("step", "replay") else row["bench"]
             assert path.stem == (of_one_file.get(bench) or f"{bench}-{row.get('gpu')}")
             if row["bench"] in ("spmm", "cpu"):
-                assert row["rel_err"] <= bench_spmm.MAX_REL_ERR[row["dtype"]]
+                exact_x = row["x_values"] == "16-bit"
+                most = (
+                    bench_spmm.MAX_REL_ERR[row["dtype"]]
+                    if exact_x
+                    else bench_spmm.MAX_INT8X_REL_ERR
+                )
+                assert row["rel_err"] <= most
         assert len({rows.case_of(row) for row in found}) == len(found)
 
 
@@ -946,6 +952,7 @@ def serve_row(**changes):
     row = {
         **{"bench": "serve", "engine": "vllm 0.26.0", "gpu": "h200", "gpus": 1, "model": "toy"},
         **{"weights": "dense", "format": None, "sparsity": 0.0, "values": "16-bit"},
+        **{"x_values": "16-bit"},
         **{
             "batch": 1,
             "prompt": 64,
@@ -963,7 +970,7 @@ def serve_row(**changes):
 def test_the_plot_of_serving_is_drawn_from_rows(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     found = [
-        serve_row(batch=b, weights=w, values=v or "int8", mode=m, gpus=g)
+        serve_row(batch=b, weights=w, values=v or "int8", x_values=v or "int8", mode=m, gpus=g)
         for b in (1, 8)
         for w, v in bench_serve.WEIGHTS.items()
         for m in bench_serve.MODES
@@ -986,6 +993,7 @@ def test_the_plot_of_serving_is_drawn_from_rows(tmp_path):
         ["--model", "llama-8b", "--new-tokens", "2"],
         ["--model", "llama-8b", "--rate", "0"],
         ["--model", "llama-8b", "--sparsity", "1.5"],
+        ["--model", "llama-8b", "--x-quantization", "dynamic"],
         ["--model", "llama-8b", "--gpus", "2", "--account", "8"],
     ],
 )

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -150,68 +149,6 @@ def test_a_dry_run_reports_what_a_run_does(tmp_path):
     assert dry == convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
 
 
-# ---- the old format of compressed-tensors ----
-
-
-def as_sparse_bitmask(name, weight):
-    """What compressed-tensors 0.9.4 writes for a weight (checked against it)."""
-    mask = weight != 0
-    counts = mask.sum(-1)
-    bits = np.packbits(mask.numpy(), axis=-1, bitorder="little")
-    return {
-        f"{name}.shape": torch.tensor(weight.shape),
-        f"{name}.compressed": weight[mask],
-        f"{name}.bitmask": torch.from_numpy(bits),
-        f"{name}.row_offsets": torch.cumsum(counts, 0) - counts,
-    }
-
-
-BITMASK_CONFIG = {
-    "quant_method": "compressed-tensors",
-    "sparsity_config": {"format": "sparse-bitmask"},
-}
-
-
-@pytest.mark.parametrize("whole_names", [False, True])  # up to 0.8.1; from 0.9 on
-@pytest.mark.parametrize("cols", [1, 63, 64, 65, 200])
-def test_sparse_bitmask_files_are_read(tmp_path, cols, whole_names):
-    weights = {"a": zeros_among(130, cols), "b": zeros_among(64, cols, dtype=torch.bfloat16)}
-    norm, suffix = torch.randn(cols).half(), ".weight" if whole_names else ""
-    tensors = {**as_sparse_bitmask(f"norm{suffix}", norm), "a.bias": torch.ones(130).half()}
-    for name, weight in weights.items():
-        tensors |= as_sparse_bitmask(name + suffix, weight)
-    if whole_names:  # 0.8.1 stored all parameters so, not only weights
-        tensors |= as_sparse_bitmask("a.bias", tensors.pop("a.bias"))
-    save_tensors(tmp_path / "old", tensors, {"quantization_config": BITMASK_CONFIG})
-    assert {row.name for row in flash_llm.inspect_checkpoint(tmp_path / "old").rows} == {"a", "b"}
-    convert_checkpoint(tmp_path / "old", tmp_path / "packed", pack_unprofitable=True)
-    checkpoint = Checkpoint(checkpoint_files(tmp_path / "packed"))
-    for name, weight in weights.items():
-        assert torch.equal(checkpoint.weight(name).to_dense(), weight)
-    assert torch.equal(checkpoint.tensor("norm.weight"), norm)
-    assert torch.equal(checkpoint.tensor("a.bias"), torch.ones(130).half())
-    assert "b.bias" not in checkpoint.tensors
-    config = json.loads((tmp_path / "packed" / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "flash_llm"
-
-
-@pytest.mark.parametrize("whole_names", [False, True])
-def test_models_of_compressed_tensors_load_packed(tmp_path, whole_names):
-    model = pruned("llama", tmp_path).half()
-    model.save_pretrained(tmp_path / "half")
-    tensors = {}
-    for name, tensor in load_file(tmp_path / "half" / "model.safetensors").items():
-        prefix = name if whole_names else name.removesuffix(".weight")
-        linear = name.endswith("_proj.weight")
-        tensors |= as_sparse_bitmask(prefix, tensor) if whole_names or linear else {name: tensor}
-    config = json.loads((tmp_path / "half" / "config.json").read_text())
-    save_tensors(tmp_path / "old", tensors, {**config, "quantization_config": BITMASK_CONFIG})
-    convert_checkpoint(tmp_path / "old", tmp_path / "packed", pack_unprofitable=True)
-    again = flash_llm.from_pretrained(tmp_path / "packed")
-    assert len(sparse_layers(again)) == 14
-    assert flash_llm.verify_checkpoint(tmp_path / "old", tmp_path / "half").max_relative_error == 0
-
-
 @pytest.mark.parametrize("mask_dtype", [torch.float16, torch.bool])
 def test_masks_of_torch_prune_are_applied(tmp_path, mask_dtype):
     layer = nn.Linear(256, 256).half()
@@ -249,78 +186,6 @@ def test_masks_that_contradict_are_refused(tmp_path, change, message):
     save_tensors(tmp_path / "pruned", tensors)
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(tmp_path / "pruned", tmp_path / "packed")
-
-
-def test_parts_of_a_sparse_bitmask_may_be_in_several_files(tmp_path):
-    weight = zeros_among(256, 256)
-    parts = as_sparse_bitmask("a", weight)
-    folder = tmp_path / "old"
-    folder.mkdir()
-    places = {}
-    for i, (name, tensor) in enumerate(parts.items()):
-        save_file({name: tensor}, folder / f"{i}.safetensors")
-        places[name] = f"{i}.safetensors"
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    convert_checkpoint(folder, tmp_path / "packed")
-    checkpoint = Checkpoint(checkpoint_files(tmp_path / "packed"))
-    assert torch.equal(checkpoint.weight("a").to_dense(), weight)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop("a.compressed"), "has a.bitmask, but no a.compressed"),
-        (
-            lambda t: t.update({"a.shape": torch.tensor([64, 99])}),
-            r"a\.bitmask has shape",
-        ),
-        (lambda t: t.update({"a.shape": torch.tensor([[64]])}), r"a\.shape must be one-dim"),
-        (lambda t: t.update({"a.compressed": torch.ones(3).half()}), r"a\.compressed must have"),
-    ],
-)
-def test_broken_sparse_bitmask_files_are_refused(tmp_path, change, message):
-    tensors = as_sparse_bitmask("a", zeros_among(64, 64))
-    change(tensors)
-    save_tensors(tmp_path / "old", tensors)
-    with pytest.raises(ValueError, match=message):
-        convert_checkpoint(tmp_path / "old", tmp_path / "packed")
-    assert not (tmp_path / "packed").exists()
-
-
-def test_quantised_values_under_a_sparse_bitmask_are_refused(tmp_path):
-    config = {"quantization_config": {**BITMASK_CONFIG, "config_groups": {"group_0": {}}}}
-    save_tensors(tmp_path / "old", as_sparse_bitmask("a", zeros_among(64, 64)), config)
-    with pytest.raises(ValueError, match="is quantised by 'compressed-tensors'; it must be dense"):
-        convert_checkpoint(tmp_path / "old", tmp_path / "packed")
-
-
-DENSE = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense"}}
-
-
-@pytest.mark.parametrize(
-    ("method", "dense"),
-    [
-        (DENSE, True),
-        ({**DENSE, "config_groups": {}, "format": "dense"}, True),
-        ({"quant_method": "compressed-tensors"}, True),
-        ({**DENSE, "config_groups": {"group_0": {}}}, False),
-        ({**DENSE, "kv_cache_scheme": {"num_bits": 8}}, False),
-        ({**DENSE, "sparsity_config": {"format": "sparse-24-bitmask"}}, False),
-        ({**DENSE, "sparsity_config": "dense"}, False),
-        ({**DENSE, "quant_method": "gptq"}, False),
-        ("gptq", False),
-        ([{"quant_method": "gptq"}], False),
-    ],
-)
-def test_only_weights_that_a_quantization_config_calls_dense_are_read(tmp_path, method, dense):
-    config = {"quantization_config": method}
-    save_tensors(tmp_path / "dense", {"a.weight": zeros_among(256, 256)}, config)
-    if dense:
-        convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
-    else:
-        with pytest.raises(ValueError, match=r"dense.*(is quantised by|must be an object)|config"):
-            convert_checkpoint(tmp_path / "dense", tmp_path / "packed")
-    assert (tmp_path / "packed").exists() == dense
 
 
 # ---- interruptions ----
@@ -717,7 +582,7 @@ def test_sources_that_are_no_dense_checkpoint(tmp_path):
         convert_checkpoint(tmp_path / "packed", tmp_path / "again")
     config = {"quantization_config": {"quant_method": "awq"}}
     save_tensors(tmp_path / "awq", {"a.weight": zeros_among(64, 64)}, config)
-    with pytest.raises(ValueError, match="is quantised by 'awq'; it must be dense"):
+    with pytest.raises(ValueError, match=r"awq.config\.json .*'awq'"):
         convert_checkpoint(tmp_path / "awq", tmp_path / "again")
     (tmp_path / "awq" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):

@@ -330,6 +330,30 @@ def test_however_it_was_packed_it_is_saved_to_be_loaded(tmp_path, way):
     assert not sparse_layers(model.dequantize())
 
 
+def test_how_inputs_are_rounded_is_saved_if_all_layers_agree(tmp_path):
+    model = dense("llama", tmp_path / "dense")
+    flash_llm.sparsify_(model, ["up_proj", "down_proj"], values="int8")
+    flash_llm.sparsify_(model, ["q_proj"], sparsity=0.8)
+    layers = {name: model.get_submodule(name) for name in sparse_layers(model)}
+    for layer in layers.values():
+        layer.x_quantization = "dynamic"
+    model.save_pretrained(tmp_path / "all")
+    config = json.loads((tmp_path / "all" / "config.json").read_text())["quantization_config"]
+    assert config["x_quantization"] == "dynamic"
+    again = flash_llm.from_pretrained(tmp_path / "all")
+    for name, layer in layers.items():
+        found = again.get_submodule(name).x_quantization
+        assert found == (None if layer.values == "16-bit" else "dynamic")
+    assert torch.equal(output(again), output(model))
+    next(layer for layer in layers.values() if layer.values == "int8").x_quantization = None
+    model.save_pretrained(tmp_path / "some")
+    config = json.loads((tmp_path / "some" / "config.json").read_text())["quantization_config"]
+    assert "x_quantization" not in config
+    edit_config(tmp_path / "some", x_quantization="static")
+    with pytest.raises(ValueError, match="x_quantization.*static"):
+        flash_llm.from_pretrained(tmp_path / "some")
+
+
 def test_int8_values_that_overflow_the_dtype_to_load_in_are_refused_by_name(tmp_path):
     model = dense("llama", tmp_path / "dense")
     flash_llm.sparsify_(model, values="int8")

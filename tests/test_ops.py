@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
-import torch._inductor.config
 from formats import DTYPES, FORMATS, each
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import flash_llm
-from flash_llm import PackedWeight, testing
+from flash_llm import PackedWeight, ops, testing
 from flash_llm.ops import ACTIVATIONS
 
 
@@ -178,9 +179,7 @@ def test_meta_tensors_flow_through(format):
 @pytest.fixture
 def fresh_dynamo():
     torch._dynamo.reset()
-    # Inductor's cache on the disk would give code that another build compiled, for its schemas.
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
+    yield
     torch._dynamo.reset()
 
 
@@ -208,6 +207,30 @@ def test_compiled_graph_serves_every_number_of_tokens(format, device, fresh_dyna
         x = testing.small_integers(n, 70, device=device)
         assert torch.equal(compiled(x), flash_llm.spmm(x, w).relu()), n
     assert counter.frame_count == 1
+
+
+def test_cached_code_is_used_by_builds_with_the_same_schemas_alone(fresh_dynamo):
+    w, _ = packed_and_dense("row_bitmap")
+    x = torch.randn(5, 70).half()
+
+    def hits():
+        """How often compiling finds its code in the caches on the disk."""
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(lambda x: flash_llm.spmm(x, w), fullgraph=True)(x)
+        return counters["aot_autograd"]["autograd_cache_hit"] + sum(
+            counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "guard_hit")
+        )
+
+    with fresh_cache(), torch.compiler.config.patch(cache_key_tag="of a user"):
+        ops._tag_compile_caches()
+        assert torch.compiler.config.cache_key_tag.startswith("of a user ")
+        assert (hits() > 0, hits() > 0) == (False, True)
+        with torch.library._scoped_library("flash_llm", "FRAGMENT") as library:
+            library.define("of_another_build(Tensor x) -> Tensor")
+            torch.compiler.config.cache_key_tag = "of a user"
+            ops._tag_compile_caches()
+            assert not hits()
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from compressed_tensors_files import as_sparse_bitmask
 from safetensors.torch import load_file, save_file
 from test_cli import invoke
-from test_convert import as_sparse_bitmask, save_tensors, zeros_among
+from test_convert import save_tensors, zeros_among
 
 import flash_llm
 from flash_llm import convert_checkpoint, verify_checkpoint

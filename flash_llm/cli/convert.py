@@ -12,13 +12,14 @@ from flash_llm.io.convert import CONVERT_IGNORE, EVERY_LAYER, convert_checkpoint
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of safetensors, pruned and dense.")],
+    source: Annotated[Path, typer.Argument(help="Folder of safetensors, pruned.")],
     target: options.Target,
     targets: options.Targets = None,
     ignore: options.Ignore = None,
     format: options.Format = "auto",
-    values: options.Values = "16-bit",
+    values: options.ValuesOrStored = None,
     expected_tokens: options.ExpectedTokens = None,
+    x_quantization: options.XQuantization = None,
     dtype: options.Dtype = None,
     workers: Annotated[int, typer.Option(min=1, help="Files to convert at once.")] = 1,
     dry_run: options.DryRun = False,
@@ -35,6 +36,7 @@ def convert(
             format=format,
             values=values,
             expected_tokens=expected_tokens,
+            x_quantization=x_quantization,
             dtype=parse_dtype(dtype),
             workers=workers,
             dry_run=dry_run,

@@ -16,7 +16,7 @@ from flash_llm.io.report import total_line
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of safetensors, dense or packed.")],
     format: Annotated[str, typer.Option(help="Format to pack dense weights in.")] = "auto",
-    values: options.Values = "16-bit",
+    values: options.ValuesOrStored = None,
     as_json: options.AsJson = False,
     layers: options.Layers = False,
 ) -> None:

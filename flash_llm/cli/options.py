@@ -43,6 +43,17 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the Python code in the model's folder."),
 ]
+ValuesOrStored = Annotated[
+    str | None,
+    typer.Option(
+        "--values",
+        help=f"What to store of packed weights: {', '.join(STORED_VALUES)}; else what is stored.",
+    ),
+]
+XQuantization = Annotated[
+    str | None,
+    typer.Option(help="dynamic: products with quantised values may round their inputs too."),
+]
 
 
 def show(

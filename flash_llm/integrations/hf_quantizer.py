@@ -30,7 +30,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from flash_llm import _extension
+from flash_llm import _extension, ops
 from flash_llm.integrations import tensor_parallel
 from flash_llm.io.checkpoint import (
     CHECKPOINT_VERSION,
@@ -51,20 +51,32 @@ class FlashLLMConfig(QuantizationConfigMixin):
 
     Args:
         version: version of the layout in files; newer ones are refused.
+        x_quantization: :attr:`SparseLinear.x_quantization` of the layers with quantised values.
         unused: fields that a later version may add.
 
     Raises:
         NotImplementedError: ``version`` is newer than the versions that this package reads.
+        ValueError: ``x_quantization`` is unknown.
     """
 
-    def __init__(self, version: int = CHECKPOINT_VERSION, **unused: Any) -> None:
+    x_quantization: str | None = None  # stays out of files that do not need it
+
+    def __init__(
+        self,
+        version: int = CHECKPOINT_VERSION,
+        x_quantization: str | None = None,
+        **unused: Any,
+    ) -> None:
         if version > CHECKPOINT_VERSION:
             raise NotImplementedError(
                 f"flash_llm: the checkpoint's quantization_config has version {version}, this "
                 f"flash_llm reads up to {CHECKPOINT_VERSION}"
             )
+        ops.check_x_quantization(x_quantization)
         self.quant_method = METHOD  # type: ignore[assignment]
         self.version = version
+        if x_quantization is not None:
+            self.x_quantization = x_quantization
 
 
 @dataclasses.dataclass
@@ -134,8 +146,12 @@ class FlashLLMQuantizer(HfQuantizer):
         folder = load_config.pretrained_model_name_or_path
         _refuse_missing(loading, folder, loading_info.missing_keys)
         distributed = tensor_parallel.styles(loading.model)
+        config = self.quantization_config
+        assert isinstance(config, FlashLLMConfig)
         for name, layer in _sparse_layers(loading.model).items():
             dtype = loading.dtypes[name]
+            if layer.values != "16-bit":
+                layer.x_quantization = config.x_quantization
             if layer.weight_payload.is_meta:  # offloaded to the disk; accelerate loads it
                 if layer.dtype != dtype:
                     raise TypeError(
@@ -372,7 +388,10 @@ def _adopt(model: Any) -> None:
     if packed:
         model.hf_quantizer = quantizer or FlashLLMQuantizer(FlashLLMConfig(), pre_quantized=True)
         model.quantization_method = METHOD
-        model.config.quantization_config = model.hf_quantizer.quantization_config
+        # A config names one for all layers, and none if they differ.
+        ways = {m.x_quantization for m in packed.values() if m.values != "16-bit"}
+        config = FlashLLMConfig(x_quantization=ways.pop() if len(ways) == 1 else None)
+        model.hf_quantizer.quantization_config = model.config.quantization_config = config
     elif isinstance(quantizer, FlashLLMQuantizer):
         quantizer.remove_quantization_config(model)  # type: ignore[no-untyped-call]
 

@@ -1,9 +1,9 @@
-"""Pack a dense checkpoint file by file, without building the model.
+"""Pack a checkpoint file by file, without building the model.
 
-The source is any folder of safetensors whose weights contain zeros, stored dense or as the
-``sparse-bitmask`` of compressed-tensors. One tensor of each file is in memory at a time. The new
-folder is built under a temporary name and renamed when it is complete; files that were finished
-before an interruption are not converted again.
+The source is any folder of safetensors whose weights contain zeros, stored dense or as
+compressed-tensors stores sparse and 8-bit weights (:mod:`flash_llm.io.encoded`). One tensor of each
+file is in memory at a time. The new folder is built under a temporary name and renamed when it is
+complete; files that were finished before an interruption are not converted again.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from flash_llm.io.checkpoint import (
 from flash_llm.io.dense_view import DenseView, is_conv1d_model, is_conv1d_name
 from flash_llm.io.files import fingerprint, from_json, read_json, replacing, write_whole
 from flash_llm.io.unfinished import UnfinishedFolder, check_destination
+from flash_llm.ops import PackedWeight
 from flash_llm.progress import ProgressBar, track
 from flash_llm.select import matches_name, parse_patterns
 from flash_llm.sparsify import LayerReport, SparsifyReport, compared_size, decide
@@ -66,6 +67,10 @@ model = flash_llm.from_pretrained("this folder")  # or AutoModelForCausalLM.from
 """The section that a model card gets if weights are packed."""
 
 # Copies of the weights in other forms, which would still be dense beside the packed weights.
+_COMPRESSION_KEYS = ("quantization_config", "compression_config", "sparsity_config")
+"""What ``config.json`` says about compressed weights; versions of compressed-tensors before 0.7
+wrote the last two."""
+
 _WEIGHT_SUFFIXES = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
 
 
@@ -76,11 +81,12 @@ class _Options:
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
     format: str
-    values: str
+    values: str | None
     expected_tokens: int | None
     dtype: str | None
     pack_unprofitable: bool
     conv1d: bool
+    x_quantization: str | None = None
 
 
 def convert_checkpoint(
@@ -90,21 +96,28 @@ def convert_checkpoint(
     targets: str | Sequence[str] = EVERY_LAYER,
     ignore: str | Sequence[str] = CONVERT_IGNORE,
     format: str = "auto",
-    values: str = "16-bit",
+    values: str | None = None,
     expected_tokens: int | None = None,
+    x_quantization: str | None = None,
     dtype: torch.dtype | None = None,
     pack_unprofitable: bool = False,
     workers: int = 1,
     dry_run: bool = False,
     progress: bool | ProgressBar = False,
 ) -> SparsifyReport:
-    """Pack the pruned weights of a dense safetensors folder into another folder.
+    """Pack the pruned weights of a safetensors folder into another folder.
 
     Two-dimensional tensors named ``….weight`` are packed if that makes them smaller, except where
     transformers knows the model and could not load them packed (it joins the experts of many models
     into one tensor). The other tensors and the other files of the folder are copied, but no weights
     in other forms, such as ``.bin``. ``config.json`` gets a ``quantization_config``, so that
     transformers loads the result once flash_llm is imported, and the model card says so.
+
+    Weights that compressed-tensors quantised to int8, with one scale or one for each row, keep
+    their values and scales, except that -128, which packed weights do not have, becomes -127; the
+    reason in the layer's row counts them. Other 8-bit weights (float8, with zero points, with
+    scales of groups) are dequantised, to the dtype of their scales. Fixed scales of activations are
+    left out.
 
     Args:
         src: folder with ``model.safetensors`` or an index of several files.
@@ -117,11 +130,14 @@ def convert_checkpoint(
             device for which another format is faster), or a format's name.
         values: ``"16-bit"`` or ``"int8"``, as :func:`flash_llm.pack` takes it. ``"int8"`` shrinks
             weights without zeros too, so these are rounded and packed as well; ``ignore`` leaves
-            them dense.
+            them dense. None packs each weight as ``src`` stores it: int8 values as such, all others
+            in 16 bits.
         expected_tokens: how many tokens most products on a GPU will have at most, if that is known:
             ``"auto"`` then writes ``"gather"`` where :func:`flash_llm.pack` would on a GPU.
-        dtype: cast float32 weights to this dtype first, float16 or bfloat16. None leaves them
-            dense.
+        x_quantization: None, or ``"dynamic"``: layers with quantised values will multiply so when
+            transformers or vLLM loads the folder (:attr:`SparseLinear.x_quantization`).
+        dtype: cast float32 weights, and 8-bit ones with float32 scales, to this dtype first,
+            float16 or bfloat16. None leaves them dense.
         pack_unprofitable: also pack weights that do not get smaller.
         workers: files to convert at once; each needs memory for about two tensors.
         dry_run: only report what would be done; nothing is written.
@@ -135,9 +151,11 @@ def convert_checkpoint(
         FileNotFoundError: ``src`` holds no checkpoint.
         FileExistsError: ``dst`` exists, or ``dst.partial`` belongs to other work or is in use by
             another run.
-        ValueError: a file is broken, or not directly in ``src``; a target matches nothing; a layer
-            is packed already; ``format``, ``values``, ``expected_tokens``, ``dtype`` or ``workers``
-            is invalid; an element to quantise is NaN or infinite.
+        ValueError: a file is broken, or not directly in ``src``; weights are compressed or
+            quantised in a way that is not read; a target matches nothing; a layer is packed
+            already; ``format``, ``values``, ``expected_tokens``, ``x_quantization``, ``dtype`` or
+            ``workers`` is invalid; ``x_quantization`` is given, and no values are quantised; an
+            element to quantise is NaN or infinite; a row overflows float16.
         TypeError: the format does not hold such values; ``expected_tokens`` is no integer.
         OSError: the disk is full or not writable; ``src`` is untouched, and finished files stay in
             ``dst.partial``.
@@ -156,8 +174,10 @@ def convert_checkpoint(
     """
     src, dst = Path(src), Path(dst)
     ops.check_format(format)
-    ops.check_values(values)
+    if values is not None:
+        ops.check_values(values)
     ops.check_expected_tokens(expected_tokens)
+    ops.check_x_quantization(x_quantization)
     if dtype is not None and not ops.is_packable(dtype):
         raise ValueError(
             "flash_llm.convert_checkpoint: dtype must be torch.float16 or torch.bfloat16, got "
@@ -176,7 +196,13 @@ def convert_checkpoint(
                 f"flash_llm.convert_checkpoint: the index of {src} names {file}, which is not "
                 "directly in that folder"
             )
-    config = read_config(src, "flash_llm.convert_checkpoint")
+    config = read_config(src, "flash_llm.convert_checkpoint", source)
+    stored = {one.values for one in source.encoded.values()}
+    if x_quantization is not None and (stored if values is None else {values}) <= {"16-bit"}:
+        raise ValueError(
+            f"flash_llm.convert_checkpoint: x_quantization {x_quantization!r} is for quantised "
+            "values; pass values="
+        )
     options = _Options(
         targets=parse_patterns("targets", targets),
         ignore=parse_patterns("ignore", ignore),
@@ -186,6 +212,7 @@ def convert_checkpoint(
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         pack_unprofitable=pack_unprofitable,
         conv1d=bool(is_conv1d_model(src)),
+        x_quantization=x_quantization,
     )
     chosen = dict.fromkeys(choose_layers(source, options.targets, options.ignore), "")
     if config is not None and "model_type" in config:
@@ -226,7 +253,7 @@ def convert_checkpoint(
         if unfinished is not None:
             cast = any(source.dtype(f"{layer}.weight") == "F32" for layer in chosen)
             dtype_name = options.dtype if cast else None
-            _complete(unfinished.content, src, files, config, dtype_name)
+            _complete(unfinished.content, src, files, config, dtype_name, x_quantization)
             unfinished.finish()
     return SparsifyReport(tuple(sorted(rows, key=lambda row: natural(row.name))))
 
@@ -244,14 +271,14 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 
 def inspect_checkpoint(
-    folder: str | os.PathLike[str], *, format: str = "auto", values: str = "16-bit"
+    folder: str | os.PathLike[str], *, format: str = "auto", values: str | None = None
 ) -> SparsifyReport:
     """Report the sparsities in a safetensors folder, and the sizes of its weights when packed.
 
     Args:
         folder: dense or packed, written by this package or any other.
         format: format to pack dense weights in; ``"auto"`` as in :func:`convert_checkpoint`.
-        values: what to pack of dense weights, ``"16-bit"`` or ``"int8"``.
+        values: what to pack of dense weights, ``"16-bit"``, ``"int8"`` or None, likewise.
 
     Returns:
         A row for each packed layer and each two-dimensional dense weight: ``decision`` says how it
@@ -263,7 +290,8 @@ def inspect_checkpoint(
         ValueError: a file is broken, or ``format`` or ``values`` is unknown.
     """
     ops.check_format(format)
-    ops.check_values(values)
+    if values is not None:
+        ops.check_values(values)
     source = DenseView(checkpoint_files(folder))
     options = _Options((EVERY_LAYER,), (), format, values, None, None, False, conv1d=False)
     rows = []
@@ -273,52 +301,52 @@ def inspect_checkpoint(
         rows.append(dataclasses.replace(row, reason=f"stored so: {compared_size(packed)}"))
     buffer = _buffer(source.checkpoint, source.checkpoint.tensors)
     for name in sorted(choose_layers(source, options.targets, options.ignore), key=natural):
-        row, _ = _convert_tensor(name, source.tensor(f"{name}.weight", buffer), options)
+        row, _ = _convert_tensor(name, source, buffer, options)
         if row.decision == "packed":
             row = dataclasses.replace(row, decision="dense", reason=f"would be {row.reason}")
         rows.append(row)
     return SparsifyReport(tuple(rows))
 
 
-def read_config(folder: Path, caller: str) -> dict[str, Any] | None:
-    """Return the ``config.json`` of a dense checkpoint without its entries about compression.
+def read_config(
+    folder: Path, caller: str, source: DenseView | None = None
+) -> dict[str, Any] | None:
+    """Return the ``config.json`` of a checkpoint without its entries about compression.
 
     Args:
         folder: the checkpoint.
         caller: function named in errors.
+        source: its tensors, if quantised weights will be read; None refuses them.
 
     Returns:
         The JSON object; None if there is no such file.
 
     Raises:
-        ValueError: it is not a JSON object, or the checkpoint is quantised.
+        ValueError: it is not a JSON object, or weights are compressed or quantised in a way that is
+            not read.
     """
     path = folder / "config.json"
     if not path.is_file():
         return None
     config = read_json(path, caller)
-    for key in ("quantization_config", "compression_config"):
-        found = config.pop(key, None) or {}
+    for key in _COMPRESSION_KEYS:
+        found = config.pop(key, None)
+        if not found:
+            continue
         if not isinstance(found, dict):
             raise ValueError(f"{caller}: {key} in {path} must be an object, got {found!r:.50}")
-        if found and not _says_dense(found):
+        if key == "sparsity_config":
+            found = {key: found}
+        if key != "quantization_config":
+            found = {"quant_method": "compressed-tensors", **found}
+        scheme = encoded.unread_scheme(found, quantized=source is not None)
+        if scheme is not None:
             raise ValueError(
-                f"{caller}: {folder} is quantised by {found.get('quant_method')!r}; it must be "
-                "dense"
+                f"{caller}: {path} says that weights are stored by {scheme}, which is not read here"
             )
+        if source is not None and found.get("config_groups"):
+            encoded.check_quantized(source.checkpoint, source.encoded)
     return config
-
-
-def _says_dense(method: Mapping[str, Any]) -> bool:
-    """Whether compressed-tensors stored the weights dense or in the encoding that we read."""
-    sparsity = method.get("sparsity_config") or {}
-    changed = ("config_groups", "kv_cache_scheme", "transform_config")  # of values or activations
-    return (
-        method.get("quant_method") == "compressed-tensors"
-        and isinstance(sparsity, dict)
-        and sparsity.get("format", "dense") in ("dense", encoded.BITMASK_FORMAT)
-        and not any(method.get(key) for key in changed)
-    )
 
 
 def choose_layers(source: DenseView, targets: Sequence[str], ignore: Sequence[str]) -> set[str]:
@@ -455,8 +483,7 @@ def _convert_file(
                 raise InterruptedError(f"flash_llm.convert_checkpoint: stopped in {file}")
             layer = name.removesuffix(".weight")
             if layer in chosen and name.endswith(".weight"):
-                tensor = source.tensor(name, buffer)
-                row, parts = _convert_tensor(layer, tensor, options, chosen[layer])
+                row, parts = _convert_tensor(layer, source, buffer, options, chosen[layer])
                 rows.append(row)
                 if writer is not None:
                     for part, stored in parts.items():
@@ -470,29 +497,58 @@ def _convert_file(
 
 
 def _convert_tensor(
-    name: str, tensor: Tensor, options: _Options, why_dense: str = ""
+    name: str, source: DenseView, buffer: Tensor, options: _Options, why_dense: str = ""
 ) -> tuple[LayerReport, dict[str, Tensor]]:
     """Pack a weight unless ``why_dense`` is given or packing does not pay; then return it dense."""
+    dtype = DTYPES[source.dtype(f"{name}.weight")]
+    if dtype == torch.float32 and options.dtype is not None:
+        dtype = getattr(torch, options.dtype)
+
+    def dense() -> Tensor:
+        return source.tensor(f"{name}.weight", buffer).to(dtype)
+
+    if not why_dense and not ops.is_packable(dtype):
+        why_dense = f"{dtype} cannot be packed; for float32 pass dtype="
     transposed = options.conv1d and is_conv1d_name(name)
-    shape = tuple(tensor.t().shape if transposed else tensor.shape)
-    if tensor.dtype == torch.float32 and options.dtype is not None:
-        tensor = tensor.to(getattr(torch, options.dtype))
-    if not why_dense and not ops.is_packable(tensor.dtype):
-        why_dense = f"{tensor.dtype} cannot be packed; for float32 pass dtype="
     if why_dense:
+        tensor = dense()
+        shape = tuple(tensor.t().shape if transposed else tensor.shape)
         row = LayerReport(name, shape, None, tensor.nbytes, None, None, "skipped", why_dense)
         return row, {f"{name}.weight": tensor}
-    weight = tensor.t() if transposed else tensor
-    stored = ops.stored_format(weight, options.format, options.expected_tokens, options.values)
+    # The scales of a weight that is to be transposed would be those of its columns.
+    quantized = None if transposed else _stored_quantized(name, source, options)
+    weight = dense() if quantized is None else quantized
     try:
-        packed = ops.pack(weight, stored, values=options.values)
+        packed = _pack(weight, dtype, transposed, options)
     except ValueError as error:
         raise ValueError(f"flash_llm: {name}: {error}") from None
     row = decide(name, packed, options.pack_unprofitable)
     if row.decision != "packed":
-        return row, {f"{name}.weight": tensor}
+        return row, {f"{name}.weight": weight if isinstance(weight, Tensor) else dense()}
+    if quantized is not None and quantized.num_clipped:
+        clipped = f"values of -128 became -127: {quantized.num_clipped}"
+        row = dataclasses.replace(row, reason=f"{clipped}; {row.reason}")
     parts = zip(PACKED_PARTS, packed.parts(), strict=True)
     return row, {name + suffix: part for suffix, part in parts}
+
+
+def _stored_quantized(name: str, source: DenseView, options: _Options) -> encoded.Quantized | None:
+    """Return the values of a weight that are to be packed as they are stored."""
+    stored = source.encoded.get(f"{name}.weight")
+    if stored is None or stored.read_quantized is None:
+        return None
+    return stored.read_quantized() if options.values in (None, stored.values) else None
+
+
+def _pack(
+    weight: Tensor | encoded.Quantized, dtype: torch.dtype, transposed: bool, options: _Options
+) -> PackedWeight:
+    if isinstance(weight, encoded.Quantized):
+        return ops.pack_quantized(weight.values, weight.scales, dtype, options.format)
+    values = options.values or "16-bit"
+    weight = weight.t() if transposed else weight
+    format = ops.stored_format(weight, options.format, options.expected_tokens, values)
+    return ops.pack(weight, format, values=values)
 
 
 def _complete(
@@ -501,6 +557,7 @@ def _complete(
     files: list[Path],
     config: Mapping[str, Any] | None,
     dtype: str | None,
+    x_quantization: str | None,
 ) -> None:
     """Write the index, the config and the model card, and copy the other files."""
     converted = Checkpoint(folder / file.name for file in files)
@@ -515,6 +572,8 @@ def _complete(
         write_whole(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
     if config is not None:
         method = {"quant_method": "flash_llm", "version": CHECKPOINT_VERSION}
+        if x_quantization is not None:
+            method["x_quantization"] = x_quantization
         changed = {**config, "quantization_config": method} if converted.packed else dict(config)
         if dtype is not None:
             changed = {"dtype": dtype, **_with_dtype(changed, dtype)}

@@ -24,7 +24,8 @@ class DenseView:
 
     Attributes:
         checkpoint: the files as they are stored.
-        encoded: tensors that other tools store in several parts, by the dense tensor's name.
+        encoded: tensors that other tools store in several parts or quantised, by the dense
+            tensor's name.
         shapes: shape of each dense or encoded weight, by layer name.
         names: names of all tensors; a packed weight is named ``….weight``.
     """
@@ -58,7 +59,7 @@ class DenseView:
         """Return the dtype of a tensor, one of :attr:`names`, as safetensors spells it."""
         if self.is_packed(name):
             return SPELLINGS[self.checkpoint.packed[name.removesuffix(".weight")].dtype]
-        return self.checkpoint.dtype(self.encoded[name].parts[0] if name in self.encoded else name)
+        return self.encoded[name].dtype if name in self.encoded else self.checkpoint.dtype(name)
 
     def tensor(self, name: str, buffer: Tensor | None = None) -> Tensor:
         """Load a tensor to the CPU as dense; one that is stored dense can go into ``buffer``.

@@ -36,7 +36,7 @@ def test_rows_of_dense_and_packed(folders, tmp_path, monkeypatch, capfd):
     file = tmp_path / "serve.jsonl"
     common = ["--model", str(folders["llama"] / "dense"), "--mode", "eager", "--commit", "0123abc"]
     common += ["--weights", "dense", "flash_llm", "--sparsity", "0.8", "--dtype", "bfloat16"]
-    common += ["--values", "16-bit", "int8"]
+    common += ["--values", "16-bit", "int8", "--x-quantization", "none", "dynamic"]
     common += ["--out", str(file)]
     sizes = ["--batch", "1", "3", "--prompt", "8", "--new-tokens", "4", "--prefill", "12"]
     assert bench_serve.main([*common, *sizes]) == 0
@@ -45,18 +45,20 @@ def test_rows_of_dense_and_packed(folders, tmp_path, monkeypatch, capfd):
     for row in found:
         rows.check_row(row)
     cases = {
-        (row["bench"], row["values"], row.get("prompt"), row.get("batch"), row["format"])
+        (row["bench"], row["values"], row["x_values"], row.get("prompt"), row.get("batch"))
         for row in found
+        if row["format"] == (None if row["weights"] == "dense" else "row_bitmap")
     }
-    kinds = (("16-bit", None), ("16-bit", "row_bitmap"), ("int8", "row_bitmap"))
+    kinds = (("16-bit", "16-bit"), ("int8", "16-bit"), ("int8", "int8"))
     assert cases == {
         case
-        for values, format in kinds
+        for kind in kinds
         for case in (
-            ("serve", values, 8, 1, format),
-            ("serve", values, 8, 3, format),
-            ("serve", values, 12, 1, format),
-            ("replay", values, None, None, format),
+            ("serve", *kind, 8, 1),
+            ("serve", *kind, 8, 3),
+            ("serve", *kind, 12, 1),
+            ("replay", *kind, None, None),
         )
     }
+    assert len(found) == 4 * (len(kinds) + 1)
     assert len(capfd.readouterr().out.splitlines()) >= len(found)

@@ -142,6 +142,16 @@ def test_folder_with_int8_values(folders, tmp_path):
     with engine(tmp_path / "packed") as llm:
         assert_same(generate(llm), rounded)
         assert llm.apply_model(values_of_layers) == [{"int8"}]
+    flash_llm.convert_checkpoint(
+        *(tmp_path / "dense", tmp_path / "w8a8"), values="int8", x_quantization="dynamic"
+    )
+    with engine(tmp_path / "w8a8") as llm:
+        of_folder = generate(llm)
+        assert llm.apply_model(values_of_layers) == [{"int8"}]
+    assert of_folder[1] != rounded[1]
+    method = {"quant_method": "flash_llm", "version": 1, "x_quantization": "dynamic"}
+    with engine(tmp_path / "packed", hf_overrides={"quantization_config": method}) as llm:
+        assert generate(llm) == of_folder
 
 
 def values_of_layers(model):

@@ -73,13 +73,13 @@ def int8_folder(weights, tmp_path_factory):
     return save_packed(weights, tmp_path_factory.mktemp("int8"), values="int8")
 
 
-def build(name, folder=None, *, rank=0, size=1, bias=False, prefix=None):
+def build(name, folder=None, *, rank=0, size=1, bias=False, prefix=None, x_quantization=None):
     """A layer of vLLM as process ``rank`` of ``size`` builds it, under its name or ``prefix``."""
     from vllm.model_executor.layers import linear
 
     from flash_llm.integrations.vllm.config import FlashLLMConfig
 
-    config = FlashLLMConfig(packed_folder=folder is not None)
+    config = FlashLLMConfig(packed_folder=folder is not None, x_quantization=x_quantization)
     config.packed_modules_mapping = {name: list(shards) for name, shards in FUSED.items()}
     if folder is not None:
         config.maybe_update_config(str(folder))
@@ -167,6 +167,20 @@ def test_int8_values_are_cut_and_fused_with_their_scales(name, rank, size, weigh
     of_elements = {key: s[:, None].expand_as(v) for key, (v, s) in rounded.items()}
     stored = values.any(1)  # rows without values have no scale of their own
     assert torch.equal(scales[stored], part(name, of_elements, rank, size)[:, 0][stored])
+
+
+@pytest.mark.parametrize("name", ["qkv_proj", "gate_up_proj"])
+def test_only_inputs_of_quantised_values_are_rounded(name, int8_folder):
+    from safetensors.torch import load_file
+
+    layer = build(name, int8_folder, x_quantization="dynamic")
+    load(layer, name, load_file(int8_folder / "model.safetensors"))
+    packed, x = packed_of(layer), torch.randn(2, K).bfloat16()
+    way = "dynamic" if packed.values == "int8" else None  # gate_up_proj is int8 in part only
+    with torch.inference_mode():
+        assert torch.equal(layer(x)[0], flash_llm.spmm(x, packed, x_quantization=way))
+    exact, rounded = (flash_llm.spmm(x, packed, x_quantization=way) for way in (None, "dynamic"))
+    assert torch.equal(exact, rounded) == (way is None)
 
 
 def test_packed_parts_of_a_layer_that_was_taken_for_dense(packed_folder):

@@ -108,6 +108,12 @@ def test_expected_tokens(folder, tokens, error):
         configured(folder)
 
 
+def test_x_quantization(folder):
+    change_config(folder, x_quantization="static")
+    with pytest.raises(ValueError, match="x_quantization .*static"):
+        configured(folder)
+
+
 @pytest.mark.parametrize(("option", "value"), [("sparsity", 0.8), ("values", "int8")])
 def test_an_option_of_dense_models_for_a_packed_folder(option, value, folder):
     change_config(folder, **{option: value})

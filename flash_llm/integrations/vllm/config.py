@@ -61,7 +61,8 @@ class FlashLLMConfig(QuantizationConfig):
     An ``"expected_tokens"`` in that config says how many tokens most steps will have at most
     (requests that decode together): the layers are packed for so few, see :func:`flash_llm.pack`.
     ``"values": "int8"`` rounds the weights of a dense model to int8; packed layers of a folder keep
-    their values.
+    their values. ``"x_quantization": "dynamic"`` lets layers with quantised values round their
+    inputs too, see :func:`flash_llm.spmm`.
 
     Embeddings, output layers and the experts of mixtures stay dense.
 
@@ -69,11 +70,12 @@ class FlashLLMConfig(QuantizationConfig):
         sparsity: fraction of zeros in [0, 1] to prune each row to; None packs the zeros there are.
         values: ``"16-bit"`` or ``"int8"``, what to store of dense weights; None for 16-bit.
         expected_tokens: None if it is unknown.
+        x_quantization: None, or ``"dynamic"``.
         packed_folder: whether the model's config says that its folder holds packed layers.
 
     Raises:
-        ValueError: ``sparsity`` is outside [0, 1], ``values`` is unknown, or ``expected_tokens`` is
-            not positive.
+        ValueError: ``sparsity`` is outside [0, 1], ``values`` or ``x_quantization`` is unknown, or
+            ``expected_tokens`` is not positive.
         TypeError: ``sparsity`` is no number, or ``expected_tokens`` no integer.
         RuntimeError: the compiled extension is missing.
     """
@@ -84,11 +86,13 @@ class FlashLLMConfig(QuantizationConfig):
         *,
         values: str | None = None,
         expected_tokens: int | None = None,
+        x_quantization: str | None = None,
         packed_folder: bool = False,
     ) -> None:
         super().__init__()
         _extension.require()
         ops.check_expected_tokens(expected_tokens)
+        ops.check_x_quantization(x_quantization)
         if sparsity is not None:
             if not isinstance(sparsity, (int, float)) or isinstance(sparsity, bool):
                 raise TypeError(
@@ -101,6 +105,7 @@ class FlashLLMConfig(QuantizationConfig):
         self.sparsity = sparsity
         self.values = values
         self.expected_tokens = expected_tokens
+        self.x_quantization = x_quantization
         self.packed_folder = packed_folder
         self.checkpoint: Checkpoint | None = None
         self.stored: dict[str, str] = {}
@@ -133,8 +138,8 @@ class FlashLLMConfig(QuantizationConfig):
         """Read the ``quantization_config`` of a model.
 
         Args:
-            config: ``quant_method``, and ``version`` (of packed folders), ``sparsity``, ``values``
-                or ``expected_tokens``.
+            config: ``quant_method``, and ``version`` (of packed folders), ``sparsity``, ``values``,
+                ``expected_tokens`` or ``x_quantization``.
 
         Raises:
             NotImplementedError: a newer flash_llm wrote the folder.
@@ -142,21 +147,16 @@ class FlashLLMConfig(QuantizationConfig):
             TypeError: as the constructor.
         """
         hf_quantizer.FlashLLMConfig(**config)  # refuses versions that cannot be read
-        options = ("sparsity", "values", "expected_tokens")
+        options = ("sparsity", "values", "expected_tokens", "x_quantization")
         unknown = sorted(config.keys() - {"quant_method", "version", *options})
         if unknown:
             raise ValueError(
                 f'flash_llm: quantization_config must hold "quant_method" and "version", '
-                f'"sparsity", "values" or "expected_tokens", got "{unknown[0]}"'
+                f'"sparsity", "values", "expected_tokens" or "x_quantization", got "{unknown[0]}"'
             )
-        sparsity, values, expected_tokens = (config.get(option) for option in options)
-        given = values is not None or expected_tokens is not None
-        return cls(
-            sparsity,
-            values=values,
-            expected_tokens=expected_tokens,
-            packed_folder=sparsity is None and (not given or "version" in config),
-        )
+        given = {option: config[option] for option in options if config.get(option) is not None}
+        packed_folder = "sparsity" not in given and (not given or "version" in config)
+        return cls(**given, packed_folder=packed_folder)
 
     def maybe_update_config(
         self,

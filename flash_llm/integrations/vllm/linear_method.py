@@ -4,9 +4,9 @@ A layer is loaded as vLLM loads weights that it quantises itself: what the files
 until the layer is complete, one dense weight at a time is on the device, and vLLM's own loaders
 fuse shards and cut the part of this process. So packed and dense checkpoints, fused layers and
 tensor parallel take one way, and the packed bytes are those of packing the dense weight. Where all
-shards of a layer have int8 values, these take the place of the dense weight, beside their scales,
-so nothing is rounded again. If only some have, the layer gets 16-bit values, because int8 ones
-would round the other shards.
+shards of a layer have quantised values of one type, these take the place of the dense weight,
+beside their scales, so nothing is rounded again. If only some have, the layer gets 16-bit values,
+because quantised ones would round the other shards.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 _PLACES = {"q": 0, "k": 1, "v": 2}
 """Place in a fused layer of the shards that vLLM gives names; it numbers the others."""
+
+
+_VALUE_DTYPES = {"int8": torch.int8}
+"""Of quantised values, by their type, that have a scale for each row."""
 
 
 class FlashLLMLinearMethod(LinearMethodBase):
@@ -124,8 +128,10 @@ class FlashLLMLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ weight.T + bias`` for ``x`` of any leading shape."""
+        header = layer.packed_header
         return ops.spmm_buffers(
-            x, layer.packed_header, layer.weight_offsets, layer.weight_packed, bias
+            *(x, header, layer.weight_offsets, layer.weight_packed, bias),
+            x_quantization=None if header.values == "16-bit" else self.config.x_quantization,
         )
 
     def _empty_weight(
@@ -147,10 +153,11 @@ class FlashLLMLinearMethod(LinearMethodBase):
             weight_loader=layer.weight_loader,
         )
 
-    def _is_quantized(self) -> bool:
-        """Whether the layer gets int8 values because all of its shards have them."""
+    def _quantized_dtype(self) -> torch.dtype | None:
+        """Dtype of the quantised values that all of the shards have; None if they have not."""
         values = {header.values if header else "16-bit" for header in self.headers}
-        return values == {"int8"} and ops.is_packable(self.dtype)
+        same = len(values) == 1 and ops.is_packable(self.dtype)
+        return _VALUE_DTYPES.get(values.pop()) if same else None
 
     def _stored_formats(self) -> set[str]:
         """Formats of the shards that are packed in the checkpoint."""
@@ -200,7 +207,7 @@ class FlashLLMLinearMethod(LinearMethodBase):
         """Return the weight of this process from what was loaded, which must be complete.
 
         Returns:
-            The dense weight, and None; or int8 values, and the scales of their rows.
+            The dense weight, and None; or quantised values, and the scales of their rows.
         """
         loaded: dict[str, dict[Any, Any]] = {name: {} for name in ("weight", *BUFFERS)}
         for name, arguments in get_layerwise_info(layer).loaded_weights:
@@ -209,11 +216,11 @@ class FlashLLMLinearMethod(LinearMethodBase):
                 loaded.setdefault(name, {})[place] = shard_id
         if not self.dummy:
             self._refuse_missing(layer, loaded)
-        weight, scales, quantized = getattr(layer, "weight", None), None, self._is_quantized()
+        weight, scales, quantized = getattr(layer, "weight", None), None, self._quantized_dtype()
         if weight is None:
             device = layer.weight_payload.device
-            weight = self._empty_weight(layer, device, torch.int8 if quantized else None)
-            scales = self._empty_scales(layer, device) if quantized else None
+            weight = self._empty_weight(layer, device, quantized)
+            scales = None if quantized is None else self._empty_scales(layer, device)
         for place, parts in self._packed_parts(layer).items():
             name, shard_id = self.shards[place], loaded[BUFFERS[0]][place]
             shard = () if shard_id is None else (shard_id,)
@@ -223,7 +230,7 @@ class FlashLLMLinearMethod(LinearMethodBase):
                 raise type(error)(
                     f"flash_llm: {name} in {self.config.file_of(name)} is malformed: {error}"
                 ) from None
-            if quantized:
+            if quantized is not None:
                 values, of_rows = packed.to_quantized()
                 layer.weight_loader(weight, values, *shard)
                 layer.weight_loader(scales, of_rows, *shard)
