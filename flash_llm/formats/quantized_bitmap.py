@@ -32,8 +32,7 @@ class QuantizedBitmapStats(PackedStats):
 class QuantizedBitmap(PackedWeight):
     """Quantised values packed for GPUs: ``offsets`` int32[chunks + 1] in units of 32 bytes.
 
-    About ``1.06 (1 - sparsity) + 0.134`` bytes per element, and 4 bytes per row for the scales. The
-    host packs it; every GPU unpacks it, and GPUs with compute capability 9.0 or newer multiply it.
+    About ``1.06 (1 - sparsity) + 0.134`` bytes per element, and 4 bytes per row for the scales.
 
     Example:
         >>> import torch, flash_llm
