@@ -84,7 +84,7 @@ FLASH_LLM_AVX512 inline void add_groups(const RowBlockOf<uint8_t>& block, int64_
   }
 }
 
-FLASH_LLM_AVX512 inline uint64_t mask_of_pair(const uint32_t* masks, int pair) {
+FLASH_LLM_AVX512 inline uint64_t mask_of_pair(const uint32_t* masks, ptrdiff_t pair) {
   return masks[2 * pair] | uint64_t{masks[2 * pair + 1]} << 32;
 }
 

@@ -86,7 +86,7 @@ void multiply_int8_block(const RowBitmapTokens& tokens, int64_t groups, RowBlock
   const auto* x = static_cast<const int8_t*>(tokens.x);
   for (int64_t group = 0; group < groups; ++group) {
     for (int row = 0; row < kBlockRows; ++row) {
-      int16_t w[kGroupCols] = {};
+      int8_t w[kGroupCols] = {};
       for (uint32_t mask = *block.masks++; mask != 0 && block.values != block.end;
            mask &= mask - 1) {
         w[__builtin_ctz(mask)] = static_cast<int8_t>(*block.values++);

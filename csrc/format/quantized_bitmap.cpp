@@ -48,7 +48,7 @@ struct Layout {
 
   int stored(int lane, int down) const {
     const auto& words = bits[static_cast<size_t>(lane)];
-    const auto first = static_cast<size_t>(2 * down);
+    const size_t first = down == 0 ? 0 : 2;
     return popcount(words[first]) + popcount(words[first + 1]);
   }
   int nnz() const {
@@ -119,7 +119,7 @@ struct Chunk {
     Layout layout;
     layout.rows = rows();
     if (bytes == nullptr) return layout;
-    const uint8_t* bits = bytes + layout.rows * kQuantRowBytes;
+    const uint8_t* bits = bytes + ptrdiff_t{layout.rows} * kQuantRowBytes;
     for (size_t lane = 0; lane < kLanes; ++lane) {
       for (size_t word = 0; word < kQuantWords; ++word) {
         std::memcpy(&layout.bits[lane][word], bits + (word * kLanes + lane) * 4, 4);
@@ -177,7 +177,7 @@ std::string chunk_problem(const PackedView& view, int64_t strip, int64_t col, in
   }
   if (expected.columns != layout.columns)
     return "the columns of the downward runs are not canonical";
-  std::vector<uint8_t> rest(chunk.bytes, chunk.bytes + layout.rows * kQuantRowBytes);
+  std::vector<uint8_t> rest(chunk.bytes, chunk.bytes + ptrdiff_t{layout.rows} * kQuantRowBytes);
   std::string problem;
   layout.for_each_value([&](int row, int /*col*/, int offset) {
     uint8_t& byte = rest[static_cast<size_t>(offset)];
@@ -226,7 +226,7 @@ Status quantized_bitmap_pack(const ValueMatrix& matrix, const int32_t* offsets, 
     const bool empty = own[chunks] == own[0];
     if (!empty) {
       std::fill_n(scales, kQuantStripM, kNoScale);
-      next += kQuantScaleUnits * kQuantUnitBytes;
+      next += ptrdiff_t{kQuantScaleUnits} * kQuantUnitBytes;
     }
     int64_t stored = 0;
     for (int64_t col = 0; col < chunks; ++col) {
@@ -245,7 +245,7 @@ Status quantized_bitmap_pack(const ValueMatrix& matrix, const int32_t* offsets, 
         changed |= is_zero(value);
       });
       if (changed) return kTileChanged;
-      uint8_t* bits = next + layout.rows * kQuantRowBytes;
+      uint8_t* bits = next + ptrdiff_t{layout.rows} * kQuantRowBytes;
       for (size_t lane = 0; lane < kLanes; ++lane) {
         for (size_t word = 0; word < kQuantWords; ++word) {
           std::memcpy(bits + (word * kLanes + lane) * 4, &layout.bits[lane][word], 4);

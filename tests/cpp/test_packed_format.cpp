@@ -514,7 +514,7 @@ TEST_F(Int8Block, RefusesValuesOutsideTheGrid) {
 // upward run in column 0, 5 its downward run, which goes on top of the shortest upward run: that of
 // lane 1. The other lanes have empty runs, whose columns follow from their order.
 TEST(PackQuantizedBitmap, GoldenBytes) {
-  QuantizedMatrix dense{9, 131, 131, std::vector<uint8_t>(9 * 131, 0), {}};
+  QuantizedMatrix dense{9, 131, 131, std::vector<uint8_t>(size_t{9} * 131, 0), {}};
   dense.scales.assign(9, 0.25F);  // that of rows without values becomes 1
   dense.scales[0] = 0.5F;
   dense.scales[8] = 2.0F;
@@ -529,7 +529,7 @@ TEST(PackQuantizedBitmap, GoldenBytes) {
   values[0] = 0x00870183;
   values[1] = 0x85000000;
   bits[0] = 1U << 4 | 1U << 8 | 1U << 20;
-  bits[2 * 32] = 1U << 8;
+  bits[64] = 1U << 8;  // word 2 of lane 0
   expected.insert(expected.end(), values.begin(), values.end());
   expected.insert(expected.end(), bits.begin(), bits.end());
   for (uint32_t lane = 0; lane < 32; lane += 4) {  // a byte for each lane

@@ -304,6 +304,7 @@ TEST_P(SpmmCpu, RealsStayWithinRounding) {
     product.activation = activation;
     const auto reference = product.run(kReference);
     std::vector<std::vector<uint16_t>> fast;
+    fast.reserve(kFast.size());
     for (const Kernel& kernel : kFast) fast.push_back(product.run(kernel));
     // The order of summation is the same for every format.
     EXPECT_EQ(product.run(kBitmapReference), reference);
@@ -488,7 +489,7 @@ TEST(SpmmInt8X, TheLargestSumsAreExact) {
     for (int64_t col = 0; col < weight.k; ++col) weight.at(row, col) = row % 2 ? 0x81 : 0x7F;
   }
   for (auto& x : product.x) x = from_float<ValueType::kBfloat16>(-254.0F);
-  const auto sum = static_cast<float>(127 * 127 * kCpuMaxInt8K) * 2;
+  const auto sum = static_cast<float>(int64_t{127} * 127 * kCpuMaxInt8K) * 2;
   for (const Kernel& kernel : kInt8X) {
     const Packed packed = pack_or_die(weight, Format::kRowBitmap, ValueType::kInt8Bfloat16);
     const auto y = product.run(kernel, packed, serial_for);

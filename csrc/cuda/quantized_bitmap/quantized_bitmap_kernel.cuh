@@ -391,10 +391,11 @@ struct TokenScale {
   template <ValueType kDense>
   __device__ __forceinline__ static TokenScale of(uint32_t magnitude) {
     constexpr uint32_t kInfinity = kDense == ValueType::kFloat16 ? 0x7C00 : 0x7F80;
-    const float largest = element_to_float<kDense>(static_cast<uint16_t>(magnitude));
-    // The bound keeps the inverse finite; all elements of such a token become 0.
+    // The bound keeps the inverse finite; all elements of a token below it become 0.
+    const float largest =
+        fmaxf(element_to_float<kDense>(static_cast<uint16_t>(magnitude)), 0x1p-100F);
     return {magnitude < kInfinity ? largest / 127.0F : __uint_as_float(0x7FFFFFFF),
-            127.0F / fmaxf(largest, 0x1p-100F)};
+            127.0F / largest};
   }
 };
 
