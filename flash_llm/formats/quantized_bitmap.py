@@ -40,8 +40,7 @@ class QuantizedBitmap(PackedWeight):
     """Quantised values packed for GPUs: ``offsets`` int32[chunks + 1] in units of 32 bytes.
 
     About ``1.06 (1 - sparsity) + 0.134`` bytes per element, and 4 bytes per row for the scales; of
-    int4 values ``0.53 (1 - sparsity) + 0.15``, scales included. The host packs it; every GPU
-    unpacks it, and GPUs with compute capability 9.0 or newer multiply it.
+    int4 values ``0.53 (1 - sparsity) + 0.15``, scales included.
 
     Example:
         >>> import torch, flash_llm

@@ -233,16 +233,16 @@ class KernelOnGpu : public ::testing::TestWithParam<Kernel> {
     return {m, n, k, nnz, GetParam().format, type};
   }
 
-  // Multiplies n tokens of X of type `dense_type`, with rings of the least size if `small_rings`, and
-  // compares each bit.
+  // Multiplies n tokens of X of type `dense_type` by the plan for `device`, with rings of the least size
+  // if `small_rings`, and compares each bit.
   void expect_exact(const DenseMatrix& dense, int64_t n, int64_t ctas, bool small_rings,
-                    ValueType dense_type) const {
+                    ValueType dense_type, const DeviceInfo& device = this_gpu()) const {
     const int64_t m = dense.m, k = dense.k;
     const ValueType type = GetParam().type(dense_type);
     const Packed packed = pack_integers(dense, GetParam().format, type);
     SpmmPlan plan;
     const Status planned =
-        select_plan(problem(m, n, k, packed.header.nnz, packed.header.value_type), this_gpu(),
+        select_plan(problem(m, n, k, packed.header.nnz, packed.header.value_type), device,
                     GetParam().config, ctas, &plan);
     ASSERT_TRUE(planned.ok()) << planned.message;
     if (small_rings) plan.ring_bytes = least_ring_bytes(plan, type);
@@ -319,6 +319,20 @@ TEST_P(KernelOnGpu, SmallRings) {
   const int64_t tile = std::min<int64_t>(GetParam().tile_n, 8);
   const DenseMatrix dense = pruned_by_pair(integers(520, 4100, 0.0, ValueType::kFloat16, 3), 3);
   expect_exact(dense, tile, 2, true, ValueType::kFloat16);
+}
+
+// A plan for a GPU with 100 KB of shared memory, of which there is none here, has fewer warps and
+// more sections of K.
+TEST_P(KernelOnGpu, PlansForLessSharedMemory) {
+  DeviceInfo small = this_gpu();
+  small.smem_per_sm_bytes = 100 * 1024;
+  const ValueType stored = packed_format(GetParam().format).value_types.first();
+  SpmmPlan plan;
+  const Status status = select_plan(problem(300, GetParam().tile_n, 8100, 1, stored), small,
+                                    GetParam().config, 0, &plan);
+  if (status.code == StatusCode::kUnsupported) GTEST_SKIP() << status.message;
+  const DenseMatrix dense = integers(300, 8100, 0.5, ValueType::kFloat16, 7);
+  expect_exact(dense, GetParam().tile_n, 0, false, ValueType::kFloat16, small);
 }
 
 // One format's packer on the GPU, and what it needs of a matrix.
