@@ -1109,7 +1109,8 @@ def _fake_pack_quantized(
     kind = "fp8_e4m3" if values.dtype != torch.int8 else "int4" if scales.dim() == 2 else "int8"
     value_type = value_type_of(dtype, kind)
     packed = _fake_packed("pack_quantized", "values", values, format, value_type)
-    shape = quantize.scales_shape(*values.shape, kind)
+    m, k = values.shape
+    shape = quantize.scales_shape(m, k, kind)
     if scales.shape != shape:
         raise ValueError(
             f"flash_llm::pack_quantized: scales of {kind} values must have shape {list(shape)}, "
