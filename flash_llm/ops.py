@@ -599,10 +599,10 @@ def spmm(
             kernel above 64 tokens) the sum is rounded to ``x.dtype`` before the activation, as by
             ``torch.nn.functional.linear``.
         x_quantization: ``"dynamic"`` allows kernels to round each token of ``x`` to int8 where that
-            is faster: with quantised weights on CPUs, and on GPUs for few tokens. A token's scale
+            is faster: with int8 weights on CPUs, and on GPUs for few tokens. A token's scale
             is its largest magnitude, but at least 2**-100, divided by 127; elements are multiplied
             by the inverse of the scale (in float32) and rounded to nearest, ties to even. Sums of
-            products are then exact. A token with an element that is NaN or infinite gives NaN. None
+            products with int8 values are then exact; no kernel does it with other values. A token with an element that is NaN or infinite gives NaN. None
             and ``"none"`` never round ``x``.
         config: ``"auto"`` lets ``explain_plan`` choose; any other name forces that kernel (see
             ``flash_llm._C.plan_names``), for tests and benchmarks.

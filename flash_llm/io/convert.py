@@ -115,9 +115,9 @@ def convert_checkpoint(
         ignore: patterns of the layers to leave dense; overrides ``targets``.
         format: ``"auto"`` (the fastest on the CPU; a layer is packed again when it is loaded on a
             device for which another format is faster), or a format's name.
-        values: ``"16-bit"`` or ``"int8"``, as :func:`flash_llm.pack` takes it. ``"int8"`` shrinks
-            weights without zeros too, so these are rounded and packed as well; ``ignore`` leaves
-            them dense.
+        values: as :func:`flash_llm.pack` takes it. ``"int8"``, ``"fp8_e4m3"`` and ``"int4"``
+            shrink weights without zeros too, so these are rounded and packed as well; ``ignore``
+            leaves them dense.
         expected_tokens: how many tokens most products on a GPU will have at most, if that is known:
             ``"auto"`` then writes ``"gather"`` where :func:`flash_llm.pack` would on a GPU.
         dtype: cast float32 weights to this dtype first, float16 or bfloat16. None leaves them
@@ -251,7 +251,7 @@ def inspect_checkpoint(
     Args:
         folder: dense or packed, written by this package or any other.
         format: format to pack dense weights in; ``"auto"`` as in :func:`convert_checkpoint`.
-        values: what to pack of dense weights, ``"16-bit"`` or ``"int8"``.
+        values: what to pack of dense weights, one of :data:`flash_llm.ops.STORED_VALUES`.
 
     Returns:
         A row for each packed layer and each two-dimensional dense weight: ``decision`` says how it
