@@ -128,8 +128,8 @@ def explain_plan(
         n: tokens.
         k: in_features.
         nnz: nonzeros of the weight.
-        value_type: ``"float16"`` or ``"bfloat16"``; of int8 values ``"int8_float16"`` or
-            ``"int8_bfloat16"``.
+        value_type: ``"float16"`` or ``"bfloat16"``; of quantised values with their name before it,
+            such as ``"int8_float16"`` or ``"fp8_e4m3_bfloat16"``.
         format: name of the packed format; ``"auto"`` as :func:`pack` would choose.
         compute_capability: 10 * major + minor of the GPU, 90 for an H100; 0 means the CPU.
         num_sms: number of multiprocessors, 132 for an H100 SXM.

@@ -62,7 +62,7 @@ class ShapeTiming:
         sparsity: fraction of zeros in [0, 1] of the weight.
         stored_format: name of the packed format in the folder, or ``"dense"``.
         format: name of the packed format that was timed.
-        values: what it stores, ``"16-bit"`` or ``"int8"``.
+        values: what it stores, one of :data:`flash_llm.ops.STORED_VALUES`.
         dense_bytes: bytes of the dense weight.
         packed_bytes: bytes of the packed weight.
         products: by increasing number of tokens.

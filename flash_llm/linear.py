@@ -58,8 +58,8 @@ class SparseLinear(nn.Linear):
             chooses the format that multiplies fastest on the device, whenever a dense weight is
             packed and when the layer moves between CPU and GPU. A layer that was packed as
             ``"gather"`` is packed so again on every GPU: its caller expects few tokens.
-        values: ``"16-bit"`` or ``"int8"``: what :func:`flash_llm.pack` stores of each dense weight
-            that the layer gets.
+        values: what :func:`flash_llm.pack` stores of each dense weight that the layer gets, one of
+            :data:`flash_llm.ops.STORED_VALUES`.
         expected_tokens: as :func:`flash_llm.pack` takes it, for each choice of ``"auto"``.
 
     Attributes:
@@ -261,7 +261,7 @@ class SparseLinear(nn.Linear):
 
     @property
     def values(self) -> str:
-        """What the weight stores: ``"16-bit"`` or ``"int8"``."""
+        """What the weight stores; one of :data:`flash_llm.ops.STORED_VALUES`."""
         return self._current_header().values
 
     @property
@@ -502,9 +502,9 @@ class SparseLinear(nn.Linear):
         """Replace the weight by one process's part of it; the bias does not change.
 
         Args:
-            weight: ``[M', K']`` dense part, of the layer's dtype; of a quantised weight its int8
-                values.
-            scales: float32 ``[M']``, of a quantised weight; otherwise None.
+            weight: ``[M', K']`` dense part, of the layer's dtype; of a quantised weight its values.
+            scales: of a quantised weight, as :func:`flash_llm.ops.pack_quantized` takes them;
+                otherwise None.
         """
         if scales is None:
             packed = self._pack(weight)

@@ -614,10 +614,10 @@ def spmm(
             kernel above 64 tokens) the sum is rounded to ``x.dtype`` before the activation, as by
             ``torch.nn.functional.linear``.
         x_quantization: ``"dynamic"`` allows kernels to round each token of ``x`` to int8 where that
-            is faster: with quantised weights on CPUs, and on GPUs for few tokens. A token's scale
+            is faster: with int8 weights on CPUs, and on GPUs for few tokens. A token's scale
             is its largest magnitude, but at least 2**-100, divided by 127; elements are multiplied
             by the inverse of the scale (in float32) and rounded to nearest, ties to even. Sums of
-            products are then exact. A token with an element that is NaN or infinite gives NaN. None
+            products with int8 values are then exact; no kernel does it with other values. A token with an element that is NaN or infinite gives NaN. None
             and ``"none"`` never round ``x``.
         config: ``"auto"`` lets ``explain_plan`` choose; any other name forces that kernel (see
             ``flash_llm._C.plan_names``), for tests and benchmarks.
@@ -1124,7 +1124,8 @@ def _fake_pack_quantized(
     kind = "fp8_e4m3" if values.dtype != torch.int8 else "int4" if scales.dim() == 2 else "int8"
     value_type = value_type_of(dtype, kind)
     packed = _fake_packed("pack_quantized", "values", values, format, value_type)
-    shape = quantize.scales_shape(*values.shape, kind)
+    m, k = values.shape
+    shape = quantize.scales_shape(m, k, kind)
     if scales.shape != shape:
         raise ValueError(
             f"flash_llm::pack_quantized: scales of {kind} values must have shape {list(shape)}, "

@@ -165,8 +165,8 @@ GRIDS: dict[str, Grid] = {
     "int2": Grid(2, 1, GROUP, torch.float16, has_zero_point=True),
 }
 """The grids by the name that :func:`flash_llm.prune_` takes. Packed weights store the steps and
-scales of those without a zero point (:data:`flash_llm.ops.STORED_VALUES`), and 16-bit numbers of the
-others, which are what other libraries store for dense weights."""
+scales of those without a zero point (:data:`flash_llm.ops.STORED_VALUES`), and of the others, which
+are what other libraries store for dense weights, 16-bit numbers."""
 
 
 def grid_of(values: str) -> Grid:

@@ -57,7 +57,8 @@ class LayerReport:
         decision: ``"packed"``, ``"dense"`` (packing would not shrink it) or ``"skipped"`` (the
             layer cannot be packed, or is left alone).
         reason: one sentence.
-        values: what the packed weight stores, ``"16-bit"`` or ``"int8"``, likewise.
+        values: what the packed weight stores, likewise: one of
+            :data:`flash_llm.ops.STORED_VALUES`.
     """
 
     name: str
@@ -248,9 +249,9 @@ def sparsify_(
         scope: ``"row"``, ``"layer"`` or ``"N:M"`` (which prunes even when ``sparsity`` is None).
         format: ``"auto"`` (the format that multiplies fastest on the layer's device),
             ``"row_bitmap"``, ``"tiled_csl"``, ``"bitmap"``, ``"gather"`` or ``"quantized_bitmap"``.
-        values: ``"16-bit"`` or ``"int8"``, as :func:`flash_llm.pack` takes it. ``"int8"`` shrinks
-            layers without zeros too, so these are rounded and packed as well; ``ignore`` leaves
-            them alone. Layers that are packed already keep their values:
+        values: as :func:`flash_llm.pack` takes it. ``"int8"``, ``"fp8_e4m3"`` and ``"int4"``
+            shrink layers without zeros too, so these are rounded and packed as well; ``ignore``
+            leaves them alone. Layers that are packed already keep their values:
             :meth:`SparseLinear.to_linear` makes them dense first.
         expected_tokens: how many tokens most products will have at most, if that is known; see
             :func:`flash_llm.pack`.

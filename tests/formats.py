@@ -19,7 +19,7 @@ import flash_llm
 from flash_llm import _extension
 
 FORMATS = ("tiled_csl", "bitmap", "row_bitmap", "gather")  # that hold 16-bit values
-QUANTIZED_FORMATS = ("row_bitmap", "quantized_bitmap")  # that hold int8 values
+QUANTIZED_FORMATS = ("row_bitmap", "quantized_bitmap")  # that hold values with scales
 ALL_FORMATS = (*FORMATS, "quantized_bitmap")
 # Those that a GPU has kernels for. The host packs and unpacks the others, which cannot be captured.
 GPU_FORMATS = ("tiled_csl", "bitmap", "gather")
@@ -547,31 +547,66 @@ def write_row_bitmap(bits):
     return blocks
 
 
+# For each kind of values: the dtypes of raw values and of scales, columns that share a scale (None:
+# all of a row), and planes of a chunk.
+QUANTIZED = {
+    "int8": (np.int8, "<f4", None, 1),
+    "fp8_e4m3": (np.uint8, "<f4", None, 1),
+    "int4": (np.int8, "<f2", 128, 2),
+}
+
+
+def _scales_of_groups(stored, scales, kind):
+    """Scales [M, groups] with 1 where no value is stored; ``stored`` [M, K]."""
+    (m, k), (_, dtype, size, _) = stored.shape, QUANTIZED[kind]
+    groups, size = (-(-k // size), size) if size else (1, max(k, 1))
+    padded = np.pad(stored, [(0, 0), (0, groups * size - k)])
+    any_stored = padded.reshape(m, groups, size).any(axis=2)
+    return np.where(any_stored, scales.reshape(m, groups), 1).astype(dtype)
+
+
+def _padded(values, rows, cols):
+    m, k = values.shape
+    return np.pad(values, [(0, -m % rows), (0, -k % cols)])
+
+
 def read_quantized_row_bitmap(packed):
-    """The int8 values and the scales of a row bitmap."""
-    m, k = packed.shape
-    groups = -(-k // 32)
-    dense, scales = np.zeros((-(-m // 4) * 4, groups * 32), np.int8), np.ones(-(-m // 4) * 4, "<f4")
+    """The raw values and the scales [M, groups] of a row bitmap."""
+    (m, k), (dtype, scale, size, _) = packed.shape, QUANTIZED[packed.values]
+    groups, of_row = -(-k // 32), -(-k // size) if size else 1
+    dense = np.zeros((-(-m // 4) * 4, groups * 32), dtype)
+    scales = np.ones((len(dense), of_row), scale)
     for row, block in zip(range(0, m, 4), blocks_of(packed), strict=bool(k)):
         if not len(block):
             continue
-        head, masks, values = np.split(block, [10, 10 + 8 * groups])
-        assert not head[:2].any()
-        scales[row : row + 4] = head[2:].view("<f4")
+        block = block.view(np.uint8)
+        scale_bytes = 4 * of_row * scales.itemsize
+        head, masks, values = np.split(block, [4 + scale_bytes, 4 + scale_bytes + 16 * groups])
+        assert not head[:4].any()
+        scales[row : row + 4] = head[4:].view(scale).reshape(of_row, 4).T
         bits = masks.view("<u4").reshape(groups, 4, 1) >> np.arange(32, dtype=np.uint32) & 1
-        elements = np.zeros(bits.shape[:2] + (32,), np.int8)
-        elements[bits.astype(bool)] = values.view(np.int8)[: bits.sum()]
-        assert not values.view(np.int8)[bits.sum() :].any()
-        dense[row : row + 4] = elements.transpose(1, 0, 2).reshape(4, -1)
+        for (group, of_block), count in np.ndenumerate(bits.sum(axis=2)):
+            if packed.values == "int4":
+                nibbles = np.stack([values & 15, values >> 4], axis=1).reshape(-1)
+                found = nibbles[:count].astype(np.int8) - 8
+                taken = (count + 1) // 2
+                assert not nibbles[count : 2 * taken].any()
+            else:
+                found, taken = values.view(dtype)[:count], count
+            columns = 32 * group + np.flatnonzero(bits[group, of_block])
+            dense[row + of_block, columns] = found
+            values = values[taken:]
+        assert not values.any()
     assert not dense[m:].any() and not dense[:, k:].any()
     return dense[:m, :k], scales[:m]
 
 
-def write_quantized_row_bitmap(values, scales):
-    """The bytes of every block of a matrix of int8 values with a scale for each row."""
+def write_quantized_row_bitmap(values, scales, kind):
+    """The bytes of every block of a matrix of raw values."""
     m, k = values.shape
-    padded = np.pad(values, [(0, -m % 4), (0, -k % 32)])
-    scales = np.where(padded.any(axis=1), np.pad(scales, (0, -m % 4)), 1).astype("<f4")
+    padded = _padded(values, 4, 32)
+    scales = np.pad(_scales_of_groups(values != 0, scales, kind), [(0, -m % 4), (0, 0)])
+    scales[m:] = 1
     blocks = []
     for row in range(0, m, 4) if k else ():
         elements = padded[row : row + 4].reshape(4, -1, 32).transpose(1, 0, 2)
@@ -579,14 +614,17 @@ def write_quantized_row_bitmap(values, scales):
         if not stored.any():
             continue
         masks = (stored.astype("<u4") << np.arange(32, dtype="<u4")).sum(axis=-1, dtype="<u4")
-        head = np.zeros(1, "<u4"), scales[row : row + 4], masks, elements[stored]
-        block = _joined(*head)
+        kept = [elements[at][stored[at]] for at in np.ndindex(stored.shape[:2])]
+        if kind == "int4":
+            nibbles = [np.pad((part + 8).astype(np.uint8), (0, len(part) % 2)) for part in kept]
+            kept = [part[::2] | part[1::2] << 4 for part in nibbles]
+        block = _joined(np.zeros(1, "<u4"), scales[row : row + 4].T, masks, *kept)
         blocks.append(np.pad(block, (0, -len(block) % 16)))
     return blocks
 
 
-def _quantized_chunk(bits, columns, rows, get):
-    """Calls get(row, column, byte) for each value of a chunk of a quantised bitmap."""
+def _places_of_values(bits, columns, rows):
+    """Row, column and byte of each value of a plane of a quantised bitmap."""
     for lane, word in itertools.product(range(32), (0, 2)):
         place = 0
         for q, j in itertools.product((word, word + 1), range(4)):
@@ -599,69 +637,88 @@ def _quantized_chunk(bits, columns, rows, get):
                         if word == 0
                         else (4 * rows - 1 - place, int(columns[lane]))
                     )
-                    get(row, 64 * q + 16 * j + 4 * (lane % 4) + e, at // 4 * 128 + column + at % 4)
+                    col = 64 * q + 16 * j + 4 * (lane % 4) + e
+                    yield row, col, at // 4 * 128 + column + at % 4
                     place += 1
 
 
+def _codes(values, kind):
+    """The stored forms of raw values in a quantised bitmap, as uint8."""
+    return {
+        "int8": lambda: (values.astype(np.int16) + 128).astype(np.uint8),
+        "fp8_e4m3": lambda: values,
+        "int4": lambda: (values + 8).astype(np.uint8),
+    }[kind]()
+
+
+def _plane(tile):
+    """The bits [4, 32], the columns and the rows of a plane of 16 x 256 values."""
+    stored = (tile != 0).reshape(2, 8, 4, 4, 4, 4)  # high, g, q, j, t, e
+    weights = 1 << (16 * np.arange(2)[:, None, None] + 4 * np.arange(4) + np.arange(4)[:, None])
+    bits = np.einsum("hgqjte,hje->qgt", stored, weights).reshape(4, 32).astype("<u4")
+    counts = stored.sum(axis=(0, 3, 5)).transpose(1, 0, 2).reshape(4, 32)
+    up, down = counts[0] + counts[1], counts[2] + counts[3]
+    rising_up, rising_down = np.argsort(up, kind="stable"), np.argsort(down, kind="stable")
+    columns = np.zeros(32, np.uint8)
+    columns[rising_down[::-1]] = 4 * rising_up
+    return bits, columns, -(-int((up[rising_up] + down[rising_down[::-1]]).max()) // 4)
+
+
 def read_quantized_bitmap(packed):
-    """The int8 values and the scales of a quantised bitmap."""
-    m, k = packed.shape
-    strips, chunks = -(-m // 16), -(-k // 256)
-    dense, scales = np.zeros((strips * 16, chunks * 256), np.int8), np.ones(strips * 16, "<f4")
+    """The raw values and the scales [M, groups] of a quantised bitmap."""
+    (m, k), (dtype, scale, size, planes) = packed.shape, QUANTIZED[packed.values]
+    width, of_row = 256 * planes, -(-k // size) if size else 1
+    strips, chunks = -(-m // 16), -(-k // width)
+    dense, scales = np.zeros((strips * 16, chunks * width), dtype), np.ones((strips * 16, of_row))
     payload, offsets = packed.payload.cpu().numpy().view(np.uint8), packed.offsets.tolist()
     for strip, chunk in itertools.product(range(strips), range(chunks)):
         index = strip * chunks + chunk
         stored = payload[32 * offsets[index] : 32 * offsets[index + 1]]
         if chunk == 0 and offsets[index] < offsets[(strip + 1) * chunks]:
-            scales[16 * strip : 16 * strip + 16] = stored[:64].view("<f4")
-            stored = stored[64:]
+            head, stored = np.split(stored, [16 * of_row * np.dtype(scale).itemsize])
+            scales[16 * strip : 16 * strip + 16] = head.view(scale).reshape(of_row, 16).T
         if not len(stored):
             continue
-        values, bits, columns = np.split(stored, [len(stored) - 544, len(stored) - 32])
+        values, bits, columns = np.split(stored, [len(stored) - 544 * planes, -32 * planes])
         left = values.copy()
-
-        def get(row, col, byte, strip=strip, chunk=chunk, values=values, left=left):
-            dense[16 * strip + row, 256 * chunk + col] = int(values[byte]) - 128
-            left[byte] = 0
-
-        _quantized_chunk(bits.view("<u4").reshape(4, 32), columns, len(values) // 128, get)
+        for plane in range(planes):
+            mask = 0xFF if planes == 1 else 0x0F << 4 * plane
+            of_plane = bits.view("<u4").reshape(planes, 4, 32)[plane]
+            down = columns[32 * plane :]
+            for row, col, byte in _places_of_values(of_plane, down, len(values) // 128):
+                code = (int(values[byte]) & mask) >> 4 * plane
+                at = 16 * strip + row, width * chunk + 256 * plane + col
+                dense[at] = code - {"int8": 128, "fp8_e4m3": 0, "int4": 8}[packed.values]
+                left[byte] &= 0xFF ^ mask
         assert not left.any()
     assert not dense[m:].any() and not dense[:, k:].any()
     return dense[:m, :k], scales[:m]
 
 
-def write_quantized_bitmap(values, scales):
-    """The bytes of every chunk of a matrix of int8 values with a scale for each row."""
+def write_quantized_bitmap(values, scales, kind):
+    """The bytes of every chunk of a matrix of raw values."""
     m, k = values.shape
-    padded = np.pad(values, [(0, -m % 16), (0, -k % 256)])
-    scales = np.where(padded.any(axis=1), np.pad(scales, (0, -m % 16)), 1).astype("<f4")
+    planes = QUANTIZED[kind][3]
+    padded, codes = _padded(values, 16, 256 * planes), _codes(values, kind)
+    codes = _padded(codes, 16, 256 * planes)
+    scales = np.pad(_scales_of_groups(values != 0, scales, kind), [(0, -m % 16), (0, 0)])
+    scales[m:] = 1
     written = []
-    for row, col in itertools.product(range(0, m, 16), range(0, k, 256)):
-        tile = padded[row : row + 16, col : col + 256]
-        head = (
-            scales[row : row + 16].view(np.uint8)
-            if col == 0 and padded[row : row + 16].any()
-            else ()
-        )
-        stored = (tile != 0).reshape(2, 8, 4, 4, 4, 4)  # high, g, q, j, t, e
-        weights = 1 << (16 * np.arange(2)[:, None, None] + 4 * np.arange(4) + np.arange(4)[:, None])
-        bits = np.einsum("hgqjte,hje->qgt", stored, weights).reshape(4, 32).astype("<u4")
-        counts = stored.sum(axis=(0, 3, 5)).transpose(1, 0, 2).reshape(4, 32)
-        up, down = counts[0] + counts[1], counts[2] + counts[3]
-        rising_up, rising_down = np.argsort(up, kind="stable"), np.argsort(down, kind="stable")
-        columns = np.zeros(32, np.uint8)
-        columns[rising_down[::-1]] = 4 * rising_up
-        rows = -(-int((up[rising_up] + down[rising_down[::-1]]).max()) // 4)
+    for row, col in itertools.product(range(0, m, 16), range(0, k, 256 * planes)):
+        head = scales[row : row + 16].T if col == 0 and padded[row : row + 16].any() else ()
+        places = [slice(col + 256 * plane, col + 256 * plane + 256) for plane in range(planes)]
+        found = [_plane(padded[row : row + 16, place]) for place in places]
+        rows = max(of_plane for _, _, of_plane in found)
         if not rows:
-            written.append(_joined(np.array(head, np.uint8)))
+            written.append(_joined(np.array(head)))
             continue
         chunk = np.zeros(128 * rows, np.uint8)
-
-        def get(r, c, byte, tile=tile, chunk=chunk):
-            chunk[byte] = int(tile[r, c]) + 128
-
-        _quantized_chunk(bits, columns, rows, get)
-        written.append(_joined(np.array(head, np.uint8), chunk, bits, columns))
+        for plane, (place, (bits, columns, _)) in enumerate(zip(places, found, strict=True)):
+            tile = codes[row : row + 16, place]
+            for r, c, byte in _places_of_values(bits, columns, rows):
+                chunk[byte] |= tile[r, c] << 4 * plane
+        parts = [bits for bits, _, _ in found] + [columns for _, columns, _ in found]
+        written.append(_joined(np.array(head), chunk, *parts))
     return written
 
 

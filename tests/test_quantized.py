@@ -31,6 +31,7 @@ from flash_llm import (
 )
 
 TINY = torch.finfo(torch.float32).tiny
+KINDS = ops.STORED_VALUES[1:]
 
 
 @pytest.fixture(params=_extension.require().cpu_isas())
@@ -40,18 +41,57 @@ def isa(request, force_isa):
     return request.param
 
 
-def random_int8(m, k, sparsity=0.5, seed=0):
-    """Values and scales; every row has a scale of its own."""
+def random_values(m, k, sparsity=0.5, seed=0, kind="int8"):
+    """Values and scales; every row, or group of columns of a row, has a scale of its own."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8)
+    if kind == "fp8_e4m3":
+        steps = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        steps = steps[steps.isfinite()]
+        values = steps[torch.randint(len(steps), (m, k), generator=generator)] + 0.0
+    else:
+        largest = {"int8": 127, "int4": 7}[kind]
+        values = torch.randint(-largest, largest + 1, (m, k), generator=generator)
     values[torch.rand(m, k, generator=generator) < sparsity] = 0
-    return values, 2.0 ** torch.randn(m, generator=generator)
+    values = values.to(torch.float8_e4m3fn if kind == "fp8_e4m3" else torch.int8)
+    scales = 2.0 ** torch.randn(quantize.scales_shape(m, k, kind), generator=generator)
+    return values, scales.half().float() if kind == "int4" else scales
+
+
+def random_int8(m, k, sparsity=0.5, seed=0):
+    return random_values(m, k, sparsity, seed)
+
+
+def small_steps(integers, kind):
+    """Values that stand for small integers, and scales that differ by powers of 2.
+
+    Returns:
+        Values, scales, and the weight as float32.
+    """
+    m, k = integers.shape
+    shape = quantize.scales_shape(m, k, kind)
+    factors = 2.0 ** torch.arange(m * shape[-1] if len(shape) > 1 else m).remainder(3)
+    scales = factors.reshape(shape) / (2 if kind == "int4" else 4)
+    steps = integers.float() * (2 if kind == "int4" else 4)
+    dtype = torch.float8_e4m3fn if kind == "fp8_e4m3" else torch.int8
+    weight = steps * quantize.scales_of_elements(scales, k)
+    return (steps + 0.0).to(dtype), scales, weight
+
+
+def raw(values):
+    """A tensor in a dtype that torch can compare and numpy knows: fp8 as bytes."""
+    return values.cpu().view(torch.uint8 if values.dtype == torch.float8_e4m3fn else values.dtype)
+
+
+def assert_same_values(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(raw(one), raw(other))
 
 
 def exact_weight(w):
     """The elements of a quantised weight without any rounding, as float64."""
     values, scales = w.to_quantized()
-    return values.double() * scales.double()[:, None]
+    return values.double() * quantize.scales_of_elements(scales, w.shape[1]).double()
 
 
 # ---- rounding ----
@@ -76,20 +116,50 @@ def test_ties_are_rounded_to_even_and_tiny_rows_keep_a_normal_scale():
     assert scales.tolist() == [1.0, TINY]
 
 
-def test_parts_of_a_large_weight_are_rounded_alike(monkeypatch):
-    weight = testing.random_sparse(67, 50, 0.3, dtype=torch.bfloat16)
-    whole = quantize.round_to_int8(weight)
-    monkeypatch.setattr(quantize, "_PART_ELEMENTS", 120)
-    assert all(map(torch.equal, quantize.round_to_int8(weight), whole))
+@each("values", KINDS)
+@each("dtype", DTYPES)
+def test_values_and_scales_are_those_of_the_grid(values, dtype):
+    weight = testing.random_sparse(70, 333, 0.4, dtype=dtype)
+    weight[3, :128], weight[5] = 0, 0
+    steps, scales = quantize.round_to_values(weight, values)
+    assert scales.shape == quantize.scales_shape(70, 333, values)
+    assert scales.dtype == torch.float32 and bool((scales[5] == 1).all())
+    rounded = quantize.dequantize(steps, scales, dtype)
+    assert torch.equal(rounded, quantize.round_to_grid(weight, values))
+    # So a model that was pruned onto the grid is packed without a second rounding.
+    assert_same_values(quantize.round_to_values(rounded, values), (steps, scales))
+
+
+def test_a_group_of_tiny_int4_weights_keeps_a_normal_scale():
+    tiny = torch.finfo(torch.float16).tiny
+    values, scales = quantize.round_to_values(torch.tensor([[tiny, -2.6 * tiny, 1e-7]]), "int4")
+    assert scales.tolist() == [[tiny]] and values.tolist() == [[1, -3, 0]]
+
+
+@each("values", KINDS)
+def test_parts_of_a_large_weight_are_rounded_alike(values, monkeypatch):
+    weight = testing.random_sparse(67, 150, 0.3, dtype=torch.bfloat16)
+    whole = quantize.round_to_values(weight, values)
+    monkeypatch.setattr(quantize, "_PART_ELEMENTS", 400)
+    assert_same_values(quantize.round_to_values(weight, values), whole)
 
 
 @each("number", [float("nan"), float("inf"), -float("inf")])
 @each("dtype", DTYPES)
-def test_a_row_that_is_not_finite_is_named(number, dtype):
-    weight = torch.ones(9, 40, dtype=dtype)
-    weight[6, 39] = number
-    with pytest.raises(ValueError, match="row 6 "):
-        flash_llm.pack(weight, values="int8")
+@each("values", KINDS)
+def test_a_row_that_is_not_finite_is_named(number, dtype, values):
+    weight = torch.ones(9, 140, dtype=dtype)
+    weight[6, 139] = number
+    with pytest.raises(ValueError, match=f"row 6 .*{values}"):
+        flash_llm.pack(weight, values=values)
+
+
+def test_a_weight_whose_float16_scale_is_infinite_is_refused():
+    weight = torch.ones(3, 8).bfloat16()
+    weight[1, 2] = 1e6
+    with pytest.raises(ValueError, match="row 1 .*int4"):
+        flash_llm.pack(weight, values="int4")
+    assert flash_llm.pack(weight, values="fp8_e4m3").nnz == 17  # 1 rounds to 0 beside 1e6
 
 
 def test_elements_that_float32_cannot_hold_are_not_finite():
@@ -103,50 +173,69 @@ def test_elements_that_float32_cannot_hold_are_not_finite():
 @each("sparsity", [0.0, 0.5, 0.97, 1.0])
 @each(("m", "k"), [(0, 7), (7, 0), (1, 1), (3, 31), (4, 32), (5, 33), (130, 70), (200, 576)])
 @each("dtype", DTYPES)
-def test_bytes_are_as_described(m, k, sparsity, dtype):
-    values, scales = random_int8(m, k, sparsity)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_are_as_described(m, k, sparsity, dtype, kind):
+    values, scales = random_values(m, k, sparsity, kind=kind)
     w = ops.pack_quantized(values, scales, dtype, "row_bitmap")
     w.validate()
-    written = write_quantized_row_bitmap(values.numpy(), scales.numpy())
+    written = write_quantized_row_bitmap(raw(values).numpy(), scales.numpy(), kind)
     np.testing.assert_array_equal(w.payload.numpy().view(np.uint8), np.concatenate([*written, []]))
-    for found, expected in zip(w.to_quantized(), read_quantized_row_bitmap(w), strict=True):
-        np.testing.assert_array_equal(found.numpy(), expected)
-    assert torch.equal(w.to_quantized()[0], values) and w.nnz == int(values.count_nonzero())
-    assert w.values == "int8" and w.dtype == dtype and w.to_dense().dtype == dtype
+    found, expected = w.to_quantized(), read_quantized_row_bitmap(w)
+    np.testing.assert_array_equal(raw(found[0]).numpy(), expected[0])
+    np.testing.assert_array_equal(found[1].numpy().reshape(expected[1].shape), expected[1])
+    assert_same_values(found[:1], [values])
+    assert w.nnz == int(values.float().count_nonzero())
+    assert w.values == kind and w.dtype == dtype and w.to_dense().dtype == dtype
+    assert torch.equal(w.to_dense(), quantize.dequantize(*found, dtype))
 
 
 @each("dtype", DTYPES)
-def test_packing_rounds_and_unpacking_gives_the_products(dtype, isa):
+@each("kind", KINDS)
+def test_packing_rounds_and_unpacking_gives_the_products(dtype, kind, isa):
     weight = testing.random_sparse(301, 200, 0.6, dtype=dtype)
     weight[8:12] = 0
-    values, scales = quantize.round_to_int8(weight)
+    values, scales = quantize.round_to_values(weight, kind)
     for w in (
-        flash_llm.pack(weight, values="int8"),
-        flash_llm.pack(weight.t().contiguous().t(), "row_bitmap", values="int8"),
+        flash_llm.pack(weight, values=kind),
+        flash_llm.pack(weight.t().contiguous().t(), "row_bitmap", values=kind),
     ):
-        assert all(map(torch.equal, w.to_quantized(), (values, scales)))
+        assert_same_values(w.to_quantized(), (values, scales))
         assert torch.equal(w.to_dense(), quantize.dequantize(values, scales, dtype))
-        assert w.stats().exact_bytes == 301 * 25 + w.nnz
-    large = flash_llm.pack(testing.random_sparse(512, 4096, 0.5), values="int8")
-    assert large.stats().packed_bytes < 1.006 * large.stats().exact_bytes
+        assert w.stats().exact_bytes == 301 * 25 + w.nnz * w.header.value_bits // 8
+    large = flash_llm.pack(testing.random_sparse(512, 4096, 0.5), values=kind)
+    # int4: scales are 2 bytes for 128 elements, and half of the rows of a group end in half a byte.
+    factor = 1.09 if kind == "int4" else 1.006
+    assert large.stats().packed_bytes < factor * large.stats().exact_bytes
+
+
+def test_negative_zeros_of_fp8_are_dropped():
+    values = torch.tensor([[-0.0, 1.0], [0.0, -0.0]]).to(torch.float8_e4m3fn)
+    for format in QUANTIZED_FORMATS:
+        w = ops.pack_quantized(values, torch.full((2,), 3.0), torch.float16, format)
+        w.validate()
+        assert w.nnz == 1 and w.to_quantized()[1].tolist() == [3.0, 1.0]
+        assert raw(w.to_quantized()[0]).tolist() == [[0, 0x38], [0, 0]]
 
 
 def test_pruning_chooses_the_elements_that_are_quantised():
     weight = testing.random_sparse(64, 100, 0.0)
     for scope, sparsity in (("row", 0.7), ("2:4", None)):
         pruned = flash_llm.prune_pack(weight, sparsity, scope=scope).to_dense()
-        w = flash_llm.prune_pack(weight, sparsity, scope=scope, values="int8")
-        assert all(map(torch.equal, w.to_quantized(), quantize.round_to_int8(pruned)))
+        for kind in KINDS:
+            w = flash_llm.prune_pack(weight, sparsity, scope=scope, values=kind)
+            assert_same_values(w.to_quantized(), quantize.round_to_values(pruned, kind))
 
 
-def test_classes_of_formats_pack_int8_values():
+@each("kind", KINDS)
+def test_classes_of_formats_pack_quantised_values(kind):
     weight = testing.random_sparse(37, 300, 0.5)
     for format in QUANTIZED_FORMATS:
         cls = PackedWeight.class_for(format)
-        w = cls.from_dense(weight, values="int8")
+        w = cls.from_dense(weight, values=kind)
         assert type(w) is cls
-        assert all(map(torch.equal, w.to_quantized(), quantize.round_to_int8(weight)))
+        assert_same_values(w.to_quantized(), quantize.round_to_values(weight, kind))
         assert type(ops.repack(w)) is RowBitmap
+        cls.empty(37, 300, values=kind).validate()
     with pytest.raises(TypeError, match="flash_llm::pack: .*quantized_bitmap.* 16-bit"):
         QuantizedBitmap.from_dense(weight)
 
@@ -154,22 +243,30 @@ def test_classes_of_formats_pack_int8_values():
 @each(
     ("rows", "columns"),
     [
-        ((0, 8), (0, 70)),
-        ((4, 37), (0, 70)),
-        ((3, 9), (0, 70)),
-        ((0, 37), (5, 40)),
+        ((0, 8), (0, 170)),
+        ((4, 37), (0, 170)),
+        ((3, 9), (0, 170)),
+        ((0, 37), (5, 140)),
+        ((1, 37), (128, 150)),
         ((2, 2), (0, 0)),
     ],
 )
-def test_slices_and_concatenations_keep_values_and_scales(rows, columns):
-    values, scales = random_int8(37, 70, 0.6)
-    values[16:20], values[1, 5:40] = 0, 0
+@each("kind", KINDS)
+def test_slices_and_concatenations_keep_values_and_scales(rows, columns, kind):
+    values, scales = random_values(37, 170, 0.6, kind=kind)
+    for part in (values[16:20], values[1, 5:140]):
+        raw(part).zero_()
     w = ops.pack_quantized(values, scales, torch.bfloat16)
-    part = w.slice(slice(*rows), slice(*columns))
+    slices = slice(*rows), slice(*columns)
+    if kind == "int4" and columns[0] % 128:
+        with pytest.raises(ValueError, match="flash_llm::slice: .*int4.* 128,.* 5"):
+            w.slice(*slices)
+        return
+    part = w.slice(*slices)
     part.validate()
-    expected = ops.pack_quantized(
-        values[slice(*rows), slice(*columns)], scales[slice(*rows)], torch.bfloat16
-    )
+    if kind == "int4":
+        scales = scales[:, columns[0] // 128 : -(-columns[1] // 128)]
+    expected = ops.pack_quantized(values[slices], scales[slices[0]], torch.bfloat16)
     assert part.header == expected.header and torch.equal(part.payload, expected.payload)
     assert torch.equal(part.offsets, expected.offsets)
     for border in (8, 13):
@@ -183,12 +280,12 @@ def test_slices_and_concatenations_keep_values_and_scales(rows, columns):
 
 @each("k", [1, 31, 32, 33, 64, 129, 1031])
 @each("dtype", DTYPES)
-def test_small_integers_are_exact_on_every_route(k, isa, dtype):
+@each("kind", KINDS)
+def test_small_integers_are_exact_on_every_route(k, isa, dtype, kind):
     for m, sparsity in itertools.product((1, 3, 4, 67), (0.0, 0.5, 0.9)):
-        weight = testing.small_integers(m, k, sparsity=sparsity, dtype=dtype, seed=m)
-        scales = 2.0 ** torch.arange(m).remainder(3)
-        w = ops.pack_quantized((weight.float() * 4).to(torch.int8), scales / 4, dtype)
-        weight = (weight.float() * scales[:, None]).to(dtype)
+        integers = testing.small_integers(m, k, sparsity=sparsity, dtype=dtype, seed=m)
+        values, scales, weight = small_steps(integers, kind)
+        w, weight = ops.pack_quantized(values, scales, dtype), weight.to(dtype)
         assert torch.equal(w.to_dense(), weight)
         x = testing.small_integers(9, k, dtype=dtype, seed=1)
         bias = testing.small_integers(m, dtype=dtype, seed=3)
@@ -202,9 +299,10 @@ def test_small_integers_are_exact_on_every_route(k, isa, dtype):
 
 @each("sparsity", [0.0, 0.4, 0.9, 1.0])
 @each("dtype", DTYPES)
-def test_results_stay_within_the_float64_bound(sparsity, isa, dtype):
+@each("kind", KINDS)
+def test_results_stay_within_the_float64_bound(sparsity, isa, dtype, kind):
     weight = testing.random_sparse(131, 1100, sparsity, dtype=dtype)
-    w, bias = flash_llm.pack(weight, values="int8"), torch.randn(131).to(dtype)
+    w, bias = flash_llm.pack(weight, values=kind), torch.randn(131).to(dtype)
     for n, activation in itertools.product((1, 4, 7, 16), (None, "silu")):
         x = torch.randn(n, 1100).to(dtype)
         y = flash_llm.spmm(x, w, bias, activation=activation, config="cpu_rows")
@@ -268,9 +366,12 @@ def test_which_kernel_quantises_x(isa):
 
 
 @each("dtype", DTYPES)
-def test_infinity_and_nan_in_x_meet_absent_zeros(isa, dtype):
-    values, scales = random_int8(24, 150, 0.7)
-    values[:, 32:64], values[8:12] = 0, 0
+@each("kind", KINDS)
+def test_infinity_and_nan_in_x_meet_absent_zeros(isa, dtype, kind):
+    values, scales = random_values(24, 150, 0.7, kind=kind)
+    for part in (values[:, 32:64], values[8:12]):
+        raw(part).zero_()
+    scales /= 128
     w = ops.pack_quantized(values, scales, dtype)
     x = torch.ones(3, 150, dtype=dtype)
     x[0, 40], x[2, 149] = float("inf"), float("nan")
@@ -279,15 +380,16 @@ def test_infinity_and_nan_in_x_meet_absent_zeros(isa, dtype):
     assert torch.equal(y.isnan(), expected.isnan()) and bool(y[1].isfinite().all())
 
 
-def test_malformed_weights_stay_within_their_memory(isa):
-    values, scales = random_int8(37, 200, 0.8)
+@each("kind", KINDS)
+def test_malformed_weights_stay_within_their_memory(isa, kind):
+    values, scales = random_values(37, 200, 0.8, kind=kind)
     w = ops.pack_quantized(values, scales, torch.float16)
     x = torch.randn(3, 200).half()
     for count in range(5, w.payload.numel() - 1, 4):
         payload = w.payload.clone()
         payload[count:] = -1
         broken = RowBitmap(w.header, w.offsets, payload)
-        for route in ("cpu_rows", "cpu_rows_int8x", "cpu_blocks"):
+        for route in ("cpu_rows", *["cpu_rows_int8x"] * (kind == "int8"), "cpu_blocks"):
             assert flash_llm.spmm(x, broken, config=route).shape == (3, 37)
         assert broken.to_quantized()[0].shape == (37, 200)
     with pytest.raises(ValueError, match="flash_llm::validate"):
@@ -295,8 +397,9 @@ def test_malformed_weights_stay_within_their_memory(isa):
 
 
 @each("dtype", DTYPES)
-def test_gradients_and_compiled_calls_are_those_of_the_unpacked_weight(dtype):
-    w = flash_llm.pack(testing.random_sparse(60, 90, 0.5, dtype=dtype), values="int8")
+@each("kind", KINDS)
+def test_gradients_and_compiled_calls_are_those_of_the_unpacked_weight(dtype, kind):
+    w = flash_llm.pack(testing.random_sparse(60, 90, 0.5, dtype=dtype), values=kind)
     x = torch.randn(5, 90).to(dtype).requires_grad_()
     y = flash_llm.spmm(x, w, activation="relu")
     y.sum().backward()
@@ -306,15 +409,19 @@ def test_gradients_and_compiled_calls_are_those_of_the_unpacked_weight(dtype):
     assert torch.equal(compiled(x), flash_llm.spmm(x, w))
 
 
-def test_opcheck():
-    values, scales = random_int8(30, 50)
+@each("kind", KINDS)
+def test_opcheck(kind):
+    # torch cannot multiply fp8 numbers, which the other checks do with arguments and results.
+    checks = {} if kind != "fp8_e4m3" else {"test_utils": "test_faketensor"}
+    values, scales = random_values(30, 150, kind=kind)
     op = torch.ops.flash_llm.pack_quantized.default
-    torch.library.opcheck(op, (values, scales, torch.float16, "row_bitmap"))
+    torch.library.opcheck(op, (values, scales, torch.float16, "row_bitmap"), **checks)
     w = ops.pack_quantized(values, scales, torch.bfloat16)
     parts = (list(w.header), w.offsets, w.payload)
-    for op in ("unpack_quantized", "unpack"):
-        torch.library.opcheck(getattr(torch.ops.flash_llm, op).default, parts)
-    torch.library.opcheck(torch.ops.flash_llm.spmm.default, (torch.ones(2, 50).bfloat16(), *parts))
+    torch.library.opcheck(torch.ops.flash_llm.unpack_quantized.default, parts, **checks)
+    torch.library.opcheck(torch.ops.flash_llm.unpack.default, parts)
+    x = torch.ones(2, 150).bfloat16()
+    torch.library.opcheck(torch.ops.flash_llm.spmm.default, (x, *parts))
 
 
 # ---- bad input ----
@@ -343,6 +450,46 @@ def test_values_and_scales_that_cannot_be_packed(values, scales, dtype, format, 
     values, scales = torch.tensor(values, dtype=torch.int8), torch.tensor(scales)
     with pytest.raises(error, match=match):
         ops.pack_quantized(values, scales, dtype, format)
+
+
+@each(
+    ("values", "scales", "match"),
+    [
+        ([[-8, 1]], [[1.0]], "values .*-7 ... 7, got -8"),
+        ([[1, 8]], [[1.0]], "values .*-7 ... 7, got 8"),
+        ([[1, 1]], [[2.0**-15]], r"scales .*float16.*scales\[0, 0\] = 3"),
+        ([[1, 1]], [[1.0002]], r"scales .*float16.*scales\[0, 0\] = 1.0002"),
+        ([[1, 1]], [[65536.0]], r"scales .*float16.*scales\[0, 0\] = 65536"),
+        ([[1] * 130] * 2, [[1.0, 1.0], [1.0, float("nan")]], r"scales\[1, 1\] = nan"),
+        ([[1] * 130], [[1.0]], r"scales .*\[M=1, .*=2\].*\[1, 1\]"),
+        ([[1] * 129 + [-7]], [[1.0, 9600.0]], "row 0 .*Half, got a value of -7 .*9600"),
+    ],
+)
+def test_int4_values_and_scales_that_cannot_be_packed(values, scales, match):
+    values, scales = torch.tensor(values, dtype=torch.int8), torch.tensor(scales)
+    with pytest.raises(ValueError, match=match):
+        ops.pack_quantized(values, scales, torch.float16)
+
+
+def test_a_large_scale_of_small_int4_values_is_no_overflow():
+    values = torch.tensor([[6, 0, -1]], dtype=torch.int8)
+    w = ops.pack_quantized(values, torch.tensor([[9600.0]]), torch.float16)
+    assert w.to_dense().tolist() == [[57600.0, 0.0, -9600.0]]
+
+
+@each(
+    ("values", "scales", "match"),
+    [
+        ([[1.0, float("nan")]], [1.0], "values .*NaN"),
+        ([[1.0, 1.0]], [0.0], r"scales\[0\] = 0"),
+        ([[1.0, 1.0]], [[1.0]], r"scales .*\[M=1\]"),
+        ([[1.0, -448.0]], [200.0], "row 0 .*Half, got a value of -448 .*200"),
+    ],
+)
+def test_fp8_values_and_scales_that_cannot_be_packed(values, scales, match):
+    values = torch.tensor(values).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=match):
+        ops.pack_quantized(values, torch.tensor(scales), torch.float16)
 
 
 def test_dtypes_and_names_that_are_wrong():
@@ -381,58 +528,63 @@ def small_model(dtype=torch.bfloat16):
     return torch.nn.Sequential(*layers).to(dtype)
 
 
-def test_a_layer_keeps_its_values_through_casts_copies_and_state_dicts():
-    layer = SparseLinear.from_linear(small_model()[0], sparsity=0.5, values="int8")
+@each("kind", KINDS)
+def test_a_layer_keeps_its_values_through_casts_copies_and_state_dicts(kind):
+    layer = SparseLinear.from_linear(small_model()[0], sparsity=0.5, values=kind)
     values, scales = layer.packed.to_quantized()
-    assert layer.values == "int8" and "int8" in repr(layer)
+    assert layer.values == kind and kind in repr(layer)
     cast = SparseLinear.from_packed(layer.packed, layer.bias).half()
-    assert cast.dtype == torch.float16 and cast.values == "int8"
-    assert all(map(torch.equal, cast.packed.to_quantized(), (values, scales)))
+    assert cast.dtype == torch.float16 and cast.values == kind
+    assert_same_values(cast.packed.to_quantized(), (values, scales))
     x = torch.randn(3, 96).half()
     testing.assert_spmm_close(cast(x), x, exact_weight(layer.packed), cast.bias.detach())
-    large = SparseLinear.from_packed(ops.pack_quantized(values, scales * 1e7, torch.bfloat16))
+    largest = torch.full_like(scales, 65504 if kind == "int4" else 1e7)
+    large = SparseLinear.from_packed(ops.pack_quantized(values, largest, torch.bfloat16))
     with pytest.raises(ValueError, match="row 0 .*Half"):
         large.half()
     assert large.dtype == torch.bfloat16
-    empty = SparseLinear(96, 64, dtype=torch.bfloat16, values="int8")
-    assert empty.values == "int8" and not empty.weight.any()
+    empty = SparseLinear(96, 64, dtype=torch.bfloat16, values=kind)
+    assert empty.values == kind and not empty.weight.any()
     empty.load_state_dict(layer.state_dict())
     assert torch.equal(empty.weight_payload, layer.weight_payload)
     dense = layer.to_linear()
     assert torch.equal(dense.weight, quantize.dequantize(values, scales, torch.bfloat16))
-    empty.load_state_dict(dense.state_dict())  # packs a dense weight as int8 again
-    assert empty.values == "int8" and torch.equal(empty.packed.to_quantized()[0], values)
+    empty.load_state_dict(dense.state_dict())  # packs a dense weight with these values again
+    assert empty.values == kind and torch.equal(empty.weight, dense.weight)
+    assert_same_values(empty.packed.to_quantized(), (values, scales))
     empty.weight = torch.eye(64, 96).bfloat16()
-    assert empty.values == "int8" and torch.equal(empty.weight, torch.eye(64, 96).bfloat16())
+    assert empty.values == kind and torch.equal(empty.weight.round(), torch.eye(64, 96).bfloat16())
     empty.reset_parameters()
-    assert empty.values == "int8" and not empty.weight.any()
+    assert empty.values == kind and not empty.weight.any()
 
 
-def test_models_are_sparsified_saved_and_loaded(tmp_path):
-    model = small_model()
-    report = flash_llm.sparsify_(model, sparsity=0.5, values="int8")
-    assert [row.values for row in report.rows] == ["int8", "int8"]
-    assert "row_bitmap int8" in str(report) and "row_bitmap int8" in report.summary()
-    flash_llm.save(model, tmp_path)
-    again = flash_llm.load(small_model(), tmp_path)
+@each("kind", KINDS)
+def test_models_are_sparsified_saved_and_loaded(kind, tmp_path):
+    model, folder = small_model(), tmp_path / kind
+    report = flash_llm.sparsify_(model, sparsity=0.5, values=kind)
+    assert [row.values for row in report.rows] == [kind, kind]
+    assert f"row_bitmap {kind}" in str(report) and f"row_bitmap {kind}" in report.summary()
+    flash_llm.save(model, folder)
+    again = flash_llm.load(small_model(), folder)
     x = torch.randn(2, 96).bfloat16()
-    assert torch.equal(again(x), model(x)) and again[0].values == "int8"
+    assert torch.equal(again(x), model(x)) and again[0].values == kind
 
 
-def test_a_checkpoint_is_converted_and_inspected(tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_is_converted_and_inspected(kind, tmp_path):
     model = small_model()
     for layer in (model[0], model[2]):
         layer.weight.data *= torch.rand_like(layer.weight) < 0.5
     flash_llm.save(model, tmp_path / "dense")
     folders = [str(tmp_path / "dense"), str(tmp_path / "packed")]
     script = [sys.executable, "-c", "from flash_llm.cli import main; main()", "convert"]
-    command = [*script, *folders, "--values", "int8", "--json"]
+    command = [*script, *folders, "--values", kind, "--json"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert [row["values"] for row in json.loads(run.stdout)["rows"]] == ["int8", "int8"]
+    assert [row["values"] for row in json.loads(run.stdout)["rows"]] == [kind, kind]
     rows = flash_llm.inspect_checkpoint(tmp_path / "packed").rows
-    assert [(row.decision, row.values) for row in rows] == [("packed", "int8")] * 2
+    assert [(row.decision, row.values) for row in rows] == [("packed", kind)] * 2
     loaded = flash_llm.load(small_model(), tmp_path / "packed")
-    expected = flash_llm.pack(model[0].weight.detach(), values="int8")
+    expected = flash_llm.pack(model[0].weight.detach(), values=kind)
     assert torch.equal(loaded[0].weight_payload, expected.payload)
     flash_llm.verify_checkpoint(tmp_path / "packed", tmp_path / "dense")
 
@@ -469,10 +621,11 @@ def test_a_model_or_checkpoint_with_a_weight_that_cannot_be_quantised_names_it(t
         flash_llm.convert_checkpoint(tmp_path / "dense", tmp_path / "packed", values="int8")
 
 
-def test_damaged_scales_of_a_stored_layer_are_found_when_it_is_loaded():
-    w = flash_llm.pack(testing.random_sparse(8, 64, 0.5), values="int8")
+@each("kind", KINDS)
+def test_damaged_scales_of_a_stored_layer_are_found_when_it_is_loaded(kind):
+    w = flash_llm.pack(testing.random_sparse(8, 64, 0.5), values=kind)
     payload = w.payload.clone()
     payload[1] = 0  # the scale of the first row
-    with pytest.raises(ValueError, match="block 0: row 0: .*scale"):
+    with pytest.raises(ValueError, match="block 0: row 0.*: .*scale"):
         PackedWeight.from_tensors(w.header, w.offsets, payload)
     dataclasses.replace(w, payload=w.payload.clone()).validate()

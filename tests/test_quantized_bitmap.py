@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from formats import DTYPES, each, read_quantized_bitmap, runs_here, write_quantized_bitmap
-from test_quantized import exact_weight, random_int8
+from test_quantized import (
+    KINDS,
+    assert_same_values,
+    exact_weight,
+    random_int8,
+    random_values,
+    raw,
+)
 
 import flash_llm
 from flash_llm import PackedWeight, QuantizedBitmap, SparseLinear, ops, quantize, testing
@@ -39,48 +46,72 @@ def assert_same_weight(found, expected):
 
 
 @each("sparsity", [0.0, 0.3, 0.5, 0.97, 1.0])
-@each(("m", "k"), [(0, 7), (7, 0), (1, 1), (3, 31), (16, 256), (17, 257), (40, 600), (33, 1030)])
-def test_bytes_are_as_described(m, k, sparsity, device):
-    values, scales = random_int8(m, k, sparsity)
+@each(
+    ("m", "k"),
+    [(0, 7), (7, 0), (1, 1), (3, 31), (16, 256), (17, 257), (40, 600), (17, 512), (33, 1030)],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_are_as_described(m, k, sparsity, kind, device):
+    values, scales = random_values(m, k, sparsity, kind=kind)
     w = pack(values, scales, device=device)
     w.validate()
-    written = write_quantized_bitmap(values.numpy(), scales.numpy())
+    written = write_quantized_bitmap(raw(values).numpy(), scales.numpy(), kind)
     expected = np.concatenate([*written, np.zeros(0, np.uint8)])
     np.testing.assert_array_equal(w.payload.cpu().numpy().view(np.uint8), expected)
     sizes = np.array([len(chunk) for chunk in written], np.int64)
     np.testing.assert_array_equal(w.offsets.cpu().diff().numpy() * 32, sizes)
-    for found, value in zip(w.to_quantized(), read_quantized_bitmap(w), strict=True):
-        np.testing.assert_array_equal(found.cpu().numpy(), value)
-    assert torch.equal(w.to_quantized()[0].cpu(), values) and w.nnz == int(values.count_nonzero())
+    found, read = w.to_quantized(), read_quantized_bitmap(w)
+    np.testing.assert_array_equal(raw(found[0]).numpy(), read[0])
+    np.testing.assert_array_equal(found[1].cpu().numpy().reshape(read[1].shape), read[1])
+    assert_same_values(found[:1], [values])
+    assert w.nnz == int(values.float().count_nonzero())
+
+
+@each("kind", KINDS)
+def test_stats_tell_scales_from_values(kind):
+    # int4: the scales of a strip take as many bytes as a small chunk.
+    values, scales = random_values(32, 40 * 512, 1.0, kind=kind)
+    raw(values)[0, 512] = raw(values)[16, 0] = 1
+    w = pack(values, scales)
+    assert w.stats().empty_chunks == w.offsets.numel() - 1 - 2
 
 
 @each("dtype", DTYPES)
 @each(("m", "k"), [(1, 3), (16, 256), (65, 513), (40, 772)])
-def test_unpacking_gives_torchs_products(m, k, dtype, device):
-    values, scales = random_int8(m, k, 0.6)
+@each("kind", KINDS)
+def test_unpacking_gives_torchs_products(m, k, dtype, kind, device):
+    values, scales = random_values(m, k, 0.6, kind=kind)
     w = pack(values, scales, dtype, device)
     assert torch.equal(w.to_dense().cpu(), quantize.dequantize(*w.to_quantized(), dtype).cpu())
     assert torch.ops.flash_llm.count_stored(list(w.header), w.offsets, w.payload) == w.nnz
 
 
-def test_a_large_weight_takes_few_bytes_more_than_its_bits_and_values():
-    values, scales = random_int8(512, 4096, 0.5)
-    stats = pack(values, scales).stats()
-    assert stats.packed_bytes < 1.08 * stats.exact_bytes
-    assert abs(stats.bytes_per_element / (0.134 + 1.06 * 0.5) - 1) < 0.02
+@each(
+    ("kind", "fixed", "factor", "most"),
+    [("int8", 0.134, 1.06, 1.08), ("fp8_e4m3", 0.134, 1.06, 1.08), ("int4", 0.15, 0.53, 1.13)],
+)
+def test_a_large_weight_takes_few_bytes_more_than_its_bits_and_values(kind, fixed, factor, most):
+    stats = pack(*random_values(512, 4096, 0.5, kind=kind)).stats()
+    assert stats.packed_bytes < most * stats.exact_bytes
+    estimate = fixed + factor * (1 - stats.sparsity)
+    assert abs(stats.bytes_per_element / estimate - 1) < 0.02
 
 
 @each(
     ("rows", "columns"),
-    [((0, 32), (0, 600)), ((16, 40), (0, 600)), ((3, 9), (0, 600)), ((0, 40), (5, 300))],
+    [((0, 32), (0, 600)), ((16, 40), (0, 600)), ((3, 9), (0, 600)), ((0, 40), (128, 300))],
 )
-def test_slices_and_concatenations_keep_values_and_scales(rows, columns, device):
-    values, scales = random_int8(40, 600, 0.6)
-    values[16:32], values[1, 5:300] = 0, 0
+@each("kind", KINDS)
+def test_slices_and_concatenations_keep_values_and_scales(rows, columns, kind, device):
+    values, scales = random_values(40, 600, 0.6, kind=kind)
+    for part in (values[16:32], values[1, 128:300]):
+        raw(part).zero_()
     w = pack(values, scales, device=device)
-    part = w.slice(slice(*rows), slice(*columns))
     rows, columns = slice(*rows), slice(*columns)
-    assert_same_weight(part, pack(values[rows, columns], scales[rows]))
+    of_part = scales[rows]
+    if kind == "int4":
+        of_part = of_part[:, columns.start // 128 : -(-columns.stop // 128)]
+    assert_same_weight(w.slice(rows, columns), pack(values[rows, columns], of_part))
     for border in (16, 23):
         parts = [w.slice(slice(0, border)), w.slice(slice(border, 40))]
         assert_same_weight(PackedWeight.concat(parts), w)
@@ -89,11 +120,13 @@ def test_slices_and_concatenations_keep_values_and_scales(rows, columns, device)
 # ---- bad input ----
 
 
-def packed_word(edit):
-    """A weight of one chunk of two rows of values, with one thing edited."""
+def packed_word(edit, kind="int8"):
+    """A weight of one chunk of one row of values, with one thing edited."""
     values = torch.zeros(16, 256, dtype=torch.int8)
-    values[0, :2], values[3, 200] = torch.tensor([5, -7], dtype=torch.int8), 9
-    w = pack(values, torch.full((16,), 0.5))
+    values[0, :2], values[3, 200] = torch.tensor([5, -7], dtype=torch.int8), 6
+    if kind == "fp8_e4m3":
+        values = values.float().to(torch.float8_e4m3fn)
+    w = pack(values, torch.full(quantize.scales_shape(16, 256, kind), 0.5))
     payload = w.payload.clone()
     edit(payload.view(torch.uint8))
     return dataclasses.replace(w, payload=payload)
@@ -119,6 +152,43 @@ def test_damage_is_found_and_named(edit, match):
         QuantizedBitmap.from_tensors(w.header, w.offsets, w.payload)
 
 
+@each(
+    ("kind", "edit", "match"),
+    [
+        ("fp8_e4m3", lambda b: b[64:65].fill_(0), "chunk 0: a value is zero"),
+        ("fp8_e4m3", lambda b: b[64:65].fill_(0x80), "chunk 0: a value is zero"),
+        ("fp8_e4m3", lambda b: b[64:65].fill_(0xFF), "chunk 0: a value is NaN"),
+        # The scales are two units, the values of plane 0 the low nibbles of what follows.
+        ("int4", lambda b: b[:2].zero_(), "row 0, columns from 0 .*: the scale must be a positive"),
+        ("int4", lambda b: b[1:2].fill_(3), "row 0, columns from 0 .*: the scale must be a pos"),
+        ("int4", lambda b: b[2:4].zero_(), "row 1, columns from 0 .*: the scale must be 1"),
+        ("int4", lambda b: b[32:34].zero_(), "row 0, columns from 128 .*: the scale must be 1"),
+        ("int4", lambda b: b[64:65].fill_(8), "chunk 0: a value is zero"),
+        ("int4", lambda b: b[64:65].fill_(0), "chunk 0: a value is -8"),
+        ("int4", lambda b: b[64:65].bitwise_or_(0x10), "chunk 0: bytes outside the runs"),
+        ("int4", lambda b: b[-1:].fill_(4), "chunk 0: the columns"),
+        ("int4", lambda b: b[-33:-32].fill_(4), "chunk 0: the columns"),
+        ("int4", lambda b: b[-64 - 1024 : -64 - 512].fill_(255), "chunk 0: must have 162 units"),
+        ("int4", lambda b: b[-64 - 512 : -64].fill_(255), "chunk 0: a bit lies outside"),
+    ],
+)
+def test_damage_of_other_values_is_found_and_named(kind, edit, match):
+    packed_word(lambda b: None, kind).validate()
+    with pytest.raises(ValueError, match=f"strip 0: {match}"):
+        packed_word(edit, kind).validate()
+
+
+def test_int4_chunks_without_scales_are_refused():
+    # The scales of so many columns take more units than one chunk.
+    values, scales = random_values(16, 40 * 512, 1.0, kind="int4")
+    values[0, 0] = 3
+    w = pack(values, scales)
+    cut = w.payload[8 * 160 :].clone()
+    header = w.header._replace(payload_words=len(cut))
+    with pytest.raises(ValueError, match="strip 0: chunk 0: no chunk has"):
+        QuantizedBitmap.from_tensors(header, (w.offsets - 160).clamp(min=0), cut)
+
+
 def test_bits_outside_the_matrix_are_found():
     values, scales = random_int8(16, 255, 0.5)
     w = pack(values, scales)
@@ -130,13 +200,15 @@ def test_bits_outside_the_matrix_are_found():
 def test_other_values_are_refused():
     with pytest.raises(TypeError, match='"quantized_bitmap" .*16-bit'):
         flash_llm.pack(torch.ones(4, 8).half(), FORMAT)
-    assert flash_llm.pack(torch.ones(4, 8).half(), FORMAT, values="int8").nnz == 32
+    for kind in KINDS:
+        assert flash_llm.pack(torch.ones(4, 8).half(), FORMAT, values=kind).nnz == 32
 
 
-def test_weights_of_zeros_need_no_packing(device):
-    layer = SparseLinear(600, 40, device=device, format=FORMAT, values="int8")
+@each("kind", KINDS)
+def test_weights_of_zeros_need_no_packing(kind, device):
+    layer = SparseLinear(600, 40, device=device, format=FORMAT, values=kind)
     layer.packed.validate()
-    assert_same_weight(layer.packed, pack(*random_int8(40, 600, 1.0)))
+    assert_same_weight(layer.packed, pack(*random_values(40, 600, 1.0, kind=kind)))
 
 
 # ---- plans ----

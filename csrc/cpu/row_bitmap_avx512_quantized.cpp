@@ -48,7 +48,7 @@ struct Values {
   const uint8_t* next;
   const uint8_t* end;
 
-  // The next 32 nibbles, in the low half if it is the first of two rows.
+  // The nibbles of a row in the next group.
   FLASH_LLM_AVX512 inline __m128i take_nibbles(uint32_t mask) {
     const auto left = static_cast<uint64_t>(end - next);
     const auto readable = static_cast<__mmask16>(left < 16 ? (1U << left) - 1 : 0xFFFFU);
@@ -62,14 +62,19 @@ struct Values {
   // The elements of two rows, which are `absent` where none is stored. Nibbles as they are.
   template <ValueKind kKind>
   FLASH_LLM_AVX512 inline __m512i take_pair(const uint32_t* masks, __m512i absent) {
-    const uint64_t mask = masks[0] | uint64_t{masks[1]} << 32;
     if constexpr (kKind == ValueKind::kInt4) {
-      const __m128i first = take_nibbles(masks[0]);
-      const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_set_m128i(take_nibbles(masks[1]), first));
+      const __m128i first = take_nibbles(masks[0]), second = take_nibbles(masks[1]);
+      const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_set_m128i(second, first));
       const __m512i both = _mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4));
-      return _mm512_mask_expand_epi8(absent, mask, _mm512_and_si512(both, _mm512_set1_epi8(0x0F)));
+      const __m512i nibbles = _mm512_and_si512(both, _mm512_set1_epi8(0x0F));
+      // Not one expansion: the nibbles of the second row begin at byte 32.
+      const __m256i none = _mm512_castsi512_si256(absent);
+      const __m256i low = _mm256_mask_expand_epi8(none, masks[0], _mm512_castsi512_si256(nibbles));
+      const __m256i high =
+          _mm256_mask_expand_epi8(none, masks[1], _mm512_extracti64x4_epi64(nibbles, 1));
+      return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
     } else {
-      return take(mask, absent);
+      return take(masks[0] | uint64_t{masks[1]} << 32, absent);
     }
   }
 

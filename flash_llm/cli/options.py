@@ -38,7 +38,9 @@ Layers = Annotated[bool, typer.Option("--layers", help="Show a row for each sing
 Method = Annotated[str, typer.Option(help=f"Pruning method: {', '.join(METHODS)}.")]
 Target = Annotated[Path, typer.Argument(help="Folder to create; it must not exist.")]
 Targets = Annotated[list[str] | None, typer.Option(help="Layers to change: a name's end, or re:…")]
-Values = Annotated[str, typer.Option(help=f"What to store of packed weights: {', '.join(STORED_VALUES)}.")]
+Values = Annotated[
+    str, typer.Option(help=f"What to store of packed weights: {', '.join(STORED_VALUES)}.")
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the Python code in the model's folder."),

@@ -54,9 +54,9 @@ def prune(
     values: Annotated[
         str,
         typer.Option(
-            help=f"Round the weights that stay: 16-bit does not; {', '.join(STORED_VALUES[1:])} are "
-            f"stored as such, {', '.join(name for name in GRIDS if name not in STORED_VALUES)} in "
-            "16 bits."
+            help="Round the weights that stay: 16-bit does not; "
+            f"{', '.join(STORED_VALUES[1:])} are stored as such, "
+            f"{', '.join(name for name in GRIDS if name not in STORED_VALUES)} in 16 bits."
         ),
     ] = "16-bit",
     expected_tokens: options.ExpectedTokens = None,

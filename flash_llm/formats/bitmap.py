@@ -12,7 +12,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from flash_llm import _extension
 from flash_llm.ops import PackedStats, PackedWeight
 
 # Chunk rows that are stored together: kBandChunkRows.

@@ -34,8 +34,8 @@ class RowBitmap(PackedWeight):
 
     About ``2 (1 - sparsity) + 0.13`` bytes per element, so it is smaller than dense 16-bit from a
     sparsity of 0.07 upwards. Values of 8 bits take half of the bytes per nonzero, and 4 bytes per
-    row for the scales; int4 values a quarter, and 2 bytes per row and 128 columns. It is for CPUs: a weight on a GPU is packed and unpacked by the host,
-    and unpacked again for each product.
+    row for the scales; int4 values a quarter, and 2 bytes per row and 128 columns. It is for CPUs:
+    a weight on a GPU is packed and unpacked by the host, and unpacked again for each product.
 
     Example:
         >>> import torch, flash_llm

@@ -94,8 +94,8 @@ def _scales_of_part(of_elements: Tensor, grouped: bool) -> Tensor:
         grouped: whether groups of columns have scales, or whole rows.
 
     Raises:
-        ValueError: a group of columns of the part has several scales, because the part begins within
-            a group of the weight.
+        ValueError: a group of columns of the part has several scales, because the part begins
+            within a group of the weight.
     """
     if not grouped:
         return of_elements[:, 0]

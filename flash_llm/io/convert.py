@@ -128,10 +128,10 @@ def convert_checkpoint(
         ignore: patterns of the layers to leave dense; overrides ``targets``.
         format: ``"auto"`` (the fastest on the CPU; a layer is packed again when it is loaded on a
             device for which another format is faster), or a format's name.
-        values: ``"16-bit"`` or ``"int8"``, as :func:`flash_llm.pack` takes it. ``"int8"`` shrinks
-            weights without zeros too, so these are rounded and packed as well; ``ignore`` leaves
-            them dense. None packs each weight as ``src`` stores it: int8 values as such, all others
-            in 16 bits.
+        values: as :func:`flash_llm.pack` takes it. ``"int8"``, ``"fp8_e4m3"`` and ``"int4"``
+            shrink weights without zeros too, so these are rounded and packed as well; ``ignore``
+            leaves them dense. None packs each weight as ``src`` stores it: 8-bit values as such,
+            all others in 16 bits.
         expected_tokens: how many tokens most products on a GPU will have at most, if that is known:
             ``"auto"`` then writes ``"gather"`` where :func:`flash_llm.pack` would on a GPU.
         x_quantization: None, or ``"dynamic"``: layers with quantised values will multiply so when
@@ -278,7 +278,8 @@ def inspect_checkpoint(
     Args:
         folder: dense or packed, written by this package or any other.
         format: format to pack dense weights in; ``"auto"`` as in :func:`convert_checkpoint`.
-        values: what to pack of dense weights, ``"16-bit"``, ``"int8"`` or None, likewise.
+        values: what to pack of dense weights, one of :data:`flash_llm.ops.STORED_VALUES`, or None,
+            likewise.
 
     Returns:
         A row for each packed layer and each two-dimensional dense weight: ``decision`` says how it

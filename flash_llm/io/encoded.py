@@ -34,7 +34,7 @@ SPARSE_FORMATS = ("dense", "sparse-bitmask", "sparse-24-bitmask")
 QUANTIZED_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 """Its formats of quantised weights that are read: each value has a byte of its own."""
 
-_STORED_VALUES = {"I8": "int8"}
+_STORED_VALUES = {"I8": "int8", "F8_E4M3": "fp8_e4m3"}
 """What a packed weight can store of quantised values as they are, by their dtype in files."""
 
 _BITMASK_PARTS = (".compressed", ".bitmask", ".shape", ".row_offsets")

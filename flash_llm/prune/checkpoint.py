@@ -228,8 +228,9 @@ def prune_checkpoint(
         ignore: patterns of the layers to leave alone; wins over ``targets``.
         pack: pack the layers that become smaller; False saves dense weights with zeros.
         format: of the packed weights, as in :func:`flash_llm.sparsify_`.
-        values: round the weights that stay, as in :func:`flash_llm.prune_`. ``"int8"`` values are
-            packed as such; those of other types are stored as numbers of 16 bits.
+        values: round the weights that stay, as in :func:`flash_llm.prune_`. Values of
+            :data:`flash_llm.ops.STORED_VALUES` are packed as such; those of other types are stored
+            as numbers of 16 bits.
         expected_tokens: as in :func:`flash_llm.convert_checkpoint`.
         dtype: load the model in this dtype; None for the dtype of its weights. Packed weights are
             float16 or bfloat16.

@@ -517,6 +517,50 @@ TEST_F(Int8Block, RefusesValuesOutsideTheGrid) {
   expect_refused(kMasks, 0b100110, {"block 0", "outside"});
 }
 
+// int4 values in the row bitmap: two rows of 131 columns, written by hand. Row 0 has three values
+// in group 0, whose nibbles end in half a byte, and one in group 4, of the second group of scales.
+TEST(PackRowBitmap, GoldenBytesOfInt4) {
+  QuantizedMatrix dense{2, 131, 131, std::vector<uint8_t>(2 * 131, 0), {0.5F, 2.0F, 0.25F, 4.0F}};
+  dense.at(0, 0) = 7;
+  dense.at(0, 3) = 0xF9;  // -7
+  dense.at(0, 31) = 1;
+  dense.at(0, 130) = 0xFF;  // -1
+  dense.at(1, 1) = 2;
+  const Packed packed = pack_or_die(dense, Format::kRowBitmap, ValueType::kInt4Float16);
+  EXPECT_EQ(packed.header.to_ints(),
+            (std::array<int64_t, 8>{kPackedMagic, 1, 3, 7, 2, 131, 5, 28}));
+  EXPECT_EQ(packed.offsets, (std::vector<int32_t>{0, 7}));
+  // Word 0; scales of columns 0 ... 127 and then 128 ... 130 of the four rows; masks; values.
+  std::vector<uint32_t> expected = {0, 0x34003800, 0x3C003C00, 0x3C004000, 0x3C003C00};
+  std::vector<uint32_t> masks(20, 0);
+  masks[0] = 0x80000009;
+  masks[1] = 2;
+  masks[16] = 4;
+  expected.insert(expected.end(), masks.begin(), masks.end());
+  expected.insert(expected.end(), {0x070A091F, 0, 0});
+  EXPECT_EQ(packed.payload, expected);
+
+  Packed half = packed;  // a nibble behind an odd number of them
+  half.payload[25] |= 0x00001000;
+  EXPECT_TRUE(mentions(check(half).message, {"block 0", "nibble", "value 2"}));
+  half.payload[25] = 0x070A0910;
+  EXPECT_TRUE(mentions(check(half).message, {"block 0", "value 0", "-8"}));
+  half.payload[25] = 0x070A091F;
+  half.payload[1] = 0x34000200;  // a subnormal scale
+  EXPECT_TRUE(mentions(check(half).message, {"block 0", "row 0", "scale"}));
+}
+
+// fp8 values are the numbers' bytes.
+TEST(PackRowBitmap, GoldenBytesOfFp8) {
+  const QuantizedMatrix dense{1, 3, 3, {0x80, 0xFE, 0x01}, {0.5F}};  // -0, -448, 2^-9
+  const Packed packed = pack_or_die(dense, Format::kRowBitmap, ValueType::kFp8Bfloat16);
+  EXPECT_EQ(packed.payload, (std::vector<uint32_t>{0, 0x3F000000, 0x3F800000, 0x3F800000,
+                                                   0x3F800000, 0b110, 0, 0, 0, 0x000001FE, 0, 0}));
+  Packed nan = packed;
+  nan.payload[9] = 0x00007FFE;
+  EXPECT_TRUE(mentions(check(nan).message, {"block 0", "value 1", "NaN"}));
+}
+
 // 9 x 131 with four values, computed by hand. Lane 0 has all of them: 3, -127 and 7 (row 8) are its
 // upward run in column 0, 5 its downward run, which goes on top of the shortest upward run: that of
 // lane 1. The other lanes have empty runs, whose columns follow from their order.
@@ -549,6 +593,41 @@ TEST(PackQuantizedBitmap, GoldenBytes) {
   EXPECT_EQ(packed.header.to_ints(),
             (std::array<int64_t, 8>{kPackedMagic, 1, 5, 3, 9, 131, 4, 184}));
   EXPECT_EQ(packed.offsets, (std::vector<int32_t>{0, 23}));
+  EXPECT_EQ(packed.payload, expected);
+}
+
+// The same values as int4, twice: in both planes of a chunk.
+TEST(PackQuantizedBitmap, GoldenBytesOfInt4) {
+  QuantizedMatrix dense{9, 387, 387, std::vector<uint8_t>(9 * 387, 0), {}};
+  dense.scales.assign(9 * 4, 0.25F);
+  for (const int64_t plane : {0, 256}) {
+    dense.at(0, plane + 1) = 3;
+    dense.at(0, plane + 2) = 0xF9;  // -7
+    dense.at(8, plane + 1) = 7;
+    dense.at(0, plane + 130) = plane == 0 ? 5 : 6;
+  }
+  std::vector<uint32_t> expected(32, 0x3C003C00);  // scales of 4 groups of columns, 16 rows each
+  for (size_t group = 0; group < 4; ++group) {
+    expected[8 * group] = 0x3C003400;                          // row 0
+    if (group % 2 == 0) expected[8 * group + 4] = 0x3C003400;  // row 8
+  }
+  std::vector<uint32_t> values(32, 0), bits(128, 0);
+  values[0] = 0x00FF11BB;
+  values[1] = 0xED000000;
+  bits[0] = 1U << 4 | 1U << 8 | 1U << 20;
+  bits[2 * 32] = 1U << 8;
+  expected.insert(expected.end(), values.begin(), values.end());
+  for (int plane = 0; plane < 2; ++plane) {
+    expected.insert(expected.end(), bits.begin(), bits.end());
+  }
+  for (uint32_t lane = 0; lane < 64; lane += 4) {  // a byte for each lane of both planes
+    uint32_t word = 0;
+    for (uint32_t i = 0; i < 4; ++i) word |= 4 * ((33 - lane % 32 - i) % 32) << 8 * i;
+    expected.push_back(word);
+  }
+  const Packed packed = pack_or_die(dense, Format::kQuantizedBitmap, ValueType::kInt4Bfloat16);
+  EXPECT_EQ(packed.header.to_ints(),
+            (std::array<int64_t, 8>{kPackedMagic, 1, 5, 8, 9, 387, 8, 336}));
   EXPECT_EQ(packed.payload, expected);
 }
 

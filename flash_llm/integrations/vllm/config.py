@@ -61,14 +61,16 @@ class FlashLLMConfig(QuantizationConfig):
     An ``"expected_tokens"`` in that config says how many tokens most steps will have at most
     (requests that decode together): the layers are packed for so few, see :func:`flash_llm.pack`.
     ``"values": "int8"`` rounds the weights of a dense model to int8; packed layers of a folder keep
-    their values. ``"x_quantization": "dynamic"`` lets layers with quantised values round their
-    inputs too, see :func:`flash_llm.spmm`.
+    their values if these are int8 or fp8_e4m3, and otherwise get 16-bit ones. ``"x_quantization":
+    "dynamic"`` lets layers with quantised values round their inputs too, see
+    :func:`flash_llm.spmm`.
 
     Embeddings, output layers and the experts of mixtures stay dense.
 
     Args:
         sparsity: fraction of zeros in [0, 1] to prune each row to; None packs the zeros there are.
-        values: ``"16-bit"`` or ``"int8"``, what to store of dense weights; None for 16-bit.
+        values: what to store of dense weights, one of :data:`flash_llm.ops.STORED_VALUES`; None for
+            16-bit.
         expected_tokens: None if it is unknown.
         x_quantization: None, or ``"dynamic"``.
         packed_folder: whether the model's config says that its folder holds packed layers.

@@ -35,7 +35,7 @@ _PLACES = {"q": 0, "k": 1, "v": 2}
 """Place in a fused layer of the shards that vLLM gives names; it numbers the others."""
 
 
-_VALUE_DTYPES = {"int8": torch.int8}
+_VALUE_DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 """Of quantised values, by their type, that have a scale for each row."""
 
 
