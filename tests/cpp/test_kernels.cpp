@@ -185,7 +185,8 @@ std::vector<Kernel> every_kernel() {
           if (name == std::string("tile_n")) tile_n = value;
         }
         for (const ValueType type : kValueTypes) {
-          if (value_traits(type).dense == ValueType::kFloat16 && family.value_types.contains(type)) {
+          if (value_traits(type).dense == ValueType::kFloat16 &&
+              family.value_types.contains(type)) {
             kernels.push_back({format, config.name, tile_n, value_traits(type).kind});
           }
         }
@@ -222,9 +223,8 @@ class KernelOnGpu : public ::testing::TestWithParam<Kernel> {
   void SetUp() override {
     if (this_gpu().is_cpu()) GTEST_SKIP() << "no GPU";
     SpmmPlan plan;
-    const Status status =
-        select_plan(problem(1, 1, 1, 1, GetParam().type(ValueType::kFloat16)), this_gpu(),
-                    GetParam().config, 0, &plan);
+    const Status status = select_plan(problem(1, 1, 1, 1, GetParam().type(ValueType::kFloat16)),
+                                      this_gpu(), GetParam().config, 0, &plan);
     // The GPU, or the configuration, has no kernel for such values.
     if (!status.ok()) GTEST_SKIP() << status.message;
   }
@@ -233,8 +233,8 @@ class KernelOnGpu : public ::testing::TestWithParam<Kernel> {
     return {m, n, k, nnz, GetParam().format, type};
   }
 
-  // Multiplies n tokens of X of type `dense_type` by the plan for `device`, with rings of the least size
-  // if `small_rings`, and compares each bit.
+  // Multiplies n tokens of X of type `dense_type` by the plan for `device`, with rings of the least
+  // size if `small_rings`, and compares each bit.
   void expect_exact(const DenseMatrix& dense, int64_t n, int64_t ctas, bool small_rings,
                     ValueType dense_type, const DeviceInfo& device = this_gpu()) const {
     const int64_t m = dense.m, k = dense.k;
