@@ -599,11 +599,11 @@ def spmm(
             kernel above 64 tokens) the sum is rounded to ``x.dtype`` before the activation, as by
             ``torch.nn.functional.linear``.
         x_quantization: ``"dynamic"`` allows kernels to round each token of ``x`` to int8 where that
-            is faster: with int8 weights on CPUs, and on GPUs for few tokens. A token's scale
-            is its largest magnitude, but at least 2**-100, divided by 127; elements are multiplied
-            by the inverse of the scale (in float32) and rounded to nearest, ties to even. Sums of
-            products with int8 values are then exact; no kernel does it with other values. A token with an element that is NaN or infinite gives NaN. None
-            and ``"none"`` never round ``x``.
+            is faster: with int8 weights on CPUs, and on GPUs for few tokens. A token's scale is its
+            largest magnitude, but at least 2**-100, divided by 127; elements are multiplied by the
+            inverse of the scale (in float32) and rounded to nearest, ties to even. Sums of products
+            with int8 values are then exact; no kernel rounds ``x`` for other values. A token with
+            an element that is NaN or infinite gives NaN. None and ``"none"`` never round ``x``.
         config: ``"auto"`` lets ``explain_plan`` choose; any other name forces that kernel (see
             ``flash_llm._C.plan_names``), for tests and benchmarks.
         ctas: CTAs in the grid of the CUDA kernel, at most one for each tile of work; 0 lets the
