@@ -120,7 +120,8 @@ class Grid:
 
     def _stored(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Round scales to the dtype they are stored in; that of a group of zeros is 1."""
-        least = torch.finfo(self.scale_dtype).tiny  # the smallest normal number
+        # Packed weights store normal numbers only; of grids that none stores any will do.
+        least = 2.0**-24 if self.has_zero_point else torch.finfo(self.scale_dtype).tiny
         rounded = scale.to(self.scale_dtype).to(dtype).clamp(min=least)
         return rounded.masked_fill_(scale == 0, 1.0)
 

@@ -16,6 +16,7 @@ import flash_llm
 from flash_llm import evaluate, ops
 from flash_llm.io.checkpoint import Checkpoint, checkpoint_files
 from flash_llm.io.unfinished import NOTE_NAME
+from flash_llm.ops import STORED_VALUES
 from flash_llm.prune import calibrate, checkpoint
 from flash_llm.prune.methods import METHODS, Method
 from flash_llm.prune.report import PruneReport
@@ -113,26 +114,29 @@ def test_without_packing_the_zeros_are_dense(tmp_path, source, text):
     assert packed[0] == packed[1]
 
 
-def test_values_are_rounded_while_pruning_and_packed_as_they_are(tmp_path, source, text):
-    options = ("--method", "sparsegpt", "--values", "int8")
+@pytest.mark.parametrize("values", STORED_VALUES[1:])
+def test_values_are_rounded_while_pruning_and_packed_as_they_are(values, tmp_path, source, text):
+    options = ("--method", "sparsegpt", "--values", values)
     for folder, more in (("packed", ()), ("dense-zeros", ("--no-pack",))):
         result = prune(source, tmp_path / folder, text, *options, *more, "--json")
         assert result.exit_code == 0, result.output
-        assert PruneReport.load(tmp_path / folder).recipe.values == "int8"
+        assert PruneReport.load(tmp_path / folder).recipe.values == values
         if folder == "packed":
             rows = json.loads(result.stdout)["packing"]["rows"]
-            assert {row["values"] for row in rows if row["decision"] == "packed"} == {"int8"}
+            assert {row["values"] for row in rows if row["decision"] == "packed"} == {values}
     headers = Checkpoint(checkpoint_files(tmp_path / "packed")).packed.values()
-    assert {header.values for header in headers} == {"int8"}
+    assert {header.values for header in headers} == {values}
     # Packing has not rounded again.
     verified = invoke(
         *("verify", tmp_path / "packed", "--reference", tmp_path / "dense-zeros"),
         *("--max-error", "0"),
     )
     assert verified.exit_code == 0, verified.output
-    # Values of other types are numbers of 16 bits.
-    assert prune(source, tmp_path / "int4", text, "--values", "int4").exit_code == 0
-    headers = Checkpoint(checkpoint_files(tmp_path / "int4")).packed.values()
+
+
+def test_values_that_packed_weights_do_not_store_are_numbers_of_16_bits(tmp_path, source, text):
+    assert prune(source, tmp_path / "int3", text, "--values", "int3").exit_code == 0
+    headers = Checkpoint(checkpoint_files(tmp_path / "int3")).packed.values()
     assert {header.values for header in headers} == {"16-bit"}
 
 

@@ -43,7 +43,9 @@ def rounding(weights, values, fraction=1.0):
         return lambda x: scale * min(max(round(x / scale), first), first + steps), None
     largest = LARGEST[values]
     end = as_single(max(map(abs, weights)) * fraction)
-    scale = (as_half if values == "int4" else as_single)(end / largest) or 1.0
+    scale = (as_half if values == "int4" else as_single)(end / largest)
+    # As packed weights store it: not smaller than the smallest normal number of float16.
+    scale = max(scale, 2.0**-14 if values == "int4" else 0.0) if end else 1.0
 
     def nearest(x):
         if values != "fp8_e4m3":

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import flash_llm
-from flash_llm import SparseLinear
+from flash_llm import SparseLinear, quantize
+from flash_llm.integrations import tensor_parallel
 
 transformers = pytest.importorskip("transformers")
 distributed = pytest.importorskip("transformers.distributed")
@@ -176,6 +177,15 @@ def test_int8_values_are_cut_with_their_scales(name, run):
         ):
             stored = part.any(1)  # rows without values have no scale of their own
             assert torch.equal(found[stored], of_rows[stored]), layer
+
+
+def test_int4_groups_of_columns_are_cut_whole_or_refused():
+    scales = 2.0 ** torch.arange(6).reshape(2, 3)
+    of_elements = quantize.scales_of_elements(scales, 300)
+    found = tensor_parallel._scales_of_part(of_elements[:, 128:], True)
+    assert torch.equal(found, scales[:, 1:])
+    with pytest.raises(ValueError, match="236 columns .*128"):
+        tensor_parallel._scales_of_part(of_elements[:, 64:], True)
 
 
 def test_the_report_of_each_process_is_that_of_the_whole_model(run):
