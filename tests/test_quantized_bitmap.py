@@ -15,6 +15,7 @@ from test_quantized import (
     random_int8,
     random_values,
     raw,
+    small_steps,
 )
 
 import flash_llm
@@ -26,10 +27,12 @@ WIDE = (KERNEL, "quantized16")
 INT8_X = ("quantized8_int8x", "quantized16_int8x")
 
 
-def here(*configs):
-    """The configurations of both kernel families that this GPU runs."""
-    both = [name for config in configs for name in (config, f"sm80_{config}")]
-    return [name for name in both if runs_here(FORMAT, "cuda", name, "int8_float16")]
+def here(*configs, kind="int8"):
+    """The configurations of both kernel families that this GPU runs, for values of a kind."""
+    without = {"int8": (), "fp8_e4m3": INT8_X, "int4": ("quantized16",)}[kind]
+    multiply = [config for config in configs if config not in without]
+    both = [name for config in multiply for name in (config, f"sm80_{config}")]
+    return [name for name in both if runs_here(FORMAT, "cuda", name, f"{kind}_float16")]
 
 
 def pack(values, scales, dtype=torch.float16, device="cpu"):
@@ -289,18 +292,18 @@ K = [1, 7, 64, 256, 257, 600, 1031, 4096, 8200, 17000]
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", K)
 @each("dtype", DTYPES)
-def test_small_integers_are_exact(k, dtype):
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_integers_are_exact(k, dtype, kind):
     for m, sparsity in itertools.product((1, 16, 67), (0.0, 0.5, 0.95, 1.0)):
         integers = testing.small_integers(m, k, sparsity=sparsity, dtype=dtype, seed=m)
-        scales = 2.0 ** torch.arange(m).remainder(3)
-        w = pack((integers.float() * 4).to(torch.int8), scales / 4, dtype, "cuda")
-        weight = (integers.float() * scales[:, None]).to(dtype)
+        values, scales, exact = small_steps(integers, kind)
+        w, weight = pack(values, scales, dtype, "cuda"), exact.to(dtype)
         assert torch.equal(w.to_dense().cpu(), weight)
         x = testing.small_integers(33, k, dtype=dtype, seed=1)
         bias = testing.small_integers(m, dtype=dtype, seed=3)
         expected = testing.spmm_reference(x, weight, bias, "relu").float().to(dtype)
         for n in (1, 2, 8, 9, 33):
-            for config in here(*WIDE):
+            for config in here(*WIDE, kind=kind):
                 y = flash_llm.spmm(x[:n].cuda(), w, bias.cuda(), activation="relu", config=config)
                 assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity, config)
             # cuBLAS may add partial sums in bf16, so its product of the unpacked weight is exact
@@ -321,16 +324,18 @@ def quantize_tokens(x):
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", K)
 @each("dtype", DTYPES)
-def test_quantised_tokens_are_multiplied_exactly(k, dtype):
+@each("kind", ["int8", "int4"])
+def test_quantised_tokens_are_multiplied_exactly(k, dtype, kind):
     for m, sparsity in itertools.product((1, 16, 67), (0.0, 0.5, 0.95, 1.0)):
-        values, _ = random_int8(m, k, sparsity, seed=m)
+        values, scales = random_values(m, k, sparsity, m, kind)
         x = torch.randint(-127, 128, (33, k)).to(dtype)
         x[:, 0] = 127  # so every scale is 1
-        scales = 2.0 ** torch.arange(m).remainder(3) / 2**15
+        # Scaled sums of int4's groups are exact in fp32 too: fewer than 2^24 steps of the least.
+        scales = (2.0 ** torch.arange(scales.numel()).remainder(3) / 2**12).reshape(scales.shape)
         w = pack(values, scales, dtype, "cuda")
-        expected = ((x.double() @ values.double().t()) * scales).float().to(dtype)
+        expected = (x.double() @ exact_weight(w).cpu().t()).float().to(dtype)
         for n in (1, 2, 8, 9, 33):
-            for config in here(*INT8_X):
+            for config in here(*INT8_X, kind=kind):
                 y = flash_llm.spmm(x[:n].cuda(), w, config=config)
                 assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity, config)
 
@@ -383,12 +388,13 @@ def test_quantised_tokens_in_graphs_and_without_prefetch():
 @pytest.mark.gpu
 @each("sparsity", [0.0, 0.4, 0.9, 1.0])
 @each("dtype", DTYPES)
-def test_results_stay_within_the_float64_bound(sparsity, dtype):
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_stay_within_the_float64_bound(sparsity, dtype, kind):
     for m, k in ((131, 1100), (2000, 9000)):
-        values, scales = random_int8(m, k, sparsity)
-        w, bias = pack(values, scales / 1000, dtype, "cuda"), torch.randn(m).to(dtype)
+        values, scales = random_values(m, k, sparsity, kind=kind)
+        w, bias = pack(values, scales / 64, dtype, "cuda"), torch.randn(m).to(dtype)
         exact = exact_weight(w).cpu()
-        for n, config in itertools.product((1, 4, 16), here(*WIDE)):
+        for n, config in itertools.product((1, 4, 16), here(*WIDE, kind=kind)):
             x = torch.randn(n, k).to(dtype)
             y = flash_llm.spmm(x.cuda(), w, bias.cuda(), activation="silu", config=config)
             testing.assert_spmm_close(y.cpu(), x, exact, bias, "silu")
@@ -398,44 +404,47 @@ def test_results_stay_within_the_float64_bound(sparsity, dtype):
 
 @pytest.mark.gpu
 @each("dtype", DTYPES)
-def test_infinity_and_nan_in_x_meet_absent_zeros(dtype):
-    values, scales = random_int8(40, 700, 0.7)
-    values[:, 256:512], values[8:12] = 0, 0
-    w = pack(values, scales, dtype, "cuda")
-    x = torch.ones(3, 700, dtype=dtype)
-    x[0, 300], x[2, 699] = float("inf"), float("nan")
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinity_and_nan_in_x_meet_absent_zeros(dtype, kind):
+    values, scales = random_values(40, 1300, 0.7, kind=kind)
+    values = values.float().index_fill(1, torch.arange(512, 1024), 0.0).to(values.dtype)
+    w = pack(values, scales / 64, dtype, "cuda")
+    x = torch.ones(3, 1300, dtype=dtype)
+    x[0, 600], x[2, 1299] = float("inf"), float("nan")
     expected = x.double() @ exact_weight(w).cpu().t()
-    for config in here(KERNEL):
+    for config in here(KERNEL, kind=kind):
         y = flash_llm.spmm(x.cuda(), w, config=config).cpu()
         assert torch.equal(y.isnan(), expected.isnan()) and bool(y[1].isfinite().all()), config
 
 
 @pytest.mark.gpu
-def test_malformed_weights_stay_within_their_memory():
-    values, scales = random_int8(40, 700, 0.5)
-    w = pack(values, scales, device="cuda")
+@pytest.mark.parametrize("kind", KINDS)
+def test_malformed_weights_stay_within_their_memory(kind):
+    values, scales = random_values(40, 700, 0.5, kind=kind)
+    w = pack(values, scales / 64, device="cuda")
     x = torch.randn(3, 700).half().cuda()
     for count in range(0, w.payload.numel() - 8, 97):
         broken = dataclasses.replace(w, payload=w.payload.clone())
         broken.payload[count:] = -1
-        for config in here(*WIDE, *INT8_X):
+        for config in here(*WIDE, *INT8_X, kind=kind):
             assert flash_llm.spmm(x, broken, config=config).shape == (3, 40)
         assert broken.to_dense().shape == (40, 700)
     for offset in (-1, 0, 1, 2**31 - 1):
         broken = dataclasses.replace(w, offsets=w.offsets.clone())
         broken.offsets[1:-1:2] = offset
-        for config in here(*WIDE, *INT8_X):
+        for config in here(*WIDE, *INT8_X, kind=kind):
             assert flash_llm.spmm(x, broken, config=config).shape == (3, 40)
         assert broken.to_dense().shape == (40, 700)
     torch.cuda.synchronize()
 
 
 @pytest.mark.gpu
-def test_layers_move_between_devices_without_rounding_again():
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_move_between_devices_without_rounding_again(kind):
     weight = testing.random_sparse(130, 600, 0.5)
     linear = torch.nn.Linear(600, 130).half()
     linear.weight.data = weight
-    layer = SparseLinear.from_linear(linear, values="int8")
+    layer = SparseLinear.from_linear(linear, values=kind)
     values = layer.packed.to_quantized()
     layer.cuda()
     assert layer.packed.FORMAT == FORMAT
@@ -446,4 +455,5 @@ def test_layers_move_between_devices_without_rounding_again():
     )
     layer.cpu()
     assert layer.packed.FORMAT == "row_bitmap"
-    assert all(map(torch.equal, layer.packed.to_quantized(), values))
+    for found, expected in zip(layer.packed.to_quantized(), values, strict=True):
+        assert torch.equal(found.float(), expected.float())
