@@ -850,9 +850,10 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
 
 inline constexpr int kQuantFinishWarps = 4;
 
-// Adds the sections' sums. The grid: strips, kQuantFinishWarps at a time; blocks of tokens.
+// Adds the sections' sums. The grid: strips, kQuantFinishWarps at a time; blocks of tokens. Eight
+// CTAs per SM leave 64 registers to a thread; ptxas otherwise aims at fewer, and spills for sm_100.
 template <ValueType kType>
-__global__ void __launch_bounds__(kQuantFinishWarps * 32)
+__global__ void __launch_bounds__(kQuantFinishWarps * 32, 8)
     quantized_finish_kernel(const __grid_constant__ QuantParams p) {
   allow_next_kernel();
   const int strip = static_cast<int>(blockIdx.x * kQuantFinishWarps + threadIdx.x / 32);
