@@ -146,7 +146,9 @@ struct Values {
   }
 };
 
-// The int4 values of a row, as bytes.
+// The int4 values of a row, as bytes. (Cutting the nibbles of each part from memory instead takes
+// longer: 4096x4096 at 50 % zeros and one token 4.1 instead of 2.9 ms on one core, EPYC with AVX2,
+// 2026-11-30.)
 template <bool kNearEnd>
 FLASH_LLM_AVX2 inline void take_nibbles(uint32_t mask, Values<kNearEnd, uint8_t>& values,
                                         uint8_t (&bytes)[kGroupCols]) {
