@@ -181,6 +181,20 @@ def test_the_readme_says_where_it_wins_as_the_rows_do():
             assert row["fp8_us"] < row["us"]
 
 
+def test_the_readme_says_how_int8_values_compare_with_fp8_as_the_rows_do():
+    times = {
+        row["N"]: f"{row['fp8_us'] / row['us']:.2f}"
+        for row in measured("h200", "quantized_bitmap")
+        if (row["M"], row["K"], row["sparsity"]) == (28672, 7168, 0.5)
+        and (row["values"], row["x_values"]) == ("int8", "int8")
+    }
+    said = re.search(
+        r"(\S+) times as fast as dense FP8 for one token, (\S+) times for 8 and (\S+) times for 64",
+        " ".join(README.split()),
+    )
+    assert said is not None and said.groups() == tuple(times[n] for n in (1, 8, 64))
+
+
 def test_the_readmes_speed_in_vllm_is_what_the_rows_say():
     step = {
         (row["sparsity"], row["batch"]): row["step_ms"]
@@ -188,6 +202,7 @@ def test_the_readmes_speed_in_vllm_is_what_the_rows_say():
         if (row["bench"], row["model"], row["gpus"], row["mode"], row.get("prompt"))
         == ("serve", "llama-8b", 1, "compiled", 64)
         and row["weights"] != "fp8"
+        and row.get("values", "16-bit") == "16-bit"
     }
     said = re.search(
         r"(\S+) times as fast as the dense one at batch 8, (\S+) times at batch 32 and as fast at "

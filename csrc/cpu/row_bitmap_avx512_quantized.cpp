@@ -145,7 +145,8 @@ struct Int8X {
     __m512i w[kPairs];
 #pragma GCC unroll 2
     for (int pair = 0; pair < kPairs; ++pair) {
-      const __m512i elements = values.template take_pair<kKind>(masks + 2 * pair, absent);
+      const __m512i elements =
+          values.template take_pair<kKind>(masks + ptrdiff_t{2} * pair, absent);
       w[pair] = _mm512_xor_si512(elements, _mm512_set1_epi8(-128));
     }
 #pragma GCC unroll 8
@@ -225,7 +226,7 @@ struct WideX {
   // their latency.
   static constexpr int kSums = kTokens <= 2 ? 2 : 1;
   __m512 sums[kPairs][kTokens][kSums];
-  __m512 totals[kPairs][kGrouped ? kTokens : 1];
+  __m512 totals[kPairs][std::max(1, kGrouped* kTokens)];
   const uint32_t* scales;  // of the next group of columns
   int left;                // groups of 32 columns up to the end of these
 
@@ -273,7 +274,7 @@ struct WideX {
     __m512 w[kPairs][kSteps];
 #pragma GCC unroll 2
     for (int pair = 0; pair < kPairs; ++pair) {
-      __m512i elements = values.template take_pair<kKind>(masks + 2 * pair, absent);
+      __m512i elements = values.template take_pair<kKind>(masks + ptrdiff_t{2} * pair, absent);
       if (kKind == ValueKind::kInt4) elements = _mm512_sub_epi8(elements, absent);
       Steps::convert(elements, w[pair]);
     }

@@ -149,7 +149,7 @@ Layout lay_out(const ValueMatrix& matrix, int64_t strip, int64_t chunk) {
   const int64_t row0 = strip * kQuantStripM;
   Layout layout(matrix.type);
   for (int p = 0; p < layout.num_planes(); ++p) {
-    const int64_t col0 = chunk * quant_chunk_k(matrix.type) + p * kQuantPlaneK;
+    const int64_t col0 = chunk * quant_chunk_k(matrix.type) + int64_t{kQuantPlaneK} * p;
     LaneBits& bits = layout.planes[static_cast<size_t>(p)].bits;
     for_each_element([&](int lane, int word, int bit, int row, int col) {
       if (row0 + row >= matrix.m || col0 + col >= matrix.k) return;
@@ -244,8 +244,9 @@ std::string chunk_problem(const PackedView& view, int64_t strip, int64_t col,
   bool inside = true;
   for (int p = 0; p < layout.num_planes(); ++p) {
     for_each_element([&](int lane, int word, int bit, int row, int c) {
-      inside &= !layout.planes[static_cast<size_t>(p)].has_bit(lane, word, bit) ||
-                (strip * kQuantStripM + row < view.m && col0 + p * kQuantPlaneK + c < view.k);
+      inside &=
+          !layout.planes[static_cast<size_t>(p)].has_bit(lane, word, bit) ||
+          (strip * kQuantStripM + row < view.m && col0 + int64_t{kQuantPlaneK} * p + c < view.k);
     });
   }
   if (!inside) return "a bit lies outside the matrix";

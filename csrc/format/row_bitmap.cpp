@@ -143,7 +143,7 @@ const Raw* pack_block(ValueType type, const Raw* dense, int64_t ld, int rows, in
   const bool nibbles = value_traits(type).bits == 4;
   for (int64_t group = 0; group < num_groups(k); ++group) {
     for (int row = 0; row < rows; ++row) {
-      Raw kept[kGroupCols + 1];
+      Raw kept[kGroupCols + 1] = {};
       const uint32_t mask =
           keep_nonzeros(dense + row * ld + group * kGroupCols, cols_of(k, group), kept);
       const int count = popcount(mask);

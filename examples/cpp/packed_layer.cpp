@@ -68,7 +68,7 @@ class Safetensors {
 using Spmm = at::Tensor(const at::Tensor& x, at::IntArrayRef header, const at::Tensor& offsets,
                         const at::Tensor& payload, const std::optional<at::Tensor>& bias,
                         std::string_view activation, std::string_view config, int64_t ctas,
-                        bool prefetch);
+                        bool prefetch, std::string_view x_quantization);
 
 int run(const std::string& library, const std::string& packed_path, const std::string& dense_path,
         const std::string& layer) {
@@ -88,7 +88,7 @@ int run(const std::string& library, const std::string& packed_path, const std::s
 
   const at::Tensor x = at::randn({8, weight.size(1)}, weight.options());  // 8 tokens
   const at::IntArrayRef ints(header.const_data_ptr<int64_t>(), header.numel());
-  const at::Tensor y = spmm.call(x, ints, offsets, payload, bias, "none", "auto", 0, true);
+  const at::Tensor y = spmm.call(x, ints, offsets, payload, bias, "none", "auto", 0, true, "none");
 
   at::Tensor expected = at::matmul(x.to(at::kFloat), weight.to(at::kFloat).t());
   if (bias) expected += bias->to(at::kFloat);

@@ -704,8 +704,12 @@ TEST(SelectPlanQuantized, TakesAConfigurationThatMultipliesTheValues) {
   EXPECT_EQ(chosen(ValueType::kFp8Float16, 8), "quantized8");
   EXPECT_EQ(chosen(ValueType::kFp8Bfloat16, 16), "quantized16");
   EXPECT_EQ(chosen(ValueType::kInt4Float16, 16), "quantized16_int8x");
-  EXPECT_EQ(plan_of(quantized_problem(28672, 16, 7168, ValueType::kInt4Bfloat16), kH200).name(),
-            "quantized8");
+  const auto unquantised = [](int64_t n) {
+    return plan_of(quantized_problem(28672, n, 7168, ValueType::kInt4Bfloat16), kH200).name();
+  };
+  EXPECT_EQ(unquantised(16), "quantized8");
+  EXPECT_EQ(unquantised(48), "quantized8");
+  EXPECT_EQ(unquantised(49), "dense");  // each pass of 8 tokens decodes the weight
 }
 
 TEST(SelectPlanQuantized, EachConfigurationFitsTheSharedMemoryAndHoldsX) {
