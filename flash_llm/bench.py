@@ -168,7 +168,7 @@ def bench_checkpoint(
 
     Returns:
         The times. float32 weights are cast to bfloat16 for both products; weights that are packed
-        in another format are packed again. Those with int8 values keep them; the dense product
+        in another format are packed again. Those with quantised values keep them; the dense product
         takes what they stand for.
 
     Raises:

@@ -35,9 +35,9 @@ class SparseLinear(nn.Linear):
     :mod:`flash_llm.integrations.adapters` merges adapters of PEFT.
     ``load_state_dict`` accepts packed buffers of any length, and a dense ``weight``, which it
     packs. Packed buffers keep their format; :meth:`refit` changes it if another one is faster on
-    the device. ``.half()`` and ``.bfloat16()`` round 16-bit values to the new dtype; int8 values
-    and their scales stay as they are, and a row that would overflow float16 is refused. Casts to
-    other dtypes do not change the weight: only bias, input and output have the new dtype.
+    the device. ``.half()`` and ``.bfloat16()`` round 16-bit values to the new dtype; quantised
+    values and their scales stay as they are, and a row that would overflow float16 is refused.
+    Casts to other dtypes do not change the weight: only bias, input and output have the new dtype.
 
     Code may replace the three buffers or write to them between two calls, by operations that torch
     counts as writes. A write that it does not count (through ``.data``, ``.numpy()`` or a kernel of

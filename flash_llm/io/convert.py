@@ -113,11 +113,11 @@ def convert_checkpoint(
     in other forms, such as ``.bin``. ``config.json`` gets a ``quantization_config``, so that
     transformers loads the result once flash_llm is imported, and the model card says so.
 
-    Weights that compressed-tensors quantised to int8, with one scale or one for each row, keep
-    their values and scales, except that -128, which packed weights do not have, becomes -127; the
-    reason in the layer's row counts them. Other 8-bit weights (float8, with zero points, with
-    scales of groups) are dequantised, to the dtype of their scales. Fixed scales of activations are
-    left out.
+    Weights that compressed-tensors quantised to int8 or float8, with one scale or one for each row,
+    keep their values and scales, except that the int8 value -128, which packed weights do not have,
+    becomes -127; the reason in the layer's row counts them. Other 8-bit weights, with zero points
+    or scales of groups, are dequantised, to the dtype of their scales. Fixed scales of activations
+    are left out.
 
     Args:
         src: folder with ``model.safetensors`` or an index of several files.
