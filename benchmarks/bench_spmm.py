@@ -86,6 +86,7 @@ class Measurement:
         ours: our time.
         dense: cuBLAS's time.
         fp8: cuBLAS's time in FP8; None where the GPU or the shape does not support it.
+        fp8_rounding: the same with the time to round X to FP8; None where not measured.
         floor: time to read the payload; None on the CPU.
         rel_err: relative error of our result, see :func:`relative_error`.
         packed_bytes: bytes of the packed weight, header and offsets included.
@@ -95,6 +96,7 @@ class Measurement:
     ours: Timing
     dense: Timing
     fp8: Timing | None
+    fp8_rounding: Timing | None
     floor: Timing | None
     rel_err: float
     packed_bytes: int
@@ -185,6 +187,7 @@ class Operands:
         self._fp8: list[Tensor] = []
         if device == "cuda" and fp8.suits(weight.m, weight.k, torch.cuda.get_device_capability()):
             self._fp8_x, self._fp8_x_scale = fp8.quantise(self.x)
+            self._fp8_round = torch.compile(fp8.quantise)
             values, self._fp8_scale = fp8.quantise(dense)
             self._fp8 = [values.clone() for _ in range(copies_to_rotate(values.nbytes))]
 
@@ -199,16 +202,25 @@ class Operands:
         options["x_quantization"] = case.x_quantization
         return [lambda w=w: flash_llm.spmm(x, w, **options) for w in self.packed[case.format]]
 
-    def fp8_calls(self, n: int) -> Calls:
+    def fp8_calls(self, n: int, *, rounding: bool = False) -> Calls:
         """Return the FP8 product on each copy; empty if this GPU, shape or N does not support it.
+
+        Args:
+            n: number of tokens.
+            rounding: round X in each call, by what torch.compile makes of it, and not beforehand.
 
         Raises:
             RuntimeError: its result is wrong.
         """
         if not self._fp8:
             return []
-        x, x_scale, scale = self._fp8_x[:n], self._fp8_x_scale, self._fp8_scale
-        calls = [lambda w=w: fp8.linear(x, x_scale, w, scale, self.dtype) for w in self._fp8]
+        x, ready, scale = self.x[:n], (self._fp8_x[:n], self._fp8_x_scale), self._fp8_scale
+
+        def call(w: Tensor) -> Tensor:
+            x_values, x_scale = self._fp8_round(x) if rounding else ready
+            return fp8.linear(x_values, x_scale, w, scale, self.dtype)
+
+        calls = [lambda w=w: call(w) for w in self._fp8]
         try:
             y = calls[0]()
         except RuntimeError as error:  # cuBLAS has no kernel for this N
@@ -234,6 +246,7 @@ class Bench:
         real: file of real matrices for the mask "real".
         values: that the packed weights store.
         x_values: that X is multiplied as.
+        fp8_rounding: whether the FP8 product is also timed with the rounding of its X.
     """
 
     device: str
@@ -245,6 +258,7 @@ class Bench:
     real: Path | None = None
     values: str = "16-bit"
     x_values: str = "16-bit"
+    fp8_rounding: bool = False
 
     def measure(self, weight: Weight, tokens: Sequence[int]) -> Iterator[tuple[Case, Measurement]]:
         """Check and time a weight with each N of ``tokens``.
@@ -280,6 +294,8 @@ class Bench:
         }
         if fp8_calls := operands.fp8_calls(n):
             contenders["fp8"] = fp8_calls
+            if self.fp8_rounding:
+                contenders["fp8 rounding"] = operands.fp8_calls(n, rounding=True)
         if self.floor is not None:
             read = self.floor.read
             for fmt, copies in operands.packed.items():
@@ -298,6 +314,7 @@ class Bench:
                 timings[case],
                 timings["dense"],
                 timings.get("fp8"),
+                timings.get("fp8 rounding"),
                 timings.get(("floor", case.format)),
                 rel_errs[case],
                 packed.nbytes,
@@ -327,6 +344,7 @@ def make_row(case: Case, found: Measurement, gpu: str, commit: str) -> dict[str,
         "us": round(found.ours.us, 2),
         "cublas_us": round(found.dense.us, 2),
         "fp8_us": round(found.fp8.us, 2) if found.fp8 else None,
+        "fp8_rounding_us": round(found.fp8_rounding.us, 2) if found.fp8_rounding else None,
         "stream_floor_us": round(found.floor.us, 2),
         "rel_err": float(f"{found.rel_err:.3g}"),
         "plan": found.plan,
@@ -376,6 +394,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--values", choices=STORED_VALUES, default="16-bit", help="of the packed weight"
     )
     parser.add_argument("--x-values", choices=STORED_VALUES, default="16-bit", help="of X")
+    parser.add_argument(
+        "--fp8-rounding", action="store_true", help="time FP8 with the rounding of its X too"
+    )
     parser.add_argument("--config", default="auto", help="force a kernel, see plan_names")
     add_device_option(parser)
     parser.add_argument("--replays", type=int, default=REPLAYS)
@@ -402,6 +423,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.real,
         arguments.values,
         arguments.x_values,
+        arguments.fp8_rounding,
     )
     lines = []
     with torch.inference_mode():

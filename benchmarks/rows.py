@@ -55,6 +55,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "us": (float,),
         "cublas_us": (float,),
         "fp8_us": (float, NoneType),  # null: the GPU or the shape does not support it
+        "fp8_rounding_us": (float, NoneType),  # null: not measured
         "stream_floor_us": (float,),
         "rel_err": (float,),
         "plan": (str,),

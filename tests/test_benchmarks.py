@@ -41,6 +41,7 @@ FOUND = bench_spmm.Measurement(
     ours=timing.Timing(70.123, 69.0, 71.0),
     dense=timing.Timing(96.0, 95.0, 97.0),
     fp8=timing.Timing(55.0, 54.0, 56.0),
+    fp8_rounding=timing.Timing(58.0, 57.0, 59.0),
     floor=timing.Timing(38.0, 38.0, 38.0),
     rel_err=2.1e-4,
     packed_bytes=30000,
@@ -92,15 +93,17 @@ def test_row_has_exactly_the_agreed_fields():
     row = fake_row()
     assert list(row) == (
         "bench gpu M K N sparsity mask dtype format values x_values pdl packed_bytes us cublas_us "
-        "fp8_us stream_floor_us rel_err plan torch cuda commit".split()
+        "fp8_us fp8_rounding_us stream_floor_us rel_err plan torch cuda commit".split()
     )
     assert (row["bench"], row["M"], row["K"], row["N"]) == ("spmm", 256, 128, 8)
-    assert (row["us"], row["cublas_us"], row["fp8_us"]) == (70.12, 96.0, 55.0)
+    assert (row["us"], row["cublas_us"]) == (70.12, 96.0)
+    assert (row["fp8_us"], row["fp8_rounding_us"]) == (55.0, 58.0)
     assert (row["stream_floor_us"], row["packed_bytes"]) == (38.0, 30000)
     assert (row["format"], row["mask"], row["pdl"]) == ("tiled_csl", "uniform", True)
     assert json.loads(json.dumps(row)) == row
-    without_fp8 = dataclasses.replace(FOUND, fp8=None)
-    assert bench_spmm.make_row(CASE, without_fp8, "a100", "0123abc")["fp8_us"] is None
+    without_fp8 = dataclasses.replace(FOUND, fp8=None, fp8_rounding=None)
+    row = bench_spmm.make_row(CASE, without_fp8, "a100", "0123abc")
+    assert row["fp8_us"] is None and row["fp8_rounding_us"] is None
 
 
 def test_pack_row_has_exactly_the_agreed_fields():
@@ -812,6 +815,7 @@ def operands_with_fp8(monkeypatch):
     operands._fp8_x, operands._fp8_x_scale = fp8.quantise(operands.x)
     values, operands._fp8_scale = fp8.quantise(operands.dense[0])
     operands._fp8 = [values, values.clone()]
+    operands._fp8_round = fp8.quantise
     return operands
 
 
@@ -819,6 +823,11 @@ def test_fp8_is_checked_and_left_out_where_cublas_has_none(monkeypatch, capsys):
     operands = operands_with_fp8(monkeypatch)
     (y, again) = (call() for call in operands.fp8_calls(3))
     assert y.shape == (3, 256) and torch.equal(y, again)
+    rounded = []
+    monkeypatch.setattr(operands, "_fp8_round", lambda x: rounded.append(x) or fp8.quantise(x))
+    rounding = operands.fp8_calls(3, rounding=True)
+    rounded.clear()
+    assert rounding[1]().shape == (3, 256) and len(rounded) == 1  # by each call
 
     monkeypatch.setattr(fp8, "linear", lambda x, *_: torch.zeros(x.shape[0], 256))
     with pytest.raises(RuntimeError, match="FP8, N = 3: relative error 1"):
