@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import platform
 import re
@@ -258,13 +259,17 @@ def _test_concat(format: str, device: str) -> None:
     _expect(torch.equal(ops.PackedWeight.concat(parts).to_dense(), weight), "concat lost rows")
 
 
-def _quantized(device: str) -> tuple[Tensor, Tensor]:
-    values = (torch.arange(40 * 300).reshape(40, 300) % 255 - 127).to(torch.int8)
-    return values.to(device), 2.0 ** torch.arange(40, device=device).remainder(3)
+def _quantized(kind: str, device: str) -> tuple[Tensor, Tensor]:
+    grid, (rows, columns) = quantize.GRIDS[kind], (40, 300)
+    largest = 16 if grid.is_float else int(grid.largest)  # e4m3 has all integers up to 16
+    steps = torch.arange(rows * columns).reshape(rows, columns) % (2 * largest + 1) - largest
+    shape = quantize.scales_shape(rows, columns, kind)
+    scales = 2.0 ** torch.arange(math.prod(shape)).remainder(3).reshape(shape)
+    return steps.to(quantize.stored_dtype(kind)).to(device), scales.to(device)
 
 
-def _test_pack_quantized(format: str, device: str) -> None:
-    values, scales = _quantized(device)
+def _test_pack_quantized(kind: str, format: str, device: str) -> None:
+    values, scales = _quantized(kind, device)
     packed = ops.pack_quantized(values, scales, torch.bfloat16, format)
     expected = quantize.dequantize(values, scales, torch.bfloat16)
     _expect(torch.equal(ops.unpack(packed), expected), "unpack(pack_quantized(v)) is not v")
@@ -274,10 +279,10 @@ def _test_pack_quantized(format: str, device: str) -> None:
     _expect(torch.equal(result, exact.bfloat16().double()), "spmm differs from the exact result")
 
 
-def _test_unpack_quantized(format: str, device: str) -> None:
-    values, scales = _quantized(device)
+def _test_unpack_quantized(kind: str, format: str, device: str) -> None:
+    values, scales = _quantized(kind, device)
     found = ops.unpack_quantized(ops.pack_quantized(values, scales, torch.float16, format))
-    same = torch.equal(found[0], values) and torch.equal(found[1], scales)
+    same = torch.equal(found[0].float(), values.float()) and torch.equal(found[1], scales)
     _expect(same, "unpack_quantized changed values or scales")
 
 
@@ -302,8 +307,9 @@ _TESTS: dict[str, Callable[[str], None]] = {
         for name, test in _FORMAT_TESTS.items()
     },
     **{
-        f"{cls.FORMAT}: {name}": functools.partial(test, cls.FORMAT)
+        f"{cls.FORMAT}: {name}, {kind}": functools.partial(test, kind, cls.FORMAT)
         for cls in (RowBitmap, QuantizedBitmap)
+        for kind in ops.STORED_VALUES[1:]
         for name, test in _QUANTIZED_TESTS.items()
     },
     **{f"prune_: {method}": functools.partial(_test_prune, method) for method in METHODS},

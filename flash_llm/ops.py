@@ -1141,7 +1141,7 @@ def _fake_unpack_quantized(
     fields = _check_fake_packed("unpack_quantized", header, offsets, payload)
     if fields.values == "16-bit":
         raise TypeError(f"flash_llm::unpack_quantized: values of {fields.dtype} are not quantised")
-    dtype = torch.float8_e4m3fn if quantize.GRIDS[fields.values].is_float else torch.int8
+    dtype = quantize.stored_dtype(fields.values)
     shape = quantize.scales_shape(fields.m, fields.k, fields.values)
     return (
         payload.new_empty((fields.m, fields.k), dtype=dtype),

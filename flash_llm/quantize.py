@@ -233,6 +233,34 @@ def scales_shape(m: int, k: int, values: str) -> tuple[int, ...]:
     return (m,) if group is None else (m, -(-k // group))
 
 
+def check_parts(values: str, columns: int, part: int) -> None:
+    """Check that no part of a weight's columns begins within a group that shares scales.
+
+    Args:
+        values: one of :data:`GRIDS`.
+        columns: of the whole weight.
+        part: columns of every part; only the last one may have fewer.
+
+    Raises:
+        ValueError: a part does.
+    """
+    group = grid_of(values).group
+    if group is not None and part < columns and part % group:
+        raise ValueError(
+            f"parts of {part} of the {columns} columns cut the groups of {group} columns in which "
+            f"{values} values share a scale; take fewer processes or other values"
+        )
+
+
+def stored_dtype(values: str) -> torch.dtype:
+    """Dtype of the tensor of values that :func:`round_to_values` returns.
+
+    Args:
+        values: one of :data:`GRIDS` without a zero point.
+    """
+    return torch.float8_e4m3fn if grid_of(values).is_float else torch.int8
+
+
 def round_to_values(weight: Tensor, values: str) -> tuple[Tensor, Tensor]:
     """Round a weight to values of few bits: each element is nearly a value times its scale.
 
@@ -255,7 +283,7 @@ def round_to_values(weight: Tensor, values: str) -> tuple[Tensor, Tensor]:
     """
     check_weight(weight)
     grid, (m, k) = grid_of(values), weight.shape
-    stored = torch.float8_e4m3fn if grid.is_float else torch.int8
+    stored = stored_dtype(values)
     rounded = torch.empty(m, k, dtype=stored, device=weight.device)
     scales = torch.ones(scales_shape(m, k, values), dtype=torch.float32, device=weight.device)
     rows = max(1, _PART_ELEMENTS // max(k, 1))

@@ -264,7 +264,8 @@ def sparsify_(
     Raises:
         ValueError: a pattern matches nothing; a weight to pack is tied to another parameter;
             ``sparsity``, ``scope``, ``format``, ``values`` or ``expected_tokens`` is wrong;
-            ``model`` itself is the layer; an element to quantise is NaN or infinite.
+            ``model`` itself is the layer; an element to quantise is NaN or infinite; a tensor
+            parallel plan cuts columns that share scales.
         TypeError: a weight or bias to pack is not float16 or bfloat16, ``expected_tokens`` is no
             integer, ``model`` is not a module, or the format does not hold such values.
         NotImplementedError: a weight is distributed over processes, but not by a tensor parallel
@@ -360,15 +361,17 @@ def _sparsify(
         whole = tensor_parallel.gathered(module) if module in distributed else module
         try:
             packed = pack(whole)
+            row = decide(name, packed, pack_unprofitable)
+            rows.append(row)
+            if row.decision == "packed":
+                assert module.bias is None or isinstance(module.bias, nn.Parameter)
+                swaps[module] = SparseLinear.from_packed(packed, module.bias, validate=False)
+                swaps[module].format = format
+                swaps[module].expected_tokens = expected_tokens
+                if module in distributed:
+                    tensor_parallel.shard_(swaps[module], *distributed[module])
         except ValueError as error:
             raise ValueError(f"flash_llm.sparsify_: {name}: {error}") from None
-        row = decide(name, packed, pack_unprofitable)
-        rows.append(row)
-        if row.decision == "packed":
-            assert module.bias is None or isinstance(module.bias, nn.Parameter)
-            swaps[module] = SparseLinear.from_packed(packed, module.bias, validate=False)
-            swaps[module].format = format
-            swaps[module].expected_tokens = expected_tokens
     if targets == DEFAULT_TARGETS:
         rows.extend(_expert_rows(model))
 

@@ -21,17 +21,21 @@ import torch
 
 import flash_llm
 from flash_llm import quantize, testing
-from flash_llm.ops import ACTIVATIONS
+from flash_llm.ops import ACTIVATIONS, STORED_VALUES
 
 ERRORS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 FORMATS = ("tiled_csl", "bitmap", "row_bitmap", "gather")  # that hold 16-bit values
 ALL_FORMATS = (*FORMATS, "quantized_bitmap")
+KINDS = STORED_VALUES[1:]  # of quantised values
 CONFIGS = (
     *("auto", "auto", "dense", "cpu_reference", "cpu_tiles"),
     *("cpu_rows", "cpu_rows_int8x", "cpu_blocks"),
 )
 OPS = torch.ops.flash_llm
-OTHER_OPS = ("pack", "pack_quantized", "prune_pack", "unpack", "unpack_quantized", "validate")
+OTHER_OPS = (
+    *("pack", "pack_quantized", "prune_pack"),
+    *("slice", "unpack", "unpack_quantized", "validate"),
+)
 EXTREMES = (0, 1, -1, 2, 3, 7, 16, 127, 8192, 2**16, 2**31 - 1, 2**31, -(2**31), 2**62, 2**63 - 1)
 TEXTS = ("", "auto ", "AUTO", "relu\0", "é" * 100, "x" * 100_000, "dense", "bitmap", "2:4", "none")
 SIZES = (0, 1, 2, 3, 5, 31, 32, 33, 64, 65, 127, 128, 129, 200, 260)
@@ -131,10 +135,11 @@ class Caller:
             for dense in (testing.random_sparse(m, k, 0.6, dtype=dtype),)
         ]
         self.weights += [
-            (flash_llm.pack(dense, name, values="int8"), dense)
+            (flash_llm.pack(dense, name, values=values), dense)
             for w, dense in self.weights
             if w.FORMAT == "row_bitmap"
             for name in ("row_bitmap", "quantized_bitmap")
+            for values in KINDS
         ]
         self.outcomes = collections.Counter()
         self.damages = collections.Counter()
@@ -165,8 +170,15 @@ class Caller:
         }
         if name in ("unpack", "unpack_quantized", "validate"):
             return packed
+        if name == "slice":
+            bounds = {}
+            for edge, size, begins in (("row", w.header.m, SIZES), ("col", w.header.k, (0, 128))):
+                first = min(rng.choice(begins), size)
+                bounds[f"first_{edge}"] = first
+                bounds[f"last_{edge}"] = rng.randint(first, size)
+            return packed | bounds
         if name == "pack_quantized":
-            values, scales = quantize.round_to_int8(dense)
+            values, scales = quantize.round_to_values(dense, rng.choice(KINDS))
             return {
                 "values": guarded(rng, values),
                 "scales": guarded(rng, scales),
@@ -240,11 +252,17 @@ class Caller:
             header, offsets, payload = result
             if not payload.is_meta:
                 OPS.validate(header.tolist(), offsets, payload)
+        elif name == "slice":
+            header, offsets, payload = result
+            edges = ("row", "col")
+            sizes = [arguments[f"last_{edge}"] - arguments[f"first_{edge}"] for edge in edges]
+            assert header.tolist()[4:6] == sizes, (header, sizes)
         elif name == "unpack":
             assert list(result.shape) == arguments["header"][4:6], result.shape
         elif name == "unpack_quantized":
             values, scales = result
-            assert [*values.shape, len(scales)] == [*arguments["header"][4:6], len(values)]
+            m, k = arguments["header"][4:6]
+            assert values.shape == (m, k) and scales.shape in ((m,), (m, -(-k // quantize.GROUP)))
         elif name == "spmm":
             expected = (*arguments["x"].shape[:-1], arguments["header"][4])
             assert tuple(result.shape) == expected, (result.shape, expected)

@@ -317,7 +317,8 @@ def test_doctor_prints_json():
     for format in FORMATS:
         assert {f"{format}: {operator}" for operator in operators - quantized} <= names
     for format in ("row_bitmap", "quantized_bitmap"):
-        assert {f"{format}: {operator}" for operator in quantized} <= names
+        for kind in ops.STORED_VALUES[1:]:
+            assert {f"{format}: {operator}, {kind}" for operator in quantized} <= names
     for method in METHODS:
         assert ("cpu", f"prune_: {method}") in tested
     assert "python" in diagnosis["facts"] and "CUDA toolkit" in diagnosis["facts"]

@@ -304,6 +304,9 @@ BY_HAND = {
         flash_llm.sparsify_(block, sparsity=0.8, pack_unprofitable=True) for block in m.model.layers
     ],
     "int8 values": lambda m: flash_llm.sparsify_(m, sparsity=0.5, values="int8"),
+    "int4 values as GPUs have them": lambda m: flash_llm.sparsify_(
+        m, sparsity=0.5, values="int4", format="quantized_bitmap"
+    ),
     "from_linear": by_layer,
     "load": lambda m: (
         flash_llm.save(packed_copy(m), m.name_or_path + "/plain")

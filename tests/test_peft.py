@@ -133,6 +133,17 @@ def test_unmerging_brings_the_packed_layer_back_bit_for_bit(values):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def test_a_model_whose_norms_peft_casts_to_float32_is_trained_under_autocast():
+    model = peft.prepare_model_for_kbit_training(packed_model("int4"))
+    adapted = with_adapter(model)
+    with pytest.raises(TypeError, match="x must be BFloat16 .*Float"):
+        logits(adapted)
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted(IDS).logits.float().square().sum().backward()
+    gradients = [p.grad for name, p in adapted.named_parameters() if "lora_" in name]
+    assert len(gradients) == 8 and all(bool(gradient.any()) for gradient in gradients)
+
+
 def test_two_adapters_are_merged_into_the_same_dense_layer():
     adapted = with_adapter(packed_model())
     adapted.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"]))

@@ -167,6 +167,18 @@ def test_elements_that_float32_cannot_hold_are_not_finite():
         quantize.round_to_int8(torch.tensor([[1.0], [1e300]], dtype=torch.float64))
 
 
+@each("part", [(512, 300), (128, 300), (256, 300), (300, 300), (301, 300), (44, 44)])
+def test_parts_of_columns_that_cut_no_group(part):
+    for values in KINDS:
+        quantize.check_parts(values, part[1], part[0])
+
+
+def test_parts_of_columns_that_cut_groups_are_refused():
+    quantize.check_parts("int8", 300, 150)
+    with pytest.raises(ValueError, match="150 .*300 .*128 .*int4"):
+        quantize.check_parts("int4", 300, 150)
+
+
 # ---- bytes ----
 
 
@@ -558,16 +570,24 @@ def test_a_layer_keeps_its_values_through_casts_copies_and_state_dicts(kind):
     assert empty.values == kind and not empty.weight.any()
 
 
+@each("format", QUANTIZED_FORMATS)
 @each("kind", KINDS)
-def test_models_are_sparsified_saved_and_loaded(kind, tmp_path):
-    model, folder = small_model(), tmp_path / kind
-    report = flash_llm.sparsify_(model, sparsity=0.5, values=kind)
+def test_models_are_sparsified_saved_and_loaded(kind, format, tmp_path):
+    model = small_model()
+    report = flash_llm.sparsify_(model, sparsity=0.5, values=kind, format=format)
     assert [row.values for row in report.rows] == [kind, kind]
-    assert f"row_bitmap {kind}" in str(report) and f"row_bitmap {kind}" in report.summary()
-    flash_llm.save(model, folder)
-    again = flash_llm.load(small_model(), folder)
-    x = torch.randn(2, 96).bfloat16()
-    assert torch.equal(again(x), model(x)) and again[0].values == kind
+    assert f"{format} {kind}" in str(report) and f"{format} {kind}" in report.summary()
+    flash_llm.save(model, tmp_path)
+    found = flash_llm.inspect_checkpoint(tmp_path).rows
+    assert [(row.format, row.values) for row in found] == [(format, kind)] * 2
+    assert [row.packed_bytes for row in found] == [row.packed_bytes for row in report.rows]
+    again = flash_llm.load(small_model(), tmp_path)
+    assert again[0].values == kind and again[0].packed.FORMAT == "row_bitmap"
+    for name in ("0", "2"):
+        assert_same_values(
+            again.get_submodule(name).packed.to_quantized(),
+            model.get_submodule(name).packed.to_quantized(),
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -587,6 +607,9 @@ def test_a_checkpoint_is_converted_and_inspected(kind, tmp_path):
     expected = flash_llm.pack(model[0].weight.detach(), values=kind)
     assert torch.equal(loaded[0].weight_payload, expected.payload)
     flash_llm.verify_checkpoint(tmp_path / "packed", tmp_path / "dense")
+    with pytest.raises(TypeError, match=f'convert_checkpoint: .*"bitmap" .*{kind}'):
+        flash_llm.convert_checkpoint(*folders[:1], tmp_path / "no", format="bitmap", values=kind)
+    assert not list(tmp_path.glob("no*"))
 
 
 def test_layers_without_zeros_are_packed_because_int8_values_shrink_them(tmp_path):

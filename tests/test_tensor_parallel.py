@@ -11,8 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import flash_llm
-from flash_llm import SparseLinear, quantize
-from flash_llm.integrations import tensor_parallel
+from flash_llm import SparseLinear, ops, quantize
 
 transformers = pytest.importorskip("transformers")
 distributed = pytest.importorskip("transformers.distributed")
@@ -21,20 +20,38 @@ pytestmark = [pytest.mark.hf, pytest.mark.slow]
 DEVICE = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
 """transformers gives each process a GPU of its own wherever it sees one."""
 IDS = torch.arange(24).view(2, 12)
+KINDS = ops.STORED_VALUES[1:]
 
 
 def save_models(folder):
-    """Save a model, dense and packed, whose layers the plan cuts by rows and by columns."""
+    """Save a model, dense and packed, whose layers the plan cuts by rows and by columns.
+
+    Returns:
+        The packed models by their values.
+    """
     torch.manual_seed(0)
+    model = llama(hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    model.save_pretrained(folder / "dense")
+    packed = {}
+    for values in ops.STORED_VALUES:
+        packed[values] = copy.deepcopy(model)
+        flash_llm.sparsify_(packed[values], values=values)
+        packed[values].save_pretrained(folder / values)
+    narrow = llama(hidden_size=256, intermediate_size=320, num_hidden_layers=1)
+    narrow.save_pretrained(folder / "narrow")
+    flash_llm.sparsify_(narrow, values="int4")
+    narrow.save_pretrained(folder / "narrow int4")
+    return packed
+
+
+def llama(**sizes):
     config = transformers.LlamaConfig(
         vocab_size=96,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         attention_bias=True,
         mlp_bias=True,
+        **sizes,
     )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.eval().to(DEVICE)
@@ -43,13 +60,7 @@ def save_models(folder):
             if isinstance(layer, nn.Linear):
                 layer.weight[torch.rand_like(layer.weight) < 0.7] = 0
                 nn.init.normal_(layer.bias, std=0.5)
-    model.save_pretrained(folder / "dense")
-    int8 = copy.deepcopy(model)
-    flash_llm.sparsify_(int8, values="int8")
-    int8.save_pretrained(folder / "int8")
-    flash_llm.sparsify_(model)
-    model.save_pretrained(folder / "packed")
-    return model, int8
+    return model
 
 
 def load(folder):
@@ -76,7 +87,7 @@ def worker(rank, folder, port):
     found = {}
     dense = load(folder / "dense")
     found["report"] = flash_llm.sparsify_(dense).to_json()
-    for name, model in {"packed folder": load(folder / "packed"), "sparsify_": dense}.items():
+    for name, model in {"packed folder": load(folder / "16-bit"), "sparsify_": dense}.items():
         layers = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
         with torch.no_grad():
             found[name] = logits_of(model)
@@ -85,16 +96,35 @@ def worker(rank, folder, port):
         for save in (model.save_pretrained, lambda to, model=model: flash_llm.save(model, to)):
             with pytest.raises(NotImplementedError, match="q_proj "):
                 save(folder / f"again-{rank}")
-    dense = load(folder / "dense")
-    flash_llm.sparsify_(dense, values="int8")
-    for name, model in {"int8 folder": load(folder / "int8"), "int8 sparsify_": dense}.items():
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
-        found[f"{name} values"] = {n: m.packed.to_quantized() for n, m in layers.items()}
-        with torch.no_grad():
-            found[name] = logits_of(model)
+    for values in KINDS:
+        dense = load(folder / "dense")
+        flash_llm.sparsify_(dense, values=values)
+        for way, model in {"folder": load(folder / values), "sparsify_": dense}.items():
+            layers = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+            found[f"{values} {way} values"] = {
+                n: m.packed.to_quantized() for n, m in layers.items()
+            }
+            with torch.no_grad():
+                found[f"{values} {way}"] = logits_of(model)
+    found["cut"] = cut_groups(folder)
     found["fsdp"] = fully_sharded()
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def cut_groups(folder):
+    """What is said of int4 values whose groups of columns the plan cuts."""
+    model, messages = load(folder / "narrow"), []
+    for act in (
+        lambda: flash_llm.sparsify_(model, values="int4"),
+        lambda: load(folder / "narrow int4"),
+    ):
+        with pytest.raises(ValueError) as error:
+            act()
+        messages.append(str(error.value))
+    assert not any(isinstance(layer, SparseLinear) for layer in model.modules())
+    assert logits_of(model).isfinite().all()
+    return messages
 
 
 def fully_sharded():
@@ -113,9 +143,9 @@ def fully_sharded():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The model, with 16-bit and int8 values, in one process; what each of two processes found."""
+    """The packed models in one process, by their values; what each of two processes found."""
     folder = tmp_path_factory.mktemp("parallel")
-    model, int8 = save_models(folder)
+    packed = save_models(folder)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -123,16 +153,12 @@ def run(tmp_path_factory):
         if DEVICE == "cpu":  # one GPU is not enough for two processes
             environment.setenv("CUDA_VISIBLE_DEVICES", "")
         torch.multiprocessing.spawn(worker, (folder, port), nprocs=2)
-    return (
-        model,
-        int8,
-        [torch.load(folder / f"{rank}.pt", map_location=DEVICE) for rank in range(2)],
-    )
+    return packed, [torch.load(folder / f"{rank}.pt", map_location=DEVICE) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", ["packed folder", "sparsify_"])
 def test_two_processes_give_the_logits_and_gradients_of_one(name, run):
-    model, _, ranks = run
+    model, ranks = run[0]["16-bit"], run[1]
     with torch.no_grad():
         expected = logits_of(model)
     expected_gradient = gradient(model)
@@ -149,7 +175,7 @@ def test_two_processes_give_the_logits_and_gradients_of_one(name, run):
 
 @pytest.mark.parametrize("name", ["packed folder", "sparsify_"])
 def test_each_process_holds_its_part_of_a_weight(name, run):
-    model, _, ranks = run
+    model, ranks = run[0]["16-bit"], run[1]
     for layer, whole in model.named_modules():
         if not isinstance(whole, SparseLinear):
             continue
@@ -158,44 +184,53 @@ def test_each_process_holds_its_part_of_a_weight(name, run):
             assert torch.equal(rank[f"{name} weights"][layer], part), layer
 
 
-@pytest.mark.parametrize("name", ["int8 folder", "int8 sparsify_"])
-def test_int8_values_are_cut_with_their_scales(name, run):
-    _, model, ranks = run
+@pytest.mark.parametrize("way", ["folder", "sparsify_"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_values_are_cut_with_their_scales(kind, way, run):
+    model, ranks = run[0][kind], run[1]
     with torch.no_grad():
         expected = logits_of(model)
     for rank in ranks:
-        torch.testing.assert_close(rank[name], expected, rtol=0.02, atol=0.02 * expected.std())
+        torch.testing.assert_close(
+            *(rank[f"{kind} {way}"], expected), rtol=0.02, atol=0.02 * expected.std()
+        )
     for layer, whole in model.named_modules():
         if not isinstance(whole, SparseLinear):
             continue
-        by_row = layer.endswith(("o_proj", "down_proj"))
-        parts = [of_rank[f"{name} values"][layer] for of_rank in ranks]
-        values, scales = whole.packed.to_quantized()
-        assert torch.equal(torch.cat([part for part, _ in parts], int(by_row)), values), layer
-        for (part, found), of_rows in zip(
-            parts, [scales] * 2 if by_row else scales.chunk(2), strict=True
+        by_row = int(layer.endswith(("o_proj", "down_proj")))
+        parts = [of_rank[f"{kind} {way} values"][layer] for of_rank in ranks]
+        values, of_elements = with_scales(*whole.packed.to_quantized())
+        for part, *expected in zip(
+            parts, values.chunk(2, by_row), of_elements.chunk(2, by_row), strict=True
         ):
-            stored = part.any(1)  # rows without values have no scale of their own
-            assert torch.equal(found[stored], of_rows[stored]), layer
+            found = with_scales(*part)
+            assert torch.equal(found[0], expected[0]), layer
+            stored = found[0] != 0  # zeros alone have no scale of their own
+            assert torch.equal(found[1][stored], expected[1][stored]), layer
 
 
-def test_int4_groups_of_columns_are_cut_whole_or_refused():
-    scales = 2.0 ** torch.arange(6).reshape(2, 3)
-    of_elements = quantize.scales_of_elements(scales, 300)
-    found = tensor_parallel._scales_of_part(of_elements[:, 128:], True)
-    assert torch.equal(found, scales[:, 1:])
-    with pytest.raises(ValueError, match="236 columns .*128"):
-        tensor_parallel._scales_of_part(of_elements[:, 64:], True)
+def with_scales(values, scales):
+    """Values as numbers, and the scale of each of them."""
+    return values.float(), quantize.scales_of_elements(scales, values.shape[1])
+
+
+def test_parts_that_cut_groups_of_columns_with_one_scale_are_refused_by_name(run):
+    for rank in run[1]:
+        for message in rank["cut"]:
+            assert "layers.0.mlp.down_proj" in message and "160 of the 320" in message
 
 
 def test_the_report_of_each_process_is_that_of_the_whole_model(run):
-    _, _, (first, second) = run
+    first, second = run[1]
     assert first["report"] == second["report"]
     rows = json.loads(first["report"])["rows"]
-    assert [row["shape"] for row in rows if row["decision"] == "packed"][:2] == [[64, 64], [32, 64]]
+    assert [row["shape"] for row in rows if row["decision"] == "packed"][:2] == [
+        [256, 256],
+        [128, 256],
+    ]
 
 
 def test_weights_that_fsdp_distributes_are_refused(run):
-    for rank in run[2]:
+    for rank in run[1]:
         swapped, packed = rank["fsdp"]
         assert "0.0 is distributed" in swapped and "weight of Linear is distributed" in packed

@@ -138,7 +138,8 @@ class FlashLLMQuantizer(HfQuantizer):
             loading_info: the missing and unexpected names, from transformers.
 
         Raises:
-            ValueError: a weight is missing, or a packed weight was not loaded completely.
+            ValueError: a weight is missing, a packed weight was not loaded completely, quantised
+                values overflow the model's dtype, or a plan cuts columns that share scales.
             TypeError: a layer that is offloaded to the disk has another dtype in the checkpoint.
         """
         loading, self._loading = self._loading, None  # the quantizer outlives the load
@@ -170,10 +171,13 @@ class FlashLLMQuantizer(HfQuantizer):
                 raise type(error)(f"flash_llm: {name} was not loaded completely: {error}") from None
             try:
                 layer.to(dtype)
-            except ValueError as error:  # rows of int8 values overflow float16
+            except ValueError as error:  # quantised values overflow float16
                 raise ValueError(f"flash_llm: {name} cannot become {dtype}: {error}") from None
             if layer in distributed:
-                tensor_parallel.shard_(layer, *distributed[layer])
+                try:
+                    tensor_parallel.shard_(layer, *distributed[layer])
+                except ValueError as error:  # of groups of columns that share scales
+                    raise ValueError(f"flash_llm: {name} of {folder}: {error}") from None
             layer.refit()
 
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:

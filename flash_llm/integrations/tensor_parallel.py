@@ -11,11 +11,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flash_llm.linear import SparseLinear, is_dtensor, local_part
-from flash_llm.quantize import GROUP, scales_of_elements
+from flash_llm.quantize import GROUP, check_parts, scales_of_elements
 
 
 def styles(model: nn.Module) -> dict[nn.Module, tuple[Any, Any]]:
@@ -68,44 +67,28 @@ def shard_(layer: SparseLinear, style: Any, mesh: Any) -> None:
         layer: packed layer with the whole weight.
         style: the transformers style, which says how the weight is cut.
         mesh: the device mesh of the processes.
+
+    Raises:
+        ValueError: a process would get columns that begin within a group that shares scales. All
+            processes raise it, and the layer does not change.
     """
-    # With this flag transformers passes plain tensors to forward, and leaves the bias out where it
-    # sums outputs over the processes.
-    layer._hf_quantized_needs_local_tp = True
     packed = layer.packed
     if packed.values == "16-bit":
         part, scales = _part(packed.to_dense(), style, mesh), None
     else:
         values, stored = packed.to_quantized()
         part = _part(values, style, mesh)
+        columns = values.shape[1]
+        if part.shape[1] != columns:
+            check_parts(packed.values, columns, -(-columns // mesh.size()))
         # Cut like the values, whatever the style: every element with its scale.
-        scales = _scales_of_part(
-            _part(scales_of_elements(stored, values.shape[1]), style, mesh), stored.dim() == 2
-        )
+        scales = _part(scales_of_elements(stored, columns), style, mesh)
+        scales = scales[:, 0] if stored.dim() == 1 else scales[:, ::GROUP]
+    # With this flag transformers passes plain tensors to forward, and leaves the bias out where it
+    # sums outputs over the processes.
+    layer._hf_quantized_needs_local_tp = True
     if part.shape != packed.shape:
         layer.keep_part(part, scales)
-
-
-def _scales_of_part(of_elements: Tensor, grouped: bool) -> Tensor:
-    """Return the scales of a part of a quantised weight.
-
-    Args:
-        of_elements: ``[M', K']``, the scale of each element.
-        grouped: whether groups of columns have scales, or whole rows.
-
-    Raises:
-        ValueError: a group of columns of the part has several scales, because the part begins
-            within a group of the weight.
-    """
-    if not grouped:
-        return of_elements[:, 0]
-    scales = of_elements[:, ::GROUP]
-    if not torch.equal(scales_of_elements(scales, of_elements.shape[1]), of_elements):
-        raise ValueError(
-            f"a part of {of_elements.shape[1]} columns cuts the groups of {GROUP} columns in which "
-            "int4 values share a scale; take fewer processes or other values"
-        )
-    return scales
 
 
 def _part(weight: Tensor, style: Any, mesh: Any) -> Tensor:
@@ -118,15 +101,14 @@ def _part(weight: Tensor, style: Any, mesh: Any) -> Tensor:
 
 
 def carry_plan(old: nn.Module, new: SparseLinear, style: Any, mesh: Any) -> None:
-    """Distribute a packed layer as a plan distributes the dense layer that it replaces.
+    """Let a packed layer split inputs and combine outputs as the dense layer that it replaces.
 
     Args:
         old: the dense layer, whose ``forward`` the plan replaced.
-        new: the packed layer, with the whole weight and the bias of ``old``.
+        new: the packed layer, with its part of the weight (:func:`shard_`) and the bias of ``old``.
         style: the plan's style for this layer.
         mesh: the device mesh of the processes.
     """
-    shard_(new, style, mesh)
     if "config" in vars(old):  # read by the style of DeepSeek's latent attention
         new.config = old.config
     style.install_forward(new, mesh)

@@ -269,6 +269,7 @@ class Checkpoint:
             dtype=header.dtype,
             device="meta",
             payload_words=header.payload_words,
+            values=header.values,
         )
         return dataclasses.replace(empty, header=header)
 

@@ -218,6 +218,10 @@ def convert_checkpoint(
     if config is not None and "model_type" in config:
         chosen |= hf.why_dense(src, chosen)
     caller = "flash_llm.convert_checkpoint"
+    encoded_layers = [layer for layer in chosen if f"{layer}.weight" in source.encoded]
+    kinds = {source.encoded[f"{layer}.weight"].values for layer in encoded_layers}
+    for kind in kinds if values is None else {values}:  # before a folder is made
+        ops.check_holds(caller, format, torch.float16, kind)  # the dtype does not matter
     check_destination(dst, caller)
 
     stop = threading.Event()

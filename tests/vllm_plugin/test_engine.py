@@ -12,7 +12,7 @@ pytest.importorskip("vllm.config", reason="needs vLLM; .ci/run makes an environm
 from engines import assert_close, assert_same, engine, generate  # noqa: E402
 
 import flash_llm  # noqa: E402
-from flash_llm import PackedWeight  # noqa: E402
+from flash_llm import PackedWeight, quantize  # noqa: E402
 
 
 def layers(llm):
@@ -126,29 +126,48 @@ def test_dense_folder_with_zeros(folders, expected, tmp_path):
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(sparser)})
 
 
-def test_folder_with_int8_values(folders, tmp_path):
+def save_rounded(folders, values, folder):
+    """Save a model whose values bfloat16 holds too, dense and packed with these values."""
     model = flash_llm.from_pretrained(folders["llama"] / "dense")
+    grid = quantize.GRIDS[values]
     for layer in model.model.layers.modules():
-        if isinstance(layer, torch.nn.Linear):  # scales of a power of two: bfloat16 is exact too
-            largest, column = layer.weight.abs().max(1, keepdim=True)
-            scales = 2.0 ** (largest / 127).log2().ceil()
-            steps = (layer.weight / scales).round()
-            layer.weight.data = steps.scatter(1, column, 127.0) * scales
-    model.save_pretrained(tmp_path / "dense")
-    flash_llm.sparsify_(model, values="int8")
-    model.save_pretrained(tmp_path / "packed")
+        if isinstance(layer, torch.nn.Linear):  # scales of a power of two
+            groups = grid.groups(layer.weight.data)
+            largest, column = groups.abs().max(0, keepdim=True)
+            scales = 2.0 ** (largest / grid.largest).log2().ceil()
+            steps = (groups / scales).round().scatter(0, column, grid.largest)
+            layer.weight.data = grid.ungrouped(steps * scales, layer.in_features).contiguous()
+    model.save_pretrained(folder / "dense")
+    flash_llm.sparsify_(model, values=values)
+    model.save_pretrained(folder / "packed")
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_quantised_values(values, folders, tmp_path):
+    save_rounded(folders, values, tmp_path)
+    method = {"quant_method": "flash_llm", "values": values}
     with engine(tmp_path / "dense") as llm:
         rounded = generate(llm)
-    with engine(tmp_path / "packed") as llm:
-        assert_same(generate(llm), rounded)
-        assert llm.apply_model(values_of_layers) == [{"int8"}]
+    for options in (
+        {"model": tmp_path / "packed"},
+        {"model": tmp_path / "dense", "hf_overrides": {"quantization_config": method}},
+    ):
+        with engine(**options) as llm:
+            assert_same(generate(llm), rounded)
+            assert llm.apply_model(values_of_layers) == [{values}]
+
+
+def test_quantised_tokens(folders, tmp_path):
+    save_rounded(folders, "int8", tmp_path)
     flash_llm.convert_checkpoint(
         *(tmp_path / "dense", tmp_path / "w8a8"), values="int8", x_quantization="dynamic"
     )
+    with engine(tmp_path / "packed") as llm:
+        exact = generate(llm)
     with engine(tmp_path / "w8a8") as llm:
         of_folder = generate(llm)
         assert llm.apply_model(values_of_layers) == [{"int8"}]
-    assert of_folder[1] != rounded[1]
+    assert of_folder[1] != exact[1]
     method = {"quant_method": "flash_llm", "version": 1, "x_quantization": "dynamic"}
     with engine(tmp_path / "packed", hf_overrides={"quantization_config": method}) as llm:
         assert generate(llm) == of_folder
@@ -159,7 +178,7 @@ def values_of_layers(model):
     return {header.values for header in headers if header is not None}
 
 
-@pytest.mark.parametrize("values", ["16-bit", "int8"])
+@pytest.mark.parametrize("values", ["16-bit", "int4"])
 def test_random_weights_with_a_sparsity(values, folders):
     quantization = {"quant_method": "flash_llm", "sparsity": 0.8, "values": values}
     overrides = {"quantization_config": quantization}

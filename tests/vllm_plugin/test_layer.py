@@ -10,7 +10,8 @@ import flash_llm  # noqa: E402
 from flash_llm import PackedWeight, quantize, sparsify_  # noqa: E402
 from flash_llm.testing import random_sparse  # noqa: E402
 
-K, HEAD, HEADS, KV_HEADS, MLP = 128, 16, 8, 2, 96
+KINDS = flash_llm.ops.STORED_VALUES[1:]
+K, HEAD, HEADS, KV_HEADS, MLP = 160, 16, 8, 2, 256
 SIZES = {
     "q_proj": (HEADS * HEAD, K),
     "k_proj": (KV_HEADS * HEAD, K),
@@ -69,17 +70,19 @@ def packed_folder(weights, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def int8_folder(weights, tmp_path_factory):
-    return save_packed(weights, tmp_path_factory.mktemp("int8"), values="int8")
+def quantized_folders(weights, tmp_path_factory):
+    return {
+        kind: save_packed(weights, tmp_path_factory.mktemp(kind), values=kind) for kind in KINDS
+    }
 
 
-def build(name, folder=None, *, rank=0, size=1, bias=False, prefix=None, x_quantization=None):
+def build(name, folder=None, *, rank=0, size=1, bias=False, prefix=None, **config_options):
     """A layer of vLLM as process ``rank`` of ``size`` builds it, under its name or ``prefix``."""
     from vllm.model_executor.layers import linear
 
     from flash_llm.integrations.vllm.config import FlashLLMConfig
 
-    config = FlashLLMConfig(packed_folder=folder is not None, x_quantization=x_quantization)
+    config = FlashLLMConfig(packed_folder=folder is not None, **config_options)
     config.packed_modules_mapping = {name: list(shards) for name, shards in FUSED.items()}
     if folder is not None:
         config.maybe_update_config(str(folder))
@@ -148,14 +151,22 @@ def test_parts_of_processes(name, rank, size, weights, packed_folder):
     assert torch.equal(packed.weight_offsets, dense.weight_offsets)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2), (5, 8)])
-def test_int8_values_are_cut_and_fused_with_their_scales(name, rank, size, weights, int8_folder):
+def test_quantised_values_are_cut_and_fused_with_their_scales(
+    name, rank, size, kind, weights, quantized_folders
+):
     from safetensors.torch import load_file
 
-    layer = build(name, int8_folder, rank=rank, size=size)
-    load(layer, name, load_file(int8_folder / "model.safetensors"))
-    rounded = {key: quantize.round_to_int8(weight) for key, weight in weights.items()}
+    folder = quantized_folders[kind]
+    if (name, size, kind) == ("down_proj", 8, "int4"):
+        with pytest.raises(ValueError, match=r"down_proj: .* 32 .*256 .*128 .*int4"):
+            build(name, folder, rank=rank, size=size)
+        return
+    layer = build(name, folder, rank=rank, size=size)
+    load(layer, name, load_file(folder / "model.safetensors"))
+    rounded = {key: quantize.round_to_values(weight, kind) for key, weight in weights.items()}
     dense = {key: quantize.dequantize(*both, torch.bfloat16) for key, both in rounded.items()}
     dense["up_proj"] = weights["up_proj"]
     assert torch.equal(weight_of(layer), part(name, dense, rank, size))
@@ -163,18 +174,40 @@ def test_int8_values_are_cut_and_fused_with_their_scales(name, rank, size, weigh
         assert layer.packed_header.values == "16-bit"
         return
     values, scales = packed_of(layer).to_quantized()
-    assert torch.equal(values, part(name, {key: v for key, (v, _) in rounded.items()}, rank, size))
-    of_elements = {key: s[:, None].expand_as(v) for key, (v, s) in rounded.items()}
-    stored = values.any(1)  # rows without values have no scale of their own
-    assert torch.equal(scales[stored], part(name, of_elements, rank, size)[:, 0][stored])
+    found = values.float(), quantize.scales_of_elements(scales, values.shape[1])
+    expected = (
+        part(name, {key: v.float() for key, (v, _) in rounded.items()}, rank, size),
+        part(
+            name,
+            {key: quantize.scales_of_elements(s, v.shape[1]) for key, (v, s) in rounded.items()},
+            *(rank, size),
+        ),
+    )
+    assert torch.equal(found[0], expected[0])
+    stored = found[0] != 0  # zeros alone have no scale of their own
+    assert torch.equal(found[1][stored], expected[1][stored])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_weights_are_rounded_while_they_load(kind, weights):
+    tensors = {"down_proj.weight": weights["down_proj"]}
+    layer = build("down_proj", rank=1, size=2, values=kind)
+    load(layer, "down_proj", tensors)
+    mine = part("down_proj", weights, 1, 2)
+    assert packed_of(layer).values == kind
+    assert torch.equal(weight_of(layer), quantize.round_to_grid(mine, kind))
+    if kind == "int4":
+        with pytest.raises(ValueError, match=r"down_proj: .* 64 .*256 .*128 .*int4"):
+            build("down_proj", rank=1, size=4, values=kind)
 
 
 @pytest.mark.parametrize("name", ["qkv_proj", "gate_up_proj"])
-def test_only_inputs_of_quantised_values_are_rounded(name, int8_folder):
+def test_only_inputs_of_quantised_values_are_rounded(name, quantized_folders):
     from safetensors.torch import load_file
 
-    layer = build(name, int8_folder, x_quantization="dynamic")
-    load(layer, name, load_file(int8_folder / "model.safetensors"))
+    folder = quantized_folders["int8"]
+    layer = build(name, folder, x_quantization="dynamic")
+    load(layer, name, load_file(folder / "model.safetensors"))
     packed, x = packed_of(layer), torch.randn(2, K).bfloat16()
     way = "dynamic" if packed.values == "int8" else None  # gate_up_proj is int8 in part only
     with torch.inference_mode():
@@ -227,18 +260,24 @@ def test_compiled_for_any_number_of_tokens(mlp):
             torch.testing.assert_close(compiled(x), block(x), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("format", ["bitmap", "row_bitmap", "tiled_csl"])
+@pytest.mark.parametrize(
+    ("format", "values"),
+    [
+        *((format, "16-bit") for format in ("bitmap", "row_bitmap", "tiled_csl")),
+        *((format, kind) for format in ("row_bitmap", "quantized_bitmap") for kind in KINDS),
+    ],
+)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
-def test_layers_of_one_sparsity_share_what_compiled_code_contains(sparsity, format):
+def test_layers_of_one_sparsity_share_what_compiled_code_contains(sparsity, format, values):
     from flash_llm.integrations.vllm.linear_method import interchangeable
 
     own, shared = set(), set()
     x = torch.randn(3, 1030).bfloat16()
     for seed in range(12):
         weight = random_sparse(520, 1030, sparsity, dtype=torch.bfloat16, seed=seed)
-        packed = flash_llm.pack(weight, format)
+        packed = flash_llm.pack(weight, format, values=values)
         padded = interchangeable(packed)
-        assert torch.equal(padded.to_dense(), weight)
+        assert torch.equal(padded.to_dense(), packed.to_dense())
         assert torch.equal(flash_llm.spmm(x, padded), flash_llm.spmm(x, packed))
         assert packed.nbytes <= padded.nbytes <= 1.02 * packed.nbytes
         own.add(packed.header)

@@ -60,10 +60,10 @@ class FlashLLMConfig(QuantizationConfig):
 
     An ``"expected_tokens"`` in that config says how many tokens most steps will have at most
     (requests that decode together): the layers are packed for so few, see :func:`flash_llm.pack`.
-    ``"values": "int8"`` rounds the weights of a dense model to int8; packed layers of a folder keep
-    their values if these are int8 or fp8_e4m3, and otherwise get 16-bit ones. ``"x_quantization":
-    "dynamic"`` lets layers with quantised values round their inputs too, see
-    :func:`flash_llm.spmm`.
+    ``"values": "int8"`` (or ``"fp8_e4m3"``, ``"int4"``) rounds the weights of a dense model; packed
+    layers of a folder keep their values and scales, unless vLLM fuses a layer of several kinds of
+    values, which gets 16-bit ones. ``"x_quantization": "dynamic"`` lets layers with quantised
+    values round their inputs too, see :func:`flash_llm.spmm`.
 
     Embeddings, output layers and the experts of mixtures stay dense.
 

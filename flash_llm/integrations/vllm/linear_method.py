@@ -21,9 +21,13 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     get_layerwise_info,
     initialize_online_processing,
 )
-from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+)
 
-from flash_llm import ops
+from flash_llm import ops, quantize
 from flash_llm.linear import BUFFERS
 from flash_llm.ops import PackedWeight
 from flash_llm.sparsify import LayerReport, decide
@@ -33,10 +37,6 @@ if TYPE_CHECKING:
 
 _PLACES = {"q": 0, "k": 1, "v": 2}
 """Place in a fused layer of the shards that vLLM gives names; it numbers the others."""
-
-
-_VALUE_DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
-"""Of quantised values, by their type, that have a scale for each row."""
 
 
 class FlashLLMLinearMethod(LinearMethodBase):
@@ -74,12 +74,22 @@ class FlashLLMLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Make room on the meta device for what the files hold of the layer."""
+        """Make room on the meta device for what the files hold of the layer.
+
+        Raises:
+            ValueError: the columns of a process begin within a group that shares scales.
+        """
         self.shape = sum(output_partition_sizes), input_size_per_partition
         self.num_outputs = len(output_partition_sizes)
         self.dtype = params_dtype
+        self.values = self._values()
+        if self.values != "16-bit":
+            try:
+                quantize.check_parts(self.values, input_size, input_size_per_partition)
+            except ValueError as error:
+                raise ValueError(f"flash_llm: {self.prefix}: {error}") from None
         if None in self.headers:
-            layer.register_parameter("weight", self._empty_weight(layer, "meta"))
+            layer.register_parameter("weight", self._empty_weight(layer, "meta", self.dtype))
         if self.config.stored:  # empty in a dense layer, whose loaders refuse packed parts
             for buffer, dtype in zip(BUFFERS, (torch.int64, torch.int32, torch.int32), strict=True):
                 sizes = self._sizes(buffer)
@@ -93,8 +103,8 @@ class FlashLLMLinearMethod(LinearMethodBase):
         """Pack the weight, or leave the layer to vLLM's dense method, and report it.
 
         Raises:
-            ValueError: a part of the layer was not loaded, a packed one is malformed, or a row
-                cannot be packed with int8 values.
+            ValueError: a part of the layer was not loaded, a packed one is malformed, or quantised
+                values cannot hold a row.
             NotImplementedError: the weights are loaded again, with another sparsity.
         """
         if getattr(layer, "_already_called_process_weights_after_loading", False):
@@ -102,7 +112,7 @@ class FlashLLMLinearMethod(LinearMethodBase):
         weight, scales = self._assemble(layer)
         try:
             row, packed = self._pack(weight, scales)
-        except ValueError as error:  # int8 values cannot hold a row, or overflow the dtype
+        except ValueError as error:  # quantised values cannot hold a row, or overflow the dtype
             raise ValueError(f"flash_llm: {self.prefix}: {error}") from None
         if packed is not None:
             packed = interchangeable(packed)
@@ -135,29 +145,38 @@ class FlashLLMLinearMethod(LinearMethodBase):
         )
 
     def _empty_weight(
-        self, layer: Any, device: torch.device | str, dtype: torch.dtype | None = None
+        self, layer: Any, device: torch.device | str, dtype: torch.dtype
     ) -> ModelWeightParameter:
         """A dense weight for this process, which vLLM's loader of the layer can fill."""
         return ModelWeightParameter(
-            data=torch.empty(self.shape, dtype=dtype or self.dtype, device=device),
+            data=torch.empty(self.shape, dtype=dtype, device=device),
             input_dim=1,
             output_dim=0,
             weight_loader=layer.weight_loader,
         )
 
-    def _empty_scales(self, layer: Any, device: torch.device) -> ChannelQuantScaleParameter:
-        """The scales of the rows of a quantised weight, likewise."""
-        return ChannelQuantScaleParameter(
-            data=torch.empty(self.shape[0], dtype=torch.float32, device=device),
-            output_dim=0,
-            weight_loader=layer.weight_loader,
-        )
+    def _empty_scales(
+        self, layer: Any, device: torch.device
+    ) -> ChannelQuantScaleParameter | GroupQuantScaleParameter:
+        """The scales of a quantised weight, likewise."""
+        shape = quantize.scales_shape(*self.shape, self.values)
+        options: dict[str, Any] = {
+            "data": torch.empty(shape, dtype=torch.float32, device=device),
+            "output_dim": 0,
+            "weight_loader": layer.weight_loader,
+        }
+        if len(shape) == 1:
+            return ChannelQuantScaleParameter(**options)
+        return GroupQuantScaleParameter(input_dim=1, **options)
 
-    def _quantized_dtype(self) -> torch.dtype | None:
-        """Dtype of the quantised values that all of the shards have; None if they have not."""
+    def _values(self) -> str:
+        """What the weight will store, if it is packed."""
+        if not ops.is_packable(self.dtype):
+            return "16-bit"
+        if not any(self.headers):
+            return self.config.values or "16-bit"
         values = {header.values if header else "16-bit" for header in self.headers}
-        same = len(values) == 1 and ops.is_packable(self.dtype)
-        return _VALUE_DTYPES.get(values.pop()) if same else None
+        return values.pop() if len(values) == 1 else "16-bit"
 
     def _stored_formats(self) -> set[str]:
         """Formats of the shards that are packed in the checkpoint."""
@@ -207,7 +226,7 @@ class FlashLLMLinearMethod(LinearMethodBase):
         """Return the weight of this process from what was loaded, which must be complete.
 
         Returns:
-            The dense weight, and None; or quantised values, and the scales of their rows.
+            The dense weight, and None; or quantised values, and their scales.
         """
         loaded: dict[str, dict[Any, Any]] = {name: {} for name in ("weight", *BUFFERS)}
         for name, arguments in get_layerwise_info(layer).loaded_weights:
@@ -216,11 +235,14 @@ class FlashLLMLinearMethod(LinearMethodBase):
                 loaded.setdefault(name, {})[place] = shard_id
         if not self.dummy:
             self._refuse_missing(layer, loaded)
-        weight, scales, quantized = getattr(layer, "weight", None), None, self._quantized_dtype()
+        weight, scales = getattr(layer, "weight", None), None
         if weight is None:
             device = layer.weight_payload.device
-            weight = self._empty_weight(layer, device, quantized)
-            scales = None if quantized is None else self._empty_scales(layer, device)
+            if self.values == "16-bit":
+                weight = self._empty_weight(layer, device, self.dtype)
+            else:
+                weight = self._empty_weight(layer, device, quantize.stored_dtype(self.values))
+                scales = self._empty_scales(layer, device)
         for place, parts in self._packed_parts(layer).items():
             name, shard_id = self.shards[place], loaded[BUFFERS[0]][place]
             shard = () if shard_id is None else (shard_id,)
@@ -230,10 +252,9 @@ class FlashLLMLinearMethod(LinearMethodBase):
                 raise type(error)(
                     f"flash_llm: {name} in {self.config.file_of(name)} is malformed: {error}"
                 ) from None
-            if quantized is not None:
-                values, of_rows = packed.to_quantized()
-                layer.weight_loader(weight, values, *shard)
-                layer.weight_loader(scales, of_rows, *shard)
+            if scales is not None:
+                for parameter, whole in zip((weight, scales), packed.to_quantized(), strict=True):
+                    layer.weight_loader(parameter, whole, *shard)
             else:
                 layer.weight_loader(weight, packed.to_dense(), *shard)
         return weight, scales
@@ -288,7 +309,7 @@ class FlashLLMLinearMethod(LinearMethodBase):
             few = weight.device.type == "cuda" and "gather" in self._stored_formats()
             format = "gather" if few else "auto"
             options: dict[str, Any] = {
-                "values": self.config.values or "16-bit",
+                "values": self.values,
                 "expected_tokens": self.config.expected_tokens,
             }
             if scales is not None:
