@@ -207,7 +207,8 @@ def make_extensions():
     if with_cuda:
         archs = cuda_archs(nvcc_version)
         if version(nvcc_version) >= (13, 0):
-            nvcc.append("--compress-mode=size")  # a ninth of the bytes, in the same time
+            # A ninth of the bytes, for a tenth more time.
+            nvcc.append("--compress-mode=size")
         os.environ["TORCH_CUDA_ARCH_LIST"] = archs
         sources += CUDA_SOURCES
         cxx += [

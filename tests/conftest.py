@@ -6,6 +6,7 @@ run for each packed format. Those marked hopper are skipped on other GPUs, and t
 runs_here where the GPU does not run their kernel.
 """
 
+import functools
 import os
 
 # Before torch loads OpenMP. By default a thread that waits for others keeps its core busy, which
@@ -17,7 +18,7 @@ import pytest
 import torch
 from formats import DTYPES, FORMATS, GPU_FORMATS, has_hopper, runs_here
 
-from flash_llm import _extension
+from flash_llm import _extension, bench, timing
 
 hypothesis.settings.register_profile(
     "flash_llm",
@@ -96,6 +97,13 @@ def force_isa():
     force = _extension.require().set_cpu_isa
     yield force
     force("")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few copies and short turns: the times say nothing, but they are there."""
+    monkeypatch.setattr(timing, "ROTATION_BYTES", 2**16)
+    monkeypatch.setattr(bench, "time_cpu", functools.partial(timing.time_cpu, min_seconds=1e-4))
 
 
 @pytest.fixture(autouse=True)

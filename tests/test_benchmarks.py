@@ -680,7 +680,7 @@ def test_the_whole_benchmark_on_the_cpu(dtype, capsys, prefetches):
     assert set(prefetches) == {True, False}
 
 
-def test_quantised_values_are_compared_with_the_same_rounded_weight(capsys):
+def test_quantised_values_are_compared_with_the_same_rounded_weight(capsys, quick):
     arguments = "--device cpu --shapes 256x128 --n 8 --sparsity 0.5 --format row_bitmap --pdl on"
     assert bench_spmm.main([*arguments.split(), *"--values int8 --x-values int8".split()]) == 0
     captured = capsys.readouterr()

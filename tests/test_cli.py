@@ -1,7 +1,6 @@
 """The command line: parsing, exit codes, and the doctor behind it."""
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from formats import FORMATS
 from safetensors.torch import save_file
 
 import flash_llm
-from flash_llm import bench, demo, doctor, interrupts, ops, timing
+from flash_llm import bench, demo, doctor, interrupts, ops
 from flash_llm.io.unfinished import NOTE_NAME
 from flash_llm.prune.methods import METHODS
 
@@ -494,29 +492,22 @@ def test_ctrl_c_is_not_lost_in_an_import(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_at_any_moment_ends_the_run(tmp_path):
+def test_ctrl_c_before_the_work_ends_the_run(tmp_path):
     source, target = decoder_checkpoint(tmp_path / "dense", 0.8), tmp_path / "packed"
     code = (
-        "print('begun', flush=True)\nimport flash_llm\nprint('imported', flush=True)\n"
-        + SLOW.replace("0.3", "0.1")
-        + SCRIPT[-1]
+        "print('begun', flush=True)\nimport flash_llm\nprint('imported', flush=True)\n" + SCRIPT[-1]
     )
-    counts = Counter()
-    # While torch is imported, while the rest is, and while the second tensor is at work; at the
-    # first one: test_ctrl_c_leaves_a_resumable_state.
-    moments = [("begun", 0.6), ("imported", 0), ("at work", 0.25)]
-    for phase, delay in moments:
+    # While torch is imported, and while the rest is; while a tensor is at work:
+    # test_ctrl_c_leaves_a_resumable_state.
+    for phase, delay in (("begun", 0.6), ("imported", 0)):
         with start([sys.executable, "-c", code, "convert", source, target]) as process:
             while process.stdout.readline() != f"{phase}\n":
                 pass
             time.sleep(delay)
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
-        counts[phase, process.returncode] += 1
         # Who dies of a signal has exit code 130 in the shell.
         assert process.returncode in (130, -signal.SIGINT), errors
-    print(dict(counts))
-    assert counts["at work", 130] == 1
     assert invoke("convert", source, target).exit_code == 0
     assert invoke("verify", target, "--reference", source, "--max-error", "0").exit_code == 0
 
@@ -538,13 +529,6 @@ def test_a_reader_that_has_enough_leaves_no_message(tmp_path, arguments):
 
 
 # ---- bench ----
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Few copies and short turns: the times say nothing, but they are there."""
-    monkeypatch.setattr(timing, "ROTATION_BYTES", 2**16)
-    monkeypatch.setattr(bench, "time_cpu", functools.partial(timing.time_cpu, min_seconds=1e-4))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -541,10 +541,9 @@ print(type(model.model.layers[0].mlp.up_proj))
 """
 
 
+# The other tests import flash_llm first, and test_peft.py transformers.
 IMPORTS = [
     "import flash_llm.integrations.hf_quantizer; from transformers import AutoModelForCausalLM",
-    "import flash_llm; from transformers import AutoModelForCausalLM",
-    "from transformers import AutoModelForCausalLM; import flash_llm",
     "import transformers.quantizers.auto; import flash_llm\n"
     "from transformers import AutoModelForCausalLM",
 ]
@@ -562,12 +561,15 @@ INTERRUPTED = """
 import sys
 import flash_llm
 
-def interrupt(frame, event, argument):
-    if frame.f_code.co_filename.endswith({where!r}):
-        sys.settrace(None)
+waiting = True
+
+def interrupt(event, arguments):
+    global waiting
+    if waiting and event == "exec" and arguments[0].co_filename.endswith({where!r}):
+        waiting = False
         raise KeyboardInterrupt
 
-sys.settrace(interrupt)
+sys.addaudithook(interrupt)
 try:
     import transformers.modeling_utils
     raise SystemExit("not interrupted")

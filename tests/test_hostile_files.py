@@ -80,12 +80,12 @@ print(kills, found["old"], found["new"])
 
 @pytest.mark.slow
 def test_a_kill_during_save_leaves_the_earlier_checkpoint_or_the_new_one(tmp_path):
-    command = [sys.executable, "-c", KILLED_SAVES, str(tmp_path / "saved"), "26"]
+    command = [sys.executable, "-c", KILLED_SAVES, str(tmp_path / "saved"), "13"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kills, old, new = map(int, done.stdout.split())
     print(f"{kills} kills during save: {old} left the earlier checkpoint, {new} the new one")
-    assert kills > 100 and old and new
+    assert kills > 50 and old and new
 
 
 # Reads mutated checkpoints with every reader, in little memory.
@@ -218,14 +218,14 @@ def test_malformed_files_give_typed_errors_in_little_memory(tmp_path):
     dense |= {f"{i}.bias": layer.bias.detach() for i, layer in enumerate(model)}
     (tmp_path / "dense").mkdir()
     save_file(dense, tmp_path / "dense" / "model.safetensors")
-    command = [sys.executable, "-c", MALFORMED, str(tmp_path), "250"]
+    command = [sys.executable, "-c", MALFORMED, str(tmp_path), "125"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout)
-    print(f"250 mutations and 6 readers: {counts}")
-    assert sum(counts.values()) == 1500 and counts["ValueError"] > 400
+    print(f"125 mutations and 6 readers: {counts}")
+    assert sum(counts.values()) == 750 and counts["ValueError"] > 200
 
 
 @each(

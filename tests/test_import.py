@@ -80,12 +80,15 @@ def outputs_of(programs):
     return json.loads(result.stdout), result.stderr
 
 
-def test_import_prints_nothing_and_makes_no_cuda_context():
+def test_importing_and_explaining_a_plan_print_nothing_and_make_no_cuda_context():
     result = run_python(
         "import flash_llm, sys, torch\n"
         "assert not torch.cuda.is_initialized()\n"
         "heavy = {'transformers', 'accelerate', 'gguf', 'typer', 'rich', 'datasets', 'vllm'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "flash_llm.explain_plan(64, 8, 64, 9, compute_capability=90, num_sms=132,"
+        " smem_per_sm_bytes=233472)\n"
+        "assert not torch.cuda.is_initialized()\n"
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 

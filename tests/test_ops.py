@@ -530,6 +530,6 @@ def test_hostile_operators(tmp_path):
     program = str(Path(__file__).with_name("hostile_operators.py"))
     call = tmp_path / "call"
     try:
-        print(run_program((program,), "5", HOSTILE_CALL=str(call)))
+        print(run_program((program,), "3", HOSTILE_CALL=str(call)))
     except AssertionError as error:
         raise AssertionError(f"{call.read_text()}{error}") from None

@@ -1,11 +1,11 @@
 """Adapters of PEFT over packed layers: training, merging, and back."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
+from test_hf import LOAD
+from test_import import outputs_of
 
 import flash_llm
 from flash_llm import SparseLinear, ops
@@ -309,9 +309,13 @@ def test_a_model_prepared_for_kbit_training_trains_under_autocast(tmp_path):
 
 
 @pytest.mark.slow
-def test_either_package_may_be_imported_first():
+def test_either_package_may_be_imported_first(tmp_path):
+    """Of PEFT and flash_llm, and of transformers, which PEFT imports, and flash_llm."""
     wrapped = "hasattr(peft.tuners.ia3.Linear.merge, '__wrapped__')"
     assert eval(wrapped)  # here flash_llm came first
-    code = f"import peft, flash_llm; print({wrapped})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "True\n", done.stderr
+    packed_model().save_pretrained(tmp_path)
+    code = (
+        f"import peft, flash_llm; print({wrapped})\nfrom transformers import AutoModelForCausalLM"
+    )
+    (printed,), errors = outputs_of([code + LOAD.format(folder=str(tmp_path))])
+    assert printed.startswith("True\n") and "SparseLinear" in printed, errors

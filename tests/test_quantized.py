@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -592,23 +590,23 @@ def test_models_are_sparsified_saved_and_loaded(kind, format, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_is_converted_and_inspected(kind, tmp_path):
+    from test_cli import invoke
+
     model = small_model()
     for layer in (model[0], model[2]):
         layer.weight.data *= torch.rand_like(layer.weight) < 0.5
-    flash_llm.save(model, tmp_path / "dense")
-    folders = [str(tmp_path / "dense"), str(tmp_path / "packed")]
-    script = [sys.executable, "-c", "from flash_llm.cli import main; main()", "convert"]
-    command = [*script, *folders, "--values", kind, "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    dense, packed = tmp_path / "dense", tmp_path / "packed"
+    flash_llm.save(model, dense)
+    run = invoke("convert", dense, packed, "--values", kind, "--json")
     assert [row["values"] for row in json.loads(run.stdout)["rows"]] == [kind, kind]
-    rows = flash_llm.inspect_checkpoint(tmp_path / "packed").rows
+    rows = flash_llm.inspect_checkpoint(packed).rows
     assert [(row.decision, row.values) for row in rows] == [("packed", kind)] * 2
-    loaded = flash_llm.load(small_model(), tmp_path / "packed")
+    loaded = flash_llm.load(small_model(), packed)
     expected = flash_llm.pack(model[0].weight.detach(), values=kind)
     assert torch.equal(loaded[0].weight_payload, expected.payload)
-    flash_llm.verify_checkpoint(tmp_path / "packed", tmp_path / "dense")
+    flash_llm.verify_checkpoint(packed, dense)
     with pytest.raises(TypeError, match=f'convert_checkpoint: .*"bitmap" .*{kind}'):
-        flash_llm.convert_checkpoint(*folders[:1], tmp_path / "no", format="bitmap", values=kind)
+        flash_llm.convert_checkpoint(dense, tmp_path / "no", format="bitmap", values=kind)
     assert not list(tmp_path.glob("no*"))
 
 
@@ -623,7 +621,7 @@ def test_layers_without_zeros_are_packed_because_int8_values_shrink_them(tmp_pat
     assert [(row.name, row.values) for row in rows] == [("0", "int8")]
 
 
-def test_packed_layers_are_timed_with_their_values(tmp_path):
+def test_packed_layers_are_timed_with_their_values(tmp_path, quick):
     model = small_model()
     flash_llm.sparsify_(model, values="int8")
     flash_llm.save(model, tmp_path)

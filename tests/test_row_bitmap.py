@@ -2,8 +2,6 @@
 
 import itertools
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import torch
 from formats import DTYPES, bits_of, blocks_of, each, from_bits, weights, write_row_bitmap
 from hypothesis import given
+from test_import import outputs_of
 
 import flash_llm
 from flash_llm import RowBitmap, _extension, testing
@@ -311,8 +310,8 @@ def test_a_name_that_cannot_be_forced_changes_nothing(force_isa):
 
 
 ENVIRONMENT = """
-import os, sys
-os.environ["FLASH_LLM_CPU_ISA"] = sys.argv[1]
+import os
+os.environ["FLASH_LLM_CPU_ISA"] = {name!r}
 import torch, flash_llm
 os.environ["FLASH_LLM_CPU_ISA"] = "read too late"
 w = flash_llm.pack(torch.eye(8).half(), "row_bitmap")
@@ -326,13 +325,9 @@ for call in (lambda: flash_llm.spmm(torch.ones(1, 8).half(), w), w.to_dense):
 
 
 def test_the_environment_is_read_when_the_library_is_loaded():
-    def says(name):
-        run = subprocess.run(
-            [sys.executable, "-c", ENVIRONMENT, name], capture_output=True, text=True, check=True
-        )
-        return run.stdout.splitlines()
-
-    assert says("portable") == ["portable"] * 2
-    for line, op in zip(says("sse9"), ("spmm", "unpack"), strict=True):
+    said, _ = outputs_of(ENVIRONMENT.format(name=name) for name in ("portable", "sse9"))
+    known, unknown = (text.splitlines() for text in said)
+    assert known == ["portable"] * 2
+    for line, op in zip(unknown, ("spmm", "unpack"), strict=True):
         assert line.startswith(f"ValueError flash_llm::{op}: FLASH_LLM_CPU_ISA ")
         assert '"sse9"' in line

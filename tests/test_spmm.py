@@ -243,8 +243,7 @@ def test_tiles_of_every_number_of_batches_in_turn(device, format, config, dtype)
 
 
 @pytest.mark.usefixtures("full_precision_gemm")
-@each("activation", ACTIVATIONS)
-@each("dtype", DTYPES)
+@each(("activation", "dtype"), zip(ACTIVATIONS, itertools.cycle(DTYPES)))
 def test_the_plan_that_is_chosen_stays_within_the_bound(activation, format, device, dtype):
     weight = testing.random_sparse(576, 1536, 0.6, dtype=dtype, device=device)
     w = flash_llm.pack(weight, format)

@@ -301,7 +301,7 @@ TEST_P(Changed, OneElementMoreOrLessIsSeen) {
     DenseMatrix before = random_patterns(66, 290, sparsity, 5);
     for (int64_t row = 0; row < before.m; ++row) before.at(row, 0) = kHalfOne;  // no tile is empty
     std::mt19937 rng(1);
-    for (int i = 0; i < 200; ++i) {
+    for (int i = 0; i < 50; ++i) {
       DenseMatrix after = before;
       uint16_t& value = after.values[rng() % after.values.size()];
       value = is_zero_pattern(value) ? kHalfOne : uint16_t{0x8000};
