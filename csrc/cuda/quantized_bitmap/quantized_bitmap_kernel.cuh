@@ -151,7 +151,7 @@ template <ValueType kWeight>
 struct Int8X {
   static constexpr bool kQuantized = true;
   static constexpr bool kNibbles = value_traits(kWeight).kind == ValueKind::kInt4;
-  using Bytes = std::conditional_t<kNibbles, SignedNibbles, StoredBytes<kQuantZero>>;
+  using Bytes = std::conditional_t<kNibbles, StoredNibbles<4, 8>, StoredBytes<kQuantZero>>;
   static constexpr float kUnit = kNibbles ? 1.0F / 16 : 1.0F;
   using Sum = int;
   using PlaneX = uint32_t[kQuantWords][kQuantFragments];
@@ -274,17 +274,19 @@ class ChunkRing {
     return oldest_;
   }
 
-  // The lane's two scales of the chunk that wait() returns (kAhead = 0) or of the next one: words
-  // of uint16[4 groups][16 rows]. Groups outside the matrix, and those of a strip without values,
-  // have ones.
+  // Scales of the chunk that wait() returns (kAhead = 0) or of the next one: those of rows lane / 4
+  // and lane / 4 + 8 for group lane % 4 of its columns, as two fp16 numbers. Groups outside the
+  // matrix, and those of a strip without values, have ones.
   template <int kAhead>
   __device__ __forceinline__ uint32_t load_group_scales() const {
     const auto finder = static_cast<int>(done_ + kAhead);
     const int unit = __shfl_sync(~0U, found_.scale_unit, finder);
     const int units = __shfl_sync(~0U, found_.scale_units, finder);
-    constexpr int kUnitLanes = kQuantUnitWords;  // a unit is the scales of a group
-    if (lane_ / kUnitLanes >= units) return kOnes;
-    return p_.payload[int64_t{unit} * kQuantUnitWords + lane_];
+    if (lane_ % 4 >= units) return kOnes;
+    // A unit is the scales of a group.
+    const auto* scales =
+        reinterpret_cast<const uint16_t*>(p_.payload + int64_t{unit + lane_ % 4} * kQuantUnitWords);
+    return scales[lane_ / 4] | uint32_t{scales[lane_ / 4 + 8]} << 16;
   }
 
   // Copies another chunk to where the oldest is, which the warp has read.
@@ -459,6 +461,35 @@ __device__ __forceinline__ uint32_t quantize(uint2 four, float inverse) {
   return permute_bytes(low, permute_bytes(rounded[2], rounded[3], 0x0040U), 0x5410U);
 }
 
+// What a warp multiplies of each strip: columns of chunks, one for each warp apart from each other.
+// Where a section has fewer columns than the CTA has warps, its last columns of chunks of two
+// planes have two warps each, which copy the same chunks and multiply one plane of them.
+template <typename C>
+struct WarpColumns {
+  int first;                                     // the first column
+  int columns = 0;                               // their number
+  int first_plane = 0, planes = C::kWarpPlanes;  // of the chunks
+
+  __device__ __forceinline__ WarpColumns(const QuantParams& p, int warp, int warps) : first(warp) {
+    if constexpr (C::kGroupScales) {
+      static_assert(C::kWarpChunks == 1);
+      const int split = max(warps - p.section_cols, 0);
+      const bool second = warp >= p.section_cols;
+      first -= second ? split : 0;
+      first_plane = second ? 1 : 0;
+      planes = first >= p.section_cols - split ? 1 : 2;
+    }
+    first += static_cast<int>(blockIdx.y) * p.section_cols;
+    const int end = min(static_cast<int>(blockIdx.y + 1) * p.section_cols, p.chunk_cols);
+#pragma unroll
+    for (int c = 0; c < C::kWarpChunks; ++c) columns += first + c * warps < end;
+  }
+
+  __device__ __forceinline__ bool has_plane(int plane) const {
+    return plane / C::kPlanes < columns && plane < planes;
+  }
+};
+
 // X of a warp's columns, in registers.
 template <typename C>
 struct WarpX {
@@ -467,33 +498,34 @@ struct WarpX {
 
   typename X::PlaneX planes[kWarpPlanes][kBlocks] = {};
 
-  // All warps of the CTA must call it. The warp's first column of chunks is `first_col`.
-  __device__ __forceinline__ void load(const QuantParams& p, const QuantSmem& smem, int first_col,
-                                       int columns, int warp, int lane) {
+  // All warps of the CTA must call it.
+  __device__ __forceinline__ void load(const QuantParams& p, const QuantSmem& smem,
+                                       const WarpColumns<C>& columns, int warp, int lane) {
     const int64_t first_block = int64_t{blockIdx.z} * kBlocks;
     if constexpr (!X::kQuantized) {
 #pragma unroll
       for (int i = 0; i < kWarpPlanes * kBlocks; ++i) {
         const int c = i / kBlocks, b = i % kBlocks;
-        if (c / C::kPlanes < columns) {
-          load_x(p, first_block + b, first_of(c, first_col, smem.warps), lane, planes[c][b]);
+        if (columns.has_plane(c)) {
+          load_x(p, first_block + b, first_of(c, columns, smem.warps), lane, planes[c][b]);
         }
       }
       __syncthreads();
     } else {
-      load_quantized(p, smem, first_block, first_col, columns, warp, lane);
+      load_quantized(p, smem, first_block, columns, warp, lane);
     }
   }
 
  private:
   // The first column of the warp's plane `plane`.
-  __device__ __forceinline__ static int first_of(int plane, int first_col, int warps) {
-    return (first_col + plane / C::kPlanes * warps) * quant_chunk_k(C::kType) +
-           plane % C::kPlanes * kQuantPlaneK;
+  __device__ __forceinline__ static int first_of(int plane, const WarpColumns<C>& columns,
+                                                 int warps) {
+    return (columns.first + plane / C::kPlanes * warps) * quant_chunk_k(C::kType) +
+           (columns.first_plane + plane % C::kPlanes) * kQuantPlaneK;
   }
 
   __device__ __forceinline__ void load_quantized(const QuantParams& p, const QuantSmem& smem,
-                                                 int64_t first_block, int first_col, int columns,
+                                                 int64_t first_block, const WarpColumns<C>& columns,
                                                  int warp, int lane) {
     constexpr ValueType kDense = QuantValues<C::kType>::kDense;
     // Not quantised yet; loaded again where it would take too many registers.
@@ -507,8 +539,8 @@ struct WarpX {
 #pragma unroll
       for (int i = 0; i < kWarpPlanes * kBlocks; ++i) {
         const int c = i / kBlocks, b = i % kBlocks;
-        if (c / C::kPlanes < columns) {
-          load_x(p, first_block + b, first_of(c, first_col, smem.warps), lane, kept[c][b]);
+        if (columns.has_plane(c)) {
+          load_x(p, first_block + b, first_of(c, columns, smem.warps), lane, kept[c][b]);
         }
       }
     }
@@ -555,10 +587,10 @@ struct WarpX {
       int sum = 0;
 #pragma unroll
       for (int c = 0; c < kWarpPlanes; ++c) {
-        if (c / C::kPlanes >= columns) break;
+        if (!columns.has_plane(c)) continue;
         WidePlaneX loaded;
         if constexpr (!kKept) {
-          load_x(p, first_block + b, first_of(c, first_col, smem.warps), lane, loaded);
+          load_x(p, first_block + b, first_of(c, columns, smem.warps), lane, loaded);
         }
         const WidePlaneX& wide = kKept ? kept[kKept ? c : 0][kKept ? b : 0] : loaded;
 #pragma unroll
@@ -606,10 +638,10 @@ __device__ __forceinline__ void multiply_chunk(uint32_t chunk, uint32_t top, con
                                                int lane, uint32_t lane_column, Sums<C>& up_sums,
                                                Sums<C>& down_sums) {
   const QuantPlane<1> parts(top, 0, lane);
-  RunReader<true> up(chunk, lane_column);
+  RunReader<true> up(chunk, lane_column, 0);
   multiply_word<C, 0>(parts.bits[0], up, steps, x, up_sums);
   if constexpr (C::kSumSets == 1) multiply_word<C, 1>(parts.bits[1], up, steps, x, up_sums);
-  RunReader<false> down(top, parts.column);
+  RunReader<false> down(top, parts.column, 0);
   multiply_word<C, 2>(parts.bits[2], down, steps, x, down_sums);
   if constexpr (C::kSumSets == 2) multiply_word<C, 1>(parts.bits[1], up, steps, x, up_sums);
   multiply_word<C, 3>(parts.bits[3], down, steps, x, down_sums);
@@ -617,12 +649,9 @@ __device__ __forceinline__ void multiply_chunk(uint32_t chunk, uint32_t top, con
 
 // The scales of rows lane / 4 and lane / 4 + 8 for a group of the chunk whose scales
 // ChunkRing::load_group_scales() returned.
-__device__ __forceinline__ float2 group_scales(uint32_t two, int group, int lane) {
-  const uint32_t low = __shfl_sync(~0U, two, group * 8 + lane / 8);
-  const uint32_t high = __shfl_sync(~0U, two, group * 8 + 4 + lane / 8);
-  const int shift = lane / 4 % 2 * 16;
-  return make_float2(__half2float(__ushort_as_half(static_cast<uint16_t>(low >> shift))),
-                     __half2float(__ushort_as_half(static_cast<uint16_t>(high >> shift))));
+__device__ __forceinline__ float2 group_scales(uint32_t two, int group) {
+  const uint32_t pair = __shfl_sync(~0U, two, group, 4);
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
 // Sums of a lane in fp32, by block of 8 tokens.
@@ -643,21 +672,23 @@ __device__ __forceinline__ void add_scaled(const Sums<C>& sums, float2 scales,
 }
 
 // Multiplies a plane of a chunk, each of whose runs has its own scales.
-template <typename C, int kPlane>
-__device__ __forceinline__ void multiply_plane(uint32_t chunk, uint32_t top, const RunSteps& steps,
+template <typename C>
+__device__ __forceinline__ void multiply_plane(int plane, uint32_t chunk, uint32_t top,
+                                               const RunSteps& steps,
                                                const typename C::X::PlaneX (&x)[C::kBlocks],
                                                int lane, uint32_t lane_column, uint32_t two_scales,
                                                FloatTotals<C>& totals) {
-  const QuantPlane<C::kPlanes> parts(top, kPlane, lane);
-  RunReader<true, kPlane == 0> up(chunk, lane_column);
-  RunReader<false, kPlane == 0> down(top, parts.column);
+  const QuantPlane<C::kPlanes> parts(top, plane, lane);
+  const int first_bit = C::X::Bytes::first_bit(plane);
+  RunReader<true> up(chunk, lane_column, first_bit);
+  RunReader<false> down(top, parts.column, first_bit);
   Sums<C> up_sums = {}, down_sums = {};
   multiply_word<C, 0>(parts.bits[0], up, steps, x, up_sums);
   multiply_word<C, 2>(parts.bits[2], down, steps, x, down_sums);
   multiply_word<C, 1>(parts.bits[1], up, steps, x, up_sums);
-  add_scaled<C>(up_sums, group_scales(two_scales, 2 * kPlane, lane), totals);
+  add_scaled<C>(up_sums, group_scales(two_scales, 2 * plane), totals);
   multiply_word<C, 3>(parts.bits[3], down, steps, x, down_sums);
-  add_scaled<C>(down_sums, group_scales(two_scales, 2 * kPlane + 1, lane), totals);
+  add_scaled<C>(down_sums, group_scales(two_scales, 2 * plane + 1), totals);
 }
 
 // The scales of rows lane / 4 and lane / 4 + 8 of a strip; 1 if it has none.
@@ -761,11 +792,7 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     const QuantSmem smem = {(ptx::smem_address(smem_bytes) + 127) / 128 * 128, warps, p.ring_bytes,
                             (C::StripSums::kWarpSums ? warps : 1) * C::kSumsBytes};
     allow_next_kernel();
-    const int first_col = static_cast<int>(blockIdx.y) * p.section_cols + warp;
-    const int end_col = min(static_cast<int>(blockIdx.y + 1) * p.section_cols, p.chunk_cols);
-    int columns = 0;
-#pragma unroll
-    for (int c = 0; c < C::kWarpChunks; ++c) columns += first_col + c * warps < end_col;
+    const WarpColumns<C> columns(p, warp, warps);
     const unsigned strips = p.cta_strips + (blockIdx.x < p.longer_ctas);
     if (lane == 0) {
       for (int i = 0; i < kQuantRingChunks; ++i) {
@@ -780,7 +807,7 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
       C::WeightCopy::fence_barriers();
     }
     __syncwarp();
-    ChunkRing<C> ring(p, smem, first_col, columns, strips, warp, lane);
+    ChunkRing<C> ring(p, smem, columns.first, columns.columns, strips, warp, lane);
     constexpr int kZerosBytes = C::kPlanes * (kQuantBitsBytes + kQuantColumnsBytes);
     for (int i = static_cast<int>(threadIdx.x); i < kZerosBytes / 4; i += warps * 32) {
       ptx::store_shared_u32(smem.zeros() + i * 4, 0);
@@ -801,8 +828,9 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     if constexpr (C::kGroupScales) next_scales = ring.template load_group_scales<0>();
     wait_for_previous_kernel();  // it may have written X
     WarpX<C> x;
-    x.load(p, smem, first_col, columns, warp, lane);
+    x.load(p, smem, columns, warp, lane);
     const uint32_t lane_column = lane * p.steps.column;
+    RunSteps steps = p.steps;
 #pragma unroll 1
     for (unsigned i = 0; i < strips + kQuantSumsLag; ++i) {
       if (i < strips) {
@@ -810,21 +838,26 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
         std::conditional_t<C::kGroupScales, FloatTotals<C>, Sums<C>> sums[C::kSumSets] = {};
 #pragma unroll
         for (int c = 0; c < C::kWarpChunks; ++c) {
-          if (c >= columns) break;
+          if (c >= columns.columns) break;
+          const uint32_t two_scales = next_scales;
+          if constexpr (C::kGroupScales) next_scales = ring.template load_group_scales<1>();
           int rows;
           const uint32_t chunk = ring.wait(&rows);
           // Absent values are multiplied too: X may be infinite there.
           const uint32_t top = rows == 0 ? smem.zeros() : chunk + rows * kQuantRowBytes;
           if constexpr (C::kGroupScales) {
             static_assert(C::kPlanes == 2);
-            const uint32_t two_scales = next_scales;
-            next_scales = ring.template load_group_scales<1>();
-            multiply_plane<C, 0>(chunk, top, p.steps, x.planes[2 * c], lane, lane_column,
-                                 two_scales, sums[0]);
-            multiply_plane<C, 1>(chunk, top, p.steps, x.planes[2 * c + 1], lane, lane_column,
-                                 two_scales, sums[0]);
+            if (columns.planes == 2) {
+              multiply_plane<C>(0, chunk, top, steps, x.planes[0], lane, lane_column, two_scales,
+                                sums[0]);
+              multiply_plane<C>(1, chunk, top, steps, x.planes[1], lane, lane_column, two_scales,
+                                sums[0]);
+            } else {
+              multiply_plane<C>(columns.first_plane, chunk, top, steps, x.planes[0], lane,
+                                lane_column, two_scales, sums[0]);
+            }
           } else {
-            multiply_chunk<C>(chunk, top, p.steps, x.planes[c], lane, lane_column, sums[0],
+            multiply_chunk<C>(chunk, top, steps, x.planes[c], lane, lane_column, sums[0],
                               sums[C::kSumSets - 1]);
           }
           ring.release();
@@ -928,8 +961,8 @@ Status spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* w
   const int ring_bytes = warps < 1 ? 0 : plan.ring_bytes / warps;
   if (!config.multiplies(type) || warps < 1 || warps > kQuantMaxWarps ||
       plan.unit_cols > warps * config.warp_chunks(type) ||
-      ring_bytes < quant_min_ring_bytes(type) || ring_bytes % 128 != 0 ||
-      plan.ctas != plan.work.workers ||
+      warps > plan.unit_cols * quant_planes(type) || ring_bytes < quant_min_ring_bytes(type) ||
+      ring_bytes % 128 != 0 || plan.ctas != plan.work.workers ||
       plan.work.cols != (chunk_cols + plan.unit_cols - 1) / plan.unit_cols) {
     return Status::invalid_value("plan " + plan.to_string() + " does not fit its configuration");
   }
