@@ -115,7 +115,11 @@ Status plan(const Configs& configs, const PlanRequest& request, SpmmPlan* out) {
   const int64_t most_columns = int64_t{config.warp_chunks(type)} * most_warps;
   const int64_t sections = (columns + most_columns - 1) / most_columns;
   out->unit_cols = static_cast<int>((columns + sections - 1) / sections);
-  const int warps = std::min(out->unit_cols, most_warps);
+  int warps = std::min(out->unit_cols, most_warps);
+  // Chunks of two planes can be split between two warps. With all warps the schedulers of an SM
+  // have the same work: 14 warps for 14 columns of chunks would give two of them four warps, and
+  // two three.
+  if (quant_planes(type) == 2 && 2 * warps > most_warps) warps = most_warps;
   const int fixed_bytes = quant_smem_bytes(config, type, warps, 0) + kReservedSmemBytes;
   const int sm_bytes = request.device.smem_per_sm_bytes;
   const int ctas_per_sm = std::clamp(sm_bytes / (fixed_bytes + warps * min_ring_bytes), 1,

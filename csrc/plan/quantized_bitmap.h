@@ -69,11 +69,11 @@ constexpr int quant_max_ring_bytes(ValueType type) {
 }
 
 // Before the rings: a malformed chunk is read from up to 17 rows before its begin. Besides, there
-// is a word for each token and warp there, two for each token, and the bits and columns of a chunk
-// without values.
+// are three words for each token there, and the bits and columns of a chunk without values.
 inline constexpr int kQuantGuardBytes = 18 * kQuantRowBytes;
-static_assert(kQuantGuardBytes >= (kQuantMaxWarps + 2) * kQuantMaxTokens * 4 +
-                                      kQuantMaxPlanes * (kQuantBitsBytes + kQuantColumnsBytes));
+inline constexpr int kQuantTokenBytes = (3 * kQuantMaxTokens * 4 + 127) / 128 * 128;
+static_assert(kQuantGuardBytes >=
+              kQuantTokenBytes + kQuantMaxPlanes * (kQuantBitsBytes + kQuantColumnsBytes));
 
 // Barriers of the rings and of the sums.
 inline constexpr int kQuantBarriersBytes =

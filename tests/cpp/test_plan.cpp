@@ -737,7 +737,12 @@ TEST(SelectPlanQuantized, EachConfigurationFitsTheSharedMemoryAndHoldsX) {
       }
     }
   }
-  // An SM's four schedulers have the same work.
+  // An SM's four schedulers have the same work, if need be by splitting chunks of int4 values.
+  for (const int64_t k : {7168, 4609, 4096}) {
+    const SpmmPlan plan = plan_of(quantized_problem(28672, 8, k, ValueType::kInt4Float16), kH200);
+    EXPECT_EQ(plan.unit_cols, (k + 511) / 512);
+    EXPECT_EQ(plan.warps, k > 4096 ? 16 : 8);
+  }
   EXPECT_EQ(plan_of(quantized_problem(28672, 8, 8192), kA100, "sm80_quantized8").warps, 12);
 }
 

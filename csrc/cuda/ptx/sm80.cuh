@@ -96,6 +96,11 @@ __device__ __forceinline__ void add_shared(uint32_t smem, int value) {
   asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(smem), "r"(value) : "memory");
 }
 
+// red.shared.max.u32.
+__device__ __forceinline__ void max_shared(uint32_t smem, uint32_t value) {
+  asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(smem), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_shared_u32(uint32_t smem) {
   uint32_t value;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(smem) : "memory");

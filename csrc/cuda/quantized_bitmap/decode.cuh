@@ -21,6 +21,14 @@ __device__ __forceinline__ uint32_t load_run_word(uint32_t smem) {
   return word;
 }
 
+// The first loads of a chunk. Volatile: nothing but their place orders them after the wait.
+template <int kOffset>
+__device__ __forceinline__ uint32_t load_first_word(uint32_t smem) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(word) : "r"(smem), "n"(kOffset) : "memory");
+  return word;
+}
+
 // prmt.b32. (__byte_perm masks the selector first.)
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result;
@@ -28,40 +36,65 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
   return result;
 }
 
-// What a position moves by for each value, in units of RunReader, and the bytes of a column. They
-// are kernel parameters, so that the compiler multiplies by them: a shift would take the busiest
-// pipe.
+// Constants of RunReader: what a position moves by for each value, the bytes of a column, what
+// RunReader::take() adds to products, and two fp16 numbers of 1. They are kernel parameters, so
+// that the compiler multiplies, where a shift would take the busiest pipe, and keeps what is added
+// in registers instead of six factors.
 struct RunSteps {
   uint32_t up_bits = 8, up_address = kQuantRowBytes / 4;
   uint32_t down_bits = 0U - 8, down_address = 0U - kQuantRowBytes / 4;
   uint32_t column = 4;
+  uint32_t forward = 0x4444U, backward = 0x7777U;
+  uint32_t ones = 0x3C003C00U;
 };
 
+// The upper half of `pair` as the lower half of the result, by a multiplication of fp16 numbers.
+// Exact unless the half is a NaN. (mul.hi.u32 is slower than a shift.)
+__device__ __forceinline__ uint32_t upper_half(uint32_t pair, uint32_t ones) {
+  uint32_t result;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      ".reg .b32 twice;\n"
+      "mov.b32 {low, high}, %1;\n"
+      "mov.b32 twice, {high, high};\n"
+      "mul.rn.f16x2 %0, twice, %2;\n"
+      "}"
+      : "=r"(result)
+      : "r"(pair), "r"(ones));
+  return result;
+}
+
 // What a run's windows hold. Every struct has
-//   kZero   four bytes of an element that is not stored
-//   kept()  the four bytes of a window as they go to elements
+//   kZero        four bytes of an element that is not stored
+//   first_bit()  where in a run's first byte its first window begins
+//   kept()       the four bytes of a window as they go to elements
 template <uint8_t kByte>
 struct StoredBytes {
   static constexpr uint32_t kZero = 0x01010101U * kByte;
+  __device__ __forceinline__ static constexpr int first_bit(int /*plane*/) { return 0; }
   __device__ __forceinline__ static uint32_t kept(uint32_t window) { return window; }
 };
 
-// Nibbles are the upper ones of a window's bytes: 16 * value + 128, or 16 * value as an int8
-// number.
-struct BiasedNibbles {
-  static constexpr uint32_t kZero = 0x01010101U * kQuantZero;
-  __device__ __forceinline__ static uint32_t kept(uint32_t window) { return window & 0xF0F0F0F0U; }
-};
-struct SignedNibbles {
-  static constexpr uint32_t kZero = 0;
+// Nibbles at bit kBit of a window's bytes, with the bits kFlipped of each nibble inverted. Plane 0
+// has the low nibbles of the run's bytes, so its windows begin kBit bits before the bytes do.
+template <int kBit, uint32_t kFlipped>
+struct StoredNibbles {
+  static constexpr uint32_t kMask = 0x0F0F0F0FU << kBit, kFlips = 0x01010101U * kFlipped << kBit;
+  // A nibble is value + 8.
+  static constexpr uint32_t kZero = 0x08080808U << kBit ^ kFlips;
+  __device__ __forceinline__ static constexpr int first_bit(int plane) { return 4 * plane - kBit; }
+  // (window & kMask) ^ kFlips by one instruction. The compiler makes two, since an instruction
+  // holds one constant; here it keeps the other in a register.
   __device__ __forceinline__ static uint32_t kept(uint32_t window) {
-    return (window & 0xF0F0F0F0U) ^ 0x80808080U;
+    if constexpr (kFlips == 0) return window & kMask;
+    uint32_t nibbles;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(nibbles) : "r"(window), "n"(kMask), "n"(kFlips));
+    return nibbles;
   }
 };
 
-// A position in a lane's run: between two bytes of its column. kLowNibbles: or 4 bits before that,
-// so that the low nibbles of the run's bytes are the upper ones of a window's.
-template <bool kUp, bool kLowNibbles = false>
+// A position in a lane's run: between two bytes of its column, or a few bits before or after that.
+template <bool kUp>
 struct RunReader {
   uint32_t address;  // of row 0, plus 4 times the position in the column, in bits
   uint32_t bits;     // that position
@@ -69,13 +102,12 @@ struct RunReader {
   uint32_t window;   // the next four bytes in the direction of the run
 
   // The run begins at `row`, the 128-byte aligned address of the row above the position.
-  __device__ __forceinline__ RunReader(uint32_t row, uint32_t own_column)
-      : address(kLowNibbles ? row - 16 : row), bits(kLowNibbles ? 0U - 4 : 0), column(own_column) {
-    // Volatile: nothing orders it after the wait.
-    asm volatile("ld.shared.u32 %0, [%1 + %2];"
-                 : "=r"(window)
-                 : "r"(row + own_column), "n"(kUp ? 0 : -kQuantRowBytes));
-    if constexpr (kLowNibbles) window <<= 4;
+  __device__ __forceinline__ RunReader(uint32_t row, uint32_t own_column, int first_bit = 0)
+      : address(row + 4 * first_bit),
+        bits(first_bit),
+        column(own_column),
+        window(load_first_word < kUp ? 0 : -kQuantRowBytes > (row + own_column)) {
+    window = __funnelshift_r(window, window, first_bit);  // no nibble wraps around
   }
 
   // Returns the low and the high elements of fragment kFragment of a word, one in each byte, and
@@ -87,13 +119,14 @@ struct RunReader {
     //   0x4444 + s * 0x110C  is b0 + ... + b(e-1) if b_e, else 4 to 7, which select kZero
     //   0x7777 - s * 0x1114  is 3 - (b0 + ... + b(e-1)) if b_e, else 4 to 7
     // The factors make up for the shift of the bits by kFragment, except that a factor would not be
-    // whole for the last fragment. prmt ignores the upper half of a selector.
+    // whole for the last fragment. prmt ignores the upper half of a selector. 0x4444 and 0x7777 are
+    // steps.forward and steps.backward.
     constexpr int kShift = kFragment == 3 ? 0 : kFragment;
     constexpr uint32_t kForward = 0x110CU >> kShift, kBackward = 0x1114U >> kShift;
     const uint32_t stored = (kFragment == 3 ? word >> 3 : word) & (0x11111111U << kShift);
-    const uint32_t low_bits = stored, high_bits = stored >> 16;
-    const uint32_t forward = (kUp ? low_bits : high_bits) * kForward + 0x4444U;
-    const uint32_t backward = (kUp ? high_bits : low_bits) * (0U - kBackward) + 0x7777U;
+    const uint32_t low_bits = stored, high_bits = upper_half(stored, steps.ones);
+    const uint32_t forward = (kUp ? low_bits : high_bits) * kForward + steps.forward;
+    const uint32_t backward = (kUp ? high_bits : low_bits) * (0U - kBackward) + steps.backward;
     const uint32_t count = __popc(stored);
     bits = count * (kUp ? steps.up_bits : steps.down_bits) + bits;
     address = count * (kUp ? steps.up_address : steps.down_address) + address;
@@ -121,10 +154,11 @@ struct QuantPlane {
 
   // `top` is the 128-byte aligned address of the row above the values.
   __device__ __forceinline__ QuantPlane(uint32_t top, int plane, int lane) {
-#pragma unroll
-    for (int q = 0; q < kQuantWords; ++q) {
-      bits[q] = ptx::load_shared_u32(top + plane * kQuantBitsBytes + (q * 32 + lane) * 4);
-    }
+    const uint32_t words = top + plane * kQuantBitsBytes + lane * 4;
+    bits[0] = load_first_word<0>(words);
+    bits[1] = load_first_word<128>(words);
+    bits[2] = load_first_word<2 * 128>(words);
+    bits[3] = load_first_word<3 * 128>(words);
     const uint32_t columns = top + kPlanes * kQuantBitsBytes + plane * kQuantColumnsBytes;
     column = ptx::load_shared_u8(columns + lane) & (kQuantRowBytes - 4U);
   }
@@ -178,13 +212,23 @@ struct QuantValues<ValueType::kInt8Bfloat16> {
 // int4 values become int8 values that are 16 times as large.
 template <>
 struct QuantValues<ValueType::kInt4Float16> : QuantValues<ValueType::kInt8Float16> {
-  using Bytes = BiasedNibbles;
+  using Bytes = StoredNibbles<4, 0>;
   static constexpr float kUnit = QuantValues<ValueType::kInt8Float16>::kUnit / 16;
 };
 template <>
-struct QuantValues<ValueType::kInt4Bfloat16> : QuantValues<ValueType::kInt8Bfloat16> {
-  using Bytes = BiasedNibbles;
-  static constexpr float kUnit = QuantValues<ValueType::kInt8Bfloat16>::kUnit / 16;
+struct QuantValues<ValueType::kInt4Bfloat16> {
+  static constexpr ValueType kDense = ValueType::kBfloat16;
+  using Bytes = StoredNibbles<3, 0>;
+
+  static constexpr float kUnit = 1.0F / 8;
+  // 8 * (value + 8) as the low half of a bfloat16 number is 128 more than that.
+  template <int kHalf>
+  __device__ __forceinline__ static uint32_t widen(uint32_t bytes) {
+    const uint32_t biased = permute_bytes(bytes, 0x43434343U, kHalf == 0 ? 0x4140U : 0x4342U);
+    const __nv_bfloat162 value = __hsub2(reinterpret_cast<const __nv_bfloat162&>(biased),
+                                         __float2bfloat162_rn(128.0F + 8 * 8));
+    return reinterpret_cast<const uint32_t&>(value);
+  }
 };
 
 // Two fp8 numbers, each as the upper byte of 16 bits.

@@ -69,20 +69,14 @@ struct QuantSmem {
   int sums_bytes;  // of a strip
 
   // The guard before the rings has no other use, so what the quantisation of X needs lies there:
-  // the largest magnitude of each token in each warp's columns, the scale of each token, and the
-  // sum of its integers in the CTA's columns; and then zeros, the bits and columns of a chunk
-  // without values.
+  // the largest magnitude of each token, its scale, and the sum of its integers in the CTA's
+  // columns; and then zeros, the bits and columns of a chunk without values.
   __device__ __forceinline__ uint32_t magnitudes() const { return base; }
+  __device__ __forceinline__ uint32_t token_sums() const { return base + kQuantMaxTokens * 4; }
   __device__ __forceinline__ uint32_t token_scales() const {
-    return base + kQuantMaxWarps * kQuantMaxTokens * 4;
-  }
-  __device__ __forceinline__ uint32_t token_sums() const {
-    return token_scales() + kQuantMaxTokens * 4;
-  }
-  __device__ __forceinline__ uint32_t zeros() const {
-    static_assert((kQuantMaxWarps + 2) * kQuantMaxTokens * 4 % 128 == 0);
     return token_sums() + kQuantMaxTokens * 4;
   }
+  __device__ __forceinline__ uint32_t zeros() const { return base + kQuantTokenBytes; }
   __device__ __forceinline__ uint32_t barrier(int i) const {
     return base + kQuantGuardBytes + i * 8;
   }
@@ -106,7 +100,8 @@ struct QuantSmem {
 };
 
 // How X is multiplied. Each struct has
-//   kQuantized  whether its tokens have scales
+//   kQuantized  whether its tokens have scales; then
+//   kBiased     whether the sums of products contain kQuantZero times the sum of X
 //   Bytes       how the weight's values are read (decode.cuh)
 //   kUnit       a sum is the sum of products divided by it and by the tokens' scales
 //   Sum         of the sums
@@ -151,7 +146,8 @@ template <ValueType kWeight>
 struct Int8X {
   static constexpr bool kQuantized = true;
   static constexpr bool kNibbles = value_traits(kWeight).kind == ValueKind::kInt4;
-  using Bytes = std::conditional_t<kNibbles, SignedNibbles, StoredBytes<kQuantZero>>;
+  using Bytes = std::conditional_t<kNibbles, StoredNibbles<4, 8>, StoredBytes<kQuantZero>>;
+  static constexpr bool kBiased = !kNibbles;
   static constexpr float kUnit = kNibbles ? 1.0F / 16 : 1.0F;
   using Sum = int;
   using PlaneX = uint32_t[kQuantWords][kQuantFragments];
@@ -233,6 +229,12 @@ struct QuantConfig {
   using StripSums = std::conditional_t<kInt8X && !kGroupScales, IntSums, FloatSums>;
 };
 
+// Scales that a lane has loaded, as fp16 numbers: nothing is done with them before they are needed,
+// so that nobody waits for them.
+struct LaneScales {
+  uint32_t low = 0x3C00, high = 0x3C00;
+};
+
 // The chunks of a warp, those of its columns in each of the CTA's strips, on their way through its
 // ring. All lanes must call its functions.
 template <typename C>
@@ -274,17 +276,23 @@ class ChunkRing {
     return oldest_;
   }
 
-  // The lane's two scales of the chunk that wait() returns (kAhead = 0) or of the next one: words
-  // of uint16[4 groups][16 rows]. Groups outside the matrix, and those of a strip without values,
-  // have ones.
+  // Scales of the chunk that wait() returns (kAhead = 0) or of the next one: those of rows lane / 4
+  // and lane / 4 + 8 for group lane % 4 of its columns, as fp16 numbers. Groups outside the matrix,
+  // and those of a strip without values, have ones.
   template <int kAhead>
-  __device__ __forceinline__ uint32_t load_group_scales() const {
+  __device__ __forceinline__ LaneScales load_group_scales() const {
     const auto finder = static_cast<int>(done_ + kAhead);
     const int unit = __shfl_sync(~0U, found_.scale_unit, finder);
     const int units = __shfl_sync(~0U, found_.scale_units, finder);
-    constexpr int kUnitLanes = kQuantUnitWords;  // a unit is the scales of a group
-    if (lane_ / kUnitLanes >= units) return kOnes;
-    return p_.payload[int64_t{unit} * kQuantUnitWords + lane_];
+    LaneScales scales;
+    if (lane_ % 4 < units) {
+      // A unit is the scales of a group.
+      const auto* rows = reinterpret_cast<const uint16_t*>(p_.payload + int64_t{unit + lane_ % 4} *
+                                                                            kQuantUnitWords);
+      scales.low = rows[lane_ / 4];
+      scales.high = rows[lane_ / 4 + 8];
+    }
+    return scales;
   }
 
   // Copies another chunk to where the oldest is, which the warp has read.
@@ -311,7 +319,6 @@ class ChunkRing {
     // Where its scales are, of types with scales for groups of columns.
     int scale_unit = 0, scale_units = 0;
   };
-  static constexpr uint32_t kOnes = 0x3C003C00;
 
   __device__ __forceinline__ Found find(uint32_t chunk) const {
     Found found;
@@ -321,16 +328,16 @@ class ChunkRing {
     const int64_t strip = blockIdx.x + nth * gridDim.x;
     const int32_t* offsets = p_.offsets + strip * p_.chunk_cols + col;
     const int begin = offsets[0], end = offsets[1];
-    if (begin < 0 || end <= begin || end > p_.payload_units) return found;
-    found.first_unit = begin + (col == 0 ? p_.scale_units : 0);
-    found.rows = max(quant_value_rows(C::kType, end - found.first_unit), 0);
+    const bool stored = begin >= 0 && end > begin && end <= p_.payload_units;
+    found.first_unit = stored ? begin + (col == 0 ? p_.scale_units : 0) : 0;
+    found.rows = stored ? max(quant_value_rows(C::kType, end - found.first_unit), 0) : 0;
     if constexpr (C::kGroupScales) {
+      // No branch: a load in it would begin after the two above.
       const int scales = p_.offsets[strip * p_.chunk_cols];
+      const bool scaled = stored & (scales >= 0) & (scales <= p_.payload_units - p_.scale_units);
       constexpr int kChunkScaleUnits = quant_chunk_k(C::kType) / kScaleGroupCols;
-      if (scales >= 0 && scales <= p_.payload_units - p_.scale_units) {
-        found.scale_unit = scales + col * kChunkScaleUnits;
-        found.scale_units = p_.scale_units - col * kChunkScaleUnits;
-      }
+      found.scale_unit = scaled ? scales + col * kChunkScaleUnits : 0;
+      found.scale_units = scaled ? p_.scale_units - col * kChunkScaleUnits : 0;
     }
     return found;
   }
@@ -370,19 +377,24 @@ class ChunkRing {
 
 using WidePlaneX = WideX<ValueType::kInt8Float16>::PlaneX;
 
-// X of a block of 8 tokens and the columns of a plane from `first` on.
+// X of a block of 8 tokens and the columns of a plane from `first` on. Tokens that X does not have
+// are its last one again: nobody reads their sums.
 __device__ __forceinline__ void load_x(const QuantParams& p, int64_t token_block, int first,
                                        int lane, WidePlaneX& x) {
-  const int64_t token = token_block * 8 + lane / 4;
-  const uint16_t* row = p.x + token * p.x_stride;
+  const int64_t token = min(token_block * 8 + lane / 4, p.epilogue.n - 1);
+  first += quant_col(0, 0, lane, 0);
+  const uint16_t* from = p.x + token * p.x_stride + first;
+  const auto load = [&](int columns) {
 #pragma unroll
-  for (int q = 0; q < kQuantWords; ++q) {
-#pragma unroll
-    for (int j = 0; j < kQuantFragments; ++j) {
-      const int col = first + quant_col(q, j, lane, 0);
-      const bool inside = token < p.epilogue.n && col < p.k;
-      x[q][j] = inside ? *reinterpret_cast<const uint2*>(row + col) : make_uint2(0, 0);
+    for (int i = 0; i < kQuantWords * kQuantFragments; ++i) {
+      const int q = i / kQuantFragments, j = i % kQuantFragments, col = quant_col(q, j, 0, 0);
+      x[q][j] = col < columns ? *reinterpret_cast<const uint2*>(from + col) : make_uint2(0, 0);
     }
+  };
+  if (first + quant_col(kQuantWords - 1, kQuantFragments - 1, 0, 3) < p.k) {
+    load(kQuantPlaneK);  // no comparisons
+  } else {
+    load(p.k - first);
   }
 }
 
@@ -459,6 +471,35 @@ __device__ __forceinline__ uint32_t quantize(uint2 four, float inverse) {
   return permute_bytes(low, permute_bytes(rounded[2], rounded[3], 0x0040U), 0x5410U);
 }
 
+// What a warp multiplies of each strip: columns of chunks, one for each warp apart from each other.
+// Where a section has fewer columns than the CTA has warps, its last columns of chunks of two
+// planes have two warps each, which copy the same chunks and multiply one plane of them.
+template <typename C>
+struct WarpColumns {
+  int first;                                     // the first column
+  int columns = 0;                               // their number
+  int first_plane = 0, planes = C::kWarpPlanes;  // of the chunks
+
+  __device__ __forceinline__ WarpColumns(const QuantParams& p, int warp, int warps) : first(warp) {
+    if constexpr (C::kGroupScales) {
+      static_assert(C::kWarpChunks == 1);
+      const int split = max(warps - p.section_cols, 0);
+      const bool second = warp >= p.section_cols;
+      first -= second ? split : 0;
+      first_plane = second ? 1 : 0;
+      planes = first >= p.section_cols - split ? 1 : 2;
+    }
+    first += static_cast<int>(blockIdx.y) * p.section_cols;
+    const int end = min(static_cast<int>(blockIdx.y + 1) * p.section_cols, p.chunk_cols);
+#pragma unroll
+    for (int c = 0; c < C::kWarpChunks; ++c) columns += first + c * warps < end;
+  }
+
+  __device__ __forceinline__ bool has_plane(int plane) const {
+    return plane / C::kPlanes < columns && plane < planes;
+  }
+};
+
 // X of a warp's columns, in registers.
 template <typename C>
 struct WarpX {
@@ -467,98 +508,140 @@ struct WarpX {
 
   typename X::PlaneX planes[kWarpPlanes][kBlocks] = {};
 
-  // All warps of the CTA must call it. The warp's first column of chunks is `first_col`.
-  __device__ __forceinline__ void load(const QuantParams& p, const QuantSmem& smem, int first_col,
-                                       int columns, int warp, int lane) {
+  // All warps of the CTA must call it.
+  __device__ __forceinline__ void load(const QuantParams& p, const QuantSmem& smem,
+                                       const WarpColumns<C>& columns, int warp, int lane) {
     const int64_t first_block = int64_t{blockIdx.z} * kBlocks;
     if constexpr (!X::kQuantized) {
 #pragma unroll
       for (int i = 0; i < kWarpPlanes * kBlocks; ++i) {
         const int c = i / kBlocks, b = i % kBlocks;
-        if (c / C::kPlanes < columns) {
-          load_x(p, first_block + b, first_of(c, first_col, smem.warps), lane, planes[c][b]);
+        if (columns.has_plane(c)) {
+          load_x(p, first_block + b, first_of(c, columns, smem.warps), lane, planes[c][b]);
         }
       }
-      __syncthreads();
     } else {
-      load_quantized(p, smem, first_block, first_col, columns, warp, lane);
+      if constexpr (kBlocks == 1) {
+        if (p.epilogue.n == 1 && p.sections == 1) return load_one_token(p, smem, columns, lane);
+      }
+      load_quantized(p, smem, first_block, columns, warp, lane);
     }
   }
 
  private:
   // The first column of the warp's plane `plane`.
-  __device__ __forceinline__ static int first_of(int plane, int first_col, int warps) {
-    return (first_col + plane / C::kPlanes * warps) * quant_chunk_k(C::kType) +
-           plane % C::kPlanes * kQuantPlaneK;
+  __device__ __forceinline__ static int first_of(int plane, const WarpColumns<C>& columns,
+                                                 int warps) {
+    return (columns.first + plane / C::kPlanes * warps) * quant_chunk_k(C::kType) +
+           (columns.first_plane + plane % C::kPlanes) * kQuantPlaneK;
+  }
+
+  // The same as load_quantized() for one token, which the lanes share: each rounds every eighth
+  // fragment and gives it to the others.
+  __device__ __forceinline__ void load_one_token(const QuantParams& p, const QuantSmem& smem,
+                                                 const WarpColumns<C>& columns, int lane) {
+    constexpr ValueType kDense = QuantValues<C::kType>::kDense;
+    constexpr int kFragments = kQuantWords * kQuantFragments, kShare = kFragments / 8;
+    uint2 wide[kWarpPlanes][kShare] = {};
+    uint32_t magnitude = 0;
+#pragma unroll
+    for (int i = 0; i < kWarpPlanes * kShare; ++i) {
+      const int c = i / kShare, share = i % kShare;
+      const int col =
+          first_of(c, columns, smem.warps) + quant_col(0, share * 8 + lane / 4, lane, 0);
+      if (columns.has_plane(c) && col < p.k) {
+        wide[c][share] = *reinterpret_cast<const uint2*>(p.x + col);
+      }
+      magnitude = larger_magnitudes<kDense>(magnitude, wide[c][share].x);
+      magnitude = larger_magnitudes<kDense>(magnitude, wide[c][share].y);
+    }
+    magnitude = __reduce_max_sync(~0U, max(magnitude >> 16, magnitude & 0xFFFFU));
+    if (lane == 0) ptx::max_shared(smem.magnitudes(), magnitude);
+    __syncthreads();
+    const TokenScale token = TokenScale::of<kDense>(ptx::load_shared_u32(smem.magnitudes()));
+    if (threadIdx.x == 0) {
+      ptx::store_shared_u32(smem.token_scales(), __float_as_uint(token.scale));
+    }
+    int sum = 0;
+#pragma unroll
+    for (int c = 0; c < kWarpPlanes; ++c) {
+      uint32_t fours[kShare];
+#pragma unroll
+      for (int share = 0; share < kShare; ++share) {
+        fours[share] = quantize<kDense>(wide[c][share], token.inverse);
+        sum = __dp4a(static_cast<int>(fours[share]), 0x01010101, sum);
+      }
+#pragma unroll
+      for (int i = 0; i < kFragments; ++i) {
+        planes[c][0][i / kQuantFragments][i % kQuantFragments] =
+            __shfl_sync(~0U, fours[i / 8], i % 8 * 4 + lane % 4);
+      }
+    }
+    if constexpr (X::kBiased) {
+      sum = __reduce_add_sync(~0U, sum);
+      if (lane == 0) ptx::add_shared(smem.token_sums(), sum);
+    }
   }
 
   __device__ __forceinline__ void load_quantized(const QuantParams& p, const QuantSmem& smem,
-                                                 int64_t first_block, int first_col, int columns,
+                                                 int64_t first_block, const WarpColumns<C>& columns,
                                                  int warp, int lane) {
     constexpr ValueType kDense = QuantValues<C::kType>::kDense;
     // Not quantised yet; loaded again where it would take too many registers.
     constexpr bool kKept = kBlocks * kWarpPlanes <= 2;
-    WidePlaneX kept[kKept ? kWarpPlanes : 1][kKept ? kBlocks : 1] = {};
-    // The largest magnitudes meet in shared memory: uint32[part][tokens]. A part is a warp's
-    // columns, if its X is kept and there is one section of K, or else one of kQuantRowParts parts
-    // of all of K.
-    int parts = smem.warps;
+    WidePlaneX kept[kKept ? kWarpPlanes : 1][kKept ? kBlocks : 1];
     if constexpr (kKept) {
 #pragma unroll
       for (int i = 0; i < kWarpPlanes * kBlocks; ++i) {
         const int c = i / kBlocks, b = i % kBlocks;
-        if (c / C::kPlanes < columns) {
-          load_x(p, first_block + b, first_of(c, first_col, smem.warps), lane, kept[c][b]);
+        if (columns.has_plane(c)) {
+          load_x(p, first_block + b, first_of(c, columns, smem.warps), lane, kept[c][b]);
         }
       }
     }
+    // The warps find the largest magnitudes in their columns, if their X is kept and there is one
+    // section of K, or else in parts of all of K.
     if (kKept && p.sections == 1) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         uint32_t magnitude = 0;
 #pragma unroll
         for (int c = 0; c < kWarpPlanes; ++c) {
-          magnitude = largest_magnitudes<kDense>(kept[kKept ? c : 0][kKept ? b : 0], magnitude);
+          if (columns.has_plane(c)) {
+            magnitude = largest_magnitudes<kDense>(kept[kKept ? c : 0][kKept ? b : 0], magnitude);
+          }
         }
         magnitude = max(magnitude >> 16, magnitude & 0xFFFFU);
         magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 1));
         magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 2));
-        if (lane % 4 == 0) {
-          ptx::store_shared_u32(smem.magnitudes() + ((warp * kBlocks + b) * 8 + lane / 4) * 4,
-                                magnitude);
-        }
+        if (lane % 4 == 0) ptx::max_shared(smem.magnitudes() + (b * 8 + lane / 4) * 4, magnitude);
       }
     } else {
-      parts = kQuantRowParts;
       constexpr int kUnroll = kKept ? 2 : 8;
       for (int i = warp; i < kQuantRowParts * kBlocks * 8; i += smem.warps) {
-        const int64_t token = first_block * 8 + i % (kBlocks * 8);
+        const int token = i % (kBlocks * 8);
         const uint32_t magnitude = __reduce_max_sync(
-            ~0U, largest_of_part<kDense, kUnroll>(p, token, i / (kBlocks * 8), lane));
-        if (lane == 0) ptx::store_shared_u32(smem.magnitudes() + i * 4, magnitude);
+            ~0U,
+            largest_of_part<kDense, kUnroll>(p, first_block * 8 + token, i / (kBlocks * 8), lane));
+        if (lane == 0) ptx::max_shared(smem.magnitudes() + token * 4, magnitude);
       }
     }
-    if (warp == 0) ptx::store_shared_u32(smem.token_sums() + lane * 4, 0);
     __syncthreads();
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      uint32_t magnitude = 0;
-      for (int part = 0; part < parts; ++part) {
-        const int i = (part * kBlocks + b) * 8 + lane / 4;
-        magnitude = max(magnitude, ptx::load_shared_u32(smem.magnitudes() + i * 4));
-      }
-      const TokenScale token = TokenScale::of<kDense>(magnitude);
+      const uint32_t in_tokens = (b * 8 + lane / 4) * 4;
+      const TokenScale token =
+          TokenScale::of<kDense>(ptx::load_shared_u32(smem.magnitudes() + in_tokens));
       if (warp == 0 && lane % 4 == 0) {
-        ptx::store_shared_u32(smem.token_scales() + (b * 8 + lane / 4) * 4,
-                              __float_as_uint(token.scale));
+        ptx::store_shared_u32(smem.token_scales() + in_tokens, __float_as_uint(token.scale));
       }
       int sum = 0;
 #pragma unroll
       for (int c = 0; c < kWarpPlanes; ++c) {
-        if (c / C::kPlanes >= columns) break;
+        if (!columns.has_plane(c)) continue;
         WidePlaneX loaded;
         if constexpr (!kKept) {
-          load_x(p, first_block + b, first_of(c, first_col, smem.warps), lane, loaded);
+          load_x(p, first_block + b, first_of(c, columns, smem.warps), lane, loaded);
         }
         const WidePlaneX& wide = kKept ? kept[kKept ? c : 0][kKept ? b : 0] : loaded;
 #pragma unroll
@@ -569,9 +652,11 @@ struct WarpX {
           sum = __dp4a(static_cast<int>(four), 0x01010101, sum);
         }
       }
-      sum += __shfl_xor_sync(~0U, sum, 1);
-      sum += __shfl_xor_sync(~0U, sum, 2);
-      if (lane % 4 == 0) ptx::add_shared(smem.token_sums() + (b * 8 + lane / 4) * 4, sum);
+      if constexpr (X::kBiased) {
+        sum += __shfl_xor_sync(~0U, sum, 1);
+        sum += __shfl_xor_sync(~0U, sum, 2);
+        if (lane % 4 == 0) ptx::add_shared(smem.token_sums() + in_tokens, sum);
+      }
     }
   }
 };
@@ -615,14 +700,11 @@ __device__ __forceinline__ void multiply_chunk(uint32_t chunk, uint32_t top, con
   multiply_word<C, 3>(parts.bits[3], down, steps, x, down_sums);
 }
 
-// The scales of rows lane / 4 and lane / 4 + 8 for a group of the chunk whose scales
+// The scales of rows lane / 4 and lane / 4 + 8 for a group of the chunk: `two` are those that
 // ChunkRing::load_group_scales() returned.
-__device__ __forceinline__ float2 group_scales(uint32_t two, int group, int lane) {
-  const uint32_t low = __shfl_sync(~0U, two, group * 8 + lane / 8);
-  const uint32_t high = __shfl_sync(~0U, two, group * 8 + 4 + lane / 8);
-  const int shift = lane / 4 % 2 * 16;
-  return make_float2(__half2float(__ushort_as_half(static_cast<uint16_t>(low >> shift))),
-                     __half2float(__ushort_as_half(static_cast<uint16_t>(high >> shift))));
+__device__ __forceinline__ float2 group_scales(uint32_t two, int group) {
+  const uint32_t pair = __shfl_sync(~0U, two, group, 4);
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
 // Sums of a lane in fp32, by block of 8 tokens.
@@ -643,21 +725,23 @@ __device__ __forceinline__ void add_scaled(const Sums<C>& sums, float2 scales,
 }
 
 // Multiplies a plane of a chunk, each of whose runs has its own scales.
-template <typename C, int kPlane>
-__device__ __forceinline__ void multiply_plane(uint32_t chunk, uint32_t top, const RunSteps& steps,
+template <typename C>
+__device__ __forceinline__ void multiply_plane(int plane, uint32_t chunk, uint32_t top,
+                                               const RunSteps& steps,
                                                const typename C::X::PlaneX (&x)[C::kBlocks],
                                                int lane, uint32_t lane_column, uint32_t two_scales,
                                                FloatTotals<C>& totals) {
-  const QuantPlane<C::kPlanes> parts(top, kPlane, lane);
-  RunReader<true, kPlane == 0> up(chunk, lane_column);
-  RunReader<false, kPlane == 0> down(top, parts.column);
+  const QuantPlane<C::kPlanes> parts(top, plane, lane);
+  const int first_bit = C::X::Bytes::first_bit(plane);
+  RunReader<true> up(chunk, lane_column, first_bit);
+  RunReader<false> down(top, parts.column, first_bit);
   Sums<C> up_sums = {}, down_sums = {};
   multiply_word<C, 0>(parts.bits[0], up, steps, x, up_sums);
   multiply_word<C, 2>(parts.bits[2], down, steps, x, down_sums);
   multiply_word<C, 1>(parts.bits[1], up, steps, x, up_sums);
-  add_scaled<C>(up_sums, group_scales(two_scales, 2 * kPlane, lane), totals);
+  add_scaled<C>(up_sums, group_scales(two_scales, 2 * plane), totals);
   multiply_word<C, 3>(parts.bits[3], down, steps, x, down_sums);
-  add_scaled<C>(down_sums, group_scales(two_scales, 2 * kPlane + 1, lane), totals);
+  add_scaled<C>(down_sums, group_scales(two_scales, 2 * plane + 1), totals);
 }
 
 // The scales of rows lane / 4 and lane / 4 + 8 of a strip; 1 if it has none.
@@ -725,7 +809,7 @@ __device__ __forceinline__ void add_strip(const QuantParams& p, const QuantSmem&
     float2 tokens = make_float2(1.0F, 1.0F);
     if constexpr (C::X::kQuantized) {
       const uint32_t pair = (b * 8 + lane % 4 * 2) * 4;
-      if constexpr (!C::kGroupScales) {
+      if constexpr (C::X::kBiased) {
         const uint2 sums = ptx::load_shared_v2(smem.token_sums() + pair);
         total[0] -= kQuantZero * static_cast<int>(sums.x);
         total[1] -= kQuantZero * static_cast<int>(sums.y);
@@ -761,11 +845,7 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     const QuantSmem smem = {(ptx::smem_address(smem_bytes) + 127) / 128 * 128, warps, p.ring_bytes,
                             (C::StripSums::kWarpSums ? warps : 1) * C::kSumsBytes};
     allow_next_kernel();
-    const int first_col = static_cast<int>(blockIdx.y) * p.section_cols + warp;
-    const int end_col = min(static_cast<int>(blockIdx.y + 1) * p.section_cols, p.chunk_cols);
-    int columns = 0;
-#pragma unroll
-    for (int c = 0; c < C::kWarpChunks; ++c) columns += first_col + c * warps < end_col;
+    const WarpColumns<C> columns(p, warp, warps);
     const unsigned strips = p.cta_strips + (blockIdx.x < p.longer_ctas);
     if (lane == 0) {
       for (int i = 0; i < kQuantRingChunks; ++i) {
@@ -780,10 +860,13 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
       C::WeightCopy::fence_barriers();
     }
     __syncwarp();
-    ChunkRing<C> ring(p, smem, first_col, columns, strips, warp, lane);
+    ChunkRing<C> ring(p, smem, columns.first, columns.columns, strips, warp, lane);
     constexpr int kZerosBytes = C::kPlanes * (kQuantBitsBytes + kQuantColumnsBytes);
     for (int i = static_cast<int>(threadIdx.x); i < kZerosBytes / 4; i += warps * 32) {
       ptx::store_shared_u32(smem.zeros() + i * 4, 0);
+    }
+    if (threadIdx.x < 2 * kQuantMaxTokens) {  // magnitudes and sums
+      ptx::store_shared_u32(smem.magnitudes() + threadIdx.x * 4, 0);
     }
     if constexpr (!C::StripSums::kWarpSums) {
       for (int i = static_cast<int>(threadIdx.x); i < kQuantSumsStages * C::kSumsBytes / 4;
@@ -797,12 +880,14 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
       return turn;
     };
     Turn turn = take_turn(warp);
-    uint32_t next_scales = 0;
+    LaneScales next_scales;
     if constexpr (C::kGroupScales) next_scales = ring.template load_group_scales<0>();
+    __syncthreads();
     wait_for_previous_kernel();  // it may have written X
     WarpX<C> x;
-    x.load(p, smem, first_col, columns, warp, lane);
+    x.load(p, smem, columns, warp, lane);
     const uint32_t lane_column = lane * p.steps.column;
+    RunSteps steps = p.steps;
 #pragma unroll 1
     for (unsigned i = 0; i < strips + kQuantSumsLag; ++i) {
       if (i < strips) {
@@ -810,21 +895,26 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
         std::conditional_t<C::kGroupScales, FloatTotals<C>, Sums<C>> sums[C::kSumSets] = {};
 #pragma unroll
         for (int c = 0; c < C::kWarpChunks; ++c) {
-          if (c >= columns) break;
+          if (c >= columns.columns) break;
+          const uint32_t two_scales = next_scales.low | next_scales.high << 16;
+          if constexpr (C::kGroupScales) next_scales = ring.template load_group_scales<1>();
           int rows;
           const uint32_t chunk = ring.wait(&rows);
           // Absent values are multiplied too: X may be infinite there.
           const uint32_t top = rows == 0 ? smem.zeros() : chunk + rows * kQuantRowBytes;
           if constexpr (C::kGroupScales) {
             static_assert(C::kPlanes == 2);
-            const uint32_t two_scales = next_scales;
-            next_scales = ring.template load_group_scales<1>();
-            multiply_plane<C, 0>(chunk, top, p.steps, x.planes[2 * c], lane, lane_column,
-                                 two_scales, sums[0]);
-            multiply_plane<C, 1>(chunk, top, p.steps, x.planes[2 * c + 1], lane, lane_column,
-                                 two_scales, sums[0]);
+            if (columns.planes == 2) {
+              multiply_plane<C>(0, chunk, top, steps, x.planes[0], lane, lane_column, two_scales,
+                                sums[0]);
+              multiply_plane<C>(1, chunk, top, steps, x.planes[1], lane, lane_column, two_scales,
+                                sums[0]);
+            } else {
+              multiply_plane<C>(columns.first_plane, chunk, top, steps, x.planes[0], lane,
+                                lane_column, two_scales, sums[0]);
+            }
           } else {
-            multiply_chunk<C>(chunk, top, p.steps, x.planes[c], lane, lane_column, sums[0],
+            multiply_chunk<C>(chunk, top, steps, x.planes[c], lane, lane_column, sums[0],
                               sums[C::kSumSets - 1]);
           }
           ring.release();
@@ -928,8 +1018,8 @@ Status spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* w
   const int ring_bytes = warps < 1 ? 0 : plan.ring_bytes / warps;
   if (!config.multiplies(type) || warps < 1 || warps > kQuantMaxWarps ||
       plan.unit_cols > warps * config.warp_chunks(type) ||
-      ring_bytes < quant_min_ring_bytes(type) || ring_bytes % 128 != 0 ||
-      plan.ctas != plan.work.workers ||
+      warps > plan.unit_cols * quant_planes(type) || ring_bytes < quant_min_ring_bytes(type) ||
+      ring_bytes % 128 != 0 || plan.ctas != plan.work.workers ||
       plan.work.cols != (chunk_cols + plan.unit_cols - 1) / plan.unit_cols) {
     return Status::invalid_value("plan " + plan.to_string() + " does not fit its configuration");
   }

@@ -121,12 +121,12 @@ __device__ __forceinline__ void unpack_plane(uint32_t values, uint32_t top, cons
                                              const PackedView& view, int64_t begin, int64_t row0,
                                              int64_t chunk_col, int lane, uint16_t* dense) {
   constexpr int kPlanes = quant_planes(kType);
-  constexpr bool kLowNibbles = kPlanes == 2 && kPlane == 0;
+  constexpr int kFirstBit = QuantValues<kType>::Bytes::first_bit(kPlane);
   const QuantPlane<kPlanes> parts(top, kPlane, lane);
   const int64_t col = chunk_col + kPlane * kQuantPlaneK;
-  unpack_run<kType, 0>(parts.bits, RunReader<true, kLowNibbles>(values, lane * 4), steps, view,
-                       begin, row0, col, lane, dense);
-  unpack_run<kType, 2>(parts.bits, RunReader<false, kLowNibbles>(top, parts.column), steps, view,
+  unpack_run<kType, 0>(parts.bits, RunReader<true>(values, lane * 4, kFirstBit), steps, view, begin,
+                       row0, col, lane, dense);
+  unpack_run<kType, 2>(parts.bits, RunReader<false>(top, parts.column, kFirstBit), steps, view,
                        begin, row0, col, lane, dense);
 }
 
