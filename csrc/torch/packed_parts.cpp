@@ -128,9 +128,10 @@ Packed slice(at::IntArrayRef header, const Tensor& offsets, const Tensor& payloa
     const auto [values, all_scales] = unpack_quantized(weight);
     Tensor scales = all_scales.narrow(0, first_row, rows);
     if (value_traits(h.value_type).scales == ScaleGroup::kRowGroup) {
-      TORCH_CHECK_VALUE(first_col % kScaleGroupCols == 0, "flash_llm::slice: columns of ",
-                        value_traits(h.value_type).values, " values must begin at a multiple of ",
-                        kScaleGroupCols, ", which share a scale, got ", first_col);
+      TORCH_CHECK_VALUE(cols == 0 || first_col % kScaleGroupCols == 0,
+                        "flash_llm::slice: columns of ", value_traits(h.value_type).values,
+                        " values must begin at a multiple of ", kScaleGroupCols,
+                        ", which share a scale, got ", first_col);
       scales = scales.narrow(1, first_col / kScaleGroupCols, scales_per_row(h.value_type, cols));
     }
     return pack_quantized(values.narrow(0, first_row, rows).narrow(1, first_col, cols), scales, h);
