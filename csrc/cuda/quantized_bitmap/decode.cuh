@@ -7,7 +7,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "base/status.h"
 #include "format/quantized_bitmap.h"
 
 namespace flash_llm {
@@ -233,5 +235,28 @@ struct QuantValues<ValueType::kFp8Bfloat16> {
     return reinterpret_cast<const uint32_t&>(value);
   }
 };
+
+// Returns run(std::integral_constant<ValueType, type>()), for a type that has QuantValues.
+template <typename Run>
+Status run_for_type(ValueType type, const Run& run) {
+  switch (type) {
+    case ValueType::kInt8Float16:
+      return run(std::integral_constant<ValueType, ValueType::kInt8Float16>());
+    case ValueType::kInt8Bfloat16:
+      return run(std::integral_constant<ValueType, ValueType::kInt8Bfloat16>());
+    case ValueType::kFp8Float16:
+      return run(std::integral_constant<ValueType, ValueType::kFp8Float16>());
+    case ValueType::kFp8Bfloat16:
+      return run(std::integral_constant<ValueType, ValueType::kFp8Bfloat16>());
+    case ValueType::kInt4Float16:
+      return run(std::integral_constant<ValueType, ValueType::kInt4Float16>());
+    case ValueType::kInt4Bfloat16:
+      return run(std::integral_constant<ValueType, ValueType::kInt4Bfloat16>());
+    case ValueType::kFloat16:
+    case ValueType::kBfloat16:
+      break;
+  }
+  return Status::invalid_type("the quantised bitmap kernels have no code for this value type");
+}
 
 }  // namespace flash_llm
