@@ -123,6 +123,7 @@ inline constexpr EnumSet<ValueType> k16Bit = value_types(ValueKind::k16Bit);
 inline constexpr EnumSet<ValueType> kInt8Types = value_types(ValueKind::kInt8);
 inline constexpr EnumSet<ValueType> kEveryType = every_value_type();
 inline constexpr EnumSet<ValueType> kQuantizedTypes = kEveryType.without(k16Bit);
+inline constexpr EnumSet<ValueType> k8Bit = kQuantizedTypes.without(value_types(ValueKind::kInt4));
 
 // The value type for a number in a header, and for a name.
 Status value_type_of(int64_t number, ValueType* out);
