@@ -59,7 +59,7 @@ struct ValueTraits {
 
 // An element of the weight is value * scale, rounded to fp32 and then to the 16-bit type
 // (dequantize in format/element.h). Products use the unrounded value * scale, except where a weight
-// is unpacked for a dense GEMM.
+// is unpacked for a dense GEMM, and of int4 values where wgmma multiplies them.
 FLASH_LLM_HOST_DEVICE constexpr ValueTraits value_traits(ValueType type) {
   constexpr ValueType kHalf = ValueType::kFloat16, kBf16 = ValueType::kBfloat16;
   switch (type) {
@@ -123,7 +123,6 @@ inline constexpr EnumSet<ValueType> k16Bit = value_types(ValueKind::k16Bit);
 inline constexpr EnumSet<ValueType> kInt8Types = value_types(ValueKind::kInt8);
 inline constexpr EnumSet<ValueType> kEveryType = every_value_type();
 inline constexpr EnumSet<ValueType> kQuantizedTypes = kEveryType.without(k16Bit);
-inline constexpr EnumSet<ValueType> k8Bit = kQuantizedTypes.without(value_types(ValueKind::kInt4));
 
 // The value type for a number in a header, and for a name.
 Status value_type_of(int64_t number, ValueType* out);

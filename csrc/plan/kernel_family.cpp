@@ -114,7 +114,7 @@ constexpr std::array<KernelFamilyRow, kNumKernelFamilies> kFamilies = {{
      describe_gather_sm90_configs, takes_gather_sm90, plan_gather_sm90},
     {KernelFamily::kGatherSm80, Place::kCuda, Format::kGather, k16Bit, GpuFeature::kMmaSync, false,
      describe_gather_sm80_configs, takes_gather_sm80, plan_gather_sm80},
-    {KernelFamily::kQuantizedBitmapSm90a, Place::kCuda, Format::kQuantizedBitmap, k8Bit,
+    {KernelFamily::kQuantizedBitmapSm90a, Place::kCuda, Format::kQuantizedBitmap, kQuantizedTypes,
      GpuFeature::kWgmma, true, describe_quant_wgmma_configs, takes_quant_wgmma, plan_quant_wgmma},
     {KernelFamily::kQuantizedBitmapSm90, Place::kCuda, Format::kQuantizedBitmap, kQuantizedTypes,
      GpuFeature::kBulkCopy, true, describe_quantized_bitmap_sm90_configs,

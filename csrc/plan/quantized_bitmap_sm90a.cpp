@@ -8,22 +8,25 @@
 namespace flash_llm {
 namespace {
 
-// The kernel that multiplies whole rows (plan/quantized_bitmap.h) decodes the weight for every
-// 8 or 16 tokens. Measured on an H200, fp16, 50 % zeros, in us (2026-11-30), it / this kernel, and
-// dense FP8 of cuBLAS:
-//   X quantised     N = 16              N = 32              N = 64
-//   28672x7168   45.8 / 44.8 (49.1)  70.2 / 47.9 (49.9)  125.6 / 54.8 (51.1)
-//   14336x4096   21.2 / 19.4 (17.0)  28.2 / 24.4 (17.4)   45.4 / 25.0 (18.5)
-//    7168x7168   22.7 / 17.7 (17.4)  29.7 / 23.5 (15.5)   41.7 / 23.7 (16.4)
-//    4096x4096   12.3 /  9.2  (7.7)  15.7 / 10.8  (7.7)   20.2 / 14.1  (7.7)
+// The kernel that multiplies whole rows (plan/quantized_bitmap.h) decodes the weight for every 8 or
+// 16 tokens, and a dense product needs it unpacked. Measured on an H200, fp16, 50 % zeros, int8
+// values, in us (2026-11-30), the kernel for whole rows (N = 128: unpacking and cuBLAS) / this one,
+// and dense FP8 of cuBLAS:
+//   X quantised     N = 16              N = 32              N = 64          N = 128
+//   28672x7168   45.2 / 42.6 (54.6)  70.6 / 43.8 (55.8)  127.4 / 51.0 (54.7)
+//   14336x4096   21.2 / 18.0 (17.8)  28.2 / 19.3 (18.4)   45.4 / 25.0 (18.9)
+//    7168x7168   23.6 / 18.5 (18.8)  29.7 / 19.4 (16.4)   41.4 / 25.1 (16.5)
+//    4096x4096   12.4 / 10.4  (7.5)  16.1 / 11.7  (7.6)   20.3 / 16.3  (7.6)
 //   X as it is
-//   28672x7168   59.2 / 54.4        107.8 / 57.4         223.5 / 72.3
-//   14336x4096   21.9 / 21.8         32.2 / 28.6          55.8 / 31.2
-//    7168x7168   22.8 / 21.6         33.9 / 22.5          58.1 / 32.6
-//    4096x4096   11.9 / 14.2         15.5 / 15.0          21.4 / 27.0
-// At N = 8, 28672x7168, they take 40.5 / 44.8 (X quantised) and 44.1 / 52.0.
-constexpr int64_t kLeastTokens = 9;
-constexpr int64_t kMostTokens = 64;
+//   28672x7168   59.5 / 51.9        107.7 / 55.4         211.2 / 69.4      296 / 102
+//   14336x4096   21.9 / 21.3         32.1 / 23.1          55.8 / 28.9           41.7
+//    7168x7168   22.7 / 21.0         33.1 / 23.0          57.3 / 27.7           41.1
+//    6144x4096   14.3 / 15.0         19.0 / 17.3
+//    4096x4096   12.3 / 13.0         16.0 / 15.5          21.8 / 19.4       32 / 30.1
+// At N = 8, 28672x7168, they take 40.5 / 44.8 (X quantised) and 44.1 / 52.0. A pass multiplies 128
+// tokens. The border of quantised X is extrapolated, not timed: unpacking takes as long as about
+// two passes, and further tokens cost cuBLAS's fp16 product less than further passes.
+constexpr int64_t kLeastTokens = 9, kMostTokens = 128, kMostTokensInt8X = 512;
 constexpr int64_t kLeastElems = int64_t{16} << 20, kLeastElemsWideX = int64_t{32} << 20;
 
 bool takes_int8_x(const SpmmProblem& problem) {
@@ -62,8 +65,10 @@ QuantWgmmaWorkspace::QuantWgmmaWorkspace(const QuantWgmmaConfig& config, const S
   const int64_t counts = config.passes(plan.problem.n) * num_quant_strips(plan.problem.m);
   counts_bytes = (counts * 4 + 15) / 16 * 16;
   sums_bytes = slots * kQuantGroupStrips * kQuantStripM * tokens * 4;
-  x_bytes = plan.work.cols * config.passes(plan.problem.n) * config.x_col_bytes();
+  const int64_t x_cols = plan.work.cols * quant_planes(plan.problem.value_type);
+  x_bytes = x_cols * config.passes(plan.problem.n) * config.x_col_bytes();
   token_bytes = tokens * 4;
+  bias_bytes = quant_wgmma_token_parts(config.tile_n) * token_bytes;
 }
 
 std::vector<KernelConfig> describe_quant_wgmma_configs() {
@@ -74,18 +79,26 @@ std::vector<KernelConfig> describe_quant_wgmma_configs() {
          {{"tile_n", config.tile_n},
           {"warps", config.warps()},
           {"ctas_per_sm", 1},
-          {"smem_bytes", quant_wgmma_smem_bytes(config, quant_wgmma_min_ring_bytes(config))}}});
+          {"smem_bytes", quant_wgmma_smem_bytes(config, quant_wgmma_min_ring_bytes(
+                                                            config, ValueType::kInt8Float16))}}});
   }
   return rows;
 }
 
 bool takes_quant_wgmma(const PlanRequest& request, std::string* reason) {
   const SpmmProblem& problem = request.problem;
-  const int64_t least = takes_int8_x(problem) ? kLeastElems : kLeastElemsWideX;
-  if (problem.n < kLeastTokens || problem.n > kMostTokens || problem.m * problem.k < least) {
+  const bool int8_x = takes_int8_x(problem);
+  const bool int4 = value_traits(problem.value_type).kind == ValueKind::kInt4;
+  const int64_t most = int8_x ? kMostTokensInt8X : kMostTokens;
+  const int64_t least = int8_x || (problem.n > 16 && !int4) ? kLeastElems : kLeastElemsWideX;
+  if (problem.n < kLeastTokens || problem.m * problem.k < least) return false;
+  if (problem.n > most) {
+    explain(reason, quant_dense_is_faster(most).c_str());
     return false;
   }
-  explain(reason, "9 <= N <= 64 and a large weight: the weight is decoded once for all tokens");
+  const std::string why =
+      "9 <= N <= " + std::to_string(most) + " and a large weight: it is decoded";
+  explain(reason, (why + " once for up to 128 tokens").c_str());
   return true;
 }
 
@@ -103,7 +116,7 @@ Status plan_quant_wgmma(const PlanRequest& request, SpmmPlan* out) {
                                  std::to_string(kQuantMaxInt8K) + ", got " +
                                  std::to_string(problem.k));
   }
-  const int min_ring_bytes = quant_wgmma_min_ring_bytes(config);
+  const int min_ring_bytes = quant_wgmma_min_ring_bytes(config, problem.value_type);
   if (Status fits =
           check_smem(config.name, quant_wgmma_smem_bytes(config, min_ring_bytes), request.device);
       !fits.ok()) {
@@ -118,8 +131,15 @@ Status plan_quant_wgmma(const PlanRequest& request, SpmmPlan* out) {
   const int64_t tiles = std::max<int64_t>(config.tiles(problem.m), 1);
   const int64_t columns = std::max<int64_t>(num_quant_chunks(problem.value_type, problem.k), 1);
   const int64_t passes = std::max<int64_t>(config.passes(problem.n), 1);
-  const int64_t ctas = request.ctas != 0 ? request.ctas : request.device.num_sms / passes;
-  out->ctas = std::clamp<int64_t>(ctas, 1, tiles * columns);
+  const int64_t units = tiles * columns;
+  int64_t ctas = request.ctas;
+  if (ctas == 0) {
+    ctas = std::clamp<int64_t>(request.device.num_sms / passes, 1, units);
+    // If the CTAs with most work can each have a part of one output tile, none has parts of two.
+    const int64_t most_units = (units + ctas - 1) / ctas;
+    if (columns % most_units == 0) ctas = units / most_units;
+  }
+  out->ctas = std::clamp<int64_t>(ctas, 1, units);
   out->work = {tiles, columns, out->ctas};
   out->x_multiple = 8;
   out->workspace_bytes = QuantWgmmaWorkspace(config, *out).bytes();

@@ -20,11 +20,16 @@ namespace flash_llm {
 #define FLASH_LLM_QUANT_WGMMA_CONFIGS(row)         \
   row(quantized16_wgmma, 16, 4, false, 4)          \
   row(quantized32_wgmma, 32, 4, false, 4)          \
-  row(quantized64_wgmma, 64, 4, false, 3)          \
-  row(quantized16_wgmma_int8x, 16, 4, true, 4)     \
-  row(quantized32_wgmma_int8x, 32, 4, true, 4)     \
-  row(quantized64_wgmma_int8x, 64, 4, true, 4)
+  row(quantized64_wgmma, 64, 3, false, 3)          \
+  row(quantized16_wgmma_int8x, 16, 4, true, 8)     \
+  row(quantized32_wgmma_int8x, 32, 4, true, 6)     \
+  row(quantized64_wgmma_int8x, 64, 4, true, 4)     \
+  row(quantized128_wgmma, 128, 3, false, 2)        \
+  row(quantized128_wgmma_int8x, 128, 3, true, 3)
 // clang-format on
+
+// CTAs of the kernel that writes X, for each token: up to 64 tokens are written by 64 or more CTAs.
+constexpr int quant_wgmma_token_parts(int tile_n) { return tile_n < 64 ? 64 / tile_n : 1; }
 
 struct QuantWgmmaConfig {
   const char* name;
@@ -33,18 +38,17 @@ struct QuantWgmmaConfig {
   bool int8_x;
   int x_stages;
 
-  // Whether it multiplies such values: sums have one scale for each row, and there are no products
-  // of fp8 values and int8 X.
+  // Whether it multiplies such values. There are no products of fp8 values and int8 X, and those of
+  // int4 values would need a scale for each group of columns.
   constexpr bool multiplies(ValueType type) const {
-    return value_traits(type).scales == ScaleGroup::kRow &&
-           !(int8_x && value_traits(type).kind == ValueKind::kFp8E4m3);
+    return !int8_x || value_traits(type).kind == ValueKind::kInt8;
   }
   constexpr int warps() const { return 4 * warpgroups; }
   // Output tiles of a pass.
   constexpr int64_t tiles(int64_t m) const { return (num_quant_strips(m) + warps() - 1) / warps(); }
   // CTAs that share the tokens.
   constexpr int64_t passes(int64_t n) const { return (n + tile_n - 1) / tile_n; }
-  // X of a column of chunks, in shared memory and in the workspace.
+  // X of a column of planes, in shared memory and in the workspace.
   constexpr int x_col_bytes() const { return kQuantPlaneK * tile_n * (int8_x ? 1 : 2); }
 };
 
@@ -62,24 +66,25 @@ constexpr int quant_wgmma_smem_bytes(const QuantWgmmaConfig& config, int ring_by
 }
 // Left free so that CTAs of the kernel that writes X become resident beside one of this kernel.
 inline constexpr int kQuantWgmmaSpareSmemBytes = 3 * 1024;
-// A ring holds at least one of the largest chunks, which all value types have alike.
-constexpr int quant_wgmma_min_ring_bytes(const QuantWgmmaConfig& config) {
-  return config.warps() * quant_max_chunk_bytes(ValueType::kInt8Float16);
+// A ring holds at least one of the largest chunks.
+constexpr int quant_wgmma_min_ring_bytes(const QuantWgmmaConfig& config, ValueType type) {
+  return config.warps() * quant_max_chunk_bytes(type);
 }
 
 // A warpgroup multiplies a strip with each of its warps.
 inline constexpr int kQuantGroupStrips = 4;
 
-// The workspace: counts, sums, X, the scale of each token, the bias of each token. Counts are
-// uint32 [passes][strips]. Sums are int32 or fp32 [passes][slots][kQuantGroupStrips] strips.
-// Integers have a slot for each group of strips. In fp32 either the CTA or the output tile changes
-// from one slot to the next, in the order of the work, or the warpgroup.
+// The workspace: counts, sums, X, the scale of each token, and for each part of a token's columns
+// what the 128 in the weight's bytes adds to its sums. Counts are uint32 [passes][strips]. Sums are
+// int32 or fp32 [passes][slots][kQuantGroupStrips] strips. Integers have a slot for each group of
+// strips. In fp32 either the CTA or the output tile changes from one slot to the next, in the order
+// of the work, or the warpgroup.
 struct QuantWgmmaWorkspace {
   int64_t slots;  // for each pass
-  int64_t counts_bytes, sums_bytes, x_bytes, token_bytes;
+  int64_t counts_bytes, sums_bytes, x_bytes, token_bytes, bias_bytes;
 
   QuantWgmmaWorkspace(const QuantWgmmaConfig& config, const SpmmPlan& plan);
-  int64_t bytes() const { return counts_bytes + sums_bytes + x_bytes + 2 * token_bytes; }
+  int64_t bytes() const { return counts_bytes + sums_bytes + x_bytes + token_bytes + bias_bytes; }
 };
 
 // The functions of this family's row in plan/kernel_family.cpp.

@@ -212,7 +212,7 @@ int least_ring_bytes(const SpmmPlan& plan, ValueType type) {
     case KernelFamily::kGatherSm80:
       return gather_ring_bytes(kGatherMinWarps);
     case KernelFamily::kQuantizedBitmapSm90a:
-      return quant_wgmma_min_ring_bytes(quant_wgmma_configs()[config]);
+      return quant_wgmma_min_ring_bytes(quant_wgmma_configs()[config], type);
     case KernelFamily::kQuantizedBitmapSm90:
     case KernelFamily::kQuantizedBitmapSm80:
       return plan.warps * quant_min_ring_bytes(type);

@@ -201,7 +201,7 @@ TEST(QuantizedBitmapLaunch, RefusesWarpsAndRingsThatDoNotFit) {
 }
 
 TEST(QuantizedBitmapLaunch, RefusesWgmmaPlansThatDoNotFit) {
-  for (const char* config : {"quantized64_wgmma", "quantized64_wgmma_int8x"}) {
+  for (const char* config : {"quantized64_wgmma", "quantized128_wgmma_int8x"}) {
     const Call call = call_of(Format::kQuantizedBitmap, 64, config);
     Call other = call;
     other.plan.warps -= 4;

@@ -220,6 +220,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem, uint32_t off
 #define FLASH_LLM_I8(i) FLASH_LLM_I4(i), FLASH_LLM_I4((i) + 4)
 #define FLASH_LLM_I16(i) FLASH_LLM_I8(i), FLASH_LLM_I8((i) + 8)
 #define FLASH_LLM_I32(i) FLASH_LLM_I16(i), FLASH_LLM_I16((i) + 16)
+#define FLASH_LLM_I64(i) FLASH_LLM_I32(i), FLASH_LLM_I32((i) + 32)
 #define FLASH_LLM_WGMMA_U8_S8(n, d_text, a_text, b_text, ...) \
   if constexpr (kN == n) { \
     asm volatile( \
@@ -270,6 +271,8 @@ __device__ __forceinline__ void wgmma_u8_s8(int (&d)[kN / 2], const uint32_t* a,
                         FLASH_LLM_I16(0))
   FLASH_LLM_WGMMA_U8_S8(64, FLASH_LLM_R30 FLASH_LLM_R2(3), "%32, %33, %34, %35", "%36",
                         FLASH_LLM_I32(0))
+  FLASH_LLM_WGMMA_U8_S8(128, FLASH_LLM_R60 FLASH_LLM_R4(6), "%64, %65, %66, %67", "%68",
+                        FLASH_LLM_I64(0))
 }
 
 }  // namespace flash_llm::ptx

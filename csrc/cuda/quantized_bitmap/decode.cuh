@@ -177,16 +177,57 @@ struct QuantValues<ValueType::kInt8Bfloat16> {
   }
 };
 
-// int4 values become int8 values that are 16 times as large.
+// int4 values become int8 values that are 16 times as large. Besides, these types have
+//   GroupScale     a scale of some columns of a row
+//   widen_scaled() as widen(), but each element is the value times the scale, rounded to nearest:
+//                  the element of the weight
 template <>
 struct QuantValues<ValueType::kInt4Float16> : QuantValues<ValueType::kInt8Float16> {
   using Bytes = BiasedNibbles;
   static constexpr float kUnit = QuantValues<ValueType::kInt8Float16>::kUnit / 16;
+
+  struct GroupScale {
+    __half2 scale;
+
+    __device__ __forceinline__ explicit GroupScale(uint16_t bits)
+        : scale(__half2half2(__ushort_as_half(bits))) {}
+  };
+  template <int kHalf>
+  __device__ __forceinline__ static uint32_t widen_scaled(uint32_t bytes, const GroupScale& group) {
+    // A byte is 16 * value + 128, and 1024 + byte a number of the same upper byte.
+    const uint32_t wide = permute_bytes(bytes, 0x64646464U, kHalf == 0 ? 0x4140U : 0x4342U);
+    const __half2 value = __hfma2(reinterpret_cast<const __half2&>(wide),
+                                  __float2half2_rn(1.0F / 16), __float2half2_rn(-72.0F));
+    const __half2 scaled = __hmul2(value, group.scale);
+    return reinterpret_cast<const uint32_t&>(scaled);
+  }
 };
 template <>
 struct QuantValues<ValueType::kInt4Bfloat16> : QuantValues<ValueType::kInt8Bfloat16> {
   using Bytes = BiasedNibbles;
   static constexpr float kUnit = QuantValues<ValueType::kInt8Bfloat16>::kUnit / 16;
+
+  // The sum of two bfloat16 numbers, exactly: the second one has the scale's last three bits, so
+  // its product with a value is exact too, and the scaled value is rounded once.
+  struct GroupScale {
+    __nv_bfloat162 upper, lower;
+
+    __device__ __forceinline__ explicit GroupScale(uint16_t bits) {
+      const float scale = __half2float(__ushort_as_half(bits));
+      const __nv_bfloat16 most = __float2bfloat16_rn(scale);
+      upper = __bfloat162bfloat162(most);
+      lower = __float2bfloat162_rn(scale - __bfloat162float(most));
+    }
+  };
+  template <int kHalf>
+  __device__ __forceinline__ static uint32_t widen_scaled(uint32_t bytes, const GroupScale& group) {
+    // A nibble is value + 8, and 128 + nibble a number of the same upper byte.
+    const uint32_t wide = permute_bytes(bytes >> 4, 0x43434343U, kHalf == 0 ? 0x4140U : 0x4342U);
+    const __nv_bfloat162 value =
+        __hadd2(reinterpret_cast<const __nv_bfloat162&>(wide), __float2bfloat162_rn(-136.0F));
+    const __nv_bfloat162 scaled = __hfma2(value, group.upper, __hmul2(value, group.lower));
+    return reinterpret_cast<const uint32_t&>(scaled);
+  }
 };
 
 // Two fp8 numbers, each as the upper byte of 16 bits.

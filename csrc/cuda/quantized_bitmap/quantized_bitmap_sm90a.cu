@@ -1,14 +1,14 @@
-// Y = act(X . W^T + bias) for a weight in the quantised bitmap format and up to 64 tokens, on
-// Hopper. One decoding of the weight serves all tokens. Two kernels:
+// Y = act(X . W^T + bias) for a weight in the quantised bitmap format and more than a few tokens,
+// on Hopper. One decoding of the weight serves up to 128 tokens. Two kernels:
 //   * the first writes X to the workspace as it will lie in shared memory, rounded if X is
 //     quantised, and clears the workspace where the second one adds
 //   * in the second each warpgroup of a CTA multiplies a group of four strips (64 rows), column of
 //     chunks by column. A warp copies the chunks of one strip into a ring of its own and decodes
 //     them into A fragments (decode.cuh), which wgmma multiplies by X. The CTA's warpgroups share
-//     stages of X, which one more warp copies
+//     stages of X
 //
 //             W                                        X
-//             |  each warp its strip's                 |  one thread
+//             |  each warp its strip's                 |  the warps in turns
 //             v                                        v
 //   +----------------------------------+     +-------------------------------+
 //   | a ring of chunks for each warp   |     | stages: 256 columns by tile_n |
@@ -61,19 +61,27 @@ struct WgmmaParams {
   int* token_biases;  // what the bytes' 128 add to the sums
   Epilogue epilogue;
   RunSteps steps;
-  StreamK schedule;       // a row is an output tile
-  int slots;              // of sums
-  int64_t cleared_bytes;  // from `counts` on
-  int ring_bytes;         // of each warp
+  StreamK schedule;  // a row is an output tile
+  int slots;         // of sums
+  int counts_bytes;
+  int ring_bytes;  // of each warp
 };
 
-using Plane = QuantPlane<1>;
+// What decoding a run of a plane takes besides: the scales of the lane's low and high elements, of
+// types with scales for groups of columns, which a run is.
+template <ValueType kType, bool kGroupScales = value_traits(kType).scales == ScaleGroup::kRowGroup>
+struct RunScales {};
+template <ValueType kType>
+struct RunScales<kType, true> {
+  typename QuantValues<kType>::GroupScale low, high;
+};
 
 // How X is multiplied. Each struct has
 //   kQuantized     whether tokens have scales
 //   kElementBytes  of X
 //   Sum            of the sums
-//   kBatches       parts of a chunk, each of which is decoded into A fragments of two products
+//   kUnit          a sum is the sum of products divided by it and by the scales that it lacks
+//   kBatches       parts of a plane, each of which is decoded into A fragments of two products
 //   decode()       decodes batch kBatch, the next one of its run
 //   multiply()     starts a product
 //   add()          adds a sum to one in the workspace
@@ -86,21 +94,31 @@ struct WideTileX {
   static constexpr int kBatches = 2 * kQuantWords;
   using Values = QuantValues<kType>;
   using Sum = float;
+  static constexpr bool kGroupScales = value_traits(kType).scales == ScaleGroup::kRowGroup;
+  static constexpr float kUnit = kGroupScales ? 1.0F : Values::kUnit;
 
-  template <int kBatch, bool kUp>
-  __device__ __forceinline__ static void decode(const Plane& plane, RunReader<kUp>& run,
-                                                const RunSteps& steps, uint32_t (&a)[8]) {
+  template <int kBatch, typename Run>
+  __device__ __forceinline__ static void decode(const uint32_t (&bits)[kQuantWords], Run& run,
+                                                const RunSteps& steps,
+                                                const RunScales<kType>& scales, uint32_t (&a)[8]) {
     using Bytes = typename Values::Bytes;
-    const uint32_t word = plane.bits[kBatch / 2];
+    const uint32_t word = bits[kBatch / 2];
     uint32_t low[2], high[2];
     run.template take<kBatch % 2 * 2, Bytes>(word, steps, low[0], high[0]);
     run.template take<kBatch % 2 * 2 + 1, Bytes>(word, steps, low[1], high[1]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      a[i * 4] = Values::template widen<0>(low[i]);
-      a[i * 4 + 1] = Values::template widen<0>(high[i]);
-      a[i * 4 + 2] = Values::template widen<1>(low[i]);
-      a[i * 4 + 3] = Values::template widen<1>(high[i]);
+      if constexpr (kGroupScales) {
+        a[i * 4] = Values::template widen_scaled<0>(low[i], scales.low);
+        a[i * 4 + 1] = Values::template widen_scaled<0>(high[i], scales.high);
+        a[i * 4 + 2] = Values::template widen_scaled<1>(low[i], scales.low);
+        a[i * 4 + 3] = Values::template widen_scaled<1>(high[i], scales.high);
+      } else {
+        a[i * 4] = Values::template widen<0>(low[i]);
+        a[i * 4 + 1] = Values::template widen<0>(high[i]);
+        a[i * 4 + 2] = Values::template widen<1>(low[i]);
+        a[i * 4 + 3] = Values::template widen<1>(high[i]);
+      }
     }
   }
 #ifdef FLASH_LLM_SM90A
@@ -121,12 +139,15 @@ struct Int8TileX {
   static constexpr int kElementBytes = 1;
   static constexpr int kBatches = kQuantWords;
   using Sum = int;
+  static constexpr float kUnit = 1.0F;
 
-  template <int kBatch, bool kUp>
-  __device__ __forceinline__ static void decode(const Plane& plane, RunReader<kUp>& run,
-                                                const RunSteps& steps, uint32_t (&a)[8]) {
+  template <int kBatch, typename Run>
+  __device__ __forceinline__ static void decode(const uint32_t (&bits)[kQuantWords], Run& run,
+                                                const RunSteps& steps,
+                                                const RunScales<kType>& /*scales*/,
+                                                uint32_t (&a)[8]) {
     using Bytes = typename QuantValues<kType>::Bytes;
-    const uint32_t word = plane.bits[kBatch];
+    const uint32_t word = bits[kBatch];
     run.template take<0, Bytes>(word, steps, a[0], a[1]);
     run.template take<1, Bytes>(word, steps, a[2], a[3]);
     run.template take<2, Bytes>(word, steps, a[4], a[5]);
@@ -161,23 +182,32 @@ struct TileChunks {
   }
 };
 
+// Of a CTA of the first kernel. Few, so that a CTA of the second one can begin beside it and copy
+// weights.
+constexpr int kTokenThreads = 128;
+
 template <ValueType kTypeArg, int kTileNArg, int kWarpgroupsArg, bool kInt8X, int kXStagesArg>
 struct WgmmaConfig {
   using Chunks = TileChunks;
   using WeightCopy = BulkCopy;
   static constexpr ValueType kType = kTypeArg;
-  static_assert(quant_planes(kType) == 1);
+  static constexpr int kPlanes = quant_planes(kType);  // of a chunk
   static constexpr int kFixedUnits = quant_fixed_units(kType);
-  static constexpr bool kGroupScales = false;
+  static constexpr bool kGroupScales = value_traits(kType).scales == ScaleGroup::kRowGroup;
   static constexpr ValueType kDense = QuantValues<kType>::kDense;
   static constexpr int kTileN = kTileNArg;
   static constexpr int kWarpgroups = kWarpgroupsArg;
   static constexpr int kXStages = kXStagesArg;
   static constexpr int kWarps = 4 * kWarpgroups;
-  static constexpr int kThreads = 32 * (kWarps + 1);  // and a warp that copies X
+  // A warp more, which only copied X, would take as many registers as four.
+  static constexpr int kThreads = 32 * kWarps;
+  // The compiler may use the registers of an SM for so many threads: those of a CTA of the first
+  // kernel are left, except where the accumulators need them.
+  static constexpr int kBoundThreads = kThreads + (kWarpgroups == 4 ? kTokenThreads : 0);
   using X = std::conditional_t<kInt8X, Int8TileX<kType, kTileN>, WideTileX<kType, kTileN>>;
   using Sum = typename X::Sum;
   static constexpr int kXColBytes = kQuantPlaneK * kTileN * X::kElementBytes;
+  static constexpr int kTokenParts = quant_wgmma_token_parts(kTileN);
   static constexpr int kStripSums = kQuantStripM * kTileN;
   static constexpr int kSlotSums = kQuantGroupStrips * kStripSums;
 
@@ -186,11 +216,7 @@ struct WgmmaConfig {
     return X::kQuantized ? group : group + int64_t{worker} * kWarpgroups;
   }
 
-  __device__ __forceinline__ static uint32_t previous(uint32_t stage) {
-    return stage == 0 ? kXStages - 1 : stage - 1;
-  }
-
-  // A stage, X of a column of chunks, is kXColBytes / kBoxBytes K-major operands of wgmma with a
+  // A stage, X of a column of planes, is kXColBytes / kBoxBytes K-major operands of wgmma with a
   // 128-byte swizzle: a row of 128 bytes for each token. Returns where 16 bytes of a token are.
   static constexpr int kBoxBytes = kTileN * 128;
   __device__ __forceinline__ static int x_offset(int token, int sixteen) {
@@ -198,21 +224,38 @@ struct WgmmaConfig {
   }
 };
 
-// Few, so that a CTA of the kernel that multiplies can begin beside it and copy weights.
-constexpr int kTokenThreads = 128;
-
-// The grid: a CTA for each token, and for each of the others a part of what is to be cleared.
+// The grid: C::kTokenParts CTAs for each token, which write a part of its columns each, and others,
+// which clear a part each.
 template <typename C>
 __global__ void __launch_bounds__(kTokenThreads)
     write_tokens_kernel(const __grid_constant__ WgmmaParams p, int tokens) {
   allow_next_kernel();
   wait_for_previous_kernel();  // it may write X, and use the workspace
-  const int thread = static_cast<int>(threadIdx.x), token = static_cast<int>(blockIdx.x);
+  const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+  const int token = block / C::kTokenParts, part = block % C::kTokenParts;
   if (token >= tokens) {
-    const int64_t ctas = gridDim.x - tokens, cta = token - tokens;
-    for (int64_t i = cta * kTokenThreads + thread; i < p.cleared_bytes / 16;
-         i += ctas * kTokenThreads) {
-      reinterpret_cast<int4*>(p.counts)[i] = make_int4(0, 0, 0, 0);
+    const int ctas = static_cast<int>(gridDim.x) - tokens * C::kTokenParts;
+    const int cta = block - tokens * C::kTokenParts;
+    const int4 zeros = make_int4(0, 0, 0, 0);
+    for (int i = cta * kTokenThreads + thread; i < p.counts_bytes / 16; i += ctas * kTokenThreads) {
+      reinterpret_cast<int4*>(p.counts)[i] = zeros;
+    }
+    if constexpr (C::X::kQuantized) {
+      const int tiles = p.schedule.units / p.schedule.units_per_row;
+      const int groups = tiles * C::kWarpgroups;
+      for (int i = cta; i < tokens / C::kTileN * groups; i += ctas) {
+        const int pass = i / groups, group = i - pass * groups;
+        const int first_unit = group / C::kWarpgroups * p.schedule.units_per_row;
+        // A tile that one CTA multiplies does not come here.
+        if (p.schedule.worker_of(first_unit) ==
+            p.schedule.worker_of(first_unit + p.schedule.units_per_row - 1)) {
+          continue;
+        }
+        const int64_t slot = int64_t{pass} * p.slots + group;
+        auto* sums =
+            reinterpret_cast<int4*>(static_cast<typename C::Sum*>(p.sums) + slot * C::kSlotSums);
+        for (int j = thread; j < C::kSlotSums / 4; j += kTokenThreads) sums[j] = zeros;
+      }
     }
     return;
   }
@@ -223,7 +266,8 @@ __global__ void __launch_bounds__(kTokenThreads)
                                                       : make_uint4(0, 0, 0, 0);
   };
   constexpr int kUnits = kQuantPlaneK / 16;
-  uint8_t* tile = p.x_tiles + int64_t{token / C::kTileN} * p.weight.chunk_cols * C::kXColBytes;
+  const int x_cols = p.weight.chunk_cols * C::kPlanes;
+  uint8_t* tile = p.x_tiles + int64_t{token / C::kTileN} * x_cols * C::kXColBytes;
   const auto store = [&](int unit, int half, uint4 sixteen_bytes) {
     constexpr int kHalves = C::X::kElementBytes;
     const int in_col = unit % kUnits * kHalves + half;
@@ -232,7 +276,8 @@ __global__ void __launch_bounds__(kTokenThreads)
   };
   if constexpr (!C::X::kQuantized) {
     // A fragment's columns 4 t + 2 and 4 t + 3 stand for columns 2 t + 8 and 2 t + 9 of A.
-    for (int i = thread; i < p.weight.chunk_cols * kUnits; i += kTokenThreads) {
+    for (int i = part * kTokenThreads + thread; i < x_cols * kUnits;
+         i += C::kTokenParts * kTokenThreads) {
       const uint4 first = eight(2 * i), second = eight(2 * i + 1);
       store(i, 0, make_uint4(first.x, first.z, second.x, second.z));
       store(i, 1, make_uint4(first.y, first.w, second.y, second.w));
@@ -258,7 +303,8 @@ __global__ void __launch_bounds__(kTokenThreads)
     __syncthreads();
     const TokenScale scale = TokenScale::of<C::kDense>(shared_magnitude);
     int sum = 0;
-    for (int i = thread; i < p.weight.chunk_cols * kUnits; i += kTokenThreads) {
+    for (int i = part * kTokenThreads + thread; i < x_cols * kUnits;
+         i += C::kTokenParts * kTokenThreads) {
       const uint4 first = eight(2 * i), second = eight(2 * i + 1);
       const uint4 bytes =
           make_uint4(quantize<C::kDense>(make_uint2(first.x, first.y), scale.inverse),
@@ -275,8 +321,8 @@ __global__ void __launch_bounds__(kTokenThreads)
     if (thread % 32 == 0) atomicAdd(&shared_sum, sum);
     __syncthreads();
     if (thread == 0) {
-      p.token_scales[token] = scale.scale;
-      p.token_biases[token] = kQuantZero * shared_sum;
+      if (part == 0) p.token_scales[token] = scale.scale;
+      p.token_biases[part * tokens + token] = kQuantZero * shared_sum;
     }
   }
 }
@@ -289,9 +335,9 @@ struct WgmmaSmem {
   int ring_bytes;
 
   // The bits and columns of a chunk without values.
-  static constexpr int kZerosBytes = kQuantBitsBytes + kQuantColumnsBytes;
+  static constexpr int kZerosBytes = kQuantMaxPlanes * (kQuantBitsBytes + kQuantColumnsBytes);
   static constexpr int kBarriers = (kZerosBytes + 127) / 128 * 128;
-  static constexpr int kMaxStages = 4;
+  static constexpr int kMaxStages = 8;
   static_assert(kBarriers + (2 * kMaxStages + kQuantMaxWarps * kQuantRingChunks) * 8 <=
                 kQuantWgmmaFixedBytes);
 
@@ -314,15 +360,17 @@ struct WgmmaSmem {
   }
 };
 
-// Decodes batch kBatch of a chunk into `a` and starts its products with X of its column at `x`. The
-// wait is for all products but the latest ones, so for those that have read `a`.
-template <typename C, int kBatch, bool kUp>
-__device__ __forceinline__ void multiply_batch(const Plane& plane, RunReader<kUp>& run,
-                                               const RunSteps& steps, uint32_t x, uint32_t (&a)[8],
+// Decodes batch kBatch of a plane into `a` and starts its products with X of its columns at `x`.
+// The wait is for all products but the latest ones, so for those that have read `a`.
+template <typename C, int kBatch, typename Run>
+__device__ __forceinline__ void multiply_batch(const uint32_t (&bits)[kQuantWords], Run& run,
+                                               const RunSteps& steps,
+                                               const RunScales<C::kType>& scales, uint32_t x,
+                                               uint32_t (&a)[8],
                                                typename C::Sum (&sums)[C::kTileN / 2]) {
   constexpr int kOffset = kBatch / 2 * C::kBoxBytes + kBatch % 2 * 64;
   ptx::wgmma_wait<1>();
-  C::X::template decode<kBatch>(plane, run, steps, a);
+  C::X::template decode<kBatch>(bits, run, steps, scales, a);
   ptx::wgmma_fence();
   C::X::multiply(sums, a, ptx::wgmma_descriptor(x, kOffset));
   C::X::multiply(sums, a + 4, ptx::wgmma_descriptor(x, kOffset + 32));
@@ -330,22 +378,160 @@ __device__ __forceinline__ void multiply_batch(const Plane& plane, RunReader<kUp
 }
 
 // The batches of a run, from kBatch to the one before kEnd.
-template <typename C, int kBatch, int kEnd, bool kUp>
-__device__ __forceinline__ void multiply_run(const Plane& plane, RunReader<kUp>& run,
-                                             const RunSteps& steps, uint32_t x, uint32_t (&a)[2][8],
+template <typename C, int kBatch, int kEnd, typename Run>
+__device__ __forceinline__ void multiply_run(const uint32_t (&bits)[kQuantWords], Run& run,
+                                             const RunSteps& steps,
+                                             const RunScales<C::kType>& scales, uint32_t x,
+                                             uint32_t (&a)[2][8],
                                              typename C::Sum (&sums)[C::kTileN / 2]) {
   if constexpr (kBatch < kEnd) {
-    multiply_batch<C, kBatch>(plane, run, steps, x, a[kBatch % 2], sums);
-    multiply_run<C, kBatch + 1, kEnd>(plane, run, steps, x, a, sums);
+    multiply_batch<C, kBatch>(bits, run, steps, scales, x, a[kBatch % 2], sums);
+    multiply_run<C, kBatch + 1, kEnd>(bits, run, steps, scales, x, a, sums);
   }
 }
 
+// The scales of a run, the columns of group `group` of the chunk whose scales
+// ChunkRing::load_group_scales() returned.
+template <typename C>
+__device__ __forceinline__ RunScales<C::kType> run_scales(uint32_t two, int group, int lane) {
+  if constexpr (C::kGroupScales) {
+    const uint32_t low = __shfl_sync(~0U, two, group * 8 + lane / 8);
+    const uint32_t high = __shfl_sync(~0U, two, group * 8 + 4 + lane / 8);
+    using Scale = typename QuantValues<C::kType>::GroupScale;
+    const int shift = lane / 4 % 2 * 16;
+    return {Scale(static_cast<uint16_t>(low >> shift)),
+            Scale(static_cast<uint16_t>(high >> shift))};
+  } else {
+    return {};
+  }
+}
+
+// The stages of X, which all warps read: one column of planes after the other. They take turns in
+// filling them, because a warp that always did so would come last. All lanes must call its
+// functions.
+template <typename C>
+class XStages {
+ public:
+  // The columns are `count` ones from `first` on, of the `cols` columns at `x`, round and round.
+  __device__ __forceinline__ XStages(const WgmmaSmem& smem, const uint8_t* x, int cols, int first,
+                                     int count, int warp, int lane)
+      : smem_(smem),
+        x_(x),
+        cols_(cols),
+        first_(first),
+        count_(count),
+        warp_(static_cast<uint32_t>(warp)),
+        lane_(lane) {}
+
+  // Starts to fill all stages. X must have been written.
+  __device__ __forceinline__ void fill_all() const {
+    if (warp_ != 0) return;
+    for (int i = 0; i < min(C::kXStages, count_); ++i) fill(i, i);
+  }
+
+  // Waits for the column to be multiplied next. Returns its address.
+  __device__ __forceinline__ uint32_t wait() const {
+    ptx::mbarrier_wait(smem_.x_full(stage_), phase_);
+    return address(stage_);
+  }
+
+  __device__ __forceinline__ void advance() {
+    if (++stage_ == C::kXStages) {
+      stage_ = 0;
+      phase_ ^= 1;
+    }
+    released_ = false;
+    ++multiplied_;
+  }
+
+  // The warp has multiplied the columns before the one that wait() returns.
+  __device__ __forceinline__ void release() {
+    if (released_) return;
+    released_ = true;
+    arrive_for_warp(smem_.x_empty(previous()), lane_);
+  }
+
+  // Fills the stage of the column that was multiplied kLag columns ago, when all warps have
+  // released it, if it is this warp's turn. The lag keeps it from waiting for slower ones.
+  __device__ __forceinline__ void refill() const {
+    if (multiplied_ % C::kWarps != warp_ || multiplied_ < kLag) return;
+    const auto next = static_cast<int>(multiplied_ - kLag + C::kXStages);
+    if (next >= count_) return;
+    const uint32_t stage = stage_ >= kLag ? stage_ - kLag : stage_ + C::kXStages - kLag;
+    if (lane_ == 0) {
+      ptx::mbarrier_wait(smem_.x_empty(stage), stage_ >= kLag ? phase_ : phase_ ^ 1);
+    }
+    fill(stage, next);
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t previous() const {
+    return stage_ == 0 ? C::kXStages - 1 : stage_ - 1;
+  }
+  __device__ __forceinline__ uint32_t address(uint32_t stage) const {
+    return smem_.x(C::kWarps) + stage * C::kXColBytes;
+  }
+
+  // Copies column `nth` of those that are multiplied.
+  __device__ __forceinline__ void fill(uint32_t stage, int nth) const {
+    if (lane_ == 0) {
+      const int col = (first_ + nth) % cols_;
+      ptx::mbarrier_arrive_expect_tx(smem_.x_full(stage), C::kXColBytes);
+      ptx::bulk_copy(address(stage), x_ + int64_t{col} * C::kXColBytes, C::kXColBytes,
+                     smem_.x_full(stage));
+    }
+    __syncwarp();
+  }
+
+  static constexpr uint32_t kLag = C::kXStages > 2 ? C::kXStages / 2 : 1;
+
+  const WgmmaSmem& smem_;
+  const uint8_t* x_;
+  int cols_, first_, count_;
+  uint32_t warp_;
+  int lane_;
+  uint32_t stage_ = 0, phase_ = 0;
+  bool released_ = true;
+  uint32_t multiplied_ = 0;  // columns
+};
+
+// Multiplies plane kPlane of a chunk by the next column of X. When the second batch is decoded, the
+// products with the column before it are complete.
+template <typename C, int kPlane>
+__device__ __forceinline__ void multiply_plane(uint32_t chunk, uint32_t top, uint32_t two_scales,
+                                               const RunSteps& steps, XStages<C>& stages, int lane,
+                                               uint32_t (&a)[2][8],
+                                               typename C::Sum (&sums)[C::kTileN / 2]) {
+  constexpr bool kLowNibbles = C::kPlanes == 2 && kPlane == 0;
+  constexpr int kEnd = C::X::kBatches;
+  const QuantPlane<C::kPlanes> plane(top, kPlane, lane);
+  RunReader<true, kLowNibbles> up(chunk, lane * steps.column);
+  const auto up_scales = run_scales<C>(two_scales, 2 * kPlane, lane);
+  const uint32_t x = stages.wait();
+  multiply_run<C, 0, 2>(plane.bits, up, steps, up_scales, x, a, sums);
+  stages.release();
+  multiply_run<C, 2, kEnd / 2>(plane.bits, up, steps, up_scales, x, a, sums);
+  // Half a column later the other warps have most often released it too.
+  stages.refill();
+  RunReader<false, kLowNibbles> down(top, plane.column);
+  const auto down_scales = run_scales<C>(two_scales, 2 * kPlane + 1, lane);
+  multiply_run<C, kEnd / 2, kEnd>(plane.bits, down, steps, down_scales, x, a, sums);
+  stages.advance();
+}
+
+// How many columns of chunks of a strip have their sums in the workspace.
+__device__ __forceinline__ uint32_t* count_of(const WgmmaParams& p, int strip) {
+  return p.counts + int64_t{blockIdx.y} * p.weight.strips + strip;
+}
+
 // Brings the sums of a strip together: `sums` are those of `cols` columns of chunks, which worker
-// `worker` has multiplied, and warps of other CTAs have the others. Returns whether this warp is
-// the last one of them, and `sums` all sums; else they are in the workspace.
+// `worker` has multiplied, and warps of other CTAs have the others. Lane 0 has seen the count
+// `seen`. Returns whether this warp is the last one of them, and `sums` all sums; else they are in
+// the workspace.
 template <typename C>
 __device__ __forceinline__ bool meet(const WgmmaParams& p, int worker, int strip, int cols,
-                                     int lane, typename C::Sum (&sums)[C::kTileN / 2]) {
+                                     int lane, uint32_t seen,
+                                     typename C::Sum (&sums)[C::kTileN / 2]) {
   const auto all_cols = static_cast<uint32_t>(p.weight.chunk_cols);
   const auto own_cols = static_cast<uint32_t>(cols);
   const int group = strip / kQuantGroupStrips, tile = strip / C::kWarps;
@@ -354,16 +540,14 @@ __device__ __forceinline__ bool meet(const WgmmaParams& p, int worker, int strip
     return static_cast<typename C::Sum*>(p.sums) + slot * C::kSlotSums +
            strip % kQuantGroupStrips * C::kStripSums + lane;
   };
-  uint32_t* count = p.counts + int64_t{blockIdx.y} * p.weight.strips + strip;
-  // The others are most often there already: those of later columns began with this tile.
   bool left = false;
-  if (__shfl_sync(~0U, ptx::load_acquire(count), 0) + own_cols != all_cols) {
+  if (__shfl_sync(~0U, seen, 0) + own_cols != all_cols) {
     typename C::Sum* to = place_of(worker);
 #pragma unroll
     for (int i = 0; i < C::kTileN / 2; ++i) C::X::add(to + i * 32, sums[i]);
     __syncwarp();
     uint32_t before = 0;
-    if (lane == 0) before = ptx::add_acq_rel(count, own_cols);
+    if (lane == 0) before = ptx::add_acq_rel(count_of(p, strip), own_cols);
     if (__shfl_sync(~0U, before, 0) + own_cols != all_cols) return false;
     left = true;
   }
@@ -376,17 +560,29 @@ __device__ __forceinline__ bool meet(const WgmmaParams& p, int worker, int strip
     }
   } else {
     const int first_unit = tile * p.weight.chunk_cols;
-    const int last = p.schedule.worker_of(first_unit + p.weight.chunk_cols - 1);
     const int first = p.schedule.worker_of(first_unit);
-    constexpr int kAtOnce = 8;  // more would spill
+    const int last = p.schedule.worker_of(first_unit + p.weight.chunk_cols - 1);
+    // So many loads at a time; more would spill.
+    constexpr int kAtOnce = C::kTileN < 32 ? C::kTileN / 2 : 16, kAhead = C::kTileN < 128 ? 4 : 2;
 #pragma unroll
     for (int begin = 0; begin < C::kTileN / 2; begin += kAtOnce) {
       typename C::Sum total[kAtOnce] = {};
-      for (int other = first; other <= last; ++other) {
-        const typename C::Sum* from = place_of(other);
+#pragma unroll 1
+      for (int other = first; other <= last; other += kAhead) {
+        typename C::Sum stored[kAhead][kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          total[i] += other == worker ? sums[begin + i] : __ldcg(from + (begin + i) * 32);
+        for (int ahead = 0; ahead < kAhead; ++ahead) {
+          const typename C::Sum* from = place_of(min(other + ahead, last)) + begin * 32;
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) stored[ahead][i] = __ldcg(from + i * 32);
+        }
+#pragma unroll
+        for (int ahead = 0; ahead < kAhead; ++ahead) {
+          if (other + ahead > last) break;
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            total[i] += other + ahead == worker ? sums[begin + i] : stored[ahead][i];
+          }
         }
       }
 #pragma unroll
@@ -400,37 +596,47 @@ __device__ __forceinline__ bool meet(const WgmmaParams& p, int worker, int strip
 template <typename C>
 __device__ __forceinline__ void store_strip(const WgmmaParams& p, int strip, int lane,
                                             const typename C::Sum (&sums)[C::kTileN / 2]) {
-  const float* scales = p.weight.row_scales(strip);
   float2 rows = make_float2(1.0F, 1.0F);
-  if (scales != nullptr) rows = make_float2(scales[lane / 4], scales[lane / 4 + 8]);
-  const int token = static_cast<int>(blockIdx.y) * C::kTileN + lane % 4 * 2;
-  float scaled[C::kTileN / 2];
-#pragma unroll
-  for (int i = 0; i < C::kTileN / 2; i += 4) {
-    constexpr float kUnit = QuantValues<C::kType>::kUnit;
-    float2 factors = make_float2(kUnit, kUnit);
-    typename C::Sum biases[2] = {};
-    if constexpr (C::X::kQuantized) {
-      factors = *reinterpret_cast<const float2*>(p.token_scales + token + i * 2);
-      const int2 pair = *reinterpret_cast<const int2*>(p.token_biases + token + i * 2);
-      biases[0] = pair.x;
-      biases[1] = pair.y;
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      scaled[i + e] = static_cast<float>(sums[i + e] - biases[e % 2]) *
-                      (e % 2 == 0 ? factors.x : factors.y) * (e < 2 ? rows.x : rows.y);
-    }
+  if constexpr (!C::kGroupScales) {
+    const float* scales = p.weight.row_scales(strip);
+    if (scales != nullptr) rows = make_float2(scales[lane / 4], scales[lane / 4 + 8]);
   }
-  p.epilogue.store_rows<C::kDense, C::kTileN, true>(token, int64_t{strip} * kQuantStripM + lane / 4,
-                                                    scaled);
+  const int token = static_cast<int>(blockIdx.y) * C::kTileN + lane % 4 * 2;
+  const int tokens = static_cast<int>(gridDim.y) * C::kTileN;
+  constexpr int kAtOnce = C::kTileN < 32 ? C::kTileN : 32;  // tokens; more would spill
+#pragma unroll
+  for (int first = 0; first < C::kTileN; first += kAtOnce) {
+    float scaled[kAtOnce / 2];
+#pragma unroll
+    for (int i = 0; i < kAtOnce / 2; i += 4) {
+      float2 factors = make_float2(C::X::kUnit, C::X::kUnit);
+      typename C::Sum biases[2] = {};
+      if constexpr (C::X::kQuantized) {
+        const int pair = token + first + i * 2;
+        factors = *reinterpret_cast<const float2*>(p.token_scales + pair);
+#pragma unroll
+        for (int part = 0; part < C::kTokenParts; ++part) {
+          const int2 both = *reinterpret_cast<const int2*>(p.token_biases + part * tokens + pair);
+          biases[0] += both.x;
+          biases[1] += both.y;
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        scaled[i + e] = static_cast<float>(sums[first / 2 + i + e] - biases[e % 2]) *
+                        (e % 2 == 0 ? factors.x : factors.y) * (e < 2 ? rows.x : rows.y);
+      }
+    }
+    p.epilogue.store_rows<C::kDense, kAtOnce, true>(
+        token + first, int64_t{strip} * kQuantStripM + lane / 4, scaled);
+  }
 }
 
 #endif  // FLASH_LLM_SM90A
 
 // The grid: CTAs that share the output tiles; blocks of tokens.
 template <typename C>
-__global__ void __launch_bounds__(C::kThreads, 1)
+__global__ void __launch_bounds__(C::kBoundThreads, 1)
     quantized_wgmma_kernel(const __grid_constant__ WgmmaParams p) {
 #ifdef FLASH_LLM_SM90A
   extern __shared__ uint8_t smem_bytes[];
@@ -439,10 +645,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const WgmmaSmem smem = {(ptx::smem_address(smem_bytes) + 1023) / 1024 * 1024, p.ring_bytes};
   allow_next_kernel();
   if (lane == 0) {
-    if (warp < C::kWarps) {
-      for (int i = 0; i < kQuantRingChunks; ++i)
-        ptx::mbarrier_init(smem.full(warp) + i * 8, BulkCopy::kArrivals);
-    } else {
+    for (int i = 0; i < kQuantRingChunks; ++i) {
+      ptx::mbarrier_init(smem.full(warp) + i * 8, BulkCopy::kArrivals);
+    }
+    if (warp == 0) {
       for (int i = 0; i < C::kXStages; ++i) {
         ptx::mbarrier_init(smem.x_full(i), 1);
         ptx::mbarrier_init(smem.x_empty(i), C::kWarps * kWarpArrivals);
@@ -455,35 +661,25 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   __syncthreads();
   const int worker = static_cast<int>(blockIdx.x);
-  const uint32_t first_x = smem.x(C::kWarps);
   const TileChunks chunks(p.schedule, worker, C::kWarps, warp);
-  if (warp == C::kWarps) {
-    if (lane != 0) return;
-    int col = static_cast<int>(chunks.first_unit % chunks.cols);
-    const uint8_t* x = p.x_tiles + int64_t{blockIdx.y} * p.weight.chunk_cols * C::kXColBytes;
-    wait_for_previous_kernel();  // it writes X
-    for (uint32_t i = 0; i < chunks.total; ++i) {
-      const int stage = i % C::kXStages;
-      ptx::mbarrier_wait(smem.x_empty(stage), (i / C::kXStages & 1) ^ 1);
-      ptx::mbarrier_arrive_expect_tx(smem.x_full(stage), C::kXColBytes);
-      ptx::bulk_copy(first_x + stage * C::kXColBytes, x + int64_t{col} * C::kXColBytes,
-                     C::kXColBytes, smem.x_full(stage));
-      if (++col == p.weight.chunk_cols) col = 0;
-    }
-    return;
-  }
   ChunkRing<C> ring(p.weight, chunks, smem.full(warp), smem.ring(warp), p.ring_bytes, lane);
+  uint32_t next_scales = 0;
+  if constexpr (C::kGroupScales) next_scales = ring.template load_group_scales<0>();
   wait_for_previous_kernel();  // kernels before it may use the workspace
-  const uint32_t lane_column = lane * p.steps.column;
   int left = static_cast<int>(chunks.total);
   int tile = static_cast<int>(chunks.first_unit) / p.weight.chunk_cols;
   int col = static_cast<int>(chunks.first_unit) - tile * p.weight.chunk_cols;
-  uint32_t stage = 0, phase = 0;
+  const int x_cols = p.weight.chunk_cols * C::kPlanes;
+  XStages<C> stages(smem, p.x_tiles + int64_t{blockIdx.y} * x_cols * C::kXColBytes, x_cols,
+                    col * C::kPlanes, left * C::kPlanes, warp, lane);
+  stages.fill_all();
   uint32_t a[2][8];
 #pragma unroll 1
   while (left > 0) {
     typename C::Sum sums[C::kTileN / 2] = {};
     const int cols = min(p.weight.chunk_cols - col, left);
+    const int strip = tile * C::kWarps + warp;
+    uint32_t seen = 0;
     left -= cols;
 #pragma unroll 1
     for (int i = 0; i < cols; ++i) {
@@ -491,27 +687,21 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       const uint32_t chunk = ring.wait(&rows);
       // Absent values are multiplied too: X may be infinite there.
       const uint32_t top = rows == 0 ? smem.zeros() : chunk + rows * kQuantRowBytes;
-      const Plane plane(top, 0, lane);
-      RunReader<true> up(chunk, lane_column);
-      const uint32_t x = first_x + stage * C::kXColBytes;
-      ptx::mbarrier_wait(smem.x_full(stage), phase);
-      multiply_run<C, 0, 2>(plane, up, p.steps, x, a, sums);
-      // The products of the column before this one are complete.
-      if (i > 0) arrive_for_warp(smem.x_empty(C::previous(stage)), lane);
-      multiply_run<C, 2, C::X::kBatches / 2>(plane, up, p.steps, x, a, sums);
-      RunReader<false> down(top, plane.column);
-      multiply_run<C, C::X::kBatches / 2, C::X::kBatches>(plane, down, p.steps, x, a, sums);
-      ring.release();
-      if (++stage == C::kXStages) {
-        stage = 0;
-        phase ^= 1;
+      // The others are most often there before the last column: those of later columns began with
+      // this tile.
+      if (i == cols - 1 && strip < p.weight.strips) seen = ptx::load_acquire(count_of(p, strip));
+      const uint32_t two_scales = next_scales;
+      if constexpr (C::kGroupScales) next_scales = ring.template load_group_scales<1>();
+      multiply_plane<C, 0>(chunk, top, two_scales, p.steps, stages, lane, a, sums);
+      if constexpr (C::kPlanes == 2) {
+        multiply_plane<C, 1>(chunk, top, two_scales, p.steps, stages, lane, a, sums);
       }
+      ring.release();
     }
     ptx::wgmma_wait<0>();
-    arrive_for_warp(smem.x_empty(C::previous(stage)), lane);
-    const int strip = tile * C::kWarps + warp;
+    stages.release();
     if (strip < p.weight.strips &&
-        (cols == p.weight.chunk_cols || meet<C>(p, worker, strip, cols, lane, sums))) {
+        (cols == p.weight.chunk_cols || meet<C>(p, worker, strip, cols, lane, seen, sums))) {
       store_strip<C>(p, strip, lane, sums);
     }
     col = 0;
@@ -526,14 +716,12 @@ Status launch(const WgmmaParams& params, int smem_bytes, bool prefetch, cudaStre
                                   quantized_wgmma_kernel<C>, smem_bytes);
   if (!sized.ok()) return sized;
   const auto passes = static_cast<unsigned>((params.epilogue.n + C::kTileN - 1) / C::kTileN);
-  const unsigned tokens = passes * C::kTileN;
-  // At most one CTA for each SM in all.
+  const unsigned tokens = passes * C::kTileN, token_ctas = tokens * C::kTokenParts;
+  // Two CTAs for each SM in all, which fit beside a CTA of the second kernel, or more.
   const unsigned sms = static_cast<unsigned>(params.schedule.workers) * passes;
-  const auto rounds =
-      static_cast<unsigned>((params.cleared_bytes / 16 + kTokenThreads - 1) / kTokenThreads);
-  const unsigned clearing = std::min(rounds, sms > tokens + 16 ? sms - tokens : 16);
+  const unsigned clearing = 2 * sms > token_ctas + sms ? 2 * sms - token_ctas : sms;
   const Status written =
-      launch_kernel("write_tokens_kernel launch", write_tokens_kernel<C>, tokens + clearing,
+      launch_kernel("write_tokens_kernel launch", write_tokens_kernel<C>, token_ctas + clearing,
                     kTokenThreads, 0, prefetch, stream, params, static_cast<int>(tokens));
   if (!written.ok()) return written;
   // Without `prefetch` it begins, and reads the weight, when the previous call has finished,
@@ -574,7 +762,7 @@ Status cuda::spmm_quantized_bitmap_sm90a(const SpmmPlan& plan, const SpmmArgs& a
   const QuantWgmmaConfig& config = quant_wgmma_configs()[static_cast<size_t>(plan.config)];
   const ValueType type = args.weight.value_type;
   if (!config.multiplies(type) || plan.warps != config.warps() ||
-      plan.ring_bytes < quant_wgmma_min_ring_bytes(config) ||
+      plan.ring_bytes < quant_wgmma_min_ring_bytes(config, type) ||
       plan.ring_bytes % (plan.warps * 128) != 0 || plan.ctas != plan.work.workers ||
       plan.work.rows != config.tiles(args.weight.m) ||
       plan.work.cols != num_quant_chunks(type, args.weight.k)) {
@@ -595,7 +783,7 @@ Status cuda::spmm_quantized_bitmap_sm90a(const SpmmPlan& plan, const SpmmArgs& a
   params.steps = RunSteps{};
   params.schedule = StreamK(plan.work);
   params.slots = static_cast<int>(parts.slots);
-  params.cleared_bytes = parts.counts_bytes + (config.int8_x ? parts.sums_bytes : 0);
+  params.counts_bytes = static_cast<int>(parts.counts_bytes);
   params.ring_bytes = plan.ring_bytes / plan.warps;
   const int smem_bytes = quant_wgmma_smem_bytes(config, plan.ring_bytes);
   return run_for_type(type, [&](auto typed) {
