@@ -75,6 +75,7 @@ CORE_SOURCES = [
     "csrc/plan/kernel_family.cpp",
     "csrc/plan/problem.cpp",
     "csrc/plan/quantized_bitmap.cpp",
+    "csrc/plan/quantized_bitmap_sm90a.cpp",
     "csrc/plan/spmm_plan.cpp",
     "csrc/plan/tiled_csl_sm80.cpp",
 ]
@@ -93,6 +94,7 @@ CUDA_SOURCES = [
     "csrc/cuda/quantized_bitmap/quantized_bitmap_pack.cu",
     "csrc/cuda/quantized_bitmap/quantized_bitmap_sm80.cu",
     "csrc/cuda/quantized_bitmap/quantized_bitmap_sm90.cu",
+    "csrc/cuda/quantized_bitmap/quantized_bitmap_sm90a.cu",
     "csrc/cuda/quantized_bitmap/quantized_bitmap_unpack.cu",
     "csrc/cuda/tiled_csl/lscd.cu",
     "csrc/cuda/tiled_csl/tiled_csl_pack.cu",

@@ -23,16 +23,24 @@ from flash_llm import PackedWeight, QuantizedBitmap, SparseLinear, ops, quantize
 
 FORMAT = "quantized_bitmap"
 KERNEL = "quantized8"
-WIDE = (KERNEL, "quantized16")
-INT8_X = ("quantized8_int8x", "quantized16_int8x")
+WGMMA = tuple(f"quantized{n}_wgmma" for n in (16, 32, 64, 128))  # Hopper's own
+WGMMA_INT8_X = tuple(f"{config}_int8x" for config in WGMMA)
+WIDE = (KERNEL, "quantized16", *WGMMA)
+INT8_X = ("quantized8_int8x", "quantized16_int8x", *WGMMA_INT8_X)
 
 
 def here(*configs, kind="int8"):
-    """The configurations of both kernel families that this GPU runs, for values of a kind."""
-    without = {"int8": (), "fp8_e4m3": INT8_X, "int4": ("quantized16",)}[kind]
+    """The configurations of all kernel families that this GPU runs, for values of a kind."""
+    without = {
+        "int8": (),
+        "fp8_e4m3": INT8_X,
+        "int4": ("quantized16", *WGMMA_INT8_X),
+    }[kind]
     multiply = [config for config in configs if config not in without]
-    both = [name for config in multiply for name in (config, f"sm80_{config}")]
-    return [name for name in both if runs_here(FORMAT, "cuda", name, f"{kind}_float16")]
+    sm80 = [f"sm80_{config}" for config in multiply if "wgmma" not in config]
+    return [
+        name for name in (*multiply, *sm80) if runs_here(FORMAT, "cuda", name, f"{kind}_float16")
+    ]
 
 
 def pack(values, scales, dtype=torch.float16, device="cpu"):
@@ -225,14 +233,17 @@ def plan_of(m, n, k, config="auto", **options):
 
 def test_plans():
     assert ops.explain_format(64, 64, 2048, compute_capability=90, values="int8")[0] == FORMAT
-    assert plan_of(4096, 64, 4096).startswith("quantized16 ctas=33 unit_cols=16 ")
-    assert plan_of(4096, 65, 4096).startswith("dense ")
+    assert plan_of(2048, 64, 4096).startswith("quantized16 ctas=33 unit_cols=16 ")
+    assert plan_of(7168, 64, 7168).startswith("quantized64_wgmma ctas=132 ")
+    assert plan_of(28672, 65, 7168).startswith("quantized128_wgmma ")
+    assert plan_of(2048, 65, 4096).startswith("dense ")
     # X is quantised where it is asked for and saves time.
     for m, n, k, config in (
         (7168, 8, 7168, INT8_X[0]),
         (4096, 8, 4096, KERNEL),
-        (28672, 16, 7168, INT8_X[1]),
-        (7168, 16, 7168, WIDE[1]),
+        (2048, 16, 4096, WIDE[1]),
+        (4096, 16, 4096, WGMMA_INT8_X[0]),
+        (28672, 64, 7168, WGMMA_INT8_X[2]),
         (4096, 8, 65537, KERNEL),
     ):
         assert plan_of(m, n, k, x_quantization="dynamic").startswith(f"{config} ")
@@ -299,10 +310,10 @@ def test_small_integers_are_exact(k, dtype, kind):
         values, scales, exact = small_steps(integers, kind)
         w, weight = pack(values, scales, dtype, "cuda"), exact.to(dtype)
         assert torch.equal(w.to_dense().cpu(), weight)
-        x = testing.small_integers(33, k, dtype=dtype, seed=1)
+        x = testing.small_integers(64, k, dtype=dtype, seed=1)
         bias = testing.small_integers(m, dtype=dtype, seed=3)
         expected = testing.spmm_reference(x, weight, bias, "relu").float().to(dtype)
-        for n in (1, 2, 8, 9, 33):
+        for n in (1, 2, 8, 9, 33, 64):
             for config in here(*WIDE, kind=kind):
                 y = flash_llm.spmm(x[:n].cuda(), w, bias.cuda(), activation="relu", config=config)
                 assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity, config)
@@ -328,13 +339,13 @@ def quantize_tokens(x):
 def test_quantised_tokens_are_multiplied_exactly(k, dtype, kind):
     for m, sparsity in itertools.product((1, 16, 67), (0.0, 0.5, 0.95, 1.0)):
         values, scales = random_values(m, k, sparsity, m, kind)
-        x = torch.randint(-127, 128, (33, k)).to(dtype)
+        x = torch.randint(-127, 128, (64, k)).to(dtype)
         x[:, 0] = 127  # so every scale is 1
         # Scaled sums of int4's groups are exact in fp32 too: fewer than 2^24 steps of the least.
         scales = (2.0 ** torch.arange(scales.numel()).remainder(3) / 2**12).reshape(scales.shape)
         w = pack(values, scales, dtype, "cuda")
         expected = (x.double() @ exact_weight(w).cpu().t()).float().to(dtype)
-        for n in (1, 2, 8, 9, 33):
+        for n in (1, 2, 8, 9, 33, 64):
             for config in here(*INT8_X, kind=kind):
                 y = flash_llm.spmm(x[:n].cuda(), w, config=config)
                 assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity, config)
@@ -359,13 +370,13 @@ def test_tokens_are_rounded_to_nearest(dtype, magnitude):
 @each("dtype", DTYPES)
 @each("number", [float("inf"), float("nan")])
 def test_a_quantised_token_that_is_not_finite_gives_nan(dtype, number):
-    # 9000 columns are two sections of K, 16 tokens the wide configuration.
-    for n, k, config in ((3, 700, INT8_X[0]), (16, 700, INT8_X[1]), (3, 9000, INT8_X[0])):
+    # 9000 columns are two sections of K, 16 tokens the wide configurations.
+    for n, k, configs in ((3, 700, INT8_X[:1]), (16, 700, INT8_X[1:]), (3, 9000, INT8_X[:1])):
         values, scales = random_int8(40, k, 0.7)
         w = pack(values, scales / 8, dtype, "cuda")
         x = torch.ones(n, k, dtype=dtype)
         x[1, k - 1] = number
-        for name in here(config):
+        for name in here(*configs):
             y = flash_llm.spmm(x.cuda(), w, config=name)
             assert bool(y[1].isnan().all()), (n, k, name)
             assert y.isfinite().all(1).sum() == n - 1, (n, k, name)
@@ -393,8 +404,10 @@ def test_results_stay_within_the_float64_bound(sparsity, dtype, kind):
     for m, k in ((131, 1100), (2000, 9000)):
         values, scales = random_values(m, k, sparsity, kind=kind)
         w, bias = pack(values, scales / 64, dtype, "cuda"), torch.randn(m).to(dtype)
-        exact = exact_weight(w).cpu()
         for n, config in itertools.product((1, 4, 16), here(*WIDE, kind=kind)):
+            # With scales for groups, the elements are rounded before they are multiplied there.
+            rounded = kind == "int4" and config in WGMMA
+            exact = (w.to_dense().double() if rounded else exact_weight(w)).cpu()
             x = torch.randn(n, k).to(dtype)
             y = flash_llm.spmm(x.cuda(), w, bias.cuda(), activation="silu", config=config)
             testing.assert_spmm_close(y.cpu(), x, exact, bias, "silu")
@@ -412,7 +425,7 @@ def test_infinity_and_nan_in_x_meet_absent_zeros(dtype, kind):
     x = torch.ones(3, 1300, dtype=dtype)
     x[0, 600], x[2, 1299] = float("inf"), float("nan")
     expected = x.double() @ exact_weight(w).cpu().t()
-    for config in here(KERNEL, kind=kind):
+    for config in here(KERNEL, *WGMMA, kind=kind):
         y = flash_llm.spmm(x.cuda(), w, config=config).cpu()
         assert torch.equal(y.isnan(), expected.isnan()) and bool(y[1].isfinite().all()), config
 

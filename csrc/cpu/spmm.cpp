@@ -26,6 +26,7 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, CpuIsa isa,
     case KernelFamily::kBitmapSm80:
     case KernelFamily::kGatherSm90:
     case KernelFamily::kGatherSm80:
+    case KernelFamily::kQuantizedBitmapSm90a:
     case KernelFamily::kQuantizedBitmapSm90:
     case KernelFamily::kQuantizedBitmapSm80:
     case KernelFamily::kDense:

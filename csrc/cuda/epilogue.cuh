@@ -72,9 +72,10 @@ struct Epilogue {
     }
   }
 
-  // Stores round(sum + bias), without the activation, for a thread's sums of an m16nN accumulator:
-  // rows `row` and `row` + 8, tokens `token`, `token` + 1 and so on in steps of 8.
-  template <ValueType kType, int kTileN>
+  // Stores round(sum + bias), or that of the activation if kActivates, for a thread's sums of an
+  // m16nN accumulator: rows `row` and `row` + 8, tokens `token`, `token` + 1 and so on in steps of
+  // 8.
+  template <ValueType kType, int kTileN, bool kActivates = false>
   __device__ __forceinline__ void store_rows(int64_t token, int64_t row,
                                              const float (&sums)[kTileN / 2]) const {
     float b[2];
@@ -88,8 +89,9 @@ struct Epilogue {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (token + block * 8 + i % 2 < n && row + i / 2 * 8 < m) {
-          out[(block * 8 + i % 2) * m + i / 2 * 8] =
-              element_from_float<kType>(sums[block * 4 + i] + b[i / 2]);
+          float sum = sums[block * 4 + i] + b[i / 2];
+          if constexpr (kActivates) sum = activate(sum, activation);
+          out[(block * 8 + i % 2) * m + i / 2 * 8] = element_from_float<kType>(sum);
         }
       }
     }

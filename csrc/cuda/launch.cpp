@@ -46,6 +46,8 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, boo
       return spmm_gather_sm90(plan, args, workspace, prefetch, stream);
     case KernelFamily::kGatherSm80:
       return spmm_gather_sm80(plan, args, workspace, prefetch, stream);
+    case KernelFamily::kQuantizedBitmapSm90a:
+      return spmm_quantized_bitmap_sm90a(plan, args, workspace, prefetch, stream);
     case KernelFamily::kQuantizedBitmapSm90:
       return spmm_quantized_bitmap_sm90(plan, args, workspace, prefetch, stream);
     case KernelFamily::kQuantizedBitmapSm80:

@@ -44,7 +44,9 @@ Status spmm_gather_sm90(const SpmmPlan& plan, const SpmmArgs& args, void* worksp
                         cudaStream_t stream);
 Status spmm_gather_sm80(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                         cudaStream_t stream);
-// kQuantizedBitmapSm90, kQuantizedBitmapSm80: likewise.
+// kQuantizedBitmapSm90a, kQuantizedBitmapSm90, kQuantizedBitmapSm80: likewise.
+Status spmm_quantized_bitmap_sm90a(const SpmmPlan& plan, const SpmmArgs& args, void* workspace,
+                                   bool prefetch, cudaStream_t stream);
 Status spmm_quantized_bitmap_sm90(const SpmmPlan& plan, const SpmmArgs& args, void* workspace,
                                   bool prefetch, cudaStream_t stream);
 Status spmm_quantized_bitmap_sm80(const SpmmPlan& plan, const SpmmArgs& args, void* workspace,

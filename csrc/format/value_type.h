@@ -59,7 +59,7 @@ struct ValueTraits {
 
 // An element of the weight is value * scale, rounded to fp32 and then to the 16-bit type
 // (dequantize in format/element.h). Products use the unrounded value * scale, except where a weight
-// is unpacked for a dense GEMM.
+// is unpacked for a dense GEMM, and of int4 values where wgmma multiplies them.
 FLASH_LLM_HOST_DEVICE constexpr ValueTraits value_traits(ValueType type) {
   constexpr ValueType kHalf = ValueType::kFloat16, kBf16 = ValueType::kBfloat16;
   switch (type) {

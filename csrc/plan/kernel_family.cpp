@@ -7,6 +7,7 @@
 #include "plan/cpu.h"
 #include "plan/gather.h"
 #include "plan/quantized_bitmap.h"
+#include "plan/quantized_bitmap_sm90a.h"
 #include "plan/spmm_plan.h"
 #include "plan/tiled_csl_sm80.h"
 
@@ -113,6 +114,8 @@ constexpr std::array<KernelFamilyRow, kNumKernelFamilies> kFamilies = {{
      describe_gather_sm90_configs, takes_gather_sm90, plan_gather_sm90},
     {KernelFamily::kGatherSm80, Place::kCuda, Format::kGather, k16Bit, GpuFeature::kMmaSync, false,
      describe_gather_sm80_configs, takes_gather_sm80, plan_gather_sm80},
+    {KernelFamily::kQuantizedBitmapSm90a, Place::kCuda, Format::kQuantizedBitmap, kQuantizedTypes,
+     GpuFeature::kWgmma, true, describe_quant_wgmma_configs, takes_quant_wgmma, plan_quant_wgmma},
     {KernelFamily::kQuantizedBitmapSm90, Place::kCuda, Format::kQuantizedBitmap, kQuantizedTypes,
      GpuFeature::kBulkCopy, true, describe_quantized_bitmap_sm90_configs,
      takes_quantized_bitmap_sm90, plan_quantized_bitmap_sm90},

@@ -23,21 +23,22 @@ namespace flash_llm {
 struct SpmmPlan;
 
 enum class KernelFamily {
-  kReference,            // the CPU oracle, in fp64
-  kTiledCslCpu,          // Tiled-CSL on the CPU
-  kRowBitmapInt8XCpu,    // int8 values in the row bitmap on the CPU: X is quantised too
-  kRowBitmapCpu,         // row bitmap on the CPU
-  kRowBitmapBlocks,      // row bitmap on the CPU: decodes blocks of rows for the dense GEMM
-  kTiledCslSm80,         // Tiled-CSL on CUDA: load as sparse, compute as dense (LSCD)
-  kBitmapRowsSm90,       // bitmap on GPUs with bulk copies, few tokens: whole rows in a CTA
-  kBitmapSm90a,          // bitmap on Hopper
-  kBitmapSm90,           // bitmap on GPUs with bulk copies: Hopper and newer
-  kBitmapSm80,           // bitmap on every GPU from sm_80 on
-  kGatherSm90,           // gather on GPUs with bulk copies
-  kGatherSm80,           // gather on every GPU from sm_80 on
-  kQuantizedBitmapSm90,  // quantised bitmap on GPUs with bulk copies
-  kQuantizedBitmapSm80,  // quantised bitmap on every GPU from sm_80 on
-  kDense,                // unpack, then the vendor's dense GEMM; CPU and CUDA
+  kReference,             // the CPU oracle, in fp64
+  kTiledCslCpu,           // Tiled-CSL on the CPU
+  kRowBitmapInt8XCpu,     // int8 values in the row bitmap on the CPU: X is quantised too
+  kRowBitmapCpu,          // row bitmap on the CPU
+  kRowBitmapBlocks,       // row bitmap on the CPU: decodes blocks of rows for the dense GEMM
+  kTiledCslSm80,          // Tiled-CSL on CUDA: load as sparse, compute as dense (LSCD)
+  kBitmapRowsSm90,        // bitmap on GPUs with bulk copies, few tokens: whole rows in a CTA
+  kBitmapSm90a,           // bitmap on Hopper
+  kBitmapSm90,            // bitmap on GPUs with bulk copies: Hopper and newer
+  kBitmapSm80,            // bitmap on every GPU from sm_80 on
+  kGatherSm90,            // gather on GPUs with bulk copies
+  kGatherSm80,            // gather on every GPU from sm_80 on
+  kQuantizedBitmapSm90a,  // quantised bitmap on Hopper, 9 to 128 tokens
+  kQuantizedBitmapSm90,   // quantised bitmap on GPUs with bulk copies
+  kQuantizedBitmapSm80,   // quantised bitmap on every GPU from sm_80 on
+  kDense,                 // unpack, then the vendor's dense GEMM; CPU and CUDA
 };
 // A new family goes before kDense.
 inline constexpr size_t kNumKernelFamilies = static_cast<size_t>(KernelFamily::kDense) + 1;

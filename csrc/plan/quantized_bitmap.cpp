@@ -10,8 +10,10 @@ namespace {
 
 using Configs = std::vector<QuantizedBitmapConfig>;
 
-// Every pass decodes the weight again. Measured on an H200, fp16, 50 % zeros, in us (2026-11-30):
-// 16 and 64 tokens, and unpacking with cuBLAS's product, for any N up to 64.
+// Every pass decodes the weight again, so on Hopper another kernel takes large weights from 9
+// tokens on (plan/quantized_bitmap_sm90a.cpp). Measured on an H200, fp16, 50 %
+// zeros, in us (2026-11-30): 16 and 64 tokens, and unpacking with cuBLAS's product, for any N up to
+// 64.
 //   28672x7168   59   208   285
 //   14336x4096   21    56    91
 //    7168x7168   23    58    81
@@ -78,8 +80,8 @@ bool takes(const PlanRequest& request, std::string* reason) {
   const int64_t most = by_8 ? kMostTokensBy8 : kMostTokens;
   const std::string border = std::to_string(most);
   if (problem.n > most) {
-    const std::string why = "N > " + border + ": the dense GEMM is faster, although it unpacks";
-    explain(reason, (why + " the weight").c_str());
+    // The family for wgmma may have said it, with its own border.
+    if (reason != nullptr && reason->empty()) *reason = quant_dense_is_faster(most);
     return false;
   }
   const std::string why = "N <= " + border + ": the weight is decoded once per 8 or 16 tokens;";

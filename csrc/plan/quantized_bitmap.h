@@ -98,6 +98,12 @@ constexpr int64_t quant_sums_bytes(const QuantizedBitmapConfig& config, int64_t 
                        : sections * config.passes(n) * num_quant_strips(m) * config.sums_bytes();
 }
 
+// Why a family does not take more than `most` tokens.
+inline std::string quant_dense_is_faster(int64_t most) {
+  return "N > " + std::to_string(most) +
+         ": the dense GEMM is faster, although it unpacks the weight";
+}
+
 // The functions of these families' rows in plan/kernel_family.cpp.
 std::vector<KernelConfig> describe_quantized_bitmap_sm80_configs();
 std::vector<KernelConfig> describe_quantized_bitmap_sm90_configs();

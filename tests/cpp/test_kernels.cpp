@@ -29,6 +29,7 @@
 #include "plan/bitmap_sm90a.h"
 #include "plan/gather.h"
 #include "plan/quantized_bitmap.h"
+#include "plan/quantized_bitmap_sm90a.h"
 #include "plan/spmm_plan.h"
 #include "testing.h"
 
@@ -210,6 +211,8 @@ int least_ring_bytes(const SpmmPlan& plan, ValueType type) {
     case KernelFamily::kGatherSm90:
     case KernelFamily::kGatherSm80:
       return gather_ring_bytes(kGatherMinWarps);
+    case KernelFamily::kQuantizedBitmapSm90a:
+      return quant_wgmma_min_ring_bytes(quant_wgmma_configs()[config], type);
     case KernelFamily::kQuantizedBitmapSm90:
     case KernelFamily::kQuantizedBitmapSm80:
       return plan.warps * quant_min_ring_bytes(type);

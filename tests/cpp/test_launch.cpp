@@ -9,6 +9,7 @@
 #include "plan/bitmap_sm90a.h"
 #include "plan/gather.h"
 #include "plan/quantized_bitmap.h"
+#include "plan/quantized_bitmap_sm90a.h"
 #include "plan/spmm_plan.h"
 #include "plan/tiled_csl_sm80.h"
 
@@ -38,6 +39,8 @@ struct Call {
         return cuda::spmm_gather_sm90(plan, args, nullptr, true, nullptr);
       case KernelFamily::kGatherSm80:
         return cuda::spmm_gather_sm80(plan, args, nullptr, true, nullptr);
+      case KernelFamily::kQuantizedBitmapSm90a:
+        return cuda::spmm_quantized_bitmap_sm90a(plan, args, nullptr, true, nullptr);
       case KernelFamily::kQuantizedBitmapSm90:
         return cuda::spmm_quantized_bitmap_sm90(plan, args, nullptr, true, nullptr);
       case KernelFamily::kQuantizedBitmapSm80:
@@ -106,6 +109,9 @@ std::vector<Kernel> every_kernel() {
     for (const auto& config : quantized_bitmap_configs(family)) {
       kernels.push_back({Format::kQuantizedBitmap, config.name, config.tile_n});
     }
+  }
+  for (const auto& config : quant_wgmma_configs()) {
+    kernels.push_back({Format::kQuantizedBitmap, config.name, config.tile_n});
   }
   return kernels;
 }
@@ -191,6 +197,24 @@ TEST(QuantizedBitmapLaunch, RefusesWarpsAndRingsThatDoNotFit) {
     Call call = call_of(Format::kQuantizedBitmap, 8, config);
     call.plan.ring_bytes /= 2;
     expect_refused(call, "its configuration");
+  }
+}
+
+TEST(QuantizedBitmapLaunch, RefusesWgmmaPlansThatDoNotFit) {
+  for (const char* config : {"quantized64_wgmma", "quantized128_wgmma_int8x"}) {
+    const Call call = call_of(Format::kQuantizedBitmap, 64, config);
+    Call other = call;
+    other.plan.warps -= 4;
+    expect_refused(other, "its configuration");
+    other = call;
+    other.plan.ring_bytes = 64;
+    expect_refused(other, "its configuration");
+    other = call;
+    other.plan.work.rows += 1;
+    expect_refused(other, "its configuration");
+    other = call;
+    other.plan.ctas -= 1;
+    expect_refused(other, "its configuration");
   }
 }
 

@@ -12,6 +12,7 @@
 #include "plan/cpu.h"
 #include "plan/gather.h"
 #include "plan/quantized_bitmap.h"
+#include "plan/quantized_bitmap_sm90a.h"
 #include "plan/spmm_plan.h"
 #include "plan/tiled_csl_sm80.h"
 #include "testing.h"
@@ -702,14 +703,74 @@ TEST(SelectPlanQuantized, TakesAConfigurationThatMultipliesTheValues) {
     return plan_of(p, kH200).name();
   };
   EXPECT_EQ(chosen(ValueType::kFp8Float16, 8), "quantized8");
-  EXPECT_EQ(chosen(ValueType::kFp8Bfloat16, 16), "quantized16");
-  EXPECT_EQ(chosen(ValueType::kInt4Float16, 16), "quantized16_int8x");
+  EXPECT_EQ(chosen(ValueType::kFp8Bfloat16, 16), "quantized16_wgmma");
+  EXPECT_EQ(chosen(ValueType::kInt4Float16, 16), "quantized16_wgmma");
   const auto unquantised = [](int64_t n) {
-    return plan_of(quantized_problem(28672, n, 7168, ValueType::kInt4Bfloat16), kH200).name();
+    return plan_of(quantized_problem(28672, n, 7168, ValueType::kInt4Bfloat16), kB200).name();
   };
   EXPECT_EQ(unquantised(16), "quantized8");
   EXPECT_EQ(unquantised(48), "quantized8");
   EXPECT_EQ(unquantised(49), "dense");  // each pass of 8 tokens decodes the weight
+}
+
+TEST(SelectPlanQuantized, OneDecodingServes9To128TokensOnHopper) {
+  const auto chosen = [](int64_t n, bool int8_x, const DeviceInfo& device = kH200,
+                         int64_t k = 7168) {
+    SpmmProblem p = quantized_problem(28672, n, k);
+    p.int8_x = int8_x;
+    return plan_of(p, device).name();
+  };
+  EXPECT_EQ(chosen(8, true), "quantized8_int8x");
+  EXPECT_EQ(chosen(9, true), "quantized16_wgmma_int8x");
+  EXPECT_EQ(chosen(17, true), "quantized32_wgmma_int8x");
+  EXPECT_EQ(chosen(64, true), "quantized64_wgmma_int8x");
+  EXPECT_EQ(chosen(65, true), "quantized128_wgmma_int8x");
+  EXPECT_EQ(chosen(128, false), "quantized128_wgmma");
+  EXPECT_EQ(chosen(129, false), "dense");
+  EXPECT_EQ(chosen(512, true), "quantized128_wgmma_int8x");
+  EXPECT_EQ(chosen(513, true), "dense");
+  // The reason names the border of the kernel that takes most tokens.
+  EXPECT_TRUE(mentions(plan_of(quantized_problem(28672, 129, 7168), kH200).reason, {"128"}));
+  EXPECT_TRUE(mentions(plan_of(quantized_problem(2048, 129, 4096), kH200).reason, {"64"}));
+  EXPECT_EQ(chosen(64, true, kH200, kQuantMaxInt8K + 1), "quantized64_wgmma");
+  EXPECT_EQ(chosen(8, false), "quantized8");
+  EXPECT_EQ(chosen(9, false), "quantized16_wgmma");
+  EXPECT_EQ(chosen(33, false), "quantized64_wgmma");
+  EXPECT_EQ(chosen(9, true, kB200), "quantized16_int8x");
+  // Small weights.
+  EXPECT_EQ(chosen(64, false, kH200, 512), "quantized16");
+  EXPECT_EQ(chosen(16, false, kH200, 1024), "quantized16");
+  EXPECT_EQ(chosen(17, false, kH200, 1024), "quantized32_wgmma");
+}
+
+TEST(SelectPlanQuantized, WgmmaPlansFitTheirDeviceAndShareTheWork) {
+  for (const QuantWgmmaConfig& config : quant_wgmma_configs()) {
+    for (const auto& [m, k] :
+         {std::pair<int64_t, int64_t>{1, 1}, {28672, 7168}, {100, 65536}, {0, 0}}) {
+      for (const int64_t ctas : {0, 1, 1000}) {
+        const SpmmPlan plan = plan_of(quantized_problem(m, 100, k), kH200, config.name, ctas);
+        EXPECT_LE(plan.work.workers, plan.work.units()) << config.name;
+        EXPECT_GE(plan.ring_bytes, quant_wgmma_min_ring_bytes(config, ValueType::kInt8Float16));
+        EXPECT_LE(quant_wgmma_smem_bytes(config, plan.ring_bytes) + kQuantWgmmaSpareSmemBytes,
+                  227 * 1024);
+        const int64_t units = plan.work.units();
+        const int64_t all = std::min(ctas == 0 ? 132 / config.passes(100) : ctas, units);
+        EXPECT_LE(plan.ctas, all);
+        // The CTA with most work has no more than it must.
+        EXPECT_EQ((units + plan.ctas - 1) / plan.ctas, (units + all - 1) / all);
+      }
+    }
+    for (const ValueType type : {ValueType::kFp8Float16, ValueType::kInt4Bfloat16}) {
+      const SpmmProblem p = quantized_problem(28672, 16, 7168, type);
+      if (config.int8_x) {
+        EXPECT_EQ(failure_of(p, kH200, config.name).code, StatusCode::kInvalidValue);
+        continue;
+      }
+      const SpmmPlan plan = plan_of(p, kH200, config.name);
+      EXPECT_GE(plan.ring_bytes, quant_wgmma_min_ring_bytes(config, type));
+      EXPECT_EQ(plan.work.cols, num_quant_chunks(type, 7168));
+    }
+  }
 }
 
 TEST(SelectPlanQuantized, EachConfigurationFitsTheSharedMemoryAndHoldsX) {

@@ -101,6 +101,11 @@ __device__ __forceinline__ void max_shared(uint32_t smem, uint32_t value) {
   asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(smem), "r"(value) : "memory");
 }
 
+// red.global.add.s32.
+__device__ __forceinline__ void add_global(int* gmem, int value) {
+  asm volatile("red.global.add.s32 [%0], %1;" ::"l"(gmem), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_shared_u32(uint32_t smem) {
   uint32_t value;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(smem) : "memory");
@@ -141,6 +146,17 @@ __device__ __forceinline__ uint32_t load_shared_u16(uint32_t smem) {
 // that reads `value` by load_acquire().
 __device__ __forceinline__ void store_release(uint32_t* gmem, uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(gmem), "r"(value) : "memory");
+}
+
+// Adds, and returns what was there before. Orders this thread's memory accesses before it and after
+// it as store_release() and load_acquire() do.
+__device__ __forceinline__ uint32_t add_acq_rel(uint32_t* gmem, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(gmem), "r"(value)
+               : "memory");
+  return before;
 }
 
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* gmem) {

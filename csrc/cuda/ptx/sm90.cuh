@@ -54,6 +54,16 @@ __device__ __forceinline__ void bulk_copy_streaming(uint32_t smem, const void* g
       : "memory");
 }
 
+// The same for data that other CTAs read too.
+__device__ __forceinline__ void bulk_copy(uint32_t smem, const void* gmem, uint32_t bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(smem),
+      "l"(gmem), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // Prefetches a tensor map that is a kernel parameter.
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -206,6 +216,19 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem, uint32_t off
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), \
           "n"(kSelector)); \
   }
+#define FLASH_LLM_I4(i) "+r"(d[i]), "+r"(d[(i) + 1]), "+r"(d[(i) + 2]), "+r"(d[(i) + 3])
+#define FLASH_LLM_I8(i) FLASH_LLM_I4(i), FLASH_LLM_I4((i) + 4)
+#define FLASH_LLM_I16(i) FLASH_LLM_I8(i), FLASH_LLM_I8((i) + 8)
+#define FLASH_LLM_I32(i) FLASH_LLM_I16(i), FLASH_LLM_I16((i) + 16)
+#define FLASH_LLM_I64(i) FLASH_LLM_I32(i), FLASH_LLM_I32((i) + 32)
+#define FLASH_LLM_WGMMA_U8_S8(n, d_text, a_text, b_text, ...) \
+  if constexpr (kN == n) { \
+    asm volatile( \
+        "wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.u8.s8 " \
+        "{" d_text "}, {" a_text "}, " b_text ", 1;" \
+        : __VA_ARGS__ \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+  }
 #define FLASH_LLM_WGMMA_F16(...) FLASH_LLM_WGMMA("f16.f16", __VA_ARGS__)
 #define FLASH_LLM_WGMMA_BF16(...) FLASH_LLM_WGMMA("bf16.bf16", __VA_ARGS__)
 #define FLASH_LLM_WGMMA_SP_F16(...) FLASH_LLM_WGMMA_SP("f16.f16", __VA_ARGS__)
@@ -236,6 +259,20 @@ __device__ __forceinline__ void wgmma_sp(float (&d)[kN / 2], const uint32_t* a, 
   } else {
     FLASH_LLM_WGMMA_SHAPES(FLASH_LLM_WGMMA_SP_BF16)
   }
+}
+
+// wgmma.m64nNk32: d[64, kN] += a[64, 32] . b[32, kN] for unsigned bytes a, in registers, and signed
+// bytes b. Each warp holds 16 rows of a and d in the layout of mma.m16n8k32. The descriptor is as
+// for 16-bit elements: a row of 128 bytes has 128 elements of K.
+template <int kN>
+__device__ __forceinline__ void wgmma_u8_s8(int (&d)[kN / 2], const uint32_t* a, uint64_t b) {
+  FLASH_LLM_WGMMA_U8_S8(16, FLASH_LLM_R8(), "%8, %9, %10, %11", "%12", FLASH_LLM_I8(0))
+  FLASH_LLM_WGMMA_U8_S8(32, FLASH_LLM_R10() FLASH_LLM_R6(1), "%16, %17, %18, %19", "%20",
+                        FLASH_LLM_I16(0))
+  FLASH_LLM_WGMMA_U8_S8(64, FLASH_LLM_R30 FLASH_LLM_R2(3), "%32, %33, %34, %35", "%36",
+                        FLASH_LLM_I32(0))
+  FLASH_LLM_WGMMA_U8_S8(128, FLASH_LLM_R60 FLASH_LLM_R4(6), "%64, %65, %66, %67", "%68",
+                        FLASH_LLM_I64(0))
 }
 
 }  // namespace flash_llm::ptx

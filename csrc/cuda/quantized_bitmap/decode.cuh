@@ -7,7 +7,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "base/status.h"
 #include "format/quantized_bitmap.h"
 
 namespace flash_llm {
@@ -209,11 +211,30 @@ struct QuantValues<ValueType::kInt8Bfloat16> {
   }
 };
 
-// int4 values become int8 values that are 16 times as large.
+// int4 values become int8 values that are 16 times as large. Besides, these types have
+//   GroupScale     a scale of some columns of a row
+//   widen_scaled() as widen(), but each element is the value times the scale, rounded to nearest:
+//                  the element of the weight
 template <>
 struct QuantValues<ValueType::kInt4Float16> : QuantValues<ValueType::kInt8Float16> {
   using Bytes = StoredNibbles<4, 0>;
   static constexpr float kUnit = QuantValues<ValueType::kInt8Float16>::kUnit / 16;
+
+  struct GroupScale {
+    __half2 scale;
+
+    __device__ __forceinline__ explicit GroupScale(uint16_t bits)
+        : scale(__half2half2(__ushort_as_half(bits))) {}
+  };
+  template <int kHalf>
+  __device__ __forceinline__ static uint32_t widen_scaled(uint32_t bytes, const GroupScale& group) {
+    // A byte is 16 * value + 128, and 1024 + byte a number of the same upper byte.
+    const uint32_t wide = permute_bytes(bytes, 0x64646464U, kHalf == 0 ? 0x4140U : 0x4342U);
+    const __half2 value = __hfma2(reinterpret_cast<const __half2&>(wide),
+                                  __float2half2_rn(1.0F / 16), __float2half2_rn(-72.0F));
+    const __half2 scaled = __hmul2(value, group.scale);
+    return reinterpret_cast<const uint32_t&>(scaled);
+  }
 };
 template <>
 struct QuantValues<ValueType::kInt4Bfloat16> {
@@ -223,11 +244,35 @@ struct QuantValues<ValueType::kInt4Bfloat16> {
   static constexpr float kUnit = 1.0F / 8;
   // 8 * (value + 8) as the low half of a bfloat16 number is 128 more than that.
   template <int kHalf>
-  __device__ __forceinline__ static uint32_t widen(uint32_t bytes) {
+  __device__ __forceinline__ static __nv_bfloat162 biased(uint32_t bytes) {
     const uint32_t biased = permute_bytes(bytes, 0x43434343U, kHalf == 0 ? 0x4140U : 0x4342U);
-    const __nv_bfloat162 value = __hsub2(reinterpret_cast<const __nv_bfloat162&>(biased),
-                                         __float2bfloat162_rn(128.0F + 8 * 8));
+    return reinterpret_cast<const __nv_bfloat162&>(biased);
+  }
+  template <int kHalf>
+  __device__ __forceinline__ static uint32_t widen(uint32_t bytes) {
+    const __nv_bfloat162 value =
+        __hsub2(biased<kHalf>(bytes), __float2bfloat162_rn(128.0F + 8 * 8));
     return reinterpret_cast<const uint32_t&>(value);
+  }
+
+  // The sum of two bfloat16 numbers, exactly: the second one has the scale's last three bits, so
+  // its product with a value is exact too, and the scaled value is rounded once.
+  struct GroupScale {
+    __nv_bfloat162 upper, lower;
+
+    __device__ __forceinline__ explicit GroupScale(uint16_t bits) {
+      const float scale = __half2float(__ushort_as_half(bits));
+      const __nv_bfloat16 most = __float2bfloat16_rn(scale);
+      upper = __bfloat162bfloat162(most);
+      lower = __float2bfloat162_rn(scale - __bfloat162float(most));
+    }
+  };
+  template <int kHalf>
+  __device__ __forceinline__ static uint32_t widen_scaled(uint32_t bytes, const GroupScale& group) {
+    const __nv_bfloat162 value = __hfma2(biased<kHalf>(bytes), __float2bfloat162_rn(1.0F / 8),
+                                         __float2bfloat162_rn(-(128.0F / 8 + 8)));
+    const __nv_bfloat162 scaled = __hfma2(value, group.upper, __hmul2(value, group.lower));
+    return reinterpret_cast<const uint32_t&>(scaled);
   }
 };
 
@@ -277,5 +322,28 @@ struct QuantValues<ValueType::kFp8Bfloat16> {
     return reinterpret_cast<const uint32_t&>(value);
   }
 };
+
+// Returns run(std::integral_constant<ValueType, type>()), for a type that has QuantValues.
+template <typename Run>
+Status run_for_type(ValueType type, const Run& run) {
+  switch (type) {
+    case ValueType::kInt8Float16:
+      return run(std::integral_constant<ValueType, ValueType::kInt8Float16>());
+    case ValueType::kInt8Bfloat16:
+      return run(std::integral_constant<ValueType, ValueType::kInt8Bfloat16>());
+    case ValueType::kFp8Float16:
+      return run(std::integral_constant<ValueType, ValueType::kFp8Float16>());
+    case ValueType::kFp8Bfloat16:
+      return run(std::integral_constant<ValueType, ValueType::kFp8Bfloat16>());
+    case ValueType::kInt4Float16:
+      return run(std::integral_constant<ValueType, ValueType::kInt4Float16>());
+    case ValueType::kInt4Bfloat16:
+      return run(std::integral_constant<ValueType, ValueType::kInt4Bfloat16>());
+    case ValueType::kFloat16:
+    case ValueType::kBfloat16:
+      break;
+  }
+  return Status::invalid_type("the quantised bitmap kernels have no code for this value type");
+}
 
 }  // namespace flash_llm

@@ -21,7 +21,9 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/sm80.cuh"
 #include "cuda/ptx/sm90.cuh"
+#include "cuda/quantized_bitmap/chunk_ring.cuh"
 #include "cuda/quantized_bitmap/decode.cuh"
+#include "cuda/quantized_bitmap/int8_x.cuh"
 #include "cuda/schedule/dependent_launch.cuh"
 #include "cuda/schedule/warp_arrival.cuh"
 #include "cuda/schedule/weight_copy.cuh"
@@ -30,18 +32,13 @@
 namespace flash_llm {
 
 struct QuantParams {
-  const uint32_t* payload;
-  const int32_t* offsets;
+  QuantWeight weight;
   const uint16_t* x;
   int64_t x_stride;
   float4* partial;  // null if there is one section
   Epilogue epilogue;
   RunSteps steps;
-  int payload_units;
-  int k;
-  int strips, chunk_cols;
   unsigned cta_strips, longer_ctas;  // strips of a CTA; the first longer_ctas have one more
-  int scale_units;                   // of a strip
   int section_cols;                  // columns of chunks in a section
   int sections;
   int ring_bytes;    // of each warp
@@ -208,8 +205,24 @@ struct IntSums {
   }
 };
 
+// The chunks of a warp: those of its columns in each of the CTA's strips.
+struct RowsChunks {
+  int first_col, columns, warps;
+  uint32_t total;
+
+  __device__ __forceinline__ RowsChunks(int first_col, int columns, unsigned strips, int warps)
+      : first_col(first_col), columns(columns), warps(warps), total(strips * columns) {}
+
+  __device__ __forceinline__ ChunkPlace operator[](uint32_t chunk) const {
+    const uint32_t nth = columns == 1 ? chunk : chunk / kQuantMaxWarpPlanes;  // strip of the CTA
+    return {static_cast<int64_t>(blockIdx.x + nth * gridDim.x),
+            first_col + static_cast<int>(chunk - nth * columns) * warps};
+  }
+};
+
 template <typename Family, ValueType kWeight, int kTokens, int kXPlanes, bool kInt8X>
 struct QuantConfig {
+  using Chunks = RowsChunks;
   using WeightCopy = typename Family::WeightCopy;
   static constexpr ValueType kType = kWeight;
   static constexpr int kBlocks = kTokens / 8;
@@ -229,152 +242,6 @@ struct QuantConfig {
   using StripSums = std::conditional_t<kInt8X && !kGroupScales, IntSums, FloatSums>;
 };
 
-// Scales that a lane has loaded, as fp16 numbers: nothing is done with them before they are needed,
-// so that nobody waits for them.
-struct LaneScales {
-  uint32_t low = 0x3C00, high = 0x3C00;
-};
-
-// The chunks of a warp, those of its columns in each of the CTA's strips, on their way through its
-// ring. All lanes must call its functions.
-template <typename C>
-class ChunkRing {
- public:
-  // Starts to copy as many chunks as the ring has room for.
-  __device__ __forceinline__ ChunkRing(const QuantParams& p, const QuantSmem& smem, int first_col,
-                                       int columns, unsigned strips, int warp, int lane)
-      : p_(p),
-        first_col_(first_col),
-        columns_(columns),
-        warps_(smem.warps),
-        total_(strips * columns),
-        full_(smem.full(warp)),
-        begin_(smem.ring(warp)),
-        oldest_(begin_),
-        chunk_(lane),
-        lane_(lane) {
-    // Each slot of the ring has room for the largest of the warp's chunks.
-    found_ = find(lane);
-    int rows = found_.rows;
-    for (uint32_t chunk = lane + 32; chunk < total_; chunk += 32) {
-      rows = max(rows, find(chunk).rows);
-    }
-    constexpr int kFixedBytes = (C::kFixedUnits * kQuantUnitBytes + 127) / 128 * 128;
-    slot_bytes_ = __reduce_max_sync(~0U, rows) * kQuantRowBytes + kFixedBytes;
-    slots_ = 2;
-#pragma unroll
-    for (int i = 3; i <= kQuantRingChunks; ++i) {
-      slots_ += i * slot_bytes_ <= static_cast<uint32_t>(smem.ring_bytes);
-    }
-    for (uint32_t i = 0; i < min(slots_, total_); ++i) copy(i, begin_ + i * slot_bytes_);
-  }
-
-  // Waits for the oldest chunk. Returns its address; `rows` are its rows of values.
-  __device__ __forceinline__ uint32_t wait(int* rows) const {
-    *rows = __shfl_sync(~0U, found_.rows, static_cast<int>(done_));
-    ptx::mbarrier_wait(full_ + done_ % kQuantRingChunks * 8, done_ / kQuantRingChunks & 1);
-    return oldest_;
-  }
-
-  // Scales of the chunk that wait() returns (kAhead = 0) or of the next one: those of rows lane / 4
-  // and lane / 4 + 8 for group lane % 4 of its columns, as fp16 numbers. Groups outside the matrix,
-  // and those of a strip without values, have ones.
-  template <int kAhead>
-  __device__ __forceinline__ LaneScales load_group_scales() const {
-    const auto finder = static_cast<int>(done_ + kAhead);
-    const int unit = __shfl_sync(~0U, found_.scale_unit, finder);
-    const int units = __shfl_sync(~0U, found_.scale_units, finder);
-    LaneScales scales;
-    if (lane_ % 4 < units) {
-      // A unit is the scales of a group.
-      const auto* rows = reinterpret_cast<const uint16_t*>(p_.payload + int64_t{unit + lane_ % 4} *
-                                                                            kQuantUnitWords);
-      scales.low = rows[lane_ / 4];
-      scales.high = rows[lane_ / 4 + 8];
-    }
-    return scales;
-  }
-
-  // Copies another chunk to where the oldest is, which the warp has read.
-  __device__ __forceinline__ void release() {
-    __syncwarp();
-    const uint32_t next = done_ + slots_;
-    if (next < total_) {
-      copy(next, oldest_);
-      // The lanes whose chunks were multiplied find further ones, well before these are copied.
-      if (next % 16 == 0 && chunk_ <= done_) {
-        chunk_ += 32;
-        found_ = find(chunk_);
-      }
-    }
-    ++done_;
-    oldest_ += slot_bytes_;
-    if (oldest_ == begin_ + slots_ * slot_bytes_) oldest_ = begin_;
-  }
-
- private:
-  struct Found {
-    int first_unit = 0;
-    int rows = 0;  // of values; none if the chunk has no bytes or its offsets are malformed
-    // Where its scales are, of types with scales for groups of columns.
-    int scale_unit = 0, scale_units = 0;
-  };
-
-  __device__ __forceinline__ Found find(uint32_t chunk) const {
-    Found found;
-    if (chunk >= total_) return found;
-    const uint32_t nth = columns_ == 1 ? chunk : chunk / kQuantMaxWarpPlanes;  // strip of the CTA
-    const int col = first_col_ + static_cast<int>(chunk - nth * columns_) * warps_;
-    const int64_t strip = blockIdx.x + nth * gridDim.x;
-    const int32_t* offsets = p_.offsets + strip * p_.chunk_cols + col;
-    const int begin = offsets[0], end = offsets[1];
-    const bool stored = begin >= 0 && end > begin && end <= p_.payload_units;
-    found.first_unit = stored ? begin + (col == 0 ? p_.scale_units : 0) : 0;
-    found.rows = stored ? max(quant_value_rows(C::kType, end - found.first_unit), 0) : 0;
-    if constexpr (C::kGroupScales) {
-      // No branch: a load in it would begin after the two above.
-      const int scales = p_.offsets[strip * p_.chunk_cols];
-      const bool scaled = stored & (scales >= 0) & (scales <= p_.payload_units - p_.scale_units);
-      constexpr int kChunkScaleUnits = quant_chunk_k(C::kType) / kScaleGroupCols;
-      found.scale_unit = scaled ? scales + col * kChunkScaleUnits : 0;
-      found.scale_units = scaled ? p_.scale_units - col * kChunkScaleUnits : 0;
-    }
-    return found;
-  }
-
-  // Starts to copy a chunk that lane chunk % 32 has found. If one lane makes the copy, it does.
-  __device__ __forceinline__ void copy(uint32_t chunk, uint32_t to) const {
-    const auto finder = static_cast<int>(chunk % 32);
-    Found found = found_;
-    using WeightCopy = typename C::WeightCopy;
-    if constexpr (!WeightCopy::kOneLane) {
-      found.first_unit = __shfl_sync(~0U, found.first_unit, finder);
-      found.rows = __shfl_sync(~0U, found.rows, finder);
-    }
-    const uint32_t bytes =
-        found.rows == 0 ? 0 : found.rows * kQuantRowBytes + C::kFixedUnits * kQuantUnitBytes;
-    const RingCopy copy = {p_.payload + int64_t{found.first_unit} * kQuantUnitWords,
-                           to,
-                           bytes,
-                           0,
-                           0,
-                           full_ + chunk % kQuantRingChunks * 8};
-    WeightCopy::template copy<1>(copy, WeightCopy::kOneLane ? lane_ - finder : lane_);
-  }
-
-  const QuantParams& p_;
-  int first_col_, columns_, warps_;
-  uint32_t total_;
-  uint32_t full_, begin_;
-  uint32_t oldest_;  // address of the oldest chunk
-  uint32_t chunk_;   // what this lane has found
-  Found found_;
-  int lane_;
-  uint32_t slots_;
-  uint32_t slot_bytes_;
-  uint32_t done_ = 0;  // chunks that were released
-};
-
 using WidePlaneX = WideX<ValueType::kInt8Float16>::PlaneX;
 
 // X of a block of 8 tokens and the columns of a plane from `first` on. Tokens that X does not have
@@ -391,20 +258,11 @@ __device__ __forceinline__ void load_x(const QuantParams& p, int64_t token_block
       x[q][j] = col < columns ? *reinterpret_cast<const uint2*>(from + col) : make_uint2(0, 0);
     }
   };
-  if (first + quant_col(kQuantWords - 1, kQuantFragments - 1, 0, 3) < p.k) {
+  if (first + quant_col(kQuantWords - 1, kQuantFragments - 1, 0, 3) < p.weight.k) {
     load(kQuantPlaneK);  // no comparisons
   } else {
-    load(p.k - first);
+    load(p.weight.k - first);
   }
-}
-
-// The larger magnitudes of two pairs of elements; NaN is the largest. `largest` has no signs.
-template <ValueType kDense>
-__device__ __forceinline__ uint32_t larger_magnitudes(uint32_t largest, uint32_t pair) {
-  using Pair = std::conditional_t<kDense == ValueType::kFloat16, __half2, __nv_bfloat162>;
-  const Pair larger = __hmax2_nan(__habs2(reinterpret_cast<const Pair&>(pair)),
-                                  reinterpret_cast<const Pair&>(largest));
-  return reinterpret_cast<const uint32_t&>(larger);
 }
 
 // The largest magnitudes of a lane's elements and `largest`, of each half.
@@ -430,7 +288,7 @@ __device__ __forceinline__ uint32_t largest_of_part(const QuantParams& p, int64_
   const auto* row = reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
   uint32_t largest = 0;
 #pragma unroll kUnroll
-  for (int i = part * 32 + lane; i < (p.k + 7) / 8; i += kQuantRowParts * 32) {
+  for (int i = part * 32 + lane; i < (p.weight.k + 7) / 8; i += kQuantRowParts * 32) {
     const uint4 eight = row[i];
     largest = larger_magnitudes<kDense>(largest, eight.x);
     largest = larger_magnitudes<kDense>(largest, eight.y);
@@ -438,37 +296,6 @@ __device__ __forceinline__ uint32_t largest_of_part(const QuantParams& p, int64_
     largest = larger_magnitudes<kDense>(largest, eight.w);
   }
   return max(largest >> 16, largest & 0xFFFFU);
-}
-
-// The scale of a token, and its inverse: the largest magnitude divided by 127. The scale of a token
-// that is not finite is NaN, and so is its row of Y.
-struct TokenScale {
-  float scale, inverse;
-
-  template <ValueType kDense>
-  __device__ __forceinline__ static TokenScale of(uint32_t magnitude) {
-    constexpr uint32_t kInfinity = kDense == ValueType::kFloat16 ? 0x7C00 : 0x7F80;
-    // The bound keeps the inverse finite; all elements of a token below it become 0.
-    const float largest =
-        fmaxf(element_to_float<kDense>(static_cast<uint16_t>(magnitude)), 0x1p-100F);
-    return {magnitude < kInfinity ? largest / 127.0F : __uint_as_float(0x7FFFFFFF),
-            127.0F / largest};
-  }
-};
-
-// Rounds four elements to int8, ties to even.
-template <ValueType kDense>
-__device__ __forceinline__ uint32_t quantize(uint2 four, float inverse) {
-  uint32_t rounded[4];
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    const uint32_t pair = e < 2 ? four.x : four.y;
-    const float value = element_to_float<kDense>(static_cast<uint16_t>(pair >> e % 2 * 16));
-    // The units of 1.5 * 2^23 are 1, so the low byte of the sum is the integer.
-    rounded[e] = __float_as_uint(__fmaf_rn(value, inverse, 12582912.0F));
-  }
-  const uint32_t low = permute_bytes(rounded[0], rounded[1], 0x0040U);
-  return permute_bytes(low, permute_bytes(rounded[2], rounded[3], 0x0040U), 0x5410U);
 }
 
 // What a warp multiplies of each strip: columns of chunks, one for each warp apart from each other.
@@ -490,7 +317,7 @@ struct WarpColumns {
       planes = first >= p.section_cols - split ? 1 : 2;
     }
     first += static_cast<int>(blockIdx.y) * p.section_cols;
-    const int end = min(static_cast<int>(blockIdx.y + 1) * p.section_cols, p.chunk_cols);
+    const int end = min(static_cast<int>(blockIdx.y + 1) * p.section_cols, p.weight.chunk_cols);
 #pragma unroll
     for (int c = 0; c < C::kWarpChunks; ++c) columns += first + c * warps < end;
   }
@@ -549,7 +376,7 @@ struct WarpX {
       const int c = i / kShare, share = i % kShare;
       const int col =
           first_of(c, columns, smem.warps) + quant_col(0, share * 8 + lane / 4, lane, 0);
-      if (columns.has_plane(c) && col < p.k) {
+      if (columns.has_plane(c) && col < p.weight.k) {
         wide[c][share] = *reinterpret_cast<const uint2*>(p.x + col);
       }
       magnitude = larger_magnitudes<kDense>(magnitude, wide[c][share].x);
@@ -744,25 +571,15 @@ __device__ __forceinline__ void multiply_plane(int plane, uint32_t chunk, uint32
   add_scaled<C>(down_sums, group_scales(two_scales, 2 * plane + 1), totals);
 }
 
-// The scales of rows lane / 4 and lane / 4 + 8 of a strip; 1 if it has none.
-__device__ __forceinline__ float2 load_scales(const QuantParams& p, int strip, int lane) {
-  const int32_t* offsets = p.offsets + int64_t{strip} * p.chunk_cols;
-  const int begin = offsets[0], end = offsets[p.chunk_cols];
-  if (begin < 0 || end <= begin || begin + p.scale_units > p.payload_units) {
-    return make_float2(1.0F, 1.0F);
-  }
-  const uint32_t* scales = p.payload + int64_t{begin} * kQuantUnitWords + lane / 4;
-  return make_float2(__uint_as_float(scales[0]), __uint_as_float(scales[8]));
-}
-
-// The same for a type of values; 1 if groups of columns have scales, which the sums contain.
+// The scales of rows lane / 4 and lane / 4 + 8 of a strip; 1 if groups of columns have scales,
+// which the sums contain.
 template <ValueType kType>
 __device__ __forceinline__ float2 load_row_scales(const QuantParams& p, int strip, int lane) {
-  if constexpr (value_traits(kType).scales == ScaleGroup::kRowGroup) {
-    return make_float2(1.0F, 1.0F);
-  } else {
-    return load_scales(p, strip, lane);
+  if constexpr (value_traits(kType).scales == ScaleGroup::kRow) {
+    const float* scales = p.weight.row_scales(strip);
+    if (scales != nullptr) return make_float2(scales[lane / 4], scales[lane / 4 + 8]);
   }
+  return make_float2(1.0F, 1.0F);
 }
 
 // Stores Y of a strip and 8 tokens from a warp's sums, in fragment order.
@@ -781,7 +598,8 @@ __device__ __forceinline__ float4 add(float4 a, float4 b) {
 // Where a section's sums of a strip and 8 tokens are in the workspace.
 __device__ __forceinline__ float4* partial_sums(const QuantParams& p, int section, int token_block,
                                                 int strip) {
-  return p.partial + ((int64_t{section} * p.token_blocks + token_block) * p.strips + strip) * 32;
+  return p.partial +
+         ((int64_t{section} * p.token_blocks + token_block) * p.weight.strips + strip) * 32;
 }
 
 // A strip whose sums a warp adds: the nth of the CTA, with the scales of the lane's rows, which are
@@ -860,7 +678,8 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
       C::WeightCopy::fence_barriers();
     }
     __syncwarp();
-    ChunkRing<C> ring(p, smem, columns.first, columns.columns, strips, warp, lane);
+    ChunkRing<C> ring(p.weight, RowsChunks(columns.first, columns.columns, strips, warps),
+                      smem.full(warp), smem.ring(warp), p.ring_bytes, lane);
     constexpr int kZerosBytes = C::kPlanes * (kQuantBitsBytes + kQuantColumnsBytes);
     for (int i = static_cast<int>(threadIdx.x); i < kZerosBytes / 4; i += warps * 32) {
       ptx::store_shared_u32(smem.zeros() + i * 4, 0);
@@ -948,7 +767,7 @@ __global__ void __launch_bounds__(kQuantFinishWarps * 32, 8)
   allow_next_kernel();
   const int strip = static_cast<int>(blockIdx.x * kQuantFinishWarps + threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
-  if (strip >= p.strips) return;
+  if (strip >= p.weight.strips) return;
   const float2 scales = load_row_scales<kType>(p, strip, lane);
   wait_for_previous_kernel();
   float4 sum = make_float4(0, 0, 0, 0);
@@ -977,7 +796,7 @@ Status launch_quantized(const QuantParams& params, const SpmmPlan& plan, int war
                     smem_bytes, dependent && prefetch, stream, params);
   if (!multiplied.ok() || params.sections == 1) return multiplied;
   const dim3 finish_grid(
-      static_cast<unsigned>((params.strips + kQuantFinishWarps - 1) / kQuantFinishWarps),
+      static_cast<unsigned>((params.weight.strips + kQuantFinishWarps - 1) / kQuantFinishWarps),
       static_cast<unsigned>(params.token_blocks));
   return launch_kernel("quantized_finish_kernel launch", quantized_finish_kernel<C::kType>,
                        finish_grid, kQuantFinishWarps * 32, 0, dependent, stream, params);
@@ -1026,49 +845,23 @@ Status spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* w
   const int64_t sums_bytes = quant_sums_bytes(config, args.weight.m, args.n, plan.work.cols);
   if (Status enough = cuda::check_launch(plan, sums_bytes); !enough.ok()) return enough;
   QuantParams params = {};
-  params.payload = args.weight.payload;
-  params.offsets = args.weight.offsets;
+  params.weight = QuantWeight::of(args.weight);
   params.x = args.x;
   params.x_stride = args.x_stride;
   params.partial = plan.work.cols == 1 ? nullptr : static_cast<float4*>(workspace);
   params.epilogue = {args.bias, args.y, args.weight.m, args.n, args.activation};
   params.steps = RunSteps{};
-  params.payload_units = static_cast<int>(args.weight.payload_words / kQuantUnitWords);
-  params.k = static_cast<int>(args.weight.k);
-  params.strips = static_cast<int>(num_quant_strips(args.weight.m));
-  params.chunk_cols = static_cast<int>(chunk_cols);
-  params.cta_strips = static_cast<unsigned>(params.strips / plan.ctas);
-  params.longer_ctas = static_cast<unsigned>(params.strips % plan.ctas);
-  params.scale_units = static_cast<int>(quant_scale_units(type, args.weight.k));
+  params.cta_strips = static_cast<unsigned>(params.weight.strips / plan.ctas);
+  params.longer_ctas = static_cast<unsigned>(params.weight.strips % plan.ctas);
   params.section_cols = plan.unit_cols;
   params.sections = static_cast<int>(plan.work.cols);
   params.ring_bytes = ring_bytes;
   params.token_blocks = static_cast<int>(config.passes(args.n)) * config.tile_n / 8;
   const int smem_bytes = quant_smem_bytes(config, type, warps, ring_bytes);
-  switch (type) {
-    case ValueType::kInt8Float16:
-      return launch_quantized_config<Family, ValueType::kInt8Float16>(params, plan, warps,
-                                                                      smem_bytes, prefetch, stream);
-    case ValueType::kInt8Bfloat16:
-      return launch_quantized_config<Family, ValueType::kInt8Bfloat16>(
-          params, plan, warps, smem_bytes, prefetch, stream);
-    case ValueType::kFp8Float16:
-      return launch_quantized_config<Family, ValueType::kFp8Float16>(params, plan, warps,
-                                                                     smem_bytes, prefetch, stream);
-    case ValueType::kFp8Bfloat16:
-      return launch_quantized_config<Family, ValueType::kFp8Bfloat16>(params, plan, warps,
-                                                                      smem_bytes, prefetch, stream);
-    case ValueType::kInt4Float16:
-      return launch_quantized_config<Family, ValueType::kInt4Float16>(params, plan, warps,
-                                                                      smem_bytes, prefetch, stream);
-    case ValueType::kInt4Bfloat16:
-      return launch_quantized_config<Family, ValueType::kInt4Bfloat16>(
-          params, plan, warps, smem_bytes, prefetch, stream);
-    case ValueType::kFloat16:
-    case ValueType::kBfloat16:
-      break;
-  }
-  return Status::invalid_type("the quantised bitmap kernel has no code for this value type");
+  return run_for_type(type, [&](auto typed) {
+    return launch_quantized_config<Family, decltype(typed)::value>(params, plan, warps, smem_bytes,
+                                                                   prefetch, stream);
+  });
 }
 
 }  // namespace flash_llm

@@ -186,35 +186,14 @@ int64_t num_ctas(const PackedView& view) {
   return (chunks + kWarps - 1) / kWarps;
 }
 
-using UnpackKernel = void (*)(PackedView, RunSteps, uint16_t*);
-
-UnpackKernel unpack_kernel_of(ValueType type) {
-  switch (type) {
-    case ValueType::kInt8Float16:
-      return unpack_kernel<ValueType::kInt8Float16>;
-    case ValueType::kInt8Bfloat16:
-      return unpack_kernel<ValueType::kInt8Bfloat16>;
-    case ValueType::kFp8Float16:
-      return unpack_kernel<ValueType::kFp8Float16>;
-    case ValueType::kFp8Bfloat16:
-      return unpack_kernel<ValueType::kFp8Bfloat16>;
-    case ValueType::kInt4Float16:
-      return unpack_kernel<ValueType::kInt4Float16>;
-    case ValueType::kInt4Bfloat16:
-      return unpack_kernel<ValueType::kInt4Bfloat16>;
-    case ValueType::kFloat16:
-    case ValueType::kBfloat16:
-      break;
-  }
-  return nullptr;  // never: the format does not hold such values
-}
-
 Status unpack(const PackedView& view, uint16_t* dense, cudaStream_t stream) {
   const int64_t ctas = num_ctas(view);
   if (ctas == 0) return Status::success();
-  unpack_kernel_of(view.value_type)<<<static_cast<unsigned>(ctas), kWarps * 32, 0, stream>>>(
-      view, RunSteps{}, dense);
-  return cuda::check(cudaGetLastError(), "quantized bitmap unpack_kernel launch");
+  return run_for_type(view.value_type, [&](auto type) {
+    unpack_kernel<decltype(type)::value>
+        <<<static_cast<unsigned>(ctas), kWarps * 32, 0, stream>>>(view, RunSteps{}, dense);
+    return cuda::check(cudaGetLastError(), "quantized bitmap unpack_kernel launch");
+  });
 }
 
 Status count_stored(const PackedView& view, int64_t* total, cudaStream_t stream) {

@@ -28,12 +28,15 @@ struct StreamK {
   int units_per_worker, extra_units;
 
   StreamK() = default;
-  explicit StreamK(const WorkGrid& work)
-      : units(static_cast<int>(work.units())),
-        units_per_row(static_cast<int>(work.cols)),
-        workers(static_cast<int>(work.workers)),
+  FLASH_LLM_HOST_DEVICE StreamK(int rows, int cols, int workers)
+      : units(rows * cols),
+        units_per_row(cols),
+        workers(workers),
         units_per_worker(units / workers),
         extra_units(units % workers) {}
+  explicit StreamK(const WorkGrid& work)
+      : StreamK(static_cast<int>(work.rows), static_cast<int>(work.cols),
+                static_cast<int>(work.workers)) {}
 
   // Where the work range of `worker` begins, and that of the worker before it ends.
   FLASH_LLM_HOST_DEVICE int first_unit(int worker) const {
