@@ -691,10 +691,10 @@ __device__ __forceinline__ void multiply_chunk(uint32_t chunk, uint32_t top, con
                                                int lane, uint32_t lane_column, Sums<C>& up_sums,
                                                Sums<C>& down_sums) {
   const QuantPlane<1> parts(top, 0, lane);
-  RunReader<true> up(chunk, lane_column, 0);
+  RunReader<true> up(chunk, lane_column);
   multiply_word<C, 0>(parts.bits[0], up, steps, x, up_sums);
   if constexpr (C::kSumSets == 1) multiply_word<C, 1>(parts.bits[1], up, steps, x, up_sums);
-  RunReader<false> down(top, parts.column, 0);
+  RunReader<false> down(top, parts.column);
   multiply_word<C, 2>(parts.bits[2], down, steps, x, down_sums);
   if constexpr (C::kSumSets == 2) multiply_word<C, 1>(parts.bits[1], up, steps, x, up_sums);
   multiply_word<C, 3>(parts.bits[3], down, steps, x, down_sums);
