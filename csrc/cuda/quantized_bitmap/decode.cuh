@@ -38,32 +38,36 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
   return result;
 }
 
-// Constants of RunReader: what a position moves by for each value, the bytes of a column, what
-// RunReader::take() adds to products, and two fp16 numbers of 1. They are kernel parameters, so
-// that the compiler multiplies, where a shift would take the busiest pipe, and keeps what is added
-// in registers instead of six factors.
+// Constants of RunReader: what a position moves by for each value, the bytes of a column, and what
+// RunReader::take() adds to products. They are kernel parameters, so that the compiler multiplies
+// by the former, where a shift would take the busiest pipe, and keeps the latter in registers
+// instead of their six factors.
 struct RunSteps {
   uint32_t up_bits = 8, up_address = kQuantRowBytes / 4;
   uint32_t down_bits = 0U - 8, down_address = 0U - kQuantRowBytes / 4;
   uint32_t column = 4;
   uint32_t forward = 0x4444U, backward = 0x7777U;
-  uint32_t ones = 0x3C003C00U;
 };
 
-// The upper half of `pair` as the lower half of the result, by a multiplication of fp16 numbers.
-// Exact unless the half is a NaN. (mul.hi.u32 is slower than a shift.)
-__device__ __forceinline__ uint32_t upper_half(uint32_t pair, uint32_t ones) {
+// The upper half of `pair`, as the lower half of the result. A shift takes the busiest pipe, so on
+// Hopper the pipe of floating-point numbers adds -0 to it, which is exact unless it is a NaN of
+// fp16. (mul.hi.u32 takes longer than a shift, and other GPUs were not timed.)
+__device__ __forceinline__ uint32_t upper_half(uint32_t pair) {
+#if __CUDA_ARCH__ == 900
   uint32_t result;
   asm("{\n"
       ".reg .b16 low, high;\n"
       ".reg .b32 twice;\n"
       "mov.b32 {low, high}, %1;\n"
       "mov.b32 twice, {high, high};\n"
-      "mul.rn.f16x2 %0, twice, %2;\n"
+      "add.rn.f16x2 %0, twice, %2;\n"
       "}"
       : "=r"(result)
-      : "r"(pair), "r"(ones));
+      : "r"(pair), "r"(0x80008000U));
   return result;
+#else
+  return pair >> 16;
+#endif
 }
 
 // What a run's windows hold. Every struct has
@@ -126,7 +130,7 @@ struct RunReader {
     constexpr int kShift = kFragment == 3 ? 0 : kFragment;
     constexpr uint32_t kForward = 0x110CU >> kShift, kBackward = 0x1114U >> kShift;
     const uint32_t stored = (kFragment == 3 ? word >> 3 : word) & (0x11111111U << kShift);
-    const uint32_t low_bits = stored, high_bits = upper_half(stored, steps.ones);
+    const uint32_t low_bits = stored, high_bits = upper_half(stored);
     const uint32_t forward = (kUp ? low_bits : high_bits) * kForward + steps.forward;
     const uint32_t backward = (kUp ? high_bits : low_bits) * (0U - kBackward) + steps.backward;
     const uint32_t count = __popc(stored);
