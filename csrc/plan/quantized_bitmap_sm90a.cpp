@@ -23,24 +23,37 @@ namespace {
 //    7168x7168   22.7 / 21.0         33.1 / 23.0          57.3 / 27.7           41.1
 //    6144x4096   14.3 / 15.0         19.0 / 17.3
 //    4096x4096   12.3 / 13.0         16.0 / 15.5          21.8 / 19.4       32 / 30.1
-// At N = 8, 28672x7168, they take 40.5 / 44.8 (X quantised) and 44.1 / 52.0. A pass multiplies 128
-// tokens. The border of quantised X is extrapolated, not timed: unpacking takes as long as about
-// two passes, and further tokens cost cuBLAS's fp16 product less than further passes.
-constexpr int64_t kLeastTokens = 9, kMostTokens = 128, kMostTokensInt8X = 512;
+// At N = 8, 28672x7168, they take 40.5 / 44.8 (X quantised) and 44.1 / 52.0.
+//
+// Passes of 64 and of 128 tokens, and unpacking with cuBLAS's product, also of int4 values:
+//                          N = 128              N = 256            N = 512           N = 2048
+//   28672x7168 quantised   94 / 103             168 (128, 344)     396 / 305 (464)   1202 (1308)
+//              as it is   146 / 111             206 (128)                418         1670
+//              int4             122 (296)                                462 (481)
+//    4096x4096 quantised  19.7 / 31.7 (31.6)                         48.5 (41.8)     125 (106)
+//              as it is   23.1 / 30.9 (31.6)                         51.2
+// A small weight has few output tiles, which many CTAs would share if there were only one pass.
+constexpr int64_t kLeastTokens = 9;
 constexpr int64_t kLeastElems = int64_t{16} << 20, kLeastElemsWideX = int64_t{32} << 20;
+constexpr int64_t kLargeElems = int64_t{128} << 20;
+constexpr int kSmallTileN = 64;                                         // of smaller weights
+constexpr int64_t kMostTokensSmall = 128, kMostTokensLargeWideX = 512;  // unlimited if quantised
+
+bool is_large(const SpmmProblem& problem) { return problem.m * problem.k >= kLargeElems; }
 
 bool takes_int8_x(const SpmmProblem& problem) {
   return problem.int8_x && value_traits(problem.value_type).kind == ValueKind::kInt8 &&
          problem.k <= kQuantMaxInt8K;
 }
 
-// The narrowest configuration for n tokens, or the widest.
+// The narrowest configuration for n tokens, or the widest for such a weight.
 int config_for(const SpmmProblem& problem) {
   const std::vector<QuantWgmmaConfig>& configs = quant_wgmma_configs();
   const bool int8_x = takes_int8_x(problem);
   int found = -1;
   for (size_t i = 0; i < configs.size(); ++i) {
     if (configs[i].int8_x != int8_x) continue;
+    if (configs[i].tile_n > kSmallTileN && !is_large(problem)) continue;
     found = static_cast<int>(i);
     if (problem.n <= configs[i].tile_n) break;
   }
@@ -88,17 +101,14 @@ std::vector<KernelConfig> describe_quant_wgmma_configs() {
 bool takes_quant_wgmma(const PlanRequest& request, std::string* reason) {
   const SpmmProblem& problem = request.problem;
   const bool int8_x = takes_int8_x(problem);
-  const bool int4 = value_traits(problem.value_type).kind == ValueKind::kInt4;
-  const int64_t most = int8_x ? kMostTokensInt8X : kMostTokens;
-  const int64_t least = int8_x || (problem.n > 16 && !int4) ? kLeastElems : kLeastElemsWideX;
+  const int64_t least = int8_x || problem.n > 16 ? kLeastElems : kLeastElemsWideX;
   if (problem.n < kLeastTokens || problem.m * problem.k < least) return false;
-  if (problem.n > most) {
+  const int64_t most = is_large(problem) ? kMostTokensLargeWideX : kMostTokensSmall;
+  if (problem.n > most && !(int8_x && is_large(problem))) {
     explain(reason, quant_dense_is_faster(most).c_str());
     return false;
   }
-  const std::string why =
-      "9 <= N <= " + std::to_string(most) + " and a large weight: it is decoded";
-  explain(reason, (why + " once for up to 128 tokens").c_str());
+  explain(reason, "N >= 9 and a large weight: it is decoded once for up to 128 tokens");
   return true;
 }
 

@@ -713,7 +713,7 @@ TEST(SelectPlanQuantized, TakesAConfigurationThatMultipliesTheValues) {
   EXPECT_EQ(unquantised(49), "dense");  // each pass of 8 tokens decodes the weight
 }
 
-TEST(SelectPlanQuantized, OneDecodingServes9To128TokensOnHopper) {
+TEST(SelectPlanQuantized, OneDecodingServesUpTo128TokensOnHopper) {
   const auto chosen = [](int64_t n, bool int8_x, const DeviceInfo& device = kH200,
                          int64_t k = 7168) {
     SpmmProblem p = quantized_problem(28672, n, k);
@@ -725,12 +725,11 @@ TEST(SelectPlanQuantized, OneDecodingServes9To128TokensOnHopper) {
   EXPECT_EQ(chosen(17, true), "quantized32_wgmma_int8x");
   EXPECT_EQ(chosen(64, true), "quantized64_wgmma_int8x");
   EXPECT_EQ(chosen(65, true), "quantized128_wgmma_int8x");
-  EXPECT_EQ(chosen(128, false), "quantized128_wgmma");
-  EXPECT_EQ(chosen(129, false), "dense");
-  EXPECT_EQ(chosen(512, true), "quantized128_wgmma_int8x");
-  EXPECT_EQ(chosen(513, true), "dense");
+  EXPECT_EQ(chosen(512, false), "quantized128_wgmma");
+  EXPECT_EQ(chosen(513, false), "dense");
+  EXPECT_EQ(chosen(100000, true), "quantized128_wgmma_int8x");
   // The reason names the border of the kernel that takes most tokens.
-  EXPECT_TRUE(mentions(plan_of(quantized_problem(28672, 129, 7168), kH200).reason, {"128"}));
+  EXPECT_TRUE(mentions(plan_of(quantized_problem(28672, 513, 7168), kH200).reason, {"512"}));
   EXPECT_TRUE(mentions(plan_of(quantized_problem(2048, 129, 4096), kH200).reason, {"64"}));
   EXPECT_EQ(chosen(64, true, kH200, kQuantMaxInt8K + 1), "quantized64_wgmma");
   EXPECT_EQ(chosen(8, false), "quantized8");
@@ -741,6 +740,9 @@ TEST(SelectPlanQuantized, OneDecodingServes9To128TokensOnHopper) {
   EXPECT_EQ(chosen(64, false, kH200, 512), "quantized16");
   EXPECT_EQ(chosen(16, false, kH200, 1024), "quantized16");
   EXPECT_EQ(chosen(17, false, kH200, 1024), "quantized32_wgmma");
+  EXPECT_EQ(chosen(128, false, kH200, 1024), "quantized64_wgmma");
+  EXPECT_EQ(chosen(128, true, kH200, 1024), "quantized64_wgmma_int8x");
+  EXPECT_EQ(chosen(129, true, kH200, 1024), "dense");
 }
 
 TEST(SelectPlanQuantized, WgmmaPlansFitTheirDeviceAndShareTheWork) {
