@@ -706,7 +706,8 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     WarpX<C> x;
     x.load(p, smem, columns, warp, lane);
     const uint32_t lane_column = lane * p.steps.column;
-    RunSteps steps = p.steps;
+    // For sm_120 ptxas spills registers of int8 kernels without a copy, and of int4 ones with it.
+    std::conditional_t<C::kGroupScales, const RunSteps&, const RunSteps> steps = p.steps;
 #pragma unroll 1
     for (unsigned i = 0; i < strips + kQuantSumsLag; ++i) {
       if (i < strips) {
