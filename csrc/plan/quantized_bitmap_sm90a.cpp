@@ -25,19 +25,22 @@ namespace {
 //    4096x4096   12.3 / 13.0         16.0 / 15.5          21.8 / 19.4       32 / 30.1
 // At N = 8, 28672x7168, they take 40.5 / 44.8 (X quantised) and 44.1 / 52.0.
 //
-// Passes of 64 and of 128 tokens, and unpacking with cuBLAS's product, also of int4 values:
-//                          N = 128              N = 256            N = 512           N = 2048
-//   28672x7168 quantised   94 / 103             168 (128, 344)     396 / 305 (464)   1202 (1308)
-//              as it is   146 / 111             206 (128)                418         1670
-//              int4             122 (296)                                462 (481)
-//    4096x4096 quantised  19.7 / 31.7 (31.6)                         48.5 (41.8)     125 (106)
-//              as it is   23.1 / 30.9 (31.6)                         51.2
+// Passes of 64 / of 128 tokens, and unpacking with cuBLAS's product, also of int4 values:
+//                          N = 128            N = 256          N = 512         N = 2048
+//   28672x7168 quantised   94 / 103             168 (344)  396 / 305 (464)   1202 (1308)
+//              as it is   146 / 111             206 (344)        418 (464)   1670 (1308)
+//              int4             122 (296)                        462 (481)
+//   14336x4096 quantised  33.4 / 43.5 (92)  69.3 (103)
+//              as it is   48.7 / 42.8 (92)  82.8 (103)
+//    4096x4096 quantised  19.6 / 31.7 (32)  29.0  (33)             48  (42)    125  (106)
+//              as it is   23.1 / 30.9 (32)  31.0  (33)             51  (42)
 // A small weight has few output tiles, which many CTAs would share if there were only one pass.
 constexpr int64_t kLeastTokens = 9;
 constexpr int64_t kLeastElems = int64_t{16} << 20, kLeastElemsWideX = int64_t{32} << 20;
 constexpr int64_t kLargeElems = int64_t{128} << 20;
-constexpr int kSmallTileN = 64;                                         // of smaller weights
-constexpr int64_t kMostTokensSmall = 128, kMostTokensLargeWideX = 512;  // unlimited if quantised
+constexpr int64_t kMostTokensSmall = 256, kMostTokensLargeWideX = 512;  // unlimited if quantised
+// Passes of 128 tokens are for weights of so many elements.
+constexpr int64_t kLeastElems128 = kLargeElems, kLeastElems128WideX = int64_t{32} << 20;
 
 bool is_large(const SpmmProblem& problem) { return problem.m * problem.k >= kLargeElems; }
 
@@ -50,10 +53,11 @@ bool takes_int8_x(const SpmmProblem& problem) {
 int config_for(const SpmmProblem& problem) {
   const std::vector<QuantWgmmaConfig>& configs = quant_wgmma_configs();
   const bool int8_x = takes_int8_x(problem);
+  const int64_t least_128 = int8_x ? kLeastElems128 : kLeastElems128WideX;
   int found = -1;
   for (size_t i = 0; i < configs.size(); ++i) {
     if (configs[i].int8_x != int8_x) continue;
-    if (configs[i].tile_n > kSmallTileN && !is_large(problem)) continue;
+    if (configs[i].tile_n == 128 && problem.m * problem.k < least_128) continue;
     found = static_cast<int>(i);
     if (problem.n <= configs[i].tile_n) break;
   }

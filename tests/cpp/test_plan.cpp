@@ -730,7 +730,7 @@ TEST(SelectPlanQuantized, OneDecodingServesUpTo128TokensOnHopper) {
   EXPECT_EQ(chosen(100000, true), "quantized128_wgmma_int8x");
   // The reason names the border of the kernel that takes most tokens.
   EXPECT_TRUE(mentions(plan_of(quantized_problem(28672, 513, 7168), kH200).reason, {"512"}));
-  EXPECT_TRUE(mentions(plan_of(quantized_problem(2048, 129, 4096), kH200).reason, {"64"}));
+  EXPECT_TRUE(mentions(plan_of(quantized_problem(2048, 257, 4096), kH200).reason, {"64"}));
   EXPECT_EQ(chosen(64, true, kH200, kQuantMaxInt8K + 1), "quantized64_wgmma");
   EXPECT_EQ(chosen(8, false), "quantized8");
   EXPECT_EQ(chosen(9, false), "quantized16_wgmma");
@@ -742,7 +742,9 @@ TEST(SelectPlanQuantized, OneDecodingServesUpTo128TokensOnHopper) {
   EXPECT_EQ(chosen(17, false, kH200, 1024), "quantized32_wgmma");
   EXPECT_EQ(chosen(128, false, kH200, 1024), "quantized64_wgmma");
   EXPECT_EQ(chosen(128, true, kH200, 1024), "quantized64_wgmma_int8x");
-  EXPECT_EQ(chosen(129, true, kH200, 1024), "dense");
+  EXPECT_EQ(chosen(256, true, kH200, 4096), "quantized64_wgmma_int8x");
+  EXPECT_EQ(chosen(256, false, kH200, 4096), "quantized128_wgmma");
+  EXPECT_EQ(chosen(257, true, kH200, 4096), "dense");
 }
 
 TEST(SelectPlanQuantized, WgmmaPlansFitTheirDeviceAndShareTheWork) {
