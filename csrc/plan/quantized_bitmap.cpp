@@ -11,9 +11,8 @@ namespace {
 using Configs = std::vector<QuantizedBitmapConfig>;
 
 // Every pass decodes the weight again, so on Hopper another kernel takes large weights from 9
-// tokens on (plan/quantized_bitmap_sm90a.cpp). Measured on an H200, fp16, 50 %
-// zeros, in us (2026-11-30): 16 and 64 tokens, and unpacking with cuBLAS's product, for any N up to
-// 64.
+// tokens on (plan/quantized_bitmap_sm90a.cpp). Measured on an H200, fp16, 50 % zeros, in us
+// (2026-11-30): 16 and 64 tokens, and unpacking with cuBLAS's product, for any N up to 64.
 //   28672x7168   59   208   285
 //   14336x4096   21    56    91
 //    7168x7168   23    58    81

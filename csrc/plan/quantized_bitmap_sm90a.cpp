@@ -38,7 +38,8 @@ namespace {
 constexpr int64_t kLeastTokens = 9;
 constexpr int64_t kLeastElems = int64_t{16} << 20, kLeastElemsWideX = int64_t{32} << 20;
 constexpr int64_t kLargeElems = int64_t{128} << 20;
-constexpr int64_t kMostTokensSmall = 256, kMostTokensLargeWideX = 512;  // unlimited if quantised
+// The sums of many tokens take more memory than the unpacked weight, besides.
+constexpr int64_t kMostTokensSmall = 256, kMostTokensLargeWideX = 512, kMostTokensLarge = 2048;
 // Passes of 128 tokens are for weights of so many elements.
 constexpr int64_t kLeastElems128 = kLargeElems, kLeastElems128WideX = int64_t{32} << 20;
 
@@ -107,8 +108,9 @@ bool takes_quant_wgmma(const PlanRequest& request, std::string* reason) {
   const bool int8_x = takes_int8_x(problem);
   const int64_t least = int8_x || problem.n > 16 ? kLeastElems : kLeastElemsWideX;
   if (problem.n < kLeastTokens || problem.m * problem.k < least) return false;
-  const int64_t most = is_large(problem) ? kMostTokensLargeWideX : kMostTokensSmall;
-  if (problem.n > most && !(int8_x && is_large(problem))) {
+  const int64_t most_large = int8_x ? kMostTokensLarge : kMostTokensLargeWideX;
+  const int64_t most = is_large(problem) ? most_large : kMostTokensSmall;
+  if (problem.n > most) {
     explain(reason, quant_dense_is_faster(most).c_str());
     return false;
   }

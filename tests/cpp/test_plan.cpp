@@ -727,7 +727,8 @@ TEST(SelectPlanQuantized, OneDecodingServesUpTo128TokensOnHopper) {
   EXPECT_EQ(chosen(65, true), "quantized128_wgmma_int8x");
   EXPECT_EQ(chosen(512, false), "quantized128_wgmma");
   EXPECT_EQ(chosen(513, false), "dense");
-  EXPECT_EQ(chosen(100000, true), "quantized128_wgmma_int8x");
+  EXPECT_EQ(chosen(2048, true), "quantized128_wgmma_int8x");
+  EXPECT_EQ(chosen(2049, true), "dense");
   // The reason names the border of the kernel that takes most tokens.
   EXPECT_TRUE(mentions(plan_of(quantized_problem(28672, 513, 7168), kH200).reason, {"512"}));
   EXPECT_TRUE(mentions(plan_of(quantized_problem(2048, 257, 4096), kH200).reason, {"64"}));
