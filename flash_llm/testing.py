@@ -30,7 +30,9 @@ def random_sparse(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Tensor:
-    """Return a dense ``[m, k]`` weight with random zeros; the same on every device.
+    """Return a dense ``[m, k]`` weight with random zeros.
+
+    It is the same on every device, and with every default dtype of torch.
 
     Args:
         m: rows.
@@ -53,7 +55,7 @@ def random_sparse(
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
+        return torch.rand(shape, generator=generator, dtype=torch.float32)
 
     if pattern == "uniform":
         keep = uniform(m, k) >= sparsity
@@ -69,7 +71,7 @@ def random_sparse(
         keep = (uniform(1, k) >= sparsity).expand(m, k)
     else:
         raise ValueError(f"flash_llm.testing: pattern must be one of {PATTERNS}, got {pattern!r}")
-    values = torch.randn(m, k, generator=generator) * max(k, 1) ** -0.5
+    values = torch.randn(m, k, generator=generator, dtype=torch.float32) * max(k, 1) ** -0.5
     return torch.where(keep, values, 0.0).to(device=device, dtype=dtype)
 
 
@@ -94,7 +96,7 @@ def small_integers(
     """
     generator = torch.Generator().manual_seed(seed)
     values = torch.tensor([-2.0, -1.0, 1.0, 2.0])[torch.randint(4, shape, generator=generator)]
-    keep = torch.rand(shape, generator=generator) >= sparsity
+    keep = torch.rand(shape, generator=generator, dtype=torch.float32) >= sparsity
     return torch.where(keep, values, 0.0).to(device=device, dtype=dtype)
 
 

@@ -52,6 +52,22 @@ def test_any_density_survives_past_the_published_limit_of_half(sparsity, format,
     assert torch.equal(flash_llm.pack(dense, format).to_dense(), dense)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_random_weights_do_not_depend_on_the_default_dtype(default):
+    makers = [
+        testing.small_integers,
+        lambda shape, sparsity: testing.random_sparse(*shape, sparsity),
+    ]
+    expected = [make((130, 300), 0.9) for make in makers]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)  # as vLLM does
+    try:
+        found = [make((130, 300), 0.9) for make in makers]
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, found, expected))
+
+
 @each("dtype", DTYPES)
 def test_every_bit_pattern_survives(format, dtype, device):
     bits = np.arange(1 << 16, dtype=np.uint16).reshape(128, 512)
