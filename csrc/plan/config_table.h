@@ -44,13 +44,23 @@ int config_named(const std::vector<Config>& configs, const std::string& name) {
   return static_cast<int>(i);
 }
 
-// The index of the narrowest configuration that covers n tokens, or of the widest if none does. The
-// table must be sorted by tile_n.
+// The index of the narrowest configuration that covers n tokens, or of the widest if none does, of
+// those for which `suits` is true. They must be sorted by tile_n; one must exist.
+template <typename Config, typename Suits>
+int config_covering(const std::vector<Config>& configs, int64_t n, const Suits& suits) {
+  int found = -1;
+  for (size_t i = 0; i < configs.size(); ++i) {
+    if (!suits(configs[i])) continue;
+    found = static_cast<int>(i);
+    if (n <= configs[i].tile_n) break;
+  }
+  return found;
+}
+
+// The same for a table that is sorted by tile_n.
 template <typename Config>
 int config_covering(const std::vector<Config>& configs, int64_t n) {
-  size_t i = 0;
-  while (i + 1 < configs.size() && n > configs[i].tile_n) ++i;
-  return static_cast<int>(i);
+  return config_covering(configs, n, [](const Config&) { return true; });
 }
 
 }  // namespace flash_llm

@@ -21,15 +21,10 @@ using Configs = std::vector<QuantizedBitmapConfig>;
 // with 64 and 285 unpacked; 14336x4096 49, 92 and 91.
 constexpr int64_t kMostTokens = 64, kMostTokensBy8 = 48;
 
-// The narrowest configuration for n tokens, or the widest, of those that multiply such values.
 int config_for(const Configs& configs, ValueType type, int64_t n, bool int8_x) {
-  int found = -1;
-  for (size_t i = 0; i < configs.size(); ++i) {
-    if (configs[i].int8_x != int8_x || !configs[i].multiplies(type)) continue;
-    found = static_cast<int>(i);
-    if (n <= configs[i].tile_n) break;
-  }
-  return found;
+  return config_covering(configs, n, [&](const QuantizedBitmapConfig& config) {
+    return config.int8_x == int8_x && config.multiplies(type);
+  });
 }
 
 // Whether X is quantised, unless a configuration is forced: where rounding it in every CTA takes
@@ -94,15 +89,7 @@ Status plan(const Configs& configs, const PlanRequest& request, SpmmPlan* out) {
   out->config = request.forced() ? config_named(configs, request.config)
                                  : config_for(configs, type, problem.n, takes_int8_x(request));
   const QuantizedBitmapConfig& config = configs[static_cast<size_t>(out->config)];
-  if (!config.multiplies(type)) {
-    return Status::invalid_value("config \"" + std::string(config.name) + "\" does not multiply " +
-                                 value_traits(type).values + " values");
-  }
-  if (config.int8_x && problem.k > kQuantMaxInt8K) {
-    return Status::invalid_value("config \"" + std::string(config.name) + "\" takes K up to " +
-                                 std::to_string(kQuantMaxInt8K) + ", got " +
-                                 std::to_string(problem.k));
-  }
+  if (Status fits = check_quant_config(config, problem); !fits.ok()) return fits;
   const int min_ring_bytes = quant_min_ring_bytes(type);
   if (Status fits = check_smem(config.name, quant_smem_bytes(config, type, 1, min_ring_bytes),
                                request.device);

@@ -98,6 +98,22 @@ constexpr int64_t quant_sums_bytes(const QuantizedBitmapConfig& config, int64_t 
                        : sections * config.passes(n) * num_quant_strips(m) * config.sums_bytes();
 }
 
+// Refuses a configuration, of any family for this format, that does not multiply the problem's
+// values or takes no K as long.
+template <typename Config>
+Status check_quant_config(const Config& config, const SpmmProblem& problem) {
+  const std::string name = "config \"" + std::string(config.name) + "\"";
+  if (!config.multiplies(problem.value_type)) {
+    return Status::invalid_value(name + " does not multiply " +
+                                 value_traits(problem.value_type).values + " values");
+  }
+  if (config.int8_x && problem.k > kQuantMaxInt8K) {
+    return Status::invalid_value(name + " takes K up to " + std::to_string(kQuantMaxInt8K) +
+                                 ", got " + std::to_string(problem.k));
+  }
+  return Status::success();
+}
+
 // Why a family does not take more than `most` tokens.
 inline std::string quant_dense_is_faster(int64_t most) {
   return "N > " + std::to_string(most) +

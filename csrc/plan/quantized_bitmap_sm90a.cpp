@@ -38,7 +38,7 @@ namespace {
 constexpr int64_t kLeastTokens = 9;
 constexpr int64_t kLeastElems = int64_t{16} << 20, kLeastElemsWideX = int64_t{32} << 20;
 constexpr int64_t kLargeElems = int64_t{128} << 20;
-// The sums of many tokens take more memory than the unpacked weight, besides.
+// With more tokens the sums would also take more memory than the unpacked weight.
 constexpr int64_t kMostTokensSmall = 256, kMostTokensLargeWideX = 512, kMostTokensLarge = 2048;
 // Passes of 128 tokens are for weights of so many elements.
 constexpr int64_t kLeastElems128 = kLargeElems, kLeastElems128WideX = int64_t{32} << 20;
@@ -50,19 +50,12 @@ bool takes_int8_x(const SpmmProblem& problem) {
          problem.k <= kQuantMaxInt8K;
 }
 
-// The narrowest configuration for n tokens, or the widest for such a weight.
 int config_for(const SpmmProblem& problem) {
-  const std::vector<QuantWgmmaConfig>& configs = quant_wgmma_configs();
   const bool int8_x = takes_int8_x(problem);
   const int64_t least_128 = int8_x ? kLeastElems128 : kLeastElems128WideX;
-  int found = -1;
-  for (size_t i = 0; i < configs.size(); ++i) {
-    if (configs[i].int8_x != int8_x) continue;
-    if (configs[i].tile_n == 128 && problem.m * problem.k < least_128) continue;
-    found = static_cast<int>(i);
-    if (problem.n <= configs[i].tile_n) break;
-  }
-  return found;
+  return config_covering(quant_wgmma_configs(), problem.n, [&](const QuantWgmmaConfig& config) {
+    return config.int8_x == int8_x && (config.tile_n < 128 || problem.m * problem.k >= least_128);
+  });
 }
 
 }  // namespace
@@ -123,15 +116,7 @@ Status plan_quant_wgmma(const PlanRequest& request, SpmmPlan* out) {
   out->config =
       request.forced() ? config_named(quant_wgmma_configs(), request.config) : config_for(problem);
   const QuantWgmmaConfig& config = quant_wgmma_configs()[static_cast<size_t>(out->config)];
-  if (!config.multiplies(problem.value_type)) {
-    return Status::invalid_value("config \"" + std::string(config.name) + "\" does not multiply " +
-                                 value_traits(problem.value_type).values + " values");
-  }
-  if (config.int8_x && problem.k > kQuantMaxInt8K) {
-    return Status::invalid_value("config \"" + std::string(config.name) + "\" takes K up to " +
-                                 std::to_string(kQuantMaxInt8K) + ", got " +
-                                 std::to_string(problem.k));
-  }
+  if (Status fits = check_quant_config(config, problem); !fits.ok()) return fits;
   const int min_ring_bytes = quant_wgmma_min_ring_bytes(config, problem.value_type);
   if (Status fits =
           check_smem(config.name, quant_wgmma_smem_bytes(config, min_ring_bytes), request.device);

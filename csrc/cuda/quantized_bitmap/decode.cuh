@@ -39,9 +39,9 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
 }
 
 // Constants of RunReader: what a position moves by for each value, the bytes of a column, and what
-// RunReader::take() adds to products. They are kernel parameters, so that the compiler multiplies
-// by the former, where a shift would take the busiest pipe, and keeps the latter in registers
-// instead of their six factors.
+// RunReader::take() adds to products. They are kernel parameters because of what the compiler does
+// with known numbers: it would replace the multiplications by shifts, which take the busiest pipe,
+// and keep the six factors of those products in registers instead of the two addends.
 struct RunSteps {
   uint32_t up_bits = 8, up_address = kQuantRowBytes / 4;
   uint32_t down_bits = 0U - 8, down_address = 0U - kQuantRowBytes / 4;
@@ -112,7 +112,7 @@ struct RunReader {
       : address(row + 4 * first_bit),
         bits(first_bit),
         column(own_column),
-        window(load_first_word < kUp ? 0 : -kQuantRowBytes > (row + own_column)) {
+        window(load_first_word<(kUp ? 0 : -kQuantRowBytes)>(row + own_column)) {
     window = __funnelshift_r(window, window, first_bit);  // no nibble wraps around
   }
 

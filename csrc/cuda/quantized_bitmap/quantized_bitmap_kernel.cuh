@@ -298,9 +298,10 @@ __device__ __forceinline__ uint32_t largest_of_part(const QuantParams& p, int64_
   return max(largest >> 16, largest & 0xFFFFU);
 }
 
-// What a warp multiplies of each strip: columns of chunks, one for each warp apart from each other.
-// Where a section has fewer columns than the CTA has warps, its last columns of chunks of two
-// planes have two warps each, which copy the same chunks and multiply one plane of them.
+// What a warp multiplies of each strip: columns of chunks that lie as far apart as the CTA has
+// warps. If a section has fewer columns than the CTA has warps, and chunks have two planes, two
+// warps share each of the section's last columns: both copy its chunks, and each multiplies one
+// plane of them.
 template <typename C>
 struct WarpColumns {
   int first;                                     // the first column

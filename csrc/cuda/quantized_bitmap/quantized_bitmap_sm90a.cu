@@ -199,7 +199,8 @@ struct WgmmaConfig {
   static constexpr int kWarpgroups = kWarpgroupsArg;
   static constexpr int kXStages = kXStagesArg;
   static constexpr int kWarps = 4 * kWarpgroups;
-  // A warp more, which only copied X, would take as many registers as four.
+  // A separate warp that copies X would cost the registers of four warps: each of an SM's four
+  // schedulers has a quarter of them, and one would have a fifth warp.
   static constexpr int kThreads = 32 * kWarps;
   // The compiler may use the registers of an SM for so many threads: those of a CTA of the first
   // kernel are left, except where the accumulators need them.
