@@ -54,15 +54,16 @@ def test_any_density_survives_past_the_published_limit_of_half(sparsity, format,
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_random_weights_do_not_depend_on_the_default_dtype(default):
-    makers = [
-        testing.small_integers,
-        lambda shape, sparsity: testing.random_sparse(*shape, sparsity),
-    ]
-    expected = [make((130, 300), 0.9) for make in makers]
+    def draw():
+        return [
+            make(130, 300, sparsity=0.9) for make in (testing.random_sparse, testing.small_integers)
+        ]
+
+    expected = draw()
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)  # as vLLM does
     try:
-        found = [make((130, 300), 0.9) for make in makers]
+        found = draw()
     finally:
         torch.set_default_dtype(before)
     assert all(map(torch.equal, found, expected))
