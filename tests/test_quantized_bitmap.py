@@ -244,6 +244,8 @@ def test_plans():
         (2048, 16, 4096, WIDE[1]),
         (4096, 16, 4096, WGMMA_INT8_X[0]),
         (28672, 64, 7168, WGMMA_INT8_X[2]),
+        (7168, 512, 7168, WGMMA_INT8_X[3]),
+        (7168, 8193, 7168, "dense"),
         (4096, 8, 65537, KERNEL),
     ):
         assert plan_of(m, n, k, x_quantization="dynamic").startswith(f"{config} ")
@@ -349,6 +351,24 @@ def test_quantised_tokens_are_multiplied_exactly(k, dtype, kind):
             for config in here(*INT8_X, kind=kind):
                 y = flash_llm.spmm(x[:n].cuda(), w, config=config)
                 assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity, config)
+
+
+@pytest.mark.gpu
+@each("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_tokens_are_multiplied_exactly_however_ctas_share_the_work(dtype, kind):
+    for m, k in ((600, 1031), (4000, 2304)):  # some output tiles of up to 256 rows
+        integers = testing.small_integers(m, k, sparsity=0.5, dtype=dtype, seed=m)
+        values, scales, exact = small_steps(integers, kind)
+        w = pack(values, scales, dtype, "cuda")
+        x = testing.small_integers(300, k, dtype=dtype, seed=1)
+        x[:, 0] = 127  # so the scale of quantised tokens is 1
+        x = x.cuda()
+        expected = (x.double() @ exact.cuda().double().t()).float().to(dtype)
+        for n, ctas in itertools.product((65, 129, 300), (0, 3, 40)):
+            for config in here(*WGMMA, *WGMMA_INT8_X, kind=kind):
+                y = flash_llm.spmm(x[:n], w, config=config, ctas=ctas)
+                assert torch.equal(y, expected[:n]), (m, n, ctas, config)
 
 
 @pytest.mark.gpu

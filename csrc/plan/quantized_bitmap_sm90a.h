@@ -25,7 +25,7 @@ namespace flash_llm {
   row(quantized32_wgmma_int8x, 32, 4, true, 6)     \
   row(quantized64_wgmma_int8x, 64, 4, true, 4)     \
   row(quantized128_wgmma, 128, 3, false, 2)        \
-  row(quantized128_wgmma_int8x, 128, 3, true, 3)
+  row(quantized128_wgmma_int8x, 128, 4, true, 3)
 // clang-format on
 
 // CTAs of the kernel that writes X, for each token: up to 64 tokens are written by 64 or more CTAs.
@@ -71,14 +71,11 @@ constexpr int quant_wgmma_min_ring_bytes(const QuantWgmmaConfig& config, ValueTy
   return config.warps() * quant_max_chunk_bytes(type);
 }
 
-// A warpgroup multiplies a strip with each of its warps.
-inline constexpr int kQuantGroupStrips = 4;
-
 // The workspace: counts, sums, X, the scale of each token, and for each part of a token's columns
 // what the 128 in the weight's bytes adds to its sums. Counts are uint32 [passes][strips]. Sums are
-// int32 or fp32 [passes][slots][kQuantGroupStrips] strips. Integers have a slot for each group of
-// strips. In fp32 either the CTA or the output tile changes from one slot to the next, in the order
-// of the work, or the warpgroup.
+// int32 or fp32 [passes][slots] output tiles, of those that CTAs share: a CTA has a slot for the
+// tile that begins in its work range and ends after it, to which the others add integers. In fp32
+// each has another one for its own sums of the tile that began before its range.
 struct QuantWgmmaWorkspace {
   int64_t slots;  // for each pass
   int64_t counts_bytes, sums_bytes, x_bytes, token_bytes, bias_bytes;

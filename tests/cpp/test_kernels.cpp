@@ -311,6 +311,7 @@ TEST_P(KernelOnGpu, AwkwardShapesAndAllDensities) {
         const DenseMatrix dense = integers(m, k, sparsity, type, 1);
         expect_exact(dense, 1, 0, false, type);
         expect_exact(dense, tile + 1, 3, false, type);
+        expect_exact(dense, tile + 1, 0, false, type);
       }
     }
   }

@@ -727,8 +727,8 @@ TEST(SelectPlanQuantized, OneDecodingServesUpTo128TokensOnHopper) {
   EXPECT_EQ(chosen(65, true), "quantized128_wgmma_int8x");
   EXPECT_EQ(chosen(512, false), "quantized128_wgmma");
   EXPECT_EQ(chosen(513, false), "dense");
-  EXPECT_EQ(chosen(2048, true), "quantized128_wgmma_int8x");
-  EXPECT_EQ(chosen(2049, true), "dense");
+  EXPECT_EQ(chosen(8192, true), "quantized128_wgmma_int8x");
+  EXPECT_EQ(chosen(8193, true), "dense");
   // The reason names the border of the kernel that takes most tokens.
   EXPECT_TRUE(mentions(plan_of(quantized_problem(28672, 513, 7168), kH200).reason, {"512"}));
   EXPECT_TRUE(mentions(plan_of(quantized_problem(2048, 257, 4096), kH200).reason, {"64"}));
@@ -742,10 +742,46 @@ TEST(SelectPlanQuantized, OneDecodingServesUpTo128TokensOnHopper) {
   EXPECT_EQ(chosen(16, false, kH200, 1024), "quantized16");
   EXPECT_EQ(chosen(17, false, kH200, 1024), "quantized32_wgmma");
   EXPECT_EQ(chosen(128, false, kH200, 1024), "quantized64_wgmma");
-  EXPECT_EQ(chosen(128, true, kH200, 1024), "quantized64_wgmma_int8x");
-  EXPECT_EQ(chosen(256, true, kH200, 4096), "quantized64_wgmma_int8x");
+  EXPECT_EQ(chosen(128, true, kH200, 1024), "quantized128_wgmma_int8x");
+  EXPECT_EQ(chosen(256, true, kH200, 4096), "quantized128_wgmma_int8x");
   EXPECT_EQ(chosen(256, false, kH200, 4096), "quantized128_wgmma");
-  EXPECT_EQ(chosen(257, true, kH200, 4096), "dense");
+  EXPECT_EQ(chosen(257, true, kH200, 4096), "quantized128_wgmma_int8x");
+  EXPECT_EQ(chosen(513, false, kH200, 4096), "dense");
+  EXPECT_EQ(chosen(257, false, kH200, 1024), "dense");
+}
+
+TEST(SelectPlanQuantized, ManyTokensOfInt8XRatherHaveWholeOutputTilesThanEvenWork) {
+  const auto plan = [](int64_t m, int64_t n, int64_t k) {
+    SpmmProblem p = quantized_problem(m, n, k);
+    p.int8_x = true;
+    return plan_of(p, kH200);
+  };
+  struct Expected {
+    int64_t m, n, k;
+    int tile_n;
+    int64_t ctas;
+    int unit_cols;
+  };
+  for (const Expected& e : {
+           Expected{28672, 64, 7168, 64, 132, 1},  // evenly
+           {28672, 128, 7168, 128, 112, 28},       // an output tile each
+           {28672, 384, 7168, 128, 44, 28},        // two or three
+           {28672, 8192, 7168, 128, 2, 28},
+           {14336, 128, 4096, 64, 56, 16},
+           {7168, 128, 7168, 64, 56, 14},  // two CTAs share each
+           {4096, 128, 4096, 64, 64, 4},   // four
+       }) {
+    const SpmmPlan found = plan(e.m, e.n, e.k);
+    SCOPED_TRACE(found.to_string());
+    EXPECT_EQ(found.name(), "quantized" + std::to_string(e.tile_n) + "_wgmma_int8x");
+    EXPECT_EQ(found.ctas, e.ctas);
+    EXPECT_EQ(found.unit_cols, e.unit_cols);
+    EXPECT_EQ(found.work.cols * found.unit_cols, e.k / 256);
+    const QuantWgmmaWorkspace parts(quant_wgmma_configs()[static_cast<size_t>(found.config)],
+                                    found);
+    const int64_t tokens = (e.n + e.tile_n - 1) / e.tile_n * e.tile_n;
+    EXPECT_EQ(parts.x_bytes, tokens * e.k);
+  }
 }
 
 TEST(SelectPlanQuantized, WgmmaPlansFitTheirDeviceAndShareTheWork) {
@@ -753,13 +789,13 @@ TEST(SelectPlanQuantized, WgmmaPlansFitTheirDeviceAndShareTheWork) {
     for (const auto& [m, k] :
          {std::pair<int64_t, int64_t>{1, 1}, {28672, 7168}, {100, 65536}, {0, 0}}) {
       for (const int64_t ctas : {0, 1, 1000}) {
-        const SpmmPlan plan = plan_of(quantized_problem(m, 100, k), kH200, config.name, ctas);
+        const SpmmPlan plan = plan_of(quantized_problem(m, 64, k), kH200, config.name, ctas);
         EXPECT_LE(plan.work.workers, plan.work.units()) << config.name;
         EXPECT_GE(plan.ring_bytes, quant_wgmma_min_ring_bytes(config, ValueType::kInt8Float16));
         EXPECT_LE(quant_wgmma_smem_bytes(config, plan.ring_bytes) + kQuantWgmmaSpareSmemBytes,
                   227 * 1024);
         const int64_t units = plan.work.units();
-        const int64_t all = std::min(ctas == 0 ? 132 / config.passes(100) : ctas, units);
+        const int64_t all = std::min(ctas == 0 ? 132 / config.passes(64) : ctas, units);
         EXPECT_LE(plan.ctas, all);
         // The CTA with most work has no more than it must.
         EXPECT_EQ((units + plan.ctas - 1) / plan.ctas, (units + all - 1) / all);

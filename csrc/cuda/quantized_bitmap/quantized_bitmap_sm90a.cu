@@ -61,8 +61,9 @@ struct WgmmaParams {
   int* token_biases;  // what the bytes' 128 add to the sums
   Epilogue epilogue;
   RunSteps steps;
-  StreamK schedule;  // a row is an output tile
-  int slots;         // of sums
+  StreamK schedule;  // a row is an output tile, a unit `unit_cols` columns of chunks
+  int unit_cols;
+  int slots;  // of sums
   int counts_bytes;
   int ring_bytes;  // of each warp
 };
@@ -81,16 +82,18 @@ struct RunScales<kType, true> {
 //   kElementBytes  of X
 //   Sum            of the sums
 //   kUnit          a sum is the sum of products divided by it and by the scales that it lacks
-//   kBatches       parts of a plane, each of which is decoded into A fragments of two products
+//   kProducts      of a batch, the part of a plane that is decoded at a time into A fragments
+//   kBatches       of a plane
 //   decode()       decodes batch kBatch, the next one of its run
 //   multiply()     starts a product
 //   add()          adds a sum to one in the workspace
 
-// X as it is. A batch is half a word: a product for each of two fragments.
+// X as it is. A product is for a fragment, and a batch is half a word.
 template <ValueType kType, int kTileN>
 struct WideTileX {
   static constexpr bool kQuantized = false;
   static constexpr int kElementBytes = 2;
+  static constexpr int kProducts = 2;
   static constexpr int kBatches = 2 * kQuantWords;
   using Values = QuantValues<kType>;
   using Sum = float;
@@ -132,12 +135,14 @@ struct WideTileX {
 };
 
 // X quantised to int8. The weight's bytes are value + 128, so the sums of products contain 128
-// times the sum of X. A batch is a word: a product for two fragments together.
+// times the sum of X. A product is for two fragments together, and a batch is a word; half a word
+// where the sums take so many registers that fewer are left.
 template <ValueType kType, int kTileN>
 struct Int8TileX {
   static constexpr bool kQuantized = true;
   static constexpr int kElementBytes = 1;
-  static constexpr int kBatches = kQuantWords;
+  static constexpr int kProducts = kTileN < 128 ? 2 : 1;
+  static constexpr int kBatches = 2 * kQuantWords / kProducts;
   using Sum = int;
   static constexpr float kUnit = 1.0F;
 
@@ -145,13 +150,16 @@ struct Int8TileX {
   __device__ __forceinline__ static void decode(const uint32_t (&bits)[kQuantWords], Run& run,
                                                 const RunSteps& steps,
                                                 const RunScales<kType>& /*scales*/,
-                                                uint32_t (&a)[8]) {
+                                                uint32_t (&a)[4 * kProducts]) {
     using Bytes = typename QuantValues<kType>::Bytes;
-    const uint32_t word = bits[kBatch];
-    run.template take<0, Bytes>(word, steps, a[0], a[1]);
-    run.template take<1, Bytes>(word, steps, a[2], a[3]);
-    run.template take<2, Bytes>(word, steps, a[4], a[5]);
-    run.template take<3, Bytes>(word, steps, a[6], a[7]);
+    constexpr int kFirst = kBatch * kProducts % 2 * 2;
+    const uint32_t word = bits[kBatch * kProducts / 2];
+    run.template take<kFirst, Bytes>(word, steps, a[0], a[1]);
+    run.template take<kFirst + 1, Bytes>(word, steps, a[2], a[3]);
+    if constexpr (kProducts == 2) {
+      run.template take<2, Bytes>(word, steps, a[4], a[5]);
+      run.template take<3, Bytes>(word, steps, a[6], a[7]);
+    }
   }
 #ifdef FLASH_LLM_SM90A
   __device__ __forceinline__ static void multiply(Sum (&sums)[kTileN / 2], const uint32_t* a,
@@ -164,21 +172,21 @@ struct Int8TileX {
 
 // The chunks of a warp: those of one strip of the output tiles that its CTA multiplies.
 struct TileChunks {
-  uint32_t first_unit, cols;
-  int tile_strips, strip;  // of an output tile; in it
+  uint32_t first_col, cols;  // counted through the output tiles; of a tile
+  int tile_strips, strip;    // of a tile; in it
   uint32_t total;
 
-  __device__ __forceinline__ TileChunks(const StreamK& schedule, int worker, int tile_strips,
+  __device__ __forceinline__ TileChunks(const WgmmaParams& p, int worker, int tile_strips,
                                         int strip)
-      : first_unit(schedule.first_unit(worker)),
-        cols(schedule.units_per_row),
+      : first_col(p.schedule.first_unit(worker) * p.unit_cols),
+        cols(p.weight.chunk_cols),
         tile_strips(tile_strips),
         strip(strip),
-        total(schedule.first_unit(worker + 1) - first_unit) {}
+        total(p.schedule.first_unit(worker + 1) * p.unit_cols - first_col) {}
 
   __device__ __forceinline__ ChunkPlace operator[](uint32_t chunk) const {
-    const uint32_t unit = first_unit + chunk, tile = unit / cols;
-    return {int64_t{tile} * tile_strips + strip, static_cast<int>(unit - tile * cols)};
+    const uint32_t col = first_col + chunk, tile = col / cols;
+    return {int64_t{tile} * tile_strips + strip, static_cast<int>(col - tile * cols)};
   }
 };
 
@@ -196,25 +204,25 @@ struct WgmmaConfig {
   static constexpr bool kGroupScales = value_traits(kType).scales == ScaleGroup::kRowGroup;
   static constexpr ValueType kDense = QuantValues<kType>::kDense;
   static constexpr int kTileN = kTileNArg;
-  static constexpr int kWarpgroups = kWarpgroupsArg;
   static constexpr int kXStages = kXStagesArg;
-  static constexpr int kWarps = 4 * kWarpgroups;
+  static constexpr int kWarps = 4 * kWarpgroupsArg;
   // A separate warp that copies X would cost the registers of four warps: each of an SM's four
   // schedulers has a quarter of them, and one would have a fifth warp.
   static constexpr int kThreads = 32 * kWarps;
   // The compiler may use the registers of an SM for so many threads: those of a CTA of the first
   // kernel are left, except where the accumulators need them.
-  static constexpr int kBoundThreads = kThreads + (kWarpgroups == 4 ? kTokenThreads : 0);
+  static constexpr int kBoundThreads =
+      kThreads + (kWarps == 16 && kTileN < 128 ? kTokenThreads : 0);
   using X = std::conditional_t<kInt8X, Int8TileX<kType, kTileN>, WideTileX<kType, kTileN>>;
   using Sum = typename X::Sum;
   static constexpr int kXColBytes = kQuantPlaneK * kTileN * X::kElementBytes;
   static constexpr int kTokenParts = quant_wgmma_token_parts(kTileN);
   static constexpr int kStripSums = kQuantStripM * kTileN;
-  static constexpr int kSlotSums = kQuantGroupStrips * kStripSums;
+  static constexpr int kTileSums = kWarps * kStripSums;
 
-  // Where sums of a CTA and a group of strips are in the workspace, in units of kSlotSums.
-  __device__ __forceinline__ static int64_t slot(int worker, int group) {
-    return X::kQuantized ? group : group + int64_t{worker} * kWarpgroups;
+  // The slot of a CTA's sums of an output tile, which begins in the CTA's work range or before it.
+  __device__ __forceinline__ static int slot(int worker, bool begins_tile) {
+    return X::kQuantized ? worker : 2 * worker + (begins_tile ? 1 : 0);
   }
 
   // A stage, X of a column of planes, is kXColBytes / kBoxBytes K-major operands of wgmma with a
@@ -242,20 +250,14 @@ __global__ void __launch_bounds__(kTokenThreads)
       reinterpret_cast<int4*>(p.counts)[i] = zeros;
     }
     if constexpr (C::X::kQuantized) {
-      const int tiles = p.schedule.units / p.schedule.units_per_row;
-      const int groups = tiles * C::kWarpgroups;
-      for (int i = cta; i < tokens / C::kTileN * groups; i += ctas) {
-        const int pass = i / groups, group = i - pass * groups;
-        const int first_unit = group / C::kWarpgroups * p.schedule.units_per_row;
-        // A tile that one CTA multiplies does not come here.
-        if (p.schedule.worker_of(first_unit) ==
-            p.schedule.worker_of(first_unit + p.schedule.units_per_row - 1)) {
-          continue;
-        }
-        const int64_t slot = int64_t{pass} * p.slots + group;
-        auto* sums =
-            reinterpret_cast<int4*>(static_cast<typename C::Sum*>(p.sums) + slot * C::kSlotSums);
-        for (int j = thread; j < C::kSlotSums / 4; j += kTokenThreads) sums[j] = zeros;
+      for (int i = cta; i < tokens / C::kTileN * p.slots; i += ctas) {
+        // Used for an output tile that begins in the CTA's work range and ends after it.
+        const int end = p.schedule.first_unit(i % p.slots + 1);
+        const int tile_begin = end / p.schedule.units_per_row * p.schedule.units_per_row;
+        if (end == tile_begin || tile_begin < p.schedule.first_unit(i % p.slots)) continue;
+        auto* sums = reinterpret_cast<int4*>(static_cast<typename C::Sum*>(p.sums) +
+                                             int64_t{i} * C::kTileSums);
+        for (int j = thread; j < C::kTileSums / 4; j += kTokenThreads) sums[j] = zeros;
       }
     }
     return;
@@ -367,14 +369,18 @@ template <typename C, int kBatch, typename Run>
 __device__ __forceinline__ void multiply_batch(const uint32_t (&bits)[kQuantWords], Run& run,
                                                const RunSteps& steps,
                                                const RunScales<C::kType>& scales, uint32_t x,
-                                               uint32_t (&a)[8],
+                                               uint32_t (&a)[4 * C::X::kProducts],
                                                typename C::Sum (&sums)[C::kTileN / 2]) {
-  constexpr int kOffset = kBatch / 2 * C::kBoxBytes + kBatch % 2 * 64;
+  // A product takes 32 bytes of each token.
+  constexpr int kByte = kBatch * C::X::kProducts * 32;
+  constexpr int kOffset = kByte / 128 * C::kBoxBytes + kByte % 128;
   ptx::wgmma_wait<1>();
   C::X::template decode<kBatch>(bits, run, steps, scales, a);
   ptx::wgmma_fence();
-  C::X::multiply(sums, a, ptx::wgmma_descriptor(x, kOffset));
-  C::X::multiply(sums, a + 4, ptx::wgmma_descriptor(x, kOffset + 32));
+#pragma unroll
+  for (int i = 0; i < C::X::kProducts; ++i) {
+    C::X::multiply(sums, a + 4 * i, ptx::wgmma_descriptor(x, kOffset + 32 * i));
+  }
   ptx::wgmma_commit();
 }
 
@@ -383,7 +389,7 @@ template <typename C, int kBatch, int kEnd, typename Run>
 __device__ __forceinline__ void multiply_run(const uint32_t (&bits)[kQuantWords], Run& run,
                                              const RunSteps& steps,
                                              const RunScales<C::kType>& scales, uint32_t x,
-                                             uint32_t (&a)[2][8],
+                                             uint32_t (&a)[2][4 * C::X::kProducts],
                                              typename C::Sum (&sums)[C::kTileN / 2]) {
   if constexpr (kBatch < kEnd) {
     multiply_batch<C, kBatch>(bits, run, steps, scales, x, a[kBatch % 2], sums);
@@ -410,21 +416,19 @@ __device__ __forceinline__ RunScales<C::kType> run_scales(uint32_t two, int grou
 template <typename C>
 class XStages {
  public:
-  // The columns are `count` ones from `first` on, of the `cols` columns at `x`, round and round.
+  // Starts to fill the stages. The columns are `count` ones from `first` on, of the `cols` columns
+  // at `x`, round and round. X must have been written.
   __device__ __forceinline__ XStages(const WgmmaSmem& smem, const uint8_t* x, int cols, int first,
                                      int count, int warp, int lane)
-      : smem_(smem),
-        x_(x),
-        cols_(cols),
-        first_(first),
-        count_(count),
-        warp_(static_cast<uint32_t>(warp)),
-        lane_(lane) {}
-
-  // Starts to fill all stages. X must have been written.
-  __device__ __forceinline__ void fill_all() const {
-    if (warp_ != 0) return;
-    for (int i = 0; i < min(C::kXStages, count_); ++i) fill(i, i);
+      : smem_(smem), x_(x), cols_(cols), lane_(lane) {
+    if (warp == 0) {
+      for (int i = 0; i < min(C::kXStages, count); ++i) fill(i, (first + i) % cols);
+    }
+    // With the i-th column it is the turn of warp i % kWarps.
+    until_turn_ = warp < kLag ? warp + C::kWarps : warp;
+    const int nth = until_turn_ - kLag + C::kXStages;
+    next_ = (first + nth) % cols;
+    left_ = count - nth;
   }
 
   // Waits for the column to be multiplied next. Returns its address.
@@ -439,41 +443,38 @@ class XStages {
       phase_ ^= 1;
     }
     released_ = false;
-    ++multiplied_;
   }
 
   // The warp has multiplied the columns before the one that wait() returns.
   __device__ __forceinline__ void release() {
     if (released_) return;
     released_ = true;
-    arrive_for_warp(smem_.x_empty(previous()), lane_);
+    arrive_for_warp(smem_.x_empty(stage_ == 0 ? C::kXStages - 1 : stage_ - 1), lane_);
   }
 
   // Fills the stage of the column that was multiplied kLag columns ago, when all warps have
-  // released it, if it is this warp's turn. The lag keeps it from waiting for slower ones.
-  __device__ __forceinline__ void refill() const {
-    if (multiplied_ % C::kWarps != warp_ || multiplied_ < kLag) return;
-    const auto next = static_cast<int>(multiplied_ - kLag + C::kXStages);
-    if (next >= count_) return;
+  // released it, if it is this warp's turn. The lag keeps it from waiting for slower ones. To be
+  // called once for each column.
+  __device__ __forceinline__ void refill() {
+    if (--until_turn_ >= 0) return;
+    until_turn_ = C::kWarps - 1;
+    if (left_ <= 0) return;
     const uint32_t stage = stage_ >= kLag ? stage_ - kLag : stage_ + C::kXStages - kLag;
     if (lane_ == 0) {
       ptx::mbarrier_wait(smem_.x_empty(stage), stage_ >= kLag ? phase_ : phase_ ^ 1);
     }
-    fill(stage, next);
+    fill(stage, next_);
+    next_ = (next_ + C::kWarps) % cols_;
+    left_ -= C::kWarps;
   }
 
  private:
-  __device__ __forceinline__ uint32_t previous() const {
-    return stage_ == 0 ? C::kXStages - 1 : stage_ - 1;
-  }
   __device__ __forceinline__ uint32_t address(uint32_t stage) const {
     return smem_.x(C::kWarps) + stage * C::kXColBytes;
   }
 
-  // Copies column `nth` of those that are multiplied.
-  __device__ __forceinline__ void fill(uint32_t stage, int nth) const {
+  __device__ __forceinline__ void fill(uint32_t stage, int col) const {
     if (lane_ == 0) {
-      const int col = (first_ + nth) % cols_;
       ptx::mbarrier_arrive_expect_tx(smem_.x_full(stage), C::kXColBytes);
       ptx::bulk_copy(address(stage), x_ + int64_t{col} * C::kXColBytes, C::kXColBytes,
                      smem_.x_full(stage));
@@ -481,16 +482,16 @@ class XStages {
     __syncwarp();
   }
 
-  static constexpr uint32_t kLag = C::kXStages > 2 ? C::kXStages / 2 : 1;
+  static constexpr int kLag = C::kXStages > 2 ? C::kXStages / 2 : 1;
 
   const WgmmaSmem& smem_;
   const uint8_t* x_;
-  int cols_, first_, count_;
-  uint32_t warp_;
-  int lane_;
-  uint32_t stage_ = 0, phase_ = 0;
+  int cols_, lane_;
+  int until_turn_;   // columns before this warp's turn
+  int next_, left_;  // the column that it copies then, and the columns from there on
+  int stage_ = 0;
+  uint32_t phase_ = 0;
   bool released_ = true;
-  uint32_t multiplied_ = 0;  // columns
 };
 
 // Multiplies plane kPlane of a chunk by the next column of X. When the second batch is decoded, the
@@ -498,7 +499,7 @@ class XStages {
 template <typename C, int kPlane>
 __device__ __forceinline__ void multiply_plane(uint32_t chunk, uint32_t top, uint32_t two_scales,
                                                const RunSteps& steps, XStages<C>& stages, int lane,
-                                               uint32_t (&a)[2][8],
+                                               uint32_t (&a)[2][4 * C::X::kProducts],
                                                typename C::Sum (&sums)[C::kTileN / 2]) {
   constexpr int kFirstBit = QuantValues<C::kType>::Bytes::first_bit(kPlane);
   constexpr int kEnd = C::X::kBatches;
@@ -532,15 +533,16 @@ __device__ __forceinline__ bool meet(const WgmmaParams& p, int worker, int strip
                                      typename C::Sum (&sums)[C::kTileN / 2]) {
   const auto all_cols = static_cast<uint32_t>(p.weight.chunk_cols);
   const auto own_cols = static_cast<uint32_t>(cols);
-  const int group = strip / kQuantGroupStrips, tile = strip / C::kWarps;
+  const int first_unit = strip / C::kWarps * p.schedule.units_per_row;
+  const int first = p.schedule.worker_of(first_unit);
   const auto place_of = [&](int owner) {
-    const int64_t slot = int64_t{blockIdx.y} * p.slots + C::slot(owner, group);
-    return static_cast<typename C::Sum*>(p.sums) + slot * C::kSlotSums +
-           strip % kQuantGroupStrips * C::kStripSums + lane;
+    const int64_t slot = int64_t{blockIdx.y} * p.slots + C::slot(owner, owner == first);
+    return static_cast<typename C::Sum*>(p.sums) + slot * C::kTileSums +
+           strip % C::kWarps * C::kStripSums + lane;
   };
   bool left = false;
   if (__shfl_sync(~0U, seen, 0) + own_cols != all_cols) {
-    typename C::Sum* to = place_of(worker);
+    typename C::Sum* to = place_of(C::X::kQuantized ? first : worker);
 #pragma unroll
     for (int i = 0; i < C::kTileN / 2; ++i) C::X::add(to + i * 32, sums[i]);
     __syncwarp();
@@ -551,17 +553,16 @@ __device__ __forceinline__ bool meet(const WgmmaParams& p, int worker, int strip
   }
   __syncwarp();  // lane 0 has seen the others' sums
   if constexpr (C::X::kQuantized) {
-    const typename C::Sum* from = place_of(worker);
+    const typename C::Sum* from = place_of(first);
 #pragma unroll
     for (int i = 0; i < C::kTileN / 2; ++i) {
       sums[i] = __ldcg(from + i * 32) + (left ? 0 : sums[i]);
     }
   } else {
-    const int first_unit = tile * p.weight.chunk_cols;
-    const int first = p.schedule.worker_of(first_unit);
-    const int last = p.schedule.worker_of(first_unit + p.weight.chunk_cols - 1);
+    const int last = p.schedule.worker_of(first_unit + p.schedule.units_per_row - 1);
     // So many loads at a time; more would spill.
-    constexpr int kAtOnce = C::kTileN < 32 ? C::kTileN / 2 : 16, kAhead = C::kTileN < 128 ? 4 : 2;
+    constexpr int kAtOnce = C::kTileN < 32 ? C::kTileN / 2 : C::kTileN < 128 ? 16 : 8;
+    constexpr int kAhead = 4;
 #pragma unroll
     for (int begin = 0; begin < C::kTileN / 2; begin += kAtOnce) {
       typename C::Sum total[kAtOnce] = {};
@@ -599,9 +600,11 @@ __device__ __forceinline__ void store_strip(const WgmmaParams& p, int strip, int
     const float* scales = p.weight.row_scales(strip);
     if (scales != nullptr) rows = make_float2(scales[lane / 4], scales[lane / 4 + 8]);
   }
-  const int token = static_cast<int>(blockIdx.y) * C::kTileN + lane % 4 * 2;
+  int token = static_cast<int>(blockIdx.y) * C::kTileN + lane % 4 * 2;
+  asm volatile("" : "+r"(token));  // else addresses are kept in registers from tile to tile
   const int tokens = static_cast<int>(gridDim.y) * C::kTileN;
-  constexpr int kAtOnce = C::kTileN < 32 ? C::kTileN : 32;  // tokens; more would spill
+  // So many tokens at a time; more would spill.
+  constexpr int kAtOnce = C::kTileN < 32 ? C::kTileN : C::kTileN < 128 ? 32 : 16;
 #pragma unroll
   for (int first = 0; first < C::kTileN; first += kAtOnce) {
     float scaled[kAtOnce / 2];
@@ -659,20 +662,19 @@ __global__ void __launch_bounds__(C::kBoundThreads, 1)
   }
   __syncthreads();
   const int worker = static_cast<int>(blockIdx.x);
-  const TileChunks chunks(p.schedule, worker, C::kWarps, warp);
+  const TileChunks chunks(p, worker, C::kWarps, warp);
   ChunkRing<C> ring(p.weight, chunks, smem.full(warp), smem.ring(warp), p.ring_bytes, lane);
   LaneScales next_scales;
   if constexpr (C::kGroupScales) next_scales = ring.template load_group_scales<0>();
   wait_for_previous_kernel();  // kernels before it may use the workspace
   int left = static_cast<int>(chunks.total);
-  int tile = static_cast<int>(chunks.first_unit) / p.weight.chunk_cols;
-  int col = static_cast<int>(chunks.first_unit) - tile * p.weight.chunk_cols;
+  int tile = static_cast<int>(chunks.first_col) / p.weight.chunk_cols;
+  int col = static_cast<int>(chunks.first_col) - tile * p.weight.chunk_cols;
   const int x_cols = p.weight.chunk_cols * C::kPlanes;
   XStages<C> stages(smem, p.x_tiles + int64_t{blockIdx.y} * x_cols * C::kXColBytes, x_cols,
                     col * C::kPlanes, left * C::kPlanes, warp, lane);
-  stages.fill_all();
   const RunSteps steps = p.steps;
-  uint32_t a[2][8];
+  uint32_t a[2][4 * C::X::kProducts];
 #pragma unroll 1
   while (left > 0) {
     typename C::Sum sums[C::kTileN / 2] = {};
@@ -688,7 +690,9 @@ __global__ void __launch_bounds__(C::kBoundThreads, 1)
       const uint32_t top = rows == 0 ? smem.zeros() : chunk + rows * kQuantRowBytes;
       // The others are most often there before the last column: those of later columns began with
       // this tile.
-      if (i == cols - 1 && strip < p.weight.strips) seen = ptx::load_acquire(count_of(p, strip));
+      if (i == cols - 1 && cols < p.weight.chunk_cols && strip < p.weight.strips) {
+        seen = ptx::load_acquire(count_of(p, strip));
+      }
       const uint32_t two_scales = next_scales.low | next_scales.high << 16;
       if constexpr (C::kGroupScales) next_scales = ring.template load_group_scales<1>();
       multiply_plane<C, 0>(chunk, top, two_scales, steps, stages, lane, a, sums);
@@ -764,7 +768,7 @@ Status cuda::spmm_quantized_bitmap_sm90a(const SpmmPlan& plan, const SpmmArgs& a
       plan.ring_bytes < quant_wgmma_min_ring_bytes(config, type) ||
       plan.ring_bytes % (plan.warps * 128) != 0 || plan.ctas != plan.work.workers ||
       plan.work.rows != config.tiles(args.weight.m) ||
-      plan.work.cols != num_quant_chunks(type, args.weight.k)) {
+      plan.work.cols * plan.unit_cols != num_quant_chunks(type, args.weight.k)) {
     return Status::invalid_value("plan " + plan.to_string() + " does not fit its configuration");
   }
   const QuantWgmmaWorkspace parts(config, plan);
@@ -781,6 +785,7 @@ Status cuda::spmm_quantized_bitmap_sm90a(const SpmmPlan& plan, const SpmmArgs& a
   params.epilogue = {args.bias, args.y, args.weight.m, args.n, args.activation};
   params.steps = RunSteps{};
   params.schedule = StreamK(plan.work);
+  params.unit_cols = plan.unit_cols;
   params.slots = static_cast<int>(parts.slots);
   params.counts_bytes = static_cast<int>(parts.counts_bytes);
   params.ring_bytes = plan.ring_bytes / plan.warps;
