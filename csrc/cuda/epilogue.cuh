@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "base/host_device.h"
+#include "cuda/ptx/sm80.cuh"
 #include "plan/problem.h"
 
 namespace flash_llm {
@@ -92,6 +93,42 @@ struct Epilogue {
           float sum = sums[block * 4 + i] + b[i / 2];
           if constexpr (kActivates) sum = activate(sum, activation);
           out[(block * 8 + i % 2) * m + i / 2 * 8] = element_from_float<kType>(sum);
+        }
+      }
+    }
+  }
+
+  // The same for a warp's sums of the 16 rows from `first_row` on and the tokens from `first_token`
+  // on, whose lanes must all call it. It stores two rows of a token at a time where it can.
+  template <ValueType kType, int kTileN, bool kActivates>
+  __device__ __forceinline__ void store_strip(int64_t first_token, int64_t first_row, int lane,
+                                              const float (&sums)[kTileN / 2]) const {
+    if (m % 2 != 0 || first_row + 16 > m) {
+      store_rows<kType, kTileN, kActivates>(first_token + lane % 4 * 2, first_row + lane / 4, sums);
+      return;
+    }
+    float b[2] = {};
+#pragma unroll
+    for (int i = 0; bias != nullptr && i < 2; ++i) {
+      b[i] = element_to_float<kType>(bias[first_row + lane / 4 + i * 8]);
+    }
+    // Of an 8x8 block a lane has a row and two tokens, and then a token and two rows.
+    const int64_t token = first_token + lane / 4;
+    uint16_t* out = y + token * m + first_row + lane % 4 * 2;
+#pragma unroll
+    for (int block = 0; block < kTileN / 8; ++block) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint16_t pair[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float sum = sums[block * 4 + i * 2 + e] + b[i];
+          if constexpr (kActivates) sum = activate(sum, activation);
+          pair[e] = element_from_float<kType>(sum);
+        }
+        const uint32_t rows = ptx::transpose_8x8(pair[0] | uint32_t{pair[1]} << 16);
+        if (token + block * 8 < n) {
+          *reinterpret_cast<uint32_t*>(out + block * 8 * m + i * 8) = rows;
         }
       }
     }

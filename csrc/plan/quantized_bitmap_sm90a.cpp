@@ -42,7 +42,7 @@ constexpr int64_t kLeastTokens = 9;
 constexpr int64_t kLeastElems = int64_t{16} << 20, kLeastElemsWideX = int64_t{32} << 20;
 constexpr int64_t kMostTokens = 8192;
 // Of weights with fewer than kLeastElemsWideX elements, and of larger ones.
-constexpr int64_t kMostTokensWideX = 256, kMostTokensLargeWideX = 512;
+constexpr int64_t kMostTokensWideX = 384, kMostTokensLargeWideX = 512;
 
 bool takes_int8_x(const SpmmProblem& problem) {
   return problem.int8_x && value_traits(problem.value_type).kind == ValueKind::kInt8 &&
@@ -50,53 +50,61 @@ bool takes_int8_x(const SpmmProblem& problem) {
 }
 
 // How the output tiles of a pass are divided: into work units of so many columns of chunks, which
-// are divided between so many CTAs. `us` is the time; 0 if it is not known.
+// are divided between so many CTAs; and the estimated time, in us.
 struct Division {
   int64_t unit_cols, ctas;
   double us;
 };
 
-// All CTAs have the same work, and most have parts of two output tiles.
-Division divide_evenly(const QuantWgmmaConfig& config, const SpmmProblem& problem, int64_t ctas) {
-  const int64_t columns = num_quant_chunks(problem.value_type, problem.k);
-  const int64_t units = config.tiles(problem.m) * columns;
-  ctas = std::clamp<int64_t>(ctas, 1, units);
-  // If the CTAs with most work can each have a part of one output tile, none has parts of two.
-  const int64_t most_units = (units + ctas - 1) / ctas;
-  if (columns % most_units == 0) ctas = units / most_units;
-  return {1, ctas, 0.0};
+// Units of one column of chunks, or of more if each CTA then has one.
+Division of_equal_parts(int64_t tiles, int64_t columns, int64_t ctas) {
+  const int64_t cta_cols = tiles * columns / ctas;
+  const bool equal = tiles * columns % ctas == 0 && columns % cta_cols == 0;
+  return {equal ? cta_cols : 1, ctas, 0.0};
 }
 
-// The sums of many tokens cost more where CTAs share an output tile, because they go through L2,
-// than even work saves. On an H200, int8 X, a column of chunks takes 1.65 us with 64 tokens and 2.3
-// us with 128, and each CTA's sums of a shared tile add 0.05 and 0.16 us: 28672x7168 with 128
-// tokens takes 95 us on 132 CTAs, but 69 us if 112 of them have an output tile each.
-Division divide_by_time(const QuantWgmmaConfig& config, const SpmmProblem& problem, int64_t ctas) {
-  const double column_us = config.tile_n < 128 ? 1.65 : 2.3;
-  const double shared_us = config.tile_n < 128 ? 0.05 : 0.16;
-  const int64_t columns = num_quant_chunks(problem.value_type, problem.k);
-  const int64_t tiles = config.tiles(problem.m);
-  Division best = {};
-  const auto consider = [&](int64_t unit_cols, int64_t most_ctas, int64_t shared_parts) {
-    const int64_t units = tiles * columns / unit_cols;
-    const int64_t workers = std::clamp<int64_t>(most_ctas, 1, units);
-    const int64_t most_units = (units + workers - 1) / workers;
-    const double us = column_us * static_cast<double>(most_units * unit_cols) +
-                      shared_us * static_cast<double>(config.passes(problem.n) * shared_parts);
-    if (best.ctas == 0 || us < best.us) best = {unit_cols, workers, us};
-  };
-  consider(columns, ctas, 0);  // whole tiles
-  for (int64_t sharing = 2; sharing * tiles <= ctas; ++sharing) {
-    if (columns % sharing == 0) consider(columns / sharing, sharing * tiles, sharing * tiles);
+// What the work of a CTA takes in us, with all SMs at work on an H200 (2026-11-30, 50 % zeros): a
+// column of planes; and bringing sums together, if each output tile is shared by a cluster of two
+// or of four CTAs, or if CTAs have parts of any tiles, whose sums go through L2.
+struct Times {
+  double plane, pair, four, through_l2;
+};
+Times times_of(const QuantWgmmaConfig& config) {
+  if (config.int8_x) {
+    return config.tile_n == 16   ? Times{1.3, 2.0, 3.7, 5.1}
+           : config.tile_n == 32 ? Times{1.35, 2.0, 3.8, 5.3}
+           : config.tile_n == 64 ? Times{1.6, 3.0, 4.5, 6.2}
+                                 : Times{2.1, 5.5, 8.5, 35.0};
   }
-  consider(1, ctas, ctas + std::min(tiles, ctas));
-  return best;
+  return config.tile_n < 64    ? Times{1.85, 2.0, 4.0, 6.0}
+         : config.tile_n == 64 ? Times{2.1, 3.0, 4.5, 7.0}
+                               : Times{2.75, 4.0, 5.5, 15.0};
 }
 
+// The fastest of: CTAs with whole output tiles, clusters that share each, and even work.
 Division divide(const QuantWgmmaConfig& config, const SpmmProblem& problem, int num_sms) {
-  const int64_t ctas = num_sms / config.passes(problem.n);
-  return config.int8_x && problem.n > 64 ? divide_by_time(config, problem, ctas)
-                                         : divide_evenly(config, problem, ctas);
+  const Times times = times_of(config);
+  const int64_t tiles = config.tiles(problem.m);
+  const int64_t columns = num_quant_chunks(problem.value_type, problem.k);
+  const int64_t most = std::clamp<int64_t>(num_sms / config.passes(problem.n), 1, tiles * columns);
+  Division best = {};
+  const auto consider = [&](int64_t unit_cols, int64_t ctas, double sharing_us) {
+    const int64_t units = tiles * columns / unit_cols;
+    const int64_t most_planes =
+        (units + ctas - 1) / ctas * unit_cols * quant_planes(problem.value_type);
+    const double us = times.plane * static_cast<double>(most_planes) + sharing_us;
+    if (best.ctas == 0 || us < best.us) best = {unit_cols, ctas, us};
+  };
+  consider(columns, std::min(tiles, most), 0.0);
+  if (columns % 2 == 0 && 2 * tiles <= most) consider(columns / 2, 2 * tiles, times.pair);
+  // Clusters of four find no place on the last SMs of some parts of a GPU: 28 of them do on an
+  // H200, but not 32.
+  if (columns % 4 == 0 && 4 * tiles <= most * 7 / 8) consider(columns / 4, 4 * tiles, times.four);
+  // If the CTAs with most work can each have a part of one output tile, none has parts of two.
+  const int64_t most_units = (tiles * columns + most - 1) / most;
+  const bool fits = columns % most_units == 0;
+  consider(1, fits ? tiles * columns / most_units : most, times.through_l2);
+  return best;
 }
 
 int config_for(const SpmmProblem& problem, int num_sms) {
@@ -104,17 +112,16 @@ int config_for(const SpmmProblem& problem, int num_sms) {
   const bool int8_x = takes_int8_x(problem);
   // A weight with few output tiles has little work for each CTA, so passes of 64 tokens may be
   // faster, which have half as many sums.
-  const auto narrow =
-      static_cast<size_t>(config_covering(configs, problem.n, [&](const QuantWgmmaConfig& config) {
-        return config.int8_x == int8_x && config.tile_n < 128;
-      }));
-  const auto widest = static_cast<size_t>(config_covering(
-      configs, problem.n, [&](const QuantWgmmaConfig& config) { return config.int8_x == int8_x; }));
-  if (narrow == widest) return static_cast<int>(widest);
-  const bool wide = int8_x ? divide(configs[widest], problem, num_sms).us <=
-                                 divide(configs[narrow], problem, num_sms).us
-                           : problem.m * problem.k >= kLeastElemsWideX;
-  return static_cast<int>(wide ? widest : narrow);
+  const auto covering = [&](int most_tile_n) {
+    return static_cast<size_t>(
+        config_covering(configs, problem.n, [&](const QuantWgmmaConfig& config) {
+          return config.int8_x == int8_x && config.tile_n <= most_tile_n;
+        }));
+  };
+  const size_t narrow = covering(64), wide = covering(128);
+  const bool wider =
+      divide(configs[wide], problem, num_sms).us <= divide(configs[narrow], problem, num_sms).us;
+  return static_cast<int>(wider ? wide : narrow);
 }
 
 }  // namespace
@@ -131,8 +138,10 @@ const std::vector<QuantWgmmaConfig>& quant_wgmma_configs() {
 
 QuantWgmmaWorkspace::QuantWgmmaWorkspace(const QuantWgmmaConfig& config, const SpmmPlan& plan) {
   const int64_t tokens = config.passes(plan.problem.n) * config.tile_n;
-  slots = plan.work.workers * (config.int8_x ? 1 : 2);
-  const int64_t counts = config.passes(plan.problem.n) * num_quant_strips(plan.problem.m);
+  const bool in_clusters = quant_wgmma_cluster(plan.work) > 1;
+  slots = in_clusters ? 0 : plan.work.workers * (config.int8_x ? 1 : 2);
+  const int64_t counts =
+      in_clusters ? 0 : config.passes(plan.problem.n) * num_quant_strips(plan.problem.m);
   counts_bytes = (counts * 4 + 15) / 16 * 16;
   sums_bytes = slots * config.warps() * kQuantStripM * tokens * 4;
   const int64_t columns = plan.work.cols * plan.unit_cols;
@@ -196,9 +205,9 @@ Status plan_quant_wgmma(const PlanRequest& request, SpmmPlan* out) {
   out->warps = config.warps();
   const int64_t tiles = config.tiles(problem.m);
   const int64_t columns = num_quant_chunks(problem.value_type, problem.k);
-  const Division division = request.ctas == 0
-                                ? divide(config, problem, request.device.num_sms)
-                                : Division{1, std::min(request.ctas, tiles * columns), 0.0};
+  const Division division =
+      request.ctas == 0 ? divide(config, problem, request.device.num_sms)
+                        : of_equal_parts(tiles, columns, std::min(request.ctas, tiles * columns));
   out->ctas = division.ctas;
   out->unit_cols = static_cast<int>(division.unit_cols);
   out->work = {tiles, columns / division.unit_cols, division.ctas};

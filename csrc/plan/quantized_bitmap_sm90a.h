@@ -71,11 +71,18 @@ constexpr int quant_wgmma_min_ring_bytes(const QuantWgmmaConfig& config, ValueTy
   return config.warps() * quant_max_chunk_bytes(type);
 }
 
+// CTAs in a cluster: if each CTA has one part of an output tile, and two or four have the whole
+// tile, these bring their sums together in shared memory.
+constexpr int quant_wgmma_cluster(const WorkGrid& work) {
+  const bool suits = work.cols == 2 || work.cols == 4;
+  return suits && work.workers == work.units() ? static_cast<int>(work.cols) : 1;
+}
+
 // The workspace: counts, sums, X, the scale of each token, and for each part of a token's columns
 // what the 128 in the weight's bytes adds to its sums. Counts are uint32 [passes][strips]. Sums are
-// int32 or fp32 [passes][slots] output tiles, of those that CTAs share: a CTA has a slot for the
-// tile that begins in its work range and ends after it, to which the others add integers. In fp32
-// each has another one for its own sums of the tile that began before its range.
+// int32 or fp32 [passes][slots] output tiles, of those that CTAs share, but not in a cluster: a CTA
+// has a slot for the tile that begins in its work range and ends after it, to which the others add
+// integers. In fp32 each has another one for its own sums of the tile that began before its range.
 struct QuantWgmmaWorkspace {
   int64_t slots;  // for each pass
   int64_t counts_bytes, sums_bytes, x_bytes, token_bytes, bias_bytes;

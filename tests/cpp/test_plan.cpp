@@ -741,46 +741,55 @@ TEST(SelectPlanQuantized, OneDecodingServesUpTo128TokensOnHopper) {
   EXPECT_EQ(chosen(64, false, kH200, 512), "quantized16");
   EXPECT_EQ(chosen(16, false, kH200, 1024), "quantized16");
   EXPECT_EQ(chosen(17, false, kH200, 1024), "quantized32_wgmma");
-  EXPECT_EQ(chosen(128, false, kH200, 1024), "quantized64_wgmma");
+  EXPECT_EQ(chosen(128, false, kH200, 1024), "quantized128_wgmma");
   EXPECT_EQ(chosen(128, true, kH200, 1024), "quantized128_wgmma_int8x");
   EXPECT_EQ(chosen(256, true, kH200, 4096), "quantized128_wgmma_int8x");
   EXPECT_EQ(chosen(256, false, kH200, 4096), "quantized128_wgmma");
   EXPECT_EQ(chosen(257, true, kH200, 4096), "quantized128_wgmma_int8x");
   EXPECT_EQ(chosen(513, false, kH200, 4096), "dense");
-  EXPECT_EQ(chosen(257, false, kH200, 1024), "dense");
+  EXPECT_EQ(chosen(385, false, kH200, 1024), "dense");
 }
 
-TEST(SelectPlanQuantized, ManyTokensOfInt8XRatherHaveWholeOutputTilesThanEvenWork) {
-  const auto plan = [](int64_t m, int64_t n, int64_t k) {
-    SpmmProblem p = quantized_problem(m, n, k);
-    p.int8_x = true;
-    return plan_of(p, kH200);
-  };
+TEST(SelectPlanQuantized, OutputTilesAreWholeOrSharedByClustersWhereThatIsFaster) {
   struct Expected {
     int64_t m, n, k;
+    bool int8_x;
     int tile_n;
     int64_t ctas;
-    int unit_cols;
+    int unit_cols, cluster;
   };
   for (const Expected& e : {
-           Expected{28672, 64, 7168, 64, 132, 1},  // evenly
-           {28672, 128, 7168, 128, 112, 28},       // an output tile each
-           {28672, 384, 7168, 128, 44, 28},        // two or three
-           {28672, 8192, 7168, 128, 2, 28},
-           {14336, 128, 4096, 64, 56, 16},
-           {7168, 128, 7168, 64, 56, 14},  // two CTAs share each
-           {4096, 128, 4096, 64, 64, 4},   // four
+           Expected{28672, 16, 7168, true, 16, 132, 1, 1},  // even work
+           {28672, 128, 7168, true, 128, 112, 28, 1},       // an output tile each
+           {28672, 384, 7168, true, 128, 44, 28, 1},        // two or three
+           {28672, 8192, 7168, true, 128, 2, 28, 1},
+           {14336, 64, 4096, true, 64, 112, 8, 2},
+           {14336, 128, 4096, true, 128, 112, 8, 2},
+           {7168, 16, 7168, true, 16, 112, 7, 4},
+           {7168, 128, 7168, true, 128, 112, 7, 4},
+           {7168, 256, 7168, true, 128, 56, 14, 2},
+           {4096, 16, 4096, true, 16, 128, 1, 1},
+           {4096, 256, 4096, true, 64, 32, 8, 2},
+           {28672, 16, 7168, false, 16, 132, 1, 1},
+           {28672, 128, 7168, false, 128, 132, 1, 1},
+           {4096, 128, 4096, false, 128, 88, 4, 4},
        }) {
-    const SpmmPlan found = plan(e.m, e.n, e.k);
+    SpmmProblem p = quantized_problem(e.m, e.n, e.k);
+    p.int8_x = e.int8_x;
+    const SpmmPlan found = plan_of(p, kH200);
     SCOPED_TRACE(found.to_string());
-    EXPECT_EQ(found.name(), "quantized" + std::to_string(e.tile_n) + "_wgmma_int8x");
+    const QuantWgmmaConfig& config = quant_wgmma_configs()[static_cast<size_t>(found.config)];
+    EXPECT_EQ(found.family, KernelFamily::kQuantizedBitmapSm90a);
+    EXPECT_EQ(config.tile_n, e.tile_n);
+    EXPECT_EQ(config.int8_x, e.int8_x);
     EXPECT_EQ(found.ctas, e.ctas);
     EXPECT_EQ(found.unit_cols, e.unit_cols);
+    EXPECT_EQ(quant_wgmma_cluster(found.work), e.cluster);
     EXPECT_EQ(found.work.cols * found.unit_cols, e.k / 256);
-    const QuantWgmmaWorkspace parts(quant_wgmma_configs()[static_cast<size_t>(found.config)],
-                                    found);
+    const QuantWgmmaWorkspace parts(config, found);
     const int64_t tokens = (e.n + e.tile_n - 1) / e.tile_n * e.tile_n;
-    EXPECT_EQ(parts.x_bytes, tokens * e.k);
+    EXPECT_EQ(parts.x_bytes, tokens * e.k * (e.int8_x ? 1 : 2));
+    EXPECT_EQ(parts.counts_bytes == 0, e.cluster > 1);
   }
 }
 
@@ -794,11 +803,10 @@ TEST(SelectPlanQuantized, WgmmaPlansFitTheirDeviceAndShareTheWork) {
         EXPECT_GE(plan.ring_bytes, quant_wgmma_min_ring_bytes(config, ValueType::kInt8Float16));
         EXPECT_LE(quant_wgmma_smem_bytes(config, plan.ring_bytes) + kQuantWgmmaSpareSmemBytes,
                   227 * 1024);
-        const int64_t units = plan.work.units();
-        const int64_t all = std::min(ctas == 0 ? 132 / config.passes(64) : ctas, units);
-        EXPECT_LE(plan.ctas, all);
-        // The CTA with most work has no more than it must.
-        EXPECT_EQ((units + plan.ctas - 1) / plan.ctas, (units + all - 1) / all);
+        EXPECT_LE(plan.work.workers, plan.work.units());
+        EXPECT_LE(plan.ctas, ctas == 0 ? 132 / config.passes(64) : ctas);
+        EXPECT_EQ(plan.work.cols * plan.unit_cols,
+                  std::max<int64_t>(num_quant_chunks(ValueType::kInt8Float16, k), 1));
       }
     }
     for (const ValueType type : {ValueType::kFp8Float16, ValueType::kInt4Bfloat16}) {

@@ -11,6 +11,14 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// movmatrix.trans: transposes an 8x8 matrix of 16-bit elements, of which lane l has elements
+// 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 // Returns `value` and hides from the compiler how it was computed. The compiler can then neither
 // compute it again instead of keeping it in a register, nor move computations that depend on it to
 // before this call.

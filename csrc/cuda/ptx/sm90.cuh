@@ -111,6 +111,20 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
+// The address in CTA `rank` of the cluster that corresponds to an address in this CTA.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t smem, uint32_t rank) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem), "r"(rank));
+  return remote;
+}
+
+// Stores four registers at a 16-byte aligned address of cluster_address().
+__device__ __forceinline__ void store_cluster_v4(uint32_t remote, uint4 four) {
+  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "r"(four.x),
+               "r"(four.y), "r"(four.z), "r"(four.w)
+               : "memory");
+}
+
 // Synchronises all threads of the cluster; their earlier accesses to each other's shared memory are
 // complete afterwards.
 __device__ __forceinline__ void cluster_sync() {

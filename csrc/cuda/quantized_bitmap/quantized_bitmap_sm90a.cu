@@ -20,7 +20,8 @@
 //
 // An output tile is the strips of a CTA's warps by tile_n tokens. A work range (stream_k.cuh) is a
 // sequence of columns of chunks of such tiles, which may begin and end within a tile. Warps of
-// several CTAs then have sums of the same strip. All but the last one leave theirs in the
+// several CTAs then have sums of the same strip. The CTAs of a cluster, which have equal parts of a
+// tile, exchange them through shared memory. Otherwise all but the last one leave theirs in the
 // workspace, and the last one, which a count of multiplied columns tells, adds these to its own and
 // stores Y. Integer sums are exact in any order, so they are added in one place. In fp32 each CTA's
 // have a place of their own, and are added in the order of K. So results are repeatable bit for
@@ -63,7 +64,8 @@ struct WgmmaParams {
   RunSteps steps;
   StreamK schedule;  // a row is an output tile, a unit `unit_cols` columns of chunks
   int unit_cols;
-  int slots;  // of sums
+  int cluster;  // CTAs of one, which have equal parts of one output tile; 1 if there are none
+  int slots;    // of sums
   int counts_bytes;
   int ring_bytes;  // of each warp
 };
@@ -591,8 +593,47 @@ __device__ __forceinline__ bool meet(const WgmmaParams& p, int worker, int strip
   return true;
 }
 
-// Stores Y of a strip from all of its sums.
+// The same in a cluster, whose CTAs have equal parts of one output tile: each CTA owns some of the
+// strips, and the others store their sums of these in its shared memory, where the rings and stages
+// have been read. Returns whether this CTA owns the warp's strip, so that `sums` are all sums.
 template <typename C>
+__device__ __forceinline__ bool meet_in_cluster(const WgmmaSmem& smem, int cluster, int warp,
+                                                int lane, typename C::Sum (&sums)[C::kTileN / 2]) {
+  const int rank = static_cast<int>(ptx::cluster_rank()), owned = C::kWarps / cluster;
+  const int owner = warp / owned;
+  // Where the owner has the sums of the strip, those of one CTA after the other.
+  const uint32_t place =
+      smem.ring(0) + warp % owned * (cluster - 1) * C::kStripSums * 4 + lane * 16;
+  ptx::cluster_sync();  // all warps have read what they had to
+  if (rank != owner) {
+    const int other = rank - (rank > owner ? 1 : 0);
+    const uint32_t to = ptx::cluster_address(place + other * C::kStripSums * 4, owner);
+#pragma unroll
+    for (int i = 0; i < C::kTileN / 2; i += 4) {
+      const auto bits = [&](int e) { return reinterpret_cast<const uint32_t&>(sums[i + e]); };
+      ptx::store_cluster_v4(to + i * 128, make_uint4(bits(0), bits(1), bits(2), bits(3)));
+    }
+  }
+  ptx::cluster_sync();
+  if (rank != owner) return false;
+#pragma unroll 1
+  for (int other = 0; other < cluster - 1; ++other) {
+    const uint32_t from = place + other * C::kStripSums * 4;
+#pragma unroll
+    for (int i = 0; i < C::kTileN / 2; i += 4) {
+      const uint4 four = ptx::load_shared_v4(from + i * 128);
+      const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        sums[i + e] += reinterpret_cast<const typename C::Sum&>(bits[e]);
+      }
+    }
+  }
+  return true;
+}
+
+// Stores Y of a strip from all of its sums.
+template <typename C, bool kActivates>
 __device__ __forceinline__ void store_strip(const WgmmaParams& p, int strip, int lane,
                                             const typename C::Sum (&sums)[C::kTileN / 2]) {
   float2 rows = make_float2(1.0F, 1.0F);
@@ -600,7 +641,7 @@ __device__ __forceinline__ void store_strip(const WgmmaParams& p, int strip, int
     const float* scales = p.weight.row_scales(strip);
     if (scales != nullptr) rows = make_float2(scales[lane / 4], scales[lane / 4 + 8]);
   }
-  int token = static_cast<int>(blockIdx.y) * C::kTileN + lane % 4 * 2;
+  int token = static_cast<int>(blockIdx.y) * C::kTileN;
   asm volatile("" : "+r"(token));  // else addresses are kept in registers from tile to tile
   const int tokens = static_cast<int>(gridDim.y) * C::kTileN;
   // So many tokens at a time; more would spill.
@@ -613,7 +654,7 @@ __device__ __forceinline__ void store_strip(const WgmmaParams& p, int strip, int
       float2 factors = make_float2(C::X::kUnit, C::X::kUnit);
       typename C::Sum biases[2] = {};
       if constexpr (C::X::kQuantized) {
-        const int pair = token + first + i * 2;
+        const int pair = token + lane % 4 * 2 + first + i * 2;
         factors = *reinterpret_cast<const float2*>(p.token_scales + pair);
 #pragma unroll
         for (int part = 0; part < C::kTokenParts; ++part) {
@@ -628,8 +669,8 @@ __device__ __forceinline__ void store_strip(const WgmmaParams& p, int strip, int
                         (e % 2 == 0 ? factors.x : factors.y) * (e < 2 ? rows.x : rows.y);
       }
     }
-    p.epilogue.store_rows<C::kDense, kAtOnce, true>(
-        token + first, int64_t{strip} * kQuantStripM + lane / 4, scaled);
+    p.epilogue.store_strip<C::kDense, kAtOnce, kActivates>(
+        token + first, int64_t{strip} * kQuantStripM, lane, scaled);
   }
 }
 
@@ -690,7 +731,8 @@ __global__ void __launch_bounds__(C::kBoundThreads, 1)
       const uint32_t top = rows == 0 ? smem.zeros() : chunk + rows * kQuantRowBytes;
       // The others are most often there before the last column: those of later columns began with
       // this tile.
-      if (i == cols - 1 && cols < p.weight.chunk_cols && strip < p.weight.strips) {
+      if (i == cols - 1 && cols < p.weight.chunk_cols && p.cluster == 1 &&
+          strip < p.weight.strips) {
         seen = ptx::load_acquire(count_of(p, strip));
       }
       const uint32_t two_scales = next_scales.low | next_scales.high << 16;
@@ -703,9 +745,19 @@ __global__ void __launch_bounds__(C::kBoundThreads, 1)
     }
     ptx::wgmma_wait<0>();
     stages.release();
-    if (strip < p.weight.strips &&
-        (cols == p.weight.chunk_cols || meet<C>(p, worker, strip, cols, lane, seen, sums))) {
-      store_strip<C>(p, strip, lane, sums);
+    bool all = cols == p.weight.chunk_cols;
+    if (p.cluster > 1) {
+      all = meet_in_cluster<C>(smem, p.cluster, warp, lane, sums);
+    } else if (!all && strip < p.weight.strips) {
+      all = meet<C>(p, worker, strip, cols, lane, seen, sums);
+    }
+    // The code of activations is long, and new to the instruction cache in most calls.
+    if (all && strip < p.weight.strips) {
+      if (p.epilogue.activation == Activation::kNone) {
+        store_strip<C, false>(p, strip, lane, sums);
+      } else {
+        store_strip<C, true>(p, strip, lane, sums);
+      }
     }
     col = 0;
     ++tile;
@@ -729,9 +781,10 @@ Status launch(const WgmmaParams& params, int smem_bytes, bool prefetch, cudaStre
   if (!written.ok()) return written;
   // Without `prefetch` it begins, and reads the weight, when the previous call has finished,
   // because the first kernel does.
-  return launch_kernel("quantized_wgmma_kernel launch", quantized_wgmma_kernel<C>,
-                       dim3(static_cast<unsigned>(params.schedule.workers), passes), C::kThreads,
-                       smem_bytes, true, stream, params);
+  return launch_clusters("quantized_wgmma_kernel launch", quantized_wgmma_kernel<C>,
+                         static_cast<unsigned>(params.cluster),
+                         dim3(static_cast<unsigned>(params.schedule.workers), passes), C::kThreads,
+                         smem_bytes, true, stream, params);
 }
 
 template <ValueType kType>
@@ -786,6 +839,7 @@ Status cuda::spmm_quantized_bitmap_sm90a(const SpmmPlan& plan, const SpmmArgs& a
   params.steps = RunSteps{};
   params.schedule = StreamK(plan.work);
   params.unit_cols = plan.unit_cols;
+  params.cluster = quant_wgmma_cluster(plan.work);
   params.slots = static_cast<int>(parts.slots);
   params.counts_bytes = static_cast<int>(parts.counts_bytes);
   params.ring_bytes = plan.ring_bytes / plan.warps;
