@@ -169,6 +169,20 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// To be called after wgmma_wait<0>, which does not name the sums that it waits for: keeps the
+// compiler from moving reads of them before it. If it does, ptxas makes each wgmma of the kernel
+// wait for the one before, and says so in its message C7514.
+template <int kNumSums>
+__device__ __forceinline__ void wgmma_complete(float (&sums)[kNumSums]) {
+#pragma unroll
+  for (int i = 0; i < kNumSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+template <int kNumSums>
+__device__ __forceinline__ void wgmma_complete(int (&sums)[kNumSums]) {
+#pragma unroll
+  for (int i = 0; i < kNumSums; ++i) asm volatile("" : "+r"(sums[i])::"memory");
+}
+
 // The matrix descriptor of a K-major B operand in shared memory with 128-byte swizzle: rows of 128
 // bytes (64 elements of K), in groups of 8 rows or 1024 bytes. The operand begins at smem + offset,
 // a multiple of 1024 bytes plus 32 bytes for each k16 step.

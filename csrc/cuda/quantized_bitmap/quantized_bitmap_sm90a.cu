@@ -744,6 +744,7 @@ __global__ void __launch_bounds__(C::kBoundThreads, 1)
       ring.release();
     }
     ptx::wgmma_wait<0>();
+    ptx::wgmma_complete(sums);
     stages.release();
     bool all = cols == p.weight.chunk_cols;
     if (p.cluster > 1) {
