@@ -9,8 +9,8 @@ Environment:
         ``8.0+PTX;9.0a`` with an nvcc before 12.8, which has no newer ones.
     MAX_JOBS: number of parallel compilers, the number of CPUs by default.
 
-``python setup.py check_spills`` reads the built library and fails if a kernel spills on any of its
-architectures.
+``python setup.py check_kernels`` reads the built library and fails if a kernel spills on any of its
+architectures, or if its tensor core instructions on Hopper wait for each other.
 """
 
 import os
@@ -301,6 +301,28 @@ def find_spills(library, cuobjdump):
     return [f"{name} ({arch}) spills {stack} bytes" for arch, name, _, stack, _ in rows if stack]
 
 
+def find_serialized(library, cuobjdump):
+    """Returns a line for each kernel whose every wgmma waits for the one before it.
+
+    ptxas makes them wait if other instructions may read the sums meanwhile, and says so only in a
+    message (C7514). A kernel otherwise waits for all of its wgmma once in a while.
+    """
+    products, waits, name = {}, {}, "?"
+    command = [cuobjdump, "-sass", "-arch", "sm_90a", library]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as disassembler:
+        for line in disassembler.stdout:
+            if "Function :" in line:
+                name = line.rpartition(":")[2].strip()
+            elif "GMMA." in line:
+                products[name] = products.get(name, 0) + 1
+            elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line:
+                waits[name] = waits.get(name, 0) + 1
+    if not products:
+        return [f"no wgmma was found in {library}"]
+    serialized = [name for name, count in products.items() if 2 * waits.get(name, 0) > count]
+    return [f"{name} waits for each wgmma" for name in demangled(serialized)]
+
+
 OPERATORS, MODULE, WITH_CUDA = make_extensions()
 
 
@@ -341,10 +363,10 @@ class BuildExtension(cpp_extension.BuildExtension):
         self.build_temp = whole
 
 
-class CheckSpills(Command):
-    """``setup.py check_spills``: the spill check on the library built in place."""
+class CheckKernels(Command):
+    """``setup.py check_kernels``: the check of the code in the library built in place."""
 
-    description = "fail if a kernel of the built library spills registers"
+    description = "fail if a kernel spills registers, or if its products wait for each other"
     user_options = []
 
     def initialize_options(self):
@@ -360,9 +382,13 @@ class CheckSpills(Command):
             raise SystemExit("flash_llm: cuobjdump is neither in the CUDA toolkit nor in triton")
         build = self.get_finalized_command("build_ext")
         build.inplace = True
-        if spills := find_spills(build.get_ext_fullpath(OPERATORS.name), cuobjdump):
-            raise SystemExit("flash_llm: spill check failed:\n    " + "\n    ".join(spills))
-        say("spill check: no kernel spills")
+        library = build.get_ext_fullpath(OPERATORS.name)
+        faults = find_spills(library, cuobjdump)
+        if any(arch == "sm_90a" for arch, *_ in kernel_resources(library, cuobjdump)):
+            faults += find_serialized(library, cuobjdump)
+        if faults:
+            raise SystemExit("flash_llm: kernel check failed:\n    " + "\n    ".join(faults))
+        say("kernel check: no kernel spills, and no wgmma waits for the one before")
 
 
 # ninja may be in the virtual environment's bin/, which is on PATH only in an activated environment.
@@ -373,7 +399,7 @@ setup(
     packages=find_packages(include=["flash_llm", "flash_llm.*"]),
     package_data={"flash_llm": ["py.typed"]},
     ext_modules=[OPERATORS, MODULE],
-    cmdclass={"build_ext": BuildExtension, "check_spills": CheckSpills},
+    cmdclass={"build_ext": BuildExtension, "check_kernels": CheckKernels},
     # The extension works only with this torch, because the C++ interface has no stable ABI.
     install_requires=[
         f"torch=={torch.__version__.split('+')[0]}",
