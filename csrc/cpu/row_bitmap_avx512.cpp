@@ -174,10 +174,6 @@ struct FewTokens {
   template <bool kNearEnd>
   FLASH_LLM_AVX512 inline void add_group(const uint32_t* masks, const typename Math::X* x,
                                          __m512i zero, Values<kNearEnd>& values) {
-    if (!kNearEnd) {
-      prefetch_soon(values.next);
-      prefetch_later(values.next);
-    }
     typename Math::Vector w[kBlockRows][Math::kStored];
 #pragma GCC unroll 4
     for (int row = 0; row < kBlockRows; ++row) {
@@ -222,6 +218,9 @@ struct FewTokens {
       if (safe == 0) break;
       const uint32_t* const stop = masks + std::min<int64_t>(masks_end - masks, safe * kBlockRows);
       for (; masks != stop; masks += kBlockRows, x += kTokens * kGroupCols) {
+        const void* at = progress(block, masks, values.next);
+        prefetch_soon<3>(at);
+        prefetch_later<3>(at);
         rows.add_group(masks, x, zero, values);
       }
     }
