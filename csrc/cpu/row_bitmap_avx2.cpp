@@ -213,6 +213,12 @@ FLASH_LLM_AVX2 inline const Raw* add_groups(const RowBlockOf<Raw>& block, int64_
     if (safe == 0) break;
     const uint32_t* const stop = masks + std::min<int64_t>(masks_end - masks, safe * kBlockRows);
     for (; masks != stop; masks += kBlockRows, x += kTokens * kGroupCols) {
+      if constexpr (Sums::kReadsWholeBlock) {
+        constexpr int64_t kLines = sizeof(Raw) == 1 ? 2 : 3;
+        const void* at = progress(block, masks, values.next);
+        prefetch_soon<kLines>(at);
+        prefetch_later<kLines>(at);
+      }
       sums.add_group(masks, x, values);
     }
   }
@@ -228,6 +234,7 @@ struct Block {
   using Raw = RawOf<kType>;
   // Whether groups of columns have scales, by which elements are multiplied before X.
   static constexpr bool kGrouped = value_traits(kType).scales == ScaleGroup::kRowGroup;
+  static constexpr bool kReadsWholeBlock = true;
   __m256 sums[kBlockRows][kTokens];
   float scales[kBlockRows];
   const uint32_t* next_scales;
@@ -246,10 +253,6 @@ struct Block {
   template <bool kNearEnd>
   FLASH_LLM_AVX2 inline void add_group(const uint32_t* masks, const float* x,
                                        Values<kNearEnd, Raw>& values) {
-    if (!kNearEnd) {
-      prefetch_soon(values.next);
-      prefetch_later(values.next);
-    }
     if constexpr (kGrouped) load_scales();
     uint8_t bytes[kBlockRows][kGroupCols];
     decltype(take_row<kType>(0U, values, bytes[0])) rows[kBlockRows] = {};
@@ -342,6 +345,7 @@ FLASH_LLM_AVX2 inline __m256i take_bytes(const uint32_t& mask, Values<kNearEnd, 
 // are at most 2 * 127 * 127.
 template <int kTokens>
 struct Int8Block {
+  static constexpr bool kReadsWholeBlock = true;
   __m256i sums[kBlockRows][kTokens];
 
   FLASH_LLM_AVX2 inline void clear() {
@@ -364,10 +368,6 @@ struct Int8Block {
   template <bool kNearEnd>
   FLASH_LLM_AVX2 inline void add_group(const uint32_t* masks, const int8_t* x,
                                        Values<kNearEnd, uint8_t>& values) {
-    if (!kNearEnd) {
-      prefetch_soon(values.next);
-      prefetch_later(values.next);
-    }
 #pragma GCC unroll 4
     for (int row = 0; row < kBlockRows; ++row) add_row(row, take_bytes(masks[row], values), x);
   }
@@ -428,6 +428,7 @@ constexpr MultiplyInt8Panel kMultiplyInt8Panel[kMaxTokens] = {
 constexpr int64_t kPanelGroups = 64;  // 8 KB
 
 struct Panel {
+  static constexpr bool kReadsWholeBlock = false;
   __m256i elements[kPanelGroups * kBlockRows];
   __m256i* next = elements;
 
