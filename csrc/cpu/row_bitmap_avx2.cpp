@@ -213,12 +213,7 @@ FLASH_LLM_AVX2 inline const Raw* add_groups(const RowBlockOf<Raw>& block, int64_
     if (safe == 0) break;
     const uint32_t* const stop = masks + std::min<int64_t>(masks_end - masks, safe * kBlockRows);
     for (; masks != stop; masks += kBlockRows, x += kTokens * kGroupCols) {
-      if constexpr (Sums::kReadsWholeBlock) {
-        constexpr int64_t kLines = sizeof(Raw) == 1 ? 2 : 3;
-        const void* at = progress(block, masks, values.next);
-        prefetch_soon<kLines>(at);
-        prefetch_later<kLines>(at);
-      }
+      if constexpr (Sums::kReadsWholeBlock) prefetch_block(block, masks, values.next);
       sums.add_group(masks, x, values);
     }
   }

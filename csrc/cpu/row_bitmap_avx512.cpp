@@ -218,9 +218,7 @@ struct FewTokens {
       if (safe == 0) break;
       const uint32_t* const stop = masks + std::min<int64_t>(masks_end - masks, safe * kBlockRows);
       for (; masks != stop; masks += kBlockRows, x += kTokens * kGroupCols) {
-        const void* at = progress(block, masks, values.next);
-        prefetch_soon<3>(at);
-        prefetch_later<3>(at);
+        prefetch_block(block, masks, values.next);
         rows.add_group(masks, x, zero, values);
       }
     }

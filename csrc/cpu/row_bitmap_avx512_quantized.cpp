@@ -114,9 +114,7 @@ FLASH_LLM_AVX512 inline void add_groups(const RowBlockOf<uint8_t>& block, int64_
     if (safe == 0) break;
     const uint32_t* const stop = masks + std::min<int64_t>(masks_end - masks, safe * kBlockRows);
     for (; masks != stop; masks += kBlockRows, x += kTokens * kGroupCols) {
-      const void* at = progress(block, masks, values.next);
-      prefetch_soon(at);
-      prefetch_later(at);
+      prefetch_block(block, masks, values.next);
       sums.add_group(masks, x, absent, values);
     }
   }
