@@ -290,11 +290,10 @@ def demangled(names):
     return [re.sub(r"\([^()<>]*\)$", "", name) for name in short.splitlines()]
 
 
-def find_spills(library, cuobjdump):
-    """Prints the kernels' resources; returns a line for each kernel that uses a stack."""
-    rows = kernel_resources(library, cuobjdump)
+def find_spills(rows):
+    """Prints rows of kernel_resources(); returns a line for each kernel that uses a stack."""
     if not rows:
-        return [f"no kernel was found in {library}"]
+        return ["the library has no kernel"]
     say("arch      registers  stack  shared  kernel")
     for arch, name, registers, stack, shared in rows:
         say(f"{arch:9s} {registers:9d} {stack:6d} {shared:7d}  {name}")
@@ -318,7 +317,7 @@ def find_serialized(library, cuobjdump):
             elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line:
                 waits[name] = waits.get(name, 0) + 1
     if not products:
-        return [f"no wgmma was found in {library}"]
+        return ["the library has no wgmma for sm_90a"]
     serialized = [name for name, count in products.items() if 2 * waits.get(name, 0) > count]
     return [f"{name} waits for each wgmma" for name in demangled(serialized)]
 
@@ -352,7 +351,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         super().build_extensions()
         # Only a warning: the code of another nvcc than CI's may spill and is still correct.
         if WITH_CUDA and (cuobjdump := find_cuobjdump()):
-            for spill in find_spills(library, cuobjdump):
+            for spill in find_spills(kernel_resources(library, cuobjdump)):
                 say(f"WARNING: {spill}")
 
     def build_extension(self, extension):
@@ -383,8 +382,9 @@ class CheckKernels(Command):
         build = self.get_finalized_command("build_ext")
         build.inplace = True
         library = build.get_ext_fullpath(OPERATORS.name)
-        faults = find_spills(library, cuobjdump)
-        if any(arch == "sm_90a" for arch, *_ in kernel_resources(library, cuobjdump)):
+        rows = kernel_resources(library, cuobjdump)
+        faults = find_spills(rows)
+        if any(arch == "sm_90a" for arch, *_ in rows):
             faults += find_serialized(library, cuobjdump)
         if faults:
             raise SystemExit("flash_llm: kernel check failed:\n    " + "\n    ".join(faults))
