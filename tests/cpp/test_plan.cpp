@@ -799,12 +799,24 @@ TEST(SelectPlanQuantized, WgmmaPlansFitTheirDeviceAndShareTheWork) {
          {std::pair<int64_t, int64_t>{1, 1}, {28672, 7168}, {100, 65536}, {0, 0}}) {
       for (const int64_t ctas : {0, 1, 1000}) {
         const SpmmPlan plan = plan_of(quantized_problem(m, 64, k), kH200, config.name, ctas);
-        EXPECT_LE(plan.work.workers, plan.work.units()) << config.name;
+        SCOPED_TRACE(plan.to_string());
+        EXPECT_LE(plan.work.workers, plan.work.units());
         EXPECT_GE(plan.ring_bytes, quant_wgmma_min_ring_bytes(config, ValueType::kInt8Float16));
         EXPECT_LE(quant_wgmma_smem_bytes(config, plan.ring_bytes) + kQuantWgmmaSpareSmemBytes,
                   227 * 1024);
-        EXPECT_LE(plan.work.workers, plan.work.units());
-        EXPECT_LE(plan.ctas, ctas == 0 ? 132 / config.passes(64) : ctas);
+        const int64_t units = plan.work.units();
+        const int64_t most = ctas == 0 ? 132 / config.passes(64) : ctas;
+        EXPECT_LE(plan.ctas, most);
+        // The CTA with most work has no more than it must, of a given number of CTAs; otherwise no
+        // more than if all had whole output tiles.
+        const int64_t most_units = (units + plan.ctas - 1) / plan.ctas;
+        if (ctas != 0) {
+          const int64_t all = std::min(most, units);
+          EXPECT_EQ(most_units, (units + all - 1) / all);
+        } else {
+          const int64_t tiles = plan.work.rows, owners = std::min(most, tiles);
+          EXPECT_LE(most_units, (tiles + owners - 1) / owners * plan.work.cols);
+        }
         EXPECT_EQ(plan.work.cols * plan.unit_cols,
                   std::max<int64_t>(num_quant_chunks(ValueType::kInt8Float16, k), 1));
       }
