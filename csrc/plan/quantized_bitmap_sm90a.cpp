@@ -63,9 +63,9 @@ Division of_equal_parts(int64_t tiles, int64_t columns, int64_t ctas) {
   return {equal ? cta_cols : 1, ctas, 0.0};
 }
 
-// What the work of a CTA takes in us, with all SMs at work on an H200 (2026-11-30, 50 % zeros): a
-// column of planes; and bringing sums together, if each output tile is shared by a cluster of two
-// or of four CTAs, or if CTAs have parts of any tiles, whose sums go through L2.
+// Times in us on an H200 whose SMs all work (2026-11-30, 50 % zeros). `plane`: a CTA multiplies a
+// column of planes. The others: sums are brought together, if clusters of two or of four CTAs share
+// each output tile, or if CTAs have parts of any tiles, whose sums go through L2.
 struct Times {
   double plane, pair, four, through_l2;
 };
@@ -97,8 +97,8 @@ Division divide(const QuantWgmmaConfig& config, const SpmmProblem& problem, int 
   };
   consider(columns, std::min(tiles, most), 0.0);
   if (columns % 2 == 0 && 2 * tiles <= most) consider(columns / 2, 2 * tiles, times.pair);
-  // Clusters of four find no place on the last SMs of some parts of a GPU: 28 of them do on an
-  // H200, but not 32.
+  // The SMs of a GPU come in groups, which a cluster cannot cross, so clusters of four leave some
+  // SMs idle: 28 of them ran at a time on an H200, but not 32.
   if (columns % 4 == 0 && 4 * tiles <= most * 7 / 8) consider(columns / 4, 4 * tiles, times.four);
   // If the CTAs with most work can each have a part of one output tile, none has parts of two.
   const int64_t most_units = (tiles * columns + most - 1) / most;

@@ -64,7 +64,7 @@ struct WgmmaParams {
   RunSteps steps;
   StreamK schedule;  // a row is an output tile, a unit `unit_cols` columns of chunks
   int unit_cols;
-  int cluster;  // CTAs of one, which have equal parts of one output tile; 1 if there are none
+  int cluster;  // CTAs in a cluster, which have equal parts of one output tile; 1: no clusters
   int slots;    // of sums
   int counts_bytes;
   int ring_bytes;  // of each warp
@@ -84,8 +84,8 @@ struct RunScales<kType, true> {
 //   kElementBytes  of X
 //   Sum            of the sums
 //   kUnit          a sum is the sum of products divided by it and by the scales that it lacks
-//   kProducts      of a batch, the part of a plane that is decoded at a time into A fragments
-//   kBatches       of a plane
+//   kProducts      products of a batch, the part of a plane that is decoded at a time
+//   kBatches       batches of a plane
 //   decode()       decodes batch kBatch, the next one of its run
 //   multiply()     starts a product
 //   add()          adds a sum to one in the workspace
@@ -137,8 +137,8 @@ struct WideTileX {
 };
 
 // X quantised to int8. The weight's bytes are value + 128, so the sums of products contain 128
-// times the sum of X. A product is for two fragments together, and a batch is a word; half a word
-// where the sums take so many registers that fewer are left.
+// times the sum of X. A product is for two fragments together, and a batch is a word, or half a
+// word where the sums of many tokens leave too few registers for a whole one.
 template <ValueType kType, int kTileN>
 struct Int8TileX {
   static constexpr bool kQuantized = true;
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kTokenThreads)
     }
     if constexpr (C::X::kQuantized) {
       for (int i = cta; i < tokens / C::kTileN * p.slots; i += ctas) {
-        // Used for an output tile that begins in the CTA's work range and ends after it.
+        // The slot is used only if an output tile begins in the CTA's work range and ends after it.
         const int end = p.schedule.first_unit(i % p.slots + 1);
         const int tile_begin = end / p.schedule.units_per_row * p.schedule.units_per_row;
         if (end == tile_begin || tile_begin < p.schedule.first_unit(i % p.slots)) continue;
@@ -604,7 +604,7 @@ __device__ __forceinline__ bool meet_in_cluster(const WgmmaSmem& smem, int clust
   // Where the owner has the sums of the strip, those of one CTA after the other.
   const uint32_t place =
       smem.ring(0) + warp % owned * (cluster - 1) * C::kStripSums * 4 + lane * 16;
-  ptx::cluster_sync();  // all warps have read what they had to
+  ptx::cluster_sync();  // all warps have read their rings and stages
   if (rank != owner) {
     const int other = rank - (rank > owner ? 1 : 0);
     const uint32_t to = ptx::cluster_address(place + other * C::kStripSums * 4, owner);
@@ -641,8 +641,8 @@ __device__ __forceinline__ void store_strip(const WgmmaParams& p, int strip, int
     const float* scales = p.weight.row_scales(strip);
     if (scales != nullptr) rows = make_float2(scales[lane / 4], scales[lane / 4 + 8]);
   }
-  int token = static_cast<int>(blockIdx.y) * C::kTileN;
-  asm volatile("" : "+r"(token));  // else addresses are kept in registers from tile to tile
+  // Otherwise addresses would be kept in registers from tile to tile.
+  const auto token = static_cast<int>(ptx::opaque(blockIdx.y * C::kTileN));
   const int tokens = static_cast<int>(gridDim.y) * C::kTileN;
   // So many tokens at a time; more would spill.
   constexpr int kAtOnce = C::kTileN < 32 ? C::kTileN : C::kTileN < 128 ? 32 : 16;
@@ -752,7 +752,8 @@ __global__ void __launch_bounds__(C::kBoundThreads, 1)
     } else if (!all && strip < p.weight.strips) {
       all = meet<C>(p, worker, strip, cols, lane, seen, sums);
     }
-    // The code of activations is long, and new to the instruction cache in most calls.
+    // Chosen once for all sums: the activations' code is long, and most calls would have to fetch
+    // it into the instruction cache.
     if (all && strip < p.weight.strips) {
       if (p.epilogue.activation == Activation::kNone) {
         store_strip<C, false>(p, strip, lane, sums);
