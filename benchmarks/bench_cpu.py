@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_spmm import MAX_INT8X_REL_ERR, MAX_REL_ERR, exact_product, relative_error
+from bench_spmm import exact_product, max_rel_err, relative_error
 from options import add_row_options, require_positive
 from rows import commit_hash, cpu_name, print_table, write_rows
 from stream_floor_cpu import CpuStreamFloor
@@ -53,7 +53,7 @@ class Case:
     @property
     def max_rel_err(self) -> float:
         """The largest relative error of a correct result."""
-        return MAX_REL_ERR[self.weight.dtype] if self.x_values == "16-bit" else MAX_INT8X_REL_ERR
+        return max_rel_err(self.weight.dtype, self.x_values)
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--values", choices=STORED_VALUES, default="16-bit", help="of the packed weight"
     )
-    parser.add_argument("--x-values", choices=STORED_VALUES, default="16-bit", help="of X")
+    parser.add_argument("--x-values", choices=("16-bit", "int8"), default="16-bit", help="of X")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--dense", nargs="+", choices=list(DENSE), default=[], help="also above 16 tokens"

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from bench_spmm import ROUNDED_X
 from options import require_fractions, require_positive
 from rows import RESULTS, commit_hash, cpu_name, gpu_name, print_table, write_rows
 from step_account import account
@@ -88,7 +89,7 @@ class Contender(NamedTuple):
     weights: str  # one of WEIGHTS
     sparsity: float  # 0 but for flash_llm
     values: str
-    x_values: str  # "int8" if products may quantise their inputs
+    x_values: str  # what products may round their inputs to
 
 
 class Turns(NamedTuple):
@@ -474,8 +475,7 @@ def contenders_of(arguments: argparse.Namespace) -> Iterator[Contender]:
         for sparsity, values in itertools.product(arguments.sparsity, arguments.values):
             quantized = values != "16-bit"
             for way in arguments.x_quantization if quantized else ["none"]:
-                # Kernels round inputs to int8, whatever the type of quantised values.
-                x_values = "int8" if way == "dynamic" else "16-bit"
+                x_values = ROUNDED_X[values] if way == "dynamic" else "16-bit"
                 yield Contender(weights, sparsity, values, x_values)
 
 

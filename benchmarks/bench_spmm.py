@@ -45,11 +45,19 @@ PDL = {"both": (True, False), "on": (True,), "off": (False,)}
 # Largest relative error (Frobenius norms): each output may be rounded once, by at most the unit
 # roundoff. Sums in fp32 add about 1e-6, sums in 16 bits or a wrong index would show at once.
 MAX_REL_ERR = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
-# With X rounded to int8: its rounding errors are uniform, and the largest of thousands of normal
-# numbers is about 4 standard deviations, so steps of 4 / 127 make an error of 0.009.
-MAX_INT8X_REL_ERR = 0.02
+# With X rounded. To int8: its rounding errors are uniform, and the largest of thousands of normal
+# numbers is about 4 standard deviations, so steps of 4 / 127 make an error of 0.009. To e4m3, whose
+# steps are an eighth of a power of two: 0.026.
+MAX_ROUNDED_X_REL_ERR = {"int8": 0.02, "fp8_e4m3": 0.04}
+# What kernels may round X to, by the values of the weight.
+ROUNDED_X = {"int8": "int8", "fp8_e4m3": "fp8_e4m3", "int4": "int8"}
 
 Calls = list[Callable[[], Tensor]]
+
+
+def max_rel_err(dtype: str, x_values: str) -> float:
+    """Return the largest relative error of a correct result."""
+    return MAX_REL_ERR[dtype] if x_values == "16-bit" else MAX_ROUNDED_X_REL_ERR[x_values]
 
 
 @dataclass(frozen=True)
@@ -70,12 +78,12 @@ class Case:
     @property
     def x_quantization(self) -> str | None:
         """What lets kernels take X in the case's values."""
-        return "dynamic" if self.x_values == "int8" else None
+        return None if self.x_values == "16-bit" else "dynamic"
 
     @property
     def max_rel_err(self) -> float:
         """Largest relative error of a correct result."""
-        return MAX_REL_ERR[self.weight.dtype] if self.x_values == "16-bit" else MAX_INT8X_REL_ERR
+        return max_rel_err(self.weight.dtype, self.x_values)
 
 
 @dataclass(frozen=True)
@@ -393,7 +401,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--values", choices=STORED_VALUES, default="16-bit", help="of the packed weight"
     )
-    parser.add_argument("--x-values", choices=STORED_VALUES, default="16-bit", help="of X")
+    parser.add_argument(
+        "--x-values", choices=("16-bit", *MAX_ROUNDED_X_REL_ERR), default="16-bit", help="of X"
+    )
     parser.add_argument(
         "--fp8-rounding", action="store_true", help="time FP8 with the rounding of its X too"
     )
@@ -403,6 +413,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_row_options(parser, "spmm-<gpu>.jsonl")
     arguments = parse_with_weights(parser, argv)
     require_positive(parser, arguments, "n")
+    if arguments.x_values not in ("16-bit", ROUNDED_X.get(arguments.values)):
+        parser.error(
+            f"--x-values {arguments.x_values} does not go with --values {arguments.values}"
+        )
     require_device(parser, arguments)
     return arguments
 

@@ -613,13 +613,14 @@ def spmm(
             in float32 before the final rounding. For large N (the dense product, and the bitmap
             kernel above 64 tokens) the sum is rounded to ``x.dtype`` before the activation, as by
             ``torch.nn.functional.linear``.
-        x_quantization: ``"dynamic"`` allows kernels to round each token of ``x`` to int8 where that
-            is faster: with int8 weights on CPUs, and with int8 and int4 ones on GPUs for few
-            tokens. A token's scale is its largest magnitude, but at least 2**-100, divided by 127;
-            elements are multiplied by the inverse of the scale (in float32) and rounded to nearest,
-            ties to even. Sums of products are then exact, of int4 values those of each 128 columns.
-            A token with an element that is NaN or infinite gives NaN. None and ``"none"`` never
-            round ``x``.
+        x_quantization: ``"dynamic"`` allows kernels to round each token of ``x`` where that is
+            faster: to int8 with int8 weights, on GPUs with int4 ones too, and to e4m3 with fp8
+            weights on Hopper. A token's scale is its largest magnitude, but at least 2**-100,
+            divided by 127 or 448; elements are multiplied by the inverse of the scale (in float32)
+            and rounded to nearest, ties to even. Sums of products of int8 are then exact, of int4
+            values those of each 128 columns. Of e4m3 the tensor cores keep 13 bits behind the
+            leading one of a sum after every 32 products, at least. A token with an element that is
+            NaN or infinite gives NaN. None and ``"none"`` never round ``x``.
         config: ``"auto"`` lets ``explain_plan`` choose; any other name forces that kernel (see
             ``flash_llm._C.plan_names``), for tests and benchmarks.
         ctas: CTAs in the grid of the CUDA kernel, at most one for each tile of work; 0 lets the

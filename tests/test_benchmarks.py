@@ -186,13 +186,7 @@ def test_committed_rows_follow_the_schema():
             bench = "serve" if row["bench"] in ("step", "replay") else row["bench"]
             assert path.stem == (of_one_file.get(bench) or f"{bench}-{row.get('gpu')}")
             if row["bench"] in ("spmm", "cpu"):
-                exact_x = row["x_values"] == "16-bit"
-                most = (
-                    bench_spmm.MAX_REL_ERR[row["dtype"]]
-                    if exact_x
-                    else bench_spmm.MAX_INT8X_REL_ERR
-                )
-                assert row["rel_err"] <= most
+                assert row["rel_err"] <= bench_spmm.max_rel_err(row["dtype"], row["x_values"])
         assert len({rows.case_of(row) for row in found}) == len(found)
 
 
@@ -869,6 +863,7 @@ def test_a_result_that_changes_ends_the_run(monkeypatch, prefetches):
         "--device tpu",
         "--mask diagonal",
         "--pdl maybe",
+        "--values fp8_e4m3 --x-values int8",
         "--n 8 0",
         "--sparsity 1.5",
     ],

@@ -69,7 +69,9 @@ def test_configs_describe_each_row():
             assert row["name"].startswith(f"w{row['warps_per_tile']}n{row['tile_n']}")
             assert 0 < row["smem_bytes"] <= 99 * 1024
         elif row["format"] == "quantized_bitmap":
-            assert re.fullmatch(rf"(sm80_)?quantized{row['tile_n']}(_wgmma)?(_int8x)?", row["name"])
+            assert re.fullmatch(
+                rf"(sm80_)?quantized{row['tile_n']}(_wgmma)?(_int8x|_fp8x)?", row["name"]
+            )
             assert 0 < row["smem_bytes"] <= 227 * 1024
         elif row["format"] == "gather" or row["name"].startswith("rows"):
             assert re.fullmatch(rf"((sm80_)?gather|rows){row['tile_n']}", row["name"])

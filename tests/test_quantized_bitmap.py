@@ -27,14 +27,15 @@ WGMMA = tuple(f"quantized{n}_wgmma" for n in (16, 32, 64, 128))  # Hopper's own
 WGMMA_INT8_X = tuple(f"{config}_int8x" for config in WGMMA)
 WIDE = (KERNEL, "quantized16", *WGMMA)
 INT8_X = ("quantized8_int8x", "quantized16_int8x", *WGMMA_INT8_X)
+FP8_X = tuple(f"{config}_fp8x" for config in WGMMA)
 
 
 def here(*configs, kind="int8"):
     """The configurations of all kernel families that this GPU runs, for values of a kind."""
     without = {
-        "int8": (),
+        "int8": FP8_X,
         "fp8_e4m3": INT8_X,
-        "int4": ("quantized16", *WGMMA_INT8_X),
+        "int4": ("quantized16", *WGMMA_INT8_X, *FP8_X),
     }[kind]
     multiply = [config for config in configs if config not in without]
     sm80 = [f"sm80_{config}" for config in multiply if "wgmma" not in config]
@@ -240,9 +241,9 @@ def test_plans():
     # X is quantised where it is asked for and saves time.
     for m, n, k, config in (
         (7168, 8, 7168, INT8_X[0]),
-        (4096, 8, 4096, KERNEL),
-        (2048, 16, 4096, WIDE[1]),
-        (4096, 16, 4096, WGMMA_INT8_X[0]),
+        (64, 1, 64, INT8_X[0]),
+        (4096, 16, 4096, INT8_X[1]),
+        (4096, 17, 4096, WGMMA_INT8_X[1]),
         (28672, 64, 7168, WGMMA_INT8_X[2]),
         (7168, 512, 7168, WGMMA_INT8_X[3]),
         (7168, 8193, 7168, "dense"),
@@ -354,6 +355,23 @@ def test_quantised_tokens_are_multiplied_exactly(k, dtype, kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("k", K)
+@each("dtype", DTYPES)
+def test_tokens_rounded_to_fp8_are_multiplied_exactly(k, dtype):
+    for m, sparsity in itertools.product((1, 16, 67), (0.0, 0.5, 0.95, 1.0)):
+        integers = testing.small_integers(m, k, sparsity=sparsity, dtype=dtype, seed=m)
+        values, scales, exact = small_steps(integers, "fp8_e4m3")
+        w = pack(values, scales, dtype, "cuda")
+        x = testing.small_integers(64, k, dtype=dtype, seed=1)
+        x[:, 0] = 448  # so every scale is 1
+        expected = testing.spmm_reference(x, exact.to(dtype)).float().to(dtype)
+        for n in (1, 9, 33, 64):
+            for config in here(*FP8_X, kind="fp8_e4m3"):
+                y = flash_llm.spmm(x[:n].cuda(), w, config=config)
+                assert torch.equal(y.cpu(), expected[:n]), (m, n, sparsity, config)
+
+
+@pytest.mark.gpu
 @each("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_tokens_are_multiplied_exactly_however_ctas_share_the_work(dtype, kind):
@@ -362,11 +380,11 @@ def test_many_tokens_are_multiplied_exactly_however_ctas_share_the_work(dtype, k
         values, scales, exact = small_steps(integers, kind)
         w = pack(values, scales, dtype, "cuda")
         x = testing.small_integers(300, k, dtype=dtype, seed=1)
-        x[:, 0] = 127  # so the scale of quantised tokens is 1
+        x[:, 0] = 448 if kind == "fp8_e4m3" else 127  # so the scale of rounded tokens is 1
         x = x.cuda()
         expected = (x.double() @ exact.cuda().double().t()).float().to(dtype)
         for n, ctas in itertools.product((65, 129, 300), (0, 3, 40)):
-            for config in here(*WGMMA, *WGMMA_INT8_X, kind=kind):
+            for config in here(*WGMMA, *WGMMA_INT8_X, *FP8_X, kind=kind):
                 y = flash_llm.spmm(x[:n], w, config=config, ctas=ctas)
                 assert torch.equal(y, expected[:n]), (m, n, ctas, config)
 
@@ -386,19 +404,68 @@ def test_tokens_are_rounded_to_nearest(dtype, magnitude):
         assert torch.equal(flash_llm.spmm(x.cuda(), w, config=config).cpu(), expected), config
 
 
+def fp8_tokens(x):
+    """X as FP8_X rounds it: e4m3 values, as float64, and a scale for each token."""
+    largest = x.abs().amax(dim=1, keepdim=True).float().clamp(min=2.0**-100)
+    inverse = torch.tensor(448.0) / largest  # 448 / x is 448 * (1 / x)
+    return (x.float() * inverse).to(torch.float8_e4m3fn).double(), largest / 448
+
+
+@pytest.mark.gpu
+@each("dtype", DTYPES)
+@each("magnitude", [1e-33, 1e-30, 1e-6, 1.0, 3e4])
+def test_tokens_are_rounded_to_nearest_fp8(dtype, magnitude):
+    # A nonzero in each row, so that nothing else is rounded before the result.
+    values, scales = random_values(4100, 4100, 0.0, kind="fp8_e4m3")
+    values = (values.float() * torch.eye(4100)).to(values.dtype)
+    w = pack(values, scales, dtype, "cuda")
+    x = (torch.randn(9, 4100) * magnitude / 4).to(dtype)
+    x[3] = 0
+    rounded, token_scales = fp8_tokens(x)
+    products = (rounded * values.float().diagonal().double()).float()
+    expected = ((products * token_scales) * scales).to(dtype)
+    for config in here(*FP8_X, kind="fp8_e4m3"):
+        assert torch.equal(flash_llm.spmm(x.cuda(), w, config=config).cpu(), expected), config
+
+
+@pytest.mark.gpu
+@each("dtype", DTYPES)
+@each("sparsity", [0.0, 0.5, 0.9])
+def test_products_of_fp8_tokens_stay_within_their_bound(dtype, sparsity):
+    for m, k in ((131, 1100), (2000, 9000)):
+        values, scales = random_values(m, k, sparsity, kind="fp8_e4m3")
+        w = pack(values, scales / 64, dtype, "cuda")
+        x = torch.randn(16, k).to(dtype)
+        rounded, token_scales = fp8_tokens(x)
+        rounded *= token_scales.double()
+        weight = exact_weight(w).cpu()
+        expected = rounded @ weight.t()
+        # The tensor cores keep 13 bits of a sum behind its leading one, and drop the others
+        # whenever they have added 32 products.
+        steps = -(-k // 32) * 2.0**-13
+        bound = steps * (rounded.abs() @ weight.abs().t())
+        bound += expected.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).tiny
+        for config in here(*FP8_X, kind="fp8_e4m3"):
+            y = flash_llm.spmm(x.cuda(), w, config=config).cpu().double()
+            assert bool(((y - expected).abs() <= bound).all()), config
+            assert torch.equal(flash_llm.spmm(x.cuda(), w, config=config).cpu().double(), y)
+
+
 @pytest.mark.gpu
 @each("dtype", DTYPES)
 @each("number", [float("inf"), float("nan")])
-def test_a_quantised_token_that_is_not_finite_gives_nan(dtype, number):
+@each("kind", ["int8", "fp8_e4m3"])
+def test_a_quantised_token_that_is_not_finite_gives_nan(dtype, number, kind):
     # 9000 columns are two sections of K, 16 tokens the wide configurations.
-    for n, k, configs in ((3, 700, INT8_X[:1]), (16, 700, INT8_X[1:]), (3, 9000, INT8_X[:1])):
-        values, scales = random_int8(40, k, 0.7)
+    few, many = INT8_X[:1], (*INT8_X[1:], *FP8_X)
+    for n, k, configs in ((1, 700, few), (3, 700, few), (16, 700, many), (3, 9000, few)):
+        values, scales = random_values(40, k, 0.7, kind=kind)
         w = pack(values, scales / 8, dtype, "cuda")
         x = torch.ones(n, k, dtype=dtype)
-        x[1, k - 1] = number
-        for name in here(*configs):
+        x[n // 2, k - 1] = number
+        for name in here(*configs, kind=kind):
             y = flash_llm.spmm(x.cuda(), w, config=name)
-            assert bool(y[1].isnan().all()), (n, k, name)
+            assert bool(y[n // 2].isnan().all()), (n, k, name)
             assert y.isfinite().all(1).sum() == n - 1, (n, k, name)
 
 
@@ -459,13 +526,13 @@ def test_malformed_weights_stay_within_their_memory(kind):
     for count in range(0, w.payload.numel() - 8, 97):
         broken = dataclasses.replace(w, payload=w.payload.clone())
         broken.payload[count:] = -1
-        for config in here(*WIDE, *INT8_X, kind=kind):
+        for config in here(*WIDE, *INT8_X, *FP8_X, kind=kind):
             assert flash_llm.spmm(x, broken, config=config).shape == (3, 40)
         assert broken.to_dense().shape == (40, 700)
     for offset in (-1, 0, 1, 2**31 - 1):
         broken = dataclasses.replace(w, offsets=w.offsets.clone())
         broken.offsets[1:-1:2] = offset
-        for config in here(*WIDE, *INT8_X, kind=kind):
+        for config in here(*WIDE, *INT8_X, *FP8_X, kind=kind):
             assert flash_llm.spmm(x, broken, config=config).shape == (3, 40)
         assert broken.to_dense().shape == (40, 700)
     torch.cuda.synchronize()

@@ -81,7 +81,7 @@ bool takes_tiled_csl_cpu(const PlanRequest& request, std::string* reason) {
 }
 
 bool takes_row_bitmap_int8x(const PlanRequest& request, std::string* reason) {
-  if (!request.problem.int8_x || request.problem.k > kCpuMaxInt8K ||
+  if (!request.problem.rounds_x || request.problem.k > kCpuMaxInt8K ||
       request.problem.n > most_tokens_of_int8x(request.problem.value_type, request.device)) {
     return false;
   }

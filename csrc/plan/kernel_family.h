@@ -35,7 +35,7 @@ enum class KernelFamily {
   kBitmapSm80,            // bitmap on every GPU from sm_80 on
   kGatherSm90,            // gather on GPUs with bulk copies
   kGatherSm80,            // gather on every GPU from sm_80 on
-  kQuantizedBitmapSm90a,  // quantised bitmap on Hopper, more than 8 tokens
+  kQuantizedBitmapSm90a,  // quantised bitmap on Hopper, many tokens
   kQuantizedBitmapSm90,   // quantised bitmap on GPUs with bulk copies
   kQuantizedBitmapSm80,   // quantised bitmap on every GPU from sm_80 on
   kDense,                 // unpack, then the vendor's dense GEMM; CPU and CUDA

@@ -20,12 +20,12 @@ Status parse_activation(const std::string& name, Activation* out) {
   return Status::success();
 }
 
-Status parse_x_quantization(const std::string& name, bool* int8_x) {
+Status parse_x_quantization(const std::string& name, bool* rounds_x) {
   if (name != "none" && name != "dynamic") {
     return Status::invalid_value("x_quantization must be \"none\" or \"dynamic\", got \"" + name +
                                  "\"");
   }
-  *int8_x = name == "dynamic";
+  *rounds_x = name == "dynamic";
   return Status::success();
 }
 

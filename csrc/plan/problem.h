@@ -16,8 +16,11 @@ enum class Activation { kNone, kRelu, kGelu, kSilu };
 
 Status parse_activation(const std::string& name, Activation* out);
 
-// "none", or "dynamic": kernels may quantise X to int8, with a scale for each token.
-Status parse_x_quantization(const std::string& name, bool* int8_x);
+// "none", or "dynamic": kernels may round X (SpmmProblem::rounds_x).
+Status parse_x_quantization(const std::string& name, bool* rounds_x);
+
+// What a kernel multiplies X as: as it is, or rounded, with a scale for each token.
+enum class XValues { kUnrounded, kInt8, kFp8E4m3 };
 
 struct SpmmProblem {
   int64_t m = 0;
@@ -26,7 +29,7 @@ struct SpmmProblem {
   int64_t nnz = 0;
   Format format = Format::kTiledCsl;
   ValueType value_type = ValueType::kFloat16;
-  bool int8_x = false;  // whether kernels may quantise X, token by token, where that is faster
+  bool rounds_x = false;  // whether kernels may round X, token by token, where that is faster
 };
 
 // Elements of the weight, zeros included.

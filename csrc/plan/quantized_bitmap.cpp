@@ -21,25 +21,24 @@ using Configs = std::vector<QuantizedBitmapConfig>;
 // with 64 and 285 unpacked; 14336x4096 49, 92 and 91.
 constexpr int64_t kMostTokens = 64, kMostTokensBy8 = 48;
 
-int config_for(const Configs& configs, ValueType type, int64_t n, bool int8_x) {
+int config_for(const Configs& configs, ValueType type, int64_t n, XValues x) {
   return config_covering(configs, n, [&](const QuantizedBitmapConfig& config) {
-    return config.int8_x == int8_x && config.multiplies(type);
+    return config.x == x && config.multiplies(type);
   });
 }
 
-// Whether X is quantised, unless a configuration is forced: where rounding it in every CTA takes
-// less time than it saves. Measured on an H200, fp16, 50 % zeros, in us (2026-11-30), X as it is /
-// int8:
+// What X is multiplied as, unless a configuration is forced. int8 is faster for every weight, N = 1
+// included. Measured on an H200, fp16, 50 % zeros, in us (2026-11-30), X as it is / int8:
 //                  N = 1         N = 8        N = 16
-//   28672x7168   41.2 / 37.1   44.8 / 41.1   59.0 / 45.8
-//   14336x4096   16.7 / 15.2   18.2 / 16.6   21.4 / 21.2
-//    7168x7168   14.6 / 14.2   18.4 / 18.1   22.8 / 23.7
-//    4096x4096    7.1 /  7.5    8.7 /  9.2   12.4 / 12.6
-bool takes_int8_x(const PlanRequest& request) {
-  const SpmmProblem& problem = request.problem;
-  const int64_t least = problem.n <= 8 ? int64_t{32} << 20 : int64_t{128} << 20;
-  return problem.int8_x && value_traits(problem.value_type).kind != ValueKind::kFp8E4m3 &&
-         problem.k <= kQuantMaxInt8K && problem.m * problem.k >= least;
+//   28672x7168   41.1 / 35.8   44.9 / 36.9   60.2 / 39.7
+//   14336x4096   16.9 / 12.8   19.3 / 13.8   22.6 / 15.9
+//    7168x7168   14.7 / 12.6   18.0 / 13.1   23.0 / 15.9
+//    4096x4096    7.3 /  6.2    9.3 /  6.8   12.5 /  8.2
+//    1024x1024    2.9 /  2.7    3.7 /  3.3    5.5 /  3.9
+XValues x_values_of(const SpmmProblem& problem) {
+  const bool rounds = problem.rounds_x && problem.k <= kQuantMaxInt8K &&
+                      value_traits(problem.value_type).kind != ValueKind::kFp8E4m3;
+  return rounds ? XValues::kInt8 : XValues::kUnrounded;
 }
 
 // The most warps of a CTA.
@@ -50,6 +49,29 @@ int most_warps_of(const QuantizedBitmapConfig& config, ValueType type, const Dev
   // A multiple of 4, so that the schedulers of an SM have the same work; but few warps wait for
   // memory instead.
   return warps > 8 ? warps / 4 * 4 : warps;
+}
+
+// Whether two CTAs for each SM, whose warps have two columns of chunks, are faster than one whose
+// `warps` warps have a column each: when one of them begins or ends, the other still multiplies,
+// and sums meet half as often. But each loads X, and more CTAs may divide the strips less evenly.
+// Measured on an H200, int8 values, 50 % zeros, K = 4096, in us (2026-11-30), one CTA / two:
+//             X in int8, N = 1 / 8 / 16                    X as it is, N = 1 / 8
+//   M = 3072   5.7,  5.1 /  5.9,  5.7 /  7.2,  6.8          5.9,  5.6 /  8.0, 10.1
+//       5120   7.9,  7.5 /  8.0,  9.1 /  9.8, 10.0          8.2,  8.3 / 10.5, 11.8
+//      14336  14.6, 12.9 / 14.6, 13.9 / 18.1, 15.9
+//      28672  22.4, 21.6 / 22.9, 22.8 / 26.7, 25.2         26.9, 24.6 / 29.1, 29.0
+bool two_ctas_are_faster(const QuantizedBitmapConfig& config, const SpmmProblem& problem, int warps,
+                         const DeviceInfo& device) {
+  const ValueType type = problem.value_type;
+  const int smem_bytes =
+      quant_smem_bytes(config, type, (warps + 1) / 2, quant_min_ring_bytes(type));
+  const bool possible = config.warp_chunks(type) == 2 && warps > kQuantMaxWarps / 2 &&
+                        warps == num_quant_chunks(type, problem.k) &&
+                        2 * (smem_bytes + kReservedSmemBytes) <= device.smem_per_sm_bytes;
+  const int64_t sms = std::max<int64_t>(device.num_sms, 1), strips = num_quant_strips(problem.m);
+  const int64_t by_one = (strips + sms - 1) / sms, by_two = (strips + 2 * sms - 1) / (2 * sms) * 2;
+  return possible && strips > sms && 7 * by_two <= 8 * by_one && config.passes(problem.n) == 1 &&
+         (problem.n == 1 || config.x == XValues::kInt8);
 }
 
 std::vector<KernelConfig> describe(const Configs& configs) {
@@ -69,7 +91,7 @@ std::vector<KernelConfig> describe(const Configs& configs) {
 bool takes(const PlanRequest& request, std::string* reason) {
   const Configs& configs = quantized_bitmap_configs(KernelFamily::kQuantizedBitmapSm90);
   const SpmmProblem& problem = request.problem;
-  const int config = config_for(configs, problem.value_type, problem.n, takes_int8_x(request));
+  const int config = config_for(configs, problem.value_type, problem.n, x_values_of(problem));
   const bool by_8 = configs[static_cast<size_t>(config)].tile_n == 8;
   const int64_t most = by_8 ? kMostTokensBy8 : kMostTokens;
   const std::string border = std::to_string(most);
@@ -87,7 +109,7 @@ Status plan(const Configs& configs, const PlanRequest& request, SpmmPlan* out) {
   const SpmmProblem& problem = request.problem;
   const ValueType type = problem.value_type;
   out->config = request.forced() ? config_named(configs, request.config)
-                                 : config_for(configs, type, problem.n, takes_int8_x(request));
+                                 : config_for(configs, type, problem.n, x_values_of(problem));
   const QuantizedBitmapConfig& config = configs[static_cast<size_t>(out->config)];
   if (Status fits = check_quant_config(config, problem); !fits.ok()) return fits;
   const int min_ring_bytes = quant_min_ring_bytes(type);
@@ -108,8 +130,10 @@ Status plan(const Configs& configs, const PlanRequest& request, SpmmPlan* out) {
   // have the same work: 14 warps for 14 columns of chunks would give two of them four warps, and
   // two three.
   if (quant_planes(type) == 2 && 2 * warps > most_warps) warps = most_warps;
+  if (two_ctas_are_faster(config, problem, warps, request.device)) warps = (warps + 1) / 2;
   const int fixed_bytes = quant_smem_bytes(config, type, warps, 0) + kReservedSmemBytes;
-  const int sm_bytes = request.device.smem_per_sm_bytes;
+  const int sm_bytes =
+      request.device.smem_per_sm_bytes - (config.x == XValues::kInt8 ? kQuantSpareSmemBytes : 0);
   const int ctas_per_sm = std::clamp(sm_bytes / (fixed_bytes + warps * min_ring_bytes), 1,
                                      std::max(kQuantMaxWarps / warps, 1));
   const int room = (sm_bytes / ctas_per_sm - fixed_bytes) / warps / 128 * 128;
@@ -124,7 +148,8 @@ Status plan(const Configs& configs, const PlanRequest& request, SpmmPlan* out) {
   out->ctas = std::clamp<int64_t>(ctas, 1, strips);
   out->work = {strips, sections, out->ctas};
   out->x_multiple = 8;
-  out->workspace_bytes = quant_sums_bytes(config, problem.m, problem.n, sections);
+  out->workspace_bytes =
+      QuantRowsWorkspace(config, type, problem.m, problem.n, problem.k, sections).bytes();
   return Status::success();
 }
 
@@ -132,13 +157,12 @@ Status plan(const Configs& configs, const PlanRequest& request, SpmmPlan* out) {
 
 const std::vector<QuantizedBitmapConfig>& quantized_bitmap_configs(KernelFamily family) {
   static const Configs sm80 = {
-#define FLASH_LLM_ROW(name, tokens, warp_planes, int8_x) \
-  {"sm80_" #name, tokens, warp_planes, int8_x},
+#define FLASH_LLM_ROW(name, tokens, warp_planes, x) {"sm80_" #name, tokens, warp_planes, x},
       FLASH_LLM_QUANTIZED_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
   };
   static const Configs sm90 = {
-#define FLASH_LLM_ROW(name, tokens, warp_planes, int8_x) {#name, tokens, warp_planes, int8_x},
+#define FLASH_LLM_ROW(name, tokens, warp_planes, x) {#name, tokens, warp_planes, x},
       FLASH_LLM_QUANTIZED_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
   };

@@ -13,30 +13,33 @@
 namespace flash_llm {
 
 // The configurations of both families:
-//   name; tokens per CTA; planes of chunks per warp, X of which stays in its registers; whether X
-//   is quantised to int8 with a scale for each token, which config="auto" chooses only if
-//   SpmmProblem::int8_x allows it
+//   name; tokens per CTA; planes of chunks per warp, X of which stays in its registers; what X is
+//   multiplied as: config="auto" chooses rounded X only if SpmmProblem::rounds_x allows it
 // clang-format off
-#define FLASH_LLM_QUANTIZED_CONFIGS(row) \
-  row(quantized8, 8, 2, false)           \
-  row(quantized16, 16, 1, false)         \
-  row(quantized8_int8x, 8, 2, true)      \
-  row(quantized16_int8x, 16, 2, true)
+#define FLASH_LLM_QUANTIZED_CONFIGS(row)       \
+  row(quantized8, 8, 2, XValues::kUnrounded)   \
+  row(quantized16, 16, 1, XValues::kUnrounded) \
+  row(quantized8_int8x, 8, 2, XValues::kInt8)  \
+  row(quantized16_int8x, 16, 2, XValues::kInt8)
 // clang-format on
 
 struct QuantizedBitmapConfig {
   const char* name;
   int tile_n;
   int warp_planes;
-  bool int8_x;
+  XValues x;
 
   // Whether it multiplies such values: chunks have all of their planes in one warp, and there are
   // no products of fp8 values and int8 X.
   constexpr bool multiplies(ValueType type) const {
     return warp_planes % quant_planes(type) == 0 &&
-           !(int8_x && value_traits(type).kind == ValueKind::kFp8E4m3);
+           (x == XValues::kUnrounded || value_traits(type).kind != ValueKind::kFp8E4m3);
   }
   constexpr int warp_chunks(ValueType type) const { return warp_planes / quant_planes(type); }
+  // Whether every CTA rounds X for itself, so that no kernel has to do so first.
+  constexpr bool ctas_round(int64_t n, int64_t sections) const {
+    return n == 1 && tile_n == 8 && sections == 1;
+  }
 
   // CTAs that share the tokens.
   constexpr int64_t passes(int64_t n) const { return (n + tile_n - 1) / tile_n; }
@@ -45,7 +48,7 @@ struct QuantizedBitmapConfig {
   // Places for them in shared memory, of each strip: integers are added there, but not those that
   // scales of groups have made fp32.
   constexpr int sums_places(ValueType type, int warps) const {
-    return int8_x && value_traits(type).scales == ScaleGroup::kRow ? 1 : warps;
+    return x == XValues::kInt8 && value_traits(type).scales == ScaleGroup::kRow ? 1 : warps;
   }
 };
 
@@ -69,9 +72,9 @@ constexpr int quant_max_ring_bytes(ValueType type) {
 }
 
 // Before the rings: a malformed chunk is read from up to 17 rows before its begin. Besides, there
-// are three words for each token there, and the bits and columns of a chunk without values.
+// are two words and two for each token there, and the bits and columns of a chunk without values.
 inline constexpr int kQuantGuardBytes = 18 * kQuantRowBytes;
-inline constexpr int kQuantTokenBytes = (3 * kQuantMaxTokens * 4 + 127) / 128 * 128;
+inline constexpr int kQuantTokenBytes = ((2 + 2 * kQuantMaxTokens) * 4 + 127) / 128 * 128;
 static_assert(kQuantGuardBytes >=
               kQuantTokenBytes + kQuantMaxPlanes * (kQuantBitsBytes + kQuantColumnsBytes));
 
@@ -88,15 +91,29 @@ constexpr int quant_smem_bytes(const QuantizedBitmapConfig& config, ValueType ty
          warps * ring_bytes;
 }
 
-// The longest K of quantised X: sums of products of bytes of 255 and 127 fit 32 bits.
+// Left free so that a CTA of the kernel that rounds X becomes resident beside those of this kernel.
+inline constexpr int kQuantSpareSmemBytes = 2 * 1024;
+
+// The longest K of X in int8: sums of products of bytes of 255 and 127 fit 32 bits.
 inline constexpr int64_t kQuantMaxInt8K = 65536;
 
-// Partial sums in the workspace: all of Y in fp32, for each section of K.
-constexpr int64_t quant_sums_bytes(const QuantizedBitmapConfig& config, int64_t m, int64_t n,
-                                   int64_t sections) {
-  return sections == 1 ? 0
-                       : sections * config.passes(n) * num_quant_strips(m) * config.sums_bytes();
-}
+// The workspace. If there are several sections of K, the sums of each: all of Y in fp32. And X in
+// int8 in the order of B fragments, the scale of each token, and for each section the sum of its
+// integers; but every CTA rounds a single token for itself.
+struct QuantRowsWorkspace {
+  int64_t sums_bytes = 0, x_bytes = 0, scales_bytes = 0, token_sums_bytes = 0;
+
+  QuantRowsWorkspace(const QuantizedBitmapConfig& config, ValueType type, int64_t m, int64_t n,
+                     int64_t k, int64_t sections) {
+    const int64_t tokens = config.passes(n) * config.tile_n;
+    if (sections > 1) sums_bytes = sections * num_quant_strips(m) * kQuantStripM * tokens * 4;
+    if (config.x == XValues::kUnrounded || config.ctas_round(n, sections)) return;
+    x_bytes = tokens * num_quant_chunks(type, k) * quant_chunk_k(type);
+    scales_bytes = tokens * 4;
+    token_sums_bytes = sections * tokens * 4;
+  }
+  int64_t bytes() const { return sums_bytes + x_bytes + scales_bytes + token_sums_bytes; }
+};
 
 // Refuses a configuration, of any family for this format, that does not multiply the problem's
 // values or takes no K as long.
@@ -107,7 +124,7 @@ Status check_quant_config(const Config& config, const SpmmProblem& problem) {
     return Status::invalid_value(name + " does not multiply " +
                                  value_traits(problem.value_type).values + " values");
   }
-  if (config.int8_x && problem.k > kQuantMaxInt8K) {
+  if (config.x == XValues::kInt8 && problem.k > kQuantMaxInt8K) {
     return Status::invalid_value(name + " takes K up to " + std::to_string(kQuantMaxInt8K) +
                                  ", got " + std::to_string(problem.k));
   }

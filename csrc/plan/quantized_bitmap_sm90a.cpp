@@ -38,15 +38,30 @@ namespace {
 //   14336x4096  48.7 / 42.8 (92)   83 /  72 (102)  128 (142)  246 (213)
 //    7168x7168         41.1 (84)         61  (87)  117 (122)  210 (199)
 //    4096x4096  23.1 / 30.9 (32)   31 /  35  (33)   51  (42)
-constexpr int64_t kLeastTokens = 9;
+//
+// N = 16: with X in int8, the kernel for whole rows takes 39.7 / 15.9 / 15.9 / 8.2 us for the four
+// weights above, and this one 41.9 / 18.1 / 17.9 / 9.9. The former has no products of fp8 X, so at
+// N = 8 it takes 45.2 / 19.3 / 18.5 us for fp8 values, and this one 41.9 / 18.1 / 17.5.
+constexpr int64_t kLeastTokens = 9, kLeastTokensInt8X = 17, kLeastTokensFp8X = 5;
 constexpr int64_t kLeastElems = int64_t{16} << 20, kLeastElemsWideX = int64_t{32} << 20;
+constexpr int64_t kLeastElemsFewTokens = int64_t{48} << 20;  // N <= 8
 constexpr int64_t kMostTokens = 8192;
 // Of weights with fewer than kLeastElemsWideX elements, and of larger ones.
 constexpr int64_t kMostTokensWideX = 384, kMostTokensLargeWideX = 512;
 
-bool takes_int8_x(const SpmmProblem& problem) {
-  return problem.int8_x && value_traits(problem.value_type).kind == ValueKind::kInt8 &&
-         problem.k <= kQuantMaxInt8K;
+// What X is multiplied as, unless a configuration is forced.
+XValues x_values_of(const SpmmProblem& problem) {
+  const ValueKind kind = value_traits(problem.value_type).kind;
+  if (!problem.rounds_x) return XValues::kUnrounded;
+  if (kind == ValueKind::kInt8 && problem.k <= kQuantMaxInt8K) return XValues::kInt8;
+  return kind == ValueKind::kFp8E4m3 ? XValues::kFp8E4m3 : XValues::kUnrounded;
+}
+
+// Fewer are multiplied by the kernel for whole rows, which also rounds X to int8 for int4 values.
+int64_t least_tokens(const SpmmProblem& problem) {
+  if (!problem.rounds_x) return kLeastTokens;
+  if (x_values_of(problem) == XValues::kFp8E4m3) return kLeastTokensFp8X;
+  return problem.k <= kQuantMaxInt8K ? kLeastTokensInt8X : kLeastTokens;
 }
 
 // How the output tiles of a pass are divided: into work units of so many columns of chunks, which
@@ -70,15 +85,25 @@ struct Times {
   double plane, pair, four, through_l2;
 };
 Times times_of(const QuantWgmmaConfig& config) {
-  if (config.int8_x) {
-    return config.tile_n == 16   ? Times{1.3, 2.0, 3.7, 5.1}
-           : config.tile_n == 32 ? Times{1.35, 2.0, 3.8, 5.3}
-           : config.tile_n == 64 ? Times{1.6, 3.0, 4.5, 6.2}
-                                 : Times{2.1, 5.5, 8.5, 35.0};
+  const auto by_tile_n = [&](const Times& by_16, const Times& by_32, const Times& by_64,
+                             const Times& by_128) {
+    return config.tile_n == 16   ? by_16
+           : config.tile_n == 32 ? by_32
+           : config.tile_n == 64 ? by_64
+                                 : by_128;
+  };
+  switch (config.x) {
+    case XValues::kInt8:
+      return by_tile_n({1.3, 2.0, 3.7, 5.1}, {1.35, 2.0, 3.8, 5.3}, {1.6, 3.0, 4.5, 6.2},
+                       {2.1, 5.5, 8.5, 35.0});
+    case XValues::kFp8E4m3:
+      return by_tile_n({1.25, 2.2, 3.7, 6.6}, {1.35, 2.4, 4.1, 8.0}, {1.5, 2.8, 4.8, 16.0},
+                       {1.85, 3.8, 5.6, 26.0});
+    case XValues::kUnrounded:
+      break;
   }
-  return config.tile_n < 64    ? Times{1.85, 2.0, 4.0, 6.0}
-         : config.tile_n == 64 ? Times{2.1, 3.0, 4.5, 7.0}
-                               : Times{2.75, 4.0, 5.5, 15.0};
+  return by_tile_n({1.85, 2.0, 4.0, 6.0}, {1.9, 2.2, 3.2, 7.2}, {1.8, 1.9, 3.3, 7.7},
+                   {2.2, 1.7, 3.8, 16.6});
 }
 
 // The fastest of: CTAs with whole output tiles, clusters that share each, and even work.
@@ -100,22 +125,19 @@ Division divide(const QuantWgmmaConfig& config, const SpmmProblem& problem, int 
   // The SMs of a GPU come in groups, which a cluster cannot cross, so clusters of four leave some
   // SMs idle: 28 of them ran at a time on an H200, but not 32.
   if (columns % 4 == 0 && 4 * tiles <= most * 7 / 8) consider(columns / 4, 4 * tiles, times.four);
-  // If the CTAs with most work can each have a part of one output tile, none has parts of two.
-  const int64_t most_units = (tiles * columns + most - 1) / most;
-  const bool fits = columns % most_units == 0;
-  consider(1, fits ? tiles * columns / most_units : most, times.through_l2);
+  consider(1, most, times.through_l2);
   return best;
 }
 
 int config_for(const SpmmProblem& problem, int num_sms) {
   const std::vector<QuantWgmmaConfig>& configs = quant_wgmma_configs();
-  const bool int8_x = takes_int8_x(problem);
+  const XValues x = x_values_of(problem);
   // A weight with few output tiles has little work for each CTA, so passes of 64 tokens may be
   // faster, which have half as many sums.
   const auto covering = [&](int most_tile_n) {
     return static_cast<size_t>(
         config_covering(configs, problem.n, [&](const QuantWgmmaConfig& config) {
-          return config.int8_x == int8_x && config.tile_n <= most_tile_n;
+          return config.x == x && config.tile_n <= most_tile_n;
         }));
   };
   const size_t narrow = covering(64), wide = covering(128);
@@ -128,8 +150,8 @@ int config_for(const SpmmProblem& problem, int num_sms) {
 
 const std::vector<QuantWgmmaConfig>& quant_wgmma_configs() {
   static const std::vector<QuantWgmmaConfig> configs = {
-#define FLASH_LLM_ROW(name, tile_n, warpgroups, int8_x, x_stages) \
-  {#name, tile_n, warpgroups, int8_x, x_stages},
+#define FLASH_LLM_ROW(name, tile_n, warpgroups, x, x_stages) \
+  {#name, tile_n, warpgroups, x, x_stages},
       FLASH_LLM_QUANT_WGMMA_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
   };
@@ -139,7 +161,7 @@ const std::vector<QuantWgmmaConfig>& quant_wgmma_configs() {
 QuantWgmmaWorkspace::QuantWgmmaWorkspace(const QuantWgmmaConfig& config, const SpmmPlan& plan) {
   const int64_t tokens = config.passes(plan.problem.n) * config.tile_n;
   const bool in_clusters = quant_wgmma_cluster(plan.work) > 1;
-  slots = in_clusters ? 0 : plan.work.workers * (config.int8_x ? 1 : 2);
+  slots = in_clusters ? 0 : plan.work.workers * (config.integer_sums() ? 1 : 2);
   const int64_t counts =
       in_clusters ? 0 : config.passes(plan.problem.n) * num_quant_strips(plan.problem.m);
   counts_bytes = (counts * 4 + 15) / 16 * 16;
@@ -148,7 +170,7 @@ QuantWgmmaWorkspace::QuantWgmmaWorkspace(const QuantWgmmaConfig& config, const S
   const int64_t x_cols = columns * quant_planes(plan.problem.value_type);
   x_bytes = x_cols * config.passes(plan.problem.n) * config.x_col_bytes();
   token_bytes = tokens * 4;
-  bias_bytes = quant_wgmma_token_parts(config.tile_n) * token_bytes;
+  bias_bytes = config.integer_sums() ? quant_wgmma_token_parts(config.tile_n) * token_bytes : 0;
 }
 
 std::vector<KernelConfig> describe_quant_wgmma_configs() {
@@ -167,18 +189,20 @@ std::vector<KernelConfig> describe_quant_wgmma_configs() {
 
 bool takes_quant_wgmma(const PlanRequest& request, std::string* reason) {
   const SpmmProblem& problem = request.problem;
-  const bool int8_x = takes_int8_x(problem);
+  const bool rounds_x = x_values_of(problem) != XValues::kUnrounded;
   const int64_t elems = problem.m * problem.k;
-  const int64_t least = int8_x || problem.n > 16 ? kLeastElems : kLeastElemsWideX;
-  if (problem.n < kLeastTokens || elems < least) return false;
-  const int64_t most = int8_x                      ? kMostTokens
+  const int64_t least = problem.n < kLeastTokens     ? kLeastElemsFewTokens
+                        : rounds_x || problem.n > 16 ? kLeastElems
+                                                     : kLeastElemsWideX;
+  if (problem.n < least_tokens(problem) || elems < least) return false;
+  const int64_t most = rounds_x                    ? kMostTokens
                        : elems >= kLeastElemsWideX ? kMostTokensLargeWideX
                                                    : kMostTokensWideX;
   if (problem.n > most) {
     explain(reason, quant_dense_is_faster(most).c_str());
     return false;
   }
-  explain(reason, "N >= 9 and a large weight: it is decoded once for up to 128 tokens");
+  explain(reason, "many tokens and a large weight: it is decoded once for up to 128 of them");
   return true;
 }
 

@@ -14,18 +14,22 @@
 namespace flash_llm {
 
 // The kernel's configurations, which have one CTA per SM:
-//   name; tokens per CTA; warpgroups of a CTA; whether X is quantised to int8 with a scale for each
-//   token, which config="auto" chooses only if SpmmProblem::int8_x allows it; stages of X
+//   name; tokens per CTA; warpgroups of a CTA; what X is multiplied as: config="auto" chooses
+//   rounded X only if SpmmProblem::rounds_x allows it; stages of X
 // clang-format off
-#define FLASH_LLM_QUANT_WGMMA_CONFIGS(row)         \
-  row(quantized16_wgmma, 16, 4, false, 4)          \
-  row(quantized32_wgmma, 32, 4, false, 4)          \
-  row(quantized64_wgmma, 64, 3, false, 3)          \
-  row(quantized16_wgmma_int8x, 16, 4, true, 8)     \
-  row(quantized32_wgmma_int8x, 32, 4, true, 6)     \
-  row(quantized64_wgmma_int8x, 64, 4, true, 4)     \
-  row(quantized128_wgmma, 128, 3, false, 2)        \
-  row(quantized128_wgmma_int8x, 128, 4, true, 3)
+#define FLASH_LLM_QUANT_WGMMA_CONFIGS(row)                 \
+  row(quantized16_wgmma, 16, 4, XValues::kUnrounded, 4)    \
+  row(quantized32_wgmma, 32, 4, XValues::kUnrounded, 4)    \
+  row(quantized64_wgmma, 64, 3, XValues::kUnrounded, 3)    \
+  row(quantized128_wgmma, 128, 3, XValues::kUnrounded, 2)  \
+  row(quantized16_wgmma_int8x, 16, 4, XValues::kInt8, 8)   \
+  row(quantized32_wgmma_int8x, 32, 4, XValues::kInt8, 6)   \
+  row(quantized64_wgmma_int8x, 64, 4, XValues::kInt8, 4)   \
+  row(quantized128_wgmma_int8x, 128, 4, XValues::kInt8, 3) \
+  row(quantized16_wgmma_fp8x, 16, 4, XValues::kFp8E4m3, 8) \
+  row(quantized32_wgmma_fp8x, 32, 4, XValues::kFp8E4m3, 6) \
+  row(quantized64_wgmma_fp8x, 64, 4, XValues::kFp8E4m3, 4) \
+  row(quantized128_wgmma_fp8x, 128, 4, XValues::kFp8E4m3, 3)
 // clang-format on
 
 // CTAs of the kernel that writes X, for each token: up to 64 tokens are written by 64 or more CTAs.
@@ -35,21 +39,27 @@ struct QuantWgmmaConfig {
   const char* name;
   int tile_n;
   int warpgroups;
-  bool int8_x;
+  XValues x;
   int x_stages;
 
-  // Whether it multiplies such values. There are no products of fp8 values and int8 X, and those of
-  // int4 values would need a scale for each group of columns.
+  // Whether it multiplies such values. X is rounded to the values' own type; products of int4
+  // values would need a scale for each group of columns.
   constexpr bool multiplies(ValueType type) const {
-    return !int8_x || value_traits(type).kind == ValueKind::kInt8;
+    const ValueKind kind = value_traits(type).kind;
+    return x == XValues::kUnrounded || (x == XValues::kInt8 && kind == ValueKind::kInt8) ||
+           (x == XValues::kFp8E4m3 && kind == ValueKind::kFp8E4m3);
   }
+  // Whether sums are integers, which are exact in any order.
+  constexpr bool integer_sums() const { return x == XValues::kInt8; }
   constexpr int warps() const { return 4 * warpgroups; }
   // Output tiles of a pass.
   constexpr int64_t tiles(int64_t m) const { return (num_quant_strips(m) + warps() - 1) / warps(); }
   // CTAs that share the tokens.
   constexpr int64_t passes(int64_t n) const { return (n + tile_n - 1) / tile_n; }
   // X of a column of planes, in shared memory and in the workspace.
-  constexpr int x_col_bytes() const { return kQuantPlaneK * tile_n * (int8_x ? 1 : 2); }
+  constexpr int x_col_bytes() const {
+    return kQuantPlaneK * tile_n * (x == XValues::kUnrounded ? 2 : 1);
+  }
 };
 
 const std::vector<QuantWgmmaConfig>& quant_wgmma_configs();

@@ -55,7 +55,7 @@ Status plan_family(const KernelFamilyRow& family, const PlanRequest& request, Sp
 
 Status plan_forced(const PlanRequest& request, SpmmPlan* out) {
   const DeviceInfo& device = request.device;
-  if (request.problem.int8_x) {
+  if (request.problem.rounds_x) {
     return Status::invalid_value("config must be \"auto\" with x_quantization, got \"" +
                                  request.config + "\"");
   }

@@ -55,7 +55,7 @@ Status check_plan(const SpmmPlan& plan, KernelFamily family, const SpmmArgs& arg
 std::vector<std::string> plan_names(Format format, ValueType type, bool cuda);
 
 // Plans a problem. config = "auto" chooses the kernel; any other name forces one, and the problem
-// must not have int8_x. ctas = 0 chooses the number of CTAs, which the CPU and the dense GEMM
+// must not have rounds_x. ctas = 0 chooses the number of CTAs, which the CPU and the dense GEMM
 // ignore. explain = false leaves the reason out.
 Status select_plan(const SpmmProblem& problem, const DeviceInfo& device, const std::string& config,
                    int64_t ctas, SpmmPlan* out, bool explain = true);

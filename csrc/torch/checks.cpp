@@ -328,7 +328,7 @@ SpmmCall check_spmm(const Tensor& x, at::IntArrayRef header, const Tensor& offse
                     x.size(-1));
   check_storage("spmm", "x", x);
   raise_if_error("spmm", parse_activation(std::string(activation), &call.activation));
-  raise_if_error("spmm", parse_x_quantization(std::string(x_quantization), &call.int8_x));
+  raise_if_error("spmm", parse_x_quantization(std::string(x_quantization), &call.rounds_x));
   if (bias.has_value() && bias->defined()) {
     TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), "flash_llm::spmm: bias must be ",
                      x.scalar_type(), " like x, got ", bias->scalar_type());
@@ -406,7 +406,7 @@ PackedView PackedWeight::view() const {
 
 SpmmProblem SpmmCall::problem() const {
   const PackedHeader& h = weight.header;
-  return {h.m, n, h.k, h.nnz, h.format, h.value_type, int8_x};
+  return {h.m, n, h.k, h.nnz, h.format, h.value_type, rounds_x};
 }
 
 bool SpmmCall::is_degenerate() const {

@@ -85,7 +85,7 @@ struct SpmmCall {
   at::Tensor x;  // [n, k], rows contiguous
   std::optional<at::Tensor> bias;
   Activation activation;
-  bool int8_x;
+  bool rounds_x;
   int64_t n;
   std::vector<int64_t> y_sizes;
 

@@ -86,7 +86,7 @@ std::string explain_plan(int64_t m, int64_t n, int64_t k, int64_t nnz,
   SpmmProblem problem{m, n, k, nnz};
   const std::string where = "flash_llm::explain_plan";
   raise_if_error(where, parse_value_type(value_type, &problem.value_type));
-  raise_if_error(where, parse_x_quantization(x_quantization, &problem.int8_x));
+  raise_if_error(where, parse_x_quantization(x_quantization, &problem.rounds_x));
   DeviceInfo device = gpu(compute_capability, num_sms, smem_per_sm_bytes, FLASH_LLM_CUDA_ARCHS);
   raise_if_error(where, detect_cpu(&device));
   if (format == "auto") {

@@ -256,8 +256,11 @@ class KernelOnGpu : public ::testing::TestWithParam<Kernel> {
     const int64_t stride = (k + plan.x_multiple - 1) / plan.x_multiple * plan.x_multiple;
     const DenseMatrix biases = integers(1, m, 0.2, dense_type, 6);
     DenseMatrix tokens = integers(n, k, 0.2, dense_type, 5);
-    // Kernels that quantise X then have a scale of 1 and round nothing.
-    for (int64_t token = 0; token < n; ++token) tokens.at(token, 0) = element_of(127, dense_type);
+    // Kernels that round X then have a scale of 1 and round nothing.
+    const int largest = GetParam().kind == ValueKind::kFp8E4m3 ? 448 : 127;
+    for (int64_t token = 0; token < n; ++token) {
+      tokens.at(token, 0) = element_of(largest, dense_type);
+    }
     std::vector<uint16_t> x(static_cast<size_t>(n * stride), 0);
     for (int64_t token = 0; token < n; ++token) {
       std::copy_n(&tokens.values[static_cast<size_t>(token * k)], k,

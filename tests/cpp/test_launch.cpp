@@ -51,12 +51,18 @@ struct Call {
   }
 };
 
-// A call that would be launched: the pointers are null, because nothing here may get that far.
+// A call that would be launched, with values that the configuration multiplies: the pointers are
+// null, because nothing here may get that far.
 Call call_of(Format format, int64_t n, const std::string& config) {
   Call call;
-  const ValueType type = packed_format(format).value_types.first();
-  SpmmProblem problem{4096, n, 4096, 4096 * 2048, format, type};
-  const Status planned = select_plan(problem, kH200, config, 0, &call.plan);
+  ValueType type = {};
+  Status planned = Status::runtime("no values");
+  for (const ValueType each : kValueTypes) {
+    if (planned.ok() || !packed_format(format).value_types.contains(each)) continue;
+    type = each;
+    const SpmmProblem problem{4096, n, 4096, 4096 * 2048, format, type};
+    planned = select_plan(problem, kH200, config, 0, &call.plan);
+  }
   EXPECT_TRUE(planned.ok()) << planned.message;
   call.family = call.plan.family;
   call.args.format = format;

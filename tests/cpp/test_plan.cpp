@@ -448,7 +448,7 @@ TEST(SelectPlanRows, XIsQuantisedOnlyWhereAskedFor) {
     SpmmProblem p = problem(64, n, k, 0.5);
     p.format = Format::kRowBitmap;
     p.value_type = type;
-    p.int8_x = asked;
+    p.rounds_x = asked;
     SpmmPlan plan;
     EXPECT_TRUE(select_plan(p, device, "auto", 0, &plan).ok());
     EXPECT_FALSE(plan.reason.empty());
@@ -467,7 +467,7 @@ TEST(SelectPlanRows, XIsQuantisedOnlyWhereAskedFor) {
   p.value_type = ValueType::kInt8Float16;
   EXPECT_TRUE(mentions(failure_of(p, kCpu, "cpu_rows_int8x").message,
                        {"cpu_rows_int8x", std::to_string(kCpuMaxInt8K)}));
-  p.int8_x = true;
+  p.rounds_x = true;
   EXPECT_TRUE(mentions(failure_of(p, kCpu, "cpu_rows").message, {"x_quantization", "cpu_rows"}));
 }
 
@@ -678,9 +678,9 @@ SpmmProblem quantized_problem(int64_t m, int64_t n, int64_t k,
 
 TEST(SelectPlanQuantized, EachGpuTakesTheFamilyWhoseCopiesItHas) {
   SpmmProblem p = quantized_problem(28672, 8, 7168);
-  for (const bool int8_x : {false, true}) {
-    p.int8_x = int8_x;
-    const std::string name = int8_x ? "quantized8_int8x" : "quantized8";
+  for (const bool rounds_x : {false, true}) {
+    p.rounds_x = rounds_x;
+    const std::string name = rounds_x ? "quantized8_int8x" : "quantized8";
     for (const DeviceInfo& device : {kH200, kB200, kRtx5090}) {
       EXPECT_EQ(plan_of(p, device).name(), name);
     }
@@ -695,16 +695,51 @@ TEST(SelectPlanQuantized, EachGpuTakesTheFamilyWhoseCopiesItHas) {
   EXPECT_EQ(plan_of(quantized_problem(4096, 65, 4096), kA100).name(), "dense");
 }
 
-// There are no products of fp8 values and int8 X, and a warp takes both planes of int4's chunks.
+TEST(SelectPlanQuantized, TwoCtasShareAnSmWhereThatDividesTheStripsAsEvenly) {
+  const auto warps = [](int64_t m, int64_t n, int64_t k, bool rounds_x,
+                        const DeviceInfo& device = kH200) {
+    SpmmProblem p = quantized_problem(m, n, k);
+    p.rounds_x = rounds_x;
+    const SpmmPlan plan = plan_of(p, device);
+    EXPECT_EQ(plan.ctas, std::min<int64_t>(num_quant_strips(m), plan.warps < 16 ? 264 : 132));
+    return plan.warps;
+  };
+  EXPECT_EQ(warps(14336, 8, 4096, true), 8);
+  EXPECT_EQ(warps(14336, 16, 3072, true), 6);
+  EXPECT_EQ(warps(14336, 1, 4096, false), 8);
+  EXPECT_EQ(warps(14336, 8, 4096, false), 16);  // each CTA would load X in 16 bits
+  EXPECT_EQ(warps(14336, 8, 4352, true), 16);   // some warps have two columns already
+  EXPECT_EQ(warps(5120, 8, 4096, true), 16);    // 2 x 2 strips for each SM instead of 3
+  EXPECT_EQ(warps(2048, 8, 4096, true), 16);    // one strip for each SM
+}
+
+TEST(SelectPlanQuantized, TheWorkspaceHoldsRoundedXUnlessEachCtaRoundsOneToken) {
+  const auto bytes = [](int64_t n, int64_t k) {
+    SpmmProblem p = quantized_problem(4096, n, k);
+    p.rounds_x = true;
+    return plan_of(p, kH200).workspace_bytes;
+  };
+  EXPECT_EQ(bytes(1, 4096), 0);
+  EXPECT_EQ(bytes(2, 4095), 8 * 4096 + 8 * 4 + 8 * 4);
+  EXPECT_EQ(bytes(9, 4096), 16 * 4096 + 16 * 4 + 16 * 4);
+  // Two sections of K have sums of their own.
+  EXPECT_EQ(bytes(1, 8448), 2 * 4096 * 8 * 4 + 8 * 8448 + 8 * 4 + 2 * 8 * 4);
+}
+
+// X is rounded to fp8 for fp8 values, by Hopper's kernel only, and a warp takes both planes of
+// int4's chunks.
 TEST(SelectPlanQuantized, TakesAConfigurationThatMultipliesTheValues) {
   const auto chosen = [](ValueType type, int64_t n) {
     SpmmProblem p = quantized_problem(28672, n, 7168, type);
-    p.int8_x = true;
+    p.rounds_x = true;
     return plan_of(p, kH200).name();
   };
-  EXPECT_EQ(chosen(ValueType::kFp8Float16, 8), "quantized8");
-  EXPECT_EQ(chosen(ValueType::kFp8Bfloat16, 16), "quantized16_wgmma");
-  EXPECT_EQ(chosen(ValueType::kInt4Float16, 16), "quantized16_wgmma");
+  EXPECT_EQ(chosen(ValueType::kFp8Float16, 4), "quantized8");
+  EXPECT_EQ(chosen(ValueType::kFp8Float16, 5), "quantized16_wgmma_fp8x");
+  EXPECT_EQ(chosen(ValueType::kFp8Bfloat16, 16), "quantized16_wgmma_fp8x");
+  EXPECT_EQ(chosen(ValueType::kFp8Float16, 8192), "quantized128_wgmma_fp8x");
+  EXPECT_EQ(chosen(ValueType::kInt4Float16, 16), "quantized16_int8x");
+  EXPECT_EQ(chosen(ValueType::kInt4Float16, 17), "quantized32_wgmma");
   const auto unquantised = [](int64_t n) {
     return plan_of(quantized_problem(28672, n, 7168, ValueType::kInt4Bfloat16), kB200).name();
   };
@@ -714,14 +749,14 @@ TEST(SelectPlanQuantized, TakesAConfigurationThatMultipliesTheValues) {
 }
 
 TEST(SelectPlanQuantized, OneDecodingServesUpTo128TokensOnHopper) {
-  const auto chosen = [](int64_t n, bool int8_x, const DeviceInfo& device = kH200,
+  const auto chosen = [](int64_t n, bool rounds_x, const DeviceInfo& device = kH200,
                          int64_t k = 7168) {
     SpmmProblem p = quantized_problem(28672, n, k);
-    p.int8_x = int8_x;
+    p.rounds_x = rounds_x;
     return plan_of(p, device).name();
   };
   EXPECT_EQ(chosen(8, true), "quantized8_int8x");
-  EXPECT_EQ(chosen(9, true), "quantized16_wgmma_int8x");
+  EXPECT_EQ(chosen(9, true), "quantized16_int8x");
   EXPECT_EQ(chosen(17, true), "quantized32_wgmma_int8x");
   EXPECT_EQ(chosen(64, true), "quantized64_wgmma_int8x");
   EXPECT_EQ(chosen(65, true), "quantized128_wgmma_int8x");
@@ -753,55 +788,57 @@ TEST(SelectPlanQuantized, OneDecodingServesUpTo128TokensOnHopper) {
 TEST(SelectPlanQuantized, OutputTilesAreWholeOrSharedByClustersWhereThatIsFaster) {
   struct Expected {
     int64_t m, n, k;
-    bool int8_x;
+    bool rounds_x;
     int tile_n;
     int64_t ctas;
     int unit_cols, cluster;
   };
   for (const Expected& e : {
-           Expected{28672, 16, 7168, true, 16, 132, 1, 1},  // even work
+           Expected{28672, 32, 7168, true, 32, 132, 1, 1},  // even work
            {28672, 128, 7168, true, 128, 112, 28, 1},       // an output tile each
            {28672, 384, 7168, true, 128, 44, 28, 1},        // two or three
            {28672, 8192, 7168, true, 128, 2, 28, 1},
            {14336, 64, 4096, true, 64, 112, 8, 2},
            {14336, 128, 4096, true, 128, 112, 8, 2},
-           {7168, 16, 7168, true, 16, 112, 7, 4},
+           {7168, 32, 7168, true, 32, 112, 7, 4},
            {7168, 128, 7168, true, 128, 112, 7, 4},
            {7168, 256, 7168, true, 128, 56, 14, 2},
-           {4096, 16, 4096, true, 16, 128, 1, 1},
+           {4096, 32, 4096, true, 32, 132, 1, 1},
            {4096, 256, 4096, true, 64, 32, 8, 2},
            {28672, 16, 7168, false, 16, 132, 1, 1},
            {28672, 128, 7168, false, 128, 132, 1, 1},
            {4096, 128, 4096, false, 128, 88, 4, 4},
        }) {
     SpmmProblem p = quantized_problem(e.m, e.n, e.k);
-    p.int8_x = e.int8_x;
+    p.rounds_x = e.rounds_x;
     const SpmmPlan found = plan_of(p, kH200);
     SCOPED_TRACE(found.to_string());
     const QuantWgmmaConfig& config = quant_wgmma_configs()[static_cast<size_t>(found.config)];
     EXPECT_EQ(found.family, KernelFamily::kQuantizedBitmapSm90a);
     EXPECT_EQ(config.tile_n, e.tile_n);
-    EXPECT_EQ(config.int8_x, e.int8_x);
+    EXPECT_EQ(config.x, e.rounds_x ? XValues::kInt8 : XValues::kUnrounded);
     EXPECT_EQ(found.ctas, e.ctas);
     EXPECT_EQ(found.unit_cols, e.unit_cols);
     EXPECT_EQ(quant_wgmma_cluster(found.work), e.cluster);
     EXPECT_EQ(found.work.cols * found.unit_cols, e.k / 256);
     const QuantWgmmaWorkspace parts(config, found);
     const int64_t tokens = (e.n + e.tile_n - 1) / e.tile_n * e.tile_n;
-    EXPECT_EQ(parts.x_bytes, tokens * e.k * (e.int8_x ? 1 : 2));
+    EXPECT_EQ(parts.x_bytes, tokens * e.k * (e.rounds_x ? 1 : 2));
     EXPECT_EQ(parts.counts_bytes == 0, e.cluster > 1);
   }
 }
 
 TEST(SelectPlanQuantized, WgmmaPlansFitTheirDeviceAndShareTheWork) {
   for (const QuantWgmmaConfig& config : quant_wgmma_configs()) {
+    const ValueType own =
+        config.x == XValues::kFp8E4m3 ? ValueType::kFp8Bfloat16 : ValueType::kInt8Float16;
     for (const auto& [m, k] :
          {std::pair<int64_t, int64_t>{1, 1}, {28672, 7168}, {100, 65536}, {0, 0}}) {
       for (const int64_t ctas : {0, 1, 1000}) {
-        const SpmmPlan plan = plan_of(quantized_problem(m, 64, k), kH200, config.name, ctas);
+        const SpmmPlan plan = plan_of(quantized_problem(m, 64, k, own), kH200, config.name, ctas);
         SCOPED_TRACE(plan.to_string());
         EXPECT_LE(plan.work.workers, plan.work.units());
-        EXPECT_GE(plan.ring_bytes, quant_wgmma_min_ring_bytes(config, ValueType::kInt8Float16));
+        EXPECT_GE(plan.ring_bytes, quant_wgmma_min_ring_bytes(config, own));
         EXPECT_LE(quant_wgmma_smem_bytes(config, plan.ring_bytes) + kQuantWgmmaSpareSmemBytes,
                   227 * 1024);
         const int64_t units = plan.work.units();
@@ -821,15 +858,16 @@ TEST(SelectPlanQuantized, WgmmaPlansFitTheirDeviceAndShareTheWork) {
                   std::max<int64_t>(num_quant_chunks(ValueType::kInt8Float16, k), 1));
       }
     }
-    for (const ValueType type : {ValueType::kFp8Float16, ValueType::kInt4Bfloat16}) {
+    for (const ValueType type :
+         {ValueType::kInt8Bfloat16, ValueType::kFp8Float16, ValueType::kInt4Bfloat16}) {
       const SpmmProblem p = quantized_problem(28672, 16, 7168, type);
-      if (config.int8_x) {
+      if (!config.multiplies(type)) {
         EXPECT_EQ(failure_of(p, kH200, config.name).code, StatusCode::kInvalidValue);
         continue;
       }
       const SpmmPlan plan = plan_of(p, kH200, config.name);
       EXPECT_GE(plan.ring_bytes, quant_wgmma_min_ring_bytes(config, type));
-      EXPECT_EQ(plan.work.cols, num_quant_chunks(type, 7168));
+      EXPECT_EQ(plan.work.cols * plan.unit_cols, num_quant_chunks(type, 7168));
     }
   }
 }

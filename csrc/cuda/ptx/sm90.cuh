@@ -234,6 +234,14 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem, uint32_t off
         : __VA_ARGS__ \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
   }
+#define FLASH_LLM_WGMMA_E4M3(n, d_text, a_text, b_text, t1, t2, ...) \
+  if constexpr (kN == n) { \
+    asm volatile( \
+        "wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 " \
+        "{" d_text "}, {" a_text "}, " b_text ", 1, 1, 1;" \
+        : __VA_ARGS__ \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+  }
 #define FLASH_LLM_WGMMA_SP(type, n, d_text, a_text, b_text, t1, t2, ...) \
   if constexpr (kN == n) { \
     asm volatile( \
@@ -287,6 +295,15 @@ __device__ __forceinline__ void wgmma_sp(float (&d)[kN / 2], const uint32_t* a, 
   } else {
     FLASH_LLM_WGMMA_SHAPES(FLASH_LLM_WGMMA_SP_BF16)
   }
+}
+
+// wgmma.m64nNk32: the same for e4m3 a[64, 32] and b[32, kN]; each warp holds 16 rows of a in the
+// layout of mma.m16n8k32. The descriptor is as for 16-bit elements: a row of 128 bytes has 128
+// elements of K. Of a sum, and of each product of it, the tensor cores keep about 13 bits behind
+// the leading one of the largest of them (measured; see benchmarks/README.md).
+template <int kN>
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[kN / 2], const uint32_t* a, uint64_t b) {
+  FLASH_LLM_WGMMA_SHAPES(FLASH_LLM_WGMMA_E4M3)
 }
 
 // wgmma.m64nNk32: d[64, kN] += a[64, 32] . b[32, kN] for unsigned bytes a, in registers, and signed

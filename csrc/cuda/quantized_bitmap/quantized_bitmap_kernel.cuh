@@ -4,6 +4,8 @@
 //   * it copies one chunk after the other into a ring of its own, decodes it into A fragments
 //     (decode.cuh) and multiplies these by mma.m16n8k16, or by mma.m16n8k32 if X is quantised
 //   * the warps' sums of a strip meet in shared memory, and the warps take turns in storing Y
+// If X is quantised, another kernel rounds it first and writes it to the workspace as fragments;
+// with dependent launches weights are copied meanwhile. Every CTA rounds a single token for itself.
 // A long K is cut into sections whose X fits the registers. Their sums go through the workspace to
 // a finishing kernel. Sums in fp32 are added in a fixed order, and integers are exact in any order,
 // so results are repeatable bit for bit.
@@ -23,7 +25,7 @@
 #include "cuda/ptx/sm90.cuh"
 #include "cuda/quantized_bitmap/chunk_ring.cuh"
 #include "cuda/quantized_bitmap/decode.cuh"
-#include "cuda/quantized_bitmap/int8_x.cuh"
+#include "cuda/quantized_bitmap/rounded_x.cuh"
 #include "cuda/schedule/dependent_launch.cuh"
 #include "cuda/schedule/warp_arrival.cuh"
 #include "cuda/schedule/weight_copy.cuh"
@@ -35,7 +37,12 @@ struct QuantParams {
   QuantWeight weight;
   const uint16_t* x;
   int64_t x_stride;
+  // The workspace, see QuantRowsWorkspace.
   float4* partial;  // null if there is one section
+  uint4*
+      x_fragments;  // [blocks of tokens][planes of K][words][lanes]; null if CTAs round X or none
+  float* token_scales;
+  int* token_sums;  // [sections][tokens]
   Epilogue epilogue;
   RunSteps steps;
   unsigned cta_strips, longer_ctas;  // strips of a CTA; the first longer_ctas have one more
@@ -66,10 +73,10 @@ struct QuantSmem {
   int sums_bytes;  // of a strip
 
   // The guard before the rings has no other use, so what the quantisation of X needs lies there:
-  // the largest magnitude of each token, its scale, and the sum of its integers in the CTA's
-  // columns; and then zeros, the bits and columns of a chunk without values.
-  __device__ __forceinline__ uint32_t magnitudes() const { return base; }
-  __device__ __forceinline__ uint32_t token_sums() const { return base + kQuantMaxTokens * 4; }
+  // the largest magnitude of a single token; the sum of each token's integers in the CTA's columns,
+  // and its scale; and then zeros, the bits and columns of a chunk without values.
+  __device__ __forceinline__ uint32_t magnitude() const { return base; }
+  __device__ __forceinline__ uint32_t token_sums() const { return base + 8; }
   __device__ __forceinline__ uint32_t token_scales() const {
     return token_sums() + kQuantMaxTokens * 4;
   }
@@ -220,8 +227,14 @@ struct RowsChunks {
   }
 };
 
-template <typename Family, ValueType kWeight, int kTokens, int kXPlanes, bool kInt8X>
+// Threads of a CTA of the kernel that rounds X. Each keeps kRoundedOctets times eight elements.
+inline constexpr int kRoundThreads = 128;
+inline constexpr int kRoundedOctets =
+    kQuantMaxWarps * kQuantMaxWarpPlanes * kQuantPlaneK / (8 * kRoundThreads);
+
+template <typename Family, ValueType kWeight, int kTokens, int kXPlanes, XValues kX>
 struct QuantConfig {
+  static_assert(kX != XValues::kFp8E4m3);
   using Chunks = RowsChunks;
   using WeightCopy = typename Family::WeightCopy;
   static constexpr ValueType kType = kWeight;
@@ -233,13 +246,19 @@ struct QuantConfig {
   static constexpr int kFixedUnits = quant_fixed_units(kWeight);
   static constexpr int kBlockSumsBytes = kQuantStripM * 8 * 4;
   static constexpr int kSumsBytes = kBlocks * kBlockSumsBytes;  // of a warp
-  using X = std::conditional_t<kInt8X, Int8X<kWeight>, WideX<kWeight>>;
+  using X = std::conditional_t<kX == XValues::kInt8, Int8X<kWeight>, WideX<kWeight>>;
   // Whether the upward run of a plane and the downward one have scales of their own.
   static constexpr bool kGroupScales = value_traits(kWeight).scales == ScaleGroup::kRowGroup;
   // One block has few sums, so upward and downward runs have sums of their own and take turns.
   static constexpr int kSumSets = kBlocks == 1 && !kGroupScales ? 2 : 1;
+  // The compiler may use the registers of an SM for so many threads: those of a CTA of the kernel
+  // that rounds X are left, so that it can begin beside a CTA of the kernel before it, except where
+  // X or scales of groups need them.
+  static constexpr bool kLeavesRegisters = kX == XValues::kInt8 && kBlocks == 1 && !kGroupScales;
+  static constexpr int kBoundThreads =
+      kQuantMaxWarps * 32 + (kLeavesRegisters ? kRoundThreads : 0);
   // Of a warp's chunks of a strip.
-  using StripSums = std::conditional_t<kInt8X && !kGroupScales, IntSums, FloatSums>;
+  using StripSums = std::conditional_t<kX == XValues::kInt8 && !kGroupScales, IntSums, FloatSums>;
 };
 
 using WidePlaneX = WideX<ValueType::kInt8Float16>::PlaneX;
@@ -263,39 +282,6 @@ __device__ __forceinline__ void load_x(const QuantParams& p, int64_t token_block
   } else {
     load(p.weight.k - first);
   }
-}
-
-// The largest magnitudes of a lane's elements and `largest`, of each half.
-template <ValueType kDense>
-__device__ __forceinline__ uint32_t largest_magnitudes(const WidePlaneX& x, uint32_t largest) {
-#pragma unroll
-  for (int i = 0; i < kQuantWords * kQuantFragments; ++i) {
-    const uint2 four = x[i / kQuantFragments][i % kQuantFragments];
-    largest = larger_magnitudes<kDense>(largest, four.x);
-    largest = larger_magnitudes<kDense>(largest, four.y);
-  }
-  return largest;
-}
-
-// A lane's share of the largest magnitude in one of kQuantRowParts parts of a token's X. Each row
-// of X is followed by zeros up to the next multiple of 8 columns.
-inline constexpr int kQuantRowParts = 2;
-
-template <ValueType kDense, int kUnroll>
-__device__ __forceinline__ uint32_t largest_of_part(const QuantParams& p, int64_t token, int part,
-                                                    int lane) {
-  if (token >= p.epilogue.n) return 0;
-  const auto* row = reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
-  uint32_t largest = 0;
-#pragma unroll kUnroll
-  for (int i = part * 32 + lane; i < (p.weight.k + 7) / 8; i += kQuantRowParts * 32) {
-    const uint4 eight = row[i];
-    largest = larger_magnitudes<kDense>(largest, eight.x);
-    largest = larger_magnitudes<kDense>(largest, eight.y);
-    largest = larger_magnitudes<kDense>(largest, eight.z);
-    largest = larger_magnitudes<kDense>(largest, eight.w);
-  }
-  return max(largest >> 16, largest & 0xFFFFU);
 }
 
 // What a warp multiplies of each strip: columns of chunks that lie as far apart as the CTA has
@@ -350,9 +336,9 @@ struct WarpX {
       }
     } else {
       if constexpr (kBlocks == 1) {
-        if (p.epilogue.n == 1 && p.sections == 1) return load_one_token(p, smem, columns, lane);
+        if (p.x_fragments == nullptr) return round_one_token(p, smem, columns, lane);
       }
-      load_quantized(p, smem, first_block, columns, warp, lane);
+      load_rounded(p, smem, columns, warp, lane);
     }
   }
 
@@ -364,10 +350,9 @@ struct WarpX {
            (columns.first_plane + plane % C::kPlanes) * kQuantPlaneK;
   }
 
-  // The same as load_quantized() for one token, which the lanes share: each rounds every eighth
-  // fragment and gives it to the others.
-  __device__ __forceinline__ void load_one_token(const QuantParams& p, const QuantSmem& smem,
-                                                 const WarpColumns<C>& columns, int lane) {
+  // The lanes share the token: each rounds every eighth fragment and gives it to the others.
+  __device__ __forceinline__ void round_one_token(const QuantParams& p, const QuantSmem& smem,
+                                                  const WarpColumns<C>& columns, int lane) {
     constexpr ValueType kDense = QuantValues<C::kType>::kDense;
     constexpr int kFragments = kQuantWords * kQuantFragments, kShare = kFragments / 8;
     uint2 wide[kWarpPlanes][kShare] = {};
@@ -384,9 +369,10 @@ struct WarpX {
       magnitude = larger_magnitudes<kDense>(magnitude, wide[c][share].y);
     }
     magnitude = __reduce_max_sync(~0U, max(magnitude >> 16, magnitude & 0xFFFFU));
-    if (lane == 0) ptx::max_shared(smem.magnitudes(), magnitude);
+    if (lane == 0) ptx::max_shared(smem.magnitude(), magnitude);
     __syncthreads();
-    const TokenScale token = TokenScale::of<kDense>(ptx::load_shared_u32(smem.magnitudes()));
+    const auto token =
+        TokenScale::of<XValues::kInt8, kDense>(ptx::load_shared_u32(smem.magnitude()));
     if (threadIdx.x == 0) {
       ptx::store_shared_u32(smem.token_scales(), __float_as_uint(token.scale));
     }
@@ -396,8 +382,8 @@ struct WarpX {
       uint32_t fours[kShare];
 #pragma unroll
       for (int share = 0; share < kShare; ++share) {
-        fours[share] = quantize<kDense>(wide[c][share], token.inverse);
-        sum = __dp4a(static_cast<int>(fours[share]), 0x01010101, sum);
+        fours[share] = round_elements<XValues::kInt8, kDense>(wide[c][share], token.inverse);
+        sum = add_bytes(fours[share], sum);
       }
 #pragma unroll
       for (int i = 0; i < kFragments; ++i) {
@@ -411,80 +397,34 @@ struct WarpX {
     }
   }
 
-  __device__ __forceinline__ void load_quantized(const QuantParams& p, const QuantSmem& smem,
-                                                 int64_t first_block, const WarpColumns<C>& columns,
-                                                 int warp, int lane) {
-    constexpr ValueType kDense = QuantValues<C::kType>::kDense;
-    // Not quantised yet; loaded again where it would take too many registers.
-    constexpr bool kKept = kBlocks * kWarpPlanes <= 2;
-    WidePlaneX kept[kKept ? kWarpPlanes : 1][kKept ? kBlocks : 1];
-    if constexpr (kKept) {
+  // Loads what round_tokens_kernel has written.
+  __device__ __forceinline__ void load_rounded(const QuantParams& p, const QuantSmem& smem,
+                                               const WarpColumns<C>& columns, int warp, int lane) {
+    const int64_t first_block = int64_t{blockIdx.z} * kBlocks;
+    const int x_planes = p.weight.chunk_cols * C::kPlanes;
 #pragma unroll
-      for (int i = 0; i < kWarpPlanes * kBlocks; ++i) {
-        const int c = i / kBlocks, b = i % kBlocks;
-        if (columns.has_plane(c)) {
-          load_x(p, first_block + b, first_of(c, columns, smem.warps), lane, kept[c][b]);
-        }
+    for (int i = 0; i < kWarpPlanes * kBlocks; ++i) {
+      const int c = i / kBlocks, b = i % kBlocks;
+      if (!columns.has_plane(c)) continue;
+      const int plane = first_of(c, columns, smem.warps) / kQuantPlaneK;
+      const uint4* from =
+          p.x_fragments + ((first_block + b) * x_planes + plane) * kQuantWords * 32 + lane;
+#pragma unroll
+      for (int q = 0; q < kQuantWords; ++q) {
+        const uint4 four = __ldcg(from + q * 32);
+        planes[c][b][q][0] = four.x;
+        planes[c][b][q][1] = four.y;
+        planes[c][b][q][2] = four.z;
+        planes[c][b][q][3] = four.w;
       }
     }
-    // The warps find the largest magnitudes in their columns, if their X is kept and there is one
-    // section of K, or else in parts of all of K.
-    if (kKept && p.sections == 1) {
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        uint32_t magnitude = 0;
-#pragma unroll
-        for (int c = 0; c < kWarpPlanes; ++c) {
-          if (columns.has_plane(c)) {
-            magnitude = largest_magnitudes<kDense>(kept[kKept ? c : 0][kKept ? b : 0], magnitude);
-          }
-        }
-        magnitude = max(magnitude >> 16, magnitude & 0xFFFFU);
-        magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 1));
-        magnitude = max(magnitude, __shfl_xor_sync(~0U, magnitude, 2));
-        if (lane % 4 == 0) ptx::max_shared(smem.magnitudes() + (b * 8 + lane / 4) * 4, magnitude);
-      }
-    } else {
-      constexpr int kUnroll = kKept ? 2 : 8;
-      for (int i = warp; i < kQuantRowParts * kBlocks * 8; i += smem.warps) {
-        const int token = i % (kBlocks * 8);
-        const uint32_t magnitude = __reduce_max_sync(
-            ~0U,
-            largest_of_part<kDense, kUnroll>(p, first_block * 8 + token, i / (kBlocks * 8), lane));
-        if (lane == 0) ptx::max_shared(smem.magnitudes() + token * 4, magnitude);
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const uint32_t in_tokens = (b * 8 + lane / 4) * 4;
-      const TokenScale token =
-          TokenScale::of<kDense>(ptx::load_shared_u32(smem.magnitudes() + in_tokens));
-      if (warp == 0 && lane % 4 == 0) {
-        ptx::store_shared_u32(smem.token_scales() + in_tokens, __float_as_uint(token.scale));
-      }
-      int sum = 0;
-#pragma unroll
-      for (int c = 0; c < kWarpPlanes; ++c) {
-        if (!columns.has_plane(c)) continue;
-        WidePlaneX loaded;
-        if constexpr (!kKept) {
-          load_x(p, first_block + b, first_of(c, columns, smem.warps), lane, loaded);
-        }
-        const WidePlaneX& wide = kKept ? kept[kKept ? c : 0][kKept ? b : 0] : loaded;
-#pragma unroll
-        for (int i = 0; i < kQuantWords * kQuantFragments; ++i) {
-          const int q = i / kQuantFragments, j = i % kQuantFragments;
-          const uint32_t four = quantize<kDense>(wide[q][j], token.inverse);
-          planes[c][b][q][j] = four;
-          sum = __dp4a(static_cast<int>(four), 0x01010101, sum);
-        }
-      }
-      if constexpr (X::kBiased) {
-        sum += __shfl_xor_sync(~0U, sum, 1);
-        sum += __shfl_xor_sync(~0U, sum, 2);
-        if (lane % 4 == 0) ptx::add_shared(smem.token_sums() + in_tokens, sum);
-      }
+    if (warp == 0 && lane < kBlocks * 8) {
+      const int64_t token = first_block * 8 + lane;
+      ptx::store_shared_u32(smem.token_scales() + lane * 4,
+                            __float_as_uint(__ldcg(p.token_scales + token)));
+      const int64_t in_section = int64_t{blockIdx.y} * p.token_blocks * 8 + token;
+      ptx::store_shared_u32(smem.token_sums() + lane * 4,
+                            static_cast<uint32_t>(__ldcg(p.token_sums + in_section)));
     }
   }
 };
@@ -653,9 +593,76 @@ __device__ __forceinline__ void add_strip(const QuantParams& p, const QuantSmem&
   arrive_for_warp(smem.sums_empty(buffer), lane);
 }
 
+// Rounds X to int8 and writes it to the workspace. The grid: tokens, including those that fill the
+// last block; sections, of `section_k` columns.
+template <ValueType kDense>
+__global__ void __launch_bounds__(kRoundThreads)
+    round_tokens_kernel(const __grid_constant__ QuantParams p, int section_k, int x_planes) {
+  allow_next_kernel();
+  wait_for_previous_kernel();  // it may write X, and use the workspace
+  __shared__ uint32_t magnitude;
+  __shared__ int total;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) {
+    magnitude = 0;
+    total = 0;
+  }
+  const int token = static_cast<int>(blockIdx.x);
+  const int begin = static_cast<int>(blockIdx.y) * section_k;
+  const int end = min(begin + section_k, x_planes * kQuantPlaneK);
+  const int stored = token < p.epilogue.n ? p.weight.k : 0;
+  const uint16_t* row = p.x + token * p.x_stride;
+  // Each row of X is followed by zeros up to the next multiple of 8 columns.
+  const auto eight = [&](int col) {
+    return col < stored ? *reinterpret_cast<const uint4*>(row + col) : make_uint4(0, 0, 0, 0);
+  };
+  uint4 octets[kRoundedOctets];
+  uint32_t pairs = 0;
+#pragma unroll
+  for (int i = 0; i < kRoundedOctets; ++i) {
+    const int col = begin + (i * kRoundThreads + thread) * 8;
+    octets[i] = col < end ? eight(col) : make_uint4(0, 0, 0, 0);
+  }
+#pragma unroll
+  for (const uint4& octet : octets) pairs = larger_magnitudes<kDense>(pairs, octet);
+  for (int col = thread * 8; p.sections > 1 && col < stored; col += kRoundThreads * 8) {
+    pairs = larger_magnitudes<kDense>(pairs, eight(col));
+  }
+  __syncthreads();
+  const uint32_t largest = __reduce_max_sync(~0U, max(pairs >> 16, pairs & 0xFFFFU));
+  if (thread % 32 == 0) atomicMax(&magnitude, largest);
+  __syncthreads();
+  const auto scale = TokenScale::of<XValues::kInt8, kDense>(magnitude);
+  auto* block = reinterpret_cast<uint32_t*>(p.x_fragments) +
+                int64_t{token / 8} * x_planes * kQuantWords * 32 * kQuantFragments;
+  int sum = 0;
+#pragma unroll
+  for (int i = 0; i < kRoundedOctets; ++i) {
+    const int col = begin + (i * kRoundThreads + thread) * 8;
+    if (col >= end) break;
+    // The lane's columns 4 t + e of a fragment, with t = 0 or 2, and those of its neighbour.
+    const int lane = token % 8 * 4 + col % 16 / 4, fragment = col / 16 % kQuantFragments;
+    uint32_t* word = block + (col / 64 * 32 + lane) * kQuantFragments + fragment;
+    const uint32_t low =
+        round_elements<XValues::kInt8, kDense>(make_uint2(octets[i].x, octets[i].y), scale.inverse);
+    const uint32_t high =
+        round_elements<XValues::kInt8, kDense>(make_uint2(octets[i].z, octets[i].w), scale.inverse);
+    word[0] = low;
+    word[kQuantFragments] = high;
+    sum = add_bytes(low, add_bytes(high, sum));
+  }
+  sum = __reduce_add_sync(~0U, sum);
+  if (thread % 32 == 0) atomicAdd(&total, sum);
+  __syncthreads();
+  if (thread == 0) {
+    p.token_sums[blockIdx.y * gridDim.x + token] = total;
+    if (blockIdx.y == 0) p.token_scales[token] = scale.scale;
+  }
+}
+
 // The grid: CTAs that share the strips; sections; blocks of tokens.
 template <typename C>
-__global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
+__global__ void __launch_bounds__(C::kBoundThreads, 1)
     quantized_rows_kernel(const __grid_constant__ QuantParams p) {
   if constexpr (kHasSm90 || !C::WeightCopy::kNeedsSm90) {
     extern __shared__ uint8_t smem_bytes[];
@@ -685,8 +692,9 @@ __global__ void __launch_bounds__(kQuantMaxWarps * 32, 1)
     for (int i = static_cast<int>(threadIdx.x); i < kZerosBytes / 4; i += warps * 32) {
       ptx::store_shared_u32(smem.zeros() + i * 4, 0);
     }
-    if (threadIdx.x < 2 * kQuantMaxTokens) {  // magnitudes and sums
-      ptx::store_shared_u32(smem.magnitudes() + threadIdx.x * 4, 0);
+    if (threadIdx.x == 0) {  // of a single token
+      ptx::store_shared_u32(smem.magnitude(), 0);
+      ptx::store_shared_u32(smem.token_sums(), 0);
     }
     if constexpr (!C::StripSums::kWarpSums) {
       for (int i = static_cast<int>(threadIdx.x); i < kQuantSumsStages * C::kSumsBytes / 4;
@@ -793,9 +801,23 @@ Status launch_quantized(const QuantParams& params, const SpmmPlan& plan, int war
         "cudaFuncGetAttributes(quantized_rows_kernel)", quantized_rows_kernel<C>, &dependent);
     if (!described.ok()) return described;
   }
+  bool dependent_rows = dependent && prefetch;
+  if constexpr (C::X::kQuantized) {
+    if (params.x_fragments != nullptr) {
+      const dim3 round_grid(static_cast<unsigned>(params.token_blocks * 8), grid.y);
+      const Status rounded = launch_kernel(
+          "round_tokens_kernel launch", round_tokens_kernel<QuantValues<C::kType>::kDense>,
+          round_grid, kRoundThreads, 0, dependent_rows, stream, params,
+          params.section_cols * quant_chunk_k(C::kType), params.weight.chunk_cols * C::kPlanes);
+      if (!rounded.ok()) return rounded;
+      // Without `prefetch` it begins, and reads the weight, when the previous call has finished,
+      // because the first kernel does.
+      dependent_rows = dependent;
+    }
+  }
   const Status multiplied =
       launch_kernel("quantized_rows_kernel launch", quantized_rows_kernel<C>, grid, warps * 32,
-                    smem_bytes, dependent && prefetch, stream, params);
+                    smem_bytes, dependent_rows, stream, params);
   if (!multiplied.ok() || params.sections == 1) return multiplied;
   const dim3 finish_grid(
       static_cast<unsigned>((params.weight.strips + kQuantFinishWarps - 1) / kQuantFinishWarps),
@@ -808,13 +830,13 @@ template <typename Family, ValueType kType>
 Status launch_quantized_config(const QuantParams& params, const SpmmPlan& plan, int warps,
                                int smem_bytes, bool prefetch, cudaStream_t stream) {
   int index = 0;
-#define FLASH_LLM_ROW(name, tokens, planes, int8_x)                                \
-  if (plan.config == index++) {                                                    \
-    constexpr QuantizedBitmapConfig kConfig = {#name, tokens, planes, int8_x};     \
-    if constexpr (kConfig.multiplies(kType)) {                                     \
-      return launch_quantized<QuantConfig<Family, kType, tokens, planes, int8_x>>( \
-          params, plan, warps, smem_bytes, prefetch, stream);                      \
-    }                                                                              \
+#define FLASH_LLM_ROW(name, tokens, planes, x)                                \
+  if (plan.config == index++) {                                               \
+    constexpr QuantizedBitmapConfig kConfig = {#name, tokens, planes, x};     \
+    if constexpr (kConfig.multiplies(kType)) {                                \
+      return launch_quantized<QuantConfig<Family, kType, tokens, planes, x>>( \
+          params, plan, warps, smem_bytes, prefetch, stream);                 \
+    }                                                                         \
   }
   FLASH_LLM_QUANTIZED_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
@@ -844,13 +866,19 @@ Status spmm_quantized_bitmap(const SpmmPlan& plan, const SpmmArgs& args, void* w
       plan.work.cols != (chunk_cols + plan.unit_cols - 1) / plan.unit_cols) {
     return Status::invalid_value("plan " + plan.to_string() + " does not fit its configuration");
   }
-  const int64_t sums_bytes = quant_sums_bytes(config, args.weight.m, args.n, plan.work.cols);
-  if (Status enough = cuda::check_launch(plan, sums_bytes); !enough.ok()) return enough;
+  const QuantRowsWorkspace parts(config, type, args.weight.m, args.n, args.weight.k,
+                                 plan.work.cols);
+  if (Status enough = cuda::check_launch(plan, parts.bytes()); !enough.ok()) return enough;
   QuantParams params = {};
   params.weight = QuantWeight::of(args.weight);
   params.x = args.x;
   params.x_stride = args.x_stride;
-  params.partial = plan.work.cols == 1 ? nullptr : static_cast<float4*>(workspace);
+  auto* bytes = static_cast<uint8_t*>(workspace);
+  params.partial = parts.sums_bytes == 0 ? nullptr : reinterpret_cast<float4*>(bytes);
+  bytes += parts.sums_bytes;
+  params.x_fragments = parts.x_bytes == 0 ? nullptr : reinterpret_cast<uint4*>(bytes);
+  params.token_scales = reinterpret_cast<float*>(bytes + parts.x_bytes);
+  params.token_sums = reinterpret_cast<int*>(bytes + parts.x_bytes + parts.scales_bytes);
   params.epilogue = {args.bias, args.y, args.weight.m, args.n, args.activation};
   params.steps = RunSteps{};
   params.cta_strips = static_cast<unsigned>(params.weight.strips / plan.ctas);

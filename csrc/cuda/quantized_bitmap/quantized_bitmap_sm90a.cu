@@ -41,7 +41,7 @@
 #include "cuda/ptx/sm90.cuh"
 #include "cuda/quantized_bitmap/chunk_ring.cuh"
 #include "cuda/quantized_bitmap/decode.cuh"
-#include "cuda/quantized_bitmap/int8_x.cuh"
+#include "cuda/quantized_bitmap/rounded_x.cuh"
 #include "cuda/schedule/dependent_launch.cuh"
 #include "cuda/schedule/stream_k.cuh"
 #include "cuda/schedule/warp_arrival.cuh"
@@ -59,7 +59,7 @@ struct WgmmaParams {
   void* sums;        // a strip: [tile_n / 2][32 lanes], in the order of wgmma's accumulators
   uint8_t* x_tiles;  // [passes][chunk_cols] stages, see WgmmaConfig
   float* token_scales;
-  int* token_biases;  // what the bytes' 128 add to the sums
+  int* token_biases;  // what the bytes' 128 add to the sums, if these are integers
   Epilogue epilogue;
   RunSteps steps;
   StreamK schedule;  // a row is an output tile, a unit `unit_cols` columns of chunks
@@ -80,9 +80,11 @@ struct RunScales<kType, true> {
 };
 
 // How X is multiplied. Each struct has
-//   kQuantized     whether tokens have scales
+//   kValues        what X is multiplied as; if it is rounded, tokens have scales
 //   kElementBytes  of X
 //   Sum            of the sums
+//   kIntegers      whether these are integers, which several CTAs add up in one place, and which
+//                  contain what the 128 in the weight's bytes adds
 //   kUnit          a sum is the sum of products divided by it and by the scales that it lacks
 //   kProducts      products of a batch, the part of a plane that is decoded at a time
 //   kBatches       batches of a plane
@@ -93,7 +95,8 @@ struct RunScales<kType, true> {
 // X as it is. A product is for a fragment, and a batch is half a word.
 template <ValueType kType, int kTileN>
 struct WideTileX {
-  static constexpr bool kQuantized = false;
+  static constexpr XValues kValues = XValues::kUnrounded;
+  static constexpr bool kIntegers = false;
   static constexpr int kElementBytes = 2;
   static constexpr int kProducts = 2;
   static constexpr int kBatches = 2 * kQuantWords;
@@ -136,16 +139,13 @@ struct WideTileX {
   __device__ __forceinline__ static void add(Sum* to, Sum sum) { *to = sum; }
 };
 
-// X quantised to int8. The weight's bytes are value + 128, so the sums of products contain 128
-// times the sum of X. A product is for two fragments together, and a batch is a word, or half a
+// X rounded to bytes. A product is for two fragments together, and a batch is a word, or half a
 // word where the sums of many tokens leave too few registers for a whole one.
 template <ValueType kType, int kTileN>
-struct Int8TileX {
-  static constexpr bool kQuantized = true;
+struct ByteTileX {
   static constexpr int kElementBytes = 1;
   static constexpr int kProducts = kTileN < 128 ? 2 : 1;
   static constexpr int kBatches = 2 * kQuantWords / kProducts;
-  using Sum = int;
   static constexpr float kUnit = 1.0F;
 
   template <int kBatch, typename Run>
@@ -163,6 +163,15 @@ struct Int8TileX {
       run.template take<3, Bytes>(word, steps, a[6], a[7]);
     }
   }
+};
+
+// X rounded to int8. The weight's bytes are value + 128, so the sums of products contain 128 times
+// the sum of X.
+template <ValueType kType, int kTileN>
+struct Int8TileX : ByteTileX<kType, kTileN> {
+  static constexpr XValues kValues = XValues::kInt8;
+  static constexpr bool kIntegers = true;
+  using Sum = int;
 #ifdef FLASH_LLM_SM90A
   __device__ __forceinline__ static void multiply(Sum (&sums)[kTileN / 2], const uint32_t* a,
                                                   uint64_t x) {
@@ -170,6 +179,35 @@ struct Int8TileX {
   }
 #endif
   __device__ __forceinline__ static void add(Sum* to, Sum sum) { ptx::add_global(to, sum); }
+};
+
+// X rounded to fp8. The tensor cores keep 13 bits behind the leading one of a sum.
+template <ValueType kType, int kTileN>
+struct Fp8TileX : ByteTileX<kType, kTileN> {
+  static constexpr XValues kValues = XValues::kFp8E4m3;
+  static constexpr bool kIntegers = false;
+  using Sum = float;
+#ifdef FLASH_LLM_SM90A
+  __device__ __forceinline__ static void multiply(Sum (&sums)[kTileN / 2], const uint32_t* a,
+                                                  uint64_t x) {
+    ptx::wgmma_e4m3<kTileN>(sums, a, x);
+  }
+#endif
+  // No other CTA's sum is in the same place.
+  __device__ __forceinline__ static void add(Sum* to, Sum sum) { *to = sum; }
+};
+
+template <ValueType kType, int kTileN, XValues kX>
+struct TileXOf {
+  using Type = WideTileX<kType, kTileN>;
+};
+template <ValueType kType, int kTileN>
+struct TileXOf<kType, kTileN, XValues::kInt8> {
+  using Type = Int8TileX<kType, kTileN>;
+};
+template <ValueType kType, int kTileN>
+struct TileXOf<kType, kTileN, XValues::kFp8E4m3> {
+  using Type = Fp8TileX<kType, kTileN>;
 };
 
 // The chunks of a warp: those of one strip of the output tiles that its CTA multiplies.
@@ -196,7 +234,7 @@ struct TileChunks {
 // weights.
 constexpr int kTokenThreads = 128;
 
-template <ValueType kTypeArg, int kTileNArg, int kWarpgroupsArg, bool kInt8X, int kXStagesArg>
+template <ValueType kTypeArg, int kTileNArg, int kWarpgroupsArg, XValues kX, int kXStagesArg>
 struct WgmmaConfig {
   using Chunks = TileChunks;
   using WeightCopy = BulkCopy;
@@ -211,12 +249,12 @@ struct WgmmaConfig {
   // A separate warp that copies X would cost the registers of four warps: each of an SM's four
   // schedulers has a quarter of them, and one would have a fifth warp.
   static constexpr int kThreads = 32 * kWarps;
+  using X = typename TileXOf<kType, kTileN, kX>::Type;
+  using Sum = typename X::Sum;
   // The compiler may use the registers of an SM for so many threads: those of a CTA of the first
   // kernel are left, except where the accumulators need them.
-  static constexpr int kBoundThreads =
-      kThreads + (kWarps == 16 && kTileN < 128 ? kTokenThreads : 0);
-  using X = std::conditional_t<kInt8X, Int8TileX<kType, kTileN>, WideTileX<kType, kTileN>>;
-  using Sum = typename X::Sum;
+  static constexpr bool kLeavesRegisters = kWarps == 16 && kTileN < (X::kIntegers ? 128 : 64);
+  static constexpr int kBoundThreads = kThreads + (kLeavesRegisters ? kTokenThreads : 0);
   static constexpr int kXColBytes = kQuantPlaneK * kTileN * X::kElementBytes;
   static constexpr int kTokenParts = quant_wgmma_token_parts(kTileN);
   static constexpr int kStripSums = kQuantStripM * kTileN;
@@ -224,7 +262,7 @@ struct WgmmaConfig {
 
   // The slot of a CTA's sums of an output tile, which begins in the CTA's work range or before it.
   __device__ __forceinline__ static int slot(int worker, bool begins_tile) {
-    return X::kQuantized ? worker : 2 * worker + (begins_tile ? 1 : 0);
+    return X::kIntegers ? worker : 2 * worker + (begins_tile ? 1 : 0);
   }
 
   // A stage, X of a column of planes, is kXColBytes / kBoxBytes K-major operands of wgmma with a
@@ -251,7 +289,7 @@ __global__ void __launch_bounds__(kTokenThreads)
     for (int i = cta * kTokenThreads + thread; i < p.counts_bytes / 16; i += ctas * kTokenThreads) {
       reinterpret_cast<int4*>(p.counts)[i] = zeros;
     }
-    if constexpr (C::X::kQuantized) {
+    if constexpr (C::X::kIntegers) {
       for (int i = cta; i < tokens / C::kTileN * p.slots; i += ctas) {
         // The slot is used only if an output tile begins in the CTA's work range and ends after it.
         const int end = p.schedule.first_unit(i % p.slots + 1);
@@ -279,7 +317,7 @@ __global__ void __launch_bounds__(kTokenThreads)
     uint8_t* col = tile + int64_t{unit / kUnits} * C::kXColBytes;
     *reinterpret_cast<uint4*>(col + C::x_offset(token % C::kTileN, in_col)) = sixteen_bytes;
   };
-  if constexpr (!C::X::kQuantized) {
+  if constexpr (C::X::kValues == XValues::kUnrounded) {
     // A fragment's columns 4 t + 2 and 4 t + 3 stand for columns 2 t + 8 and 2 t + 9 of A.
     for (int i = part * kTokenThreads + thread; i < x_cols * kUnits;
          i += C::kTokenParts * kTokenThreads) {
@@ -297,37 +335,33 @@ __global__ void __launch_bounds__(kTokenThreads)
     __syncthreads();
     uint32_t largest = 0;
     for (int i = thread; i * 8 < p.weight.k; i += kTokenThreads) {
-      const uint4 pairs = eight(i);
-      largest = larger_magnitudes<C::kDense>(largest, pairs.x);
-      largest = larger_magnitudes<C::kDense>(largest, pairs.y);
-      largest = larger_magnitudes<C::kDense>(largest, pairs.z);
-      largest = larger_magnitudes<C::kDense>(largest, pairs.w);
+      largest = larger_magnitudes<C::kDense>(largest, eight(i));
     }
     const uint32_t magnitude = __reduce_max_sync(~0U, max(largest >> 16, largest & 0xFFFFU));
     if (thread % 32 == 0) atomicMax(&shared_magnitude, magnitude);
     __syncthreads();
-    const TokenScale scale = TokenScale::of<C::kDense>(shared_magnitude);
+    const auto scale = TokenScale::of<C::X::kValues, C::kDense>(shared_magnitude);
+    const auto rounded = [&](uint32_t low, uint32_t high) {
+      return round_elements<C::X::kValues, C::kDense>(make_uint2(low, high), scale.inverse);
+    };
     int sum = 0;
     for (int i = part * kTokenThreads + thread; i < x_cols * kUnits;
          i += C::kTokenParts * kTokenThreads) {
       const uint4 first = eight(2 * i), second = eight(2 * i + 1);
-      const uint4 bytes =
-          make_uint4(quantize<C::kDense>(make_uint2(first.x, first.y), scale.inverse),
-                     quantize<C::kDense>(make_uint2(first.z, first.w), scale.inverse),
-                     quantize<C::kDense>(make_uint2(second.x, second.y), scale.inverse),
-                     quantize<C::kDense>(make_uint2(second.z, second.w), scale.inverse));
-      sum = __dp4a(static_cast<int>(bytes.x), 0x01010101, sum);
-      sum = __dp4a(static_cast<int>(bytes.y), 0x01010101, sum);
-      sum = __dp4a(static_cast<int>(bytes.z), 0x01010101, sum);
-      sum = __dp4a(static_cast<int>(bytes.w), 0x01010101, sum);
+      const uint4 bytes = make_uint4(rounded(first.x, first.y), rounded(first.z, first.w),
+                                     rounded(second.x, second.y), rounded(second.z, second.w));
+      if constexpr (C::X::kIntegers) {
+        sum = add_bytes(bytes.x, add_bytes(bytes.y, sum));
+        sum = add_bytes(bytes.z, add_bytes(bytes.w, sum));
+      }
       store(i, 0, bytes);
     }
-    sum = __reduce_add_sync(~0U, sum);
-    if (thread % 32 == 0) atomicAdd(&shared_sum, sum);
-    __syncthreads();
-    if (thread == 0) {
-      if (part == 0) p.token_scales[token] = scale.scale;
-      p.token_biases[part * tokens + token] = kQuantZero * shared_sum;
+    if (thread == 0 && part == 0) p.token_scales[token] = scale.scale;
+    if constexpr (C::X::kIntegers) {
+      sum = __reduce_add_sync(~0U, sum);
+      if (thread % 32 == 0) atomicAdd(&shared_sum, sum);
+      __syncthreads();
+      if (thread == 0) p.token_biases[part * tokens + token] = kQuantZero * shared_sum;
     }
   }
 }
@@ -544,7 +578,7 @@ __device__ __forceinline__ bool meet(const WgmmaParams& p, int worker, int strip
   };
   bool left = false;
   if (__shfl_sync(~0U, seen, 0) + own_cols != all_cols) {
-    typename C::Sum* to = place_of(C::X::kQuantized ? first : worker);
+    typename C::Sum* to = place_of(C::X::kIntegers ? first : worker);
 #pragma unroll
     for (int i = 0; i < C::kTileN / 2; ++i) C::X::add(to + i * 32, sums[i]);
     __syncwarp();
@@ -554,7 +588,7 @@ __device__ __forceinline__ bool meet(const WgmmaParams& p, int worker, int strip
     left = true;
   }
   __syncwarp();  // lane 0 has seen the others' sums
-  if constexpr (C::X::kQuantized) {
+  if constexpr (C::X::kIntegers) {
     const typename C::Sum* from = place_of(first);
 #pragma unroll
     for (int i = 0; i < C::kTileN / 2; ++i) {
@@ -653,15 +687,15 @@ __device__ __forceinline__ void store_strip(const WgmmaParams& p, int strip, int
     for (int i = 0; i < kAtOnce / 2; i += 4) {
       float2 factors = make_float2(C::X::kUnit, C::X::kUnit);
       typename C::Sum biases[2] = {};
-      if constexpr (C::X::kQuantized) {
-        const int pair = token + lane % 4 * 2 + first + i * 2;
+      const int pair = token + lane % 4 * 2 + first + i * 2;
+      if constexpr (C::X::kValues != XValues::kUnrounded) {
         factors = *reinterpret_cast<const float2*>(p.token_scales + pair);
+      }
 #pragma unroll
-        for (int part = 0; part < C::kTokenParts; ++part) {
-          const int2 both = *reinterpret_cast<const int2*>(p.token_biases + part * tokens + pair);
-          biases[0] += both.x;
-          biases[1] += both.y;
-        }
+      for (int part = 0; C::X::kIntegers && part < C::kTokenParts; ++part) {
+        const int2 both = *reinterpret_cast<const int2*>(p.token_biases + part * tokens + pair);
+        biases[0] += both.x;
+        biases[1] += both.y;
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -793,13 +827,13 @@ template <ValueType kType>
 Status launch_config(int config, const WgmmaParams& params, int smem_bytes, bool prefetch,
                      cudaStream_t stream) {
   int index = 0;
-#define FLASH_LLM_ROW(name, tile_n, warpgroups, int8_x, x_stages)                                 \
-  if (config == index++) {                                                                        \
-    constexpr QuantWgmmaConfig kConfig = {#name, tile_n, warpgroups, int8_x, x_stages};           \
-    if constexpr (kConfig.multiplies(kType)) {                                                    \
-      return launch<WgmmaConfig<kType, tile_n, warpgroups, int8_x, x_stages>>(params, smem_bytes, \
-                                                                              prefetch, stream);  \
-    }                                                                                             \
+#define FLASH_LLM_ROW(name, tile_n, warpgroups, x, x_stages)                                 \
+  if (config == index++) {                                                                   \
+    constexpr QuantWgmmaConfig kConfig = {#name, tile_n, warpgroups, x, x_stages};           \
+    if constexpr (kConfig.multiplies(kType)) {                                               \
+      return launch<WgmmaConfig<kType, tile_n, warpgroups, x, x_stages>>(params, smem_bytes, \
+                                                                         prefetch, stream);  \
+    }                                                                                        \
   }
   FLASH_LLM_QUANT_WGMMA_CONFIGS(FLASH_LLM_ROW)
 #undef FLASH_LLM_ROW
