@@ -227,11 +227,6 @@ struct RowsChunks {
   }
 };
 
-// Threads of a CTA of the kernel that rounds X. Each keeps kRoundedOctets times eight elements.
-inline constexpr int kRoundThreads = 128;
-inline constexpr int kRoundedOctets =
-    kQuantMaxWarps * kQuantMaxWarpPlanes * kQuantPlaneK / (8 * kRoundThreads);
-
 template <typename Family, ValueType kWeight, int kTokens, int kXPlanes, XValues kX>
 struct QuantConfig {
   static_assert(kX != XValues::kFp8E4m3);
@@ -253,10 +248,10 @@ struct QuantConfig {
   static constexpr int kSumSets = kBlocks == 1 && !kGroupScales ? 2 : 1;
   // The compiler may use the registers of an SM for so many threads: those of a CTA of the kernel
   // that rounds X are left, so that it can begin beside a CTA of the kernel before it, except where
-  // X or scales of groups need them.
+  // X or scales of groups need them. Then it has more threads, since it begins later.
   static constexpr bool kLeavesRegisters = kX == XValues::kInt8 && kBlocks == 1 && !kGroupScales;
-  static constexpr int kBoundThreads =
-      kQuantMaxWarps * 32 + (kLeavesRegisters ? kRoundThreads : 0);
+  static constexpr int kRoundThreads = kLeavesRegisters ? 128 : 256;
+  static constexpr int kBoundThreads = kQuantMaxWarps * 32 + (kLeavesRegisters ? kRoundThreads : 0);
   // Of a warp's chunks of a strip.
   using StripSums = std::conditional_t<kX == XValues::kInt8 && !kGroupScales, IntSums, FloatSums>;
 };
@@ -595,13 +590,16 @@ __device__ __forceinline__ void add_strip(const QuantParams& p, const QuantSmem&
 
 // Rounds X to int8 and writes it to the workspace. The grid: tokens, including those that fill the
 // last block; sections, of `section_k` columns.
-template <ValueType kDense>
+template <ValueType kDense, int kRoundThreads>
 __global__ void __launch_bounds__(kRoundThreads)
     round_tokens_kernel(const __grid_constant__ QuantParams p, int section_k, int x_planes) {
   allow_next_kernel();
   wait_for_previous_kernel();  // it may write X, and use the workspace
   __shared__ uint32_t magnitude;
   __shared__ int total;
+  // Of eight elements, for each thread.
+  constexpr int kRoundedOctets =
+      kQuantMaxWarps * kQuantMaxWarpPlanes * kQuantPlaneK / (8 * kRoundThreads);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
     magnitude = 0;
@@ -806,8 +804,9 @@ Status launch_quantized(const QuantParams& params, const SpmmPlan& plan, int war
     if (params.x_fragments != nullptr) {
       const dim3 round_grid(static_cast<unsigned>(params.token_blocks * 8), grid.y);
       const Status rounded = launch_kernel(
-          "round_tokens_kernel launch", round_tokens_kernel<QuantValues<C::kType>::kDense>,
-          round_grid, kRoundThreads, 0, dependent_rows, stream, params,
+          "round_tokens_kernel launch",
+          round_tokens_kernel<QuantValues<C::kType>::kDense, C::kRoundThreads>, round_grid,
+          C::kRoundThreads, 0, dependent_rows, stream, params,
           params.section_cols * quant_chunk_k(C::kType), params.weight.chunk_cols * C::kPlanes);
       if (!rounded.ok()) return rounded;
       // Without `prefetch` it begins, and reads the weight, when the previous call has finished,
