@@ -595,16 +595,10 @@ __global__ void __launch_bounds__(kRoundThreads)
     round_tokens_kernel(const __grid_constant__ QuantParams p, int section_k, int x_planes) {
   allow_next_kernel();
   wait_for_previous_kernel();  // it may write X, and use the workspace
-  __shared__ uint32_t magnitude;
-  __shared__ int total;
   // Of eight elements, for each thread.
   constexpr int kRoundedOctets =
       kQuantMaxWarps * kQuantMaxWarpPlanes * kQuantPlaneK / (8 * kRoundThreads);
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread == 0) {
-    magnitude = 0;
-    total = 0;
-  }
   const int token = static_cast<int>(blockIdx.x);
   const int begin = static_cast<int>(blockIdx.y) * section_k;
   const int end = min(begin + section_k, x_planes * kQuantPlaneK);
@@ -626,11 +620,7 @@ __global__ void __launch_bounds__(kRoundThreads)
   for (int col = thread * 8; p.sections > 1 && col < stored; col += kRoundThreads * 8) {
     pairs = larger_magnitudes<kDense>(pairs, eight(col));
   }
-  __syncthreads();
-  const uint32_t largest = __reduce_max_sync(~0U, max(pairs >> 16, pairs & 0xFFFFU));
-  if (thread % 32 == 0) atomicMax(&magnitude, largest);
-  __syncthreads();
-  const auto scale = TokenScale::of<XValues::kInt8, kDense>(magnitude);
+  const TokenScale scale = scale_of_token<XValues::kInt8, kDense>(pairs);
   auto* block = reinterpret_cast<uint32_t*>(p.x_fragments) +
                 int64_t{token / 8} * x_planes * kQuantWords * 32 * kQuantFragments;
   int sum = 0;
@@ -649,11 +639,9 @@ __global__ void __launch_bounds__(kRoundThreads)
     word[kQuantFragments] = high;
     sum = add_bytes(low, add_bytes(high, sum));
   }
-  sum = __reduce_add_sync(~0U, sum);
-  if (thread % 32 == 0) atomicAdd(&total, sum);
-  __syncthreads();
+  sum = add_threads(sum);
   if (thread == 0) {
-    p.token_sums[blockIdx.y * gridDim.x + token] = total;
+    p.token_sums[blockIdx.y * gridDim.x + token] = sum;
     if (blockIdx.y == 0) p.token_scales[token] = scale.scale;
   }
 }

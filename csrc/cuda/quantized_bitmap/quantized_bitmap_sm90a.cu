@@ -326,21 +326,11 @@ __global__ void __launch_bounds__(kTokenThreads)
       store(i, 1, make_uint4(first.y, first.w, second.y, second.w));
     }
   } else {
-    __shared__ uint32_t shared_magnitude;
-    __shared__ int shared_sum;
-    if (thread == 0) {
-      shared_magnitude = 0;
-      shared_sum = 0;
-    }
-    __syncthreads();
     uint32_t largest = 0;
     for (int i = thread; i * 8 < p.weight.k; i += kTokenThreads) {
       largest = larger_magnitudes<C::kDense>(largest, eight(i));
     }
-    const uint32_t magnitude = __reduce_max_sync(~0U, max(largest >> 16, largest & 0xFFFFU));
-    if (thread % 32 == 0) atomicMax(&shared_magnitude, magnitude);
-    __syncthreads();
-    const auto scale = TokenScale::of<C::X::kValues, C::kDense>(shared_magnitude);
+    const TokenScale scale = scale_of_token<C::X::kValues, C::kDense>(largest);
     const auto rounded = [&](uint32_t low, uint32_t high) {
       return round_elements<C::X::kValues, C::kDense>(make_uint2(low, high), scale.inverse);
     };
@@ -358,10 +348,8 @@ __global__ void __launch_bounds__(kTokenThreads)
     }
     if (thread == 0 && part == 0) p.token_scales[token] = scale.scale;
     if constexpr (C::X::kIntegers) {
-      sum = __reduce_add_sync(~0U, sum);
-      if (thread % 32 == 0) atomicAdd(&shared_sum, sum);
-      __syncthreads();
-      if (thread == 0) p.token_biases[part * tokens + token] = kQuantZero * shared_sum;
+      sum = add_threads(sum);
+      if (thread == 0) p.token_biases[part * tokens + token] = kQuantZero * sum;
     }
   }
 }

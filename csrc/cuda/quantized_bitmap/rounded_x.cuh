@@ -49,6 +49,30 @@ struct TokenScale {
   }
 };
 
+// The scale of a token whose elements the threads of the CTA share: `pairs` are the larger
+// magnitudes of those of this thread. All threads must call it, once.
+template <XValues kX, ValueType kDense>
+__device__ __forceinline__ TokenScale scale_of_token(uint32_t pairs) {
+  __shared__ uint32_t magnitude;
+  if (threadIdx.x == 0) magnitude = 0;
+  __syncthreads();
+  const uint32_t largest = __reduce_max_sync(~0U, max(pairs >> 16, pairs & 0xFFFFU));
+  if (threadIdx.x % 32 == 0) atomicMax(&magnitude, largest);
+  __syncthreads();
+  return TokenScale::of<kX, kDense>(magnitude);
+}
+
+// The sum over all threads of the CTA, which must all call it, once.
+__device__ __forceinline__ int add_threads(int sum) {
+  __shared__ int total;
+  if (threadIdx.x == 0) total = 0;
+  __syncthreads();
+  sum = __reduce_add_sync(~0U, sum);
+  if (threadIdx.x % 32 == 0) atomicAdd(&total, sum);
+  __syncthreads();
+  return total;
+}
+
 // Rounds four elements to four bytes, ties to even.
 template <XValues kX, ValueType kDense>
 __device__ __forceinline__ uint32_t round_elements(uint2 four, float inverse) {
