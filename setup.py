@@ -96,6 +96,7 @@ CUDA_SOURCES = [
     "csrc/cuda/quantized_bitmap/quantized_bitmap_sm90.cu",
     "csrc/cuda/quantized_bitmap/quantized_bitmap_sm90a.cu",
     "csrc/cuda/quantized_bitmap/quantized_bitmap_unpack.cu",
+    "csrc/cuda/quantized_bitmap/dense_fp8x.cu",
     "csrc/cuda/tiled_csl/lscd.cu",
     "csrc/cuda/tiled_csl/tiled_csl_pack.cu",
 ]

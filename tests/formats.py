@@ -131,7 +131,7 @@ def runs_here(format, device, config, value_type="float16"):
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     try:
         flash_llm.explain_plan(
-            *(1, 1, 1, 1, value_type),
+            *(16, 1, 16, 1, value_type),
             format=format,
             config=config,
             compute_capability=10 * gpu.major + gpu.minor,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -33,12 +34,14 @@ FP8_X = tuple(f"{config}_fp8x" for config in WGMMA)
 def here(*configs, kind="int8"):
     """The configurations of all kernel families that this GPU runs, for values of a kind."""
     without = {
-        "int8": FP8_X,
+        "int8": (*FP8_X, "dense_fp8x"),
         "fp8_e4m3": INT8_X,
         "int4": ("quantized16", *WGMMA_INT8_X, *FP8_X),
     }[kind]
     multiply = [config for config in configs if config not in without]
-    sm80 = [f"sm80_{config}" for config in multiply if "wgmma" not in config]
+    sm80 = [
+        f"sm80_{config}" for config in multiply if re.fullmatch(r"quantized\d+(_int8x)?", config)
+    ]
     return [
         name for name in (*multiply, *sm80) if runs_here(FORMAT, "cuda", name, f"{kind}_float16")
     ]
@@ -404,6 +407,28 @@ def test_tokens_are_rounded_to_nearest(dtype, magnitude):
         assert torch.equal(flash_llm.spmm(x.cuda(), w, config=config).cpu(), expected), config
 
 
+@pytest.mark.gpu
+@each("dtype", DTYPES)
+@each(("m", "k"), [(16, 16), (64, 272), (4000, 2304)])
+def test_the_dense_fp8_product_is_exact(m, k, dtype):
+    integers = testing.small_integers(m, k, sparsity=0.5, dtype=dtype, seed=m)
+    integers[:16] = 0  # no scales are stored for such a strip
+    values, scales, exact = small_steps(integers, "fp8_e4m3")
+    w = pack(values, scales, dtype, "cuda")
+    x = testing.small_integers(600, k, dtype=dtype, seed=1)
+    x[:, 0] = 448  # so every scale is 1
+    bias = testing.small_integers(m, dtype=dtype, seed=3)
+    expected = testing.spmm_reference(x, exact.to(dtype), bias, "relu").float().to(dtype)
+    arguments = w, bias.cuda()
+    for n in (1, 129, 600):
+        for config in here("dense_fp8x", kind="fp8_e4m3"):
+            y = flash_llm.spmm(x[:n].cuda(), *arguments, activation="relu", config=config)
+            assert torch.equal(y.cpu(), expected[:n]), n
+    y = flash_llm.spmm(x.cuda().t().contiguous().t(), *arguments, x_quantization="dynamic")
+    plain = testing.spmm_reference(x, exact.to(dtype), bias).float().to(dtype)
+    assert torch.equal(y.cpu(), plain)
+
+
 def fp8_tokens(x):
     """X as FP8_X rounds it: e4m3 values, as float64, and a scale for each token."""
     largest = x.abs().amax(dim=1, keepdim=True).float().clamp(min=2.0**-100)
@@ -416,16 +441,21 @@ def fp8_tokens(x):
 @each("magnitude", [1e-33, 1e-30, 1e-6, 1.0, 3e4])
 def test_tokens_are_rounded_to_nearest_fp8(dtype, magnitude):
     # A nonzero in each row, so that nothing else is rounded before the result.
-    values, scales = random_values(4100, 4100, 0.0, kind="fp8_e4m3")
-    values = (values.float() * torch.eye(4100)).to(values.dtype)
+    values, scales = random_values(4112, 4112, 0.0, kind="fp8_e4m3")
+    values = (values.float() * torch.eye(4112)).to(values.dtype)
     w = pack(values, scales, dtype, "cuda")
-    x = (torch.randn(9, 4100) * magnitude / 4).to(dtype)
+    x = (torch.randn(9, 4112) * magnitude / 4).to(dtype)
     x[3] = 0
     rounded, token_scales = fp8_tokens(x)
     products = (rounded * values.float().diagonal().double()).float()
     expected = ((products * token_scales) * scales).to(dtype)
     for config in here(*FP8_X, kind="fp8_e4m3"):
         assert torch.equal(flash_llm.spmm(x.cuda(), w, config=config).cpu(), expected), config
+    # cuBLASLt applies the scales in another order.
+    for config in here("dense_fp8x", kind="fp8_e4m3"):
+        y = flash_llm.spmm(x.cuda(), w, config=config).cpu()
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=smallest)
 
 
 @pytest.mark.gpu
@@ -457,9 +487,9 @@ def test_products_of_fp8_tokens_stay_within_their_bound(dtype, sparsity):
 @each("kind", ["int8", "fp8_e4m3"])
 def test_a_quantised_token_that_is_not_finite_gives_nan(dtype, number, kind):
     # 9000 columns are two sections of K, 16 tokens the wide configurations.
-    few, many = INT8_X[:1], (*INT8_X[1:], *FP8_X)
-    for n, k, configs in ((1, 700, few), (3, 700, few), (16, 700, many), (3, 9000, few)):
-        values, scales = random_values(40, k, 0.7, kind=kind)
+    few, many = INT8_X[:1], (*INT8_X[1:], *FP8_X, "dense_fp8x")
+    for n, k, configs in ((1, 704, few), (3, 700, few), (16, 704, many), (3, 9000, few)):
+        values, scales = random_values(48, k, 0.7, kind=kind)
         w = pack(values, scales / 8, dtype, "cuda")
         x = torch.ones(n, k, dtype=dtype)
         x[n // 2, k - 1] = number

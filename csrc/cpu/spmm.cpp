@@ -29,6 +29,7 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, CpuIsa isa,
     case KernelFamily::kQuantizedBitmapSm90a:
     case KernelFamily::kQuantizedBitmapSm90:
     case KernelFamily::kQuantizedBitmapSm80:
+    case KernelFamily::kDenseFp8X:
     case KernelFamily::kDense:
       break;
   }

@@ -57,6 +57,7 @@ Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, boo
     case KernelFamily::kRowBitmapCpu:
     case KernelFamily::kRowBitmapInt8XCpu:
     case KernelFamily::kRowBitmapBlocks:
+    case KernelFamily::kDenseFp8X:
     case KernelFamily::kDense:
       break;
   }

@@ -17,8 +17,8 @@ namespace flash_llm::cuda {
 // Y = act(X . W^T + bias) by the plan's kernel. Needs m, n, k > 0; payload 16-byte aligned; y
 // 8-byte aligned; workspace 16-byte aligned, of plan.workspace_bytes. On sm_90 `prefetch` makes it
 // a dependent launch: the kernel starts to load the weight while the previous kernel in the stream
-// still runs, which therefore must not write the weight. A plan for kDense, which needs a dense
-// GEMM, is refused: the caller runs it.
+// still runs, which therefore must not write the weight. A plan for kDense or kDenseFp8X, which
+// need a dense GEMM, is refused: the caller runs it.
 Status run_spmm(const SpmmPlan& plan, const SpmmArgs& args, void* workspace, bool prefetch,
                 cudaStream_t stream);
 
@@ -74,6 +74,14 @@ struct PackKernels {
 // weight visible to everything later in the stream, even to a dependent launch, which reads weights
 // before it waits for its predecessor.
 Status end_weight_writes(void* scratch, cudaStream_t stream);
+
+// What a dense FP8 product takes (kDenseFp8X), all contiguous and 16-byte aligned. Of a weight with
+// fp8 values in the quantised bitmap, of K that 16 divides: values[m, k] and the scale of each row.
+Status unpack_fp8(const PackedView& view, uint8_t* values, float* scales, cudaStream_t stream);
+// Of X, as spmm_quantized_bitmap_sm90a() takes it but with k a multiple of 8: values[n, k] rounded
+// to e4m3, and the scale of each token. `type` is that of the weight.
+Status round_fp8(ValueType type, const uint16_t* x, int64_t x_stride, int64_t n, int64_t k,
+                 uint8_t* values, float* scales, cudaStream_t stream);
 
 PackKernels tiled_csl_kernels();
 PackKernels bitmap_kernels();

@@ -121,6 +121,7 @@ constexpr EnumSet<ValueType> every_value_type() {
 }
 inline constexpr EnumSet<ValueType> k16Bit = value_types(ValueKind::k16Bit);
 inline constexpr EnumSet<ValueType> kInt8Types = value_types(ValueKind::kInt8);
+inline constexpr EnumSet<ValueType> kFp8Types = value_types(ValueKind::kFp8E4m3);
 inline constexpr EnumSet<ValueType> kEveryType = every_value_type();
 inline constexpr EnumSet<ValueType> kQuantizedTypes = kEveryType.without(k16Bit);
 

@@ -28,7 +28,8 @@ std::vector<KernelConfig> only_config() {
 
 constexpr char kReferenceName[] = "cpu_reference", kTilesName[] = "cpu_tiles",
                kInt8XRowsName[] = "cpu_rows_int8x", kRowsName[] = "cpu_rows",
-               kBlocksName[] = "cpu_blocks", kDenseName[] = "dense";
+               kBlocksName[] = "cpu_blocks", kDenseFp8XName[] = "dense_fp8x",
+               kDenseName[] = "dense";
 
 bool never_chosen(const PlanRequest& /*request*/, std::string* /*reason*/) { return false; }
 
@@ -114,6 +115,8 @@ constexpr std::array<KernelFamilyRow, kNumKernelFamilies> kFamilies = {{
      describe_gather_sm90_configs, takes_gather_sm90, plan_gather_sm90},
     {KernelFamily::kGatherSm80, Place::kCuda, Format::kGather, k16Bit, GpuFeature::kMmaSync, false,
      describe_gather_sm80_configs, takes_gather_sm80, plan_gather_sm80},
+    {KernelFamily::kDenseFp8X, Place::kCuda, Format::kQuantizedBitmap, kFp8Types,
+     GpuFeature::kWgmma, false, only_config<kDenseFp8XName>, takes_dense_fp8x, plan_dense_fp8x},
     {KernelFamily::kQuantizedBitmapSm90a, Place::kCuda, Format::kQuantizedBitmap, kQuantizedTypes,
      GpuFeature::kWgmma, true, describe_quant_wgmma_configs, takes_quant_wgmma, plan_quant_wgmma},
     {KernelFamily::kQuantizedBitmapSm90, Place::kCuda, Format::kQuantizedBitmap, kQuantizedTypes,

@@ -38,6 +38,7 @@ enum class KernelFamily {
   kQuantizedBitmapSm90a,  // quantised bitmap on Hopper, many tokens
   kQuantizedBitmapSm90,   // quantised bitmap on GPUs with bulk copies
   kQuantizedBitmapSm80,   // quantised bitmap on every GPU from sm_80 on
+  kDenseFp8X,             // fp8 values on Hopper: unpack, round X, then the vendor's FP8 GEMM
   kDense,                 // unpack, then the vendor's dense GEMM; CPU and CUDA
 };
 // A new family goes before kDense.

@@ -46,6 +46,14 @@ constexpr int64_t kLeastTokens = 9, kLeastTokensInt8X = 17, kLeastTokensFp8X = 5
 constexpr int64_t kLeastElems = int64_t{16} << 20, kLeastElemsWideX = int64_t{32} << 20;
 constexpr int64_t kLeastElemsFewTokens = int64_t{48} << 20;  // N <= 8
 constexpr int64_t kMostTokens = 8192;
+// More tokens of fp8 values are multiplied by the dense FP8 GEMM, where it can, in us by this
+// kernel / unpacked (FP8 of dense weights):
+//               N = 512             1024              2048              4096
+//   28672x7168  271 / 276 (150)  514 / 453 (324)  1029 / 768 (632)   1452 (1292)
+//   14336x4096   77 /  89  (48)  168 / 137  (85)   286 / 230 (174)    443  (366)
+//    7168x7168   70 /  75  (38)  138 / 125  (82)   283 / 198 (140)    384  (311)
+//    4096x4096   29 /  28  (14)   41 /  42  (25)    85 /  78  (50)    141  (103)
+constexpr int64_t kMostTokensFp8X = 512;
 // Of weights with fewer than kLeastElemsWideX elements, and of larger ones.
 constexpr int64_t kMostTokensWideX = 384, kMostTokensLargeWideX = 512;
 
@@ -146,6 +154,11 @@ int config_for(const SpmmProblem& problem, int num_sms) {
   return static_cast<int>(wider ? wide : narrow);
 }
 
+// cuBLASLt's kernels for FP8 need such sizes.
+bool suits_fp8_gemm(const SpmmProblem& problem) {
+  return problem.m % 16 == 0 && problem.k % 16 == 0;
+}
+
 }  // namespace
 
 const std::vector<QuantWgmmaConfig>& quant_wgmma_configs() {
@@ -204,6 +217,33 @@ bool takes_quant_wgmma(const PlanRequest& request, std::string* reason) {
   }
   explain(reason, "many tokens and a large weight: it is decoded once for up to 128 of them");
   return true;
+}
+
+bool takes_dense_fp8x(const PlanRequest& request, std::string* reason) {
+  const SpmmProblem& problem = request.problem;
+  if (problem.n <= kMostTokensFp8X || x_values_of(problem) != XValues::kFp8E4m3 ||
+      !suits_fp8_gemm(problem)) {
+    return false;
+  }
+  if (reason != nullptr) {
+    *reason = "N > " + std::to_string(kMostTokensFp8X) +
+              ": the dense FP8 GEMM is faster, although it unpacks the weight";
+  }
+  return true;
+}
+
+Status plan_dense_fp8x(const PlanRequest& request, SpmmPlan* out) {
+  const SpmmProblem& problem = request.problem;
+  if (!suits_fp8_gemm(problem)) {
+    return Status::invalid_value("config \"" + request.config +
+                                 "\" needs M and K that are multiples of 16, got " +
+                                 shape_text(problem));
+  }
+  out->config = 0;
+  out->workspace_bytes = (problem.m + problem.n) * (problem.k + 4);
+  out->x_multiple = 8;
+  out->rounds_before_activation = true;
+  return Status::success();
 }
 
 Status plan_quant_wgmma(const PlanRequest& request, SpmmPlan* out) {

@@ -106,4 +106,8 @@ std::vector<KernelConfig> describe_quant_wgmma_configs();
 bool takes_quant_wgmma(const PlanRequest& request, std::string* reason);
 Status plan_quant_wgmma(const PlanRequest& request, SpmmPlan* out);
 
+// Those of the row of the dense FP8 product.
+bool takes_dense_fp8x(const PlanRequest& request, std::string* reason);
+Status plan_dense_fp8x(const PlanRequest& request, SpmmPlan* out);
+
 }  // namespace flash_llm

@@ -44,6 +44,7 @@ py::list configs() {
   for (const KernelFamilyRow& family : kernel_families()) {
     if (family.place != Place::kCuda) continue;
     for (const KernelConfig& config : family.configs()) {
+      if (config.facts.empty()) continue;  // the vendor's kernel
       py::dict row;
       row["name"] = config.name;
       for (const PackedFormat& format : all_formats()) {

@@ -176,7 +176,7 @@ void PrintTo(const Kernel& kernel, std::ostream* out) { *out << name_of(kernel);
 std::vector<Kernel> every_kernel() {
   std::vector<Kernel> kernels;
   for (const KernelFamilyRow& family : kernel_families()) {
-    if (family.place != Place::kCuda) continue;
+    if (family.place != Place::kCuda || family.id == KernelFamily::kDenseFp8X) continue;
     for (const Format format :
          {Format::kTiledCsl, Format::kBitmap, Format::kGather, Format::kQuantizedBitmap}) {
       if (!family.formats.contains(format)) continue;

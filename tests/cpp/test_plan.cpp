@@ -737,7 +737,8 @@ TEST(SelectPlanQuantized, TakesAConfigurationThatMultipliesTheValues) {
   EXPECT_EQ(chosen(ValueType::kFp8Float16, 4), "quantized8");
   EXPECT_EQ(chosen(ValueType::kFp8Float16, 5), "quantized16_wgmma_fp8x");
   EXPECT_EQ(chosen(ValueType::kFp8Bfloat16, 16), "quantized16_wgmma_fp8x");
-  EXPECT_EQ(chosen(ValueType::kFp8Float16, 8192), "quantized128_wgmma_fp8x");
+  EXPECT_EQ(chosen(ValueType::kFp8Float16, 512), "quantized128_wgmma_fp8x");
+  EXPECT_EQ(chosen(ValueType::kFp8Float16, 513), "dense_fp8x");
   EXPECT_EQ(chosen(ValueType::kInt4Float16, 16), "quantized16_int8x");
   EXPECT_EQ(chosen(ValueType::kInt4Float16, 17), "quantized32_wgmma");
   const auto unquantised = [](int64_t n) {
@@ -746,6 +747,27 @@ TEST(SelectPlanQuantized, TakesAConfigurationThatMultipliesTheValues) {
   EXPECT_EQ(unquantised(16), "quantized8");
   EXPECT_EQ(unquantised(48), "quantized8");
   EXPECT_EQ(unquantised(49), "dense");  // each pass of 8 tokens decodes the weight
+}
+
+TEST(SelectPlanQuantized, ManyTokensOfFp8ValuesAreMultipliedByTheDenseFp8Gemm) {
+  const auto plan = [](int64_t m, int64_t n, int64_t k, bool rounds_x = true,
+                       const DeviceInfo& device = kH200) {
+    SpmmProblem p = quantized_problem(m, n, k, ValueType::kFp8Bfloat16);
+    p.rounds_x = rounds_x;
+    return plan_of(p, device);
+  };
+  EXPECT_EQ(plan(7168, 512, 7168).name(), "quantized128_wgmma_fp8x");
+  EXPECT_EQ(plan(7168, 513, 7168).name(), "dense_fp8x");
+  EXPECT_EQ(plan(16, 513, 32).name(), "dense_fp8x");
+  EXPECT_EQ(plan(7168, 513, 7168).workspace_bytes, (7168 + 513) * (7168 + 4));
+  EXPECT_TRUE(mentions(plan(7168, 513, 7168).reason, {"512"}));
+  // Not asked for, sizes that it does not take, and another GPU.
+  EXPECT_EQ(plan(7168, 513, 7168, false).name(), "dense");
+  EXPECT_EQ(plan(7168, 513, 7176).name(), "quantized128_wgmma_fp8x");
+  EXPECT_EQ(plan(7160, 8193, 7168).name(), "dense");
+  EXPECT_EQ(plan(7168, 513, 7168, true, kB200).name(), "dense");
+  const SpmmProblem p = quantized_problem(24, 513, 32, ValueType::kFp8Bfloat16);
+  EXPECT_TRUE(mentions(failure_of(p, kH200, "dense_fp8x").message, {"dense_fp8x", "16", "M=24"}));
 }
 
 TEST(SelectPlanQuantized, OneDecodingServesUpTo128TokensOnHopper) {
