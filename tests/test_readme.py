@@ -213,6 +213,24 @@ def test_the_readmes_speed_in_vllm_is_what_the_rows_say():
     assert said.groups() == tuple(f"{step[0, n] / step[0.5, n]:.2f}" for n in (8, 32, 64))
 
 
+def test_the_readme_says_how_int8_values_compare_with_fp8_in_vllm_as_the_rows_do():
+    step = {
+        (row["weights"], row["batch"]): row["step_ms"]
+        for row in rows.read_rows(rows.RESULTS / "serve-h200.jsonl")
+        if (row["bench"], row["model"], row["gpus"], row["mode"], row.get("prompt"))
+        == ("serve", "llama-8b", 1, "compiled", 64)
+        and (row["values"], row["x_values"]) in {("int8", "int8"), ("fp8_e4m3", "fp8_e4m3")}
+    }
+    said = re.search(
+        r"tokens it is (\S+), (\S+) and (\S+) times as fast as in FP8 at batch 1, 8 and 32 ",
+        " ".join(README.split()),
+    )
+    assert said is not None
+    assert said.groups() == tuple(
+        f"{step['fp8', n] / step['flash_llm', n]:.2f}" for n in (1, 8, 32)
+    )
+
+
 def test_the_readmes_perplexities_are_what_the_rows_say():
     found = {
         row["sparsity"]: row
