@@ -514,6 +514,41 @@ def test_quantised_tokens_in_graphs_and_without_prefetch():
 
 
 @pytest.mark.gpu
+@each("n", [1, 2, 16, 40, 130, 600])
+@each("prefetch", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_that_round_their_input_wait_for_the_calls_before(kind, n, prefetch):
+    size = 4096  # enough work for the kernels of many tokens
+    layers = [
+        flash_llm.pack(testing.random_sparse(size, size, 0.6, seed=i, device="cuda"), values=kind)
+        for i in range(3)
+    ]
+    x = torch.randn(n, size).half().cuda()
+
+    def chain(synchronize):
+        y = torch.empty_like(x)
+        y.copy_(x)
+        for step in range(6):
+            z = y
+            for layer in (layers[step % 3], layers[(step + 1) % 3]):
+                z = flash_llm.spmm(z, layer, prefetch=prefetch, x_quantization="dynamic")
+                if synchronize:
+                    torch.cuda.synchronize()
+            y.copy_(z / z.float().norm(dim=1, keepdim=True) * 64)  # what the calls have read
+        return y
+
+    expected = chain(True)
+    assert bool(expected.isfinite().all()) and bool(expected.any())
+    for _ in range(3):
+        assert torch.equal(chain(False), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(False)
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
+@pytest.mark.gpu
 @each("sparsity", [0.0, 0.4, 0.9, 1.0])
 @each("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)

@@ -37,10 +37,9 @@ struct QuantParams {
   QuantWeight weight;
   const uint16_t* x;
   int64_t x_stride;
-  // The workspace, see QuantRowsWorkspace.
-  float4* partial;  // null if there is one section
-  uint4*
-      x_fragments;  // [blocks of tokens][planes of K][words][lanes]; null if CTAs round X or none
+  // The workspace, see QuantRowsWorkspace. A pointer is null if it has no such part.
+  float4* partial;
+  uint4* x_fragments;  // [blocks of tokens][planes of K][words][lanes]
   float* token_scales;
   int* token_sums;  // [sections][tokens]
   Epilogue epilogue;
