@@ -618,9 +618,10 @@ def spmm(
             weights on Hopper. A token's scale is its largest magnitude, but at least 2**-100,
             divided by 127 or 448; elements are multiplied by the inverse of the scale (in float32)
             and rounded to nearest, ties to even. Sums of products of int8 are then exact, of int4
-            values those of each 128 columns. Of e4m3 the tensor cores keep 13 bits behind the
-            leading one of a sum after every 32 products, at least. A token with an element that is
-            NaN or infinite gives NaN. None and ``"none"`` never round ``x``.
+            values those of each 128 columns. Sums of products of e4m3 keep at least 13 bits behind
+            the leading one after every 32 products, those of more than 512 tokens are float32. A
+            token with an element that is NaN or infinite gives NaN. None and ``"none"`` never round
+            ``x``.
         config: ``"auto"`` lets ``explain_plan`` choose; any other name forces that kernel (see
             ``flash_llm._C.plan_names``), for tests and benchmarks.
         ctas: CTAs in the grid of the CUDA kernel, at most one for each tile of work; 0 lets the

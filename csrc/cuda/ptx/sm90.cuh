@@ -299,8 +299,8 @@ __device__ __forceinline__ void wgmma_sp(float (&d)[kN / 2], const uint32_t* a, 
 
 // wgmma.m64nNk32: the same for e4m3 a[64, 32] and b[32, kN]; each warp holds 16 rows of a in the
 // layout of mma.m16n8k32. The descriptor is as for 16-bit elements: a row of 128 bytes has 128
-// elements of K. Of a sum, and of each product of it, the tensor cores keep about 13 bits behind
-// the leading one of the largest of them (measured; see benchmarks/README.md).
+// elements of K. The tensor cores align the products and the sum to the largest of them, and keep
+// about 13 bits behind its leading one (measured; see benchmarks/README.md).
 template <int kN>
 __device__ __forceinline__ void wgmma_e4m3(float (&d)[kN / 2], const uint32_t* a, uint64_t b) {
   FLASH_LLM_WGMMA_SHAPES(FLASH_LLM_WGMMA_E4M3)

@@ -247,7 +247,7 @@ struct QuantConfig {
   static constexpr int kSumSets = kBlocks == 1 && !kGroupScales ? 2 : 1;
   // The compiler may use the registers of an SM for so many threads: those of a CTA of the kernel
   // that rounds X are left, so that it can begin beside a CTA of the kernel before it, except where
-  // X or scales of groups need them. Then it has more threads, since it begins later.
+  // X or scales of groups need them. A kernel that begins later rounds X with more threads.
   static constexpr bool kLeavesRegisters = kX == XValues::kInt8 && kBlocks == 1 && !kGroupScales;
   static constexpr int kRoundThreads = kLeavesRegisters ? 128 : 256;
   static constexpr int kBoundThreads = kQuantMaxWarps * 32 + (kLeavesRegisters ? kRoundThreads : 0);

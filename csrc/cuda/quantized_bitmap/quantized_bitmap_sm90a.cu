@@ -181,7 +181,7 @@ struct Int8TileX : ByteTileX<kType, kTileN> {
   __device__ __forceinline__ static void add(Sum* to, Sum sum) { ptx::add_global(to, sum); }
 };
 
-// X rounded to fp8. The tensor cores keep 13 bits behind the leading one of a sum.
+// X rounded to fp8. After each product the sums have about 13 bits behind the leading one.
 template <ValueType kType, int kTileN>
 struct Fp8TileX : ByteTileX<kType, kTileN> {
   static constexpr XValues kValues = XValues::kFp8E4m3;
