@@ -51,9 +51,10 @@ int most_warps_of(const QuantizedBitmapConfig& config, ValueType type, const Dev
   return warps > 8 ? warps / 4 * 4 : warps;
 }
 
-// Whether two CTAs for each SM, whose warps have two columns of chunks, are faster than one whose
-// `warps` warps have a column each: when one of them begins or ends, the other still multiplies,
-// and sums meet half as often. But each loads X, and more CTAs may divide the strips less evenly.
+// Whether two CTAs on each SM, with half of `warps` warps each and two columns of chunks for every
+// warp, are faster than one CTA with a column for every warp. One CTA multiplies while the other
+// begins or ends, and a warp adds its sums to the others' half as often. But both CTAs load X, and
+// more CTAs may divide the strips less evenly.
 // Measured on an H200, int8 values, 50 % zeros, K = 4096, in us (2026-11-30), one CTA / two:
 //             X in int8, N = 1 / 8 / 16                    X as it is, N = 1 / 8
 //   M = 3072   5.7,  5.1 /  5.9,  5.7 /  7.2,  6.8          5.9,  5.6 /  8.0, 10.1

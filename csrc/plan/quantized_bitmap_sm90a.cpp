@@ -46,8 +46,8 @@ constexpr int64_t kLeastTokens = 9, kLeastTokensInt8X = 17, kLeastTokensFp8X = 5
 constexpr int64_t kLeastElems = int64_t{16} << 20, kLeastElemsWideX = int64_t{32} << 20;
 constexpr int64_t kLeastElemsFewTokens = int64_t{48} << 20;  // N <= 8
 constexpr int64_t kMostTokens = 8192;
-// More tokens of fp8 values are multiplied by the dense FP8 GEMM, where it can, in us by this
-// kernel / unpacked (FP8 of dense weights):
+// The dense FP8 GEMM multiplies more tokens of fp8 values where it can. Times in us: this kernel /
+// unpacking with that GEMM (that GEMM on dense weights):
 //               N = 512             1024              2048              4096
 //   28672x7168  271 / 276 (150)  514 / 453 (324)  1029 / 768 (632)   1452 (1292)
 //   14336x4096   77 /  89  (48)  168 / 137  (85)   286 / 230 (174)    443  (366)
@@ -65,7 +65,8 @@ XValues x_values_of(const SpmmProblem& problem) {
   return kind == ValueKind::kFp8E4m3 ? XValues::kFp8E4m3 : XValues::kUnrounded;
 }
 
-// Fewer are multiplied by the kernel for whole rows, which also rounds X to int8 for int4 values.
+// The fewest tokens that this kernel takes. The kernel for whole rows multiplies fewer; it also
+// rounds X to int8 for int4 values.
 int64_t least_tokens(const SpmmProblem& problem) {
   if (!problem.rounds_x) return kLeastTokens;
   if (x_values_of(problem) == XValues::kFp8E4m3) return kLeastTokensFp8X;
@@ -154,7 +155,7 @@ int config_for(const SpmmProblem& problem, int num_sms) {
   return static_cast<int>(wider ? wide : narrow);
 }
 
-// cuBLASLt's kernels for FP8 need such sizes.
+// cuBLASLt multiplies FP8 matrices of such sizes only.
 bool suits_fp8_gemm(const SpmmProblem& problem) {
   return problem.m % 16 == 0 && problem.k % 16 == 0;
 }

@@ -221,7 +221,7 @@ void check_capture(const char* op, const Tensor& x) {
                     ", but a CUDA graph is being captured on cuda:", static_cast<int>(current));
 }
 
-// With the slower of cuBLASLt's accumulations, which adds up in fp32: it takes a tenth more time.
+// Adds up in fp32, which takes cuBLASLt a tenth longer than its fast accumulation.
 Tensor spmm_dense_fp8x(const SpmmCall& call) {
   const PackedHeader& h = call.weight.header;
   const auto fp8 = call.x.options().dtype(at::kFloat8_e4m3fn);

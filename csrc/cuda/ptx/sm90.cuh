@@ -226,19 +226,12 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem, uint32_t off
   row(256, FLASH_LLM_R120 FLASH_LLM_R8(12), "%128, %129, %130, %131", "%132", "%133", "%134", \
       FLASH_LLM_D128(0))
 
-#define FLASH_LLM_WGMMA(type, n, d_text, a_text, b_text, t1, t2, ...) \
+// `types` begins with k; `scales` are the immediate operands at the end.
+#define FLASH_LLM_WGMMA(types, scales, n, d_text, a_text, b_text, t1, t2, ...) \
   if constexpr (kN == n) { \
     asm volatile( \
-        "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type " " \
-        "{" d_text "}, {" a_text "}, " b_text ", 1, 1, 1, 0;" \
-        : __VA_ARGS__ \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
-  }
-#define FLASH_LLM_WGMMA_E4M3(n, d_text, a_text, b_text, t1, t2, ...) \
-  if constexpr (kN == n) { \
-    asm volatile( \
-        "wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 " \
-        "{" d_text "}, {" a_text "}, " b_text ", 1, 1, 1;" \
+        "wgmma.mma_async.sync.aligned.m64n" #n types " " \
+        "{" d_text "}, {" a_text "}, " b_text ", " scales ";" \
         : __VA_ARGS__ \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
   }
@@ -257,16 +250,11 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem, uint32_t off
 #define FLASH_LLM_I16(i) FLASH_LLM_I8(i), FLASH_LLM_I8((i) + 8)
 #define FLASH_LLM_I32(i) FLASH_LLM_I16(i), FLASH_LLM_I16((i) + 16)
 #define FLASH_LLM_I64(i) FLASH_LLM_I32(i), FLASH_LLM_I32((i) + 32)
+#define FLASH_LLM_WGMMA_F16(...) FLASH_LLM_WGMMA("k16.f32.f16.f16", "1, 1, 1, 0", __VA_ARGS__)
+#define FLASH_LLM_WGMMA_BF16(...) FLASH_LLM_WGMMA("k16.f32.bf16.bf16", "1, 1, 1, 0", __VA_ARGS__)
+#define FLASH_LLM_WGMMA_E4M3(...) FLASH_LLM_WGMMA("k32.f32.e4m3.e4m3", "1, 1, 1", __VA_ARGS__)
 #define FLASH_LLM_WGMMA_U8_S8(n, d_text, a_text, b_text, ...) \
-  if constexpr (kN == n) { \
-    asm volatile( \
-        "wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.u8.s8 " \
-        "{" d_text "}, {" a_text "}, " b_text ", 1;" \
-        : __VA_ARGS__ \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
-  }
-#define FLASH_LLM_WGMMA_F16(...) FLASH_LLM_WGMMA("f16.f16", __VA_ARGS__)
-#define FLASH_LLM_WGMMA_BF16(...) FLASH_LLM_WGMMA("bf16.bf16", __VA_ARGS__)
+  FLASH_LLM_WGMMA("k32.s32.u8.s8", "1", n, d_text, a_text, b_text, , , __VA_ARGS__)
 #define FLASH_LLM_WGMMA_SP_F16(...) FLASH_LLM_WGMMA_SP("f16.f16", __VA_ARGS__)
 #define FLASH_LLM_WGMMA_SP_BF16(...) FLASH_LLM_WGMMA_SP("bf16.bf16", __VA_ARGS__)
 // clang-format on

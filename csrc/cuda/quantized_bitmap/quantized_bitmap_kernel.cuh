@@ -245,9 +245,10 @@ struct QuantConfig {
   static constexpr bool kGroupScales = value_traits(kWeight).scales == ScaleGroup::kRowGroup;
   // One block has few sums, so upward and downward runs have sums of their own and take turns.
   static constexpr int kSumSets = kBlocks == 1 && !kGroupScales ? 2 : 1;
-  // The compiler may use the registers of an SM for so many threads: those of a CTA of the kernel
-  // that rounds X are left, so that it can begin beside a CTA of the kernel before it, except where
-  // X or scales of groups need them. A kernel that begins later rounds X with more threads.
+  // The compiler may use the registers of an SM for so many threads. Where it can, it leaves those
+  // of a CTA of the kernel that rounds X, which then begins beside a CTA of the kernel before it. X
+  // of two blocks and scales of groups need all registers: X is then rounded later, by more
+  // threads.
   static constexpr bool kLeavesRegisters = kX == XValues::kInt8 && kBlocks == 1 && !kGroupScales;
   static constexpr int kRoundThreads = kLeavesRegisters ? 128 : 256;
   static constexpr int kBoundThreads = kQuantMaxWarps * 32 + (kLeavesRegisters ? kRoundThreads : 0);
@@ -594,7 +595,7 @@ __global__ void __launch_bounds__(kRoundThreads)
     round_tokens_kernel(const __grid_constant__ QuantParams p, int section_k, int x_planes) {
   allow_next_kernel();
   wait_for_previous_kernel();  // it may write X, and use the workspace
-  // Of eight elements, for each thread.
+  // Groups of eight elements that a thread rounds.
   constexpr int kRoundedOctets =
       kQuantMaxWarps * kQuantMaxWarpPlanes * kQuantPlaneK / (8 * kRoundThreads);
   const int thread = static_cast<int>(threadIdx.x);

@@ -90,7 +90,6 @@ struct RunScales<kType, true> {
 //   kBatches       batches of a plane
 //   decode()       decodes batch kBatch, the next one of its run
 //   multiply()     starts a product
-//   add()          adds a sum to one in the workspace
 
 // X as it is. A product is for a fragment, and a batch is half a word.
 template <ValueType kType, int kTileN>
@@ -135,17 +134,19 @@ struct WideTileX {
     ptx::wgmma<Values::kDense, kTileN>(sums, a, x);
   }
 #endif
-  // No other CTA's sum is in the same place.
-  __device__ __forceinline__ static void add(Sum* to, Sum sum) { *to = sum; }
 };
 
 // X rounded to bytes. A product is for two fragments together, and a batch is a word, or half a
-// word where the sums of many tokens leave too few registers for a whole one.
-template <ValueType kType, int kTileN>
+// word where the sums of many tokens leave too few registers for a whole one. For int8 the weight's
+// bytes are value + 128, so the sums of products contain 128 times the sum of X.
+template <ValueType kType, int kTileN, XValues kX>
 struct ByteTileX {
+  static constexpr XValues kValues = kX;
+  static constexpr bool kIntegers = kX == XValues::kInt8;
   static constexpr int kElementBytes = 1;
   static constexpr int kProducts = kTileN < 128 ? 2 : 1;
   static constexpr int kBatches = 2 * kQuantWords / kProducts;
+  using Sum = std::conditional_t<kIntegers, int, float>;
   static constexpr float kUnit = 1.0F;
 
   template <int kBatch, typename Run>
@@ -163,51 +164,16 @@ struct ByteTileX {
       run.template take<3, Bytes>(word, steps, a[6], a[7]);
     }
   }
-};
-
-// X rounded to int8. The weight's bytes are value + 128, so the sums of products contain 128 times
-// the sum of X.
-template <ValueType kType, int kTileN>
-struct Int8TileX : ByteTileX<kType, kTileN> {
-  static constexpr XValues kValues = XValues::kInt8;
-  static constexpr bool kIntegers = true;
-  using Sum = int;
 #ifdef FLASH_LLM_SM90A
   __device__ __forceinline__ static void multiply(Sum (&sums)[kTileN / 2], const uint32_t* a,
                                                   uint64_t x) {
-    ptx::wgmma_u8_s8<kTileN>(sums, a, x);
+    if constexpr (kIntegers) {
+      ptx::wgmma_u8_s8<kTileN>(sums, a, x);
+    } else {
+      ptx::wgmma_e4m3<kTileN>(sums, a, x);
+    }
   }
 #endif
-  __device__ __forceinline__ static void add(Sum* to, Sum sum) { ptx::add_global(to, sum); }
-};
-
-// X rounded to fp8. After each product the sums have about 13 bits behind the leading one.
-template <ValueType kType, int kTileN>
-struct Fp8TileX : ByteTileX<kType, kTileN> {
-  static constexpr XValues kValues = XValues::kFp8E4m3;
-  static constexpr bool kIntegers = false;
-  using Sum = float;
-#ifdef FLASH_LLM_SM90A
-  __device__ __forceinline__ static void multiply(Sum (&sums)[kTileN / 2], const uint32_t* a,
-                                                  uint64_t x) {
-    ptx::wgmma_e4m3<kTileN>(sums, a, x);
-  }
-#endif
-  // No other CTA's sum is in the same place.
-  __device__ __forceinline__ static void add(Sum* to, Sum sum) { *to = sum; }
-};
-
-template <ValueType kType, int kTileN, XValues kX>
-struct TileXOf {
-  using Type = WideTileX<kType, kTileN>;
-};
-template <ValueType kType, int kTileN>
-struct TileXOf<kType, kTileN, XValues::kInt8> {
-  using Type = Int8TileX<kType, kTileN>;
-};
-template <ValueType kType, int kTileN>
-struct TileXOf<kType, kTileN, XValues::kFp8E4m3> {
-  using Type = Fp8TileX<kType, kTileN>;
 };
 
 // The chunks of a warp: those of one strip of the output tiles that its CTA multiplies.
@@ -249,7 +215,8 @@ struct WgmmaConfig {
   // A separate warp that copies X would cost the registers of four warps: each of an SM's four
   // schedulers has a quarter of them, and one would have a fifth warp.
   static constexpr int kThreads = 32 * kWarps;
-  using X = typename TileXOf<kType, kTileN, kX>::Type;
+  using X = std::conditional_t<kX == XValues::kUnrounded, WideTileX<kType, kTileN>,
+                               ByteTileX<kType, kTileN, kX>>;
   using Sum = typename X::Sum;
   // The compiler may use the registers of an SM for so many threads: those of a CTA of the first
   // kernel are left, except where the accumulators need them.
@@ -568,7 +535,13 @@ __device__ __forceinline__ bool meet(const WgmmaParams& p, int worker, int strip
   if (__shfl_sync(~0U, seen, 0) + own_cols != all_cols) {
     typename C::Sum* to = place_of(C::X::kIntegers ? first : worker);
 #pragma unroll
-    for (int i = 0; i < C::kTileN / 2; ++i) C::X::add(to + i * 32, sums[i]);
+    for (int i = 0; i < C::kTileN / 2; ++i) {
+      if constexpr (C::X::kIntegers) {
+        ptx::add_global(to + i * 32, sums[i]);
+      } else {
+        to[i * 32] = sums[i];  // no other CTA's sum is in the same place
+      }
+    }
     __syncwarp();
     uint32_t before = 0;
     if (lane == 0) before = ptx::add_acq_rel(count_of(p, strip), own_cols);
